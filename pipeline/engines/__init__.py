@@ -1,0 +1,20 @@
+"""All engines, found by their cards: a new engine is one new module of this package."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from pipeline.engines.base import EngineCard
+
+
+@cache
+def cards() -> dict[str, EngineCard]:
+    """Every engine's card by name, in the order `auto` tries them: highest rank first."""
+    found = []
+    for module in pkgutil.iter_modules(__path__):
+        card = getattr(importlib.import_module(f"{__name__}.{module.name}"), "ENGINE", None)
+        if isinstance(card, EngineCard):
+            found.append(card)
+    return {card.name: card for card in sorted(found, key=lambda card: (-card.rank, card.name))}

@@ -1,0 +1,103 @@
+"""The two protocols every engine follows, and the card by which it is found.
+
+A generator takes a list of requests, of one track or of many, because the variations of a batch
+can share one pass over a model's weights. A result depends on its own request alone: never on
+what else is in the list, and never on the order.
+
+An engine is one module (or package) of `pipeline/engines/` with a module-level `ENGINE`, an
+`EngineCard`. Its module must be cheap to import: heavy packages (torch, librosa, scipy) are
+imported inside functions, so that `status` and `plan` answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
+
+StopFn = Callable[[], bool]  # true once the work should end; asked at least once a step
+
+
+class ProgressFn(Protocol):
+    """Told how far one request is: `done` of `total` steps of whatever the engine counts."""
+
+    def __call__(self, request_id: str, done: int, total: int) -> None: ...
+
+
+class Generator(Protocol):
+    """Makes variations."""
+
+    name: str
+    version: str
+    sample_rate: int  # Hz, of what it delivers
+
+    def generate(
+        self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
+    ) -> Iterator[Variation | Failure]:
+        """Yield one result per request, as they finish, in any order.
+
+        Raises:
+            Stopped: soon after `should_stop` turned true; what was yielded before stays valid.
+        """
+        ...
+
+
+class Embedder(Protocol):
+    """Makes vectors."""
+
+    name: str
+    version: str
+    dim: int
+
+    def embed(self, audio: Audio, *, should_stop: StopFn) -> Embedding:
+        """Embed one normalized track.
+
+        Raises:
+            Stopped: soon after `should_stop` turned true.
+        """
+        ...
+
+
+class Params(BaseModel):
+    """Base of an engine's per-variation parameters: closed, immutable, with ranges and defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NoParams(Params):
+    """For engines that take none."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is loaded with; everything that can differ per variation is in its Params."""
+
+    sample_rate: int = 44100  # Hz: rate of the normalized audio, for engines that keep it
+    model: str | None = None  # hub id or local folder, None for engines without weights
+    revision: str | None = None  # hub commit, tag or branch; None: the default branch
+    device: str = "cpu"  # "cpu", "cuda", "cuda:1"
+    threads: int | None = None  # None: all cores
+    cache_dir: Path | None = None  # the hub's cache; None: the library's own default
+    max_memory_gb: float | None = None  # for engines that size their batch by it
+
+
+@dataclass(frozen=True)
+class EngineCard:
+    """What is known of an engine without loading it."""
+
+    name: str
+    stage: Literal["generate", "embed"]
+    version: str  # raised whenever the same request would give other bits
+    summary: str  # one line for `doctor` and the README
+    params: type[Params]
+    load: Callable[[EngineSettings], Generator] | Callable[[EngineSettings], Embedder]
+    packages: tuple[str, ...] = ()  # importable names it needs
+    install: str = "pip install -r requirements-core.txt"  # the command that brings them
+    default_model: str | None = None  # a hub id; None: no weights needed
+    license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of what it makes
+    rank: int = 0  # `auto` takes the usable engine of the highest rank

@@ -1,0 +1,3 @@
+"""Shared fixtures: small real things, synthesized."""
+
+from __future__ import annotations
