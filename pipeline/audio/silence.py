@@ -1,0 +1,35 @@
+"""Cutting silence off both ends."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.errors import BadAudio
+from pipeline.records import Audio
+
+FRAME_S = 0.01
+
+
+def trim_silence(audio: Audio, *, threshold_dbfs: float = -60.0, keep_s: float = 0.05) -> Audio:
+    """Cut leading and trailing silence, leaving up to `keep_s` of it.
+
+    The sound begins with the first and ends with the last frame of 10 ms in which the root mean
+    square of any channel is above `threshold_dbfs`. RMS, not peak: a lone click or dither noise is
+    no sound. The result is a view of the same samples.
+
+    Raises:
+        BadAudio: no frame is above the threshold.
+    """
+    frame = max(1, round(FRAME_S * audio.sample_rate))
+    starts = np.arange(0, audio.n_samples, frame)
+    loud = np.zeros(len(starts), dtype=bool)
+    for channel in audio.samples:
+        energy = np.add.reduceat(np.square(channel, dtype=np.float64), starts)
+        loud |= energy > frame * 10.0 ** (threshold_dbfs / 10)
+    sounding = np.flatnonzero(loud)
+    if not len(sounding):
+        raise BadAudio(f"is silent: nothing in it is above {threshold_dbfs:g} dBFS")
+    keep = round(keep_s * audio.sample_rate)
+    first = max(0, int(starts[sounding[0]]) - keep)
+    last = min(audio.n_samples, int(starts[sounding[-1]]) + frame + keep)
+    return Audio(audio.samples[:, first:last], audio.sample_rate)

@@ -1,0 +1,181 @@
+"""The configuration: a YAML file, checked once at the edge, then immutable values.
+
+Unknown and ill-typed keys are refused with the file, the key path and what is allowed. The
+meaning of each field is written beside it in config/default.yaml.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline import complaints
+from pipeline.errors import ConfigError
+
+Duration = Annotated[float, Field(gt=0, le=3600)] | Literal["source"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Folders(Section):
+    inbox: str = "inbox"
+    outbox: str = "outbox"
+    state: str = "state"
+
+
+class Intake(Section):
+    after: Literal["move", "delete", "keep"] = "move"
+    settle_s: Annotated[float, Field(ge=0, le=3600)] = 2.0
+    rescan_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
+    ignore: tuple[str, ...] = (
+        "*.part", "*.crdownload", "*.tmp", "*~",
+        "*.txt", "*.md", "*.nfo", "*.log", "*.cue", "*.m3u", "*.m3u8", "*.pls", "*.pdf",
+        "*.jpg", "*.jpeg", "*.png", "*.gif", "*.webp", "Thumbs.db", "desktop.ini",
+    )  # fmt: skip
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Normalize(Section):
+    sample_rate: Annotated[int, Field(ge=8000, le=192000)] = 44100
+    loudness_lufs: Annotated[float, Field(ge=-70, le=0)] = -14.0
+    true_peak_dbtp: Annotated[float, Field(ge=-20, le=0)] = -1.0
+    trim_silence: bool = True
+    trim_below_dbfs: Annotated[float, Field(ge=-120, le=-20)] = -60.0
+    min_duration_s: Annotated[float, Field(ge=0.1, le=60)] = 1.0
+    max_duration_s: Annotated[float, Field(gt=0, le=36000)] = 1200.0
+    max_size_mb: Annotated[float, Field(gt=0)] = 1000.0
+    accept_truncated: bool = False
+
+
+class Embed(Section):
+    engine: str = "auto"
+    model: str | None = None
+    revision: str | None = None
+
+
+class VariationSpec(BaseModel):
+    """One entry of `generate.variations`; the engine's own parameters are the extra fields."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$")]
+    count: Annotated[int, Field(ge=1, le=1000)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    duration_s: Duration | None = None
+
+
+class Generate(Section):
+    engine: str = "auto"
+    model: str | None = None
+    revision: str | None = None
+    duration_s: Duration = 30.0
+    batch_tracks: Annotated[int, Field(ge=1, le=64)] = 8
+    max_memory_gb: Annotated[float, Field(gt=0)] | None = None
+    variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1)] = (
+        VariationSpec.model_validate({"name": "faithful", "temperature": 0.6, "count": 2}),
+        VariationSpec.model_validate({"name": "bold", "temperature": [1.0, 1.2]}),
+    )
+
+    @field_validator("variations", mode="before")
+    @classmethod
+    def _list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Output(Section):
+    bit_depth: Literal[16, 24, "float"] = 24
+    loudness_lufs: Annotated[float, Field(ge=-70, le=0)] = -14.0
+    true_peak_dbtp: Annotated[float, Field(ge=-20, le=0)] = -1.0
+
+
+class Retry(Section):
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    backoff_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
+
+
+class Config(Section):
+    """All of it."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    folders: Folders = Folders()
+    intake: Intake = Intake()
+    normalize: Normalize = Normalize()
+    embed: Embed = Embed()
+    generate: Generate = Generate()
+    output: Output = Output()
+    retry: Retry = Retry()
+
+    def canonical(self) -> str:
+        """The effective configuration as canonical JSON."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def load_config(path: Path | None, *, env: Mapping[str, str] = os.environ) -> Config:
+    """Read and check a configuration; None is the built-in default. `DEVICE` in `env` wins.
+
+    Raises:
+        ConfigError: with one line per problem.
+    """
+    where = "the built-in configuration" if path is None else str(path)
+    raw = {} if path is None else _read(path)
+    if device := env.get("DEVICE"):
+        raw = {**raw, "device": device}
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as e:
+        problems = complaints.of_validation(e, Config)
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from e
+    if problems := complaints.of_engines(
+        {"embed": config.embed.engine, "generate": config.generate.engine},
+        variations=[spec.model_extra or {} for spec in config.generate.variations],
+        own_keys=set(VariationSpec.model_fields),
+    ):
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice: the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (key_node, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as e:
+        raise ConfigError(f"{path}: can't be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: is not UTF-8 text") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise ConfigError(f"{path}:{line} {getattr(e, 'problem', None) or 'is not YAML'}") from e
+    if not isinstance(raw, dict | None):
+        raise ConfigError(f"{path}: must be a mapping of keys, not {complaints.shown(raw)}")
+    return raw or {}

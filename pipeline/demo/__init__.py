@@ -1,0 +1,6 @@
+"""The instrumental that comes with the program, for `make demo`: Paper Lanterns, made by `compose`."""
+
+from pathlib import Path
+
+TITLE = "Paper Lanterns"
+INSTRUMENTAL = Path(__file__).with_name("paper-lanterns.ogg")

@@ -1,0 +1,82 @@
+"""Melody-conditioned MusicGen (Copet et al. 2023, arXiv:2306.05284), on transformers.
+
+The track's chroma and a prompt condition a language model over EnCodec tokens; EnCodec makes
+sound of the tokens. `loader` opens a checkpoint, `conditioning` prepares melody and text,
+`sampling` picks tokens, `generation` runs the model, `engine` is the generator.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
+
+VERSION = "1"
+DEFAULT_MODEL = "facebook/musicgen-melody"
+LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"
+
+
+class MusicgenParams(Params):
+    """What one variation can be told, beside its length and seed.
+
+    The defaults are those of audiocraft, which the weights were published with.
+    """
+
+    prompt: str = Field(
+        default="",
+        max_length=500,
+        description="what it should sound like, in English; empty: the melody alone",
+    )
+    temperature: float = Field(
+        default=1.0, ge=0.0, le=5.0, description="higher is bolder; 0: always the likeliest token"
+    )
+    top_k: int = Field(default=250, ge=0, le=2048, description="choose among so many tokens; 0: among all")
+    top_p: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="choose among the likeliest tokens that together have this probability, "
+        "instead of top_k; 0: off",
+    )
+    guidance: float = Field(
+        default=3.0,
+        ge=1.0,
+        le=20.0,
+        description="how strictly melody and prompt are followed; 1: unguided, in half the time",
+    )
+
+
+def license_of(model: str | None) -> str:
+    """The licence that the weights put on what is made with them, as far as it can be known."""
+    if model is None or model.startswith("facebook/musicgen"):
+        return LICENSE
+    name = Path(model).name if Path(model).expanduser().is_dir() else model
+    return f"that of the checkpoint in {name}; MusicGen's published weights are CC-BY-NC-4.0"
+
+
+def _load(settings: EngineSettings) -> Generator:
+    from pipeline import weights
+    from pipeline.engines.musicgen.engine import MusicgenGenerator
+    from pipeline.engines.musicgen.loader import load_checkpoint
+
+    model = settings.model or DEFAULT_MODEL
+    found = weights.locate(model, settings.revision, settings.cache_dir)
+    found = found or weights.fetch(model, settings.revision, settings.cache_dir)
+    return MusicgenGenerator(load_checkpoint(found, settings.device, settings.threads))
+
+
+ENGINE = EngineCard(
+    name="musicgen",
+    stage="generate",
+    version=VERSION,
+    summary="new music that follows the track's melody and a prompt (MusicGen-Melody; weights CC-BY-NC-4.0)",
+    params=MusicgenParams,
+    load=_load,
+    packages=("torch", "torchaudio", "transformers"),
+    install="pip install -r requirements.txt",
+    default_model=DEFAULT_MODEL,
+    license_of=license_of,
+    rank=10,
+)

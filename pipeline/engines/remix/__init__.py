@@ -1,0 +1,57 @@
+"""The weight-free generator: recomposes a track's own bars into a piece of the asked length.
+
+In the way of the Infinite Jukebox (Lamere 2012, after Jehan 2005) and of music retargeting
+(Wenner et al. 2013): find the beats and bars, measure how alike the surroundings of every two
+beats are, search the best path of the asked length through the beats, and join its pieces on the
+beat. Each step's module says its method and source; read them in this order: `spectra`, `beats`,
+`bars`, `similarity`, `analysis`, `path`, `render`, `generator`.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
+
+VERSION = "1"
+
+
+class RemixParams(Params):
+    """What one remix can be told, beside its length and seed."""
+
+    temperature: float = Field(
+        default=0.8,
+        ge=0.0,
+        le=2.0,
+        description="how far it strays from the original order; 0: the fewest and best joins that give the length",
+    )
+    crossfade_ms: float = Field(
+        default=40.0,
+        ge=5.0,
+        le=500.0,
+        description="length of the crossfade at a join, ending just before the beat; "
+        "at least 250 where the music has no beat",
+    )
+    min_segment_beats: int = Field(
+        default=8,
+        ge=1,
+        le=64,
+        description="least number of beats played between two joins (of half seconds where there is no beat)",
+    )
+
+
+def _load(settings: EngineSettings) -> Generator:
+    from pipeline.engines.remix.generator import RemixGenerator
+
+    return RemixGenerator(settings.sample_rate)
+
+
+ENGINE = EngineCard(
+    name="remix",
+    stage="generate",
+    version=VERSION,
+    summary="recomposes the track's own bars by self-similarity; no model, far faster than real time",
+    params=RemixParams,
+    load=_load,
+    packages=("numpy", "scipy", "soxr"),
+)

@@ -1,0 +1,29 @@
+"""File names as people see them, and as folder names. A name on disk is bytes and can hold anything."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+MAX_NAME_BYTES = 120  # of the part of a folder's name that comes from the file's
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069/\\:*?"<>|]+')
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """One line of text for any path: control characters and bytes that are not UTF-8 as escapes."""
+    text = os.fsencode(path).decode("utf-8", errors="backslashreplace")
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def track_name(path: Path) -> str:
+    """The file's name without its ending, fit for a folder's name on any file system.
+
+    Never empty, no separators or control characters, no leading dot or dash, at most
+    `MAX_NAME_BYTES` of UTF-8.
+    """
+    text = os.fsencode(path.stem).decode("utf-8", errors="replace").replace("\ufffd", "_")
+    text = _UNSAFE.sub("_", text).strip(" .").lstrip("-")
+    cut = text.encode()[:MAX_NAME_BYTES].decode("utf-8", errors="ignore").rstrip(" .")
+    return cut or "track"

@@ -1,0 +1,398 @@
+"""The record of everything: tracks, the files they came as, units of work, attempts. SQLite, WAL.
+
+The only module that knows the database. A track is the SHA-256 of its bytes; a file is one place
+where those bytes were seen; a unit of work is one stage's result, under a key made of all that
+went into it, so that finding the key means that the work is done. Times are seconds since the
+epoch and are passed in. Paths are kept as bytes, since a file's name need not be text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlite_utils
+from sqlite_utils.migrations import Migrations
+
+from pipeline.errors import UnknownTrack
+
+STATES = ("queued", "running", "done", "failed")
+BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
+
+_migrations = Migrations("pipeline")
+
+
+@_migrations()
+def m001_first(db: sqlite_utils.Database) -> None:
+    for statement in (
+        """CREATE TABLE tracks (
+            sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, bytes INTEGER NOT NULL,
+            queued_at REAL NOT NULL, not_before REAL NOT NULL DEFAULT 0, finished_at REAL,
+            attempts INTEGER NOT NULL DEFAULT 0, stage TEXT, error TEXT,
+            folder TEXT NOT NULL, plan_key TEXT, source TEXT
+        ) STRICT""",
+        "CREATE INDEX tracks_queue ON tracks (state, queued_at)",
+        """CREATE TABLE files (
+            path BLOB PRIMARY KEY, sha256 TEXT NOT NULL REFERENCES tracks, root BLOB NOT NULL,
+            display TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
+            state TEXT NOT NULL, moved_to BLOB, seen_at REAL NOT NULL
+        ) STRICT""",
+        "CREATE INDEX files_track ON files (sha256)",
+        """CREATE TABLE units (
+            key TEXT PRIMARY KEY, sha256 TEXT NOT NULL REFERENCES tracks, stage TEXT NOT NULL,
+            result TEXT NOT NULL, seconds REAL NOT NULL, finished_at REAL NOT NULL
+        ) STRICT""",
+        "CREATE INDEX units_track ON units (sha256, stage)",
+        """CREATE TABLE attempts (
+            id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL REFERENCES tracks, stage TEXT NOT NULL,
+            started_at REAL NOT NULL, ended_at REAL, outcome TEXT, error TEXT, traceback TEXT
+        ) STRICT""",
+        "CREATE INDEX attempts_track ON attempts (sha256)",
+        "CREATE INDEX attempts_open ON attempts (sha256) WHERE ended_at IS NULL",
+        "CREATE TABLE configs (sha256 TEXT PRIMARY KEY, config TEXT NOT NULL) STRICT",
+    ):
+        db.execute(statement)
+
+
+@dataclass(frozen=True)
+class Track:
+    """One input, by content."""
+
+    sha256: str
+    name: str  # the first file's name, made printable
+    state: str  # one of STATES
+    bytes: int
+    queued_at: float
+    not_before: float  # it is not claimed earlier
+    finished_at: float | None
+    attempts: int  # failed ones since it was last queued by a person or by arrival
+    stage: str | None  # where it failed
+    error: str | None
+    folder: str  # its folder in the outbox
+    plan_key: str | None  # what it was finished for: the key of all its units
+    source: dict[str, Any] | None  # duration_s, sample_rate, channels, codec
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One place where a track's bytes were seen."""
+
+    path: Path
+    sha256: str
+    root: Path  # the folder that was scanned: the inbox, or the DIR of `once DIR`
+    display: str  # the path below root, made printable
+    size: int
+    mtime_ns: int
+    inode: int
+    state: str  # waiting | settled (moved, deleted or left, as the configuration says) | lost
+    moved_to: Path | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at one stage of one track."""
+
+    sha256: str
+    stage: str
+    started_at: float
+    ended_at: float | None
+    outcome: str | None  # done | failed | stopped | crashed; None while it runs
+    error: str | None
+
+
+class Store:
+    """One connection; every writing method is one transaction."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        if read_only:
+            # Not `mode=ro`: a reader of a WAL database must be able to make the -shm file.
+            conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+            conn.execute("PRAGMA query_only=ON")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+            conn.execute("PRAGMA journal_mode=WAL")
+            conn.execute("PRAGMA synchronous=FULL")
+            conn.execute("PRAGMA foreign_keys=ON")
+        self._db = sqlite_utils.Database(conn)
+        if not read_only:
+            _migrations.apply(self._db)
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite_utils.Database]:
+        """A transaction that holds the write lock from its start, so it can't fail half-way as busy."""
+        self._db.conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._db
+        except BaseException:
+            if self._db.conn.in_transaction:
+                self._db.conn.execute("ROLLBACK")
+            raise
+        self._db.conn.execute("COMMIT")
+
+    # -- arrival ---------------------------------------------------------------------------------
+
+    def add(self, file: SourceFile, *, name: str, folder: str, now: float) -> bool:
+        """Record a file, and its track as queued if it is new. True if the track is new."""
+        with self._writing() as db:
+            new = bool(
+                db.execute(
+                    "INSERT INTO tracks (sha256, name, folder, state, bytes, queued_at)"
+                    " VALUES (?, ?, ?, 'queued', ?, ?) ON CONFLICT DO NOTHING",
+                    [file.sha256, name, folder, file.size, now],
+                ).rowcount
+            )
+            db["files"].upsert(_file_row(file, now), pk="path")
+        return new
+
+    def file_at(self, path: Path) -> SourceFile | None:
+        rows = self._db.query("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
+        return next(map(_file, rows), None)
+
+    def files_of(self, sha256: str) -> list[SourceFile]:
+        rows = self._db.query("SELECT * FROM files WHERE sha256 = ? ORDER BY seen_at, path", [sha256])
+        return [_file(row) for row in rows]
+
+    def files_below(self, root: Path) -> list[SourceFile]:
+        rows = self._db.query("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
+        return [_file(row) for row in rows]
+
+    def settle_file(self, path: Path, *, state: str, moved_to: Path | None = None) -> None:
+        with self._writing() as db:
+            db.execute(
+                "UPDATE files SET state = ?, moved_to = ? WHERE path = ?",
+                [state, None if moved_to is None else os.fsencode(moved_to), os.fsencode(path)],
+            )
+
+    # -- the queue -------------------------------------------------------------------------------
+
+    def claim(self, limit: int, *, now: float, root: Path | None = None) -> list[Track]:
+        """Take up to `limit` queued tracks that are due, oldest first; only those below `root` if given."""
+        below = "" if root is None else " AND sha256 IN (SELECT sha256 FROM files WHERE root = :root)"
+        with self._writing() as db:
+            rows = list(
+                db.query(
+                    "UPDATE tracks SET state = 'running' WHERE sha256 IN (SELECT sha256 FROM tracks"
+                    f" WHERE state = 'queued' AND not_before <= :now{below}"
+                    " ORDER BY queued_at, sha256 LIMIT :limit) RETURNING *",
+                    {"now": now, "limit": limit, "root": b"" if root is None else os.fsencode(root)},
+                )
+            )
+        return sorted(map(_track, rows), key=lambda track: (track.queued_at, track.sha256))
+
+    def next_due(self, *, root: Path | None = None) -> float | None:
+        """When the next queued track may be claimed; None if none is queued."""
+        below = "" if root is None else " AND sha256 IN (SELECT sha256 FROM files WHERE root = :root)"
+        sql = f"SELECT min(not_before) FROM tracks WHERE state = 'queued'{below}"
+        row = self._db.execute(sql, {"root": b"" if root is None else os.fsencode(root)}).fetchone()
+        return None if row[0] is None else float(row[0])
+
+    def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
+        with self._writing() as db:
+            db["tracks"].update(
+                sha256,
+                {
+                    "state": "done",
+                    "finished_at": now,
+                    "stage": None,
+                    "error": None,
+                    "plan_key": plan_key,
+                    "source": json.dumps(source),
+                },
+            )
+
+    def fail(self, sha256: str, *, stage: str, error: str, now: float, retry_at: float | None) -> None:
+        """Count a failed attempt; queued again for `retry_at`, or failed for good if that is None."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE tracks SET state = ?, attempts = attempts + 1, stage = ?, error = ?, not_before = ?,"
+                " finished_at = ? WHERE sha256 = ?",
+                [
+                    "failed" if retry_at is None else "queued",
+                    stage,
+                    error,
+                    0 if retry_at is None else retry_at,
+                    now if retry_at is None else None,
+                    sha256,
+                ],
+            )
+
+    def release(self, sha256: str) -> None:
+        """Put a claimed track back; it was not an attempt."""
+        with self._writing() as db:
+            db.execute("UPDATE tracks SET state = 'queued' WHERE sha256 = ? AND state = 'running'", [sha256])
+
+    def requeue(self, sha256: str, *, now: float, stages: Iterable[str] = ()) -> None:
+        """Queue a finished or failed track again, with its attempts forgiven and `stages` forgotten."""
+        with self._writing() as db:
+            for stage in stages:
+                db.execute("DELETE FROM units WHERE sha256 = ? AND stage = ?", [sha256, stage])
+            db.execute(
+                "UPDATE tracks SET state = 'queued', attempts = 0, not_before = 0, queued_at = ?, stage = NULL,"
+                " error = NULL, plan_key = NULL, finished_at = NULL WHERE sha256 = ? AND state != 'running'",
+                [now, sha256],
+            )
+
+    def recover(self, *, now: float) -> list[tuple[Track, str]]:
+        """Close what a killed instance left open. Only for the holder of the instance lock.
+
+        Returns:
+            The tracks that were in the middle of a stage, with that stage: whether such a crash is
+            the track's own fault is for the caller to count.
+        """
+        with self._writing() as db:
+            rows = list(
+                db.query(
+                    "SELECT t.*, a.stage AS open_stage FROM attempts a JOIN tracks t USING (sha256)"
+                    " WHERE a.ended_at IS NULL AND t.state = 'running' GROUP BY t.sha256"
+                )
+            )
+            db.execute("UPDATE attempts SET ended_at = ?, outcome = 'crashed' WHERE ended_at IS NULL", [now])
+            db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
+        return [(_track({k: v for k, v in row.items() if k != "open_stage"}), row["open_stage"]) for row in rows]
+
+    # -- work ------------------------------------------------------------------------------------
+
+    def begin(self, sha256: str, stage: str, *, now: float) -> int:
+        """Record the start of an attempt at a stage; returns its id."""
+        with self._writing() as db:
+            row = {"sha256": sha256, "stage": stage, "started_at": now}
+            return int(db["attempts"].insert(row).last_pk)
+
+    def end(
+        self, attempt: int, *, outcome: str, now: float, error: str | None = None, traceback: str | None = None
+    ) -> None:
+        with self._writing() as db:
+            row = {"ended_at": now, "outcome": outcome, "error": error, "traceback": traceback}
+            db["attempts"].update(attempt, row)
+
+    def unit(self, key: str) -> dict[str, Any] | None:
+        """The result of a finished unit of work, or None."""
+        row = self._db.execute("SELECT result FROM units WHERE key = ?", [key]).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def finish_unit(
+        self, key: str, *, sha256: str, stage: str, result: Mapping[str, Any], seconds: float, now: float
+    ) -> None:
+        with self._writing() as db:
+            db["units"].upsert(
+                {
+                    "key": key,
+                    "sha256": sha256,
+                    "stage": stage,
+                    "result": json.dumps(result),
+                    "seconds": seconds,
+                    "finished_at": now,
+                },
+                pk="key",
+            )
+
+    def forget_unit(self, key: str) -> None:
+        with self._writing() as db:
+            db.execute("DELETE FROM units WHERE key = ?", [key])
+
+    def remember_config(self, sha256: str, config: str) -> None:
+        with self._writing() as db:
+            db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
+
+    # -- questions -------------------------------------------------------------------------------
+
+    def track(self, sha256: str) -> Track | None:
+        rows = self._db.query("SELECT * FROM tracks WHERE sha256 = ?", [sha256])
+        return next(map(_track, rows), None)
+
+    def tracks(self, state: str | None = None, *, limit: int = -1) -> list[Track]:
+        """Tracks of a state, newest first for finished ones, in the queue's order for the others."""
+        order = "finished_at DESC, sha256" if state in ("done", "failed") else "queued_at, sha256"
+        where = "" if state is None else "WHERE state = :state "
+        sql = f"SELECT * FROM tracks {where}ORDER BY {order} LIMIT :limit"
+        return [_track(row) for row in self._db.query(sql, {"state": state, "limit": limit})]
+
+    def counts(self) -> dict[str, int]:
+        found = dict(self._db.execute("SELECT state, count(*) FROM tracks GROUP BY state").fetchall())
+        return {state: found.get(state, 0) for state in STATES}
+
+    def find(self, wanted: str) -> Track:
+        """The one track of that name, file name or hash prefix.
+
+        Raises:
+            UnknownTrack: there is none, or more than one.
+        """
+        rows = self._db.query(
+            "SELECT * FROM tracks WHERE name = :w OR (length(:w) >= 4 AND substr(sha256, 1, length(:w)) = lower(:w))"
+            " OR folder = :w OR sha256 IN (SELECT sha256 FROM files WHERE display = :w)",
+            {"w": wanted},
+        )
+        found = [_track(row) for row in rows]
+        if not found:
+            raise UnknownTrack(f"there is no track {wanted!r}: give its name or the start of its hash")
+        if len(found) > 1:
+            which = ", ".join(track.sha256[:8] for track in found[:5])
+            raise UnknownTrack(f"{len(found)} tracks go by {wanted!r}: give the start of a hash ({which})")
+        return found[0]
+
+    def attempts(self, sha256: str) -> list[Attempt]:
+        sql = (
+            "SELECT sha256, stage, started_at, ended_at, outcome, error FROM attempts"
+            " WHERE sha256 = ? ORDER BY id"
+        )
+        return [Attempt(**row) for row in self._db.query(sql, [sha256])]
+
+    def open_attempts(self) -> list[Attempt]:
+        sql = (
+            "SELECT sha256, stage, started_at, ended_at, outcome, error FROM attempts"
+            " WHERE ended_at IS NULL ORDER BY id"
+        )
+        return [Attempt(**row) for row in self._db.query(sql)]
+
+    def units_of(self, sha256: str) -> list[dict[str, Any]]:
+        """Finished units of a track: key, stage, result, seconds, finished_at."""
+        rows = self._db.query("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
+        return [{**row, "result": json.loads(row["result"])} for row in rows]
+
+    def check(self) -> list[str]:
+        """What SQLite's own integrity check finds wrong: nothing, if all is well."""
+        rows = [row[0] for row in self._db.execute("PRAGMA integrity_check").fetchall()]
+        return [] if rows == ["ok"] else rows
+
+
+def _track(row: Mapping[str, Any]) -> Track:
+    return Track(**{**row, "source": json.loads(row["source"]) if row["source"] else None})
+
+
+def _file(row: Mapping[str, Any]) -> SourceFile:
+    return SourceFile(
+        path=Path(os.fsdecode(row["path"])),
+        sha256=row["sha256"],
+        root=Path(os.fsdecode(row["root"])),
+        display=row["display"],
+        size=row["size"],
+        mtime_ns=row["mtime_ns"],
+        inode=row["inode"],
+        state=row["state"],
+        moved_to=Path(os.fsdecode(row["moved_to"])) if row["moved_to"] is not None else None,
+    )
+
+
+def _file_row(file: SourceFile, now: float) -> dict[str, Any]:
+    return {
+        "path": os.fsencode(file.path),
+        "sha256": file.sha256,
+        "root": os.fsencode(file.root),
+        "display": file.display,
+        "size": file.size,
+        "mtime_ns": file.mtime_ns,
+        "inode": file.inode,
+        "state": file.state,
+        "moved_to": None if file.moved_to is None else os.fsencode(file.moved_to),
+        "seen_at": now,
+    }

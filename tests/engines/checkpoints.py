@@ -1,0 +1,120 @@
+"""Builders of tiny random checkpoints in the real file format.
+
+The configurations are those of the published checkpoints (facebook/musicgen-melody,
+facebook/musicgen-stereo-melody, laion/clap-htsat-unfused) with small widths: same kinds of layers,
+codebooks, vocabulary of the codes, rates, chroma, files. The weights are drawn wider than the
+library would, so that a random model's choices depend on what it is told.
+"""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+PROMPT_WORDS = ("warm", "analog", "synths", "slow", "piano", "fast", "drums")
+
+
+def build_musicgen(folder: Path, *, channels: int = 1, seed: int = 0) -> Path:
+    """A MusicGen-Melody checkpoint: 4 codebooks (8 in stereo) of 2048, 50 frames/s at 32 kHz."""
+    import torch
+    from transformers import MusicgenMelodyConfig, MusicgenMelodyForConditionalGeneration
+
+    config = MusicgenMelodyConfig(
+        text_encoder=_text_encoder(),
+        audio_encoder=_audio_encoder(),
+        decoder=_decoder(channels),
+        num_chroma=12,
+        chroma_length=235,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MusicgenMelodyForConditionalGeneration(config)
+        _randomize(model.decoder, 0.3)
+        _randomize(model.text_encoder, 0.3)
+        for projection in (model.enc_to_dec_proj, model.audio_enc_to_dec_proj):
+            torch.nn.init.normal_(projection.weight, std=1.0)
+        for layer in model.audio_encoder.quantizer.layers:
+            torch.nn.init.normal_(layer.codebook.embed)
+    model.generation_config.update(
+        do_sample=True,
+        guidance_scale=3.0,
+        max_length=1500,
+        pad_token_id=2048,
+        bos_token_id=2048,
+        decoder_start_token_id=2048,
+    )
+    model.save_pretrained(folder)
+    _musicgen_processor(folder)
+    return folder
+
+
+def build_clap(folder: Path, *, fusion: bool = False, seed: int = 0) -> Path:
+    """A CLAP checkpoint: 48 kHz, 10 s, 64 mel bands, HTSAT of two stages, 32 dimensions."""
+    import torch
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
+
+    audio: dict[str, Any] = {
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "patch_embeds_hidden_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "enable_fusion": fusion,
+        "fusion_type": "aff_2d" if fusion else None,
+    }
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ClapConfig(text_config={**text, "vocab_size": 64}, audio_config=audio, projection_dim=32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ClapModel(config).save_pretrained(folder)
+    ClapFeatureExtractor(truncation="fusion" if fusion else "rand_trunc").save_pretrained(folder)
+    return folder
+
+
+def _text_encoder() -> dict[str, Any]:
+    widths = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return {"model_type": "t5", "vocab_size": 128, **widths}
+
+
+def _audio_encoder() -> dict[str, Any]:
+    """As EnCodec 32 kHz: not causal, weight norm, an LSTM, 4 codebooks of 2048, a hop of 640."""
+    return {
+        "model_type": "encodec",
+        "sampling_rate": 32000,
+        "audio_channels": 1,
+        "upsampling_ratios": [8, 5, 4, 4],
+        "num_filters": 2,
+        "hidden_size": 16,
+        "codebook_dim": 16,
+        "codebook_size": 2048,
+        "target_bandwidths": [2.2],
+        "num_lstm_layers": 1,
+        "use_causal_conv": False,
+        "use_conv_shortcut": False,
+        "normalize": False,
+    }
+
+
+def _decoder(channels: int) -> dict[str, Any]:
+    widths = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {"vocab_size": 2048, "num_codebooks": 4 * channels, "audio_channels": channels, **widths}
+
+
+def _randomize(module: Any, std: float) -> None:
+    import torch
+
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std)
+
+
+def _musicgen_processor(folder: Path) -> None:
+    """Chroma settings and a T5 tokenizer of a few words and all letters, as separate files."""
+    from transformers import MusicgenMelodyFeatureExtractor, T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in PROMPT_WORDS]
+    pieces += [(letter, -9.0) for letter in string.ascii_letters + string.digits + string.punctuation]
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder)
+    MusicgenMelodyFeatureExtractor().save_pretrained(folder)
