@@ -21,7 +21,9 @@ from pipeline.store import SourceFile, Store, Track
 
 log = logging.getLogger("pipeline")
 
-WAITING, SETTLED, LOST = "waiting", "settled", "lost"
+# What became of a file: not dealt with yet; moved, deleted or left in place as the configuration
+# says; moved to `failed`; not there any more when it was to be moved.
+WAITING, SETTLED, ASIDE, LOST = "waiting", "settled", "aside", "lost"
 
 
 @dataclass
@@ -158,33 +160,39 @@ def put_away(
     A file that is not what was hashed any more is left alone: the next look takes it as a new one.
     """
     for file in files:
-        if file.state != WAITING:
+        here = file.moved_to or file.path
+        if file.state == SETTLED or (file.state == ASIDE and error is not None):
             continue
         if file.root != inbox:
             store.settle_file(file.path, state=SETTLED)
             continue
         try:
-            if not _is_same(file, _sight(file.path)):
+            if not _is_same(file, _sight(here)):
                 continue
-            moved_to = _dispose(file, settings, error)
+            moved_to = _dispose(file, here, settings, error)
         except FileNotFoundError:
             store.settle_file(file.path, state=LOST)
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
         else:
-            store.settle_file(file.path, state=SETTLED, moved_to=moved_to)
+            store.settle_file(file.path, state=SETTLED if error is None else ASIDE, moved_to=moved_to)
 
 
-def _dispose(file: SourceFile, settings: Intake, error: str | None) -> Path | None:
-    """Move, delete or keep; returns the new place, or None if it stays (or is gone)."""
+def _dispose(file: SourceFile, here: Path, settings: Intake, error: str | None) -> Path | None:
+    """Move, delete or keep; returns the new place, or None if it stays where it was found (or is gone)."""
     if error is not None:
-        moved_to = intake.move_aside(file.path, file.root, intake.FAILED)
+        moved_to = intake.move_aside(here, file.root / intake.FAILED / file.path.relative_to(file.root))
         intake.write_error(moved_to, error)
         return moved_to
+    if file.state == ASIDE:
+        intake.error_file(here).unlink(missing_ok=True)
     if settings.after == "move":
-        return intake.move_aside(file.path, file.root, intake.DONE)
+        return intake.move_aside(here, file.root / intake.DONE / file.path.relative_to(file.root))
     if settings.after == "delete":
-        file.path.unlink()
+        here.unlink()
+    elif file.state == ASIDE:
+        back = intake.move_aside(here, file.path)
+        return None if back == file.path else back
     return None
 
 

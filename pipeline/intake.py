@@ -138,19 +138,23 @@ def hash_file(path: Path, *, copy_to: Path | None = None, should_stop: Callable[
     return sha.hexdigest()
 
 
-def move_aside(path: Path, root: Path, into: str) -> Path:
-    """Move a file of the inbox to `root/into`, keeping its subfolder; never over another file."""
-    target = free_name(root / into / path.relative_to(root))
+def move_aside(path: Path, target: Path) -> Path:
+    """Move a file, never over another one; returns where it is now."""
+    target = free_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(path, target)
     return target
 
 
-def write_error(path: Path, error: str) -> None:
-    """Say beside a failed file why it failed, in one sentence: `<name>.error.txt`."""
+def error_file(path: Path) -> Path:
+    """Where it stands why a file failed: `<name>.error.txt` beside it."""
     suffix = b".error.txt"
-    name = os.fsencode(path.name)[: MAX_NAME_BYTES - len(suffix)] + suffix
-    path.with_name(os.fsdecode(name)).write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
+    return path.with_name(os.fsdecode(os.fsencode(path.name)[: MAX_NAME_BYTES - len(suffix)] + suffix))
+
+
+def write_error(path: Path, error: str) -> None:
+    """Say beside a failed file why it failed, in one sentence."""
+    error_file(path).write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def free_name(path: Path) -> Path:

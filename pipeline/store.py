@@ -90,7 +90,7 @@ class SourceFile:
     size: int
     mtime_ns: int
     inode: int
-    state: str  # waiting | settled (moved, deleted or left, as the configuration says) | lost
+    state: str  # waiting | settled | aside | lost: see pipeline/arrivals.py
     moved_to: Path | None = None
 
 

@@ -1,17 +1,14 @@
 """Where models' weights are: a local folder or the hub's cache, and how they get there.
 
-Only safetensors are ever looked at or downloaded: a pickle (`.bin`, `.pt`) can run code when it
-is opened. Looking something up needs neither the network nor the hub's library: the cache's
-layout (`models--org--name/{refs,snapshots,blobs}`) and the variables that place it are part of
-huggingface_hub's documentation ("Understand caching", "Environment variables"), and `status` and
-`doctor` must answer at once, in a core install too. Only `fetch` imports the library.
+Only safetensors and settings are ever downloaded. Looking something up needs neither the network
+nor the hub's library: the cache's layout (`models--org--name/{refs,snapshots,blobs}`) and the
+variables that place it are part of huggingface_hub's documentation ("Understand caching",
+"Environment variables"), and `status` and `doctor` must answer at once, in a core install too.
+Only `fetch` imports the library.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadCheckpoint, FolderUnusable, MissingPackage, MissingWeights
+from pipeline.model_folder import LOADED_FILES, check, fingerprint, missing, read_json
 
 FETCH_COMMAND = "python run_pipeline.py models fetch"
 INSTALL_COMMAND = "pip install -r requirements.txt"
@@ -30,24 +28,10 @@ INSTALL_COMMAND = "pip install -r requirements.txt"
 KNOWN_REVISIONS = {"laion/clap-htsat-unfused": "79b58ed25fc00386262a2bea4b19fd21dc4310a0"}
 DEFAULT_REVISION = "main"
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-ALLOW_PATTERNS = (
-    *("config.json", "generation_config.json", *PREPROCESSORS),
-    *(WEIGHTS, INDEX, "model-*-of-*.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("spiece.model", "vocab.json", "merges.txt"),
-)
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 TIMEOUT_S = 10
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-SMALL_FILE_BYTES = 4 << 20  # files up to this size go into a fingerprint whole
-BLOCK_BYTES, BLOCKS = 1 << 16, 16  # what of a larger one does, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -82,14 +66,14 @@ def locate(model: str, revision: str | None = None, cache_dir: Path | None = Non
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        _check(folder)
+        check(folder)
         return Weights(folder, model, fingerprint(folder))
     if not HUB_ID.fullmatch(model):
         return None
     snapshot = _snapshot(_repo_folder(model, cache_dir), revision or _default_revision(model))
-    if snapshot is None or _missing(snapshot):
+    if snapshot is None or not _arrived(snapshot):
         return None
-    _check(snapshot)
+    check(snapshot)
     return Weights(snapshot, model, snapshot.name)
 
 
@@ -127,7 +111,7 @@ def fetch(
             return found
         raise
     try:
-        _check(snapshot)
+        check(snapshot)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{model} at revision {revision}: {error}") from error
     return Weights(snapshot, model, snapshot.name)
@@ -156,35 +140,6 @@ def hub_cache(cache_dir: Path | None = None) -> Path:
     return Path(os.path.expandvars(cache)).expanduser()
 
 
-def fingerprint(folder: Path) -> str:
-    """A quick identity of a local checkpoint: "sha256:" and 16 hex digits.
-
-    Over the names and sizes of the files a model is loaded from, the whole of those up to 4 MiB,
-    and of larger ones the first 64 KiB, the last and 14 between, evenly spaced. Made to notice
-    another checkpoint in the same folder, fine-tuned ones included; not an integrity check.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(_loaded_files(folder)):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for offset, length in _sampled(size):
-                file.seek(offset)
-                digest.update(file.read(length))
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def _sampled(size: int) -> list[tuple[int, int]]:
-    if size <= SMALL_FILE_BYTES:
-        return [(0, size)]
-    last = size - BLOCK_BYTES
-    return [(last * i // (BLOCKS - 1), BLOCK_BYTES) for i in range(BLOCKS)]
-
-
-def _loaded_files(folder: Path) -> set[Path]:
-    return {path for pattern in ALLOW_PATTERNS for path in folder.glob(pattern) if path.is_file()}
-
-
 def _default_revision(model: str) -> str:
     return KNOWN_REVISIONS.get(model, DEFAULT_REVISION)
 
@@ -204,90 +159,43 @@ def _snapshot(repo: Path, revision: str) -> Path | None:
     return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
 
 
-def _shards(folder: Path) -> list[str]:
-    """Names of the safetensors files a model is loaded from, in the library's order of preference."""
-    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        return [WEIGHTS]
-    index = _read_json(folder / INDEX)
-    names = sorted(set(index["weight_map"].values())) if isinstance(index.get("weight_map"), dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise BadCheckpoint(f"{INDEX} in {folder} doesn't name the weights' files.")
-    return names
-
-
-def _missing(folder: Path) -> list[str]:
-    """What a checkpoint lacks of config, weights and preprocessor settings."""
-    missing = [name for name in ("config.json", *_shards(folder)) if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in PREPROCESSORS):
-        missing.append(PREPROCESSORS[0])
-    return missing + [name for name in _listed(folder) if not (folder / name).is_file()]
+def _arrived(snapshot: Path) -> bool:
+    """Whether all of a snapshot that is loaded is here: what every model needs, and what the hub has."""
+    return not missing(snapshot) and all((snapshot / name).is_file() for name in _listed(snapshot))
 
 
 def _listed(snapshot: Path) -> Iterator[str]:
-    """The files the hub has of a snapshot, of those we load: as noted by huggingface_hub 2 and later."""
+    """The files the hub has of a snapshot, of those we load: huggingface_hub 2 and later notes them."""
     note = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
-    if COMMIT.fullmatch(snapshot.name) and note.is_file():
-        for name in _read_json(note).get("files", {}):
-            if "/" not in name and any(Path(name).match(pattern) for pattern in ALLOW_PATTERNS):
-                yield name
-
-
-def _check(folder: Path) -> None:
-    """Raise BadCheckpoint, saying what is missing or damaged, unless `folder` can be loaded."""
-    if missing := _missing(folder):
-        if missing[0] == "config.json":
-            raise BadCheckpoint(f"{folder} has no config.json, so it isn't a model's folder.")
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        if WEIGHTS in missing and pickles:
-            raise BadCheckpoint(
-                f"{folder} has only pickled weights ({pickles[0]}), which are never loaded "
-                f"because they can run code: convert them to {WEIGHTS}."
-            )
-        raise BadCheckpoint(f"{folder} is incomplete: {', '.join(dict.fromkeys(missing))} missing.")
-    for name in _shards(folder):
-        _check_safetensors(folder / name)
-
-
-def _check_safetensors(path: Path) -> None:
-    """The header's offsets must end where the file does: a cheap test for a cut-off download."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(size - 8, MAX_HEADER_BYTES):
-            raise BadCheckpoint(f"{path} is cut off or not a safetensors file.")
-        try:
-            header = json.loads(file.read(header_bytes))
-            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise BadCheckpoint(f"{path} is not a safetensors file.") from error
-    if size != 8 + header_bytes + end:
-        raise BadCheckpoint(
-            f"{path} is cut off or damaged: it has {size} bytes of {8 + header_bytes + end}; "
-            f"delete it and get it again."
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path} is not readable JSON.") from error
-    if not isinstance(value, dict):
-        raise BadCheckpoint(f"{path} is not a JSON object.")
-    return value
+    for name in read_json(note).get("files", {}) if note.is_file() else ():
+        if "/" not in name and any(Path(name).match(pattern) for pattern in LOADED_FILES):
+            yield name
 
 
 def _describe(repo: Path, snapshot: Path) -> CachedModel:
     files = {path.resolve() for path in snapshot.rglob("*") if path.is_file()}
+    return CachedModel(
+        model=repo.name.removeprefix("models--").replace("--", "/", 1),
+        revision=snapshot.name,
+        model_type=_model_type(snapshot),
+        size_bytes=sum(path.stat().st_size for path in files),
+        complete=_usable(snapshot),
+    )
+
+
+def _model_type(snapshot: Path) -> str:
     try:
-        model_type = str(_read_json(snapshot / "config.json").get("model_type", ""))
-        _check(snapshot)
-        complete = True
+        return str(read_json(snapshot / "config.json").get("model_type", ""))
     except BadCheckpoint:
-        complete = False
-    model = repo.name.removeprefix("models--").replace("--", "/", 1)
-    size = sum(path.stat().st_size for path in files)
-    return CachedModel(model, snapshot.name, model_type, size, complete)
+        return ""
+
+
+def _usable(snapshot: Path) -> bool:
+    try:
+        check(snapshot)
+        return _arrived(snapshot)
+    except BadCheckpoint:
+        return False
 
 
 def _download(
@@ -306,7 +214,7 @@ def _download(
             model,
             revision=revision,
             cache_dir=hub_cache(cache_dir),
-            allow_patterns=list(ALLOW_PATTERNS),
+            allow_patterns=list(LOADED_FILES),
             endpoint=endpoint,
             **({} if progress else {"tqdm_class": _silent_bar()}),
         )
@@ -316,11 +224,13 @@ def _download(
         raise MissingWeights(f"The hub has no model {model}, or it needs a login.") from error
     except errors.RevisionNotFoundError as error:
         raise MissingWeights(f"{model} has no revision {revision} on the hub.") from error
-    except (OSError, httpx.HTTPError, errors.XetDownloadError) as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            where = hub_cache(cache_dir)
-            raise FolderUnusable(f"{model} can't be stored in {where}: {error.strerror}.") from error
+    except (ConnectionError, TimeoutError, httpx.HTTPError, errors.XetDownloadError) as error:
         raise MissingWeights(_not_here(model, offline=hub.is_offline_mode())) from error
+    except OSError as error:
+        if error.errno is None:  # the library's own, of files the hub doesn't give
+            raise MissingWeights(_not_here(model, offline=hub.is_offline_mode())) from error
+        where = hub_cache(cache_dir)
+        raise FolderUnusable(f"{model} can't be stored in {where}: {error.strerror}.") from error
     return Path(folder)
 
 

@@ -1,6 +1,6 @@
 """A sound file of any kind to samples at one rate, block by block, within limits.
 
-libsndfile reads WAV, FLAC, Ogg and MP3, FFmpeg all the rest and what libsndfile won't; which of
+libsndfile reads WAV, FLAC and Ogg, FFmpeg all the rest and what libsndfile won't; which of
 them is decided by the first bytes, never by the file's name. Each block is mixed down to at most two
 channels, checked and resampled before the next one is read, so memory holds the result and little else,
 however far a small file unpacks.
@@ -18,17 +18,18 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.audio import wholeness
-from pipeline.audio.downmix import MAX_CHANNELS, downmix_matrix
+from pipeline.audio.cut import Cut
+from pipeline.audio.downmix import MAX_CHANNELS, downmix_matrix, mix_down
 from pipeline.audio.readers import FFmpegReader, Reader, SndfileReader, UndecodableError, Window
 from pipeline.audio.resampling import QUALITY
 from pipeline.errors import BadAudio
 from pipeline.records import Audio, Samples, SourceInfo
 
+SLAB_FRAMES = 1 << 17  # large enough for the allocator to hand each slab back to the system
 MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 192_000
-SLACK_S = 0.1  # what a whole file may have less than its header says: a frame or two of its codec
 
 
-_SNDFILE_KINDS = ("wav", "flac", "ogg", "mpeg")
+_SNDFILE_KINDS = ("wav", "flac", "ogg")
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ def decode(
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: not to hang on a pipe
     except PermissionError as e:
         raise BadAudio("can't be read: permission denied") from e
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise BadAudio("is not a file but a folder, a pipe or a device")
     with os.fdopen(fd, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise BadAudio("is not a file but a folder or a device")
         return decode_file(file, status.st_size, sample_rate=sample_rate, limits=limits)
 
 
@@ -68,14 +70,14 @@ def decode_file(
     if size == 0:
         raise BadAudio("is empty: it has 0 bytes")
     if size > limits.max_bytes:
-        raise BadAudio(f"is too big: {size / 1e6:.0f} MB, the limit is {limits.max_bytes / 1e6:.0f} MB")
+        raise BadAudio(f"is too big: {size:,} bytes, the limit is {limits.max_bytes:,}")
     found = wholeness.inspect(file, size)
     if found.cut and found.cut.present_s is not None and not limits.accept_truncated:
         raise BadAudio(found.cut.sentence())
     window = Window(file, found.start, found.end)
     try:
         with contextlib.closing(_open_reader(window, found, limits)) as reader:
-            return _read_all(reader, found.cut, sample_rate, limits)
+            return _read_all(reader, found, sample_rate, limits)
     except UndecodableError as e:
         if found.cut:
             raise BadAudio(found.cut.sentence()) from e
@@ -86,16 +88,17 @@ def decode_file(
 
 
 def _open_reader(window: Window, found: wholeness.Found, limits: DecodeLimits) -> Reader:
-    """The first decoder that takes the file.
+    """libsndfile for what it does best, FFmpeg for the rest.
 
-    Damaged files go to FFmpeg, which gets more out of them and can be kept from writing about it to
-    the terminal; so does Ogg of more than two channels, because FFmpeg knows where each belongs.
+    MPEG audio is FFmpeg's: libsndfile decodes it to the same samples through mpg123, which writes its
+    complaints, some about sound files, to the terminal. So is what is cut off, of which FFmpeg saves
+    more, and Ogg of more than two channels, of which FFmpeg knows where each belongs.
     """
-    salvage = found.cut is not None or not found.clean or (limits.accept_truncated and found.kind == "flac")
+    salvage = found.cut is not None or (limits.accept_truncated and found.kind == "flac")
     if found.kind in _SNDFILE_KINDS and not salvage:
         with contextlib.suppress(UndecodableError):
             sound = SndfileReader(window)
-            if found.kind != "ogg" or sound.channels <= 2:
+            if not sound.is_mpeg and (found.kind != "ogg" or sound.channels <= 2):
                 return sound
             sound.close()
     window.seek(0)
@@ -103,7 +106,7 @@ def _open_reader(window: Window, found: wholeness.Found, limits: DecodeLimits) -
 
 
 def _read_all(
-    reader: Reader, cut: wholeness.Cut | None, sample_rate: int, limits: DecodeLimits
+    reader: Reader, found: wholeness.Found, sample_rate: int, limits: DecodeLimits
 ) -> tuple[Audio, SourceInfo]:
     if not MIN_RATE_HZ <= reader.sample_rate <= MAX_RATE_HZ:
         raise BadAudio(
@@ -120,24 +123,26 @@ def _read_all(
         broken = e
     present_s = sink.n_read / reader.sample_rate
     if not limits.accept_truncated:
-        cut = cut or _shortfall(reader.promised_s, present_s)
+        cut = found.cut or _shortfall(reader, found, present_s)
         if cut:
             raise BadAudio(cut.sentence(present_s)) from broken
         if broken:
             raise BadAudio(f"is damaged: it can't be decoded after {present_s:.1f} s") from broken
     if sink.n_read == 0:
-        raise UndecodableError("no samples") from broken
+        raise BadAudio("has no sound in it: not one sample can be decoded") from broken
     if present_s < limits.min_duration_s:
         raise BadAudio(f"is too short: {present_s:.2f} s, at least {limits.min_duration_s:g} s are needed")
     info = SourceInfo(present_s, reader.sample_rate, reader.channels, reader.codec)
     return Audio(sink.finish(), sample_rate), info
 
 
-def _shortfall(promised_s: float | None, present_s: float) -> wholeness.Cut | None:
-    """Containers count encoder padding differently, so a little less than promised is whole."""
-    if promised_s is None or present_s >= promised_s - SLACK_S:
+def _shortfall(reader: Reader, found: wholeness.Found, present_s: float) -> Cut | None:
+    promised_s = found.promised_s if reader.promised_s is None else reader.promised_s
+    if found.kind == "ogg":  # libsndfile counts no further than it gets
+        promised_s = found.promised_s
+    if promised_s is None or present_s >= promised_s - reader.slack_s:
         return None
-    return wholeness.Cut(promised_s, present_s)
+    return Cut(promised_s, present_s, what="cut off or damaged")
 
 
 class _Sink:
@@ -156,12 +161,13 @@ class _Sink:
             self._stream = soxr.ResampleStream(
                 reader.sample_rate, sample_rate, self._channels, dtype="float32", quality=QUALITY
             )
-        self._blocks: deque[Samples] = deque()
+        self._slabs: deque[Samples] = deque()  # float32 (SLAB_FRAMES, channels) each, the last partly filled
+        self._n_kept = 0
 
     def add(self, block: Samples) -> None:
         """Take float32 (samples, channels)."""
         if self._matrix is not None:
-            block = block @ self._matrix
+            block = mix_down(block, self._matrix)
         self._check_finite(block)
         self.n_read += len(block)
         if self.n_read > self._max_duration_s * self._rate:
@@ -169,21 +175,24 @@ class _Sink:
         self._keep(block, last=False)
 
     def finish(self) -> Samples:
-        """Everything, float32 (channels, samples); the blocks are let go one by one as they are copied."""
+        """Everything, float32 (channels, samples); the slabs are let go one by one as they are copied."""
         self._keep(np.zeros((0, self._channels), dtype=np.float32), last=True)
-        whole = np.empty((self._channels, sum(map(len, self._blocks))), dtype=np.float32)
-        at = 0
-        while self._blocks:
-            block = self._blocks.popleft()
-            whole[:, at : at + len(block)] = block.T
-            at += len(block)
+        whole = np.empty((self._channels, self._n_kept), dtype=np.float32)
+        for at in range(0, self._n_kept, SLAB_FRAMES):
+            part = whole[:, at : at + SLAB_FRAMES]
+            part[...] = self._slabs.popleft()[: part.shape[1]].T
         return whole
 
     def _keep(self, block: Samples, *, last: bool) -> None:
         if self._stream is not None:
             block = self._stream.resample_chunk(np.ascontiguousarray(block), last=last)
-        if len(block):
-            self._blocks.append(block)
+        while len(block):
+            at = self._n_kept % SLAB_FRAMES
+            if at == 0:
+                self._slabs.append(np.empty((SLAB_FRAMES, self._channels), dtype=np.float32))
+            part, block = block[: SLAB_FRAMES - at], block[SLAB_FRAMES - at :]
+            self._slabs[-1][at : at + len(part)] = part
+            self._n_kept += len(part)
 
     def _check_finite(self, block: Samples) -> None:
         finite = np.isfinite(block).all(axis=1)

@@ -47,3 +47,15 @@ def downmix_matrix(channels: int, names: Sequence[str] | None = None) -> Samples
     if names is None or len(names) != channels or any(name not in _TO_STEREO for name in names):
         names = WAVE_ORDER[channels]
     return np.array([_TO_STEREO[name] for name in names], dtype=np.float32)
+
+
+def mix_down(block: Samples, matrix: Samples) -> Samples:
+    """Float32 (samples, 2) of a block (samples, channels); not finite where any channel isn't.
+
+    A plain sum in the channels' order, so that no BLAS decides about the last bit.
+    """
+    mixed = np.zeros((len(block), 2), dtype=np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for channel, gains in enumerate(matrix):
+            mixed += block[:, channel, np.newaxis] * gains
+    return mixed

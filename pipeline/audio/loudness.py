@@ -1,7 +1,6 @@
 """Loudness and true peak: ITU-R BS.1770 (the measuring by pyloudnorm), and one gain that obeys both.
 
-The true peak is taken at 4 times the sample rate, as BS.1770-4 Annex 2 says, with a longer filter than
-its example: see `true_peak_dbtp`.
+All of it runs over the signal in pieces, so that memory stays at the signal and one scaled copy.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.audio.resampling import QUALITY
 from pipeline.records import Audio, Samples
 
 BLOCK_S, STEP_S = 0.4, 0.1  # the gating blocks of BS.1770-4
@@ -29,7 +29,7 @@ OVERSAMPLING = 4
 HALF_TAPS = 24  # input samples the interpolator looks to either side
 KAISER_BETA = 8.0
 CHUNK_FRAMES = 1 << 16
-MARGIN_DB = 0.1  # see `to_loudness`
+MARGIN_DB = 0.1  # kept below the ceiling: see `to_loudness`
 
 
 def peak_dbfs(audio: Audio) -> float:
@@ -91,35 +91,59 @@ def _lufs_of(power: float) -> float:
 
 
 def true_peak_dbtp(audio: Audio) -> float:
-    """The largest value of any channel at 4 times the sample rate, dB re full scale; -inf for silence."""
-    peak = max((_interpolated_peak(channel) for channel in audio.samples), default=0.0)
-    return _db(peak)
+    """The largest value of any channel at 4 times the sample rate, dB re full scale; -inf for silence.
+
+    Oversamplers disagree on what is near the Nyquist frequency: a short filter lets it pass, a sharp one
+    takes it out and rings. The result is the larger of a 48-tap windowed sinc (BS.1770-4 Annex 2 has 12
+    taps a phase) and libsoxr's VHQ, so no usual meter reads more than hundredths of a dB above it.
+    """
+    if not audio.n_samples:
+        return -math.inf
+    return _db(max(_sinc_peak(audio.samples), _soxr_peak(audio.samples)))
 
 
 def to_loudness(audio: Audio, *, target_lufs: float = -14.0, ceiling_dbtp: float = -1.0) -> Audio:
     """Scale by one gain: what reaches the target, or less where the true-peak ceiling leaves no room.
 
-    There is no limiter, so dynamics stay as they are. Silence comes back unchanged.
+    There is no limiter, so dynamics stay as they are. `MARGIN_DB` is kept below the ceiling, of which
+    other oversamplers took 0.02 dB at most (noise, square waves, music) and dither to 16 bits 0.0003.
+    What is too quiet to have a loudness comes back unchanged.
     """
     loudness = loudness_lufs(audio)
-    peak = true_peak_dbtp(audio)
-    if math.isinf(peak):
+    if math.isinf(loudness):
         return audio
-    gain_db = min(target_lufs - loudness, ceiling_dbtp - MARGIN_DB - peak)
+    gain_db = min(target_lufs - loudness, ceiling_dbtp - MARGIN_DB - true_peak_dbtp(audio))
     return Audio(audio.samples * np.float32(10.0 ** (gain_db / 20)), audio.sample_rate)
 
 
-def _interpolated_peak(channel: Samples) -> float:
-    """The largest magnitude of one channel and of its values a quarter, a half and three quarters between."""
+def _soxr_peak(samples: Samples) -> float:
+    from soxr import ResampleStream
+
+    stream = ResampleStream(1, OVERSAMPLING, len(samples), dtype="float32", quality=QUALITY)
+    peak = 0.0
+    for start in range(0, samples.shape[1], CHUNK_FRAMES):
+        stop = start + CHUNK_FRAMES
+        block = np.ascontiguousarray(samples[:, start:stop].T)
+        dense = stream.resample_chunk(block, last=stop >= samples.shape[1])
+        peak = max(peak, _magnitude(dense))
+    return peak
+
+
+def _sinc_peak(samples: Samples) -> float:
+    """Of the samples and what a windowed sinc puts a quarter, a half and three quarters between them."""
     from scipy.signal import oaconvolve
 
     phases = _phases()
-    peak = float(np.max(np.abs(channel), initial=0.0))
-    for chunk in _overlapping(channel, HALF_TAPS):
-        for phase in phases:
-            between = oaconvolve(chunk, phase, mode="valid")
-            peak = max(peak, float(between.max()), -float(between.min()))
+    peak = 0.0
+    for channel in samples:
+        for chunk in _overlapping(channel, HALF_TAPS):
+            between = (oaconvolve(chunk, phase, mode="valid") for phase in phases)
+            peak = max(peak, _magnitude(chunk), *map(_magnitude, between))
     return peak
+
+
+def _magnitude(values: Samples) -> float:
+    return max(float(np.max(values, initial=0.0)), -float(np.min(values, initial=0.0)))
 
 
 def _phases() -> Samples:

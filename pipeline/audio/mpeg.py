@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 _MAX_SYNC_SEARCH = 1 << 16  # bytes of padding or leftovers that are looked through for a first frame
+_MAX_GAPS = 100  # of damage in one file
 _SYNC_FRAMES = 3  # in a row make a stream: two bytes of text may look like a header
 
 _KBPS_V1 = {
@@ -48,28 +49,35 @@ class Chain:
     frame_s: float
     promised: int | None  # frames by that header
     incomplete: bool  # the last frame's header is there and its end is not
-    clean: bool  # nothing but frames from start to end
 
 
 def walk(file: BinaryIO, start: int, end: int, *, adts: bool) -> Chain | None:
-    """Follow the frames between two places in the file; None where no three follow one another."""
+    """Follow the frames between two places in the file; None where no three follow one another.
+
+    Damage and tags between the frames are passed over, as decoders do.
+    """
     first_at = _first_frame(file, start, end, adts)
     if first_at is None:
         return None
     first = _header_at(file, first_at, adts)
     assert first is not None
     info, promised = _vbr_header(file, first_at, first)
-    at, count, incomplete = first_at, 0, False
-    while (header := _header_at(file, at, adts)) is not None and _same_stream(header, first):
-        if at + header.length > end:
+    at, count, sound_end, incomplete, gaps = first_at, 0, first_at, False, 0
+    while at < end:
+        header = _header_at(file, at, adts)
+        if header is None or not _same_stream(header, first):
+            resumed_at = _first_frame(file, at + 1, end, adts)
+            gaps += 1
+            if resumed_at is None or gaps > _MAX_GAPS:
+                break
+            at = resumed_at
+        elif at + header.length > end:
             incomplete = True
             break
-        at += header.length
-        count += 1
-    rest_is_padding = incomplete or not _any_but_zero(file, at, end)
-    return Chain(
-        first_at, at, count - info, first.samples / first.rate, promised, incomplete, rest_is_padding
-    )
+        else:
+            at = sound_end = at + header.length
+            count += 1
+    return Chain(first_at, sound_end, count - info, first.samples / first.rate, promised, incomplete)
 
 
 def id3v2_end(file: BinaryIO, at: int) -> int:
@@ -107,26 +115,24 @@ def _tag_before(file: BinaryIO, end: int) -> int:
 
 
 def _first_frame(file: BinaryIO, start: int, end: int, adts: bool) -> int | None:
-    """The first place from which three frames follow one another, or fewer up to the very end."""
+    """The first place, not far from `start`, from which three frames follow one another."""
     data = _read(file, start, min(_MAX_SYNC_SEARCH, end - start))
     at = data.find(b"\xff")
     while at >= 0:
-        if _is_stream(file, start + at, end, adts):
+        if _is_stream(file, start + at, adts):
             return start + at
         at = data.find(b"\xff", at + 1)
     return None
 
 
-def _is_stream(file: BinaryIO, at: int, end: int, adts: bool) -> bool:
+def _is_stream(file: BinaryIO, at: int, adts: bool) -> bool:
     first = header = _header_at(file, at, adts)
-    for _ in range(_SYNC_FRAMES):
+    for _ in range(_SYNC_FRAMES - 1):
         if first is None or header is None or not _same_stream(header, first):
             return False
         at += header.length
-        if at >= end:
-            return True
         header = _header_at(file, at, adts)
-    return True
+    return first is not None and header is not None and _same_stream(header, first)
 
 
 def _same_stream(a: Header, b: Header) -> bool:
@@ -179,10 +185,6 @@ def _vbr_header(file: BinaryIO, at: int, header: Header) -> tuple[bool, int | No
     if vbri[:4] == b"VBRI":
         return True, int.from_bytes(vbri[14:18], "big") or None
     return False, None
-
-
-def _any_but_zero(file: BinaryIO, start: int, end: int) -> bool:
-    return bool(_read(file, start, end - start).strip(b"\0"))
 
 
 def _read(file: BinaryIO, at: int, count: int) -> bytes:

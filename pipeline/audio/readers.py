@@ -16,7 +16,9 @@ import numpy as np
 from pipeline.errors import BadAudio
 from pipeline.records import Samples
 
-BLOCK_FRAMES = 1 << 14  # what libsndfile has read of a block that breaks off is lost: not too large
+BLOCK_FRAMES = 1 << 12  # what libsndfile has read of a block that breaks off is lost: not too large
+SLACK_S = 0.1
+MAX_BAD_PACKETS, MAX_BAD_SHARE = 3, 0.01
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile gives 2**63 - 1 where a header has no length
 
 # Containers FFmpeg may read: sound, and films for their sound. No playlists, no raw data, no pictures.
@@ -42,6 +44,7 @@ class Reader(Protocol):
     channel_names: Sequence[str] | None  # where each channel belongs; None: unknown
     codec: str
     promised_s: float | None  # length by the header; None where it has none
+    slack_s: float  # what a whole file may have less: containers count encoder padding differently
 
     def blocks(self) -> Iterator[Samples]:
         """Yield float32 (samples, channels) in order; raises UndecodableError where decoding breaks off."""
@@ -96,7 +99,7 @@ class Window(io.RawIOBase):
 
 
 class SndfileReader:
-    """What libsndfile reads: WAV, FLAC, Ogg (Vorbis, Opus), MP3."""
+    """What libsndfile reads: here WAV, FLAC and Ogg (Vorbis, Opus, FLAC)."""
 
     def __init__(self, file: Window) -> None:
         import soundfile
@@ -109,9 +112,13 @@ class SndfileReader:
         self.sample_rate = int(self._sound.samplerate)
         self.channels = int(self._sound.channels)
         self.channel_names: Sequence[str] | None = None
+        self.is_mpeg = self._sound.subtype.startswith("MPEG")
         self.codec = _codec_name(self._sound.format, self._sound.subtype)
-        known = 0 < self._sound.frames < _UNKNOWN_FRAMES
-        self.promised_s = self._sound.frames / self.sample_rate if known else None
+        if not 0 < self._sound.frames < _UNKNOWN_FRAMES:  # a stream's header: FFmpeg gets further
+            self._sound.close()
+            raise UndecodableError("no length")
+        self.promised_s: float | None = self._sound.frames / self.sample_rate
+        self.slack_s = 0.0 if self._sound.format == "FLAC" else SLACK_S
 
     def blocks(self) -> Iterator[Samples]:
         while True:
@@ -157,8 +164,9 @@ class FFmpegReader:
         self.sample_rate = int(context.sample_rate)
         self.channels = int(context.channels)
         self.channel_names: Sequence[str] | None = tuple(channel.name for channel in context.layout.channels)
-        self.codec = str(context.name)
+        self.codec = str(context.codec.canonical_name)
         self.promised_s = self._stated_s(_STATES_LENGTH)
+        self.slack_s = SLACK_S
         self._converter = av.AudioResampler(format="flt")
 
     def _stated_s(self, formats: set[str]) -> float | None:
@@ -168,14 +176,33 @@ class FFmpegReader:
         return float(self._stream.duration * self._stream.time_base)
 
     def blocks(self) -> Iterator[Samples]:
+        """See `Reader`.
+
+        A packet that can't be decoded while later ones can is left out, as players do; more than a few
+        such packets, or a last one, break the decoding off.
+        """
         end_s = self._stated_s(_STATES_END)
         left = sys.maxsize if end_s is None else round(end_s * self.sample_rate)
+        n_good = n_bad = 0
+        error: Exception | None = None
+        packets = self._container.demux(self._stream)
+        while (packet := self._next(packets)) is not None:
+            try:
+                frames = packet.decode()
+            except self._errors as e:
+                error, n_bad = e, n_bad + 1
+                continue
+            for frame in frames:
+                n_good, error = n_good + 1, None
+                block = self._packed(frame)[:left]
+                left -= len(block)
+                yield block
+        if error is not None or n_bad > max(MAX_BAD_PACKETS, n_good * MAX_BAD_SHARE):
+            raise UndecodableError(str(error)) from error
+
+    def _next(self, packets: Iterator[Any]) -> Any:
         try:
-            for packet in self._container.demux(self._stream):
-                for frame in packet.decode():
-                    block = self._packed(frame)[:left]
-                    left -= len(block)
-                    yield block
+            return next(packets, None)
         except self._errors as e:
             raise UndecodableError(str(e)) from e
 

@@ -15,5 +15,8 @@ def resample(audio: Audio, sample_rate: int) -> Audio:
         return audio
     import soxr
 
-    converted = soxr.resample(np.ascontiguousarray(audio.samples.T), audio.sample_rate, sample_rate, QUALITY)
-    return Audio(np.ascontiguousarray(converted.T), sample_rate)
+    channels = [
+        soxr.resample(np.ascontiguousarray(channel), audio.sample_rate, sample_rate, QUALITY)
+        for channel in audio.samples
+    ]
+    return Audio(np.stack(channels), sample_rate)

@@ -2,7 +2,7 @@
 
 By container: WAV, the size of the sound chunk; AIFF, AVI, ASF (WMA), Wave64, CAF and AU, the sizes of the
 outermost chunks; FLAC, nothing here (its sample count is
-compared after decoding); Ogg, a last page that is whole and marked as the end of its stream (RFC 3533);
+compared after decoding); Ogg, the chain of pages (see `ogg`);
 MPEG audio and ADTS, the chain of frames (see `mpeg`); MP4, boxes that end within the file and an index
 (ISO/IEC 14496-12); Matroska, the size of the segment (RFC 8794).
 """
@@ -15,33 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from pipeline.audio import mpeg
+from pipeline.audio import mpeg, ogg
+from pipeline.audio.cut import Cut
 from pipeline.audio.sniff import Kind, kind_of
 
 _HEAD_BYTES = 64
-_MAX_OGG_PAGE = 27 + 255 + 255 * 255
-_OGG_TAIL = 2 * _MAX_OGG_PAGE  # the last page is in it even behind some padding
-_OGG_HEADER = struct.Struct("<4sBBqIIIB")
-_OGG_END = 0x04
+_MAX_CHUNKS = 100_000  # far more than real files have: a walk over crafted ones ends
 _STREAMED_SIZES = range(0x7FFFF000, 0x100000000)  # what programs write that don't know the size yet
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A file that ends too early."""
-
-    promised_s: float | None  # None: the container has no total
-    present_s: float | None  # None: only decoding can tell
-    missing: str = "its end"
-
-    def sentence(self, decoded_s: float | None = None) -> str:
-        """For the user, with what was decoded where the container alone could not tell."""
-        present_s = decoded_s if self.present_s is None else self.present_s
-        if present_s is None:
-            return f"is cut off: {self.missing} is missing"
-        if self.promised_s is None:
-            return f"is cut off: {self.missing} is missing after {present_s:.1f} s"
-        return f"is cut off: {present_s:.1f} s of the {self.promised_s:.1f} s its header promises"
 
 
 @dataclass(frozen=True)
@@ -52,7 +32,7 @@ class Found:
     start: int  # first and
     end: int  # past-the-last byte that a decoder should see: tags around MPEG frames are left out
     cut: Cut | None = None
-    clean: bool = True  # False: MPEG frames with something between them, for the sturdier decoder
+    promised_s: float | None = None  # length by the container, where the decoders don't tell
 
 
 def inspect(file: BinaryIO, size: int) -> Found:
@@ -65,8 +45,11 @@ def inspect(file: BinaryIO, size: int) -> Found:
         kind = "mpeg" if kind == "other" else kind  # padding behind the tag
     if kind in ("mpeg", "adts"):
         return _inspect_mpeg(file, start, size, kind)
+    if kind == "ogg":
+        pages = ogg.walk(file, size)
+        return Found(kind, 0, size, pages.cut, pages.promised_s)
     check = _CHECKS.get(kind)
-    return Found(kind, 0, size, check(file, size) if check else None)
+    return Found(kind, start, size, check(file, size) if check and start == 0 else None)
 
 
 def _inspect_mpeg(file: BinaryIO, start: int, size: int, kind: Kind) -> Found:
@@ -79,7 +62,7 @@ def _inspect_mpeg(file: BinaryIO, start: int, size: int, kind: Kind) -> Found:
     elif chain.incomplete and (chain.promised is None or chain.frames < chain.promised):
         promised_s = None if chain.promised is None else chain.promised * chain.frame_s
         cut = Cut(promised_s, chain.frames * chain.frame_s, "the end of its last frame")
-    return Found(kind, chain.start, chain.end, cut, chain.clean)
+    return Found(kind, chain.start, chain.end, cut)
 
 
 def _wav(file: BinaryIO, size: int) -> Cut | None:
@@ -107,7 +90,9 @@ def _outer(
 
     def check(file: BinaryIO, size: int) -> Cut | None:
         at = start
-        while at + header.size <= size:
+        for _ in range(_MAX_CHUNKS):
+            if at + header.size > size:
+                break
             _, length = header.unpack(_read(file, at, header.size))
             if length <= 0 or length in _STREAMED_SIZES:
                 return None  # the writer could not know it
@@ -125,30 +110,20 @@ def _au(file: BinaryIO, size: int) -> Cut | None:
 def _riff_chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Name, place of the content and length of each chunk that begins within the file."""
     at = 12
-    while at + 8 <= size:
+    for _ in range(_MAX_CHUNKS):
+        if at + 8 > size:
+            return
         ident, length = struct.unpack("<4sI", _read(file, at, 8))
         yield ident, at + 8, length
         at += 8 + length + length % 2
 
 
-def _ogg(file: BinaryIO, size: int) -> Cut | None:
-    tail_at = max(0, size - _OGG_TAIL)
-    tail = _read(file, tail_at, size - tail_at)
-    at = tail.rfind(b"OggS")
-    if at < 0 or at + _OGG_HEADER.size > len(tail):
-        return Cut(None, None, "its last page")
-    _, _, flags, _, _, _, _, n_segments = _OGG_HEADER.unpack_from(tail, at)
-    table = tail[at + _OGG_HEADER.size :][:n_segments]
-    end = at + _OGG_HEADER.size + n_segments + sum(table)
-    if len(table) < n_segments or end > len(tail) or not flags & _OGG_END:
-        return Cut(None, None, "its last page")
-    return None
-
-
 def _mp4(file: BinaryIO, size: int) -> Cut | None:
     seen: dict[bytes, tuple[int, int]] = {}
     at = 0
-    while at + 8 <= size:
+    for _ in range(_MAX_CHUNKS):
+        if at + 8 > size:
+            break
         head = _read(file, at, 16)
         length, ident = struct.unpack(">I4s", head[:8])
         if length == 1 and len(head) == 16:
@@ -182,7 +157,9 @@ def _mp4_duration_s(file: BinaryIO, boxes: dict[bytes, tuple[int, int]]) -> floa
 
 def _matroska(file: BinaryIO, size: int) -> Cut | None:
     at = 0
-    while at < size:
+    for _ in range(_MAX_CHUNKS):
+        if at >= size:
+            break
         head = _read(file, at, 16)
         ident_len = _vint_length(head[:1])
         length_len = _vint_length(head[ident_len : ident_len + 1])
@@ -213,7 +190,6 @@ _CHECKS: dict[Kind, Callable[[BinaryIO, int], Cut | None]] = {
     "w64": _outer("<16sQ", counts_itself=True),
     "caf": _outer(">4sq", start=8),
     "au": _au,
-    "ogg": _ogg,
     "mp4": _mp4,
     "matroska": _matroska,
 }

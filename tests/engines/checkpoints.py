@@ -45,6 +45,7 @@ def build_musicgen(folder: Path, *, channels: int = 1, seed: int = 0) -> Path:
         decoder_start_token_id=2048,
     )
     model.save_pretrained(folder)
+    _as_published(folder / "model.safetensors")
     _musicgen_processor(folder)
     return folder
 
@@ -67,7 +68,9 @@ def build_clap(folder: Path, *, fusion: bool = False, seed: int = 0) -> Path:
     config = ClapConfig(text_config={**text, "vocab_size": 64}, audio_config=audio, projection_dim=32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ClapModel(config).save_pretrained(folder)
+        model = ClapModel(config)
+        _randomize(model, 0.3)
+    model.save_pretrained(folder)
     ClapFeatureExtractor(truncation="fusion" if fusion else "rand_trunc").save_pretrained(folder)
     return folder
 
@@ -107,6 +110,20 @@ def _randomize(module: Any, std: float) -> None:
     for parameter in module.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)
+
+
+def _as_published(path: Path) -> None:
+    """As older libraries wrote the published files: EnCodec's names, and positions nobody reads."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = {}
+    for name, weight in load_file(path).items():
+        prefix, _, tail = name.rpartition(".parametrizations.weight.")
+        old = {"original0": "weight_g", "original1": "weight_v"}.get(tail)
+        weights[f"{prefix}.{old}" if old else name] = weight.clone()
+    weights["decoder.model.decoder.embed_positions.weights"] = torch.full((2048, 32), 9.0)
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _musicgen_processor(folder: Path) -> None:

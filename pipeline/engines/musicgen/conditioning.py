@@ -2,8 +2,9 @@
 
 The model was trained on 30 s pieces, each with the chroma of those same 30 s. So the melody is
 always a whole window of that length, the source's first, repeated if the source is shorter; what
-is asked for is made from its beginning. audiocraft slices windows likewise. The library on its
-own would pad with silence, which the one-hot chroma turns into a steady C.
+is asked for is made from its beginning. audiocraft cuts its windows like this (`_generate_tokens`
+of its MusicGen). Melodies are prepared one by one: in a batch of several lengths the library pads
+with silence, which one-hot chroma turns into a steady C.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ def melody(audio: Audio, sample_rate: int, n_samples: int) -> Samples:
 
     Returns float32, (n_samples,).
     """
-    needed = min(
-        audio.n_samples, int(np.ceil(n_samples * audio.sample_rate / sample_rate)) + audio.sample_rate
-    )
-    start = Audio(audio.samples[:, :needed], audio.sample_rate)  # a second more: the resampler's tail
+    tail = audio.sample_rate  # a second more, so that the resampler's filter doesn't end within
+    needed = math.ceil(n_samples * audio.sample_rate / sample_rate) + tail
+    start = Audio(audio.samples[:, :needed], audio.sample_rate)
     mono = Audio(start.mono()[None], audio.sample_rate)
     return np.resize(resample(mono, sample_rate).samples[0], n_samples)
 

@@ -12,6 +12,7 @@ from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning
 from pipeline.engines.musicgen.generation import Generated, generate
 from pipeline.engines.musicgen.loader import Checkpoint
 from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
+from pipeline.engines.pretrained import first_line
 from pipeline.errors import ConfigError, EngineFailure, PipelineError, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
@@ -19,7 +20,11 @@ MIN_FRAMES = 4  # below 2 * 4 - 1 positions the library doesn't apply the delay 
 
 
 class MusicgenGenerator:
-    """MusicGen-Melody behind the generator protocol."""
+    """MusicGen-Melody behind the generator protocol.
+
+    The same request gives the same samples bit for bit on the same machine, with the same torch
+    and number of threads; elsewhere sums may round otherwise, and one other token changes the rest.
+    """
 
     name = "musicgen"
     version = VERSION
@@ -39,16 +44,7 @@ class MusicgenGenerator:
             Stopped: within one step of `should_stop` turning true.
         """
         for request in requests:
-            try:
-                yield self._variation(request, progress, should_stop)
-            except Stopped:
-                raise
-            except PipelineError as error:
-                yield Failure(request.request_id, error)
-            except (RuntimeError, ValueError, MemoryError) as error:  # torch: out of memory, bad numbers
-                failure = EngineFailure(f"musicgen: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                yield Failure(request.request_id, failure)
+            yield self._result(request, progress, should_stop)
 
     def run(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Generated:
         """Whole frames of tokens and sound, at least as long as asked for."""
@@ -73,6 +69,24 @@ class MusicgenGenerator:
             ),
             on_step=on_step,
         )
+
+    def _result(
+        self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn
+    ) -> Variation | Failure:
+        try:
+            return self._variation(request, progress, should_stop)
+        except Stopped:
+            raise
+        except PipelineError as error:
+            return Failure(request.request_id, error)
+        except (
+            RuntimeError,
+            ValueError,
+            MemoryError,
+        ) as error:  # torch: no memory left, shapes that don't fit
+            failure = EngineFailure(f"musicgen broke off: {type(error).__name__}: {first_line(error)}.")
+            failure.__cause__ = error
+            return Failure(request.request_id, failure)
 
     def _variation(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Variation:
         limit_s = self.checkpoint.max_duration_s

@@ -47,7 +47,7 @@ class Sampler:
         if unconditional is not None:
             logits = unconditional + (conditional - unconditional) * self.params.guidance
         if not np.isfinite(logits).all():
-            raise EngineFailure("the model gave NaN or infinity instead of probabilities.")
+            raise EngineFailure("musicgen gave NaN or infinity instead of probabilities.")
         uniform = self._random.random(len(logits))
         if self.params.temperature == 0:
             return np.asarray(logits.argmax(axis=-1))

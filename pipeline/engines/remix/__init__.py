@@ -4,7 +4,7 @@ In the way of the Infinite Jukebox (Lamere 2012, after Jehan 2005) and of music 
 (Wenner et al. 2013): find the beats and bars, measure how alike the surroundings of every two
 beats are, search the best path of the asked length through the beats, and join its pieces on the
 beat. Each step's module says its method and source; read them in this order: `spectra`, `beats`,
-`bars`, `similarity`, `analysis`, `path`, `render`, `generator`.
+`similarity`, `bars`, `analysis`, `lattice`, `path`, `render`, `generator`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class RemixParams(Params):
         default=0.8,
         ge=0.0,
         le=2.0,
-        description="how far it strays from the original order; 0: the fewest and best joins that give the length",
+        description="how far it strays from the original order; 0: only the joins the length needs",
     )
     crossfade_ms: float = Field(
         default=40.0,

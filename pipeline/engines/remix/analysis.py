@@ -16,6 +16,8 @@ Floats = NDArray[np.float32]
 OFF_DOWNBEAT = 0.1  # what a join loses that is not on a downbeat
 ODD_BARS = (0.0, 0.06, 0.03, 0.06)  # what it loses by the bars it skips, modulo four: phrases have four
 JUST_HEARD = 0.3  # what it loses by going back one bar; less for more bars, nothing for eight
+AT_SECTION = 0.06  # what it gains for leaving where a section ends, and again for entering where one begins
+LOOP_SCORE = 0.8  # of going from the very end to the very start of a track that is made to loop
 LEVEL_S = 0.05  # resolution of the level that shows how the track ends
 QUIET_DB = -30.0  # below the track's usual level: an ending, not a cut
 RINGING_DB = -9.0  # below the usual level for good: the last sound dies away
@@ -52,6 +54,8 @@ def analyse(audio: Audio) -> Analysis:
     lines = bars.find(features, apart) if pulse.tempo_bpm else bars.without_beats(apart)
     similarities, scores = _scores(similarity.join_costs(apart), lines)
     ends, spare_s = _ending(mono)
+    if pulse.tempo_bpm and not ends and _whole_bars(pulse.edges_s, audio.duration_s, lines.meter):
+        similarities[-1, 0] = scores[-1, 0] = LOOP_SCORE
     return Analysis(
         duration_s=audio.duration_s,
         edges_s=pulse.edges_s,
@@ -78,7 +82,7 @@ def _at_analysis_rate(audio: Audio) -> Floats:
 def _scores(costs: Floats, lines: bars.Bars) -> tuple[Floats, Floats]:
     """Similarity of every two edges as a join, and the score the search goes by."""
     n = costs.shape[0]
-    leave, enter = np.indices((n, n))
+    leave, enter = np.arange(n, dtype=np.int32)[:, None], np.arange(n, dtype=np.int32)
     distance = leave - enter
     least = lines.meter if lines.meter > 1 else max(1, min(4, n // 4))
     possible = (distance % lines.meter == 0) & (np.abs(distance) >= least)
@@ -86,14 +90,21 @@ def _scores(costs: Floats, lines: bars.Bars) -> tuple[Floats, Floats]:
     typical = float(np.median(costs[possible])) if possible.any() else 0.0
     similarities = (1.0 - costs / max(typical, 1e-6)).astype(np.float32)
     scores = similarities.copy()
-    bar = max(lines.meter, 4) if lines.meter == 1 else lines.meter
     if lines.meter > 1:
         scores -= np.where((leave - lines.phase) % lines.meter == 0, 0.0, OFF_DOWNBEAT).astype(np.float32)
         scores -= np.asarray(ODD_BARS, np.float32)[distance // lines.meter % 4]
-    back_bars = distance / bar
+    new = np.isin(np.arange(n), lines.sections).astype(np.float32)
+    scores += AT_SECTION * (new[:, None] + new)
+    back_bars = distance / max(lines.meter, 3)
     scores -= np.where(distance > 0, JUST_HEARD * np.clip((8 - back_bars) / 7, 0, 1), 0.0).astype(np.float32)
     scores[~possible] = -np.inf
     return similarities, scores
+
+
+def _whole_bars(edges_s: Doubles, duration_s: float, meter: int) -> bool:
+    """Whether the track is whole bars from its first sample to its last, as loops are."""
+    near = beats.NEAR_EDGE_S
+    return bool((len(edges_s) - 1) % meter == 0 and edges_s[0] <= near and edges_s[-1] >= duration_s - near)
 
 
 def _ending(mono: Floats) -> tuple[bool, float]:

@@ -1,10 +1,10 @@
 """Where bars and sections begin.
 
-A downbeat is louder in the low band, brings the change of harmony and the new section more often than other
-beats (Klapuri et al. 2006, "Analysis of the meter of acoustic musical signals"; Davies and Plumbley 2006). Bars have
-four beats unless beats three and six apart are clearly more alike than beats two and four apart.
-Sections begin where a checkerboard moved along the self-similarity matrix peaks (Foote 2000, "Automatic
-audio segmentation using a measure of audio novelty").
+A downbeat is louder in the low band and brings the change of harmony more often than other beats (Klapuri
+et al. 2006, "Analysis of the meter of acoustic musical signals"). Bars have four beats unless the
+self-similarity at multiples of three, five or seven beats stands out more clearly. Sections begin where a
+checkerboard moved along the self-similarity matrix peaks (Foote 2000, "Automatic audio segmentation
+using a measure of audio novelty").
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pipeline.engines.remix.spectra import Floats
 
 Doubles = NDArray[np.float64]
 
-WALTZ_MARGIN = 0.06  # of the typical distance, by which three must beat four
+METERS = {4: 0.0, 3: 0.02, 5: 0.04, 7: 0.04}  # by how much of the typical distance each must beat four
+LONGEST_LAG = 36  # beats
 SECTION_BARS = 4  # to either side of a section's edge
 SECTION_PEAK = 1.0  # deviations above the mean
 
@@ -48,14 +49,14 @@ def without_beats(apart: Floats) -> Bars:
 
 
 def _meter(apart: Floats) -> int:
-    """3 or 4, by the mean distance between beats that many apart."""
-    n = apart.shape[0]
-    if n < 24:
+    """Beats a bar: the number whose multiples beats most prefer to be alike at."""
+    reach = min(LONGEST_LAG, apart.shape[0] // 2)
+    known = [meter for meter in METERS if 2 * meter <= reach]  # seen twice
+    if 4 not in known:
         return 4
-    lag_mean = {lag: float(np.diagonal(apart, lag).mean()) for lag in (2, 3, 4, 6, 8, 9)}
-    in_three = (lag_mean[3] + lag_mean[6] + lag_mean[9]) / 3
-    in_four = (lag_mean[2] + lag_mean[4] + lag_mean[8]) / 3
-    return 3 if in_three < in_four - WALTZ_MARGIN else 4
+    by_lag = np.array([float(np.diagonal(apart, lag).mean()) for lag in range(1, reach + 2)])
+    dips = 0.5 * (by_lag[:-2] + by_lag[2:]) - by_lag[1:-1]  # of lag 2 and up, against both neighbours
+    return max(known, key=lambda m: float(dips[m - 2 :: m].mean()) - METERS[m])
 
 
 def _accents(features: Features) -> Doubles:

@@ -28,11 +28,12 @@ SLOWEST_BPM, FASTEST_BPM = 55.0, 215.0
 PRIOR_BPM, PRIOR_OCTAVES = 118.0, 0.9
 MULTIPLES = 4  # of the beat period that vote for it
 FINE_MULTIPLES = 24  # that sharpen it afterwards
-CLEAR_PULSE = 0.1
+CLEAR_PULSE = 0.16
 LEAST_BEATS = 8  # fewer say nothing about a tempo
 TIGHTNESS = 400.0  # of the beat tracker: how dearly it pays for leaving the tempo
-STEADY_S = 0.012  # a grid is even when half of the beats lie closer to it than this
-LOCAL_BEATS = 6  # to either side, of the line that smooths an uneven beat
+STEADY_S = 0.006  # a grid is even when half of the beats lie closer to it than this
+LOCAL_BEATS = 2  # to either side, of the line that smooths an uneven beat
+NEAR_EDGE_S = 0.02  # a beat this close to the track's start or end lies on it
 GRID_S = 0.5  # pseudo-beats of music without beats
 STEP = 22  # samples, 1 ms: the resolution of the last shift
 LEAST_GRID = 8  # pseudo-beats, however short the music
@@ -177,7 +178,10 @@ def _attack_shift_s(times_s: Doubles, mono: Floats) -> float:
 def _extend(times_s: Doubles, duration_s: float) -> Doubles:
     """The beats carried on at their end tempos to the edges of the track."""
     head, tail = times_s[1] - times_s[0], times_s[-1] - times_s[-2]
-    before = times_s[0] - head * np.arange(int(times_s[0] / head), 0, -1)
-    after = times_s[-1] + tail * np.arange(1, int((duration_s - times_s[-1]) / tail) + 1)
+    before = times_s[0] - head * np.arange(int(times_s[0] / head) + 1, 0, -1)
+    after = times_s[-1] + tail * np.arange(1, int((duration_s - times_s[-1]) / tail) + 2)
     edges = np.concatenate([before, times_s, after])
-    return np.asarray(edges[(edges >= 0) & (edges <= duration_s)])
+    edges = edges[(edges >= -NEAR_EDGE_S) & (edges <= duration_s + NEAR_EDGE_S)]
+    edges[edges <= NEAR_EDGE_S] = 0.0
+    edges[edges >= duration_s - NEAR_EDGE_S] = duration_s
+    return np.asarray(edges)

@@ -5,9 +5,9 @@ bands) and loudness, each in parts of the beat, so that a note on the off-beat i
 synchronous features: Ellis and Poliner 2007; Jehan 2005). Distances of each kind are divided by their own
 median over the track before they are summed: the unit is "two beats of this track taken at random".
 
-A join plays what led up to edge i and goes on with what follows edge j. It is good when what is heard before i is
-like what led up to j, and what would have followed i is like what follows j, so beats to both sides are
-compared along the diagonal of the self-similarity matrix (Foote 1999), nearest beats first.
+A join plays what led up to edge i and goes on with what follows edge j. It is good when what is heard
+before i is like what led up to j, and what would have followed i is like what follows j, so the beats to both
+sides are compared along the diagonal of the self-similarity matrix (Foote 1999), the nearest weighing most.
 """
 
 from __future__ import annotations
@@ -92,14 +92,13 @@ def _euclidean(rows: Floats) -> Floats:
     inner = rows @ rows.T
     apart = np.sqrt(np.maximum(squares[:, None] + squares - 2.0 * inner, 0.0)).astype(np.float32)
     np.fill_diagonal(apart, 0.0)
-    return apart
+    return np.asarray(apart, np.float32)
 
 
 def join_costs(apart: Floats) -> Floats:
-    """Cost of leaving at edge i to enter at edge j, (beats + 1, beats + 1): mean distance of the beats around.
+    """Cost of leaving at edge i to enter at edge j, (edges, edges): mean distance of the beats around.
 
-    Edge i lies before beat i. Where one side runs off the track only the beats that are there count; an
-    edge pair with none on a side (the first and the last edges) costs infinity, but for i = j.
+    Edge i lies before beat i. Where one side runs off the track only the beats that are there count.
     """
     n = apart.shape[0]
     total, weight = np.zeros((n + 1, n + 1), np.float32), np.zeros((n + 1, n + 1), np.float32)
@@ -111,4 +110,4 @@ def join_costs(apart: Floats) -> Floats:
         inside = slice(low, high)
         total[inside, inside] += share * apart[low + beat : high + beat, low + beat : high + beat]
         weight[inside, inside] += share
-    return total / np.maximum(weight, 1e-9)
+    return np.asarray(total / np.maximum(weight, 1e-9), np.float32)

@@ -1,0 +1,149 @@
+"""CLAP vectors (Wu et al. 2023, arXiv:2211.06687) of whole tracks, on transformers.
+
+The model hears 10 s at 48 kHz. Given more, the library crops at random, and one file no longer
+has one vector (LAION-AI/CLAP #166). So the track is cut here: consecutive windows of exactly
+10 s, the rest dropped; a track under 10 s is one window, repeated and padded by the library. The
+track's vector is the mean of its windows' unit vectors, brought to unit length.
+
+Fusion checkpoints are refused: what they add is a random choice of crops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipeline.engines import pretrained
+from pipeline.engines.base import Embedder, EngineCard, EngineSettings, NoParams, StopFn
+from pipeline.errors import BadCheckpoint, EngineFailure, Stopped
+from pipeline.records import Audio, Embedding, Samples
+from pipeline.weights import Weights
+
+VERSION = "1"
+MODEL_TYPE = "clap"
+DEFAULT_MODEL = "laion/clap-htsat-unfused"
+LICENSE = "Apache-2.0 (CLAP weights)"
+BATCH_WINDOWS = 4  # what of a long track is in memory at once; more is hardly faster on a CPU
+
+
+class ClapEmbedder:
+    """CLAP's audio tower behind the embedder protocol."""
+
+    name = "clap"
+    version = VERSION
+
+    def __init__(self, weights: Weights, model: Any, feature_extractor: Any, device: str) -> None:
+        self.weights = weights
+        self.dim = int(model.config.projection_dim)
+        self._model, self._feature_extractor, self._device = model, feature_extractor, device
+
+    def embed(self, audio: Audio, *, should_stop: StopFn) -> Embedding:
+        """Embed one track: a vector per 10 s and their mean.
+
+        Raises:
+            Stopped: within a few windows of `should_stop` turning true.
+            EngineFailure: the model gave NaN.
+        """
+        from pipeline.audio import resample
+
+        rate = self._feature_extractor.sampling_rate
+        mono = resample(Audio(audio.mono()[None], audio.sample_rate), rate).samples[0]
+        windows = cut(mono, self._feature_extractor.nb_max_samples)
+        vectors = []
+        for start in range(0, len(windows), BATCH_WINDOWS):
+            if should_stop():
+                raise Stopped("clap was asked to stop.")
+            vectors.append(self._vectors(windows[start : start + BATCH_WINDOWS]))
+        raw = np.concatenate(vectors)
+        if not np.isfinite(raw).all() or not raw.any(axis=-1).all():
+            raise EngineFailure("clap gave NaN, infinity or nothing instead of a vector.")
+        window_vectors = unit(raw)
+        ends_s = np.cumsum([len(window) for window in windows]) / rate
+        starts_s = np.concatenate([[0.0], ends_s[:-1]])
+        return Embedding(
+            track=unit(window_vectors.mean(axis=0, dtype=np.float64)),
+            windows=window_vectors,
+            times_s=np.stack([starts_s, ends_s], axis=1).astype(np.float32),
+        )
+
+    def _vectors(self, windows: list[Samples]) -> Samples:
+        import torch
+
+        features = self._feature_extractor(
+            windows,
+            sampling_rate=self._feature_extractor.sampling_rate,
+            truncation="rand_trunc",  # of exact windows there is nothing to truncate
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            vectors = self._model(input_features=features["input_features"].to(self._device)).audio_embeds
+        return np.asarray(vectors.to("cpu", torch.float32).numpy())
+
+
+def cut(mono: Samples, window: int) -> list[Samples]:
+    """Consecutive windows of exactly `window` samples, without the rest; all of a shorter track."""
+    whole = len(mono) // window
+    return [mono[i * window : (i + 1) * window] for i in range(whole)] or [mono]
+
+
+def unit(vectors: np.ndarray[Any, Any]) -> Samples:
+    """Along the last axis, scaled to length 1; float32."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
+    return np.asarray(vectors / lengths, dtype=np.float32)
+
+
+def load_clap(weights: Weights, device: str = "cpu", threads: int | None = None) -> ClapEmbedder:
+    """Load a checkpoint's audio tower in float32. `threads` is torch's, for the whole process.
+
+    Raises:
+        BadCheckpoint: another kind of model, a fusion one, or files are missing or damaged.
+        MissingPackage: torch or transformers isn't installed.
+        ConfigError: there is no such device.
+    """
+    config = pretrained.check_folder(weights.folder, MODEL_TYPE, DEFAULT_MODEL)
+    if (config.get("audio_config") or {}).get("enable_fusion"):
+        raise BadCheckpoint(
+            f"{weights.model} is a fusion checkpoint, which looks at random parts of a track: "
+            f"use an unfused one, such as {DEFAULT_MODEL}."
+        )
+    pretrained.import_packages("clap", "torch", "transformers")
+    import transformers
+
+    pretrained.prepare(device, threads)
+    extractor = pretrained.load_part(transformers.ClapFeatureExtractor, weights.folder)
+    # Half the model is its text tower, which nothing here needs.
+    audio_config = pretrained.load_part(transformers.ClapConfig, weights.folder).audio_config
+    model = pretrained.load_model(
+        transformers.ClapAudioModelWithProjection, weights.folder, device, config=audio_config
+    )
+    return ClapEmbedder(weights, model, extractor, device)
+
+
+def license_of(model: str | None) -> str:
+    """The weights' licence, as far as it can be known."""
+    return LICENSE if model in (None, DEFAULT_MODEL) else f"that of the checkpoint {model}"
+
+
+def _load(settings: EngineSettings) -> Embedder:
+    from pipeline import weights
+
+    model = settings.model or DEFAULT_MODEL
+    found = weights.locate(model, settings.revision, settings.cache_dir)
+    found = found or weights.fetch(model, settings.revision, settings.cache_dir)
+    return load_clap(found, settings.device, settings.threads)
+
+
+ENGINE = EngineCard(
+    name="clap",
+    stage="embed",
+    version=VERSION,
+    summary="CLAP vectors in 10 s windows: what the track sounds like, comparable between tracks",
+    params=NoParams,
+    load=_load,
+    packages=("torch", "transformers"),
+    install="pip install -r requirements.txt",
+    default_model=DEFAULT_MODEL,
+    license_of=license_of,
+    rank=10,
+)

@@ -1,0 +1,61 @@
+"""From a track to its vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engines.base import StopFn
+from pipeline.engines.descriptors.features import RATE_HZ, measured
+from pipeline.engines.descriptors.layout import DIM, VERSION, scaled
+from pipeline.errors import EngineFailure, Stopped
+from pipeline.records import Audio, Embedding
+
+WINDOW_S = 10.0
+SHORTEST_S = 5.0  # a shorter tail joins the window before it
+
+
+class DescriptorsEmbedder:
+    """The descriptors behind the embedder protocol."""
+
+    name = "descriptors"
+    version = VERSION
+    dim = DIM
+
+    def embed(self, audio: Audio, *, should_stop: StopFn) -> Embedding:
+        """Embed one track of any rate, length and number of channels.
+
+        Raises:
+            Stopped: within one window of `should_stop` turning true.
+            EngineFailure: the samples hold NaN or infinity.
+        """
+        from pipeline.audio import resample
+
+        mono = resample(Audio(audio.mono()[None], audio.sample_rate), RATE_HZ).samples[0]
+        edges = window_edges(mono.size)
+        rows = []
+        for start, stop in edges:
+            if should_stop():
+                raise Stopped("descriptors was asked to stop.")
+            if not np.isfinite(mono[start:stop]).all():
+                raise EngineFailure("descriptors can't measure samples that are not finite numbers.")
+            rows.append(unit(scaled(measured(mono[start:stop]))))
+        windows = np.stack(rows)
+        times_s = np.minimum(np.array(edges) / RATE_HZ, audio.duration_s)
+        return Embedding(
+            track=unit(np.diff(edges, axis=1)[:, 0] @ windows).astype(np.float32),
+            windows=windows.astype(np.float32),
+            times_s=times_s.astype(np.float32),
+        )
+
+
+def unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scaled to length 1."""
+    return np.asarray(vector / np.linalg.norm(vector))
+
+
+def window_edges(n_samples: int) -> list[tuple[int, int]]:
+    """First and last sample (exclusive) of each window at RATE_HZ: see the module's text for the tail."""
+    size, shortest = round(WINDOW_S * RATE_HZ), round(SHORTEST_S * RATE_HZ)
+    starts = list(range(0, max(1, n_samples - shortest + 1), size))
+    return list(zip(starts, [*starts[1:], n_samples], strict=True))

@@ -1,0 +1,167 @@
+"""The raw numbers of one window, block by block, all from one STFT."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.records import Samples
+
+Vector = NDArray[np.float64]
+
+RATE_HZ = 22050
+N_FFT, HOP = 4096, 512
+FRAMES_PER_S = RATE_HZ / HOP
+N_MELS, N_MFCC = 40, 13
+FLOOR = 1e-5  # of a window's mean power: what lies 50 dB below it is as good as silent
+CONTRAST_EDGES_HZ = 200.0 * 2.0 ** np.arange(6)  # six octaves with the open last one
+CHORD_FRAMES = 16  # 0.37 s
+SLOWEST_BPM, TEMPO_OCTAVES, BANDS_PER_OCTAVE = 37.5, 3, 8
+
+
+def power_spectra(samples: Samples) -> Samples:
+    """Power of each frame that lies wholly inside, float32, (frames, N_FFT // 2 + 1)."""
+    from scipy import fft, signal
+
+    padded = np.pad(samples, (0, max(0, N_FFT - samples.size)))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP]
+    window = signal.get_window("hann", N_FFT).astype(np.float32)
+    spectra = fft.rfft(frames * window, axis=1)
+    return np.asarray(spectra.real**2 + spectra.imag**2, dtype=np.float32)
+
+
+def folded(spectra: Samples, bank: Samples) -> Samples:
+    """Sums over bins, (frames, bins) and (bands, bins) to (frames, bands).
+
+    Not by matrix product: BLAS rounds otherwise with another number of threads.
+    """
+    return np.asarray(np.einsum("tf,bf->tb", spectra, bank))
+
+
+def decibels(power: NDArray[Any]) -> Vector:
+    """Power relative to the mean over everything given, in dB, not below FLOOR."""
+    mean = float(power.mean(dtype=np.float64)) or 1.0
+    return np.asarray(10 * np.log10(power.astype(np.float64) / mean + FLOOR))
+
+
+def mean_and_deviation(values: Vector) -> Vector:
+    """Over frames, (frames, n) to (2 n,)."""
+    return np.concatenate([values.mean(axis=0), values.std(axis=0)])
+
+
+def timbre(mel_db: Vector) -> Vector:
+    """Blocks timbre and motion. The zeroth coefficient, the level, is left out."""
+    from scipy import fft
+
+    return mean_and_deviation(fft.dct(mel_db, type=2, norm="ortho", axis=1)[:, 1 : N_MFCC + 1])
+
+
+def spectrum(power: Samples, mel: Samples, hz: Vector) -> Vector:
+    """Block spectrum. Octaves are relative to 1 kHz."""
+    weights = power[:, 1:] + FLOOR * float(power.mean()) + np.finfo(np.float32).tiny
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    octaves = np.log2(hz[1:] / 1000).astype(np.float32)
+    centroid = folded(weights, octaves[None])[:, 0]
+    spread = np.sqrt(np.maximum(folded(weights, octaves[None] ** 2)[:, 0] - centroid**2, 0))
+    flatness = decibels(mel).mean(axis=1) - 10 * np.log10(mel.mean(axis=1) / (mel.mean() or 1.0) + FLOOR)
+    shape = np.stack([centroid, spread, flatness], axis=1).astype(np.float64)
+    return np.concatenate([mean_and_deviation(shape), contrast(power, hz)])
+
+
+def contrast(power: Samples, hz: Vector) -> Vector:
+    """Peaks over valleys in dB, the means of each octave's strongest and weakest fifth of bins."""
+    edges = np.searchsorted(hz, [*CONTRAST_EDGES_HZ, hz[-1]])
+    floor = FLOOR * float(power.mean()) + np.finfo(np.float32).tiny
+    contrasts = []
+    for low, high in pairwise(edges):
+        fifth = max(1, (high - low) // 5)
+        ordered = np.partition(power[:, low:high], (fifth - 1, high - low - fifth), axis=1)
+        peak, valley = ordered[:, -fifth:].mean(axis=1), ordered[:, :fifth].mean(axis=1)
+        contrasts.append(float(np.mean(10 * np.log10((peak + floor) / (valley + floor)))))
+    return np.array(contrasts)
+
+
+def harmony(power: Samples, chroma_bank: Samples) -> Vector:
+    """Blocks chords and key."""
+    chroma = folded(np.sqrt(power), chroma_bank)
+    chroma = chroma - chroma.min(axis=1, keepdims=True)  # drums and noise fill all classes alike
+    starts = np.arange(0, chroma.shape[0], CHORD_FRAMES)
+    chords = unit_sum(np.add.reduceat(chroma, starts, axis=0).astype(np.float64))
+    whole = unit_sum(chroma.sum(axis=0, dtype=np.float64)[None])
+    planes = np.fft.rfft(chords, axis=1)[:, 1:]
+    steps = np.linalg.norm(np.diff(planes, axis=0), axis=1) if len(chords) > 1 else np.zeros(1)
+    entropy = -np.sum(whole * np.log2(whole + 1e-12))
+    invariant = [np.abs(planes).mean(axis=0), np.abs(np.fft.rfft(whole[0]))[1:]]
+    return np.concatenate([*invariant, [entropy, steps.mean(), steps.std()], whole[0] - 1 / 12])
+
+
+def unit_sum(chroma: Vector) -> Vector:
+    """Each row over its sum; a row of zeros becomes even."""
+    total = chroma.sum(axis=1, keepdims=True)
+    return np.asarray(np.where(total > 0, chroma / np.where(total > 0, total, 1), 1 / 12))
+
+
+def rhythm(mel_db: Vector, mel_hz: Vector) -> Vector:
+    """Blocks tempo and pulse, from the rise of the mel bands' levels."""
+    from scipy import signal
+
+    rises = np.maximum(np.diff(mel_db, axis=0, prepend=mel_db[:1]), 0)
+    onsets = rises.mean(axis=1)
+    tempo = periodicity(onsets)
+    level = float(onsets.mean())
+    peaks, _ = signal.find_peaks(onsets, height=1.5 * level + 1e-6, distance=round(0.07 * FRAMES_PER_S))
+    by_band = rises.mean(axis=0)
+    total = float(by_band.sum()) or 1.0
+    low, high = by_band[mel_hz < 250].sum() / total, by_band[mel_hz > 2500].sum() / total
+    density = peaks.size * FRAMES_PER_S / onsets.size
+    return np.concatenate([tempo, [tempo.max(), density, onsets.std() / (level or 1.0), low, high]])
+
+
+def periodicity(onsets: Vector) -> Vector:
+    """Normalized autocorrelation, the largest value within each band of lags, slowest band first."""
+    from scipy import signal
+
+    curve = onsets - onsets.mean()
+    n = curve.size
+    correlation = signal.correlate(curve, curve, method="fft")[n - 1 :] / np.arange(n, 0, -1)
+    correlation /= correlation[0] if correlation[0] > 1e-9 else 1.0
+    points = TEMPO_OCTAVES * BANDS_PER_OCTAVE * 4
+    bpm = SLOWEST_BPM * 2.0 ** ((np.arange(points) + 0.5) / (4 * BANDS_PER_OCTAVE))
+    lags = 60 * FRAMES_PER_S / bpm
+    at_lags = np.where(lags < 0.75 * n, np.interp(lags, np.arange(n), correlation), 0.0)
+    return np.asarray(at_lags.reshape(-1, 4).max(axis=1))
+
+
+def dynamics(samples: Samples, power: Samples) -> Vector:
+    """Block dynamics."""
+    level_db = decibels(power.sum(axis=1))
+    p10, p50, p95 = np.percentile(level_db, [10, 50, 95])
+    steps = np.abs(np.diff(level_db)).mean() if level_db.size > 1 else 0.0
+    crest_db = 20 * np.log10(float(np.abs(samples).max()) + 1e-3)
+    return np.array([level_db.std(), p95 - p50, p50 - p10, steps, np.mean(level_db < -6), crest_db])
+
+
+def measured(samples: Samples) -> Vector:
+    """The raw numbers of one window of mono at RATE_HZ, float64, (DIM,), before any scaling."""
+    from librosa.filters import chroma, mel
+
+    rms = float(np.sqrt(np.mean(samples.astype(np.float64) ** 2)))
+    level = samples / np.float32(rms) if rms > 1e-7 else np.zeros_like(samples)
+    power = power_spectra(level)
+    hz = np.arange(N_FFT // 2 + 1, dtype=np.float64) * RATE_HZ / N_FFT
+    mel_bank = mel(sr=RATE_HZ, n_fft=N_FFT, n_mels=N_MELS, fmin=30.0)
+    bands = folded(power, mel_bank)
+    mel_db = decibels(bands)
+    chroma_bank = chroma(sr=RATE_HZ, n_fft=N_FFT, ctroct=5.0, octwidth=1.0).astype(np.float32)
+    return np.concatenate(
+        [
+            timbre(mel_db),
+            spectrum(power, bands, hz),
+            harmony(power, chroma_bank),
+            rhythm(mel_db, hz[mel_bank.argmax(axis=1)]),
+            dynamics(level, power),
+        ]
+    )

@@ -1,0 +1,89 @@
+"""Sound files for the tests, all made on the spot."""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+
+from pipeline.records import Samples
+
+# Container, codec and options of what FFmpeg can write here: name -> (format, codec, sample rate, options).
+FFMPEG_FILES: dict[str, tuple[str, str, int, dict[str, str]]] = {
+    "aac-index-last": ("ipod", "aac", 44100, {}),
+    "aac-index-first": ("mp4", "aac", 44100, {"movflags": "+faststart"}),
+    "aac-fragments": ("mp4", "aac", 44100, {"movflags": "+frag_keyframe+empty_moov"}),
+    "aac-adts": ("adts", "aac", 44100, {}),
+    "alac": ("ipod", "alac", 44100, {}),
+    "mp3": ("mp3", "libmp3lame", 44100, {}),
+    "mp2": ("mp2", "mp2", 44100, {}),
+    "opus": ("ogg", "libopus", 48000, {}),
+    "webm": ("webm", "libopus", 48000, {}),
+    "mka": ("matroska", "flac", 44100, {}),
+    "wma": ("asf", "wmav2", 44100, {}),
+    "aiff": ("aiff", "pcm_s16be", 44100, {}),
+    "caf": ("caf", "pcm_s16le", 44100, {}),
+    "w64": ("w64", "pcm_s16le", 44100, {}),
+    "au": ("au", "pcm_s16be", 44100, {}),
+    "avi": ("avi", "pcm_s16le", 44100, {}),
+    "wavpack": ("wv", "wavpack", 44100, {}),
+    "rf64": ("wav", "pcm_s24le", 44100, {"rf64": "always"}),
+}
+
+
+def tones(seconds: float, rate: int, channels: int = 2) -> Samples:
+    """A sine of another pitch in every channel, 0.4 of full scale, float32 (samples, channels)."""
+    t = np.arange(round(seconds * rate)) / rate
+    rows = [0.4 * np.sin(2 * np.pi * (220 + 110 * channel) * t) for channel in range(channels)]
+    return np.stack(rows, axis=1).astype(np.float32)
+
+
+def sndfile_bytes(samples: Samples, rate: int, container: str, subtype: str | None = None) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=container, subtype=subtype)
+    return file.getvalue()
+
+
+def ffmpeg_bytes(path: Path, name: str, seconds: float = 3.0) -> tuple[bytes, Samples, int]:
+    """The bytes of one of FFMPEG_FILES, the samples that went in and their rate."""
+    container, codec, rate, options = FFMPEG_FILES[name]
+    samples = tones(seconds, rate)
+    with av.open(str(path), "w", format=container, options=options) as output:
+        stream = output.add_stream(codec, rate=rate, bit_rate=128_000, layout="stereo")
+        context = stream.codec_context
+        context.format = stream.codec.audio_formats[0]
+        context.open()
+        for frame in _frames(samples, rate, context.format.name, context.frame_size or 4096):
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path.read_bytes(), samples, rate
+
+
+def _frames(samples: Samples, rate: int, sample_format: str, size: int) -> list[av.AudioFrame]:
+    convert = av.AudioResampler(format=sample_format, layout="stereo", rate=rate)
+    frames = []
+    for start in range(0, len(samples), size):
+        packed = np.ascontiguousarray(samples[start : start + size]).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        frames += convert.resample(frame)
+    return frames
+
+
+def silent_film(path: Path, container: str, codec: str, n_frames: int = 25) -> bytes:
+    """A small film (or with one frame, a picture) without any sound."""
+    with av.open(str(path), "w", format=container) as output:
+        stream = output.add_stream(codec, rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "rgb24" if codec == "png" else "yuv420p"
+        for index in range(n_frames):
+            picture = np.full((64, 64, 3), index * 5, dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=stream.pix_fmt)
+            frame.pts = index
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path.read_bytes()

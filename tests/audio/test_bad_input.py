@@ -1,0 +1,220 @@
+"""What can't be processed ends in one clear sentence, and a sound file can't make FFmpeg open others."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sounds import FFMPEG_FILES, ffmpeg_bytes, silent_film, sndfile_bytes, tones
+
+from pipeline.audio import DecodeLimits, decode
+from pipeline.audio.decode import decode_file
+from pipeline.errors import BadAudio
+
+LIMITS = DecodeLimits()
+
+
+def complaint(path: Path, data: bytes, limits: DecodeLimits = LIMITS) -> str:
+    path.write_bytes(data)
+    with pytest.raises(BadAudio) as caught:
+        decode(path, sample_rate=44100, limits=limits)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name not in message  # the caller says which file
+    return message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"This is text, not music.\n" * 400,
+        b"\xff\xfb\x90\x00 and text " * 300,  # the sync word of MPEG audio, by chance
+        np.random.default_rng(0).bytes(200_000),
+        bytes(100_000),
+        b"x",
+        b"ID3\x04\x00\x00\x00\x00\x00\x05hello",
+        b"fLaC",
+        b"\x1a\x45\xdf\xa3",
+    ],
+    ids=["text", "sync", "random", "zeros", "one byte", "tag alone", "flac magic", "matroska magic"],
+)
+def test_what_is_no_sound_is_said_to_be_none(tmp_path: Path, data: bytes) -> None:
+    assert complaint(tmp_path / "renamed.mp3", data) == "is not audio in a format that can be read"
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    assert complaint(tmp_path / "x.wav", b"") == "is empty: it has 0 bytes"
+
+
+def test_a_picture_is_no_audio(tmp_path: Path) -> None:
+    picture = silent_film(tmp_path / "picture", "image2pipe", "png", 1)
+    assert complaint(tmp_path / "x.mp3", picture) == "is not audio in a format that can be read"
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mpeg4"), ("mpegts", "mpeg2video"), ("flv", "flv")],
+)
+def test_a_film_without_sound_is_called_so(tmp_path: Path, container: str, codec: str) -> None:
+    film = silent_film(tmp_path / "film", container, codec)
+    assert complaint(tmp_path / "the-file", film) == "has no audio stream"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
+@pytest.mark.parametrize(
+    ("container", "subtype", "has_total"),
+    [
+        ("WAV", "PCM_16", True),
+        ("WAV", "FLOAT", True),
+        ("RF64", "PCM_16", True),
+        ("FLAC", "PCM_16", True),
+        ("MP3", None, True),
+        ("OGG", "VORBIS", False),
+        ("OGG", "OPUS", False),
+    ],
+)
+def test_a_cut_file_says_how_much_of_it_is_there(
+    tmp_path: Path, container: str, subtype: str | None, has_total: bool, share: float
+) -> None:
+    rate = 48000 if subtype == "OPUS" else 44100
+    data = sndfile_bytes(tones(8.0, rate), rate, container, subtype)
+    message = complaint(tmp_path / "the-file", data[: int(len(data) * share)])
+    assert "is cut off" in message
+    if has_total:
+        present_s, promised_s = (float(word) for word in message.split() if word[0].isdigit())
+        assert promised_s == pytest.approx(8.0, abs=0.06)
+        assert present_s == pytest.approx(8.0 * share, abs=0.45)  # what it takes to write the header
+    else:
+        assert "its last page is missing" in message
+
+
+@pytest.mark.parametrize("name", sorted(FFMPEG_FILES))
+def test_cut_files_of_ffmpeg_are_found_out(tmp_path: Path, name: str) -> None:
+    data, _, _ = ffmpeg_bytes(tmp_path / "written", name)
+    for share in (0.37, 0.93):  # inside a frame: a cut between two of MP2 or ADTS can't be seen
+        assert "cut off" in complaint(tmp_path / "the-file", data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("container", ["FLAC", "MP3", "OGG", "WAV"])
+def test_one_missing_byte_is_enough(tmp_path: Path, container: str) -> None:
+    data = sndfile_bytes(tones(2.0, 44100), 44100, container)
+    assert "is cut off" in complaint(tmp_path / "the-file", data[:-1])
+
+
+def test_a_hole_in_an_ogg_is_not_taken_for_its_end(tmp_path: Path) -> None:
+    data = bytearray(sndfile_bytes(tones(8.0, 44100), 44100, "OGG"))
+    half = len(data) // 2
+    data[half : half + 50] = bytes(50)
+    assert "is cut off or damaged" in complaint(tmp_path / "the-file", bytes(data))
+
+
+def test_ogg_streams_one_after_another_are_refused_rather_than_half_read(tmp_path: Path) -> None:
+    data = sndfile_bytes(tones(2.0, 44100), 44100, "OGG")
+    assert "several Ogg streams" in complaint(tmp_path / "the-file", data + data)
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
+def test_a_cut_file_is_taken_as_it_is_when_asked_to(
+    tmp_path: Path, container: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = sndfile_bytes(tones(8.0, 44100), 44100, container)
+    (tmp_path / "the-file").write_bytes(data[: len(data) * 3 // 4])
+    audio, info = decode(tmp_path / "the-file", sample_rate=44100, limits=DecodeLimits(accept_truncated=True))
+    assert 4.0 < audio.duration_s == info.duration_s < 6.5
+    assert np.std(audio.samples) == pytest.approx(0.4 * 0.5**0.5, rel=0.1)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("channels", [1, 6])
+def test_a_sample_that_is_no_number_is_found_with_its_time(
+    tmp_path: Path, value: float, channels: int
+) -> None:
+    sound = tones(3.0, 44100, channels).astype(np.float64)
+    sound[66150, min(3, channels - 1)] = value  # of six, the low-frequency one, which is not mixed in
+    message = complaint(tmp_path / "the-file", sndfile_bytes(sound, 44100, "WAV", "DOUBLE"))
+    assert message == "has a sample that is not a finite number at 1.500 s"
+
+
+@pytest.mark.parametrize(
+    ("rate", "shape", "limits", "says"),
+    [
+        (44100, (1, 0.1), LIMITS, "is too short: 0.10 s, at least 1 s are needed"),
+        (44100, (1, 3.0), DecodeLimits(max_duration_s=2.0), "is too long: more than 2 s"),
+        (44100, (1, 3.0), DecodeLimits(max_bytes=1000), "is too big: 264,644 bytes, the limit is 1,000"),
+        (44100, (9, 1.5), LIMITS, "has 9 channels; up to 8 can be used"),
+        (7999, (1, 1.5), LIMITS, "has a sample rate of 7999 Hz; 8000 to 192000 can be used"),
+        (193000, (1, 1.5), LIMITS, "has a sample rate of 193000 Hz; 8000 to 192000 can be used"),
+        (44100, (1, 0.0), LIMITS, "has no sound in it: not one sample can be decoded"),
+    ],
+)
+def test_limits_are_named(
+    tmp_path: Path, rate: int, shape: tuple[int, float], limits: DecodeLimits, says: str
+) -> None:
+    channels, seconds = shape
+    data = sndfile_bytes(tones(seconds, rate, channels), rate, "WAV", "PCM_16")
+    assert complaint(tmp_path / "the-file", data, limits) == says
+
+
+def test_playlists_open_nothing(tmp_path: Path) -> None:
+    good = tmp_path / "good.wav"
+    good.write_bytes(sndfile_bytes(tones(3.0, 44100), 44100, "WAV"))
+    playlists = [
+        f"ffconcat version 1.0\nfile '{good}'\n",
+        "ffconcat version 1.0\nfile good.wav\n",
+        f"#EXTM3U\n#EXTINF:3,\n{good}\n",
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{good}\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+        f"[playlist]\nFile1={good}\nNumberOfEntries=1\n",
+    ]
+    for text in playlists:
+        message = complaint(tmp_path / "list.m3u8", text.encode())
+        assert message == "is not audio in a format that can be read"
+
+
+def test_a_folder_or_a_pipe_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "x.wav").mkdir()
+    os.mkfifo(tmp_path / "pipe.wav")
+    for name in ("x.wav", "pipe.wav"):
+        with pytest.raises(BadAudio, match="is not a file"):
+            decode(tmp_path / name, sample_rate=44100, limits=LIMITS)
+
+
+def test_an_unreadable_file_says_permission_denied(tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    path.write_bytes(sndfile_bytes(tones(1.5, 44100), 44100, "WAV"))
+    path.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root reads everything
+        with pytest.raises(BadAudio, match=r"^can't be read: permission denied$"):
+            decode(path, sample_rate=44100, limits=LIMITS)
+    finally:
+        os.seteuid(user)
+
+
+def test_a_file_that_is_gone_is_not_bad_audio(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        decode(tmp_path / "gone.wav", sample_rate=44100, limits=LIMITS)
+
+
+class FailingDisk(io.BytesIO):
+    """Reads fail behind the first 100 kB."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell() > 100_000:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3", "AIFF"])
+def test_a_failing_disk_is_not_the_files_fault(container: str) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (44100 * 10, 2)).astype(np.float32)
+    data = sndfile_bytes(noise, 44100, container)
+    with pytest.raises(OSError, match="Input/output error"):
+        decode_file(FailingDisk(data), len(data), sample_rate=44100, limits=LIMITS)

@@ -1,0 +1,60 @@
+"""Resampling keeps length and level; trimming cuts silence and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.audio import resample, trim_silence
+from pipeline.errors import BadAudio
+from pipeline.records import Audio
+
+
+def tone(rate: int, seconds: float) -> Audio:
+    t = np.arange(round(rate * seconds)) / rate
+    return Audio(np.stack([0.5 * np.sin(2 * np.pi * 440 * t)] * 2).astype(np.float32), rate)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(44100, 32000), (44100, 48000), (8000, 44100), (192000, 32000)]
+)
+def test_resampling_keeps_length_level_and_pitch(before: int, after: int) -> None:
+    audio, expected = resample(tone(before, 2.0), after), tone(after, 2.0)
+    assert audio.samples.shape == expected.samples.shape
+    assert audio.samples.dtype == np.float32
+    inner = slice(after // 10, -after // 10)  # away from the ends, where the filter sees nothing
+    assert np.max(np.abs(audio.samples[:, inner] - expected.samples[:, inner])) < 1e-5
+
+
+def test_nothing_is_done_at_the_same_rate() -> None:
+    audio = tone(44100, 1.0)
+    assert resample(audio, 44100) is audio
+
+
+def test_silence_is_cut_at_both_ends_but_for_the_margin() -> None:
+    sound = tone(44100, 1.0).samples
+    hush = (1e-4 * np.random.default_rng(8).standard_normal((2, 44100))).astype(np.float32)  # -80 dBFS
+    hush[0, 5000] = 0.005  # a lone click
+    audio = trim_silence(Audio(np.concatenate([hush, sound, hush], axis=1), 44100), keep_s=0.05)
+    keep = 2205
+    assert np.array_equal(audio.samples, np.concatenate([hush[:, -keep:], sound, hush[:, :keep]], axis=1))
+
+
+def test_a_pause_inside_and_a_sound_in_one_channel_stay() -> None:
+    samples = np.zeros((2, 44100 * 14), dtype=np.float32)
+    samples[0, 44100:46000] = 0.1
+    samples[1, 44100 * 13 : 44100 * 13 + 2000] = 0.1  # more than 10 s later, in the other channel
+    audio = trim_silence(Audio(samples, 44100), keep_s=0.0)
+    assert audio.duration_s == pytest.approx(12.0 + 2000 / 44100, abs=0.021)
+
+
+def test_sound_to_both_ends_is_left_as_it_is() -> None:
+    audio = tone(44100, 1.005)
+    assert np.array_equal(trim_silence(audio).samples, audio.samples)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-4])
+def test_silence_throughout_is_an_error(level: float) -> None:
+    hush = (level * np.random.default_rng(9).standard_normal((1, 44100))).astype(np.float32)
+    with pytest.raises(BadAudio, match="is silent: nothing in it is above -60 dBFS"):
+        trim_silence(Audio(hush, 44100))

@@ -1,0 +1,110 @@
+"""WAV files: readable by others, the same bytes every day, dithered, tagged, never clipped."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from pipeline.audio import read_wav_tags, write_wav
+from pipeline.audio.wav import BitDepth
+from pipeline.records import Audio, Samples
+
+TAGS = {
+    "title": "Nächte – 夜 🎹",
+    "software": "pipeline 1",
+    "comment": '{"seed": 7}',
+    "copyright": "CC-BY-NC 4.0",
+}
+
+
+def noise(channels: int = 2, n: int = 70_001) -> Samples:
+    return np.random.default_rng(7).uniform(-0.9, 0.9, (channels, n)).astype(np.float32)
+
+
+def wav_bytes(samples: Samples, bit_depth: BitDepth, tags: dict[str, str] = TAGS) -> bytes:
+    file = io.BytesIO()
+    write_wav(file, Audio(samples, 44100), bit_depth=bit_depth, tags=tags)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("bit_depth", "subtype", "tolerance"),
+    [(16, "PCM_16", 1.5 * 2.0**-15), (24, "PCM_24", 2.0**-24), ("float", "FLOAT", 0.0)],
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_libsndfile_reads_what_was_written(
+    bit_depth: BitDepth, subtype: str, tolerance: float, channels: int
+) -> None:
+    samples = noise(channels)
+    with soundfile.SoundFile(io.BytesIO(wav_bytes(samples, bit_depth))) as file:
+        assert (file.subtype, file.samplerate, file.channels) == (subtype, 44100, channels)
+        assert (file.title, file.comment) == (TAGS["title"], TAGS["comment"])
+        read = file.read(dtype="float64", always_2d=True).T
+    assert read.shape == samples.shape
+    assert np.max(np.abs(read - samples)) <= tolerance * 1.0001
+
+
+PINNED = {16: "28078686491f486c", 24: "2fd1f681c1bc2251", "float": "9c4dcb0036a1c9df"}
+
+
+def test_the_bytes_depend_on_nothing_but_the_arguments() -> None:
+    """Pinned: a clock, a library's version or a random state in the file would change them."""
+    samples = np.linspace(-1, 1, 2000, dtype=np.float32).reshape(2, 1000)
+    digests = {
+        depth: hashlib.sha256(wav_bytes(samples, depth, {"title": "x"})).hexdigest()[:16]
+        for depth in (16, 24, "float")
+    }
+    assert digests == PINNED
+    assert b"PEAK" not in wav_bytes(samples, "float")
+
+
+def test_sizes_are_even_and_as_stated() -> None:
+    data = wav_bytes(noise(1, 1001), 24, {"title": "odd"})
+    assert len(data) % 2 == 0
+    assert int.from_bytes(data[4:8], "little") == len(data) - 8
+
+
+def test_dither_is_triangular_and_leaves_digital_silence_alone() -> None:
+    samples = np.zeros((1, 200_000), dtype=np.float32)
+    samples[0, 100_000:] = 0.3 * 2.0**-15  # a constant of 0.3 steps: rounding alone would lose it
+    read = soundfile.read(io.BytesIO(wav_bytes(samples, 16)), dtype="int16")[0]
+    assert not read[:100_000].any()
+    assert np.mean(read[100_000:]) == pytest.approx(0.3, abs=0.01)  # kept, on average
+    assert np.var(read[100_000:]) == pytest.approx(
+        0.25, abs=0.01
+    )  # TPDF: a quarter step squared, whatever the signal
+
+
+def test_full_scale_does_not_wrap() -> None:
+    samples = np.array([[1.0, -1.0] * 500], dtype=np.float32)
+    for depth in (16, 24):
+        read = soundfile.read(io.BytesIO(wav_bytes(samples, depth)), dtype="float64")[0]
+        assert np.all(np.sign(read) == samples[0])
+        assert np.max(np.abs(read - samples[0])) < 2.5 * 2.0**-15
+
+
+@pytest.mark.parametrize("value", [1.001, -1.001, np.nan, np.inf])
+@pytest.mark.parametrize("bit_depth", [16, 24, "float"])
+def test_what_would_clip_is_refused(value: float, bit_depth: BitDepth) -> None:
+    samples = noise(1, 100)
+    samples[0, 50] = value
+    with pytest.raises(ValueError, match="a WAV file holds -1 to 1"):
+        wav_bytes(samples, bit_depth)
+
+
+def test_tags_come_back_in_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    path.write_bytes(wav_bytes(noise(), 16))
+    assert read_wav_tags(path) == TAGS
+    path.write_bytes(wav_bytes(noise(), 16, {}))
+    assert read_wav_tags(path) == {}
+
+
+def test_an_unknown_tag_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown WAV tags: colour"):
+        wav_bytes(noise(), 16, {"colour": "blue"})

@@ -1,0 +1,85 @@
+"""What the model is told of melody and prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tones import tones
+
+from pipeline.engines.musicgen import conditioning
+from pipeline.records import Audio
+
+RATE_HZ, WINDOW = 32000, 960_000
+
+
+def chroma_of(musicgen: Any, audio: Audio) -> np.ndarray:
+    extractor = musicgen.checkpoint.feature_extractor
+    return conditioning.chroma(extractor, conditioning.melody(audio, RATE_HZ, WINDOW)).numpy()
+
+
+def test_chroma_is_the_feature_extractors_of_the_same_sound(musicgen: Any) -> None:
+    """Reference: transformers' extractor on 30 s of mono, cut by hand; equal bit for bit."""
+    audio = tones(440.0, 523.25, 659.26, 880.0, seconds=33.0, sample_rate=RATE_HZ)
+    expected = musicgen.checkpoint.feature_extractor(
+        audio.samples[0, :WINDOW], sampling_rate=RATE_HZ, return_tensors="np"
+    )["input_features"]
+    np.testing.assert_array_equal(chroma_of(musicgen, audio), expected)
+
+
+@pytest.mark.parametrize(
+    ("pitch_hz", "pitch_class"), [(261.63, 0), (329.63, 4), (440.0, 9), (466.16, 10), (987.77, 11)]
+)
+@pytest.mark.parametrize("sample_rate", [32000, 44100])
+def test_a_tone_lights_its_own_pitch_class_alone(
+    musicgen: Any, pitch_hz: float, pitch_class: int, sample_rate: int
+) -> None:
+    chroma = chroma_of(musicgen, tones(pitch_hz, seconds=31.0, sample_rate=sample_rate))
+    assert chroma.shape == (1, 235, 12)
+    assert np.array_equal(np.unique(chroma), [0, 1])
+    assert (chroma.sum(axis=-1) == 1).all()
+    assert (chroma.argmax(axis=-1) == pitch_class).all()
+
+
+def test_a_short_source_is_repeated_not_padded(musicgen: Any) -> None:
+    """Silence would show as C (class 0)."""
+    melody = tones(440.0, 659.26, seconds=4.0, sample_rate=RATE_HZ, channels=1)
+    window = conditioning.melody(melody, RATE_HZ, WINDOW)
+    np.testing.assert_array_equal(window[128_000:256_000], melody.samples[0])
+    assert set(chroma_of(musicgen, melody)[0].argmax(axis=-1)) == {9, 4}
+
+
+def test_a_long_source_is_heard_from_its_beginning() -> None:
+    melody = tones(440.0, 659.26, seconds=80.0, sample_rate=RATE_HZ)
+    window = conditioning.melody(melody, RATE_HZ, WINDOW)
+    np.testing.assert_array_equal(window, melody.samples[0, :WINDOW])
+
+
+def test_resampling_a_beginning_gives_the_beginning_of_the_resampled() -> None:
+    """Reference: the whole source resampled, then cut; soxr's rounding, 1e-6."""
+    from pipeline.audio import resample
+
+    melody = tones(440.0, 659.26, seconds=40.0, sample_rate=44100, channels=1)
+    whole = resample(melody, RATE_HZ).samples[0, :WINDOW]
+    np.testing.assert_allclose(conditioning.melody(melody, RATE_HZ, WINDOW), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_no_prompt_is_the_models_null_condition(musicgen: Any, prompt: str) -> None:
+    """Reference: get_unconditional_inputs of the library's processor."""
+    from transformers import MusicgenMelodyProcessor
+
+    checkpoint = musicgen.checkpoint
+    processor = MusicgenMelodyProcessor(checkpoint.feature_extractor, checkpoint.tokenizer)
+    null = processor.get_unconditional_inputs(1)
+    ids, mask = conditioning.text(checkpoint.tokenizer, prompt)
+    assert ids.tolist() == null["input_ids"].tolist() == [[checkpoint.tokenizer.eos_token_id]]
+    assert mask.tolist() == null["attention_mask"].tolist() == [[0]]
+
+
+def test_a_prompt_is_told_with_its_end_token(musicgen: Any) -> None:
+    tokenizer = musicgen.checkpoint.tokenizer
+    ids, mask = conditioning.text(tokenizer, " warm analog synths ")
+    assert tokenizer.convert_ids_to_tokens(ids[0].tolist()) == ["▁warm", "▁analog", "▁synths", "</s>"]
+    assert mask.tolist() == [[1, 1, 1, 1]]
