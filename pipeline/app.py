@@ -81,11 +81,11 @@ class App:
         Raises:
             MissingWeights: they can't be had now.
         """
-        sections = (self.config.embed, self.config.generate)
-        for choice, section in zip(self.choices(), sections, strict=True):
+        revisions = (self.config.embed.revision, self.config.generate.revision)
+        for choice, revision in zip(self.choices(), revisions, strict=True):
             if choice.needs_weights and choice.model is not None:
                 log.info("fetching the weights of %s (%s)", choice.model, choice.license)
-                weights.fetch(choice.model, section.revision)
+                weights.fetch(choice.model, revision)
 
     def engines(self) -> Engines:
         recipe = self.recipe

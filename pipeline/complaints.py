@@ -38,9 +38,13 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
     found: dict[str, list[str]] = {}
     inputs: dict[str, str] = {}
     for error in e.errors():
-        loc = tuple(part for part in error["loc"] if not _is_union_branch(part))
+        unknown = error["type"] == "extra_forbidden"
+        named = error["loc"][-1:] if unknown else ()  # a key of the file, even if it is called "float"
+        loc = (*(part for part in error["loc"][: -1 if unknown else None] if not _is_union_branch(part)), *named)
         where = _path(loc)
-        if error["type"] == "extra_forbidden":
+        if error["type"] == "too_short" and error["input"]:
+            continue  # the entries are wrong, each told on its own; pydantic counts only the good ones
+        if unknown:
             found[where] = [f"unknown key{_nearest(str(loc[-1]), _allowed(model, loc[:-1]))}"]
         elif error["type"] == "missing":
             found[where] = ["is required"]

@@ -1,0 +1,251 @@
+"""The command line: verbs, exit codes, and words for people. Engines load only when a stage runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline import views
+from pipeline.app import App
+from pipeline.errors import AlreadyRunning, FolderUnusable, PipelineError, Stopped
+from pipeline.names import printable
+from pipeline.report import reporter_for
+from pipeline.service import Alarm, run_once, run_watch
+from pipeline.stages import STAGES
+
+ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
+LOG_BYTES, LOG_FILES = 5_000_000, 3
+
+log = logging.getLogger("pipeline")
+cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+models = typer.Typer(no_args_is_help=True, help="The models' weights on this machine.")
+cli.add_typer(models, name="models")
+
+
+def main(default_home: Path) -> int:
+    """Run a command; returns the exit code of the contract (README, "Exit codes")."""
+    try:
+        result = cli(standalone_mode=False, obj={"default_home": default_home}, prog_name="run_pipeline.py")
+        return int(result or ALL_DONE)
+    except typer.Exit as e:
+        return e.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    except PipelineError as e:
+        typer.echo(str(e), err=True)
+        codes = {AlreadyRunning: LOCKED, FolderUnusable: UNUSABLE}
+        return codes.get(type(e), BAD_USAGE)
+    except Exception as e:
+        if not hasattr(e, "exit_code") or not hasattr(e, "show"):
+            raise
+        e.show()  # click's own usage errors
+        return BAD_USAGE
+
+
+@cli.callback(help="Similar variations of instrumentals, and vectors to find them by, in batch.")
+def options(
+    context: typer.Context,
+    home: Annotated[
+        Path | None, typer.Option(help="Folder that the configuration's relative paths resolve in.", envvar="PIPELINE_HOME")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file instead of HOME/config/default.yaml.")] = None,
+) -> None:
+    context.obj["home"] = home or context.obj["default_home"]
+    context.obj["config"] = config
+
+
+def _app(context: typer.Context) -> App:
+    return App.open(context.obj["home"], context.obj["config"])
+
+
+Folder = Annotated[Path | None, typer.Argument(help="A folder of tracks, left in place; default: the inbox.")]
+Tracks = Annotated[list[str] | None, typer.Argument(help="Names or starts of hashes; default: all that failed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@cli.command()
+def once(context: typer.Context, folder: Folder = None) -> int:
+    """Process all that is ready, then end."""
+    app, console = _app(context), Console(stderr=True)
+    root = _existing(folder)
+    app.workplace.prepare()
+    with app.workplace.locked():
+        _log_to(app.workplace.log, console)
+        app.fetch_missing()
+        store, alarm = app.store(), Alarm()
+        assert store is not None
+        recovered = store.recover(now=views.now())
+        for track, stage in recovered:
+            log.info("%s: was cut off in %s, goes on", track.name, stage)
+        try:
+            with alarm.on_signals(), reporter_for(console) as reporter:
+                runner = app.runner(store, reporter, alarm)
+                look = run_once(app.arrivals(store, root), runner, alarm, root=root)
+        except Stopped:
+            log.info("stopped; what was under way is queued again")
+            return 128 + (alarm.stopped_by or signal.SIGINT)
+        failed = runner.outcome.failed + len(look.failed)
+        typer.echo(views.summary(runner.outcome, look, app.workplace.outbox))
+        return SOME_FAILED if failed else ALL_DONE
+
+
+@cli.command()
+def watch(context: typer.Context) -> int:
+    """Stay and process what arrives in the inbox."""
+    app, console = _app(context), Console(stderr=True)
+    app.workplace.prepare()
+    with app.workplace.locked():
+        _log_to(app.workplace.log, console)
+        app.fetch_missing()
+        store, alarm = app.store(), Alarm()
+        assert store is not None
+        store.recover(now=views.now())
+        with alarm.on_signals(), reporter_for(console) as reporter:
+            run_watch(app.arrivals(store, None), app.runner(store, reporter, alarm), alarm)
+        log.info("stopped")
+        return ALL_DONE
+
+
+@cli.command()
+def plan(context: typer.Context, folder: Folder = None) -> int:
+    """What `once` would do now and why, without doing it."""
+    app = _app(context)
+    for line in views.plan(app, _existing(folder)):
+        typer.echo(line)
+    return ALL_DONE
+
+
+@cli.command()
+def status(context: typer.Context, as_json: AsJson = False) -> int:
+    """Counts per state, what runs now, the queue, the last failures."""
+    facts = views.status(_app(context))
+    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else views.status_text(facts))
+    return ALL_DONE
+
+
+@cli.command()
+def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
+    """One track: stages, attempts, errors, files."""
+    facts = views.show(_app(context), track)
+    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else views.show_text(facts))
+    return ALL_DONE
+
+
+@cli.command()
+def retry(context: typer.Context, tracks: Tracks = None) -> int:
+    """Queue failed tracks again."""
+    store = _app(context).store()
+    assert store is not None
+    found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
+    for track in found:
+        if track.state == "failed":
+            store.requeue(track.sha256, now=views.now())
+            typer.echo(f"{track.name}: queued again")
+        else:
+            typer.echo(f"{track.name}: is {track.state}, not failed")
+    if not found:
+        typer.echo("nothing has failed")
+    return ALL_DONE
+
+
+@cli.command()
+def requeue(
+    context: typer.Context,
+    track: str,
+    stage: Annotated[str | None, typer.Option(help=f"Make again from this stage on: {', '.join(STAGES)}.")] = None,
+) -> int:
+    """Make a finished track again: what its configuration now wants otherwise, or from a stage on."""
+    if stage is not None and stage not in STAGES:
+        raise typer.BadParameter(f"must be one of {', '.join(STAGES)}", param_hint="--stage")
+    store = _app(context).store()
+    assert store is not None
+    found = store.find(track)
+    stages = {"embed": ["embed"], "generate": ["generate"]}.get(stage or "", STAGES if stage else [])
+    store.requeue(found.sha256, now=views.now(), stages=stages)
+    typer.echo(f"{found.name}: queued again")
+    return ALL_DONE
+
+
+@cli.command()
+def doctor(context: typer.Context) -> int:
+    """Check the configuration, folders, disk, decoders, engines, database and outbox."""
+    app = _app(context)
+    worst = ALL_DONE
+    for mark, what, text in views.doctor(app):
+        typer.echo(f"{mark:<5} {what}: {text}")
+        worst = max(worst, SOME_FAILED if mark == "bad" else ALL_DONE)
+    return worst
+
+
+@models.command("list")
+def models_list(context: typer.Context) -> int:
+    """Models whose weights are on this machine."""
+    for line in views.models(_app(context)):
+        typer.echo(line)
+    return ALL_DONE
+
+
+@models.command("fetch")
+def models_fetch(context: typer.Context, names: Annotated[list[str] | None, typer.Argument()] = None) -> int:
+    """Download weights ahead of time; default: those the configuration can use."""
+    from pipeline import weights
+
+    for model, revision, terms in views.wanted_models(_app(context), names):
+        typer.echo(f"{model}: {terms}")
+        found = weights.fetch(model, revision)
+        typer.echo(f"{model}: {found.folder} ({found.revision})")
+    return ALL_DONE
+
+
+@models.command("path")
+def models_path(context: typer.Context, name: str) -> int:
+    """Where a model's weights are."""
+    from pipeline import weights
+
+    found = weights.locate(name)
+    if found is None:
+        typer.echo(f"{name} is not on this machine: {weights.FETCH_COMMAND} {name}", err=True)
+        return SOME_FAILED
+    typer.echo(found.folder)
+    return ALL_DONE
+
+
+def _existing(folder: Path | None) -> Path | None:
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise typer.BadParameter(f"{printable(folder)} is not a folder", param_hint="DIR")
+    return folder.resolve()
+
+
+def _log_to(path: Path, console: Console) -> None:
+    """People's lines to the terminal, everything with tracebacks to a file that can't grow for ever."""
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.addHandler(_ConsoleHandler(console))
+
+
+class _ConsoleHandler(logging.Handler):
+    """Through the console that draws the bars, so that a line doesn't tear them."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+        form = "%(message)s" if console.is_terminal else "%(asctime)s %(levelname)s %(message)s"
+        self.setFormatter(logging.Formatter(form))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.exc_text = None
+        plain = logging.makeLogRecord({**record.__dict__, "exc_info": None})
+        self._console.print(self.format(plain), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,258 @@
+"""Answers to questions, as values and as lines: plan, status, show, doctor, models. Nothing is changed."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import intake, weights
+from pipeline.app import App
+from pipeline.arrivals import Look
+from pipeline.choice import missing_packages
+from pipeline.engines import cards
+from pipeline.errors import BadCheckpoint, MissingPackage, PipelineError, UnknownTrack
+from pipeline.outbox import Outbox, Published
+from pipeline.runner import Outcome
+from pipeline.store import STATES, Store
+
+LAST_FAILURES = 20
+LOW_DISK_BYTES = 2 << 30
+MODEL_TYPES = ("musicgen_melody", "clap")
+
+now = time.time
+
+
+def summary(outcome: Outcome, look: Look, outbox: Path) -> str:
+    """The last line of `once`."""
+    parts = [f"{outcome.done} done", f"{outcome.failed} failed"]
+    if look.up_to_date:
+        parts.append(f"{look.up_to_date} up to date")
+    if look.failed:
+        parts.append(f"{len(look.failed)} failed before (see `status`, `retry`)")
+    if look.unsettled:
+        parts.append(f"{look.unsettled} still being written, left for the next run")
+    return f"{', '.join(parts)}; results are in {outbox}"
+
+
+def plan(app: App, root: Path | None) -> Iterator[str]:
+    recipe = app.recipe
+    for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
+        to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
+        yield f"{stage}: {choice.card.name} ({choice.why}){to_fetch}"
+    variations = recipe.plan("").variations
+    yield f"each track: {len(variations)} variations: {', '.join(unit.file.split('/')[1] for unit in variations)}"
+    store = app.store(read_only=True)
+    folder = app.workplace.inbox if root is None else root
+    n = 0
+    if folder.is_dir():
+        for sighting in intake.scan(folder, ignore=app.config.intake.ignore, is_inbox=root is None):
+            n += 1
+            yield f"{sighting.display}: {_what(store, sighting, recipe)}"
+    queued = store.tracks("queued") if store and root is None else []
+    for track in queued:
+        yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
+    if not n and not queued:
+        yield "nothing to do"
+
+
+def _what(store: Store | None, sighting: intake.Sighting, recipe: Any) -> str:
+    known = store.file_at(sighting.path) if store else None
+    same = known is not None and (known.size, known.mtime_ns, known.inode) == (
+        sighting.size,
+        sighting.mtime_ns,
+        sighting.inode,
+    )
+    if store is None or known is None or not same or known.moved_to is not None:
+        return "new: normalize, embed, generate"
+    track = store.track(known.sha256)
+    if track is None or track.state != "done":
+        error = f" ({track.error})" if track and track.error else ""
+        return f"{track.state if track else 'new'}{error}"
+    wanted = recipe.plan(track.sha256)
+    if track.plan_key == wanted.key:
+        return "up to date"
+    missing = sum(store.unit(unit.key) is None for unit in wanted.variations)
+    embed = "embed, " if store.unit(wanted.embed_key) is None else ""
+    return f"the configuration has changed: {embed}{missing} variations"
+
+
+def status(app: App) -> dict[str, Any]:
+    """What `status --json` prints."""
+    store = app.store(read_only=True)
+    if store is None:
+        return {"tracks": dict.fromkeys(STATES, 0), "instance": False, "running": [], "queue": [], "failures": []}
+    names = {track.sha256: track.name for track in store.tracks("running")}
+    return {
+        "tracks": store.counts(),
+        "instance": app.workplace.is_locked(),
+        "running": [
+            {
+                "track": names.get(attempt.sha256, attempt.sha256[:8]),
+                "sha256": attempt.sha256,
+                "stage": attempt.stage,
+                "since_s": round(now() - attempt.started_at, 1),
+            }
+            for attempt in store.open_attempts()
+        ],
+        "queue": [track.name for track in store.tracks("queued", limit=LAST_FAILURES)],
+        "failures": [
+            {
+                "track": track.name,
+                "sha256": track.sha256,
+                "path": _path_of(store, track.sha256),
+                "stage": track.stage,
+                "error": track.error,
+                "attempts": track.attempts,
+            }
+            for track in store.tracks("failed", limit=LAST_FAILURES)
+        ],
+    }
+
+
+def _path_of(store: Store, sha256: str) -> str | None:
+    from pipeline.names import printable
+
+    files = store.files_of(sha256)
+    return printable(files[-1].moved_to or files[-1].path) if files else None
+
+
+def status_text(facts: dict[str, Any]) -> str:
+    lines = [", ".join(f"{n} {state}" for state, n in facts["tracks"].items())]
+    lines.append("an instance is at work" if facts["instance"] else "no instance is at work")
+    lines += [f"now: {one['track']}: {one['stage']} for {one['since_s']:.0f} s" for one in facts["running"]]
+    lines += [f"next: {name}" for name in facts["queue"]]
+    lines += [
+        f"failed: {one['track']} in {one['stage']} after {one['attempts']} attempts: {one['error']}"
+        for one in facts["failures"]
+    ]
+    return "\n".join(lines)
+
+
+def show(app: App, wanted: str) -> dict[str, Any]:
+    store = app.store(read_only=True)
+    if store is None:
+        raise UnknownTrack("nothing has been processed yet")
+    track = store.find(wanted)
+    return {
+        "track": track.name,
+        "sha256": track.sha256,
+        "state": track.state,
+        "error": track.error,
+        "outbox": str(app.workplace.outbox / track.folder),
+        "source": track.source,
+        "files": [{"file": f.display, "state": f.state} for f in store.files_of(track.sha256)],
+        "units": [
+            {"stage": u["stage"], "file": u["result"].get("file"), "seconds": round(u["seconds"], 2)}
+            for u in store.units_of(track.sha256)
+        ],
+        "attempts": [
+            {"stage": a.stage, "outcome": a.outcome, "error": a.error, "started_at": a.started_at}
+            for a in store.attempts(track.sha256)
+        ],
+    }
+
+
+def show_text(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['track']} ({facts['sha256'][:8]}): {facts['state']}"]
+    if facts["error"]:
+        lines.append(f"error: {facts['error']}")
+    lines.append(f"outbox: {facts['outbox']}")
+    lines += [f"came as: {one['file']} ({one['state']})" for one in facts["files"]]
+    lines += [f"{one['stage']}: {one['file'] or 'done'} in {one['seconds']} s" for one in facts["units"]]
+    lines += [
+        f"attempt at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one['started_at']))}: {one['stage']}"
+        f" {one['outcome'] or 'runs'}{': ' + one['error'] if one['error'] else ''}"
+        for one in facts["attempts"]
+    ]
+    return "\n".join(lines)
+
+
+def doctor(app: App) -> Iterator[tuple[str, str, str]]:
+    """(mark, what, text) per check; the mark is ok, note or bad."""
+    yield "ok", "configuration", str(app.config_path or "built in")
+    try:
+        app.workplace.prepare()
+        yield "ok", "folders", f"{app.workplace.inbox}, {app.workplace.outbox}, {app.workplace.state}"
+        free = shutil.disk_usage(app.workplace.outbox).free
+        yield "bad" if free < LOW_DISK_BYTES else "ok", "disk", f"{free / 1e9:.1f} GB free for the outbox"
+    except PipelineError as e:
+        yield "bad", "folders", str(e)
+    yield from _decoders()
+    yield from _engines(app)
+    yield from _database(app)
+
+
+def _decoders() -> Iterator[tuple[str, str, str]]:
+    try:
+        import av
+        import soundfile
+    except (ImportError, OSError) as e:
+        yield "bad", "decoders", str(e)
+        return
+    yield "ok", "decoders", f"libsndfile {soundfile.__libsndfile_version__}, PyAV {av.__version__}"
+
+
+def _engines(app: App) -> Iterator[tuple[str, str, str]]:
+    for card in cards().values():
+        missing = missing_packages(card)
+        text = f"needs {', '.join(missing)}: {card.install}" if missing else card.summary
+        yield "note" if missing else "ok", f"{card.stage} engine {card.name}", text
+    try:
+        for stage, choice in zip(("embed", "generate"), app.choices(), strict=True):
+            where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""
+            yield "ok", f"{stage} uses", f"{choice.card.name}: {choice.why}{where}"
+            if choice.needs_weights:
+                yield "note", f"{stage} weights", f"{choice.model} is not here yet: {weights.FETCH_COMMAND}"
+    except (MissingPackage, BadCheckpoint) as e:
+        yield "bad", "engines", str(e)
+
+
+def _database(app: App) -> Iterator[tuple[str, str, str]]:
+    store = app.store(read_only=True)
+    if store is None:
+        yield "ok", "database", "not made yet"
+        return
+    try:
+        problems = store.check()
+    except sqlite3.Error as e:
+        problems = [str(e)]
+    yield "bad" if problems else "ok", "database", "; ".join(problems) or f"sound, {store.counts()}"
+    outbox, wrong = Outbox(app.workplace.outbox), []
+    for track in store.tracks("done"):
+        manifest = outbox.manifest(track.folder)
+        entries = [] if manifest is None else [manifest["embedding"], *manifest["variations"]]
+        if manifest is None or not all(outbox.holds(track.folder, _published(entry)) for entry in entries):
+            wrong.append(track.folder)
+    text = f"missing or altered: {', '.join(wrong)} (`requeue` makes them again)" if wrong else "as recorded"
+    yield "bad" if wrong else "ok", "outbox", text
+
+
+def _published(entry: dict[str, Any]) -> Published:
+    return Published(entry["file"], entry["sha256"], entry["bytes"])
+
+
+def models(app: App) -> Iterator[str]:
+    found = [model for model in weights.cached() if model.model_type in MODEL_TYPES]
+    for model in found:
+        state = "" if model.complete else ", incomplete"
+        yield f"{model.model} {model.revision[:12]}: {model.size_bytes / 1e9:.2f} GB ({model.model_type}{state})"
+    here = {model.model for model in found if model.complete}
+    for model, _, terms in wanted_models(app, None):
+        if model not in here and weights.locate(model) is None:
+            yield f"{model}: not here; {terms}; {weights.FETCH_COMMAND}"
+
+
+def wanted_models(app: App, names: Sequence[str] | None) -> Iterator[tuple[str, str | None, str]]:
+    """Model, revision and licence of what the configuration's engines can use, or of what is named."""
+    for section, stage in ((app.config.embed, "embed"), (app.config.generate, "generate")):
+        for card in cards().values():
+            model = section.model or card.default_model
+            if card.stage == stage and card.default_model is not None and section.engine in ("auto", card.name):
+                if not names and model is not None:
+                    yield model, section.revision, card.license_of(model)
+    for name in names or ():
+        yield name, None, "licence: see its page on the hub"

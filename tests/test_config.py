@@ -1,0 +1,199 @@
+"""The configuration: what is taken, and what each wrong key is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, load_config
+from pipeline.engines import cards
+from pipeline.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "mine.yaml"
+
+
+def load(file: Path, text: str, **env: str) -> Config:
+    file.write_text(text, encoding="utf-8")
+    return load_config(file, env=env)
+
+
+def complaint(file: Path, text: str, **env: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(file, text, **env)
+    return str(caught.value)
+
+
+def variation(entry: str, *, engine: str = "auto") -> str:
+    return f"generate: {{engine: {engine}, variations: [{{name: a, {entry}}}]}}"
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    config = load_config(None, env={})
+
+    assert (config.device, config.intake.after) == ("cpu", "move")
+    assert (config.folders.inbox, config.folders.outbox, config.folders.state) == ("inbox", "outbox", "state")
+    assert (config.generate.engine, config.embed.engine) == ("auto", "auto")
+    assert (config.output.loudness_lufs, config.output.true_peak_dbtp) == (-14.0, -1.0)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "{}"])
+def test_an_empty_file_is_the_default(file: Path, text: str) -> None:
+    assert load(file, text) == load_config(None, env={})
+
+
+def test_what_a_file_says_wins_and_the_rest_stays_default(file: Path) -> None:
+    config = load(file, "intake: {after: keep, ignore: ['*.bak']}\ngenerate: {duration_s: source}")
+
+    assert (config.intake.after, config.intake.ignore) == ("keep", ("*.bak",))
+    assert config.generate.duration_s == "source"
+    assert config.intake.settle_s == Config().intake.settle_s
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "nearest"),
+    [
+        ("devise: cpu", "devise", "device"),
+        ("normalize: {loudnes_lufs: -14}", "normalize.loudnes_lufs", "loudness_lufs"),
+        ("generate: {durations: 30}", "generate.durations", "duration_s"),
+        (variation("temprature: 0.8"), "generate.variations[0].temprature", "temperature"),
+        (variation("sed: 3"), "generate.variations[0].sed", "seed"),
+    ],
+)
+def test_an_unknown_key_names_the_file_the_key_and_the_nearest(
+    file: Path, text: str, where: str, nearest: str
+) -> None:
+    assert complaint(file, text).startswith(f"{file}: {where}: unknown key; did you mean {nearest!r}?")
+
+
+def test_an_unknown_key_that_is_like_none_lists_what_is_allowed(file: Path) -> None:
+    assert complaint(file, "retry: {zzz: 1}") == (
+        f"{file}: retry.zzz: unknown key (allowed: backoff_s, max_attempts)"
+    )
+
+
+@pytest.mark.parametrize("key", ["float", "int", "str"])
+def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -> None:
+    assert complaint(file, f"output: {{{key}: 1}}").startswith(f"{file}: output.{key}: unknown key")
+    assert complaint(file, f"{key}: 1").startswith(f"{file}: {key}: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("threads: 1.5", "threads: must be a whole number, not 1.5"),
+        ("threads: 0", "threads: must be >= 1, not 0"),
+        ("device: mps", 'device: must be cpu, cuda or cuda:N, not "mps"'),
+        ("folders: {inbox: 3}", "folders.inbox: must be text, not 3"),
+        ("normalize: []", "normalize: must be a mapping of keys, not []"),
+        ("normalize:", "normalize: must be a mapping of keys, not null"),
+        ("normalize: {trim_silence: 1}", "normalize.trim_silence: must be true or false, not 1"),
+        ("normalize: {loudness_lufs: .nan}", "normalize.loudness_lufs: must be a finite number, not NaN"),
+        ("normalize: {loudness_lufs: 1}", "normalize.loudness_lufs: must be <= 0, not 1"),
+        ("intake: {ignore: '*.txt'}", 'intake.ignore: must be a list, not "*.txt"'),
+        ("intake: {after: burn}", "intake.after: must be 'move', 'delete' or 'keep', not \"burn\""),
+        ("generate: {duration_s: 0}", "generate.duration_s: must be > 0 or must be 'source', not 0"),
+        ("generate: {variations: []}", "generate.variations: must have at least one entry, not []"),
+        ("generate: {variations: [{}]}", "generate.variations[0].name: is required"),
+        ("generate: {engine: audocraft}", "generate.engine: must be one of auto, musicgen, remix, not \"audocraft\""),
+        ("embed: {engine: remix}", "embed.engine: must be one of auto, clap, descriptors, not \"remix\""),
+        (variation("count: 0"), "generate.variations[0].count: must be >= 1, not 0"),
+        (variation("seed: -1"), "generate.variations[0].seed: must be >= 0, not -1"),
+    ],
+)  # fmt: skip
+def test_an_ill_typed_value_is_told_what_is_allowed(file: Path, text: str, told: str) -> None:
+    assert complaint(file, text) == f"{file}: {told}"
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", r"a\\b", r"a\nb"])
+def test_a_variation_name_that_is_no_file_name_is_refused(file: Path, name: str) -> None:
+    said = complaint(file, f'generate: {{variations: [{{name: "{name}"}}]}}')
+    assert said.startswith(
+        f"{file}: generate.variations[0].name: can't begin with a dot or have slashes in it"
+    )
+
+
+def test_all_problems_are_told_at_once_one_a_line(file: Path) -> None:
+    lines = complaint(file, "threads: x\nretry: {max_attempts: 0, zzz: 1}").splitlines()
+
+    assert len(lines) == 3
+    assert all(line.startswith(f"{file}: ") for line in lines)
+
+
+def test_a_key_given_twice_is_refused_with_its_line(file: Path) -> None:
+    said = complaint(file, "device: cpu\nretry:\n  backoff_s: 1\n  backoff_s: 2\n")
+    assert said == f"{file}: line 3, column 3: the key 'backoff_s' is there twice"
+
+
+@pytest.mark.parametrize("text", ["a: [", "- device", "just text", "1: 2", "? [a]\n: b"])
+def test_a_file_that_is_no_mapping_of_named_keys_is_refused_by_name(file: Path, text: str) -> None:
+    assert complaint(file, text).startswith(f"{file}:")
+
+
+def test_a_file_that_is_missing_or_not_text_is_refused_by_name(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: can't be read: No such file"):
+        load_config(tmp_path / "none.yaml", env={})
+    file.write_bytes(b"device: \xff\xfe")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: is not UTF-8 text"):
+        load_config(file, env={})
+
+
+def test_device_in_the_environment_wins_over_the_file(file: Path) -> None:
+    assert load(file, "device: cpu", DEVICE="cuda:1").device == "cuda:1"
+    assert load(file, "device: cuda", DEVICE="").device == "cuda"
+    assert load_config(None, env={"DEVICE": "cuda"}).device == "cuda"
+    assert "device: must be cpu, cuda or cuda:N" in complaint(file, "", DEVICE="gpu")
+
+
+def test_a_parameter_is_checked_against_the_engine_that_would_take_it(file: Path) -> None:
+    text = variation("crossfade_ms: 1000", engine="remix")
+    assert complaint(file, text) == (
+        f"{file}: generate.variations[0].crossfade_ms: must be <= 500 for remix, not 1000"
+    )
+    assert "must be a number for remix" in complaint(file, variation("temperature: hot", engine="remix"))
+
+
+def test_auto_checks_a_parameter_against_every_engine_it_may_choose(file: Path) -> None:
+    text = variation("temperature: 3")
+    assert complaint(file, text).endswith("temperature: must be <= 2 for remix, not 3")
+    load(file, variation("temperature: 3", engine="musicgen"))
+
+
+def test_a_parameter_of_another_engine_is_allowed(file: Path) -> None:
+    config = load(file, variation("top_k: 50, min_segment_beats: 4", engine="remix"))
+    assert config.generate.variations[0].model_extra == {"top_k": 50, "min_segment_beats": 4}
+
+
+def test_each_value_of_a_sweep_is_checked(file: Path) -> None:
+    load(file, variation("temperature: [0.5, 1]"))
+    assert "must be <= 500 for remix, not 501" in complaint(file, variation("crossfade_ms: [40, 501]"))
+    assert "an empty list sweeps over nothing" in complaint(file, variation("temperature: []"))
+
+
+def test_every_default_parameter_is_one_of_an_engine() -> None:
+    known = {key for card in cards().values() for key in card.params.model_fields}
+    for spec in Config().generate.variations:
+        assert set(spec.model_extra or {}) <= known
+
+
+def test_a_config_is_immutable() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().device = "cuda"
+
+
+def test_the_hash_is_of_what_is_meant_not_of_how_it_is_written(file: Path) -> None:
+    one = load(file, "retry: {max_attempts: 2}\ndevice: cpu")
+    same = load(file, "# a comment\ndevice: cpu\nretry:\n  max_attempts: 2\n  backoff_s: 10\n")
+    other = load(file, "retry: {max_attempts: 4}")
+
+    assert one.sha256 == same.sha256
+    assert one.sha256 != other.sha256
+    assert len(one.sha256) == 64
+
+
+def test_the_canonical_form_reads_back_as_the_same_config(file: Path) -> None:
+    config = load(file, variation("seed: 0, temperature: [0.5, 1.0]"))
+    assert load(file, config.canonical()) == config

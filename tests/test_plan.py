@@ -1,0 +1,196 @@
+"""The plan of a track: what each change of the configuration makes new, and what it leaves alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.choice import Choice
+from pipeline.config import Config
+from pipeline.engines import cards
+from pipeline.plan import Recipe, TrackPlan, VariationUnit, plan_variations
+
+SHA256, OTHER_SHA256 = "a" * 64, "b" * 64
+FAITHFUL = {"name": "faithful", "temperature": 0.6}
+BOLD = {"name": "bold", "temperature": 1.2}
+REMIX = Choice(cards()["remix"], None, None, "test")
+MUSICGEN = Choice(cards()["musicgen"], "facebook/musicgen-melody", "0" * 40, "test")
+DESCRIPTORS = Choice(cards()["descriptors"], None, None, "test")
+CLAP = Choice(cards()["clap"], "laion/clap-htsat-unfused", "1" * 40, "test")
+
+
+def config(*variations: dict[str, Any], generate: dict[str, Any] | None = None, **sections: Any) -> Config:
+    entries = list(variations or (FAITHFUL, BOLD))
+    return Config.model_validate({"generate": {**(generate or {}), "variations": entries}, **sections})
+
+
+def plan(
+    made: Config | None = None,
+    *,
+    embedder: Choice = DESCRIPTORS,
+    generator: Choice = REMIX,
+    sha256: str = SHA256,
+) -> TrackPlan:
+    return Recipe(made or config(), embedder, generator).plan(sha256)
+
+
+def keys(made: TrackPlan) -> list[str]:
+    return [unit.key for unit in made.variations]
+
+
+def by_name(made: TrackPlan) -> dict[str, VariationUnit]:
+    return {unit.name: unit for unit in made.variations}
+
+
+def test_the_same_configuration_and_bytes_give_the_same_plan() -> None:
+    assert plan() == plan(config())
+    assert plan().key == plan(config()).key
+
+
+def test_every_unit_of_a_plan_has_its_own_key() -> None:
+    made = plan(config({**FAITHFUL, "count": 3}, {**BOLD, "temperature": [1.0, 1.2]}))
+    assert len({made.normalize_key, made.embed_key, *keys(made)}) == 2 + 5
+
+
+def test_another_track_shares_no_key_and_no_seed() -> None:
+    one, other = plan(), plan(sha256=OTHER_SHA256)
+
+    assert one.normalize_key != other.normalize_key
+    assert one.embed_key != other.embed_key
+    assert not set(keys(one)) & set(keys(other))
+    assert not {unit.seed for unit in one.variations} & {unit.seed for unit in other.variations}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": 1.3}, {"crossfade_ms": 60}, {"seed": 7}, {"duration_s": 12.0}, {"name": "wild"}],
+)
+def test_a_changed_entry_changes_its_key_and_no_other(change: dict[str, Any]) -> None:
+    before, after = plan(), plan(config(FAITHFUL, {**BOLD, **change}))
+
+    assert (after.normalize_key, after.embed_key) == (before.normalize_key, before.embed_key)
+    assert keys(after)[0] == keys(before)[0]
+    assert keys(after)[1] != keys(before)[1]
+
+
+def test_a_changed_normalization_changes_every_key() -> None:
+    before, after = plan(), plan(config(normalize={"loudness_lufs": -20.0}))
+
+    assert after.normalize_key != before.normalize_key
+    assert after.embed_key != before.embed_key
+    assert not set(keys(after)) & set(keys(before))
+
+
+def test_a_changed_output_changes_the_variations_alone() -> None:
+    before, after = plan(), plan(config(output={"bit_depth": 16}))
+
+    assert (after.normalize_key, after.embed_key) == (before.normalize_key, before.embed_key)
+    assert not set(keys(after)) & set(keys(before))
+    assert [unit.seed for unit in after.variations] == [unit.seed for unit in before.variations]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"device": "cuda"}, {"threads": 1}, {"retry": {"max_attempts": 9}}, {"intake": {"after": "keep"}},
+     {"generate": {"batch_tracks": 1, "max_memory_gb": 4.0}}],
+)  # fmt: skip
+def test_what_makes_no_difference_to_the_result_changes_nothing(section: dict[str, Any]) -> None:
+    assert plan(config(**section)) == plan()
+
+
+def test_another_embedder_changes_the_embedding_alone() -> None:
+    before, after = plan(), plan(embedder=CLAP)
+
+    assert after.embed_key != before.embed_key
+    assert after.variations == before.variations
+
+
+@pytest.mark.parametrize("change", [{"revision": "2" * 40}, {"model": "facebook/musicgen-stereo-melody"}])
+def test_other_weights_change_what_they_make(change: dict[str, str]) -> None:
+    before, after = plan(generator=MUSICGEN), plan(generator=replace(MUSICGEN, **change))
+
+    assert after.embed_key == before.embed_key
+    assert not set(keys(after)) & set(keys(before))
+
+
+def test_a_raised_engine_version_changes_what_it_makes() -> None:
+    newer = replace(REMIX, card=replace(REMIX.card, version=REMIX.card.version + "+"))
+    assert not set(keys(plan(generator=newer))) & set(keys(plan()))
+
+
+def test_weights_known_by_their_content_may_lie_anywhere() -> None:
+    here = replace(MUSICGEN, model="models/here", revision="sha256:" + "3" * 64)
+    assert plan(generator=replace(here, model="models/there")) == plan(generator=here)
+
+
+def test_an_entry_put_before_leaves_the_others_sound_and_key_alone() -> None:
+    before, after = plan(), plan(config({"name": "new", "temperature": 0.1}, FAITHFUL, BOLD))
+
+    assert keys(after)[1:] == keys(before)
+    assert [unit.seed for unit in after.variations][1:] == [unit.seed for unit in before.variations]
+    assert by_name(after)["faithful"].file == "variations/02-faithful.wav"
+    assert after.key != before.key  # the outbox looks different all the same: the files are renumbered
+
+
+def test_a_raised_count_leaves_the_first_ones_alone() -> None:
+    assert keys(plan(config({**FAITHFUL, "count": 3})))[:2] == keys(plan(config({**FAITHFUL, "count": 2})))
+
+
+def test_a_parameter_of_another_engine_changes_nothing() -> None:
+    elsewhere = config({**FAITHFUL, "top_k": 50, "prompt": "warm"}, {**BOLD, "guidance": [2.0, 4.0]})
+
+    assert plan(elsewhere) == plan()
+    assert plan(elsewhere, generator=MUSICGEN) != plan(generator=MUSICGEN)
+
+
+def test_a_default_written_out_changes_nothing() -> None:
+    default_ms = REMIX.card.params().model_dump()["crossfade_ms"]
+    assert plan(config({**FAITHFUL, "crossfade_ms": int(default_ms)}, BOLD)) == plan()
+
+
+def test_two_equal_entries_differ_in_sound() -> None:
+    first, second = plan(config(FAITHFUL, FAITHFUL)).variations
+    assert first.seed != second.seed
+    assert first.key != second.key
+
+
+def test_seeds_fit_63_bits() -> None:
+    made = plan(config({**FAITHFUL, "count": 50}))
+    assert all(0 <= unit.seed < 2**63 for unit in made.variations)
+    assert len({unit.seed for unit in made.variations}) == 50
+
+
+def test_a_list_sweeps_over_the_product_of_all_lists_and_count_repeats_each() -> None:
+    entry = {"name": "a", "temperature": [0.5, 1.0], "min_segment_beats": [4, 8], "count": 2}
+    planned = plan_variations(config(entry).generate, REMIX.card)
+
+    pairs = [(p.params["temperature"], p.params["min_segment_beats"]) for p in planned]
+    assert pairs == [pair for pair in ((0.5, 4), (0.5, 8), (1.0, 4), (1.0, 8)) for _ in range(2)]
+    assert [p.file for p in planned] == [f"variations/{n:02d}-a.wav" for n in range(1, 9)]
+
+
+def test_parameters_are_complete_with_the_engines_defaults() -> None:
+    planned = plan_variations(config({"name": "a"}).generate, REMIX.card)
+    assert planned[0].params == REMIX.card.params().model_dump()
+
+
+def test_a_given_seed_counts_up_over_the_repeats_of_its_entry() -> None:
+    made = plan(config({**FAITHFUL, "temperature": [0.5, 0.6], "count": 2, "seed": 40}, {**BOLD, "seed": 40}))
+    assert [unit.seed for unit in made.variations] == [40, 41, 42, 43, 40]
+
+
+def test_zero_is_a_seed_and_the_last_one_wraps_around() -> None:
+    made = plan(config({**FAITHFUL, "seed": 0}, {**BOLD, "seed": 2**63 - 1, "count": 2}))
+    assert [unit.seed for unit in made.variations] == [0, 2**63 - 1, 0]
+
+
+def test_a_given_seed_is_the_same_for_every_track() -> None:
+    made = config({**FAITHFUL, "seed": 5})
+    assert plan(made).variations[0].seed == plan(made, sha256=OTHER_SHA256).variations[0].seed == 5
+
+
+def test_an_entrys_own_duration_wins_over_the_common_one() -> None:
+    made = plan(config(FAITHFUL, {**BOLD, "duration_s": "source"}, generate={"duration_s": 7.5}))
+    assert [unit.duration_s for unit in made.variations] == [7.5, "source"]
