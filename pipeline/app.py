@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,8 +51,8 @@ class App:
 
     def settings(self, section: Embed | Generate) -> EngineSettings:
         model = section.model
-        if model is not None and (self.home / os.path.expanduser(model)).is_dir():
-            model = str((self.home / os.path.expanduser(model)).resolve())
+        if model is not None and (self.home / Path(model).expanduser()).is_dir():
+            model = str((self.home / Path(model).expanduser()).resolve())
         return EngineSettings(
             sample_rate=self.config.normalize.sample_rate,
             model=model,

@@ -32,7 +32,9 @@ class Look:
 
     queued: int = 0  # new tracks, or finished ones that the configuration now wants otherwise
     up_to_date: int = 0
-    failed: list[str] = field(default_factory=list)  # hashes of files that failed before and lie there unchanged
+    failed: list[str] = field(
+        default_factory=list
+    )  # hashes of files that failed before and lie there unchanged
     unsettled: int = 0  # somebody may still be writing them
 
 
@@ -137,7 +139,9 @@ class Arrivals:
         self.store.fail(sha256, stage="intake", error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
         found.failed.append(sha256)
-        put_away(self.store, [file], self.root if self.is_inbox else None, self.settings, error=f"{name} {error}")
+        put_away(
+            self.store, [file], self.root if self.is_inbox else None, self.settings, error=f"{name} {error}"
+        )
 
     def _file(self, sighting: Sighting, sha256: str) -> SourceFile:
         return SourceFile(

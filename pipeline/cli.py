@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -54,9 +53,14 @@ def main(default_home: Path) -> int:
 def options(
     context: typer.Context,
     home: Annotated[
-        Path | None, typer.Option(help="Folder that the configuration's relative paths resolve in.", envvar="PIPELINE_HOME")
+        Path | None,
+        typer.Option(
+            help="Folder that the configuration's relative paths resolve in.", envvar="PIPELINE_HOME"
+        ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file instead of HOME/config/default.yaml.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file instead of HOME/config/default.yaml.")
+    ] = None,
 ) -> None:
     context.obj["home"] = home or context.obj["default_home"]
     context.obj["config"] = config
@@ -67,7 +71,9 @@ def _app(context: typer.Context) -> App:
 
 
 Folder = Annotated[Path | None, typer.Argument(help="A folder of tracks, left in place; default: the inbox.")]
-Tracks = Annotated[list[str] | None, typer.Argument(help="Names or starts of hashes; default: all that failed.")]
+Tracks = Annotated[
+    list[str] | None, typer.Argument(help="Names or starts of hashes; default: all that failed.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
@@ -160,7 +166,9 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
 def requeue(
     context: typer.Context,
     track: str,
-    stage: Annotated[str | None, typer.Option(help=f"Make again from this stage on: {', '.join(STAGES)}.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help=f"Make again from this stage on: {', '.join(STAGES)}.")
+    ] = None,
 ) -> int:
     """Make a finished track again: what its configuration now wants otherwise, or from a stage on."""
     if stage is not None and stage not in STAGES:
@@ -230,7 +238,9 @@ def _log_to(path: Path, console: Console) -> None:
     """People's lines to the terminal, everything with tracebacks to a file that can't grow for ever."""
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace")
+    handler = RotatingFileHandler(
+        path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace"
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.addHandler(_ConsoleHandler(console))

@@ -40,7 +40,10 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
     for error in e.errors():
         unknown = error["type"] == "extra_forbidden"
         named = error["loc"][-1:] if unknown else ()  # a key of the file, even if it is called "float"
-        loc = (*(part for part in error["loc"][: -1 if unknown else None] if not _is_union_branch(part)), *named)
+        loc = (
+            *(part for part in error["loc"][: -1 if unknown else None] if not _is_union_branch(part)),
+            *named,
+        )
         where = _path(loc)
         if error["type"] == "too_short" and error["input"]:
             continue  # the entries are wrong, each told on its own; pydantic counts only the good ones
@@ -52,7 +55,8 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
             found.setdefault(where, []).append(_words(error))
             inputs[where] = f", not {shown(error['input'])}"
     return [
-        f"{where}: {' or '.join(dict.fromkeys(words))}{inputs.get(where, '')}" for where, words in found.items()
+        f"{where}: {' or '.join(dict.fromkeys(words))}{inputs.get(where, '')}"
+        for where, words in found.items()
     ]
 
 
@@ -121,7 +125,9 @@ def _path(loc: Sequence[int | str]) -> str:
 
 def _is_union_branch(part: int | str) -> bool:
     """pydantic names the tried branch of a union in the location; no key of ours looks like these."""
-    return isinstance(part, str) and (part in ("float", "int", "str") or part.startswith(("literal[", "constrained")))
+    return isinstance(part, str) and (
+        part in ("float", "int", "str") or part.startswith(("literal[", "constrained"))
+    )
 
 
 def _allowed(model: Any, loc: Sequence[int | str]) -> set[str]:

@@ -108,7 +108,9 @@ def _may_be_audio(path: Path) -> bool:
     return audio.looks_like_audio(head, path.name)
 
 
-def hash_file(path: Path, *, copy_to: Path | None = None, should_stop: Callable[[], bool] = bool) -> str | None:
+def hash_file(
+    path: Path, *, copy_to: Path | None = None, should_stop: Callable[[], bool] = bool
+) -> str | None:
     """SHA-256 of a file's bytes, copied on the way if asked; None if it was told to stop.
 
     Raises:

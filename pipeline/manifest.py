@@ -105,7 +105,13 @@ def manifest(
 ) -> Json:
     return {
         "schema": SCHEMA,
-        "source": {"name": name, "names": list(names), "sha256": sha256, "bytes": n_bytes, **normalized["source"]},
+        "source": {
+            "name": name,
+            "names": list(names),
+            "sha256": sha256,
+            "bytes": n_bytes,
+            **normalized["source"],
+        },
         "normalized": {key: value for key, value in normalized.items() if key != "source"},
         "embedding": embedding,
         "variations": list(variations),

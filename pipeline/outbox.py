@@ -42,7 +42,7 @@ class Outbox:
     def folder_name(source: Path, sha256: str) -> str:
         return f"{track_name(source)}--{sha256[:SHORT_HASH]}"
 
-    def publish(self, folder: str, file: str, write: Callable[[BinaryIO], None]) -> Published:
+    def publish(self, folder: str, file: str, write: Callable[[BinaryIO], object]) -> Published:
         """Write a file whole, replacing what was there.
 
         Raises:
@@ -82,7 +82,7 @@ class Outbox:
 
     def publish_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        self.publish(folder, MANIFEST, lambda out: out.write(text.encode()) and None)
+        self.publish(folder, MANIFEST, lambda out: out.write(text.encode()))
 
     def manifest(self, folder: str) -> dict[str, Any] | None:
         try:
@@ -110,7 +110,9 @@ class Outbox:
         """Give files new names, also where they trade names; `moves` is from old to new."""
         base = self.root / folder
         moves = {old: new for old, new in moves.items() if old != new}
-        waiting = {new: (base / new).with_name(f"{TMP_PREFIX}{Path(new).name}{TMP_SUFFIX}") for new in moves.values()}
+        waiting = {
+            new: (base / new).with_name(f"{TMP_PREFIX}{Path(new).name}{TMP_SUFFIX}") for new in moves.values()
+        }
         for old, new in moves.items():
             (base / old).replace(waiting[new])
         for new, temporary in waiting.items():

@@ -73,9 +73,15 @@ class Recipe:
     generator: Choice
 
     def plan(self, sha256: str) -> TrackPlan:
-        normalize = digest(["normalize", NORMALIZE_VERSION, sha256, self.config.normalize.model_dump(mode="json")])
+        normalize = digest(
+            ["normalize", NORMALIZE_VERSION, sha256, self.config.normalize.model_dump(mode="json")]
+        )
         embed = digest(["embed", normalize, _engine_identity(self.embedder)])
-        made_by = [_engine_identity(self.generator), OUTPUT_VERSION, self.config.output.model_dump(mode="json")]
+        made_by = [
+            _engine_identity(self.generator),
+            OUTPUT_VERSION,
+            self.config.output.model_dump(mode="json"),
+        ]
         units = []
         for planned in plan_variations(self.config.generate, self.generator.card):
             seed = derived_seed(sha256, planned) if planned.seed is None else planned.seed

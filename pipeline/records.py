@@ -68,7 +68,9 @@ class Variation:
 
     request_id: str
     audio: Audio
-    details: Mapping[str, Any] = field(default_factory=dict)  # JSON values for the manifest: join scores, tempo, ...
+    details: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # JSON values for the manifest: join scores, tempo, ...
 
 
 @dataclass(frozen=True)

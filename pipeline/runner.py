@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,11 +24,11 @@ from pipeline import audio, intake, manifest, stages
 from pipeline.arrivals import put_away
 from pipeline.config import Normalize
 from pipeline.engine_room import Engines
-from pipeline.engines.base import Generator
+from pipeline.engines.base import Generator, ProgressFn
 from pipeline.errors import BadAudio, EngineFailure, FolderUnusable, PipelineError, Stopped
 from pipeline.outbox import EMBEDDING, Outbox, Published
 from pipeline.plan import Recipe, TrackPlan, VariationUnit
-from pipeline.records import Audio, Failure, Variation, VariationRequest
+from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
 from pipeline.report import Reporter
 from pipeline.store import Store, Track
 from pipeline.workplace import Desk, Workplace
@@ -168,10 +169,7 @@ class Runner:
                 start = self.clock()
                 embedder = self.engines.embedder()
                 result = stages.embed(job.audio(), embedder, should_stop=self.should_stop)
-                vectors = {"track": result.track, "windows": result.windows, "times_s": result.times_s}
-                published = self.outbox.publish(
-                    job.track.folder, EMBEDDING, lambda out, vectors=vectors: np.savez(out, **vectors)
-                )
+                published = self.outbox.publish(job.track.folder, EMBEDDING, partial(_save, result))
                 job.embedding = manifest.embedding_record(published, embedder, self.recipe.embedder)
                 self._record(job, job.plan.embed_key, "embed", job.embedding, self.clock() - start)
 
@@ -296,7 +294,7 @@ class Runner:
                     return target
         raise BadAudio("was removed or changed before it was processed")
 
-    def _progress(self, requests: Sequence[VariationRequest]) -> Callable[[str, int, int], None]:
+    def _progress(self, requests: Sequence[VariationRequest]) -> ProgressFn:
         shares = {request.request_id: 0.0 for request in requests}
 
         def progress(request_id: str, done: int, total: int) -> None:
@@ -359,7 +357,9 @@ class Runner:
         retry, track, text = self.recipe.config.retry, job.track, _words(error)
         self._end_attempt(job, "failed", error=error)
         log.debug("%s: %s failed", track.name, job.stage, exc_info=error)
-        final = (isinstance(error, PipelineError) and error.permanent) or track.attempts + 1 >= retry.max_attempts
+        final = (
+            isinstance(error, PipelineError) and error.permanent
+        ) or track.attempts + 1 >= retry.max_attempts
         retry_at = None if final else self.clock() + retry.backoff_s * 2**track.attempts
         self.store.fail(track.sha256, stage=job.stage, error=text, now=self.clock(), retry_at=retry_at)
         job.over = True
@@ -380,6 +380,10 @@ class Runner:
                 with suppress(sqlite3.Error):
                     self._end_attempt(job, "stopped")
                     self.store.release(job.track.sha256)
+
+
+def _save(embedding: Embedding, out: BinaryIO) -> None:
+    np.savez(out, track=embedding.track, windows=embedding.windows, times_s=embedding.times_s)
 
 
 def _published(record: dict[str, Any]) -> Published:

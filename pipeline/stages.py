@@ -82,7 +82,9 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
         raise EngineFailure("the engine made samples that are not finite")
     if audio.peak_dbfs(made) < SILENT_BELOW_DBFS:
         raise EngineFailure("the engine made silence")
-    leveled = audio.to_loudness(made, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp)
+    leveled = audio.to_loudness(
+        made, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp
+    )
     loudness = audio.loudness_lufs(leveled)
     if not np.isfinite(loudness):
         raise EngineFailure("the engine made something too quiet to measure")

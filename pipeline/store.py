@@ -28,7 +28,7 @@ BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) ma
 _migrations = Migrations("pipeline")
 
 
-@_migrations()
+@_migrations()  # type: ignore[untyped-decorator]
 def m001_first(db: sqlite_utils.Database) -> None:
     for statement in (
         """CREATE TABLE tracks (
@@ -258,7 +258,9 @@ class Store:
             )
             db.execute("UPDATE attempts SET ended_at = ?, outcome = 'crashed' WHERE ended_at IS NULL", [now])
             db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
-        return [(_track({k: v for k, v in row.items() if k != "open_stage"}), row["open_stage"]) for row in rows]
+        return [
+            (_track({k: v for k, v in row.items() if k != "open_stage"}), row["open_stage"]) for row in rows
+        ]
 
     # -- work ------------------------------------------------------------------------------------
 
@@ -269,7 +271,13 @@ class Store:
             return int(db["attempts"].insert(row).last_pk)
 
     def end(
-        self, attempt: int, *, outcome: str, now: float, error: str | None = None, traceback: str | None = None
+        self,
+        attempt: int,
+        *,
+        outcome: str,
+        now: float,
+        error: str | None = None,
+        traceback: str | None = None,
     ) -> None:
         with self._writing() as db:
             row = {"ended_at": now, "outcome": outcome, "error": error, "traceback": traceback}

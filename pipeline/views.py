@@ -84,7 +84,13 @@ def status(app: App) -> dict[str, Any]:
     """What `status --json` prints."""
     store = app.store(read_only=True)
     if store is None:
-        return {"tracks": dict.fromkeys(STATES, 0), "instance": False, "running": [], "queue": [], "failures": []}
+        return {
+            "tracks": dict.fromkeys(STATES, 0),
+            "instance": False,
+            "running": [],
+            "queue": [],
+            "failures": [],
+        }
     names = {track.sha256: track.name for track in store.tracks("running")}
     return {
         "tracks": store.counts(),
@@ -236,23 +242,25 @@ def _published(entry: dict[str, Any]) -> Published:
 
 
 def models(app: App) -> Iterator[str]:
-    found = [model for model in weights.cached() if model.model_type in MODEL_TYPES]
-    for model in found:
-        state = "" if model.complete else ", incomplete"
-        yield f"{model.model} {model.revision[:12]}: {model.size_bytes / 1e9:.2f} GB ({model.model_type}{state})"
-    here = {model.model for model in found if model.complete}
-    for model, _, terms in wanted_models(app, None):
-        if model not in here and weights.locate(model) is None:
+    found = [one for one in weights.cached() if one.model_type in MODEL_TYPES]
+    for one in found:
+        state = "" if one.complete else ", incomplete"
+        yield f"{one.model} {one.revision[:12]}: {one.size_bytes / 1e9:.2f} GB ({one.model_type}{state})"
+    here = {one.model for one in found if one.complete}
+    for model, revision, terms in wanted_models(app, None):
+        if model not in here and weights.locate(model, revision) is None:
             yield f"{model}: not here; {terms}; {weights.FETCH_COMMAND}"
 
 
 def wanted_models(app: App, names: Sequence[str] | None) -> Iterator[tuple[str, str | None, str]]:
     """Model, revision and licence of what the configuration's engines can use, or of what is named."""
-    for section, stage in ((app.config.embed, "embed"), (app.config.generate, "generate")):
-        for card in cards().values():
-            model = section.model or card.default_model
-            if card.stage == stage and card.default_model is not None and section.engine in ("auto", card.name):
-                if not names and model is not None:
-                    yield model, section.revision, card.license_of(model)
     for name in names or ():
         yield name, None, "licence: see its page on the hub"
+    if names:
+        return
+    for section, stage in ((app.config.embed, "embed"), (app.config.generate, "generate")):
+        for card in cards().values():
+            chosen = card.stage == stage and section.engine in ("auto", card.name)
+            if chosen and card.default_model is not None:
+                model = section.model or card.default_model
+                yield model, section.revision, card.license_of(model)

@@ -37,12 +37,14 @@ class Workplace:
         """
         home = home.resolve()
         inbox, outbox, state = (
-            (home / os.path.expanduser(folder)).resolve()
+            (home / Path(folder).expanduser()).resolve()
             for folder in (folders.inbox, folders.outbox, folders.state)
         )
         for name, folder in (("outbox", outbox), ("state", state)):
             if folder.is_relative_to(inbox) or inbox.is_relative_to(folder):
-                raise FolderUnusable(f"folders.{name} ({folder}) and folders.inbox ({inbox}) lie in one another")
+                raise FolderUnusable(
+                    f"folders.{name} ({folder}) and folders.inbox ({inbox}) lie in one another"
+                )
         return cls(home, inbox, outbox, state)
 
     @property
@@ -66,7 +68,9 @@ class Workplace:
                 probe.write_bytes(b"x")
                 probe.unlink()
             except OSError as e:
-                raise FolderUnusable(f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}") from e
+                raise FolderUnusable(
+                    f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}"
+                ) from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:
