@@ -318,7 +318,7 @@ class Runner:
 
     @contextmanager
     def _guarded(self, job: Job) -> Iterator[None]:
-        """Whatever goes wrong with one track is recorded as that track's failure; the machine's own is raised."""
+        """What goes wrong with one track is that track's failure; what is the machine's fault is raised."""
         try:
             yield
         except (Stopped, FolderUnusable, sqlite3.Error):

@@ -237,7 +237,8 @@ class Store:
             for stage in stages:
                 db.execute("DELETE FROM units WHERE sha256 = ? AND stage = ?", [sha256, stage])
             db.execute(
-                "UPDATE tracks SET state = 'queued', attempts = 0, not_before = 0, queued_at = ?, stage = NULL,"
+                "UPDATE tracks SET state = 'queued', attempts = 0, not_before = 0, queued_at = ?,"
+                " stage = NULL,"
                 " error = NULL, plan_key = NULL, finished_at = NULL WHERE sha256 = ? AND state != 'running'",
                 [now, sha256],
             )
@@ -336,7 +337,8 @@ class Store:
             UnknownTrack: there is none, or more than one.
         """
         rows = self._db.query(
-            "SELECT * FROM tracks WHERE name = :w OR (length(:w) >= 4 AND substr(sha256, 1, length(:w)) = lower(:w))"
+            "SELECT * FROM tracks WHERE name = :w"
+            " OR (length(:w) >= 4 AND substr(sha256, 1, length(:w)) = lower(:w))"
             " OR folder = :w OR sha256 IN (SELECT sha256 FROM files WHERE display = :w)",
             {"w": wanted},
         )
