@@ -24,6 +24,6 @@ def track_name(path: Path) -> str:
     `MAX_NAME_BYTES` of UTF-8.
     """
     text = os.fsencode(path.stem).decode("utf-8", errors="replace").replace("\ufffd", "_")
-    text = _UNSAFE.sub("_", text).strip(" .").lstrip("-")
+    text = _UNSAFE.sub("_", text).lstrip(" .-")
     cut = text.encode()[:MAX_NAME_BYTES].decode("utf-8", errors="ignore").rstrip(" .")
     return cut or "track"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 EMBEDDING = "embedding.npz"
 TMP_PREFIX, TMP_SUFFIX = ".", ".part"
 SHORT_HASH = 8
+_NUMBERED = re.compile(r"[0-9]{2,}-.+\.wav", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ class Outbox:
         self.publish(folder, MANIFEST, lambda out: out.write(text.encode()))
 
     def manifest(self, folder: str) -> dict[str, Any] | None:
+        """A finished track's manifest; None if there is none, or one that is no JSON any more."""
         try:
-            text = (self.root / folder / MANIFEST).read_text(encoding="utf-8")
-        except FileNotFoundError:
+            loaded: object = json.loads((self.root / folder / MANIFEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
-        loaded: dict[str, Any] = json.loads(text)
-        return loaded
+        return loaded if isinstance(loaded, dict) else None
 
     def add_names(self, folder: str, names: list[str]) -> None:
         """Note in a finished track's manifest under which other names its bytes have come."""
@@ -131,7 +133,7 @@ class Outbox:
 def _is_ours(path: Path, base: Path) -> bool:
     """Only names this program gives: a person may keep notes in the folder."""
     temporary = path.name.startswith(TMP_PREFIX) and path.name.endswith(TMP_SUFFIX)
-    numbered = path.parent.name == "variations" and path.suffix == ".wav" and path.name[:2].isdigit()
+    numbered = path.parent == base / "variations" and _NUMBERED.fullmatch(path.name) is not None
     return temporary or numbered or path.relative_to(base) == Path(EMBEDDING)
 
 

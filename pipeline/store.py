@@ -371,7 +371,10 @@ class Store:
 
     def check(self) -> list[str]:
         """What SQLite's own integrity check finds wrong: nothing, if all is well."""
-        rows = [row[0] for row in self._db.execute("PRAGMA integrity_check").fetchall()]
+        try:
+            rows = [row[0] for row in self._db.execute("PRAGMA integrity_check").fetchall()]
+        except sqlite3.DatabaseError as e:  # damaged so badly that the check itself can't go on
+            return [str(e)]
         return [] if rows == ["ok"] else rows
 
 

@@ -44,7 +44,8 @@ def plan(app: App, root: Path | None) -> Iterator[str]:
         to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
         yield f"{stage}: {choice.card.name} ({choice.why}){to_fetch}"
     variations = recipe.plan("").variations
-    yield f"each track: {len(variations)} variations: {', '.join(Path(unit.file).name for unit in variations)}"
+    names = ", ".join(Path(unit.file).name for unit in variations)
+    yield f"each track: {len(variations)} variations: {names}"
     store = app.store(read_only=True)
     folder = app.workplace.inbox if root is None else root
     n = 0

@@ -1,3 +1,22 @@
 """Shared fixtures: small real things, synthesized."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command line in this process: without the caller's settings, and its log handlers taken off again."""
+    for name in ("DEVICE", "PIPELINE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    log = logging.getLogger("pipeline")
+    before = log.level, log.propagate, list(log.handlers)
+    yield
+    for handler in [handler for handler in log.handlers if handler not in before[2]]:
+        log.removeHandler(handler)
+        handler.close()
+    log.level, log.propagate = before[:2]

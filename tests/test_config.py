@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import BaseModel
 
 from pipeline.config import Config, load_config
 from pipeline.engines import cards
 from pipeline.errors import ConfigError
+
+DEFAULT_FILE = Path(__file__).parents[1] / "config" / "default.yaml"
 
 
 @pytest.fixture
@@ -38,6 +42,16 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (config.folders.inbox, config.folders.outbox, config.folders.state) == ("inbox", "outbox", "state")
     assert (config.generate.engine, config.embed.engine) == ("auto", "auto")
     assert (config.output.loudness_lufs, config.output.true_peak_dbtp) == (-14.0, -1.0)
+
+
+def test_the_file_that_explains_every_key_says_what_the_defaults_are() -> None:
+    written = yaml.safe_load(DEFAULT_FILE.read_text(encoding="utf-8"))
+
+    assert load_config(DEFAULT_FILE, env={}) == load_config(None, env={})
+    for name, field in Config.model_fields.items():
+        assert name in written
+        if isinstance(field.default, BaseModel):
+            assert set(written[name]) == set(type(field.default).model_fields)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "{}"])

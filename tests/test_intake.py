@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_a_name_that_is_not_text_is_seen_and_shown_in_one_line(tmp_path: Path) -
     (found,) = scan(tmp_path, ignore=(), is_inbox=True)
     assert os.fsencode(found.path.name) == raw
     assert found.display == "caf\\xe9\\n🎵 'q\".wav"
+
+
+def test_what_vanishes_during_a_scan_is_skipped(tmp_path: Path) -> None:
+    put(tmp_path, "a.wav", "b/1.wav", "c.wav", "d.wav")
+    sightings = scan(tmp_path, ignore=(), is_inbox=True)
+    found = [next(sightings).display]
+    shutil.rmtree(tmp_path / "b")
+    (tmp_path / "c.wav").unlink()
+
+    assert found + [sighting.display for sighting in sightings] == ["a.wav", "d.wav"]
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:

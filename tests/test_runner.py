@@ -1,0 +1,360 @@
+"""The runner with engines handed in: whose failure it is, what is tried again, and what is kept."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from homes import SAMPLE_RATE, contents, sha256_of, write_music
+
+from pipeline.arrivals import Arrivals
+from pipeline.choice import Choice
+from pipeline.config import Config
+from pipeline.engines import cards
+from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.errors import BadAudio, EngineFailure, FolderUnusable, Stopped
+from pipeline.intake import Settling
+from pipeline.outbox import Outbox, Published
+from pipeline.plan import Recipe
+from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
+from pipeline.report import LogReporter
+from pipeline.runner import Runner
+from pipeline.store import Store, Track
+from pipeline.workplace import Workplace
+
+START_S, BACKOFF_S = 1000.0, 10.0
+Answer = Callable[[VariationRequest], Variation | Failure]
+
+
+def noise(request: VariationRequest) -> Variation:
+    """A quarter of a second of noise, of the request's seed."""
+    samples = np.random.default_rng(request.seed).standard_normal(
+        (1, round(request.duration_s * SAMPLE_RATE))
+    )
+    return Variation(request.request_id, Audio((0.1 * samples).astype(np.float32), SAMPLE_RATE))
+
+
+@dataclass
+class Answers:
+    """A generator that answers each request as it is told, and remembers what it was asked for."""
+
+    answer: Answer = noise
+    name: str = "answers"
+    version: str = "1"
+    sample_rate: int = SAMPLE_RATE
+    calls: list[list[str]] = field(default_factory=list)  # hashes of the tracks, per call
+
+    def generate(
+        self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
+    ) -> Iterator[Variation | Failure]:
+        self.calls.append([request.track_id for request in requests])
+        for request in requests:
+            if should_stop():
+                raise Stopped("asked to stop")
+            result = self.answer(request)
+            progress(request.request_id, 1, 1)
+            yield result
+
+
+@dataclass
+class TogetherFails(Answers):
+    """Can't take more than one track at a time, and never the one whose hash is `bad`."""
+
+    bad: str = ""
+
+    def generate(
+        self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
+    ) -> Iterator[Variation | Failure]:
+        tracks = {request.track_id for request in requests}
+        if len(tracks) > 1 or self.bad in tracks:
+            self.calls.append([request.track_id for request in requests])
+            raise RuntimeError("out of memory")
+        yield from super().generate(requests, progress=progress, should_stop=should_stop)
+
+
+@dataclass
+class OneVector:
+    """An embedder for which all tracks are alike."""
+
+    name: str = "one-vector"
+    version: str = "1"
+    dim: int = 4
+
+    def embed(self, audio: Audio, *, should_stop: StopFn) -> Embedding:
+        unit = np.array([1, 0, 0, 0], dtype=np.float32)
+        return Embedding(unit, unit[None], np.array([[0, audio.duration_s]], dtype=np.float32))
+
+
+@dataclass
+class Engines:
+    made_by: Answers
+
+    def embedder(self) -> OneVector:
+        return OneVector()
+
+    def generator(self) -> Answers:
+        return self.made_by
+
+
+class FullDisk(Outbox):
+    """An outbox on whose disk there is no room for sound."""
+
+    def publish(self, folder: str, file: str, write: Callable[..., object]) -> Published:
+        if file.endswith(".wav"):
+            raise OSError(errno.ENOSPC, "No space left on device", file)
+        return super().publish(folder, file, write)
+
+
+@dataclass
+class Works:
+    """A runner's surroundings: real folders and a real database, and a clock that tests set."""
+
+    workplace: Workplace
+    config: Config
+    recipe: Recipe
+    store: Store
+    now: float = START_S
+    stop: bool = False
+
+    @classmethod
+    def at(cls, home: Path, *, count: int = 2, max_attempts: int = 1) -> Works:
+        sections = {
+            "normalize": {"sample_rate": SAMPLE_RATE},
+            "generate": {"duration_s": 0.5, "variations": [{"name": "v", "count": count}]},
+            "retry": {"max_attempts": max_attempts, "backoff_s": BACKOFF_S},
+        }
+        config = Config.model_validate(sections)
+        recipe = Recipe(
+            config,
+            Choice(cards()["descriptors"], None, None, "test"),
+            Choice(cards()["remix"], None, None, "test"),
+        )
+        workplace = Workplace.of(home, config.folders)
+        workplace.prepare()
+        return cls(workplace, config, recipe, Store(workplace.database))
+
+    def bring(self, *names: str) -> list[str]:
+        """Put a sound of its own under each name in the inbox and queue it; returns their hashes."""
+        paths = [self.workplace.inbox / name for name in names]
+        hashes = [sha256_of(write_music(path, seed=n, seconds=1.5)) for n, path in enumerate(paths)]
+        outbox = Outbox(self.workplace.outbox)
+        arrivals = Arrivals(
+            self.workplace.inbox, True, self.config.intake, self.recipe, self.store, outbox, Settling(0),
+            clock=lambda: self.now,
+        )  # fmt: skip
+        assert arrivals.look(should_stop=lambda: False).queued == len(names)
+        return hashes
+
+    def runner(self, generator: Answers, *, outbox: Outbox | None = None) -> Runner:
+        return Runner(
+            recipe=self.recipe,
+            workplace=self.workplace,
+            store=self.store,
+            outbox=outbox or Outbox(self.workplace.outbox),
+            engines=Engines(generator),
+            reporter=LogReporter(),
+            clock=lambda: self.now,
+            should_stop=lambda: self.stop,
+        )
+
+    def track(self, sha256: str) -> Track:
+        track = self.store.track(sha256)
+        assert track is not None
+        return track
+
+    def states(self, hashes: Sequence[str]) -> list[tuple[str, int]]:
+        """State and counted attempts of each."""
+        return [(self.track(one).state, self.track(one).attempts) for one in hashes]
+
+    def files(self, sha256: str) -> dict[str, str]:
+        return contents(self.workplace.outbox / self.track(sha256).folder)
+
+    def outcomes(self, sha256: str) -> list[tuple[str, str | None]]:
+        return [(attempt.stage, attempt.outcome) for attempt in self.store.attempts(sha256)]
+
+
+@pytest.fixture
+def works(tmp_path: Path) -> Works:
+    return Works.at(tmp_path)
+
+
+def but_for(bad: str, error: Any) -> Answer:
+    return lambda request: Failure(request.request_id, error) if request.track_id == bad else noise(request)
+
+
+def test_all_variations_of_all_tracks_are_asked_for_in_one_call(works: Works) -> None:
+    hashes, generator = works.bring("a.wav", "b.wav"), Answers()
+
+    runner = works.runner(generator)
+    runner.drain()
+
+    assert [sorted(call) for call in generator.calls] == [sorted([*hashes, *hashes])]
+    assert (runner.outcome.done, runner.outcome.failed) == (2, 0)
+    assert works.states(hashes) == [("done", 0), ("done", 0)]
+
+
+def test_a_failure_fails_its_track_and_no_other(works: Works) -> None:
+    good, bad = works.bring("good.wav", "bad.wav")
+
+    runner = works.runner(Answers(but_for(bad, BadAudio("has no beat"))))
+    runner.drain()
+
+    assert works.states([good, bad]) == [("done", 0), ("failed", 1)]
+    assert (works.track(bad).stage, works.track(bad).error) == ("generate", "has no beat")
+    failed = works.workplace.inbox / "failed"
+    assert (failed / "bad.wav.error.txt").read_text() == "bad.wav has no beat\n"
+    assert (works.workplace.inbox / "done" / "good.wav").exists()
+    assert not (works.workplace.outbox / works.track(bad).folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda samples: samples[:, :-1], "samples where"),
+        (lambda samples: samples * np.float32(np.nan), "not finite"),
+        (lambda samples: samples * np.float32(0), "silence"),
+    ],
+)
+def test_a_result_that_is_not_what_was_asked_for_is_not_published(
+    works: Works, spoil: Callable[[Any], Any], says: str
+) -> None:
+    [sha256] = works.bring("a.wav")
+
+    def answer(request: VariationRequest) -> Variation:
+        return Variation(request.request_id, Audio(spoil(noise(request).audio.samples), SAMPLE_RATE))
+
+    works.runner(Answers(answer)).drain()
+
+    assert works.states([sha256]) == [("failed", 1)]
+    assert says in (works.track(sha256).error or "")
+    assert list(works.files(sha256)) == ["embedding.npz"]
+
+
+def test_a_batch_that_the_engine_raises_on_is_tried_track_by_track(works: Works) -> None:
+    hashes = works.bring("a.wav", "b.wav", "c.wav")
+    generator = TogetherFails(bad=hashes[1])
+
+    works.runner(generator).drain()
+
+    assert [len(set(call)) for call in generator.calls] == [3, 1, 1, 1]
+    assert works.states(hashes) == [("done", 0), ("failed", 1), ("done", 0)]
+    assert works.track(hashes[1]).error == "RuntimeError: out of memory"
+
+
+def test_a_track_alone_gives_the_same_files_as_in_a_batch(tmp_path: Path) -> None:
+    together, alone = Works.at(tmp_path / "together"), Works.at(tmp_path / "alone")
+    first, _ = together.bring("a.wav", "b.wav")
+    alone.bring("a.wav")
+
+    together.runner(Answers()).drain()
+    alone.runner(Answers()).drain()
+
+    assert together.files(first) == alone.files(first)
+
+
+def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(works: Works) -> None:
+    [sha256] = works.bring("a.wav")
+
+    def last_one(request: VariationRequest) -> Variation:
+        works.stop = True
+        return noise(request)
+
+    with pytest.raises(Stopped):
+        works.runner(Answers(last_one)).drain()
+
+    assert works.states([sha256]) == [("queued", 0)]
+    assert works.outcomes(sha256) == [("normalize", "done"), ("embed", "done"), ("generate", "stopped")]
+    assert works.store.open_attempts() == []
+    published = works.files(sha256)
+    assert sorted(published) == ["embedding.npz", "variations/01-v.wav"]
+
+    works.stop, generator = False, Answers()
+    works.runner(generator).drain()
+
+    assert generator.calls == [[sha256]]  # one request: the variation that was missing
+    assert works.states([sha256]) == [("done", 0)]
+    assert works.files(sha256).items() > published.items()
+
+
+def test_a_failure_in_passing_is_tried_again_after_a_doubling_wait_and_then_for_good(tmp_path: Path) -> None:
+    works = Works.at(tmp_path, max_attempts=3)
+    [sha256] = works.bring("a.wav")
+    generator = Answers(but_for(sha256, EngineFailure("made silence")))
+    runner = works.runner(generator)
+
+    for attempts, wait_s in ((1, BACKOFF_S), (2, 2 * BACKOFF_S)):
+        runner.drain()
+        assert works.states([sha256]) == [("queued", attempts)]
+        assert works.track(sha256).not_before == works.now + wait_s
+        works.now += wait_s - 0.1
+        runner.drain()
+        assert len(generator.calls) == attempts  # not due yet
+        works.now += 0.1
+    assert (works.workplace.inbox / "a.wav").exists()
+    runner.drain()
+
+    assert works.states([sha256]) == [("failed", 3)]
+    assert (runner.outcome.done, runner.outcome.failed) == (0, 1)
+    assert [outcome for stage, outcome in works.outcomes(sha256) if stage == "generate"] == ["failed"] * 3
+    assert (works.workplace.inbox / "failed" / "a.wav").exists()
+
+
+def test_a_failure_that_passes_ends_in_a_finished_track(tmp_path: Path) -> None:
+    works = Works.at(tmp_path, max_attempts=2)
+    [sha256] = works.bring("a.wav")
+    works.runner(Answers(but_for(sha256, EngineFailure("made silence")))).drain()
+
+    works.now += BACKOFF_S
+    works.runner(Answers()).drain()
+
+    assert works.track(sha256).state == "done"
+    assert works.track(sha256).error is None
+
+
+def test_a_full_disk_ends_the_run_and_fails_no_track(works: Works) -> None:
+    hashes = works.bring("a.wav", "b.wav")
+
+    with pytest.raises(FolderUnusable, match="no space left"):
+        works.runner(Answers(), outbox=FullDisk(works.workplace.outbox)).drain()
+
+    assert works.states(hashes) == [("queued", 0), ("queued", 0)]
+    assert works.store.open_attempts() == []
+    assert sorted(p.name for p in works.workplace.inbox.glob("*.wav")) == ["a.wav", "b.wav"]
+
+    works.runner(Answers()).drain()
+    assert works.states(hashes) == [("done", 0), ("done", 0)]
+
+
+def test_too_few_results_are_a_failure_of_the_engine(works: Works) -> None:
+    [sha256] = works.bring("a.wav")
+
+    class Lazy(Answers):
+        def generate(self, requests: Sequence[VariationRequest], **how: Any) -> Iterator[Variation | Failure]:
+            return super().generate(requests[:1], **how)
+
+    works.runner(Lazy()).drain()
+
+    assert works.track(sha256).state == "failed"
+    assert "too few" in (works.track(sha256).error or "")
+
+
+def test_a_source_that_went_away_fails_for_good_at_once(tmp_path: Path) -> None:
+    works = Works.at(tmp_path, max_attempts=3)
+    gone, here = works.bring("gone.wav", "here.wav")
+    (works.workplace.inbox / "gone.wav").unlink()
+
+    works.runner(Answers()).drain()
+
+    assert works.states([gone, here]) == [("failed", 1), ("done", 0)]
+    assert "was removed or changed" in (works.track(gone).error or "")
+
+
+def test_a_finished_track_leaves_no_working_files(works: Works) -> None:
+    works.bring("a.wav")
+    works.runner(Answers()).drain()
+    assert list((works.workplace.state / "work").iterdir()) == []
