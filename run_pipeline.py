@@ -10,10 +10,9 @@ except ModuleNotFoundError as e:
     if (e.name or "").split(".")[0] == "pipeline":
         raise
     here = Path(__file__).resolve().parent
-    sys.exit(
-        f"The package {e.name} is not installed:"
-        f" {sys.executable} -m pip install -r {here}/requirements-core.txt"
-    )
+    install = f"{sys.executable} -m pip install -r {here}/requirements-core.txt"
+    print(f"The package {e.name} is not installed: {install}", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     sys.exit(main(default_home=Path(__file__).resolve().parent))

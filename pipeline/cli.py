@@ -81,7 +81,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all that is ready, then end."""
     app, console = _app(context), Console(stderr=True)
-    root = _existing(folder)
+    root = _root(app, folder)
     app.workplace.prepare()
     with app.workplace.locked():
         _log_to(app.workplace.log, console)
@@ -124,7 +124,7 @@ def watch(context: typer.Context) -> int:
 def plan(context: typer.Context, folder: Folder = None) -> int:
     """What `once` would do now and why, without doing it."""
     app = _app(context)
-    for line in views.plan(app, _existing(folder)):
+    for line in views.plan(app, _root(app, folder)):
         typer.echo(line)
     return ALL_DONE
 
@@ -226,8 +226,9 @@ def models_path(context: typer.Context, name: str) -> int:
     return ALL_DONE
 
 
-def _existing(folder: Path | None) -> Path | None:
-    if folder is None:
+def _root(app: App, folder: Path | None) -> Path | None:
+    """The folder to scan; None is the inbox, also when it is named: its `done` is no input."""
+    if folder is None or folder.resolve() == app.workplace.inbox:
         return None
     if not folder.is_dir():
         raise typer.BadParameter(f"{printable(folder)} is not a folder", param_hint="DIR")

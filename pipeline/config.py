@@ -144,6 +144,11 @@ def load_config(path: Path | None, *, env: Mapping[str, str] = os.environ) -> Co
         config = Config.model_validate(raw)
     except ValidationError as e:
         problems = complaints.of_validation(e, Config)
+        if device:
+            problems = [
+                f"{problem} (from the variable DEVICE)" if problem.startswith("device:") else problem
+                for problem in problems
+            ]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from e
     if problems := complaints.of_engines(
         {"embed": config.embed.engine, "generate": config.generate.engine},

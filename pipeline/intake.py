@@ -8,6 +8,7 @@ doesn't look old) or, where those lie in the future, by looking twice.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -19,6 +20,8 @@ from pathlib import Path
 from pipeline import audio
 from pipeline.errors import BadAudio
 from pipeline.names import printable
+
+log = logging.getLogger("pipeline")
 
 DONE, FAILED = "done", "failed"  # reserved in the inbox, never scanned
 READ_BYTES = 1 << 20
@@ -93,6 +96,9 @@ def _below(path: Path, root: Path, ignore: Sequence[str], is_inbox: bool) -> Ite
                 yield from _below(child, root, ignore, is_inbox)
             return
     except FileNotFoundError:
+        return
+    except OSError as e:  # one closed folder must not hide the others
+        log.warning("%s: can't be read: %s", printable(path.relative_to(root)), (e.strerror or str(e)).lower())
         return
     if stat.S_ISREG(found.st_mode) and (is_inbox or _may_be_audio(path)):
         display = printable(path.relative_to(root))

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command line in this process: without the caller's settings, and its log handlers taken off again."""
+    """For the command line in this process: no settings of the caller, and log handlers taken off again."""
     for name in ("DEVICE", "PIPELINE_HOME"):
         monkeypatch.delenv(name, raising=False)
     log = logging.getLogger("pipeline")

@@ -105,7 +105,7 @@ def run(capsys: Any, monkeypatch: Any, home: Home, *words: str | Path) -> Ran:
 
 
 def write_music(path: Path, *, seed: int = 0, seconds: float = 3.0) -> Path:
-    """Two chords in turn under a beat at 120 to the minute, stereo, 16 bits; `seed` sets pitches and noise."""
+    """Two chords in turn under a beat at 120 a minute, stereo, 16 bits; `seed` sets pitch and noise."""
     rng = np.random.default_rng(seed)
     t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     root = 110.0 * 2 ** (seed % 12 / 12)

@@ -236,3 +236,11 @@ def test_after_delete_removes_the_source_once_it_is_done(home: Home, once: Once)
     assert once().code == 0
     assert list(home.inbox.iterdir()) == []
     assert len(home.manifest()["variations"]) == 2
+
+
+def test_the_inbox_named_as_the_folder_is_still_the_inbox(home: Home, once: Once) -> None:
+    write_music(home.inbox / "a.wav")
+
+    assert once(home.inbox).code == 0
+    assert "0 done, 0 failed; " in once(home.inbox).out  # what lies in done/ is not taken for input
+    assert [str(p.relative_to(home.inbox)) for p in home.inbox.rglob("*.wav")] == ["done/a.wav"]

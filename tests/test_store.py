@@ -149,6 +149,12 @@ def test_tracks_are_claimed_oldest_first_and_once(store: Store) -> None:
     assert store.counts()["running"] == 3
 
 
+def test_tracks_of_one_moment_are_claimed_in_the_order_of_their_hashes(store: Store) -> None:
+    for letter in "cab":
+        add(store, letter, now=1.0)
+    assert [*claimed(store, 1), *claimed(store, 2)] == ["a", "b", "c"]
+
+
 def test_a_claim_below_a_folder_takes_only_what_was_seen_there(store: Store) -> None:
     add(store, "a", root=INBOX)
     add(store, "b", root=ELSEWHERE)
@@ -277,6 +283,16 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
     assert reopened.open_attempts() == []
     assert reopened.recover(now=901.0) == []
     reopened.close()
+
+
+def test_recovery_blames_no_track_that_was_not_running(store: Store) -> None:
+    add(store)
+    store.begin(sha("a"), "generate", now=201.0)
+    store.finish(sha("a"), plan_key="k", source=SOURCE, now=202.0)
+
+    assert store.recover(now=900.0) == []
+    assert state_of(store) == "done"
+    assert store.open_attempts() == []
 
 
 # -- work --------------------------------------------------------------------------------------------
