@@ -232,6 +232,9 @@ def _root(app: App, folder: Path | None) -> Path | None:
         return None
     if not folder.is_dir():
         raise typer.BadParameter(f"{printable(folder)} is not a folder", param_hint="DIR")
+    for ours in (app.workplace.outbox, app.workplace.state):  # results would be taken for sources
+        if ours.is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(ours):
+            raise typer.BadParameter(f"{printable(folder)} and {ours} lie in one another", param_hint="DIR")
     return folder.resolve()
 
 

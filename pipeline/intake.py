@@ -98,7 +98,8 @@ def _below(path: Path, root: Path, ignore: Sequence[str], is_inbox: bool) -> Ite
     except FileNotFoundError:
         return
     except OSError as e:  # one closed folder must not hide the others
-        log.warning("%s: can't be read: %s", printable(path.relative_to(root)), (e.strerror or str(e)).lower())
+        reason = (e.strerror or str(e)).lower()
+        log.warning("%s: can't be read: %s", printable(path.relative_to(root)), reason)
         return
     if stat.S_ISREG(found.st_mode) and (is_inbox or _may_be_audio(path)):
         display = printable(path.relative_to(root))

@@ -347,3 +347,13 @@ def test_a_home_from_the_environment_is_used(home: Home, tmp_path: Path) -> None
         command, env={**os.environ, "PIPELINE_HOME": str(home.folder)}, capture_output=True, check=True
     )
     assert json.loads(ended.stdout)["tracks"]["done"] == 1
+
+
+def test_a_folder_that_holds_the_outbox_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "home")
+    home.configure()
+    ran = run(capsys, monkeypatch, home, "once", str(home.folder))
+    assert ran.code == 2
+    assert "lie in one another" in ran.err
