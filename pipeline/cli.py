@@ -70,7 +70,9 @@ def _app(context: typer.Context) -> App:
     return App.open(context.obj["home"], context.obj["config"])
 
 
-Folder = Annotated[Path | None, typer.Argument(help="A folder of tracks, left in place; default: the inbox.")]
+Folder = Annotated[
+    Path | None, typer.Argument(metavar="DIR", help="A folder of tracks, left in place; default: the inbox.")
+]
 Tracks = Annotated[
     list[str] | None, typer.Argument(help="Names or starts of hashes; default: all that failed.")
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline import complaints
 from pipeline.errors import ConfigError
 
-Duration = Annotated[float, Field(gt=0, le=3600)] | Literal["source"]
+Duration = Annotated[float, Field(ge=0.1, le=3600)] | Literal["source"]
 
 
 class Section(BaseModel):
@@ -160,7 +161,10 @@ def load_config(path: Path | None, *, env: Mapping[str, str] = os.environ) -> Co
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice: the last one would win without a word."""
+    """YAML that refuses a key given twice: the last one would win without a word.
+
+    It also reads 1e-3 as a number, as YAML 1.2 does; PyYAML's 1.1 wants a dot in it.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -170,6 +174,11 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"the key {key!r} is there twice", key_node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -134,6 +134,9 @@ class Runner:
                     record = self.store.unit(key)
                     if record is not None and self.outbox.holds(folder, _published(record)):
                         made[key] = record
+                complete = {job.plan.embed_key, *(unit.key for unit in job.plan.variations)} <= made.keys()
+                if not complete and self.outbox.manifest(folder) is not None:
+                    self._working_copy(job)  # a result that stands is not opened for work that can't be done
                 self.outbox.open_for_work(folder)
                 job.embedding = made.pop(job.plan.embed_key, {})
                 files = {unit.key: unit.file for unit in job.plan.variations if unit.key in made}
@@ -292,7 +295,7 @@ class Runner:
             with suppress(BadAudio):
                 if intake.hash_file(file.moved_to or file.path, copy_to=target) == sha256:
                     return target
-        raise BadAudio("was removed or changed before it was processed")
+        raise BadAudio("was removed or changed since it was taken in: put it in the inbox again")
 
     def _progress(self, requests: Sequence[VariationRequest]) -> ProgressFn:
         shares = {request.request_id: 0.0 for request in requests}

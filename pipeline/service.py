@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
-from watchdog.observers import Observer
+from typing import TYPE_CHECKING
 
 from pipeline.arrivals import Arrivals, Look
 from pipeline.errors import Stopped
 from pipeline.runner import Runner
+
+if TYPE_CHECKING:
+    from watchdog.observers.api import BaseObserver
 
 log = logging.getLogger("pipeline")
 
@@ -87,9 +88,7 @@ def run_once(arrivals: Arrivals, runner: Runner, alarm: Alarm, *, root: Path | N
 
 def run_watch(arrivals: Arrivals, runner: Runner, alarm: Alarm) -> None:
     """Work until a signal says stop. Events only shorten the wait for the next look."""
-    observer = Observer()
-    observer.schedule(_Ring(alarm), str(arrivals.root), recursive=True)
-    observer.start()
+    observer = _observed(arrivals.root, alarm)
     log.info("watching %s", arrivals.root)
     try:
         while not alarm.is_stopped():
@@ -113,12 +112,17 @@ def _pause(arrivals: Arrivals, runner: Runner, look: Look) -> float:
     return min(pauses)
 
 
-class _Ring(FileSystemEventHandler):
-    """Any change below the inbox rings; reading a file is none."""
+def _observed(root: Path, alarm: Alarm) -> BaseObserver:
+    """A running observer that rings at any change below `root`; reading a file is none."""
+    from watchdog.events import FileSystemEvent, FileSystemEventHandler
+    from watchdog.observers import Observer
 
-    def __init__(self, alarm: Alarm) -> None:
-        self._alarm = alarm
+    class Ring(FileSystemEventHandler):
+        def on_any_event(self, event: FileSystemEvent) -> None:
+            if event.event_type not in ("opened", "closed_no_write"):
+                alarm.ring()
 
-    def on_any_event(self, event: FileSystemEvent) -> None:
-        if event.event_type not in ("opened", "closed_no_write"):
-            self._alarm.ring()
+    observer = Observer()
+    observer.schedule(Ring(), str(root), recursive=True)
+    observer.start()
+    return observer

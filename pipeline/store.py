@@ -339,7 +339,8 @@ class Store:
         rows = self._db.query(
             "SELECT * FROM tracks WHERE name = :w"
             " OR (length(:w) >= 4 AND substr(sha256, 1, length(:w)) = lower(:w))"
-            " OR folder = :w OR sha256 IN (SELECT sha256 FROM files WHERE display = :w)",
+            " OR folder IN (:w, :w || '--' || substr(sha256, 1, 8))"
+            " OR sha256 IN (SELECT sha256 FROM files WHERE display = :w)",
             {"w": wanted},
         )
         found = [_track(row) for row in rows]

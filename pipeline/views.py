@@ -93,9 +93,12 @@ def status(app: App) -> dict[str, Any]:
             "failures": [],
         }
     names = {track.sha256: track.name for track in store.tracks("running")}
+    counts, instance = store.counts(), app.workplace.is_locked()
+    if not instance:  # what a killed instance left goes on with the next
+        counts = {**counts, "queued": counts["queued"] + counts["running"], "running": 0}
     return {
-        "tracks": store.counts(),
-        "instance": app.workplace.is_locked(),
+        "tracks": counts,
+        "instance": instance,
         "running": [
             {
                 "track": names.get(attempt.sha256, attempt.sha256[:8]),
@@ -103,9 +106,12 @@ def status(app: App) -> dict[str, Any]:
                 "stage": attempt.stage,
                 "since_s": round(now() - attempt.started_at, 1),
             }
-            for attempt in store.open_attempts()
+            for attempt in (store.open_attempts() if instance else ())
         ],
-        "queue": [track.name for track in store.tracks("queued", limit=LAST_FAILURES)],
+        "queue": [
+            *(names.values() if not instance else ()),
+            *(track.name for track in store.tracks("queued", limit=LAST_FAILURES)),
+        ],
         "failures": [
             {
                 "track": track.name,

@@ -109,7 +109,7 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
         ("normalize: {loudness_lufs: 1}", "normalize.loudness_lufs: must be <= 0, not 1"),
         ("intake: {ignore: '*.txt'}", 'intake.ignore: must be a list, not "*.txt"'),
         ("intake: {after: burn}", "intake.after: must be 'move', 'delete' or 'keep', not \"burn\""),
-        ("generate: {duration_s: 0}", "generate.duration_s: must be > 0 or must be 'source', not 0"),
+        ("generate: {duration_s: 0}", "generate.duration_s: must be >= 0.1 or must be 'source', not 0"),
         ("generate: {variations: []}", "generate.variations: must have at least one entry, not []"),
         ("generate: {variations: [{}]}", "generate.variations[0].name: is required"),
         ('generate: {engine: mg}', 'generate.engine: must be one of auto, musicgen, remix, not "mg"'),

@@ -244,3 +244,19 @@ def test_the_inbox_named_as_the_folder_is_still_the_inbox(home: Home, once: Once
     assert once(home.inbox).code == 0
     assert "0 done, 0 failed; " in once(home.inbox).out  # what lies in done/ is not taken for input
     assert [str(p.relative_to(home.inbox)) for p in home.inbox.rglob("*.wav")] == ["done/a.wav"]
+
+
+def test_a_result_stands_when_its_source_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    home = Home(tmp_path)
+    home.configure(intake={"settle_s": 0, "after": "delete"})
+    write_music(home.inbox / "gone.wav")
+    assert run(capsys, monkeypatch, home, "once").code == 0
+    before = contents(home.outbox)
+    assert run(capsys, monkeypatch, home, "requeue", "gone", "--stage", "generate").code == 0
+    ran = run(capsys, monkeypatch, home, "once")
+    assert ran.code == 1
+    assert "put it in the inbox again" in ran.err
+    assert contents(home.outbox) == before
+    assert home.manifest()["source"]["name"] == "gone.wav"
