@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +16,11 @@ from rich.console import Console
 
 from pipeline import views
 from pipeline.app import App
+from pipeline.arrivals import Arrivals
 from pipeline.errors import AlreadyRunning, FolderUnusable, PipelineError, Stopped
 from pipeline.names import printable
 from pipeline.report import reporter_for
+from pipeline.runner import Runner
 from pipeline.service import Alarm, run_once, run_watch
 from pipeline.stages import STAGES
 
@@ -79,47 +83,44 @@ Tracks = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
-@cli.command()
-def once(context: typer.Context, folder: Folder = None) -> int:
-    """Process all that is ready, then end."""
-    app, console = _app(context), Console(stderr=True)
-    root = _root(app, folder)
+@contextmanager
+def _at_work(app: App, root: Path | None) -> Iterator[tuple[Arrivals, Runner, Alarm]]:
+    """Everything a working verb needs, as the only instance, with signals turned into a stop."""
+    console, alarm = Console(stderr=True), Alarm()
     app.workplace.prepare()
     with app.workplace.locked():
         _log_to(app.workplace.log, console)
         app.fetch_missing()
-        store, alarm = app.store(), Alarm()
+        store = app.store()
         assert store is not None
-        recovered = store.recover(now=views.now())
-        for track, stage in recovered:
+        for track, stage in store.recover(now=views.now()):
             log.info("%s: was cut off in %s, goes on", track.name, stage)
+        with alarm.on_signals(), reporter_for(console) as reporter:
+            yield app.arrivals(store, root), app.runner(store, reporter, alarm), alarm
+
+
+@cli.command()
+def once(context: typer.Context, folder: Folder = None) -> int:
+    """Process all that is ready, then end."""
+    app = _app(context)
+    root = _root(app, folder)
+    with _at_work(app, root) as (arrivals, runner, alarm):
         try:
-            with alarm.on_signals(), reporter_for(console) as reporter:
-                runner = app.runner(store, reporter, alarm)
-                look = run_once(app.arrivals(store, root), runner, alarm, root=root)
+            look = run_once(arrivals, runner, alarm, root=root)
         except Stopped:
             log.info("stopped; what was under way is queued again")
             return 128 + (alarm.stopped_by or signal.SIGINT)
-        failed = runner.outcome.failed + len(look.failed)
-        typer.echo(views.summary(runner.outcome, look, app.workplace.outbox))
-        return SOME_FAILED if failed else ALL_DONE
+    typer.echo(views.summary(runner.outcome, look, app.workplace.outbox))
+    return SOME_FAILED if runner.outcome.failed or look.failed else ALL_DONE
 
 
 @cli.command()
 def watch(context: typer.Context) -> int:
     """Stay and process what arrives in the inbox."""
-    app, console = _app(context), Console(stderr=True)
-    app.workplace.prepare()
-    with app.workplace.locked():
-        _log_to(app.workplace.log, console)
-        app.fetch_missing()
-        store, alarm = app.store(), Alarm()
-        assert store is not None
-        store.recover(now=views.now())
-        with alarm.on_signals(), reporter_for(console) as reporter:
-            run_watch(app.arrivals(store, None), app.runner(store, reporter, alarm), alarm)
+    with _at_work(_app(context), None) as (arrivals, runner, alarm):
+        run_watch(arrivals, runner, alarm)
         log.info("stopped")
-        return ALL_DONE
+    return ALL_DONE
 
 
 @cli.command()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from homes import Home
 
 
 @pytest.fixture
@@ -20,3 +22,10 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         log.removeHandler(handler)
         handler.close()
     log.level, log.propagate = before[:2]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    made = Home(tmp_path / "home")
+    made.configure()
+    return made

@@ -21,13 +21,6 @@ PATIENCE_S = 60.0  # for a child that is at work; ends a test that would hang
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    made = Home(tmp_path / "home")
-    made.configure()
-    return made
-
-
-@pytest.fixture
 def pipeline(
     home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
 ) -> Pipeline:

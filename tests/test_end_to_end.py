@@ -16,13 +16,6 @@ Once = Callable[..., Ran]
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    made = Home(tmp_path / "home")
-    made.configure()
-    return made
-
-
-@pytest.fixture
 def once(
     home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
 ) -> Iterator[Once]:
