@@ -37,8 +37,13 @@ class Intake(Section):
     after: Literal["move", "delete", "keep"] = "move"
     settle_s: Annotated[float, Field(ge=0, le=3600)] = 2.0
     rescan_s: Annotated[float, Field(gt=0, le=86400)] = 30.0
+    watch: Literal["auto", "events", "polling"] = "auto"
+    poll_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    marker: Annotated[str, Field(pattern=r"^\.[^/\x00-\x1f\x7f]+$")] | None = None
+    subfolders: Literal["flatten", "keep"] = "flatten"
+    follow_symlinks: bool = False
+    spool_gb: Annotated[float, Field(gt=0)] = 10.0
     ignore: tuple[str, ...] = (
-        "*.part", "*.crdownload", "*.tmp", "*~",
         "*.txt", "*.md", "*.nfo", "*.log", "*.cue", "*.m3u", "*.m3u8", "*.pls", "*.pdf",
         "*.jpg", "*.jpeg", "*.png", "*.gif", "*.webp", "Thumbs.db", "desktop.ini",
     )  # fmt: skip
@@ -107,6 +112,26 @@ class Output(Section):
 class Retry(Section):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     backoff_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
+    max_backoff_s: Annotated[float, Field(ge=0, le=604800)] = 3600.0
+
+
+class Disk(Section):
+    min_free_mb: Annotated[float, Field(ge=0)] = 200.0
+
+
+Days = Annotated[float, Field(ge=0)] | None
+Gigabytes = Annotated[float, Field(ge=0)] | None
+
+
+class Retention(Section):
+    """What `gc` may remove; None: nothing for that reason."""
+
+    work_days: Days = 7.0
+    archive_days: Days = None
+    archive_gb: Gigabytes = None
+    outbox_days: Days = None
+    outbox_gb: Gigabytes = None
+    redo_missing: bool = True
 
 
 class Config(Section):
@@ -121,6 +146,8 @@ class Config(Section):
     generate: Generate = Generate()
     output: Output = Output()
     retry: Retry = Retry()
+    disk: Disk = Disk()
+    retention: Retention = Retention()
 
     def canonical(self) -> str:
         """The effective configuration as canonical JSON."""

@@ -85,7 +85,7 @@ def test_an_unknown_key_names_the_file_the_key_and_the_nearest(
 
 def test_an_unknown_key_that_is_like_none_lists_what_is_allowed(file: Path) -> None:
     assert complaint(file, "retry: {zzz: 1}") == (
-        f"{file}: retry.zzz: unknown key (allowed: backoff_s, max_attempts)"
+        f"{file}: retry.zzz: unknown key (allowed: backoff_s, max_attempts, max_backoff_s)"
     )
 
 
