@@ -9,18 +9,22 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline import weights
+from pipeline.alarm import Alarm
 from pipeline.arrivals import Arrivals
 from pipeline.choice import Choice, choose
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engine_room import Engines, LoadedEngines
 from pipeline.engines.base import EngineSettings
-from pipeline.intake import Settling
+from pipeline.errors import ConfigError
+from pipeline.intake import Rules, Scanner, Settling
+from pipeline.mounts import clock_is_ours, mount_of, needs_polling
 from pipeline.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.report import Reporter
 from pipeline.runner import Runner
-from pipeline.service import Alarm
+from pipeline.service import Crew
 from pipeline.store import Store
+from pipeline.watcher import Watcher
 from pipeline.workplace import Workplace
 
 log = logging.getLogger("pipeline")
@@ -86,17 +90,32 @@ class App:
                 log.info("fetching the weights of %s (%s)", choice.model, choice.license)
                 weights.fetch(choice.model, revision)
 
-    def engines(self) -> Engines:
+    def reopened(self) -> App:
+        """The same home with its configuration read again.
+
+        Raises:
+            ConfigError: it is wrong, or asks for other folders, which takes a new start.
+        """
+        fresh = App.open(self.home, self.config_path)
+        if fresh.workplace != self.workplace:
+            raise ConfigError(f"{fresh.config_path}: other folders need a restart")
+        return fresh
+
+    def engines(self, earlier: Engines | None = None) -> Engines:
+        """The chosen engines; those loaded earlier are kept if nothing about them has changed."""
         recipe = self.recipe
         for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
             model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
             log.info("%s: %s%s: %s", stage, choice.card.name, model, choice.why)
-        return LoadedEngines(
+        engines = LoadedEngines(
             recipe.embedder,
             self.settings(self.config.embed),
             recipe.generator,
             self.settings(self.config.generate),
         )
+        if isinstance(earlier, LoadedEngines):
+            engines.take_over(earlier)
+        return engines
 
     def store(self, *, read_only: bool = False) -> Store | None:
         """The database; None if it is to be read only and isn't there yet."""
@@ -104,26 +123,55 @@ class App:
             return None
         return Store(self.workplace.database, read_only=read_only)
 
-    def arrivals(self, store: Store, root: Path | None) -> Arrivals:
-        return Arrivals(
-            root=self.workplace.inbox if root is None else root,
+    def crew(
+        self,
+        store: Store,
+        root: Path | None,
+        reporter: Reporter,
+        alarm: Alarm,
+        *,
+        engines: Engines | None = None,
+    ) -> Crew:
+        """What works by this configuration; `root` is a folder other than the inbox."""
+        store.remember_config(self.config.sha256, self.config.canonical())
+        outbox = Outbox(self.workplace.outbox)
+        folder = self.workplace.inbox if root is None else root
+        intake = self.config.intake
+        arrivals = Arrivals(
+            root=folder,
             is_inbox=root is None,
-            settings=self.config.intake,
+            settings=intake,
+            disk=self.config.disk,
             recipe=self.recipe,
             store=store,
-            outbox=Outbox(self.workplace.outbox),
-            settling=Settling(self.config.intake.settle_s),
+            outbox=outbox,
+            workplace=self.workplace,
+            scanner=self.scanner(root),
+            settling=Settling(intake.settle_s, trust_times=clock_is_ours(mount_of(folder))),
         )
-
-    def runner(self, store: Store, reporter: Reporter, alarm: Alarm) -> Runner:
-        store.remember_config(self.config.sha256, self.config.canonical())
-        return Runner(
+        runner = Runner(
             recipe=self.recipe,
             workplace=self.workplace,
             store=store,
-            outbox=Outbox(self.workplace.outbox),
-            engines=self.engines(),
+            outbox=outbox,
+            engines=self.engines(engines),
             reporter=reporter,
             clock=time.time,
             should_stop=alarm.is_stopped,
+        )
+        return Crew(arrivals, runner)
+
+    def scanner(self, root: Path | None) -> Scanner:
+        intake = self.config.intake
+        rules = Rules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=root is None)
+        return Scanner(self.workplace.inbox if root is None else root, rules)
+
+    def watcher(self, alarm: Alarm) -> tuple[Watcher, str]:
+        """What watches the inbox, and in which mode and why."""
+        wanted, mount = self.config.intake.watch, mount_of(self.workplace.inbox)
+        reason = needs_polling(mount) if wanted == "auto" else None
+        polling = wanted == "polling" or reason is not None
+        why = reason or ("named in the configuration" if wanted != "auto" else "a local file system")
+        return Watcher(self.workplace.inbox, alarm.ring, polling=polling), (
+            f"{'polling' if polling else 'events'} ({why})"
         )

@@ -6,24 +6,30 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import intake
-from pipeline.config import Intake
+from pipeline import files, intake
+from pipeline.config import Disk, Intake
+from pipeline.disk import check_space, machines_fault
 from pipeline.errors import BadAudio, FolderUnusable
-from pipeline.intake import Settling, Sighting
+from pipeline.files import Changed, Identity
+from pipeline.intake import Scanner, Settling, Sighting
 from pipeline.names import printable
 from pipeline.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.store import SourceFile, Store, Track
+from pipeline.workplace import Workplace
 
 log = logging.getLogger("pipeline")
 
 # What became of a file: not dealt with yet; moved, deleted or left in place as the configuration
 # says; moved to `failed`; not there any more when it was to be moved.
 WAITING, SETTLED, ASIDE, LOST = "waiting", "settled", "aside", "lost"
+PATIENCE = 5  # times settle_s: a file that can't be used is waited for if it was written to so lately
+TOGETHER = 100  # files recorded in one transaction
+READ_ATTEMPTS = 3  # looks at a file whose device fails before it counts as unreadable
 
 
 @dataclass
@@ -36,6 +42,8 @@ class Look:
         default_factory=list
     )  # hashes of files that failed before and lie there unchanged
     unsettled: int = 0  # somebody may still be writing them
+    unmarked: int = 0  # their marker isn't there yet
+    waiting: int = 0  # ready, but there are working copies enough for now
 
 
 @dataclass(frozen=True)
@@ -45,53 +53,128 @@ class Arrivals:
     root: Path
     is_inbox: bool
     settings: Intake
+    disk: Disk
     recipe: Recipe
     store: Store
     outbox: Outbox
+    workplace: Workplace
+    scanner: Scanner
     settling: Settling
     clock: Callable[[], float] = time.time
+    _plan_keys: dict[str, str] = field(default_factory=dict)
+    _trouble: dict[Path, int] = field(default_factory=dict)  # looks at which a file's device failed
+
+    @property
+    def inbox(self) -> Path | None:
+        return self.root if self.is_inbox else None
 
     def look(self, *, should_stop: Callable[[], bool]) -> Look:
-        """Queue what is new or has to be made again.
+        """Take in what is new, queue what has to be made again.
 
         Raises:
-            FolderUnusable: the folder can't be listed.
+            FolderUnusable: the folder can't be listed, or there is no room for working copies.
         """
         found = Look()
         try:
-            sightings = list(intake.scan(self.root, ignore=self.settings.ignore, is_inbox=self.is_inbox))
+            sightings = list(self.scanner.scan())
         except OSError as e:
             raise FolderUnusable(f"{self.root} can't be read: {(e.strerror or str(e)).lower()}") from e
-        self.settling.keep_only({sighting.path for sighting in sightings})
-        for sighting in sightings:
-            if should_stop():
-                break
-            known = self.store.file_at(sighting.path)
-            if known is not None and known.moved_to is None and _is_same(known, sighting):
-                self._seen_before(known, found)
-            elif not self.settling.is_settled(sighting, self.clock()):
-                found.unsettled += 1
-            elif (sha256 := self._hash(sighting, found, should_stop)) is not None:
-                self._arrived(sighting, sha256, found)
+        paths = {sighting.path for sighting in sightings}
+        self.settling.keep_only(paths)
+        for gone in self._trouble.keys() - paths:
+            del self._trouble[gone]
+        new = self._news(sightings, found, should_stop)
+        taken: list[tuple[Sighting, str]] = []
+        try:
+            for sighting in new:
+                if (sha256 := self._take_in(sighting, found, should_stop)) is not None:
+                    taken.append((sighting, sha256))
+                if len(taken) >= TOGETHER:
+                    full, taken = taken, []
+                    self._record(full, found)
+        finally:
+            self._record(taken, found)
         return found
 
-    def _hash(self, sighting: Sighting, found: Look, should_stop: Callable[[], bool]) -> str | None:
-        try:
-            sha256 = intake.hash_file(sighting.path, should_stop=should_stop)
-            after = sighting.path.lstat()
-        except FileNotFoundError:
-            return None
-        except BadAudio as e:
-            self._unreadable(sighting, str(e), found)
-            return None
-        if sha256 is not None and (after.st_size, after.st_mtime_ns) != (sighting.size, sighting.mtime_ns):
-            found.unsettled += 1
-            return None
-        return sha256
+    def _news(
+        self, sightings: Iterable[Sighting], found: Look, should_stop: Callable[[], bool]
+    ) -> Iterable[Sighting]:
+        """What is ready and not known yet, as long as there is room for it."""
+        known = self.store.known_below(self.root)
+        spooled, limit = self.store.spooled_bytes(), self.settings.spool_gb * 1e9
+        for sighting in sightings:
+            if should_stop():
+                return
+            file, track = known.get(sighting.path, (None, None))
+            if file is not None and track is not None and file.moved_to is None and _is_same(file, sighting):
+                self._seen_before(file, track, found)
+            elif not sighting.marked:
+                found.unmarked += 1
+            elif self.settings.marker is None and not self._is_ready(sighting):
+                found.unsettled += 1
+            elif spooled and spooled + sighting.size > limit:
+                found.waiting += 1
+            else:
+                spooled += sighting.size
+                yield sighting
 
-    def _arrived(self, sighting: Sighting, sha256: str, found: Look) -> None:
-        """New here: bytes nobody has seen, another name of known ones, or a file put back."""
-        folder = Outbox.folder_name(sighting.path, sha256)
+    def _is_ready(self, sighting: Sighting) -> bool:
+        return self.settling.is_settled(sighting, self.clock()) and not intake.has_writer(sighting.to_open)
+
+    def _take_in(self, sighting: Sighting, found: Look, should_stop: Callable[[], bool]) -> str | None:
+        """Make the working copy; returns its hash, or None if there is nothing to record."""
+        reserve = self.disk.min_free_mb * 1e6
+        check_space([self.workplace.state], needed_bytes=sighting.size, reserve_bytes=reserve)
+        incoming = self.workplace.incoming()
+        expected = Identity(sighting.size, sighting.mtime_ns, sighting.inode)
+        try:
+            sha256 = files.copy_in(sighting.to_open, incoming, expected=expected, should_stop=should_stop)
+            if sha256 is not None:
+                self.workplace.desk(sha256).adopt(incoming)
+            self._trouble.pop(sighting.path, None)
+        except Changed:
+            found.unsettled += 1
+        except BadAudio as e:
+            if sighting.path.exists():
+                self._unreadable(sighting, str(e), found)
+        except OSError as e:
+            self._could_not_be_read(sighting, e, found)
+        else:
+            return sha256
+        finally:
+            incoming.unlink(missing_ok=True)
+        return None
+
+    def _could_not_be_read(self, sighting: Sighting, error: OSError, found: Look) -> None:
+        """A device error may pass; one that stays is that file's failure."""
+        if fault := machines_fault(error):
+            raise fault from error
+        self._trouble[sighting.path] = self._trouble.get(sighting.path, 0) + 1
+        text = f"can't be read: {(error.strerror or str(error)).lower()}"
+        if self._trouble[sighting.path] >= READ_ATTEMPTS:
+            self._unreadable(sighting, text, found)
+        else:
+            found.unsettled += 1
+            log.warning("%s %s; it is looked at again", sighting.display, text)
+
+    def _record(self, taken: list[tuple[Sighting, str]], found: Look) -> None:
+        """Note what was taken in, in one transaction; what is moved is moved after it."""
+        known: list[Track] = []
+        with self.store.together():
+            for sighting, sha256 in taken:
+                track = self._arrived(sighting, sha256, found)
+                if track is not None:
+                    known.append(track)
+        for track in known:
+            self._known(track, found)
+            now = self.store.track(track.sha256)
+            if now is not None and now.state == "done":
+                self.workplace.desk(track.sha256).clear()
+
+    def _arrived(self, sighting: Sighting, sha256: str, found: Look) -> Track | None:
+        """New here: bytes nobody has seen, or a file put back; else the track they are another name of."""
+        below = sighting.path.parent.relative_to(self.root) if self.settings.subfolders == "keep" else None
+        folder = Outbox.folder_name(sighting.path, sha256, below=below)
         name = printable(sighting.path.name)
         new = self.store.add(self._file(sighting, sha256), name=name, folder=folder, now=self.clock())
         track = self.store.track(sha256)
@@ -103,45 +186,51 @@ class Arrivals:
             self.store.requeue(sha256, now=self.clock())
             found.queued += 1
         else:
-            self._known(track, found)
+            return track
+        return None
 
-    def _seen_before(self, file: SourceFile, found: Look) -> None:
-        track = self.store.track(file.sha256)
-        assert track is not None
+    def _seen_before(self, file: SourceFile, track: Track, found: Look) -> None:
         if track.state == "failed":
             found.failed.append(track.sha256)
+            if file.state == WAITING:  # a kill came before it could be moved
+                put_away(self.store, [file], self.inbox, self.settings, error=f"{track.name}: {track.error}")
         else:
-            self._known(track, found)
+            self._known(track, found, file)
 
-    def _known(self, track: Track, found: Look) -> None:
+    def _known(self, track: Track, found: Look, file: SourceFile | None = None) -> None:
         if track.state != "done":
             return
-        if track.plan_key != self.recipe.plan(track.sha256).key:
+        if track.plan_key != self._plan_key(track.sha256) and track.collected_at is None:
             self.store.requeue(track.sha256, now=self.clock())
             found.queued += 1
-        else:
-            found.up_to_date += 1
+            return
+        found.up_to_date += 1
+        if file is None or file.state in (WAITING, LOST):
             self._settle(track)
 
+    def _plan_key(self, sha256: str) -> str:
+        if sha256 not in self._plan_keys:
+            self._plan_keys[sha256] = self.recipe.plan(sha256).key
+        return self._plan_keys[sha256]
+
     def _settle(self, track: Track) -> None:
-        """Finished before this file came: note its name and put it with the others."""
-        files = self.store.files_of(track.sha256)
-        if any(file.state == WAITING for file in files):
-            self.outbox.add_names(track.folder or "", [file.display for file in files])
-            put_away(self.store, files, self.root if self.is_inbox else None, self.settings, error=None)
+        """Finished before this file came, or was dealt with: note its name and put it with the others."""
+        found = self.store.files_of(track.sha256)
+        self.outbox.add_names(track.folder, [file.display for file in found])
+        put_away(self.store, found, self.inbox, self.settings, error=None)
 
     def _unreadable(self, sighting: Sighting, error: str, found: Look) -> None:
         """Without bytes there is no content hash: the failure is recorded under a hash of the path."""
         sha256 = hashlib.sha256(b"unreadable:" + os.fsencode(sighting.path)).hexdigest()
         file = self._file(sighting, sha256)
         name = printable(sighting.path.name)
-        self.store.add(file, name=name, folder=Outbox.folder_name(sighting.path, sha256), now=self.clock())
-        self.store.fail(sha256, stage="intake", error=error, now=self.clock(), retry_at=None)
+        with self.store.together():
+            folder = Outbox.folder_name(sighting.path, sha256)
+            self.store.add(file, name=name, folder=folder, now=self.clock())
+            self.store.fail(sha256, stage="intake", error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
         found.failed.append(sha256)
-        put_away(
-            self.store, [file], self.root if self.is_inbox else None, self.settings, error=f"{name} {error}"
-        )
+        put_away(self.store, [file], self.inbox, self.settings, error=f"{name} {error}")
 
     def _file(self, sighting: Sighting, sha256: str) -> SourceFile:
         return SourceFile(
@@ -156,14 +245,43 @@ class Arrivals:
         )
 
 
+def still_arriving(store: Store, sha256: str, settings: Intake, *, now: float) -> float | None:
+    """Whether unusable bytes may be those of a file that somebody was still writing.
+
+    Returns:
+        When to look again; `-inf` if no file has these bytes any more, so that they were part of
+        something else; None if the file has rested: it is what it is.
+    """
+    patience_s = PATIENCE * settings.settle_s
+    if patience_s == 0 or settings.marker is not None:
+        return None
+    found = store.files_of(sha256)
+    if any(file.state in (SETTLED, ASIDE) for file in found):  # was dealt with before
+        return None
+    latest = -float("inf")
+    for file in found:
+        try:
+            seen = file.path.stat() if settings.follow_symlinks else file.path.lstat()
+        except OSError:
+            continue
+        if Identity.of(seen) != Identity(file.size, file.mtime_ns, file.inode):
+            return now + settings.settle_s  # the next look takes the new bytes
+        latest = max(latest, seen.st_mtime, seen.st_ctime)
+    if latest == -float("inf"):
+        return latest
+    until = latest + patience_s
+    return until if latest - patience_s <= now < until else None  # times far in the future tell nothing
+
+
 def put_away(
-    store: Store, files: list[SourceFile], inbox: Path | None, settings: Intake, *, error: str | None
+    store: Store, found: list[SourceFile], inbox: Path | None, settings: Intake, *, error: str | None
 ) -> None:
     """Do with a finished or failed track's files what the configuration says; only those of the inbox move.
 
-    A file that is not what was hashed any more is left alone: the next look takes it as a new one.
+    A file that is not what was taken in any more is left alone: the next look takes it as a new
+    one. While the whole inbox is away nothing is decided.
     """
-    for file in files:
+    for file in found:
         here = file.moved_to or file.path
         if file.state == SETTLED or (file.state == ASIDE and error is not None):
             continue
@@ -171,41 +289,76 @@ def put_away(
             store.settle_file(file.path, state=SETTLED)
             continue
         try:
-            if not _is_same(file, _sight(here)):
+            seen = here.stat() if settings.follow_symlinks else here.lstat()
+            if not _is_same(file, Identity.of(seen)):
                 continue
             moved_to = _dispose(file, here, settings, error)
         except FileNotFoundError:
-            store.settle_file(file.path, state=LOST)
+            if inbox.is_dir():
+                store.settle_file(file.path, state=LOST)
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
         else:
+            _drop_marker(file, settings)
             store.settle_file(file.path, state=SETTLED if error is None else ASIDE, moved_to=moved_to)
+
+
+def _drop_marker(file: SourceFile, settings: Intake) -> None:
+    if settings.marker is not None and settings.after != "keep":
+        file.path.with_name(file.path.name + settings.marker).unlink(missing_ok=True)
+
+
+def finish_moves(store: Store, inbox: Path) -> int:
+    """After a kill: find the files whose move to `done` or `failed` was made but not recorded.
+
+    A rename keeps size, times and inode, so they can be told. Returns how many were found.
+    """
+    cut_off = [
+        (file, track)
+        for file, track in store.known_below(inbox).values()
+        if track.state in ("done", "failed")
+        and file.state in (WAITING, ASIDE)
+        and not os.path.lexists(file.moved_to or file.path)
+    ]
+    if not cut_off:
+        return 0
+    there = {
+        Identity.of(path.lstat()): path
+        for name in (intake.DONE, intake.FAILED)
+        for path in sorted((inbox / name).rglob("*"))
+    }
+    n = 0
+    for file, track in cut_off:
+        path = there.get(Identity(file.size, file.mtime_ns, file.inode))
+        if path is None:
+            if inbox.is_dir():
+                store.settle_file(file.path, state=LOST)
+            continue
+        n += 1
+        failed = path.is_relative_to(inbox / intake.FAILED)
+        if failed and not files.error_file(path).exists():
+            files.write_error(path, f"{track.name}: {track.error}")
+        store.settle_file(file.path, state=ASIDE if failed else SETTLED, moved_to=path)
+    return n
 
 
 def _dispose(file: SourceFile, here: Path, settings: Intake, error: str | None) -> Path | None:
     """Move, delete or keep; returns the new place, or None if it stays where it was found (or is gone)."""
     if error is not None:
-        moved_to = intake.move_aside(here, file.root / intake.FAILED / file.path.relative_to(file.root))
-        intake.write_error(moved_to, error)
+        moved_to = files.move_aside(here, file.root / intake.FAILED / file.path.relative_to(file.root))
+        files.write_error(moved_to, error)
         return moved_to
     if file.state == ASIDE:
-        intake.error_file(here).unlink(missing_ok=True)
+        files.error_file(here).unlink(missing_ok=True)
     if settings.after == "move":
-        return intake.move_aside(here, file.root / intake.DONE / file.path.relative_to(file.root))
+        return files.move_aside(here, file.root / intake.DONE / file.path.relative_to(file.root))
     if settings.after == "delete":
         here.unlink()
     elif file.state == ASIDE:
-        back = intake.move_aside(here, file.path)
+        back = files.move_aside(here, file.path)
         return None if back == file.path else back
     return None
 
 
-def _sight(path: Path) -> tuple[int, int, int]:
-    found = path.lstat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _is_same(file: SourceFile, seen: Sighting | tuple[int, int, int]) -> bool:
-    if isinstance(seen, Sighting):
-        seen = (seen.size, seen.mtime_ns, seen.inode)
-    return (file.size, file.mtime_ns, file.inode) == seen
+def _is_same(file: SourceFile, seen: Sighting | Identity) -> bool:
+    return (file.size, file.mtime_ns, file.inode) == (seen.size, seen.mtime_ns, seen.inode)

@@ -31,6 +31,19 @@ class LoadedEngines:
     _embedder: Embedder | None = field(default=None, init=False)
     _generator: Generator | None = field(default=None, init=False)
 
+    def take_over(self, earlier: LoadedEngines) -> None:
+        """Keep what is loaded already, where choice and settings are the same."""
+        if (earlier.embedder_choice, earlier.embedder_settings) == (
+            self.embedder_choice,
+            self.embedder_settings,
+        ):
+            self._embedder = earlier._embedder
+        if (earlier.generator_choice, earlier.generator_settings) == (
+            self.generator_choice,
+            self.generator_settings,
+        ):
+            self._generator = earlier._generator
+
     def embedder(self) -> Embedder:
         if self._embedder is None:
             self._embedder = cast(Embedder, _load(self.embedder_choice, self.embedder_settings))

@@ -16,6 +16,10 @@ class BadAudio(PipelineError):
     """The input can't be processed: not audio, cut off, silent, too short, too long, not finite."""
 
 
+class SourceGone(BadAudio):
+    """Neither the working copy nor any file with the track's bytes is there any more."""
+
+
 class ConfigError(PipelineError):
     """The configuration is wrong; the message names the file, the key path and what is allowed."""
 
@@ -39,9 +43,13 @@ class EngineFailure(PipelineError):
 
 
 class FolderUnusable(PipelineError):
-    """A working folder can't be read or written, or its disk is full."""
+    """A working folder or the database can't be read or written: the machine's fault, not a track's."""
 
     permanent = False
+
+
+class DiskFull(FolderUnusable):
+    """There is no space left, or too little to begin; it passes by itself when there is some again."""
 
 
 class AlreadyRunning(PipelineError):

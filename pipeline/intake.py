@@ -1,32 +1,43 @@
-"""From a folder to ready, hashed files. A scan is the truth; events only say when to look.
+"""From a folder to files that are ready. A scan is the truth; events only say when to look.
 
-Ready means that nobody has written to a file for `settle_s`: its size, times and inode have not
-changed for that long, by the file's own times (mtime and ctime, so a copy that sets mtime back
-doesn't look old) or, where those lie in the future, by looking twice.
+Ready means that nobody has written to a file for `settle_s`: its size, mtime and inode have not
+changed for that long. On a local disk the file's own times can prove it at the first look (ctime
+too, which no copy sets back); elsewhere only two looks of our own that far apart do. Where the
+system can tell, a file that somebody has open for writing isn't ready however long it rests.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import fcntl
 import logging
 import os
-import shutil
-import stat
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 
 from pipeline import audio
-from pipeline.errors import BadAudio
+from pipeline.ignore import Ignore, still_downloading
 from pipeline.names import printable
+from pipeline.walk import Found, Walk
 
 log = logging.getLogger("pipeline")
 
 DONE, FAILED = "done", "failed"  # reserved in the inbox, never scanned
-READ_BYTES = 1 << 20
 SNIFF_BYTES = 64
-MAX_NAME_BYTES = 255  # of one file name, on the usual file systems
+COARSE_S = 2.0  # the coarsest times of a file system: FAT's; others without fractions count in seconds
+NS_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a scan leaves out, and what it waits for."""
+
+    ignore: tuple[str, ...] = ()  # besides what is always ignored: see pipeline.ignore
+    marker: str | None = None  # ".done": name.wav is whole once name.wav.done is there
+    follow_symlinks: bool = False  # to what lies below the scanned folder; never out of it
+    is_inbox: bool = True  # `done` and `failed` are reserved; everything is taken, audio or not
 
 
 @dataclass(frozen=True)
@@ -39,139 +50,160 @@ class Sighting:
     mtime_ns: int
     ctime_ns: int
     inode: int
+    device: int = 0
+    marked: bool = True  # False: its marker isn't there yet, or a download tool's own file still is
+    linked: Path | None = None  # the file itself, if a symbolic link was followed to it
+
+    @property
+    def to_open(self) -> Path:
+        """Where the bytes are; no part of it below the scanned folder was a link."""
+        return self.path if self.linked is None else self.linked
 
     @property
     def changed_s(self) -> float:
         """When it was last written to or renamed, as far as its times tell."""
-        return max(self.mtime_ns, self.ctime_ns) / 1e9
+        return max(self.mtime_ns, self.ctime_ns) / NS_PER_S
+
+    @property
+    def granularity_s(self) -> float:
+        """How much later than that it may have been; times without a fraction come from a coarse clock."""
+        return COARSE_S if self.mtime_ns % NS_PER_S == 0 == self.ctime_ns % NS_PER_S else 0.0
 
     def same_as(self, other: Sighting) -> bool:
-        return (self.size, self.mtime_ns, self.inode) == (other.size, other.mtime_ns, other.inode)
+        """Unchanged. ctime doesn't count: indexers, backups and other hard links change it all the time."""
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[int, int, int, int]:
+        return self.size, self.mtime_ns, self.device, self.inode
 
 
 @dataclass
 class Settling:
-    """Remembers what was seen when, for files whose own times can't be trusted."""
+    """Knows which files rest; remembers what was seen when, for those whose own times don't prove it."""
 
     settle_s: float
+    trust_times: bool = True  # the files' times are of the clock that `now` is of
     _seen: dict[Path, tuple[Sighting, float]] = field(default_factory=dict)
 
     def is_settled(self, sighting: Sighting, now: float) -> bool:
-        if sighting.changed_s <= now - self.settle_s:
-            self._seen.pop(sighting.path, None)
+        """Whether nobody has written to it for `settle_s`; `now` in seconds since the epoch."""
+        wait_s = self.settle_s + sighting.granularity_s if self.settle_s > 0 else 0.0
+        if self.trust_times and sighting.changed_s <= now - wait_s:
             return True
-        before = self._seen.get(sighting.path)
-        if before is None or not before[0].same_as(sighting):
-            self._seen[sighting.path] = (sighting, now)
-            return self.settle_s == 0
-        return sighting.changed_s > now and now - before[1] >= self.settle_s
+        before, since = self._seen.get(sighting.path, (None, now))
+        if before is None or not before.same_as(sighting) or now < since:  # a clock set back starts anew
+            since = now
+            self._seen[sighting.path] = sighting, since
+        return now - since >= wait_s
 
     def keep_only(self, paths: set[Path]) -> None:
         for gone in self._seen.keys() - paths:
             del self._seen[gone]
 
 
-def scan(root: Path, *, ignore: Sequence[str], is_inbox: bool) -> Iterator[Sighting]:
-    """Every regular file below `root` that may be a track, in the order of the names.
+class Scanner:
+    """Looks at one folder again and again; what is wrong there is logged once, not at every look."""
 
-    Symbolic links, dotfiles, dot-folders and what matches `ignore` are left out; of the inbox also
-    its `done` and `failed`; of any other folder what neither begins nor ends like audio.
+    def __init__(self, root: Path, rules: Rules) -> None:
+        self.root = root
+        self.rules = rules
+        self._ignore = Ignore(rules.ignore)
+        self._told: set[str] = set()
 
-    Raises:
-        OSError: `root` itself can't be listed. Folders below it that vanish meanwhile are skipped.
+    def scan(self) -> Iterator[Sighting]:
+        """Every regular file below the folder that may be a track, in the order of the names.
+
+        Of a folder that isn't the inbox, only what begins or ends like audio is seen. What symbolic
+        links lead to comes last, and only if it was not seen already.
+
+        Raises:
+            OSError: the folder itself can't be listed. Folders below it that vanish, or can't be
+                read, don't hide the others.
+        """
+        problems: set[str] = set()
+        walk = Walk(
+            root=self.root,
+            reserved=(DONE, FAILED) if self.rules.is_inbox else (),
+            follow_symlinks=self.rules.follow_symlinks,
+            is_left_out=self._ignore.matches,
+            is_wanted=self._is_wanted,
+            tell=lambda shown, what: self._tell(f"{printable(shown)}: {what}", problems),
+        )
+        for found in walk.files():
+            yield self._sighting(found, problems)
+        self._told &= problems  # what was mended and comes again is told again
+
+    def _is_wanted(self, name: str, folder_fd: int) -> bool:
+        if self.rules.marker is not None and name.endswith(self.rules.marker):
+            return False
+        return self.rules.is_inbox or _may_be_audio(name, folder_fd)
+
+    def _sighting(self, found: Found, problems: set[str]) -> Sighting:
+        place, stat = found.place, found.stat
+        real = "/".join(place.real)
+        return Sighting(
+            path=self.root / place.shown,
+            display=printable(place.shown),
+            size=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            ctime_ns=stat.st_ctime_ns,
+            inode=stat.st_ino,
+            device=stat.st_dev,
+            marked=self._is_marked(found, problems),
+            linked=None if real == place.shown else self.root / real,
+        )
+
+    def _is_marked(self, found: Found, problems: set[str]) -> bool:
+        name = found.place.real[-1]
+        if self.rules.marker is not None and name + self.rules.marker not in found.siblings:
+            return False
+        sign = still_downloading(name, found.stat.st_size, found.siblings)
+        if sign is not None:
+            shown = printable(found.place.shown)
+            self._tell(f"{shown}: left alone while {printable(sign)} says that it is being written", problems)
+        return sign is None
+
+    def _tell(self, problem: str, problems: set[str]) -> None:
+        problems.add(problem)
+        if problem not in self._told:
+            self._told.add(problem)
+            log.warning("%s", problem)
+
+
+def has_writer(path: Path) -> bool:
+    """Whether somebody has the file open for writing, as far as the system tells.
+
+    Linux grants a read lease only on a file that nobody has open for writing (F_SETLEASE in
+    fcntl(2)). It is dropped at once. Without leases the answer is no, and time alone decides: on
+    other systems, on NFS and FUSE, and for other users' files without CAP_LEASE. A file that was
+    closed but is still mapped for writing counts; writers on another machine don't.
     """
-    reserved = {DONE, FAILED} if is_inbox else set()
-    for entry in sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name)):
-        if entry.name not in reserved:
-            yield from _below(Path(entry.path), root, ignore, is_inbox)
-
-
-def _below(path: Path, root: Path, ignore: Sequence[str], is_inbox: bool) -> Iterator[Sighting]:
-    if path.name.startswith(".") or any(fnmatch(path.name.lower(), pattern.lower()) for pattern in ignore):
-        return
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
     try:
-        found = path.lstat()
-        if stat.S_ISDIR(found.st_mode):
-            for child in sorted(path.iterdir(), key=os.fsencode):
-                yield from _below(child, root, ignore, is_inbox)
-            return
-    except FileNotFoundError:
-        return
-    except OSError as e:  # one closed folder must not hide the others
-        reason = (e.strerror or str(e)).lower()
-        log.warning("%s: can't be read: %s", printable(path.relative_to(root)), reason)
-        return
-    if stat.S_ISREG(found.st_mode) and (is_inbox or _may_be_audio(path)):
-        display = printable(path.relative_to(root))
-        yield Sighting(path, display, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
-
-
-def _may_be_audio(path: Path) -> bool:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as e:
+        return e.errno == errno.EWOULDBLOCK  # a file server has a write lease on it: an oplock
     try:
-        with path.open("rb") as file:
-            head = file.read(SNIFF_BYTES)
+        # Whoever opens the file for writing in this instant waits until the lease is gone, and we
+        # are sent a signal: SIGIO, which ends a process, unless another is asked for.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as e:
+        return e.errno == errno.EAGAIN
+    finally:
+        os.close(fd)
+    return False
+
+
+def _may_be_audio(name: str, folder_fd: int) -> bool:
+    """By its ending or by its first bytes."""
+    if audio.looks_like_audio(b"", name):
+        return True
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder_fd)
+        with os.fdopen(fd, "rb") as file:
+            return audio.looks_like_audio(file.read(SNIFF_BYTES), name)
     except OSError:
-        head = b""  # its name decides; reading it will say what is wrong
-    return audio.looks_like_audio(head, path.name)
-
-
-def hash_file(
-    path: Path, *, copy_to: Path | None = None, should_stop: Callable[[], bool] = bool
-) -> str | None:
-    """SHA-256 of a file's bytes, copied on the way if asked; None if it was told to stop.
-
-    Raises:
-        BadAudio: the file can't be read, which is nothing that trying again mends.
-        OSError: anything else, such as a full disk.
-    """
-    sha = hashlib.sha256()
-    try:
-        source = path.open("rb")
-    except (PermissionError, FileNotFoundError, IsADirectoryError) as e:
-        raise BadAudio(f"can't be read: {(e.strerror or 'unreadable').lower()}") from e
-    with source:
-        target = copy_to.open("wb") if copy_to is not None else None
-        try:
-            while block := source.read(READ_BYTES):
-                if should_stop():
-                    return None
-                sha.update(block)
-                if target is not None:
-                    target.write(block)
-            if target is not None:
-                target.flush()
-                os.fsync(target.fileno())
-        finally:
-            if target is not None:
-                target.close()
-    return sha.hexdigest()
-
-
-def move_aside(path: Path, target: Path) -> Path:
-    """Move a file, never over another one; returns where it is now."""
-    target = free_name(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(path, target)
-    return target
-
-
-def error_file(path: Path) -> Path:
-    """Where it stands why a file failed: `<name>.error.txt` beside it."""
-    suffix = b".error.txt"
-    return path.with_name(os.fsdecode(os.fsencode(path.name)[: MAX_NAME_BYTES - len(suffix)] + suffix))
-
-
-def write_error(path: Path, error: str) -> None:
-    """Say beside a failed file why it failed, in one sentence."""
-    error_file(path).write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or the first of `name (2).ext`, `name (3).ext`, … that nobody has."""
-    candidate, n = path, 1
-    while os.path.lexists(candidate):
-        n += 1
-        ending = os.fsencode(f" ({n}){path.suffix}")
-        stem = os.fsencode(path.stem)[: MAX_NAME_BYTES - len(ending)]
-        candidate = path.with_name(os.fsdecode(stem + ending))
-    return candidate
+        return False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -120,6 +121,42 @@ class BarReporter:
     def _show_tracks(self) -> None:
         label = f"{self._done} of {self._total}" if self._total else ""
         self._progress.update(self._tracks, completed=self._done, total=self._total or None, label=label)
+
+
+class WatchedReporter:
+    """Passes everything on, and tells a watchdog of what is real progress: steps that come further."""
+
+    def __init__(self, reporter: Reporter, progress: Callable[[], None]) -> None:
+        self._reporter, self._progress, self._furthest = reporter, progress, 0.0
+
+    def queued(self, total: int) -> None:
+        self._reporter.queued(total)
+
+    def stage(self, name: str, stage: str) -> None:
+        self._furthest = 0.0
+        self._progress()
+        self._reporter.stage(name, stage)
+
+    def step(self, done: float, total: float, label: str) -> None:
+        if done > self._furthest:
+            self._furthest = done
+            self._progress()
+        self._reporter.step(done, total, label)
+
+    def finished(self, name: str, text: str) -> None:
+        self._progress()
+        self._reporter.finished(name, text)
+
+    def failed(self, name: str, error: str) -> None:
+        self._progress()
+        self._reporter.failed(name, error)
+
+    def __enter__(self) -> Self:
+        self._reporter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._reporter.__exit__(*error)
 
 
 def reporter_for(console: Console) -> Reporter:

@@ -7,79 +7,34 @@ is finished is recorded at once, unit by unit, so a killed run goes on where it 
 
 from __future__ import annotations
 
-import errno
-import logging
 import sqlite3
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline import audio, intake, manifest, stages
+from pipeline import audio, files, manifest, stages, verify
 from pipeline.arrivals import put_away
-from pipeline.config import Normalize
+from pipeline.attempts import Attempts, Job, Outcome
+from pipeline.config import Normalize, Output
+from pipeline.disk import check_space, machines_fault
 from pipeline.engine_room import Engines
 from pipeline.engines.base import Generator, ProgressFn
-from pipeline.errors import BadAudio, EngineFailure, FolderUnusable, PipelineError, Stopped
+from pipeline.errors import BadAudio, EngineFailure, SourceGone, Stopped
+from pipeline.manifest import Json
 from pipeline.outbox import EMBEDDING, Outbox, Published
-from pipeline.plan import Recipe, TrackPlan, VariationUnit
-from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
+from pipeline.plan import Recipe, VariationUnit
+from pipeline.records import Embedding, Failure, Variation, VariationRequest
 from pipeline.report import Reporter
 from pipeline.store import Store, Track
-from pipeline.workplace import Desk, Workplace
+from pipeline.workplace import Workplace
 
-log = logging.getLogger("pipeline")
-
-SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-@dataclass
-class Job:
-    """A claimed track on its way through the stages."""
-
-    track: Track
-    plan: TrackPlan
-    desk: Desk
-    normalized: dict[str, Any] = field(default_factory=dict)  # the records of what is finished
-    embedding: dict[str, Any] = field(default_factory=dict)
-    variations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by unit key
-    attempt: int | None = None  # the open attempt's id
-    stage: str = "intake"
-    over: bool = False  # done, failed or queued again
-
-    @property
-    def missing(self) -> list[VariationUnit]:
-        return [unit for unit in self.plan.variations if unit.key not in self.variations]
-
-    def audio(self) -> Audio:
-        """The normalized audio, mapped from the state folder."""
-        loaded = self.desk.load_normalized(self.plan.normalize_key, self.normalized["sample_rate"])
-        if loaded is None:
-            raise EngineFailure("the normalized audio is gone from the state folder")
-        return loaded
-
-    def request(self, unit: VariationUnit, source: Audio) -> VariationRequest:
-        return VariationRequest(
-            request_id=unit.key,
-            track_id=self.track.sha256,
-            audio=source,
-            duration_s=source.duration_s if unit.duration_s == "source" else unit.duration_s,
-            seed=unit.seed,
-            params=unit.params,
-        )
-
-
-@dataclass
-class Outcome:
-    """What a run came to."""
-
-    done: int = 0
-    failed: int = 0
+BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
+UNKNOWN_DURATION_S = 300.0  # what a result "as long as the source" is taken for before it is known
 
 
 @dataclass
@@ -94,7 +49,16 @@ class Runner:
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
-    outcome: Outcome = field(default_factory=Outcome)
+
+    @cached_property
+    def attempts(self) -> Attempts:
+        return Attempts(
+            self.recipe.config, self.workplace.inbox, self.store, self.reporter, self.clock, self.should_stop
+        )
+
+    @property
+    def outcome(self) -> Outcome:
+        return self.attempts.outcome
 
     def drain(self, *, root: Path | None = None) -> None:
         """Process all queued tracks that are due; those of the folder `root` only, if given.
@@ -103,9 +67,21 @@ class Runner:
             Stopped: it was asked to stop; what was under way is queued again.
             FolderUnusable: the disk is full or a folder can't be written; the same.
         """
+        while self.next_batch(root=root):
+            pass
+
+    def next_batch(self, *, root: Path | None = None) -> bool:
+        """Process the next batch of the queue; False if nothing was due. Raises as `drain`."""
         limit = self.recipe.config.generate.batch_tracks
-        while tracks := self.store.claim(limit, now=self.clock(), root=root):
-            self.process(tracks)
+        try:
+            if (due := self.store.next_due(root=root)) is None or due > self.clock():
+                return False
+            self._check_space(limit)
+            tracks = self.store.claim(limit, now=self.clock(), root=root)
+        except sqlite3.Error as e:
+            raise machines_fault(e) or e from e
+        self.process(tracks)
+        return bool(tracks)
 
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages."""
@@ -115,9 +91,21 @@ class Runner:
         try:
             for stage in (self._take_stock, *map(self._stage, stages.STAGES)):
                 stage([job for job in jobs if not job.over])
-        except BaseException:
-            self._put_back(jobs)
+        except BaseException as e:
+            self.attempts.put_back(jobs)
+            if (fault := machines_fault(e)) and fault is not e:
+                raise fault from e
             raise
+
+    def _check_space(self, limit: int) -> None:
+        """Room for a batch's results; what the disk does meanwhile is caught where it happens."""
+        config = self.recipe.config
+        tracks = min(limit, self.store.counts()["queued"])
+        per_track = sum(
+            _expected_bytes(unit, config.output, config.normalize) for unit in self.recipe.plan("").variations
+        )
+        folders = [self.workplace.outbox, self.workplace.state]
+        check_space(folders, needed_bytes=tracks * per_track, reserve_bytes=config.disk.min_free_mb * 1e6)
 
     def _stage(self, name: str) -> Callable[[Sequence[Job]], None]:
         return {"normalize": self._normalize, "embed": self._embed, "generate": self._generate}[name]
@@ -127,24 +115,37 @@ class Runner:
     def _take_stock(self, jobs: Sequence[Job]) -> None:
         """Find what earlier runs finished and the outbox still holds, under the names of today's plan."""
         for job in jobs:
-            with self._guarded(job):
-                self._check_stop()
-                folder, made = job.track.folder, {}
-                for key in (job.plan.embed_key, *(unit.key for unit in job.plan.variations)):
-                    record = self.store.unit(key)
-                    if record is not None and self.outbox.holds(folder, _published(record)):
-                        made[key] = record
-                complete = {job.plan.embed_key, *(unit.key for unit in job.plan.variations)} <= made.keys()
-                if not complete and self.outbox.manifest(folder) is not None:
+            with self.attempts.guarded(job):
+                self.attempts.check_stop()
+                folder = job.track.folder
+                wanted = [job.plan.embed_key, *(unit.key for unit in job.plan.variations)]
+                recorded = {key: record for key in wanted if (record := self.store.unit(key)) is not None}
+                held = self.outbox.held(folder, {key: _published(recorded[key]) for key in recorded})
+                is_complete = len(held) == len(wanted)
+                if is_complete and self._is_published(job, held):
+                    job.embedding = recorded.pop(job.plan.embed_key)
+                    job.variations = recorded
+                    continue
+                if not is_complete and self.outbox.manifest(folder) is not None:
                     self._working_copy(job)  # a result that stands is not opened for work that can't be done
                 self.outbox.open_for_work(folder)
-                job.embedding = made.pop(job.plan.embed_key, {})
-                files = {unit.key: unit.file for unit in job.plan.variations if unit.key in made}
-                self.outbox.rename(folder, {made[key]["file"]: file for key, file in files.items()})
-                for key, file in files.items():
-                    job.variations[key] = {**made[key], "file": file}
-                    if made[key]["file"] != file:
-                        self._record(job, key, "generate", job.variations[key], seconds=0.0)
+                self._take_over(job, recorded, held)
+
+    def _is_published(self, job: Job, held: Mapping[str, Published]) -> bool:
+        """Whether a killed run had come as far as the very manifest that is wanted now."""
+        named = all(held[unit.key].file == unit.file for unit in job.plan.variations)
+        return named and self.outbox.manifest_lists(job.track.folder, list(held.values()))
+
+    def _take_over(self, job: Job, recorded: Mapping[str, Json], held: Mapping[str, Published]) -> None:
+        """Rename finished variations to what they are called in today's plan."""
+        if job.plan.embed_key in held:
+            job.embedding = recorded[job.plan.embed_key]
+        names = {unit.key: unit.file for unit in job.plan.variations if unit.key in held}
+        self.outbox.rename(job.track.folder, {held[key].file: file for key, file in names.items()})
+        for key, file in names.items():
+            job.variations[key] = {**recorded[key], "file": file}
+            if recorded[key]["file"] != file:
+                self._record(job, key, "generate", job.variations[key], seconds=0.0)
 
     def _normalize(self, jobs: Sequence[Job]) -> None:
         settings = self.recipe.config.normalize
@@ -154,7 +155,7 @@ class Runner:
             needed = not job.embedding or job.missing
             if job.normalized and (not needed or job.desk.load_normalized(key, settings.sample_rate)):
                 continue
-            with self._attempt(job, "normalize"):
+            with self.attempts.attempt(job, "normalize"):
                 start = self.clock()
                 decoded, source = audio.decode(
                     self._working_copy(job), sample_rate=settings.sample_rate, limits=_limits(settings)
@@ -168,18 +169,23 @@ class Runner:
         for job in jobs:
             if job.embedding:
                 continue
-            with self._attempt(job, "embed"):
+            with self.attempts.attempt(job, "embed"):
                 start = self.clock()
                 embedder = self.engines.embedder()
                 result = stages.embed(job.audio(), embedder, should_stop=self.should_stop)
-                published = self.outbox.publish(job.track.folder, EMBEDDING, partial(_save, result))
+                published = self.outbox.publish(
+                    job.track.folder,
+                    EMBEDDING,
+                    partial(_save, result),
+                    verify=verify.embedding(embedder.dim, len(result.windows)),
+                )
                 job.embedding = manifest.embedding_record(published, embedder, self.recipe.embedder)
                 self._record(job, job.plan.embed_key, "embed", job.embedding, self.clock() - start)
 
     def _generate(self, jobs: Sequence[Job]) -> None:
         """All missing variations of all tracks of the batch in one call of the generator."""
         for job in jobs:
-            with self._guarded(job):
+            with self.attempts.guarded(job):
                 if not job.missing:
                     self._finish(job)
         jobs = [job for job in jobs if not job.over]
@@ -188,9 +194,9 @@ class Runner:
         if failure := self._generate_together(jobs):
             unfinished = [job for job in jobs if not job.over]
             if len(jobs) == 1:
-                self._fail(jobs[0], failure)
+                self.attempts.fail(jobs[0], failure)
             for job in unfinished if len(jobs) > 1 else ():  # find out whose fault it is
-                self._end_attempt(job, "stopped")
+                self.attempts.end(job, "stopped")
                 self._generate([job])
 
     def _generate_together(self, jobs: Sequence[Job]) -> Exception | None:
@@ -198,8 +204,8 @@ class Runner:
         requests: list[VariationRequest] = []
         owners: dict[str, tuple[Job, VariationUnit]] = {}
         for job in jobs:
-            with self._guarded(job):
-                self._begin_attempt(job, "generate")
+            with self.attempts.guarded(job):
+                self.attempts.begin(job, "generate")
                 source = job.audio()
                 owners |= {unit.key: (job, unit) for unit in job.missing}
                 requests += [job.request(unit, source) for unit in job.missing]
@@ -212,16 +218,16 @@ class Runner:
                 requests, progress=self._progress(requests), should_stop=self.should_stop
             ):
                 job, unit = owners[result.request_id]
-                with self._guarded(job):
+                with self.attempts.guarded(job):
                     self._take(job, unit, by_id[unit.key], result, generator, seconds=self.clock() - last)
                 last = self.clock()
-        except (Stopped, FolderUnusable, sqlite3.Error):
-            raise
         except Exception as e:
+            if isinstance(e, Stopped | sqlite3.Error) or machines_fault(e):
+                raise
             return e
         for job in jobs:
             if not job.over:
-                self._fail(job, EngineFailure(f"{generator.name} made too few variations"))
+                self.attempts.fail(job, EngineFailure(f"{generator.name} made too few variations"))
         return None
 
     def _take(
@@ -246,6 +252,7 @@ class Runner:
             lambda out: audio.write_wav(
                 out, finished.audio, bit_depth=self.recipe.config.output.bit_depth, tags=tags
             ),
+            verify=verify.wav(finished.audio.n_samples, finished.audio.sample_rate, finished.audio.channels),
         )
         job.variations[unit.key] = manifest.variation_record(published, facts, finished)
         self._record(job, unit.key, "generate", job.variations[unit.key], seconds)
@@ -256,13 +263,13 @@ class Runner:
         """Complete the track's folder, then the record, then deal with the source."""
         folder, track = job.track.folder, job.track
         variations = [job.variations[unit.key] for unit in job.plan.variations]
-        files = self.store.files_of(track.sha256)
+        came_as = self.store.files_of(track.sha256)
         self.outbox.keep_only(folder, {EMBEDDING, *(record["file"] for record in variations)})
         self.outbox.publish_manifest(
             folder,
             manifest.manifest(
                 name=track.name,
-                names=[file.display for file in files],
+                names=[file.display for file in came_as],
                 sha256=track.sha256,
                 n_bytes=track.bytes,
                 normalized=job.normalized,
@@ -272,12 +279,13 @@ class Runner:
                 now=self.clock(),
             ),
         )
-        self._end_attempt(job, "done")
-        self.store.finish(
-            track.sha256, plan_key=job.plan.key, source=job.normalized["source"], now=self.clock()
-        )
+        with self.store.together():
+            self.attempts.end(job, "done")
+            self.store.finish(
+                track.sha256, plan_key=job.plan.key, source=job.normalized["source"], now=self.clock()
+            )
         job.over = True
-        put_away(self.store, files, self.workplace.inbox, self.recipe.config.intake, error=None)
+        put_away(self.store, came_as, self.workplace.inbox, self.recipe.config.intake, error=None)
         job.desk.clear()
         self.outcome.done += 1
         self.reporter.finished(track.name, f"{len(variations)} variations in {folder}")
@@ -286,16 +294,17 @@ class Runner:
 
     def _working_copy(self, job: Job) -> Path:
         """The track's bytes, copied from wherever they lie and checked, safe from what people do there."""
-        target = job.desk.source
-        sha256 = job.track.sha256
-        if target.exists() and intake.hash_file(target) == sha256:
+        target, sha256 = job.desk.source, job.track.sha256
+        if target.exists() and files.hash_file(target) == sha256:
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
         for file in self.store.files_of(sha256):
-            with suppress(BadAudio):
-                if intake.hash_file(file.moved_to or file.path, copy_to=target) == sha256:
+            with suppress(BadAudio, files.Changed):
+                incoming = self.workplace.incoming()
+                follow = self.recipe.config.intake.follow_symlinks
+                if files.copy_in(file.moved_to or file.path, incoming, follow=follow) == sha256:
+                    job.desk.adopt(incoming)
                     return target
-        raise BadAudio("was removed or changed since it was taken in: put it in the inbox again")
+        raise SourceGone("was removed or changed since it was taken in: put it in the inbox again")
 
     def _progress(self, requests: Sequence[VariationRequest]) -> ProgressFn:
         shares = {request.request_id: 0.0 for request in requests}
@@ -312,77 +321,6 @@ class Runner:
         self.store.finish_unit(
             key, sha256=job.track.sha256, stage=stage, result=record, seconds=seconds, now=self.clock()
         )
-
-    def _check_stop(self) -> None:
-        if self.should_stop():
-            raise Stopped("asked to stop")
-
-    # -- attempts and failures ---------------------------------------------------------------------
-
-    @contextmanager
-    def _guarded(self, job: Job) -> Iterator[None]:
-        """What goes wrong with one track is that track's failure; what is the machine's fault is raised."""
-        try:
-            yield
-        except (Stopped, FolderUnusable, sqlite3.Error):
-            raise
-        except OSError as e:
-            if e.errno in SYSTEM_ERRORS:
-                where = f" ({e.filename})" if e.filename else ""
-                raise FolderUnusable(f"{(e.strerror or str(e)).lower()}{where}") from e
-            self._fail(job, e)
-        except Exception as e:
-            self._fail(job, e)
-
-    @contextmanager
-    def _attempt(self, job: Job, stage: str) -> Iterator[None]:
-        with self._guarded(job):
-            self._begin_attempt(job, stage)
-            self.reporter.stage(job.track.name, stage)
-            yield
-            self._end_attempt(job, "done")
-
-    def _begin_attempt(self, job: Job, stage: str) -> None:
-        self._check_stop()
-        job.stage = stage
-        job.attempt = self.store.begin(job.track.sha256, stage, now=self.clock())
-
-    def _end_attempt(self, job: Job, outcome: str, *, error: Exception | None = None) -> None:
-        if job.attempt is not None:
-            trace = None if error is None else "".join(traceback.format_exception(error))
-            text = None if error is None else _words(error)
-            self.store.end(job.attempt, outcome=outcome, now=self.clock(), error=text, traceback=trace)
-            job.attempt = None
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        if job.over:
-            return
-        retry, track, text = self.recipe.config.retry, job.track, _words(error)
-        self._end_attempt(job, "failed", error=error)
-        log.debug("%s: %s failed", track.name, job.stage, exc_info=error)
-        final = (
-            isinstance(error, PipelineError) and error.permanent
-        ) or track.attempts + 1 >= retry.max_attempts
-        retry_at = None if final else self.clock() + retry.backoff_s * 2**track.attempts
-        self.store.fail(track.sha256, stage=job.stage, error=text, now=self.clock(), retry_at=retry_at)
-        job.over = True
-        if not final:
-            log.warning("%s: %s failed, will be tried again: %s", track.name, job.stage, text)
-            return
-        self.outcome.failed += 1
-        self.reporter.failed(track.name, text)
-        sentence = f"{track.name} {text}" if isinstance(error, BadAudio) else f"{track.name}: {text}"
-        files = self.store.files_of(track.sha256)
-        put_away(self.store, files, self.workplace.inbox, self.recipe.config.intake, error=sentence)
-        job.desk.clear()
-
-    def _put_back(self, jobs: Sequence[Job]) -> None:
-        """Queue again what a stop or the machine's failure left; the next start does it if this can't."""
-        for job in jobs:
-            if not job.over:
-                with suppress(sqlite3.Error):
-                    self._end_attempt(job, "stopped")
-                    self.store.release(job.track.sha256)
 
 
 def _save(embedding: Embedding, out: BinaryIO) -> None:
@@ -402,7 +340,7 @@ def _limits(settings: Normalize) -> audio.DecodeLimits:
     )
 
 
-def _words(error: Exception) -> str:
-    """One line for people; errors of other people's code are named by their kind."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, PipelineError) else f"{type(error).__name__}: {text}"
+def _expected_bytes(unit: VariationUnit, output: Output, normalize: Normalize) -> float:
+    """What a stereo result takes on the disk, about."""
+    duration_s = UNKNOWN_DURATION_S if unit.duration_s == "source" else unit.duration_s
+    return duration_s * normalize.sample_rate * 2 * BYTES_PER_SAMPLE[output.bit_depth]

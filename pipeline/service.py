@@ -3,61 +3,37 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.arrivals import Arrivals, Look
-from pipeline.errors import Stopped
+from pipeline.alarm import SHORTEST_WAIT_S, Alarm
+from pipeline.arrivals import PATIENCE, Arrivals, Look
+from pipeline.disk import machines_fault
+from pipeline.errors import DiskFull, FolderUnusable, PipelineError, Stopped
+from pipeline.health import Health
+from pipeline.notify import Notifier
 from pipeline.runner import Runner
-
-if TYPE_CHECKING:
-    from watchdog.observers.api import BaseObserver
+from pipeline.watcher import Watcher
 
 log = logging.getLogger("pipeline")
 
-SHORTEST_WAIT_S = 0.05
+LONGEST_PAUSE_S = 60.0  # between tries while the disk is full or a folder is away
+LOOK_SHARE = 0.1  # of the time at most, that goes into looks while there is work
 
 
-@dataclass
-class Alarm:
-    """Wakes a waiting service: for a signal to stop, or because something moved in the inbox."""
+@dataclass(frozen=True)
+class Crew:
+    """What works by one configuration."""
 
-    stopped_by: int | None = None  # the signal's number
-    _bell: threading.Event = field(default_factory=threading.Event)
-
-    def ring(self) -> None:
-        self._bell.set()
-
-    def stop(self, signum: int, _frame: object = None) -> None:
-        self.stopped_by = signum
-        self._bell.set()
-
-    def is_stopped(self) -> bool:
-        return self.stopped_by is not None
-
-    def wait(self, seconds: float) -> None:
-        self._bell.wait(max(seconds, SHORTEST_WAIT_S))
-        if not self.is_stopped():
-            self._bell.clear()
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the work at its next step; what is under way is queued again."""
-        before = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+    arrivals: Arrivals
+    runner: Runner
 
 
-def run_once(arrivals: Arrivals, runner: Runner, alarm: Alarm, *, root: Path | None) -> Look:
-    """Process all there is, then end; `root` limits it to the tracks of that folder.
+def run_once(crew: Crew, alarm: Alarm, health: Health) -> Look:
+    """Process all there is, then end; of a folder that isn't the inbox, only its own tracks.
 
     Files somebody may still be writing are waited for as long as it takes to see that they are
     whole; one that keeps changing is left for the next run. Tracks that failed in passing are
@@ -66,63 +42,155 @@ def run_once(arrivals: Arrivals, runner: Runner, alarm: Alarm, *, root: Path | N
     Returns:
         The last look at the folder, with the queued tracks of all looks.
     """
-    queued, patience = 0, 2 * arrivals.settings.settle_s + 1.0
+    arrivals, runner = crew.arrivals, crew.runner
+    root = None if arrivals.is_inbox else arrivals.root
+    queued, patience_s = 0, 2 * arrivals.settings.settle_s + 1.0
     while True:
         look = arrivals.look(should_stop=alarm.is_stopped)
         queued += look.queued
+        _note(health, look)
         runner.reporter.queued(runner.store.counts()["queued"] + runner.outcome.done + runner.outcome.failed)
         runner.drain(root=root)
         due = runner.store.next_due(root=root)
         if alarm.is_stopped():
             raise Stopped("asked to stop")
-        if look.unsettled and patience > 0:
-            pause = min(arrivals.settings.settle_s / 2, patience)
-            patience -= max(pause, SHORTEST_WAIT_S)
-            alarm.wait(pause)
+        if look.waiting:
+            continue
+        if look.unsettled and patience_s > 0:
+            pause_s = min(arrivals.settings.settle_s / 2, patience_s)
+            patience_s -= max(pause_s, SHORTEST_WAIT_S)
+            alarm.wait(pause_s)
         elif due is not None:
-            alarm.wait(due - runner.clock())
+            alarm.wait(min(due - runner.clock(), PATIENCE * arrivals.settings.settle_s + 1.0))
         else:
             look.queued = queued
             return look
 
 
-def run_watch(arrivals: Arrivals, runner: Runner, alarm: Alarm) -> None:
-    """Work until a signal says stop. Events only shorten the wait for the next look."""
-    observer = _observed(arrivals.root, alarm)
-    log.info("watching %s", arrivals.root)
-    try:
-        while not alarm.is_stopped():
-            look = arrivals.look(should_stop=alarm.is_stopped)
-            try:
-                runner.drain()
-            except Stopped:
-                return
-            alarm.wait(_pause(arrivals, runner, look))
-    finally:
-        observer.stop()
-        observer.join()
+@dataclass
+class Watch:
+    """The daemon. Events only shorten the wait for the next look; what goes wrong is waited out."""
+
+    crew: Crew
+    watcher: Watcher
+    alarm: Alarm
+    health: Health
+    notifier: Notifier
+    reload: Callable[[Crew], Crew]  # raises PipelineError: the configuration is wrong
+    clock: Callable[[], float] = time.monotonic
+    _look: Look = field(default_factory=Look)
+    _look_at: float = -float("inf")  # when the next look is due
+    _looked_s: float = 0.0  # how long the last one took
+    _pause_s: float = 0.0  # doubles while something stays wrong
+
+    def run(self) -> None:
+        """Work until a signal says stop."""
+        self.watcher.start()
+        log.info("watching %s", self.crew.arrivals.root)
+        self.notifier.ready()
+        try:
+            while not self.alarm.is_stopped():
+                if self.alarm.take_reload():
+                    self._reload()
+                self.alarm.wait(self._turn())
+        except Stopped:
+            pass
+        finally:
+            self.notifier.stopping()
+            self.watcher.stop()
+
+    def _turn(self) -> float:
+        """Look if it is time, then take one batch; returns how long to wait, in seconds."""
+        try:
+            self._see()
+            worked = self.crew.runner.next_batch()
+        except Stopped:
+            raise
+        except Exception as e:
+            fault = machines_fault(e)
+            if fault is None:
+                raise
+            return self._wait_out(fault)
+        self._pause_s = 0.0
+        for what in ("disk", "folders"):
+            self.health.well(what)
+        self.notifier.progress()
+        return 0.0 if worked else self._until_next()
+
+    def _see(self) -> None:
+        """Take in what has arrived. A vanished inbox is no reason to leave the queue alone."""
+        trouble = self.watcher.check()
+        if trouble is None:
+            self.health.well("events")
+        else:
+            self.health.degraded("events", trouble)
+            self._look_at = min(self._look_at, self.clock() + self.crew.arrivals.settings.poll_s)
+        now = self.clock()
+        if self.alarm.rang():
+            self._look_at = min(self._look_at, now + self._looked_s / LOOK_SHARE)
+        if now < self._look_at:
+            return
+        try:
+            self._look = self.crew.arrivals.look(should_stop=self.alarm.is_stopped)
+        except DiskFull:
+            raise
+        except FolderUnusable as e:
+            self.health.degraded("inbox", str(e))
+            self._look_at = self.clock() + self.crew.arrivals.settings.poll_s
+            return
+        self.health.well("inbox")
+        _note(self.health, self._look)
+        self._looked_s = self.clock() - now
+        self._look_at = self.clock() + self._rest_s()
+        self.notifier.status(_words(self.crew.runner.store.counts()))
+
+    def _rest_s(self) -> float:
+        """How long after a look the next one is due if nothing rings."""
+        settings = self.crew.arrivals.settings
+        rests = [settings.poll_s if self.watcher.polling else settings.rescan_s]
+        if self._look.unsettled:
+            rests.append(max(settings.settle_s / 2, SHORTEST_WAIT_S))
+        if self._look.waiting:
+            rests.append(0.0)
+        return max(min(rests), self._looked_s / LOOK_SHARE)
+
+    def _until_next(self) -> float:
+        waits = [self._look_at - self.clock()]
+        runner = self.crew.runner
+        if (due := runner.store.next_due()) is not None:
+            waits.append(due - runner.clock())
+        if self.notifier.watchdog_s is not None:
+            waits.append(self.notifier.watchdog_s / 3)
+        return min(waits)
+
+    def _wait_out(self, fault: FolderUnusable) -> float:
+        """The machine's fault: nothing is claimed or taken in until it has passed; tried again ever later."""
+        self.health.degraded("disk" if isinstance(fault, DiskFull) else "folders", str(fault))
+        store, runner = self.crew.runner.store, self.crew.runner
+        with suppress(sqlite3.Error):
+            store.reopen()
+            store.release_all(now=runner.clock())
+        self.notifier.progress()  # waiting is all there is to do
+        self._pause_s = min(max(2 * self._pause_s, self.crew.arrivals.settings.poll_s), LONGEST_PAUSE_S)
+        return self._pause_s
+
+    def _reload(self) -> None:
+        """Read the configuration again between two batches: swapped if it is right, kept if not."""
+        self.notifier.reloading()
+        try:
+            self.crew = self.reload(self.crew)
+            self._look_at = -float("inf")
+            log.info("the configuration was read again")
+            self.health.well("configuration")
+        except PipelineError as e:
+            log.error("the configuration is kept as it was: %s", e)
+            self.health.degraded("configuration", f"kept as it was: {e}")
+        self.notifier.ready()
 
 
-def _pause(arrivals: Arrivals, runner: Runner, look: Look) -> float:
-    pauses = [arrivals.settings.rescan_s]
-    if look.unsettled:
-        pauses.append(arrivals.settings.settle_s / 2)
-    if (due := runner.store.next_due()) is not None:
-        pauses.append(due - runner.clock())
-    return min(pauses)
+def _note(health: Health, look: Look) -> None:
+    health.note(inbox={"waiting": look.waiting, "settling": look.unsettled, "unmarked": look.unmarked})
 
 
-def _observed(root: Path, alarm: Alarm) -> BaseObserver:
-    """A running observer that rings at any change below `root`; reading a file is none."""
-    from watchdog.events import FileSystemEvent, FileSystemEventHandler
-    from watchdog.observers import Observer
-
-    class Ring(FileSystemEventHandler):
-        def on_any_event(self, event: FileSystemEvent) -> None:
-            if event.event_type not in ("opened", "closed_no_write"):
-                alarm.ring()
-
-    observer = Observer()
-    observer.schedule(Ring(), str(root), recursive=True)
-    observer.start()
-    return observer
+def _words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {state}" for state, n in counts.items())

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,17 @@ def m001_first(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+@_migrations()  # type: ignore[untyped-decorator]
+def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
+    for statement in (
+        "ALTER TABLE tracks ADD COLUMN solo INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE tracks ADD COLUMN collected_at REAL",
+        "CREATE INDEX tracks_due ON tracks (state, not_before)",
+        "CREATE INDEX files_root ON files (root)",
+    ):
+        db.execute(statement)
+
+
 @dataclass(frozen=True)
 class Track:
     """One input, by content."""
@@ -71,12 +82,14 @@ class Track:
     queued_at: float
     not_before: float  # it is not claimed earlier
     finished_at: float | None
-    attempts: int  # failed ones since it was last queued by a person or by arrival
+    attempts: int  # failed and crashed ones since it was queued by arrival or a person, or made progress
     stage: str | None  # where it failed
     error: str | None
     folder: str  # its folder in the outbox
     plan_key: str | None  # what it was finished for: the key of all its units
     source: dict[str, Any] | None  # duration_s, sample_rate, channels, codec
+    solo: bool = False  # may have killed the process: claimed alone, so that no other is blamed
+    collected_at: float | None = None  # when `gc` removed its outputs, on purpose
 
 
 @dataclass(frozen=True)
@@ -109,35 +122,68 @@ class Attempt:
 class Store:
     """One connection; every writing method is one transaction."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        if read_only:
-            # Not `mode=ro`: a reader of a WAL database must be able to make the -shm file.
-            conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
-            conn.execute("PRAGMA query_only=ON")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
-            conn.execute("PRAGMA journal_mode=WAL")
-            conn.execute("PRAGMA synchronous=FULL")
-            conn.execute("PRAGMA foreign_keys=ON")
-        self._db = sqlite_utils.Database(conn)
+    def __init__(
+        self, path: Path, *, read_only: bool = False, busy_timeout_s: float = BUSY_TIMEOUT_S
+    ) -> None:
+        self._path, self._read_only, self._busy_timeout_s = path, read_only, busy_timeout_s
+        self._db = self._connect()
         if not read_only:
-            _migrations.apply(self._db)
+            with self.together():  # two versions of the program must not both find the same one missing
+                _migrations.apply(self._db)
+
+    def _connect(self) -> sqlite_utils.Database:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        conn = sqlite3.connect(self._path, isolation_level=None, timeout=self._busy_timeout_s)
+        try:
+            if self._read_only:
+                # Not `mode=ro`: a reader of a WAL database must be able to make the -shm file.
+                conn.execute("PRAGMA query_only=ON")
+            else:
+                conn.execute("PRAGMA journal_mode=WAL")
+                conn.execute("PRAGMA synchronous=FULL")
+                conn.execute("PRAGMA foreign_keys=ON")
+        except BaseException:
+            conn.close()
+            raise
+        return sqlite_utils.Database(conn)
 
     def close(self) -> None:
         self._db.close()
 
+    def reopen(self) -> None:
+        """Connect anew: after a failed write the old connection may hold what never reached the disk."""
+        with suppress(sqlite3.Error):
+            self._db.close()
+        self._db = self._connect()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Make all that is written inside one transaction: all of it or nothing, and one flush."""
+        with self._writing():
+            yield
+
     @contextmanager
     def _writing(self) -> Iterator[sqlite_utils.Database]:
         """A transaction that holds the write lock from its start, so it can't fail half-way as busy."""
+        if self._db.conn.in_transaction:  # part of a larger one
+            yield self._db
+            return
         self._db.conn.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
         except BaseException:
-            if self._db.conn.in_transaction:
-                self._db.conn.execute("ROLLBACK")
+            self._roll_back()
             raise
-        self._db.conn.execute("COMMIT")
+        try:
+            self._db.conn.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        if self._db.conn.in_transaction:  # SQLite has rolled back by itself after some errors
+            with suppress(sqlite3.Error):
+                self._db.conn.execute("ROLLBACK")
 
     # -- arrival ---------------------------------------------------------------------------------
 
@@ -166,6 +212,16 @@ class Store:
         rows = self._db.query("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
         return [_file(row) for row in rows]
 
+    def known_below(self, root: Path) -> dict[Path, tuple[SourceFile, Track]]:
+        """Every file recorded for that folder with its track, by path."""
+        columns = ", ".join(f"t.{name} AS t_{name}" for name in _TRACK_COLUMNS)
+        sql = f"SELECT f.*, {columns} FROM files f JOIN tracks t USING (sha256) WHERE f.root = ?"
+        known = {}
+        for row in self._db.query(sql, [os.fsencode(root)]):
+            file = _file(row)
+            known[file.path] = (file, _track({name: row[f"t_{name}"] for name in _TRACK_COLUMNS}))
+        return known
+
     def settle_file(self, path: Path, *, state: str, moved_to: Path | None = None) -> None:
         with self._writing() as db:
             db.execute(
@@ -176,18 +232,27 @@ class Store:
     # -- the queue -------------------------------------------------------------------------------
 
     def claim(self, limit: int, *, now: float, root: Path | None = None) -> list[Track]:
-        """Take up to `limit` queued tracks that are due, oldest first; only those below `root` if given."""
+        """Take up to `limit` queued tracks that are due, oldest first; only those below `root` if given.
+
+        A track that may have killed the process comes alone.
+        """
         below = "" if root is None else " AND sha256 IN (SELECT sha256 FROM files WHERE root = :root)"
+        arguments = {"now": now, "limit": limit, "root": b"" if root is None else os.fsencode(root)}
         with self._writing() as db:
-            rows = list(
-                db.query(
-                    "UPDATE tracks SET state = 'running' WHERE sha256 IN (SELECT sha256 FROM tracks"
-                    f" WHERE state = 'queued' AND not_before <= :now{below}"
-                    " ORDER BY queued_at, sha256 LIMIT :limit) RETURNING *",
-                    {"now": now, "limit": limit, "root": b"" if root is None else os.fsencode(root)},
-                )
+            rows = db.execute(
+                f"SELECT sha256, solo FROM tracks WHERE state = 'queued' AND not_before <= :now{below}"
+                " ORDER BY queued_at, sha256 LIMIT :limit",
+                arguments,
+            ).fetchall()
+            alone = bool(rows) and bool(rows[0][1])
+            chosen = [sha256 for sha256, solo in (rows[:1] if alone else rows) if bool(solo) == alone]
+            taken = db.query(
+                "UPDATE tracks SET state = 'running' WHERE sha256 IN (SELECT value FROM json_each(?))"
+                " RETURNING *",
+                [json.dumps(chosen)],
             )
-        return sorted(map(_track, rows), key=lambda track: (track.queued_at, track.sha256))
+            tracks = list(map(_track, taken))
+        return sorted(tracks, key=lambda track: (track.queued_at, track.sha256))
 
     def next_due(self, *, root: Path | None = None) -> float | None:
         """When the next queued track may be claimed; None if none is queued."""
@@ -226,10 +291,25 @@ class Store:
                 ],
             )
 
-    def release(self, sha256: str) -> None:
+    def release(self, sha256: str, *, not_before: float = 0.0) -> None:
         """Put a claimed track back; it was not an attempt."""
         with self._writing() as db:
-            db.execute("UPDATE tracks SET state = 'queued' WHERE sha256 = ? AND state = 'running'", [sha256])
+            db.execute(
+                "UPDATE tracks SET state = 'queued', not_before = ? WHERE sha256 = ? AND state = 'running'",
+                [not_before, sha256],
+            )
+
+    def release_all(self, *, now: float) -> None:
+        """Put everything that runs back; none of it was an attempt. Only for the instance that runs it."""
+        with self._writing() as db:
+            db.execute("UPDATE attempts SET ended_at = ?, outcome = 'stopped' WHERE ended_at IS NULL", [now])
+            db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
+
+    def forget(self, sha256: str) -> None:
+        """Drop a track that never came to anything: bytes that were only part of a file."""
+        with self._writing() as db:
+            for table in ("attempts", "units", "files", "tracks"):
+                db.execute(f"DELETE FROM {table} WHERE sha256 = ?", [sha256])
 
     def requeue(self, sha256: str, *, now: float, stages: Iterable[str] = ()) -> None:
         """Queue a finished or failed track again, with its attempts forgiven and `stages` forgotten."""
@@ -239,7 +319,8 @@ class Store:
             db.execute(
                 "UPDATE tracks SET state = 'queued', attempts = 0, not_before = 0, queued_at = ?,"
                 " stage = NULL,"
-                " error = NULL, plan_key = NULL, finished_at = NULL WHERE sha256 = ? AND state != 'running'",
+                " error = NULL, plan_key = NULL, finished_at = NULL, solo = 0, collected_at = NULL"
+                " WHERE sha256 = ? AND state != 'running'",
                 [now, sha256],
             )
 
@@ -247,8 +328,8 @@ class Store:
         """Close what a killed instance left open. Only for the holder of the instance lock.
 
         Returns:
-            The tracks that were in the middle of a stage, with that stage: whether such a crash is
-            the track's own fault is for the caller to count.
+            The tracks that were in the middle of a stage, with that stage: whose attempt it was is
+            for the caller to count, in the same transaction (`together`).
         """
         with self._writing() as db:
             rows = list(
@@ -262,6 +343,38 @@ class Store:
         return [
             (_track({k: v for k, v in row.items() if k != "open_stage"}), row["open_stage"]) for row in rows
         ]
+
+    def suspect(
+        self, sha256: str, *, attempts: int, solo: bool, error: str, now: float, retry_at: float
+    ) -> None:
+        """Count a crash: queued again, behind all others."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE tracks SET attempts = ?, solo = ?, error = ?, queued_at = ?, not_before = ?"
+                " WHERE sha256 = ?",
+                [attempts, solo, error, now, retry_at, sha256],
+            )
+
+    # -- retention -------------------------------------------------------------------------------
+
+    @contextmanager
+    def holding(self, sha256: str) -> Iterator[Track | None]:
+        """The track, with nobody able to claim or queue it meanwhile."""
+        with self._writing():
+            yield self.track(sha256)
+
+    def collect(self, sha256: str, move: Callable[[], None], *, now: float) -> bool:
+        """Let `move` take a finished track's outputs out of the way (quick renames), and note it.
+
+        Returns:
+            False if the track is queued or running: then nothing was done.
+        """
+        with self.holding(sha256) as track:
+            if track is None or track.state not in ("done", "failed"):
+                return False
+            move()
+            self._db.execute("UPDATE tracks SET collected_at = ? WHERE sha256 = ?", [now, sha256])
+        return True
 
     # -- work ------------------------------------------------------------------------------------
 
@@ -292,7 +405,13 @@ class Store:
     def finish_unit(
         self, key: str, *, sha256: str, stage: str, result: Mapping[str, Any], seconds: float, now: float
     ) -> None:
+        """Record a finished unit of work; progress forgives the track's earlier attempts."""
         with self._writing() as db:
+            db.execute(
+                "UPDATE tracks SET attempts = 0, solo = 0 WHERE sha256 = ? AND state = 'running'"
+                " AND (attempts OR solo)",
+                [sha256],
+            )
             db["units"].upsert(
                 {
                     "key": key,
@@ -325,6 +444,11 @@ class Store:
         where = "" if state is None else "WHERE state = :state "
         sql = f"SELECT * FROM tracks {where}ORDER BY {order} LIMIT :limit"
         return [_track(row) for row in self._db.query(sql, {"state": state, "limit": limit})]
+
+    def spooled_bytes(self) -> int:
+        """How much the working copies of queued and running tracks take, at most."""
+        sql = "SELECT coalesce(sum(bytes), 0) FROM tracks WHERE state IN ('queued', 'running')"
+        return int(self._db.execute(sql).fetchone()[0])
 
     def counts(self) -> dict[str, int]:
         found = dict(self._db.execute("SELECT state, count(*) FROM tracks GROUP BY state").fetchall())
@@ -379,8 +503,12 @@ class Store:
         return [] if rows == ["ok"] else rows
 
 
+_TRACK_COLUMNS = [field.name for field in fields(Track)]
+
+
 def _track(row: Mapping[str, Any]) -> Track:
-    return Track(**{**row, "source": json.loads(row["source"]) if row["source"] else None})
+    source = json.loads(row["source"]) if row["source"] else None
+    return Track(**{**row, "source": source, "solo": bool(row["solo"])})
 
 
 def _file(row: Mapping[str, Any]) -> SourceFile:

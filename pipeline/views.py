@@ -12,11 +12,13 @@ from typing import Any
 from pipeline import intake, weights
 from pipeline.app import App
 from pipeline.arrivals import Look
+from pipeline.attempts import Outcome
 from pipeline.choice import missing_packages
 from pipeline.engines import cards
-from pipeline.errors import BadCheckpoint, MissingPackage, PipelineError, UnknownTrack
-from pipeline.outbox import Outbox, Published
-from pipeline.runner import Outcome
+from pipeline.errors import BadCheckpoint, FolderUnusable, MissingPackage, PipelineError, UnknownTrack
+from pipeline.health import read_health
+from pipeline.outbox import Outbox
+from pipeline.reconcile import reconcile
 from pipeline.store import STATES, Store
 
 LAST_FAILURES = 20
@@ -49,10 +51,12 @@ def plan(app: App, root: Path | None) -> Iterator[str]:
     store = app.store(read_only=True)
     folder = app.workplace.inbox if root is None else root
     n = 0
-    if folder.is_dir():
-        for sighting in intake.scan(folder, ignore=app.config.intake.ignore, is_inbox=root is None):
+    try:
+        for sighting in app.scanner(root).scan():
             n += 1
             yield f"{sighting.display}: {_what(store, sighting, recipe)}"
+    except OSError as e:
+        raise FolderUnusable(f"{folder} can't be read: {(e.strerror or str(e)).lower()}") from e
     queued = store.tracks("queued") if store and root is None else []
     for track in queued:
         yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
@@ -68,11 +72,13 @@ def _what(store: Store | None, sighting: intake.Sighting, recipe: Any) -> str:
         sighting.inode,
     )
     if store is None or known is None or not same or known.moved_to is not None:
-        return "new: normalize, embed, generate"
+        return "new: normalize, embed, generate" if sighting.marked else "waits for its marker"
     track = store.track(known.sha256)
     if track is None or track.state != "done":
         error = f" ({track.error})" if track and track.error else ""
         return f"{track.state if track else 'new'}{error}"
+    if track.collected_at is not None:
+        return "up to date (its results were removed by gc)"
     wanted = recipe.plan(track.sha256)
     if track.plan_key == wanted.key:
         return "up to date"
@@ -83,22 +89,24 @@ def _what(store: Store | None, sighting: intake.Sighting, recipe: Any) -> str:
 
 def status(app: App) -> dict[str, Any]:
     """What `status --json` prints."""
+    instance = app.workplace.is_locked()
+    said = (read_health(app.workplace.health) or {}) if instance else {}
+    facts = {
+        "instance": instance,
+        "mode": said.get("mode"),
+        "inbox": said.get("inbox"),
+        "degraded": said.get("conditions", []),
+    }
     store = app.store(read_only=True)
     if store is None:
-        return {
-            "tracks": dict.fromkeys(STATES, 0),
-            "instance": False,
-            "running": [],
-            "queue": [],
-            "failures": [],
-        }
+        return {"tracks": dict.fromkeys(STATES, 0), **facts, "running": [], "queue": [], "failures": []}
     names = {track.sha256: track.name for track in store.tracks("running")}
-    counts, instance = store.counts(), app.workplace.is_locked()
+    counts = store.counts()
     if not instance:  # what a killed instance left goes on with the next
         counts = {**counts, "queued": counts["queued"] + counts["running"], "running": 0}
     return {
         "tracks": counts,
-        "instance": instance,
+        **facts,
         "running": [
             {
                 "track": names.get(attempt.sha256, attempt.sha256[:8]),
@@ -135,7 +143,14 @@ def _path_of(store: Store, sha256: str) -> str | None:
 
 def status_text(facts: dict[str, Any]) -> str:
     lines = [", ".join(f"{n} {state}" for state, n in facts["tracks"].items())]
-    lines.append("an instance is at work" if facts["instance"] else "no instance is at work")
+    mode = f", the inbox is watched by {facts['mode']}" if facts["mode"] else ""
+    lines.append(f"an instance is at work{mode}" if facts["instance"] else "no instance is at work")
+    for one in facts["degraded"]:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["since"]))
+        lines.append(f"degraded since {since}: {one['what']}: {one['text']}")
+    arriving = {"waiting": "wait for room", "settling": "may still be written", "unmarked": "have no marker"}
+    held = [f"{n} {arriving[what]}" for what, n in (facts["inbox"] or {}).items() if n and what in arriving]
+    lines += [f"in the inbox: {', '.join(held)}"] if held else []
     lines += [f"now: {one['track']}: {one['stage']} for {one['since_s']:.0f} s" for one in facts["running"]]
     lines += [f"next: {name}" for name in facts["queue"]]
     lines += [
@@ -184,8 +199,13 @@ def show_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def doctor(app: App) -> Iterator[tuple[str, str, str]]:
-    """(mark, what, text) per check; the mark is ok, note or bad."""
+def doctor(app: App, *, repair: bool = False) -> Iterator[tuple[str, str, str]]:
+    """(mark, what, text) per check; the mark is ok, note or bad.
+
+    Args:
+        repair: queue again what is missing or altered, and clear leftovers. Only for the holder of
+            the instance lock.
+    """
     yield "ok", "configuration", str(app.config_path or "built in")
     try:
         app.workplace.prepare()
@@ -196,7 +216,7 @@ def doctor(app: App) -> Iterator[tuple[str, str, str]]:
         yield "bad", "folders", str(e)
     yield from _decoders()
     yield from _engines(app)
-    yield from _database(app)
+    yield from _database(app, repair=repair)
 
 
 def _decoders() -> Iterator[tuple[str, str, str]]:
@@ -224,8 +244,8 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
         yield "bad", "engines", str(e)
 
 
-def _database(app: App) -> Iterator[tuple[str, str, str]]:
-    store = app.store(read_only=True)
+def _database(app: App, *, repair: bool) -> Iterator[tuple[str, str, str]]:
+    store = app.store(read_only=not repair)
     if store is None:
         yield "ok", "database", "not made yet"
         return
@@ -234,18 +254,22 @@ def _database(app: App) -> Iterator[tuple[str, str, str]]:
     except sqlite3.Error as e:
         problems = [str(e)]
     yield "bad" if problems else "ok", "database", "; ".join(problems) or f"sound, {store.counts()}"
-    outbox, wrong = Outbox(app.workplace.outbox), []
-    for track in store.tracks("done"):
-        manifest = outbox.manifest(track.folder)
-        entries = [] if manifest is None else [manifest["embedding"], *manifest["variations"]]
-        if manifest is None or not all(outbox.holds(track.folder, _published(entry)) for entry in entries):
-            wrong.append(track.folder)
-    text = f"missing or altered: {', '.join(wrong)} (`requeue` makes them again)" if wrong else "as recorded"
-    yield "bad" if wrong else "ok", "outbox", text
-
-
-def _published(entry: dict[str, Any]) -> Published:
-    return Published(entry["file"], entry["sha256"], entry["bytes"])
+    if problems:
+        return
+    outbox = Outbox(app.workplace.outbox)
+    redo = app.config.retention.redo_missing
+    found = reconcile(
+        store, outbox, app.workplace, thorough=True, repair=repair, redo_missing=redo, now=now()
+    )
+    if app.workplace.is_locked() and not repair:  # what it writes just now looks like what a kill leaves
+        found = [finding for finding in found if finding.kind != "leftover"]
+    for finding in found:
+        harmless = finding.mended or finding.kind == "stranger"
+        yield "note" if harmless else "bad", finding.where, finding.text
+    if not found:
+        yield "ok", "outbox", "as recorded"
+    elif not repair and any(finding.kind in ("result", "leftover") for finding in found):
+        yield "note", "repair", "run `doctor --repair` with no instance at work"
 
 
 def models(app: App) -> Iterator[str]:

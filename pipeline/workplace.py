@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 
 from pipeline.config import Folders
+from pipeline.disk import machines_fault
 from pipeline.errors import AlreadyRunning, FolderUnusable
 from pipeline.records import Audio
 
@@ -68,9 +69,8 @@ class Workplace:
                 probe.write_bytes(b"x")
                 probe.unlink()
             except OSError as e:
-                raise FolderUnusable(
-                    f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}"
-                ) from e
+                kind = type(machines_fault(e) or FolderUnusable())
+                raise kind(f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}") from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -85,9 +85,10 @@ class Workplace:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise AlreadyRunning(f"another instance (process {holder}) works on {self.state}")
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            with suppress(OSError):  # the number is for people; a full disk must not keep us from the lock
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
             yield
 
     def is_locked(self) -> bool:
@@ -100,6 +101,16 @@ class Workplace:
         except BlockingIOError:
             return True
         return False
+
+    @property
+    def health(self) -> Path:
+        return self.state / "health.json"
+
+    def incoming(self) -> Path:
+        """Where bytes are copied to while nobody knows their hash yet."""
+        folder = self.state / "work"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f".incoming-{os.getpid()}"
 
     def desk(self, sha256: str) -> Desk:
         return Desk(self.state / "work" / sha256)
@@ -126,6 +137,11 @@ class Desk:
     @property
     def source(self) -> Path:
         return self.folder / "source"
+
+    def adopt(self, copy: Path) -> None:
+        """Take a copy of the track's bytes as the working copy."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        copy.replace(self.source)
 
     def save_normalized(self, key: str, audio: Audio) -> None:
         """Keep normalized audio under its unit's key; whole or not at all."""

@@ -275,12 +275,57 @@ def test_doctor_finds_an_altered_file_and_requeue_mends_it(worked: Home, pipelin
     wav.write_bytes(data)
     ended = pipeline("doctor")
     assert ended.code == 1
-    assert f"bad   outbox: missing or altered: {folder.name}" in ended.out
+    assert f"bad   {folder.name}: variations/01-near.wav is altered" in ended.out
 
     pipeline("requeue", "song.wav")
     pipeline("once")
     assert "ok    outbox: as recorded" in pipeline("doctor").out
     assert sha256_of(wav) == before
+
+
+def test_doctor_repairs_on_request_what_is_missing_or_altered(worked: Home, pipeline: Pipeline) -> None:
+    [folder] = [path for path in worked.folders if path.name.startswith("song--")]
+    before = contents(folder)
+    (folder / "variations" / "01-near.wav").unlink()
+    (folder / "variations" / ".02-far.wav.part").write_bytes(b"torn")
+    assert pipeline("doctor").code == 1
+
+    repaired = pipeline("doctor", "--repair")
+    pipeline("once")
+
+    assert "queued again" in repaired.out
+    assert pipeline("doctor").code == 0
+    assert contents(folder) == before
+
+
+def test_a_missing_result_is_made_again_at_the_next_start(worked: Home, pipeline: Pipeline) -> None:
+    [folder] = [path for path in worked.folders if path.name.startswith("song--")]
+    before = contents(folder)
+    (folder / "embedding.npz").unlink()
+
+    pipeline("once")
+
+    assert contents(folder) == before
+
+
+def test_gc_says_what_it_would_remove_and_removes_just_that(home: Home, pipeline: Pipeline) -> None:
+    home.configure(retention={"outbox_days": 0, "archive_days": 0})
+    write_music(home.inbox / "song.wav")
+    pipeline("once")
+    (home.outbox / "notes.txt").write_text("mine")
+    before = contents(home.folder)
+
+    said = pipeline("gc", "--dry-run")
+    assert (
+        contents(home.folder).items()
+        >= {k: v for k, v in before.items() if not k.startswith("state")}.items()
+    )
+    did = pipeline("gc")
+
+    assert "would be removed" in said.out and said.out.count("outbox:") == did.out.count("outbox:") == 1
+    assert [path.name for path in home.outbox.iterdir()] == ["notes.txt"]
+    assert not (home.inbox / "done" / "song.wav").exists()
+    assert pipeline("once").out.startswith("0 done")  # what was removed on purpose is not made again
 
 
 def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:

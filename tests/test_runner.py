@@ -18,11 +18,12 @@ from pipeline.config import Config
 from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.errors import BadAudio, EngineFailure, FolderUnusable, Stopped
-from pipeline.intake import Settling
+from pipeline.intake import Rules, Scanner, Settling
 from pipeline.outbox import Outbox, Published
 from pipeline.plan import Recipe
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
 from pipeline.report import LogReporter
+from pipeline.retry import JITTER, backoff_s
 from pipeline.runner import Runner
 from pipeline.store import Store, Track
 from pipeline.workplace import Workplace
@@ -104,10 +105,10 @@ class Engines:
 class FullDisk(Outbox):
     """An outbox on whose disk there is no room for sound."""
 
-    def publish(self, folder: str, file: str, write: Callable[..., object]) -> Published:
+    def publish(self, folder: str, file: str, write: Callable[..., object], **how: Any) -> Published:
         if file.endswith(".wav"):
             raise OSError(errno.ENOSPC, "No space left on device", file)
-        return super().publish(folder, file, write)
+        return super().publish(folder, file, write, **how)
 
 
 @dataclass
@@ -144,9 +145,18 @@ class Works:
         hashes = [sha256_of(write_music(path, seed=n, seconds=1.5)) for n, path in enumerate(paths)]
         outbox = Outbox(self.workplace.outbox)
         arrivals = Arrivals(
-            self.workplace.inbox, True, self.config.intake, self.recipe, self.store, outbox, Settling(0),
+            root=self.workplace.inbox,
+            is_inbox=True,
+            settings=self.config.intake,
+            disk=self.config.disk,
+            recipe=self.recipe,
+            store=self.store,
+            outbox=outbox,
+            workplace=self.workplace,
+            scanner=Scanner(self.workplace.inbox, Rules()),
+            settling=Settling(0),
             clock=lambda: self.now,
-        )  # fmt: skip
+        )
         assert arrivals.look(should_stop=lambda: False).queued == len(names)
         return hashes
 
@@ -290,11 +300,13 @@ def test_a_failure_in_passing_is_tried_again_after_a_doubling_wait_and_then_for_
     for attempts, wait_s in ((1, BACKOFF_S), (2, 2 * BACKOFF_S)):
         runner.drain()
         assert works.states([sha256]) == [("queued", attempts)]
-        assert works.track(sha256).not_before == works.now + wait_s
-        works.now += wait_s - 0.1
+        due = works.track(sha256).not_before
+        assert due == works.now + backoff_s(sha256, attempts, works.config.retry)
+        assert abs(due - works.now - wait_s) <= JITTER * wait_s
+        works.now = due - 0.1
         runner.drain()
         assert len(generator.calls) == attempts  # not due yet
-        works.now += 0.1
+        works.now = due
     assert (works.workplace.inbox / "a.wav").exists()
     runner.drain()
 
@@ -309,7 +321,7 @@ def test_a_failure_that_passes_ends_in_a_finished_track(tmp_path: Path) -> None:
     [sha256] = works.bring("a.wav")
     works.runner(Answers(but_for(sha256, EngineFailure("made silence")))).drain()
 
-    works.now += BACKOFF_S
+    works.now += (1 + JITTER) * BACKOFF_S
     works.runner(Answers()).drain()
 
     assert works.track(sha256).state == "done"
@@ -343,10 +355,32 @@ def test_too_few_results_are_a_failure_of_the_engine(works: Works) -> None:
     assert "too few" in (works.track(sha256).error or "")
 
 
-def test_a_source_that_went_away_fails_for_good_at_once(tmp_path: Path) -> None:
+def test_what_happens_to_a_source_after_it_was_taken_in_is_harmless(works: Works) -> None:
+    hashes = works.bring("gone.wav", "other.wav", "elsewhere.wav")
+    (works.workplace.inbox / "gone.wav").unlink()
+    (works.workplace.inbox / "other.wav").write_bytes(b"other bytes")
+    (works.workplace.inbox / "elsewhere.wav").rename(works.workplace.home / "elsewhere.wav")
+
+    works.runner(Answers()).drain()
+
+    assert works.states(hashes) == [("done", 0)] * 3
+    assert (works.workplace.inbox / "other.wav").read_bytes() == b"other bytes"
+
+
+def test_a_working_copy_that_was_damaged_is_made_again_from_the_source(works: Works) -> None:
+    [sha256] = works.bring("a.wav")
+    works.workplace.desk(sha256).source.write_bytes(b"torn")
+
+    works.runner(Answers()).drain()
+
+    assert works.states([sha256]) == [("done", 0)]
+
+
+def test_a_source_that_went_away_with_its_working_copy_fails_for_good_at_once(tmp_path: Path) -> None:
     works = Works.at(tmp_path, max_attempts=3)
     gone, here = works.bring("gone.wav", "here.wav")
     (works.workplace.inbox / "gone.wav").unlink()
+    works.workplace.desk(gone).clear()
 
     works.runner(Answers()).drain()
 

@@ -1,0 +1,108 @@
+"""Signals, and waking a waiting service.
+
+Signals are read from the file descriptor that Python's C-level handler writes to, by a thread of
+their own: they are seen while the main thread is deep in a library's C code, and no lock is taken
+inside a handler. If the work has not ended `deadline_s` after it was asked to, the thread calls
+`overdue`, which is to release the work and end the process.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+SHORTEST_WAIT_S = 0.05
+DEADLINE_S = 8.0  # systemd and people expect an end within 10 s
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Alarm:
+    """Tells a service to stop or to read its configuration again, and wakes it."""
+
+    stopped_by: int | None = None  # the signal's number
+    deadline_s: float = DEADLINE_S
+    overdue: Callable[[int], None] | None = None  # called with the signal's number when the time is up
+    _reload: threading.Event = field(default_factory=threading.Event)
+    _bell: threading.Event = field(default_factory=threading.Event)
+
+    def ring(self) -> None:
+        self._bell.set()
+
+    def rang(self) -> bool:
+        """Whether something rang since the last wait."""
+        return self._bell.is_set()
+
+    def stop(self, signum: int) -> None:
+        self.stopped_by = signum
+        self._bell.set()
+
+    def is_stopped(self) -> bool:
+        return self.stopped_by is not None
+
+    def reload(self) -> None:
+        self._reload.set()
+        self._bell.set()
+
+    def take_reload(self) -> bool:
+        """Whether the configuration is to be read again; asking answers it."""
+        asked = self._reload.is_set()
+        self._reload.clear()
+        return asked
+
+    def wait(self, seconds: float) -> None:
+        self._bell.wait(max(seconds, SHORTEST_WAIT_S))
+        if not self.is_stopped():
+            self._bell.clear()
+
+    @contextmanager
+    def on_signals(self, *, hangup_reloads: bool = False) -> Iterator[None]:
+        """SIGINT and SIGTERM end the work at its next step, SIGHUP too unless it means reload."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        numbers = (*STOPPING, signal.SIGHUP)
+        before = {number: signal.signal(number, _noted) for number in numbers}
+        old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._listen, args=(reader, hangup_reloads), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(old_fd)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(writer)
+            thread.join()
+            os.close(reader)
+
+    def _listen(self, reader: int, hangup_reloads: bool) -> None:
+        """Until the pipe is closed; once stopped, until the deadline or a second Ctrl-C at most."""
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGHUP and hangup_reloads:
+                self.reload()
+            elif number[0] in (*STOPPING, signal.SIGHUP):
+                self.stop(number[0])
+                break
+        else:
+            return
+        until = time.monotonic() + self.deadline_s
+        while (left := until - time.monotonic()) > 0:
+            if not select.select([reader], [], [], left)[0]:
+                break
+            number = os.read(reader, 1)
+            if not number:  # the work has ended
+                return
+            if number[0] == signal.SIGINT:  # pressed again: now
+                break
+        if self.overdue is not None:
+            self.overdue(self.stopped_by or signal.SIGTERM)
+
+
+def _noted(_number: int, _frame: object) -> None:
+    """The number has gone to the pipe already; this only keeps the default action away."""

@@ -1,0 +1,52 @@
+"""Whose fault an error is, and whether there is room: what the disk does is never a track's attempt."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.errors import DiskFull, FolderUnusable
+
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+CLOSED_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def machines_fault(error: BaseException) -> FolderUnusable | None:
+    """The error as the machine's, if it is: a full disk, a closed folder, a database that can't be written.
+
+    A device error (EIO) while a track's files are read or written is not among them: it may be one
+    bad sector, so it counts as an attempt and passes, or ends in that track's failure.
+    """
+    if isinstance(error, FolderUnusable):
+        return error
+    if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
+        full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        kind = DiskFull if full else FolderUnusable
+        return kind(f"the database can't be used: {error}")
+    if isinstance(error, OSError) and error.errno in (*FULL_ERRORS, *CLOSED_ERRORS):
+        kind = DiskFull if error.errno in FULL_ERRORS else FolderUnusable
+        where = f" ({error.filename})" if error.filename else ""
+        return kind(f"{(error.strerror or str(error)).lower()}{where}")
+    return None
+
+
+def check_space(folders: Iterable[Path], *, needed_bytes: float, reserve_bytes: float) -> None:
+    """See that there is room before work begins.
+
+    Raises:
+        DiskFull: on one of the folders' disks there is less than what is needed and the reserve.
+    """
+    for folder in folders:
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError as e:
+            raise FolderUnusable(f"{folder} can't be used: {(e.strerror or str(e)).lower()}") from e
+        wanted = needed_bytes + reserve_bytes
+        if free < wanted:
+            raise DiskFull(
+                f"{free / 1e6:.0f} MB are free for {folder}, and {wanted / 1e6:.0f} MB are needed"
+                " (disk.min_free_mb and what the work takes)"
+            )

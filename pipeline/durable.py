@@ -1,0 +1,101 @@
+"""Writing a file whole or not at all, so that what was promised holds after a kill or a power cut.
+
+Temporary file in the same folder, fsync, read back, rename, fsync of the folder: the order that
+POSIX file systems need (Pillai and others, "All File Systems Are Not Created Equal", OSDI 2014).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_CREATE_TRIES = 3
+
+
+def write_whole(
+    path: Path,
+    temporary: Path,
+    write: Callable[[BinaryIO], object],
+    *,
+    verify: Callable[[BinaryIO], None],
+) -> tuple[str, int]:
+    """Put a new file at `path`, by way of `temporary` in the same folder; returns SHA-256 and bytes.
+
+    `write` makes the content in memory: an error in it never reaches the disk. `verify` is given
+    what came back from the disk; what it raises stops the rename.
+
+    Raises:
+        OSError: it couldn't be written, or the disk returned other bytes than were written (EIO).
+            There is no temporary file left, unless it can't be removed either.
+    """
+    content = io.BytesIO()
+    write(content)
+    sha256, size = hashlib.sha256(content.getbuffer()).hexdigest(), len(content.getbuffer())
+    try:
+        with _create(temporary) as out:
+            out.write(content.getbuffer())
+            out.flush()
+            os.fsync(out.fileno())
+        content.close()
+        verify(_read_back(temporary, sha256))
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return sha256, size
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names in a folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file, in a folder that is made if need be; what a killed run left there is removed.
+
+    Tried again when the folder vanishes meanwhile: `gc` removes those that have become empty.
+    """
+    for tries_left in reversed(range(_CREATE_TRIES)):
+        try:
+            _make_folder(path.parent)
+            path.unlink(missing_ok=True)
+            return path.open("xb")
+        except FileNotFoundError:
+            if not tries_left:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _make_folder(folder: Path) -> None:
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in made:
+        sync_folder(parent.parent)
+
+
+def _read_back(path: Path, sha256: str) -> BinaryIO:
+    """A file's bytes, from the disk and not from the memory they went through, where that can be.
+
+    Raises:
+        OSError: with EIO, they are not the ones that were written.
+    """
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):  # pages that are flushed may be dropped; macOS has no such call
+            with suppress(OSError):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError(errno.EIO, "the disk returned other bytes than were written", str(path))
+    return io.BytesIO(content)

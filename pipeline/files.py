@@ -1,0 +1,146 @@
+"""Files as the pipeline takes, keeps and moves them: copied by content, moved never over another."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.errors import BadAudio
+
+READ_BYTES = 1 << 20
+MOVE_TRIES = 5
+MAX_NAME_BYTES = 255  # of one file name, on the usual file systems
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must stay as it is for a file to count as the same, unchanged one."""
+
+    size: int  # bytes
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Identity:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+class Changed(OSError):
+    """A file was written to, or another one put in its place, while it was read."""
+
+
+def never() -> bool:
+    return False
+
+
+def hash_file(path: Path, *, should_stop: Callable[[], bool] = never) -> str | None:
+    """SHA-256 of a file's bytes; None if it was told to stop.
+
+    Raises:
+        BadAudio: the file can't be read, which is nothing that trying again mends.
+        OSError: anything else, such as a failing device.
+    """
+    with _opened(path, follow=True) as source:
+        return _digest(source, None, should_stop)
+
+
+def copy_in(
+    path: Path,
+    target: Path,
+    *,
+    expected: Identity | None = None,
+    follow: bool = False,
+    should_stop: Callable[[], bool] = never,
+) -> str | None:
+    """Copy a file while hashing it; the hash is of the very bytes that were written.
+
+    The copy isn't flushed to the disk: it is hashed again before it is used, and the original
+    stays until the track is finished.
+
+    Args:
+        expected: what the file was when it was found to be ready; checked on the open file, before
+            the first byte and after the last.
+        follow: whether `path` may be a symbolic link.
+
+    Returns:
+        The SHA-256, or None if it was told to stop.
+
+    Raises:
+        Changed: the file is not, or no longer, the expected one.
+        BadAudio: the file can't be read.
+        OSError: anything else, such as a full disk.
+    """
+    with _opened(path, follow=follow) as source:
+        before = os.fstat(source.fileno())
+        if not stat.S_ISREG(before.st_mode) or (expected is not None and Identity.of(before) != expected):
+            raise Changed(path)
+        with target.open("wb") as out:
+            sha256 = _digest(source, out, should_stop)
+        after = os.fstat(source.fileno())
+        if Identity.of(after) != Identity.of(before):
+            raise Changed(path)
+    return sha256
+
+
+def _opened(path: Path, *, follow: bool) -> BinaryIO:
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)  # a FIFO must not hang us
+    try:
+        return os.fdopen(os.open(path, flags), "rb")
+    except (PermissionError, FileNotFoundError, IsADirectoryError) as e:
+        raise BadAudio(f"can't be read: {(e.strerror or 'unreadable').lower()}") from e
+
+
+def _digest(source: BinaryIO, out: BinaryIO | None, should_stop: Callable[[], bool]) -> str | None:
+    sha, size = hashlib.sha256(), os.fstat(source.fileno()).st_size
+    while block := source.read(READ_BYTES):
+        if should_stop():
+            return None
+        if source.tell() > size:  # it grows while it is read, perhaps for ever
+            raise Changed(source.name)
+        sha.update(block)
+        if out is not None:
+            out.write(block)
+    return sha.hexdigest()
+
+
+def move_aside(path: Path, target: Path) -> Path:
+    """Move a file, never over another one; returns where it is now."""
+    target = free_name(target)
+    for _ in range(MOVE_TRIES):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.move(path, target)
+        except FileNotFoundError:  # `gc` may have removed the folder while it was empty
+            path.lstat()
+        else:
+            return target
+    raise FileNotFoundError(errno.ENOENT, "its folder is removed again and again", str(target))
+
+
+def error_file(path: Path) -> Path:
+    """Where it stands why a file failed: `<name>.error.txt` beside it."""
+    suffix = b".error.txt"
+    return path.with_name(os.fsdecode(os.fsencode(path.name)[: MAX_NAME_BYTES - len(suffix)] + suffix))
+
+
+def write_error(path: Path, error: str) -> None:
+    """Say beside a failed file why it failed, in one sentence."""
+    error_file(path).write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of `name (2).ext`, `name (3).ext`, … that nobody has."""
+    candidate, n = path, 1
+    while os.path.lexists(candidate):
+        n += 1
+        ending = os.fsencode(f" ({n}){path.suffix}")
+        stem = os.fsencode(path.stem)[: MAX_NAME_BYTES - len(ending)]
+        candidate = path.with_name(os.fsdecode(stem + ending))
+    return candidate

@@ -1,0 +1,114 @@
+"""What kind of file system a folder is on, and what that means for watching it.
+
+inotify tells of changes made through this very mount: nothing of what another machine writes to
+a network share, of what the host writes to a folder it shares with a guest, or of what is written
+to the layers below an overlay (inotify(7), "Limitations and caveats").
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MOUNTINFO = Path("/proc/self/mountinfo")  # its format is in proc_pid_mountinfo(5)
+
+NETWORK = frozenset(
+    {
+        "nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "ncpfs", "afs", "coda", "davfs", "autofs",
+        "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "orangefs", "pvfs2", "gfs2", "ocfs2",
+    }
+)  # fmt: skip
+SHARED_BY_HOST = frozenset({"9p", "virtiofs", "vboxsf", "vmhgfs", "prl_fs", "drvfs"})
+STACKED = frozenset({"overlay", "overlayfs", "aufs", "unionfs"})
+FUSE = frozenset({"fuse", "fuseblk"})
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of mountinfo."""
+
+    fstype: str
+    mount_point: str
+    source: str
+
+
+def mount_of(path: Path, mountinfo: str | None = None) -> Mount | None:
+    """The mount that `path` lies on, or would; None where there is no mountinfo (macOS).
+
+    Args:
+        mountinfo: the text of /proc/self/mountinfo; None reads it.
+    """
+    where = os.path.realpath(path)
+    holding = [mount for mount in _mounts(mountinfo) if _holds(mount.mount_point, where)]
+    longest = max((len(mount.mount_point) for mount in holding), default=0)
+    # Of several on one mount point the last covers the others.
+    return next((mount for mount in reversed(holding) if len(mount.mount_point) == longest), None)
+
+
+def mounts_below(path: Path, mountinfo: str | None = None) -> list[Mount]:
+    """What is mounted further down in a folder, such as a share within the inbox."""
+    where = os.path.realpath(path)
+    return [
+        mount
+        for mount in _mounts(mountinfo)
+        if mount.mount_point != where and _holds(where, mount.mount_point)
+    ]
+
+
+def needs_polling(mount: Mount | None) -> str | None:
+    """Why events can't be relied on there, as words for the log; None if they can."""
+    if mount is None:
+        return None
+    where = f"{mount.fstype} at {mount.mount_point}"
+    if mount.fstype in NETWORK:
+        return f"{where} is a network file system"
+    if mount.fstype in SHARED_BY_HOST:
+        return f"{where} is shared by this machine's host"
+    if mount.fstype in STACKED:
+        return f"{where} is an overlay"
+    if _is_fuse(mount):
+        return f"{where} is a FUSE file system"
+    return None
+
+
+def clock_is_ours(mount: Mount | None) -> bool:
+    """Whether the times of files there are set by this machine's clock, as far as can be told."""
+    return mount is None or not (mount.fstype in NETWORK or mount.fstype in SHARED_BY_HOST or _is_fuse(mount))
+
+
+def _is_fuse(mount: Mount) -> bool:
+    return mount.fstype in FUSE or mount.fstype.startswith(("fuse.", "fuseblk."))
+
+
+def _holds(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _mounts(mountinfo: str | None) -> list[Mount]:
+    if mountinfo is None:
+        try:
+            mountinfo = MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError:
+            return []
+    return [mount for line in mountinfo.split("\n") if (mount := _parsed(line)) is not None]
+
+
+def _parsed(line: str) -> Mount | None:
+    """`36 35 98:0 /root /mount/point options [optional fields] - fstype source super-options`."""
+    fields = line.split(" ")
+    if "-" not in fields[6:]:
+        return None
+    separator = fields.index("-", 6)
+    mount_point, after = fields[4], fields[separator + 1 :]
+    if not after:
+        return None
+    return Mount(
+        _unescaped(after[0]), _unescaped(mount_point), _unescaped(after[1]) if len(after) > 1 else ""
+    )
+
+
+def _unescaped(text: str) -> str:
+    """Blanks and backslashes are written as octal numbers, such as \\040."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -1,0 +1,88 @@
+"""Tells systemd how the service is: sd_notify(3), datagrams to the socket named by NOTIFY_SOCKET.
+
+Outside systemd nothing is set and every call does nothing. A socket that is full or dead never
+raises: the work matters more than the news of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+log = logging.getLogger("pipeline")
+
+SEND_PATIENCE_S = 1.0  # for a service manager that is slow to read
+STATUS_CHARS = 200
+
+
+@dataclass
+class Notifier:
+    """`clock` is CLOCK_MONOTONIC in seconds, which is what systemd compares times of reloads with."""
+
+    address: str | None  # as sendto() takes it; None: nobody listens
+    watchdog_s: float | None  # without a sign of progress for so long, systemd ends the service
+    clock: Callable[[], float] = time.monotonic
+    _progress_at: float | None = field(default=None, init=False)
+    _status: str | None = field(default=None, init=False)
+
+    @classmethod
+    def from_env(
+        cls, env: Mapping[str, str] = os.environ, *, clock: Callable[[], float] = time.monotonic
+    ) -> Notifier:
+        return cls(_address(env.get("NOTIFY_SOCKET", "")), _watchdog_s(env), clock)
+
+    def ready(self) -> None:
+        """Started up, or done with a reload."""
+        self._send("READY=1")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    def reloading(self) -> None:
+        """The configuration is being read again; `ready` ends it."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={round(self.clock() * 1e6)}")
+
+    def status(self, text: str) -> None:
+        """One line for `systemctl status`; sent when it has changed."""
+        line = " ".join(text.split())[:STATUS_CHARS]
+        if line != self._status:
+            self._status = line
+            self._send(f"STATUS={line}")
+
+    def progress(self) -> None:
+        """Something was really done. Sent at most four times per `watchdog_s`, so it may be called freely."""
+        now = self.clock()
+        if self.watchdog_s is None:
+            return
+        if self._progress_at is None or now - self._progress_at >= self.watchdog_s / 4:
+            self._progress_at = now
+            self._send("WATCHDOG=1")
+
+    def _send(self, message: str) -> None:
+        if self.address is None:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.settimeout(SEND_PATIENCE_S)
+                sender.sendto(message.encode("utf-8", errors="replace"), self.address)
+        except OSError as e:
+            log.debug("the service manager can't be told %r: %s", message, e)
+
+
+def _address(name: str) -> str | None:
+    """A path, or a name in the abstract namespace, written with "@" for the zero byte it begins with."""
+    if name.startswith("@"):
+        return "\0" + name[1:]
+    return name if name.startswith("/") else None
+
+
+def _watchdog_s(env: Mapping[str, str]) -> float | None:
+    """WATCHDOG_USEC, if it is meant for this process and not inherited from the one it was for."""
+    if env.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    usec = env.get("WATCHDOG_USEC", "")
+    return int(usec) / 1e6 if usec.isascii() and usec.isdigit() and int(usec) > 0 else None

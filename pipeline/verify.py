@@ -1,0 +1,101 @@
+"""What a file must be before it counts as published, checked on the bytes that came back from the disk.
+
+A verifier is handed the whole file as a stream and raises if it isn't what was meant. That the
+bytes are the ones that were written is the outbox's own check; these see that they mean something.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pipeline.errors import EngineFailure
+from pipeline.stages import SILENT_BELOW_DBFS, UNIT_LENGTH_TOLERANCE
+
+Verifier = Callable[[BinaryIO], None]
+_BLOCK_FRAMES = 1 << 16
+_VECTORS = ("times_s", "track", "windows")
+
+
+def wav(expected_samples: int, sample_rate: int, channels: int) -> Verifier:
+    """The file decodes to that many samples per channel, all finite, with something to hear.
+
+    The verifier raises EngineFailure.
+    """
+
+    def verify(file: BinaryIO) -> None:
+        import soundfile
+
+        try:
+            with soundfile.SoundFile(file) as sound:
+                found = (sound.samplerate, sound.channels)
+                n_samples, peak = _played(sound)
+        except soundfile.LibsndfileError as e:
+            raise EngineFailure(f"the written WAV can't be decoded: {e}") from e
+        if found != (sample_rate, channels):
+            raise EngineFailure(f"the written WAV has {found[0]} Hz and {found[1]} channels")
+        if n_samples != expected_samples:
+            raise EngineFailure(f"the written WAV has {n_samples} samples, not {expected_samples}")
+        if not np.isfinite(peak):
+            raise EngineFailure("the written WAV has samples that are not finite")
+        if peak < 10 ** (SILENT_BELOW_DBFS / 20):
+            raise EngineFailure("the written WAV is silent")
+
+    return verify
+
+
+def _played(sound: Any) -> tuple[int, float]:
+    """Samples per channel as decoded, not as the header says, and their peak: NaN if any is NaN."""
+    n_samples, peak = 0, 0.0
+    while len(block := sound.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        n_samples += len(block)
+        peak = float(np.maximum(peak, np.max(np.abs(block))))  # NaN wins
+    return n_samples, peak
+
+
+def embedding(dim: int, n_windows: int) -> Verifier:
+    """The file holds track (dim,), windows (n_windows, dim), times_s (n_windows, 2): finite, unit length.
+
+    The verifier raises EngineFailure.
+    """
+    shapes = {"track": (dim,), "windows": (n_windows, dim), "times_s": (n_windows, 2)}
+
+    def verify(file: BinaryIO) -> None:
+        try:
+            with np.load(file, allow_pickle=False) as loaded:
+                arrays = {name: loaded[name] for name in loaded.files}
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:  # TypeError: no archive
+            raise EngineFailure(f"the written embedding can't be read: {e}") from e
+        if tuple(sorted(arrays)) != _VECTORS:
+            raise EngineFailure(f"the written embedding holds {', '.join(sorted(arrays)) or 'nothing'}")
+        for name, array in arrays.items():
+            if array.shape != shapes[name] or array.dtype != np.float32:
+                raise EngineFailure(f"the written embedding has {name} as {array.dtype} {array.shape}")
+            if not np.isfinite(array).all():
+                raise EngineFailure(f"the written embedding has {name} that are not finite")
+        lengths = np.linalg.norm(np.vstack([arrays["track"][None], arrays["windows"]]), axis=1)
+        if not np.allclose(lengths, 1.0, atol=UNIT_LENGTH_TOLERANCE):
+            raise EngineFailure("the written embedding has vectors that are not of unit length")
+
+    return verify
+
+
+def manifest(expected: Mapping[str, Any]) -> Verifier:
+    """The file parses back to exactly these values, which must be plain JSON ones.
+
+    The verifier raises EngineFailure.
+    """
+
+    def verify(file: BinaryIO) -> None:
+        try:
+            found = json.loads(file.read().decode())
+        except ValueError as e:
+            raise EngineFailure(f"the written manifest can't be read: {e}") from e
+        if found != expected:
+            raise EngineFailure("the written manifest is not what was meant")
+
+    return verify

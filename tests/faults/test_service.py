@@ -1,0 +1,379 @@
+"""Life as a service: signals, a second instance, the word to systemd, and long idle days.
+
+The engines are the driver's own (drive.py), so that work lasts as long as a test needs it to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from drive import AT_ONCE, STUCK_AT, Child, counts, is_idle, log_of, start, stop, wait_until
+from homes import FAR, NEAR, Home, contents, write_music
+
+INTAKE = {"settle_s": 0.2, "rescan_s": 1.0, "poll_s": 0.3}
+TWO = ({"name": "one"}, {"name": "two"})
+FORCED_S = 8  # so long the program waits for its engine to listen before it ends by force
+
+
+def pace(home: Home, *variations: dict[str, Any], engine: str = "paced", **sections: Any) -> None:
+    """Configure the driver's engines."""
+    made_by = {"engine": engine, "duration_s": 1}
+    settings = {"intake": INTAKE, "embed": {"engine": "free-vectors"}, "generate": made_by, **sections}
+    home.configure(*(variations or TWO), **settings)
+
+
+def drop(home: Home, *names: str) -> None:
+    """Whole files, put in place by a rename."""
+    for name in names:
+        made = write_music(home.folder / "beside" / name, seed=zlib.crc32(name.encode()), seconds=1.5)
+        made.replace(home.inbox / name)
+
+
+def is_generating(home: Home) -> bool:
+    """Whether an attempt at the variations is open."""
+    if not counts(home):
+        return False
+    store = home.store()
+    stages = [attempt.stage for attempt in store.open_attempts()]
+    store.close()
+    return "generate" in stages
+
+
+def made_without_a_fault(home: Home, folder: Path, *names: str) -> dict[str, str]:
+    """What the same sources become in a home of their own that nothing disturbs."""
+    other = Home(folder)
+    other.folder.mkdir()
+    (other.folder / "settings.yaml").write_text((home.folder / "settings.yaml").read_text())
+    other.inbox.mkdir()
+    drop(other, *names)
+    with start(other, "once", engines=True, env=AT_ONCE) as child:
+        assert child.ended() == 0, child.said()
+    return contents(other.outbox)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a.wav and b.wav become."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    like = Home(folder / "like")
+    pace(like)
+    return made_without_a_fault(like, folder / "other", "a.wav", "b.wav")
+
+
+def attempts(home: Home) -> dict[str, int]:
+    """What has been counted against each track."""
+    store = home.store()
+    found = {track.name: track.attempts for track in store.tracks()}
+    store.close()
+    return found
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [
+    ("watch", signal.SIGTERM, 0),
+    pytest.param(("watch", signal.SIGINT, 0), marks=pytest.mark.torture),
+    ("once", signal.SIGTERM, 128 + signal.SIGTERM),
+    ("once", signal.SIGHUP, 128 + signal.SIGHUP),
+], ids=str)  # fmt: skip
+def test_a_signal_ends_the_work_at_its_next_step_and_a_later_run_ends_it_as_if_nothing_had_been(
+    home: Home, figures: list[str], undisturbed: dict[str, str], case: tuple[str, signal.Signals, int]
+) -> None:
+    verb, signum, code = case
+    pace(home)
+    drop(home, "a.wav", "b.wav")
+    with start(home, verb, engines=True) as child:
+        wait_until(lambda: is_generating(home), "the variations are begun", child=child)
+        began_s = time.monotonic()
+        child.send(signum)
+        assert child.ended() == code, child.said()
+        figures.append(f"{verb} ended {time.monotonic() - began_s:.2f} s after {signum.name}")
+    assert counts(home) == {"queued": 2, "running": 0, "done": 0, "failed": 0}
+    assert attempts(home) == {"a.wav": 0, "b.wav": 0}
+    with start(home, "once", engines=True, env=AT_ONCE) as child:
+        assert child.ended() == 0, child.said()
+    assert contents(home.outbox) == undisturbed
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("seed", range(10))
+def test_a_signal_at_any_moment_of_real_work_loses_nothing(
+    home: Home, figures: list[str], tmp_path: Path, seed: int
+) -> None:
+    home.configure(NEAR, FAR, intake=INTAKE)
+    names = [f"{i}.wav" for i in range(20)]
+    drop(home, *names)
+    rng, took_s = random.Random(seed), []
+    for _ in range(6):
+        with start(home, "watch") as child:
+            wait_until(lambda: counts(home), "the program is up", child=child)
+            time.sleep(rng.uniform(0.5, 3))
+            began_s = time.monotonic()
+            assert stop(child) == 0, child.said()
+            took_s.append(time.monotonic() - began_s)
+    assert set(attempts(home).values()) <= {0}
+    with start(home, "once") as child:
+        assert child.ended() == 0, child.said()
+    figures.append(f"ended after at most {max(took_s):.2f} s")
+    assert contents(home.outbox) == made_without_a_fault(home, tmp_path / "other", *names)
+
+
+@pytest.mark.parametrize(("verb", "code"), [
+    ("watch", 0),
+    pytest.param("once", 143, marks=pytest.mark.torture),
+])  # fmt: skip
+def test_an_engine_that_does_not_listen_is_left_by_force_with_its_track_queued(
+    home: Home, figures: list[str], tmp_path: Path, verb: str, code: int
+) -> None:
+    pace(home, engine="stuck")
+    drop(home, "a.wav", "b.wav")
+    at = tmp_path / "stuck"
+    with start(home, verb, engines=True, env={STUCK_AT: str(at)}) as child:
+        wait_until(at.exists, "the engine is stuck", child=child)
+        began_s = time.monotonic()
+        child.send(signal.SIGTERM)
+        assert child.ended(tries=20 * FORCED_S * 4) == code, child.said()
+        figures.append(f"{verb} with a stuck engine ended {time.monotonic() - began_s:.2f} s after SIGTERM")
+    assert counts(home)["queued"] == 2
+    pace(home)
+    with start(home, "once", engines=True, env=AT_ONCE) as child:
+        assert child.ended() == 0, child.said()
+    assert counts(home)["done"] == 2
+    assert attempts(home) == {"a.wav": 0, "b.wav": 0}
+
+
+def test_a_killed_run_leaves_no_lock_and_the_next_goes_on_without_waiting(
+    home: Home, undisturbed: dict[str, str]
+) -> None:
+    pace(home, retry={"max_attempts": 3, "backoff_s": 3600})  # whoever waits here waits for an hour
+    drop(home, "a.wav", "b.wav")
+    with start(home, "watch", engines=True) as child:
+        wait_until(lambda: is_generating(home), "the variations are begun", child=child)
+        child.send(signal.SIGKILL)
+        child.ended()
+    with start(home, "once", engines=True, env=AT_ONCE) as child:
+        assert child.ended() == 0, child.said()
+    assert contents(home.outbox) == undisturbed
+
+
+def test_a_second_instance_is_told_so_and_the_first_goes_on(home: Home) -> None:
+    pace(home)
+    with start(home, "watch", engines=True) as first:
+        wait_until(lambda: counts(home), "the program is up", child=first)
+        for verb in ("once", "watch"):
+            with start(home, verb, engines=True) as second:
+                assert second.ended() == 3
+                assert f"process {first.pid}" in second.said()
+        drop(home, "a.wav")
+        wait_until(lambda: is_idle(home, done=1), "the first one works on", child=first)
+        assert stop(first) == 0
+
+
+# -- SIGHUP ----------------------------------------------------------------------------------------
+
+
+def variations(home: Home, name: str) -> list[str]:
+    """The names of a finished track's variations."""
+    [folder] = home.outbox.glob(f"{name}--*")
+    return [entry["name"] for entry in json.loads((folder / "manifest.json").read_text())["variations"]]
+
+
+def test_sighup_takes_a_changed_configuration_for_what_comes_next(home: Home) -> None:
+    pace(home, {"name": "old"}, engine="free")
+    with start(home, "watch", engines=True) as child:
+        wait_until(lambda: counts(home), "the program is up", child=child)
+        drop(home, "first.wav")
+        wait_until(lambda: is_idle(home, done=1), "the first one is done", child=child)
+        pace(home, {"name": "new"}, {"name": "newer"}, engine="free")
+        child.send(signal.SIGHUP)
+        drop(home, "second.wav")
+        wait_until(lambda: is_idle(home, done=2), "the second one is done", child=child)
+        assert stop(child) == 0
+    assert variations(home, "first") == ["old"]
+    assert variations(home, "second") == ["new", "newer"]
+
+
+@pytest.mark.torture
+def test_sighup_in_the_middle_of_work_ends_that_work_under_the_old_configuration_or_redoes_it(
+    home: Home,
+) -> None:
+    """Either is whole: never a folder with some of both."""
+    pace(home, {"name": "old"}, {"name": "older"})
+    with start(home, "watch", engines=True) as child:
+        drop(home, "first.wav")
+        wait_until(lambda: is_generating(home), "it is at work", child=child)
+        pace(home, {"name": "new"}, engine="free")
+        child.send(signal.SIGHUP)
+        wait_until(lambda: is_idle(home, done=1), "the first one is done", child=child)
+        drop(home, "second.wav")
+        wait_until(lambda: is_idle(home, done=2), "the second one is done", child=child)
+        assert stop(child) == 0
+    assert variations(home, "first") in (["old", "older"], ["new"])
+    assert variations(home, "second") == ["new"]
+
+
+def test_sighup_keeps_the_configuration_that_works_while_the_new_one_does_not(home: Home) -> None:
+    pace(home, {"name": "old"}, engine="free")
+    settings = home.folder / "settings.yaml"
+    good = settings.read_text()
+    broken = ("generate: {variations: [}", yaml.safe_dump({"generate": {"variatons": []}}), None)
+    with start(home, "watch", engines=True) as child:
+        wait_until(lambda: counts(home), "the program is up", child=child)
+        for n, text in enumerate(broken, start=1):
+            settings.unlink() if text is None else settings.write_text(text)
+            child.send(signal.SIGHUP)
+            wait_until(lambda n=n: len(errors_in(log_of(home))) == n, "the error is said", child=child)
+            drop(home, f"{n}.wav")
+            wait_until(lambda n=n: is_idle(home, done=n), "work goes on", child=child)
+            assert variations(home, str(n)) == ["old"]
+        settings.write_text(good.replace("old", "new"))
+        child.send(signal.SIGHUP)
+        drop(home, "mended.wav")
+        wait_until(lambda: is_idle(home, done=4), "work goes on", child=child)
+        assert stop(child) == 0
+    assert variations(home, "mended") == ["new"]
+
+
+def errors_in(log: str) -> list[str]:
+    return re.findall(r" ERROR .*settings\.yaml.*", log)
+
+
+# -- the word to systemd ---------------------------------------------------------------------------
+
+
+class Manager:
+    """The other end of NOTIFY_SOCKET."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.messages: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(0.1)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while not self._over.is_set():
+            try:
+                self.messages += self._socket.recv(4096).decode().splitlines()
+            except TimeoutError:
+                continue
+
+    def fed(self) -> int:
+        return self.messages.count("WATCHDOG=1")
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self._socket.close()
+
+
+@contextmanager
+def manager() -> Iterator[Manager]:
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
+        made = Manager(Path(folder) / "notify")
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def told(manager: Manager, watchdog_s: float) -> dict[str, str]:
+    return {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": str(round(watchdog_s * 1e6))}
+
+
+def test_systemd_hears_of_the_start_of_idle_life_of_work_of_a_reload_and_of_the_end(home: Home) -> None:
+    pace(home)
+    with manager() as systemd, start(home, "watch", engines=True, env=told(systemd, 1.0)) as child:
+        wait_until(lambda: "READY=1" in systemd.messages, "it says that it is ready", child=child)
+        idle = systemd.fed()
+        wait_until(lambda: systemd.fed() >= idle + 3, "it feeds the watchdog while idle", child=child)
+        drop(home, "a.wav")
+        wait_until(lambda: is_generating(home), "it is at work", child=child)
+        working = systemd.fed()
+        wait_until(lambda: systemd.fed() >= working + 2, "it feeds the watchdog at work", child=child)
+        assert is_generating(home)
+        wait_until(lambda: is_idle(home, done=1), "it is done", child=child)
+        readies = systemd.messages.count("READY=1")
+        child.send(signal.SIGHUP)
+        wait_until(lambda: systemd.messages.count("READY=1") > readies, "it is ready again", child=child)
+        assert "RELOADING=1" in systemd.messages
+        assert stop(child) == 0
+        wait_until(lambda: "STOPPING=1" in systemd.messages, "it says that it ends")
+
+
+def test_a_stuck_engine_does_not_feed_the_watchdog(home: Home, tmp_path: Path) -> None:
+    pace(home, engine="stuck")
+    at = tmp_path / "stuck"
+    with (
+        manager() as systemd,
+        start(home, "watch", engines=True, env={**told(systemd, 1.0), STUCK_AT: str(at)}) as child,
+    ):
+        wait_until(lambda: "READY=1" in systemd.messages, "it says that it is ready", child=child)
+        drop(home, "a.wav")
+        wait_until(at.exists, "the engine is stuck", child=child)
+        time.sleep(0.5)  # what was on its way
+        fed = systemd.fed()
+        time.sleep(3)
+        assert fed > 0
+        assert systemd.fed() == fed
+
+
+# -- idle days, long queues ------------------------------------------------------------------------
+
+
+def settled(home: Home, child: Child, done: int) -> None:
+    wait_until(lambda: is_idle(home, done=done), f"{done} are done", tries=6000, child=child)
+    time.sleep(1.0)  # the last file's way out of the inbox
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("watch", ["events", "polling"])
+def test_ten_idle_minutes_cost_nearly_nothing(home: Home, figures: list[str], watch: str) -> None:
+    """With the default intervals, and 200 finished tracks behind it."""
+    pace(home, {"name": "one"}, engine="free", intake={"watch": watch})
+    minutes = float(os.environ.get("IDLE_MINUTES", "10"))
+    drop(home, *(f"{i}.wav" for i in range(200)))
+    with start(home, "watch", engines=True) as child:
+        settled(home, child, 200)
+        cpu_s, descriptors, rss_mb = child.cpu_s(), child.descriptors(), child.rss_mb()
+        time.sleep(60 * minutes)
+        share = (child.cpu_s() - cpu_s) / (60 * minutes)
+        figures.append(f"{minutes:g} idle minutes ({watch}): {share:.3%} of one core, {rss_mb:.0f} MB")
+        assert share < 0.005
+        assert child.descriptors() == descriptors
+        assert child.rss_mb() < rss_mb + 10
+        assert stop(child) == 0
+
+
+@pytest.mark.torture
+def test_memory_and_descriptors_stay_flat_over_2000_files(home: Home, figures: list[str]) -> None:
+    pace(home, {"name": "one"}, engine="free")
+    seen: dict[int, tuple[float, int]] = {}
+    with start(home, "watch", engines=True) as child:
+        for n in range(200, 2001, 200):
+            drop(home, *(f"{i}.wav" for i in range(n - 200, n)))
+            settled(home, child, n)
+            seen[n] = child.rss_mb(), child.descriptors().total()
+            figures.append(f"{n} files: {seen[n][0]:.1f} MB, {seen[n][1]} descriptors")
+        assert stop(child) == 0
+    assert seen[2000][1] == seen[200][1]
+    assert seen[2000][0] < seen[200][0] + 15

@@ -1,0 +1,80 @@
+"""The harness itself: the shim sees every kind of operation the program makes, and hits the one it should."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from harness import KILLED, Fault, Kind, Mode, Operation, Zygote, new_home
+from invariants import Case
+
+
+@pytest.fixture
+def calm(zygote: Zygote, tmp_path: Path) -> list[Operation]:
+    return zygote.run(new_home(tmp_path / "home", tracks=1), "once").trace
+
+
+@pytest.mark.parametrize(
+    ("call", "ending"),
+    [
+        ("pwrite", "pipeline.db-wal"),  # SQLite's commits
+        ("fdatasync", "pipeline.db-wal"),
+        ("fwrite", ".part"),  # numpy's tofile, through C's stdio
+        ("write", ".wav.part"),
+        ("fsync", ".wav.part"),
+        ("fsync", "/variations"),  # the folder, after the rename
+        ("rename", ".wav.part"),
+        ("rename", ".manifest.json.part"),
+        ("create", ".wav.part"),
+        ("mkdir", "/variations"),
+        ("unlink", "/source"),
+        ("rmdir", ""),
+    ],
+)
+def test_every_kind_of_operation_is_seen(calm: list[Operation], call: str, ending: str) -> None:
+    assert [op for op in calm if op.n and op.call == call and op.path.endswith(ending)]
+
+
+def test_operations_are_numbered_from_1_without_gaps(calm: list[Operation]) -> None:
+    assert sorted(op.n for op in calm if op.n) == list(range(1, len(calm) + 1))
+
+
+@pytest.mark.parametrize(("mode", "happened"), [(Mode.KILL_BEFORE, 0), (Mode.KILL_AFTER, 1)])
+def test_a_kill_is_before_or_after_the_very_operation(
+    zygote: Zygote, tmp_path: Path, mode: Mode, happened: int
+) -> None:
+    home = new_home(tmp_path / "home", tracks=1)
+    life = zygote.run(home, "once", fault=Fault(mode, 2))  # the first file it makes
+    assert life.code == KILLED
+    assert [op.n for op in life.trace] == [1, 2]
+    assert Path(life.trace[-1].path).exists() == bool(happened)
+
+
+def test_a_torn_write_leaves_half(zygote: Zygote, tmp_path: Path, calm: list[Operation]) -> None:
+    [wav] = [op for op in calm if op.call == "fwrite"]
+    home = new_home(tmp_path / "torn", tracks=1)
+    life = zygote.run(home, "once", fault=Fault(Mode.KILL_TORN, wav.n))
+    assert (life.code, life.trace[-1].outcome, life.trace[-1].call) == (KILLED, "killed torn", "fwrite")
+    torn, whole = Path(life.trace[-1].path).stat().st_size, 3 * 22050 * 2 * 4
+    assert 0.4 * whole < torn < 0.6 * whole
+
+
+def test_a_full_disk_refuses_what_grows_and_nothing_else(zygote: Zygote, tmp_path: Path) -> None:
+    home = new_home(tmp_path / "home", tracks=1)
+    life = zygote.run(home, "once", fault=Fault.full_disk(1, sticky=True))
+    outcomes = Counter((op.call, op.outcome) for op in life.trace)
+    assert outcomes["create", "failed"] + outcomes["mkdir", "failed"] > 0
+    assert not [op for op in life.trace if op.outcome == "failed" and op.call in ("unlink", "rmdir")]
+
+
+def test_only_the_one_operation_fails(zygote: Zygote, tmp_path: Path) -> None:
+    home = new_home(tmp_path / "home", tracks=1)
+    life = zygote.run(home, "once", fault=Fault.broken_disk(40, sticky=False))
+    assert [op.n for op in life.trace if op.outcome == "failed"] == [40]
+
+
+def test_reads_are_counted_where_they_can_fail(zygote: Zygote, tmp_path: Path, one_track: Case) -> None:
+    life = zygote.run(one_track.home(tmp_path / "home"), "once", fault=Fault(kinds=Kind.CHANGE | Kind.READ))
+    seen = {op.call for op in life.trace}
+    assert {"read", "pread", "open", "opendir"} <= seen

@@ -1,0 +1,177 @@
+"""The systemd unit and the cron line, as systemd and a shell read them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+UNIT = ROOT / "deploy" / "variations.service"
+CRON = ROOT / "deploy" / "variations.cron"
+PLACE = "/srv/variations"  # where both say that the checkout is
+
+
+def settings() -> dict[str, list[str]]:
+    """The unit's settings; one may be given several times."""
+    found = defaultdict(list)
+    for line in UNIT.read_text().splitlines():
+        if "=" in line and not line.startswith("#"):
+            name, _, value = line.partition("=")
+            found[name].append(value)
+    return found
+
+
+def cron_line() -> re.Match[str]:
+    """The one line that is neither comment nor variable: five time fields, the user, the command."""
+    lines = [line for line in CRON.read_text().splitlines() if line and not re.match(r"#|\w+=", line)]
+    [line] = lines
+    match = re.fullmatch(r"(?P<when>(?:[\d*/,-]+ +){5})(?P<user>[a-z]\S*) +(?P<command>.+)", line)
+    assert match, line
+    return match
+
+
+def cron_variables() -> dict[str, str]:
+    return dict(re.findall(r"(?m)^(\w+)=(.*)$", CRON.read_text()))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A place with the interpreter where the unit expects it."""
+    folder = tmp_path / "variations"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (folder / "state").mkdir()
+    (folder / "README.md").write_text("")
+    return folder
+
+
+# -- systemd ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def systemd_analyze() -> str:
+    tool = shutil.which("systemd-analyze")
+    if tool is None:
+        pytest.skip("systemd-analyze is not installed")
+    return tool
+
+
+def verify(tool: str, unit: Path) -> tuple[int, str]:
+    ended = subprocess.run([tool, "verify", str(unit)], capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(
+    systemd_analyze: str, checkout: Path, tmp_path: Path
+) -> None:
+    """Only the checkout's place differs: verify asks whether the program is there."""
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text().replace(PLACE, str(checkout)))
+    assert verify(systemd_analyze, copy) == (0, "")
+
+
+def test_the_verification_would_tell(systemd_analyze: str, checkout: Path, tmp_path: Path) -> None:
+    text = UNIT.read_text().replace(PLACE, str(checkout))
+    misspelt, elsewhere = tmp_path / "misspelt.service", tmp_path / "elsewhere.service"
+    misspelt.write_text(text.replace("WatchdogSec=", "WatchdogSeconds="))
+    elsewhere.write_text(text.replace("/bin/python", "/bin/no-python"))
+    assert "WatchdogSeconds" in verify(systemd_analyze, misspelt)[1]
+    assert "no-python" in verify(systemd_analyze, elsewhere)[1]
+
+
+def test_what_systemd_starts_is_the_program(checkout: Path) -> None:
+    """The command of the unit, run in its folder, with --help for its end."""
+    [command] = settings()["ExecStart"]
+    [folder] = settings()["WorkingDirectory"]
+    assert folder == PLACE
+    executable, script, verb = shlex.split(command)
+    assert executable == f"{PLACE}/.venv/bin/python"  # absolute, as systemd wants it
+    assert (ROOT / script).is_file()
+    ended = subprocess.run(
+        [sys.executable, script, verb, "--help"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_all_that_the_program_writes_lies_where_it_may_write() -> None:
+    unit = settings()
+    writable = [Path(path) for line in unit["ReadWritePaths"] for path in line.split()]
+    assert unit["ProtectSystem"] == ["strict"]
+    variables = dict(pair.split("=", 1) for line in unit["Environment"] for pair in line.split())
+    places = [Path(PLACE) / name for name in ("inbox", "outbox", "state")]
+    places += [Path(variables["HF_HOME"]), Path(variables["NUMBA_CACHE_DIR"])]
+    for place in places:
+        assert any(place.is_relative_to(folder) for folder in writable), place
+    closed = [Path(path.lstrip("-")) for line in unit["ReadOnlyPaths"] for path in line.split()]
+    for folder in closed:
+        assert not any(place.is_relative_to(folder) for place in places), folder
+
+
+def test_another_instance_at_work_does_not_end_the_service_for_good() -> None:
+    """cron's `once` may hold the lock when the daemon starts: 3 passes, 2 does not."""
+    unit = settings()
+    assert unit["Restart"] == ["on-failure"]
+    assert unit["RestartPreventExitStatus"] == ["2"]
+
+
+def test_cron_and_the_daemon_use_the_same_weights() -> None:
+    variables = dict(pair.split("=", 1) for line in settings()["Environment"] for pair in line.split())
+    for name in ("HF_HOME", "NUMBA_CACHE_DIR"):
+        assert cron_variables()[name] == variables[name]
+
+
+# -- cron ------------------------------------------------------------------------------------------
+
+
+def test_the_cron_line_runs_every_quarter_of_an_hour_as_the_service_s_user() -> None:
+    line = cron_line()
+    assert line["when"].split() == ["*/15", "*", "*", "*", "*"]
+    assert [line["user"]] == settings()["User"]
+    assert "%" not in line["command"]  # a line break to cron
+    assert CRON.read_text().endswith("\n")  # or the last line is not read
+    assert cron_variables()["SHELL"] == "/bin/sh"
+
+
+def run_cron_command(checkout: Path, *, exit_code: int) -> subprocess.CompletedProcess[str]:
+    """The line's command as cron runs it, with a program that says its words and ends with `exit_code`."""
+    (checkout / "run_pipeline.py").write_text(
+        "import sys\nprint('ran', *sys.argv[1:])\nprint('to stderr', file=sys.stderr)\n"
+        f"sys.exit({exit_code})\n"
+    )
+    command = cron_line()["command"].replace(PLACE, str(checkout))
+    return subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("exit_code", [0, 3])
+def test_a_run_that_is_done_or_finds_another_at_work_is_fine_and_silent(
+    checkout: Path, exit_code: int
+) -> None:
+    ended = run_cron_command(checkout, exit_code=exit_code)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert sorted((checkout / "state" / "cron.log").read_text().splitlines()) == ["ran once", "to stderr"]
+
+
+@pytest.mark.parametrize("exit_code", [1, 2, 4, 130, 143])
+def test_any_other_end_is_a_failure_for_cron(checkout: Path, exit_code: int) -> None:
+    assert run_cron_command(checkout, exit_code=exit_code).returncode != 0
+
+
+def test_a_missing_checkout_is_a_failure_for_cron(checkout: Path) -> None:
+    shutil.rmtree(checkout / "state")
+    assert run_cron_command(checkout, exit_code=0).returncode != 0
+    shutil.rmtree(checkout)
+    command = cron_line()["command"].replace(PLACE, str(checkout))
+    assert subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False).returncode != 0
+
+
+def test_the_log_of_runs_before_is_kept(checkout: Path) -> None:
+    for _ in range(2):
+        run_cron_command(checkout, exit_code=0)
+    assert (checkout / "state" / "cron.log").read_text().count("ran once") == 2
