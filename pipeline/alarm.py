@@ -31,16 +31,20 @@ class Alarm:
     overdue: Callable[[int], None] | None = None  # called with the signal's number when the time is up
     _reload: threading.Event = field(default_factory=threading.Event)
     _bell: threading.Event = field(default_factory=threading.Event)
+    _halt: threading.Event = field(default_factory=threading.Event)
 
     def ring(self) -> None:
         self._bell.set()
 
-    def rang(self) -> bool:
-        """Whether something rang since the last wait."""
-        return self._bell.is_set()
+    def take_ring(self) -> bool:
+        """Whether something rang; asking answers it."""
+        rang = self._bell.is_set()
+        self._bell.clear()
+        return rang
 
     def stop(self, signum: int) -> None:
         self.stopped_by = signum
+        self._halt.set()
         self._bell.set()
 
     def is_stopped(self) -> bool:
@@ -57,9 +61,9 @@ class Alarm:
         return asked
 
     def wait(self, seconds: float) -> None:
-        self._bell.wait(max(seconds, SHORTEST_WAIT_S))
-        if not self.is_stopped():
-            self._bell.clear()
+        """Until it rings or the time is up, but not less than `SHORTEST_WAIT_S`, however often it rings."""
+        if not self._halt.wait(max(0.0, min(seconds, SHORTEST_WAIT_S))):
+            self._bell.wait(max(0.0, seconds - SHORTEST_WAIT_S))
 
     @contextmanager
     def on_signals(self, *, hangup_reloads: bool = False) -> Iterator[None]:

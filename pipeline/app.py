@@ -17,7 +17,7 @@ from pipeline.engine_room import Engines, LoadedEngines
 from pipeline.engines.base import EngineSettings
 from pipeline.errors import ConfigError
 from pipeline.intake import Rules, Scanner, Settling
-from pipeline.mounts import clock_is_ours, mount_of, needs_polling
+from pipeline.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
 from pipeline.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.report import Reporter
@@ -147,7 +147,7 @@ class App:
             outbox=outbox,
             workplace=self.workplace,
             scanner=self.scanner(root),
-            settling=Settling(intake.settle_s, trust_times=clock_is_ours(mount_of(folder))),
+            settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder)))),
         )
         runner = Runner(
             recipe=self.recipe,
@@ -168,10 +168,16 @@ class App:
 
     def watcher(self, alarm: Alarm) -> tuple[Watcher, str]:
         """What watches the inbox, and in which mode and why."""
-        wanted, mount = self.config.intake.watch, mount_of(self.workplace.inbox)
-        reason = needs_polling(mount) if wanted == "auto" else None
+        wanted = self.config.intake.watch
+        reasons = map(needs_polling, _mounts(self.workplace.inbox) if wanted == "auto" else ())
+        reason = next(filter(None, reasons), None)
         polling = wanted == "polling" or reason is not None
         why = reason or ("named in the configuration" if wanted != "auto" else "a local file system")
         return Watcher(self.workplace.inbox, alarm.ring, polling=polling), (
             f"{'polling' if polling else 'events'} ({why})"
         )
+
+
+def _mounts(folder: Path) -> list[Mount | None]:
+    """The file system a folder is on, and those mounted inside it."""
+    return [mount_of(folder), *mounts_below(folder)]

@@ -285,12 +285,11 @@ def put_away(
         here = file.moved_to or file.path
         if file.state == SETTLED or (file.state == ASIDE and error is not None):
             continue
-        if file.root != inbox:
+        if file.root != inbox or here.is_symlink():  # a link stays: moved, it may lead nowhere
             store.settle_file(file.path, state=SETTLED)
             continue
         try:
-            seen = here.stat() if settings.follow_symlinks else here.lstat()
-            if not _is_same(file, Identity.of(seen)):
+            if not _is_same(file, Identity.of(here.lstat())):
                 continue
             moved_to = _dispose(file, here, settings, error)
         except FileNotFoundError:

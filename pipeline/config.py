@@ -46,6 +46,7 @@ class Intake(Section):
     ignore: tuple[str, ...] = (
         "*.txt", "*.md", "*.nfo", "*.log", "*.cue", "*.m3u", "*.m3u8", "*.pls", "*.pdf",
         "*.jpg", "*.jpeg", "*.png", "*.gif", "*.webp", "Thumbs.db", "desktop.ini",
+        "*.asd", "*.reapeaks", "*.pkf", "*.pek", "*.sfk",
     )  # fmt: skip
 
     @field_validator("ignore", mode="before")

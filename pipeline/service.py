@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pipeline.alarm import SHORTEST_WAIT_S, Alarm
-from pipeline.arrivals import PATIENCE, Arrivals, Look
+from pipeline.arrivals import Arrivals, Look
 from pipeline.disk import machines_fault
 from pipeline.errors import DiskFull, FolderUnusable, PipelineError, Stopped
 from pipeline.health import Health
@@ -59,9 +59,9 @@ def run_once(crew: Crew, alarm: Alarm, health: Health) -> Look:
         if look.unsettled and patience_s > 0:
             pause_s = min(arrivals.settings.settle_s / 2, patience_s)
             patience_s -= max(pause_s, SHORTEST_WAIT_S)
-            alarm.wait(pause_s)
+            alarm.wait(max(pause_s, SHORTEST_WAIT_S))
         elif due is not None:
-            alarm.wait(min(due - runner.clock(), PATIENCE * arrivals.settings.settle_s + 1.0))
+            alarm.wait(max(due - runner.clock(), SHORTEST_WAIT_S))
         else:
             look.queued = queued
             return look
@@ -92,7 +92,8 @@ class Watch:
             while not self.alarm.is_stopped():
                 if self.alarm.take_reload():
                     self._reload()
-                self.alarm.wait(self._turn())
+                if (pause_s := self._turn()) > 0:
+                    self.alarm.wait(max(pause_s, SHORTEST_WAIT_S))
         except Stopped:
             pass
         finally:
@@ -126,7 +127,7 @@ class Watch:
             self.health.degraded("events", trouble)
             self._look_at = min(self._look_at, self.clock() + self.crew.arrivals.settings.poll_s)
         now = self.clock()
-        if self.alarm.rang():
+        if self.alarm.take_ring():
             self._look_at = min(self._look_at, now + self._looked_s / LOOK_SHARE)
         if now < self._look_at:
             return
@@ -158,10 +159,10 @@ class Watch:
         waits = [self._look_at - self.clock()]
         runner = self.crew.runner
         if (due := runner.store.next_due()) is not None:
-            waits.append(due - runner.clock())
+            waits.append(max(due - runner.clock(), SHORTEST_WAIT_S))
         if self.notifier.watchdog_s is not None:
             waits.append(self.notifier.watchdog_s / 3)
-        return min(waits)
+        return max(min(waits), SHORTEST_WAIT_S)
 
     def _wait_out(self, fault: FolderUnusable) -> float:
         """The machine's fault: nothing is claimed or taken in until it has passed; tried again ever later."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from homes import Home
+from works import Works
 
 
 @pytest.fixture
@@ -29,3 +30,8 @@ def home(tmp_path: Path) -> Home:
     made = Home(tmp_path / "home")
     made.configure()
     return made
+
+
+@pytest.fixture
+def works(tmp_path: Path) -> Works:
+    return Works.at(tmp_path)

@@ -172,7 +172,7 @@ def is_done(home: Home, n: int) -> bool:
 
 
 def wait_for(life: Life, condition: Callable[[], bool], otherwise: str) -> None:
-    for _ in range(round(PATIENCE_S / 4 / LOOK_EVERY_S)):
+    for _ in range(round(PATIENCE_S / 12 / LOOK_EVERY_S)):
         if condition():
             return
         if life.wait(LOOK_EVERY_S) is not None:
