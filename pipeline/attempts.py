@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.arrivals import put_away, still_arriving
+from pipeline.arrivals import still_arriving
 from pipeline.config import Config
 from pipeline.disk import machines_fault
 from pipeline.errors import BadAudio, EngineFailure, PipelineError, SourceGone, Stopped
 from pipeline.plan import TrackPlan, VariationUnit
+from pipeline.putaway import put_away
 from pipeline.records import Audio, VariationRequest
 from pipeline.report import Reporter
 from pipeline.retry import backoff_s
+from pipeline.schema import Track
 from pipeline.stages import STAGES
-from pipeline.store import Store, Track
+from pipeline.store import Store
 from pipeline.workplace import Desk
 
 log = logging.getLogger("pipeline")

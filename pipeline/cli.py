@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
-from logging.handlers import RotatingFileHandler
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pipeline import views
-from pipeline.alarm import Alarm
 from pipeline.app import App
-from pipeline.arrivals import finish_moves, put_away
 from pipeline.disk import machines_fault
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
-from pipeline.health import Health
 from pipeline.names import printable
-from pipeline.notify import Notifier
-from pipeline.outbox import Outbox
-from pipeline.reconcile import reconcile
-from pipeline.report import Reporter, WatchedReporter, reporter_for
+from pipeline.office import Office, at_work
 from pipeline.retention import collect
-from pipeline.retry import take_over
 from pipeline.service import Crew, Watch, run_once
 from pipeline.stages import STAGES
-from pipeline.store import Store
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 LOG_BYTES, LOG_FILES = 5_000_000, 3
@@ -100,78 +85,12 @@ Tracks = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
-@dataclass(frozen=True)
-class Office:
-    """What a working verb works with."""
-
-    app: App
-    store: Store
-    crew: Crew
-    alarm: Alarm
-    health: Health
-    notifier: Notifier
-    reporter: Reporter
-
-
-@contextmanager
-def _at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterator[Office]:
-    """Everything a working verb needs, as the only instance, with signals turned into a stop."""
-    console, alarm, notifier = Console(stderr=True), Alarm(), Notifier.from_env()
-    app.workplace.prepare()
-    with app.workplace.locked(), _logged(app.workplace.log, console):
-        health = Health(app.workplace.health)
-        health.open()
-        app.fetch_missing()
-        store = app.store()
-        assert store is not None
-        alarm.overdue = partial(_leave_at_once, app.workplace.database, is_watching=is_watching)
-        try:
-            _pick_up(app, store)
-            reporter = WatchedReporter(reporter_for(console), notifier.progress)
-            with alarm.on_signals(hangup_reloads=is_watching), reporter:
-                crew = app.crew(store, root, reporter, alarm)
-                yield Office(app, store, crew, alarm, health, notifier, reporter)
-        finally:
-            health.close()
-            store.close()
-
-
-def _pick_up(app: App, store: Store) -> None:
-    """Put in order what a killed instance left, before anything else is done."""
-    config, inbox = app.config, app.workplace.inbox
-    for crashed in take_over(store, config.retry, now=views.now()):
-        track, then = crashed.track, "given up" if crashed.given_up else "goes on"
-        log.info("%s: was cut off in %s, %s", track.name, crashed.stage, then)
-        if crashed.given_up:
-            files = store.files_of(track.sha256)
-            put_away(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
-    finish_moves(store, inbox)
-    for finding in reconcile(
-        store,
-        Outbox(app.workplace.outbox),
-        app.workplace,
-        thorough=False,
-        repair=True,
-        redo_missing=config.retention.redo_missing,
-        now=views.now(),
-    ):
-        log.warning("%s: %s", finding.where, finding.text)
-
-
-def _leave_at_once(database: Path, signum: int, *, is_watching: bool) -> None:
-    """The work didn't come to its next step in time: put it back and end, which is safe at any moment."""
-    log.warning("the work did not stop in time and is cut off; it is queued again")
-    with suppress(sqlite3.Error):
-        Store(database, busy_timeout_s=RELEASE_PATIENCE_S).release_all(now=views.now())
-    os._exit(ALL_DONE if is_watching else 128 + signum)
-
-
 @cli.command()
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all that is ready, then end."""
     app = _app(context)
     root = _root(app, folder)
-    with _at_work(app, root) as office:
+    with at_work(app, root) as office:
         try:
             look = run_once(office.crew, office.alarm, office.health)
         except Stopped:
@@ -188,7 +107,7 @@ def watch(context: typer.Context) -> int:
     app = _app(context)
     while True:
         try:
-            with _at_work(app, None, is_watching=True) as office:
+            with at_work(app, None, is_watching=True) as office:
                 _watch(office)
             return ALL_DONE
         except DiskFull as e:  # at start-up; later it is waited out with everything open
@@ -355,47 +274,3 @@ def _root(app: App, folder: Path | None) -> Path | None:
         if ours.is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(ours):
             raise typer.BadParameter(f"{printable(folder)} and {ours} lie in one another", param_hint="DIR")
     return folder.resolve()
-
-
-@contextmanager
-def _logged(path: Path, console: Console) -> Iterator[None]:
-    """People's lines to the terminal, everything with tracebacks to a file that can't grow for ever."""
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    handler = _FileHandler(
-        path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace"
-    )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    watchdog = logging.getLogger("watchdog")
-    watchdog.propagate = False
-    added = [(log, handler), (log, _ConsoleHandler(console)), (watchdog, handler)]
-    for logger, one in added:
-        logger.addHandler(one)
-    try:
-        yield
-    finally:
-        for logger, one in added:
-            logger.removeHandler(one)
-            one.close()
-
-
-class _FileHandler(RotatingFileHandler):
-    """A line that can't be written, to a full disk say, is on the terminal all the same."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
-        pass
-
-
-class _ConsoleHandler(logging.Handler):
-    """Through the console that draws the bars, so that a line doesn't tear them."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.INFO)
-        self._console = console
-        form = "%(message)s" if console.is_terminal else "%(asctime)s %(levelname)s %(message)s"
-        self.setFormatter(logging.Formatter(form))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        record.exc_text = None
-        plain = logging.makeLogRecord({**record.__dict__, "exc_info": None})
-        self._console.print(self.format(plain), markup=False, highlight=False, soft_wrap=True)

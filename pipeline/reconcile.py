@@ -20,7 +20,8 @@ from pathlib import Path
 from pipeline import retention
 from pipeline.names import printable
 from pipeline.outbox import TMP_SUFFIX, Outbox, Published, listed
-from pipeline.store import Store, Track
+from pipeline.schema import Track
+from pipeline.store import Store
 from pipeline.workplace import Workplace
 
 MTIME_SLACK_S = 2.0  # between the file's own time and the clock's when the unit was recorded

@@ -22,7 +22,8 @@ from pipeline.config import Retention
 from pipeline.files import error_file
 from pipeline.names import printable
 from pipeline.outbox import MANIFEST, Outbox
-from pipeline.store import SourceFile, Store, Track
+from pipeline.schema import SourceFile, Track
+from pipeline.store import Store
 from pipeline.workplace import Workplace
 
 log = logging.getLogger("pipeline")

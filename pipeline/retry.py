@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 
 from pipeline.config import Retry
-from pipeline.store import Store, Track
+from pipeline.schema import Track
+from pipeline.store import Store
 
 JITTER = 0.25  # of the wait, either way: tracks that failed together are not all tried again together
 

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline import audio, files, manifest, stages, verify
-from pipeline.arrivals import put_away
 from pipeline.attempts import Attempts, Job, Outcome
 from pipeline.config import Normalize, Output
 from pipeline.disk import check_space, machines_fault
@@ -28,9 +27,11 @@ from pipeline.errors import BadAudio, EngineFailure, SourceGone, Stopped
 from pipeline.manifest import Json
 from pipeline.outbox import EMBEDDING, Outbox, Published
 from pipeline.plan import Recipe, VariationUnit
+from pipeline.putaway import put_away
 from pipeline.records import Embedding, Failure, Variation, VariationRequest
 from pipeline.report import Reporter
-from pipeline.store import Store, Track
+from pipeline.schema import Track
+from pipeline.store import Store
 from pipeline.workplace import Workplace
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}

@@ -1,9 +1,7 @@
 """The record of everything: tracks, the files they came as, units of work, attempts. SQLite, WAL.
 
-The only module that knows the database. A track is the SHA-256 of its bytes; a file is one place
-where those bytes were seen; a unit of work is one stage's result, under a key made of all that
-went into it, so that finding the key means that the work is done. Times are seconds since the
-epoch and are passed in. Paths are kept as bytes, since a file's name need not be text.
+The only module that talks to the database; pipeline/schema.py has its tables. That the key of a unit
+of work is found means that the work is done. Times are passed in, in seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -13,110 +11,16 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import sqlite_utils
-from sqlite_utils.migrations import Migrations
 
 from pipeline.errors import UnknownTrack
+from pipeline.schema import TRACK_COLUMNS, Attempt, SourceFile, Track, file_of, migrations, row_of, track_of
 
 STATES = ("queued", "running", "done", "failed")
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
-
-_migrations = Migrations("pipeline")
-
-
-@_migrations()  # type: ignore[untyped-decorator]
-def m001_first(db: sqlite_utils.Database) -> None:
-    for statement in (
-        """CREATE TABLE tracks (
-            sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, bytes INTEGER NOT NULL,
-            queued_at REAL NOT NULL, not_before REAL NOT NULL DEFAULT 0, finished_at REAL,
-            attempts INTEGER NOT NULL DEFAULT 0, stage TEXT, error TEXT,
-            folder TEXT NOT NULL, plan_key TEXT, source TEXT
-        ) STRICT""",
-        "CREATE INDEX tracks_queue ON tracks (state, queued_at)",
-        """CREATE TABLE files (
-            path BLOB PRIMARY KEY, sha256 TEXT NOT NULL REFERENCES tracks, root BLOB NOT NULL,
-            display TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
-            state TEXT NOT NULL, moved_to BLOB, seen_at REAL NOT NULL
-        ) STRICT""",
-        "CREATE INDEX files_track ON files (sha256)",
-        """CREATE TABLE units (
-            key TEXT PRIMARY KEY, sha256 TEXT NOT NULL REFERENCES tracks, stage TEXT NOT NULL,
-            result TEXT NOT NULL, seconds REAL NOT NULL, finished_at REAL NOT NULL
-        ) STRICT""",
-        "CREATE INDEX units_track ON units (sha256, stage)",
-        """CREATE TABLE attempts (
-            id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL REFERENCES tracks, stage TEXT NOT NULL,
-            started_at REAL NOT NULL, ended_at REAL, outcome TEXT, error TEXT, traceback TEXT
-        ) STRICT""",
-        "CREATE INDEX attempts_track ON attempts (sha256)",
-        "CREATE INDEX attempts_open ON attempts (sha256) WHERE ended_at IS NULL",
-        "CREATE TABLE configs (sha256 TEXT PRIMARY KEY, config TEXT NOT NULL) STRICT",
-    ):
-        db.execute(statement)
-
-
-@_migrations()  # type: ignore[untyped-decorator]
-def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
-    for statement in (
-        "ALTER TABLE tracks ADD COLUMN solo INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE tracks ADD COLUMN collected_at REAL",
-        "CREATE INDEX tracks_due ON tracks (state, not_before)",
-        "CREATE INDEX files_root ON files (root)",
-    ):
-        db.execute(statement)
-
-
-@dataclass(frozen=True)
-class Track:
-    """One input, by content."""
-
-    sha256: str
-    name: str  # the first file's name, made printable
-    state: str  # one of STATES
-    bytes: int
-    queued_at: float
-    not_before: float  # it is not claimed earlier
-    finished_at: float | None
-    attempts: int  # failed and crashed ones since it was queued by arrival or a person, or made progress
-    stage: str | None  # where it failed
-    error: str | None
-    folder: str  # its folder in the outbox
-    plan_key: str | None  # what it was finished for: the key of all its units
-    source: dict[str, Any] | None  # duration_s, sample_rate, channels, codec
-    solo: bool = False  # may have killed the process: claimed alone, so that no other is blamed
-    collected_at: float | None = None  # when `gc` removed its outputs, on purpose
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One place where a track's bytes were seen."""
-
-    path: Path
-    sha256: str
-    root: Path  # the folder that was scanned: the inbox, or the DIR of `once DIR`
-    display: str  # the path below root, made printable
-    size: int
-    mtime_ns: int
-    inode: int
-    state: str  # waiting | settled | aside | lost: see pipeline/arrivals.py
-    moved_to: Path | None = None
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One try at one stage of one track."""
-
-    sha256: str
-    stage: str
-    started_at: float
-    ended_at: float | None
-    outcome: str | None  # done | failed | stopped | crashed; None while it runs
-    error: str | None
 
 
 class Store:
@@ -129,7 +33,7 @@ class Store:
         self._db = self._connect()
         if not read_only:
             with self.together():  # two versions of the program must not both find the same one missing
-                _migrations.apply(self._db)
+                migrations.apply(self._db)
 
     def _connect(self) -> sqlite_utils.Database:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,29 +101,29 @@ class Store:
                     [file.sha256, name, folder, file.size, now],
                 ).rowcount
             )
-            db["files"].upsert(_file_row(file, now), pk="path")
+            db["files"].upsert(row_of(file, now), pk="path")
         return new
 
     def file_at(self, path: Path) -> SourceFile | None:
         rows = self._db.query("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
-        return next(map(_file, rows), None)
+        return next(map(file_of, rows), None)
 
     def files_of(self, sha256: str) -> list[SourceFile]:
         rows = self._db.query("SELECT * FROM files WHERE sha256 = ? ORDER BY seen_at, path", [sha256])
-        return [_file(row) for row in rows]
+        return [file_of(row) for row in rows]
 
     def files_below(self, root: Path) -> list[SourceFile]:
         rows = self._db.query("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
-        return [_file(row) for row in rows]
+        return [file_of(row) for row in rows]
 
     def known_below(self, root: Path) -> dict[Path, tuple[SourceFile, Track]]:
         """Every file recorded for that folder with its track, by path."""
-        columns = ", ".join(f"t.{name} AS t_{name}" for name in _TRACK_COLUMNS)
+        columns = ", ".join(f"t.{name} AS t_{name}" for name in TRACK_COLUMNS)
         sql = f"SELECT f.*, {columns} FROM files f JOIN tracks t USING (sha256) WHERE f.root = ?"
         known = {}
         for row in self._db.query(sql, [os.fsencode(root)]):
-            file = _file(row)
-            known[file.path] = (file, _track({name: row[f"t_{name}"] for name in _TRACK_COLUMNS}))
+            file = file_of(row)
+            known[file.path] = (file, track_of({name: row[f"t_{name}"] for name in TRACK_COLUMNS}))
         return known
 
     def settle_file(self, path: Path, *, state: str, moved_to: Path | None = None) -> None:
@@ -251,7 +155,7 @@ class Store:
                 " RETURNING *",
                 [json.dumps(chosen)],
             )
-            tracks = list(map(_track, taken))
+            tracks = list(map(track_of, taken))
         return sorted(tracks, key=lambda track: (track.queued_at, track.sha256))
 
     def next_due(self, *, root: Path | None = None) -> float | None:
@@ -341,7 +245,7 @@ class Store:
             db.execute("UPDATE attempts SET ended_at = ?, outcome = 'crashed' WHERE ended_at IS NULL", [now])
             db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
         return [
-            (_track({k: v for k, v in row.items() if k != "open_stage"}), row["open_stage"]) for row in rows
+            (track_of({k: v for k, v in row.items() if k != "open_stage"}), row["open_stage"]) for row in rows
         ]
 
     def suspect(
@@ -436,14 +340,14 @@ class Store:
 
     def track(self, sha256: str) -> Track | None:
         rows = self._db.query("SELECT * FROM tracks WHERE sha256 = ?", [sha256])
-        return next(map(_track, rows), None)
+        return next(map(track_of, rows), None)
 
     def tracks(self, state: str | None = None, *, limit: int = -1) -> list[Track]:
         """Tracks of a state, newest first for finished ones, in the queue's order for the others."""
         order = "finished_at DESC, sha256" if state in ("done", "failed") else "queued_at, sha256"
         where = "" if state is None else "WHERE state = :state "
         sql = f"SELECT * FROM tracks {where}ORDER BY {order} LIMIT :limit"
-        return [_track(row) for row in self._db.query(sql, {"state": state, "limit": limit})]
+        return [track_of(row) for row in self._db.query(sql, {"state": state, "limit": limit})]
 
     def spooled_bytes(self) -> int:
         """How much the working copies of queued and running tracks take, at most."""
@@ -467,7 +371,7 @@ class Store:
             " OR sha256 IN (SELECT sha256 FROM files WHERE display = :w)",
             {"w": wanted},
         )
-        found = [_track(row) for row in rows]
+        found = [track_of(row) for row in rows]
         if not found:
             raise UnknownTrack(f"there is no track {wanted!r}: give its name or the start of its hash")
         if len(found) > 1:
@@ -501,40 +405,3 @@ class Store:
         except sqlite3.DatabaseError as e:  # damaged so badly that the check itself can't go on
             return [str(e)]
         return [] if rows == ["ok"] else rows
-
-
-_TRACK_COLUMNS = [field.name for field in fields(Track)]
-
-
-def _track(row: Mapping[str, Any]) -> Track:
-    source = json.loads(row["source"]) if row["source"] else None
-    return Track(**{**row, "source": source, "solo": bool(row["solo"])})
-
-
-def _file(row: Mapping[str, Any]) -> SourceFile:
-    return SourceFile(
-        path=Path(os.fsdecode(row["path"])),
-        sha256=row["sha256"],
-        root=Path(os.fsdecode(row["root"])),
-        display=row["display"],
-        size=row["size"],
-        mtime_ns=row["mtime_ns"],
-        inode=row["inode"],
-        state=row["state"],
-        moved_to=Path(os.fsdecode(row["moved_to"])) if row["moved_to"] is not None else None,
-    )
-
-
-def _file_row(file: SourceFile, now: float) -> dict[str, Any]:
-    return {
-        "path": os.fsencode(file.path),
-        "sha256": file.sha256,
-        "root": os.fsencode(file.root),
-        "display": file.display,
-        "size": file.size,
-        "mtime_ns": file.mtime_ns,
-        "inode": file.inode,
-        "state": file.state,
-        "moved_to": None if file.moved_to is None else os.fsencode(file.moved_to),
-        "seen_at": now,
-    }

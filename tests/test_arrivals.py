@@ -9,8 +9,8 @@ import pytest
 from homes import sha256_of, write_music
 from works import Answers, Works
 
-from pipeline.arrivals import finish_moves, put_away
 from pipeline.errors import DiskFull, FolderUnusable
+from pipeline.putaway import finish_moves, put_away
 
 LATER_S = 100.0
 

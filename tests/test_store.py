@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UnknownTrack
-from pipeline.store import SourceFile, Store
+from pipeline.schema import SourceFile
+from pipeline.store import Store
 
 INBOX, ELSEWHERE = Path("/home/inbox"), Path("/music")
 SOURCE = {"duration_s": 3.5, "sample_rate": 44100, "channels": 2, "codec": "flac"}

@@ -22,7 +22,8 @@ from pipeline.plan import Recipe
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
 from pipeline.report import LogReporter
 from pipeline.runner import Runner
-from pipeline.store import Store, Track
+from pipeline.schema import Track
+from pipeline.store import Store
 from pipeline.workplace import Workplace
 
 START_S, BACKOFF_S = 1000.0, 10.0

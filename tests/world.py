@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 
 from pipeline.config import Folders
 from pipeline.outbox import EMBEDDING, Outbox, Published
-from pipeline.store import SourceFile, Store
+from pipeline.schema import SourceFile
+from pipeline.store import Store
 from pipeline.workplace import Workplace
 
 

@@ -1,0 +1,143 @@
+"""Everything a working verb needs, set up and taken down in the right order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.alarm import Alarm
+from pipeline.app import App
+from pipeline.health import Health
+from pipeline.notify import Notifier
+from pipeline.outbox import Outbox
+from pipeline.putaway import finish_moves, put_away
+from pipeline.reconcile import reconcile
+from pipeline.report import Reporter, WatchedReporter, reporter_for
+from pipeline.retry import take_over
+from pipeline.service import Crew
+from pipeline.store import Store
+
+LOG_BYTES, LOG_FILES = 5_000_000, 3
+RELEASE_PATIENCE_S = 1.0  # for the database, when the process is about to end anyway
+
+log = logging.getLogger("pipeline")
+
+
+@dataclass(frozen=True)
+class Office:
+    """What a working verb works with."""
+
+    app: App
+    store: Store
+    crew: Crew
+    alarm: Alarm
+    health: Health
+    notifier: Notifier
+    reporter: Reporter
+
+
+@contextmanager
+def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterator[Office]:
+    """Everything a working verb needs, as the only instance, with signals turned into a stop."""
+    console, alarm, notifier = Console(stderr=True), Alarm(), Notifier.from_env()
+    app.workplace.prepare()
+    with app.workplace.locked(), _logged(app.workplace.log, console):
+        health = Health(app.workplace.health)
+        health.open()
+        app.fetch_missing()
+        store = app.store()
+        assert store is not None
+        alarm.overdue = partial(_leave_at_once, app.workplace.database, is_watching=is_watching)
+        try:
+            _pick_up(app, store)
+            reporter = WatchedReporter(reporter_for(console), notifier.progress)
+            with alarm.on_signals(hangup_reloads=is_watching), reporter:
+                crew = app.crew(store, root, reporter, alarm)
+                yield Office(app, store, crew, alarm, health, notifier, reporter)
+        finally:
+            health.close()
+            store.close()
+
+
+def _pick_up(app: App, store: Store) -> None:
+    """Put in order what a killed instance left, before anything else is done."""
+    config, inbox = app.config, app.workplace.inbox
+    for crashed in take_over(store, config.retry, now=time.time()):
+        track, then = crashed.track, "given up" if crashed.given_up else "goes on"
+        log.info("%s: was cut off in %s, %s", track.name, crashed.stage, then)
+        if crashed.given_up:
+            files = store.files_of(track.sha256)
+            put_away(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
+    finish_moves(store, inbox)
+    for finding in reconcile(
+        store,
+        Outbox(app.workplace.outbox),
+        app.workplace,
+        thorough=False,
+        repair=True,
+        redo_missing=config.retention.redo_missing,
+        now=time.time(),
+    ):
+        log.warning("%s: %s", finding.where, finding.text)
+
+
+def _leave_at_once(database: Path, signum: int, *, is_watching: bool) -> None:
+    """The work didn't come to its next step in time: put it back and end, which is safe at any moment."""
+    log.warning("the work did not stop in time and is cut off; it is queued again")
+    with suppress(sqlite3.Error):
+        Store(database, busy_timeout_s=RELEASE_PATIENCE_S).release_all(now=time.time())
+    os._exit(0 if is_watching else 128 + signum)
+
+
+@contextmanager
+def _logged(path: Path, console: Console) -> Iterator[None]:
+    """People's lines to the terminal, everything with tracebacks to a file that can't grow for ever."""
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    handler = _FileHandler(
+        path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace"
+    )
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    watchdog = logging.getLogger("watchdog")
+    watchdog.propagate = False
+    added = [(log, handler), (log, _ConsoleHandler(console)), (watchdog, handler)]
+    for logger, one in added:
+        logger.addHandler(one)
+    try:
+        yield
+    finally:
+        for logger, one in added:
+            logger.removeHandler(one)
+            one.close()
+
+
+class _FileHandler(RotatingFileHandler):
+    """A line that can't be written, to a full disk say, is on the terminal all the same."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
+        pass
+
+
+class _ConsoleHandler(logging.Handler):
+    """Through the console that draws the bars, so that a line doesn't tear them."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+        form = "%(message)s" if console.is_terminal else "%(asctime)s %(levelname)s %(message)s"
+        self.setFormatter(logging.Formatter(form))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.exc_text = None
+        plain = logging.makeLogRecord({**record.__dict__, "exc_info": None})
+        self._console.print(self.format(plain), markup=False, highlight=False, soft_wrap=True)

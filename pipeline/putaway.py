@@ -1,0 +1,110 @@
+"""What becomes of a source once its track is finished or has failed, and what a kill in between leaves."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from pipeline import files, intake
+from pipeline.config import Intake
+from pipeline.files import Identity
+from pipeline.intake import Sighting
+from pipeline.schema import SourceFile
+from pipeline.store import Store
+
+log = logging.getLogger("pipeline")
+
+# What became of a file: not dealt with yet; moved, deleted or left in place as the configuration
+# says; moved to `failed`; not there any more when it was to be moved.
+WAITING, SETTLED, ASIDE, LOST = "waiting", "settled", "aside", "lost"
+
+
+def put_away(
+    store: Store, found: list[SourceFile], inbox: Path | None, settings: Intake, *, error: str | None
+) -> None:
+    """Do with a finished or failed track's files what the configuration says; only those of the inbox move.
+
+    A file that is not what was taken in any more is left alone: the next look takes it as a new
+    one. While the whole inbox is away nothing is decided.
+    """
+    for file in found:
+        here = file.moved_to or file.path
+        if file.state == SETTLED or (file.state == ASIDE and error is not None):
+            continue
+        if file.root != inbox or here.is_symlink():  # a link stays: moved, it may lead nowhere
+            store.settle_file(file.path, state=SETTLED)
+            continue
+        try:
+            if not is_same(file, Identity.of(here.lstat())):
+                continue
+            moved_to = _dispose(file, here, settings, error)
+        except FileNotFoundError:
+            if inbox.is_dir():
+                store.settle_file(file.path, state=LOST)
+        except OSError as e:
+            log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
+        else:
+            _drop_marker(file, settings)
+            store.settle_file(file.path, state=SETTLED if error is None else ASIDE, moved_to=moved_to)
+
+
+def _drop_marker(file: SourceFile, settings: Intake) -> None:
+    if settings.marker is not None and settings.after != "keep":
+        file.path.with_name(file.path.name + settings.marker).unlink(missing_ok=True)
+
+
+def finish_moves(store: Store, inbox: Path) -> int:
+    """After a kill: find the files whose move to `done` or `failed` was made but not recorded.
+
+    A rename keeps size, times and inode, so they can be told. Returns how many were found.
+    """
+    cut_off = [
+        (file, track)
+        for file, track in store.known_below(inbox).values()
+        if track.state in ("done", "failed")
+        and file.state in (WAITING, ASIDE)
+        and not os.path.lexists(file.moved_to or file.path)
+    ]
+    if not cut_off:
+        return 0
+    there = {
+        Identity.of(path.lstat()): path
+        for name in (intake.DONE, intake.FAILED)
+        for path in sorted((inbox / name).rglob("*"))
+    }
+    n = 0
+    for file, track in cut_off:
+        path = there.get(Identity(file.size, file.mtime_ns, file.inode))
+        if path is None:
+            if inbox.is_dir():
+                store.settle_file(file.path, state=LOST)
+            continue
+        n += 1
+        failed = path.is_relative_to(inbox / intake.FAILED)
+        if failed and not files.error_file(path).exists():
+            files.write_error(path, f"{track.name}: {track.error}")
+        store.settle_file(file.path, state=ASIDE if failed else SETTLED, moved_to=path)
+    return n
+
+
+def _dispose(file: SourceFile, here: Path, settings: Intake, error: str | None) -> Path | None:
+    """Move, delete or keep; returns the new place, or None if it stays where it was found (or is gone)."""
+    if error is not None:
+        moved_to = files.move_aside(here, file.root / intake.FAILED / file.path.relative_to(file.root))
+        files.write_error(moved_to, error)
+        return moved_to
+    if file.state == ASIDE:
+        files.error_file(here).unlink(missing_ok=True)
+    if settings.after == "move":
+        return files.move_aside(here, file.root / intake.DONE / file.path.relative_to(file.root))
+    if settings.after == "delete":
+        here.unlink()
+    elif file.state == ASIDE:
+        back = files.move_aside(here, file.path)
+        return None if back == file.path else back
+    return None
+
+
+def is_same(file: SourceFile, seen: Sighting | Identity) -> bool:
+    return (file.size, file.mtime_ns, file.inode) == (seen.size, seen.mtime_ns, seen.inode)
