@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test torture lint clean
 
 demo: $(VENV)/core
 	@echo "One batch over the bundled instrumental:"
@@ -18,6 +18,10 @@ demo: $(VENV)/core
 
 test: $(VENV)/full
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# The long part of the fault harness: about an hour.
+torture: $(VENV)/full
+	$(BIN)/python -m pytest tests/faults -m torture
 
 lint: $(VENV)/full
 	$(BIN)/ruff check .
