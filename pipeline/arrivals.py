@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline import files, intake
 from pipeline.config import Disk, Intake
-from pipeline.disk import check_space, machines_fault
+from pipeline.disk import machines_fault, room_for
 from pipeline.errors import BadAudio, FolderUnusable
 from pipeline.files import Changed, Identity
 from pipeline.intake import Scanner, Settling, Sighting
@@ -123,7 +123,7 @@ class Arrivals:
     def _take_in(self, sighting: Sighting, found: Look, should_stop: Callable[[], bool]) -> str | None:
         """Make the working copy; returns its hash, or None if there is nothing to record."""
         reserve = self.disk.min_free_mb * 1e6
-        check_space([self.workplace.state], needed_bytes=sighting.size, reserve_bytes=reserve)
+        room_for([self.workplace.state], each_bytes=sighting.size, reserve_bytes=reserve)
         incoming = self.workplace.incoming()
         expected = Identity(sighting.size, sighting.mtime_ns, sighting.inode)
         try:

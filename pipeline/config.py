@@ -117,7 +117,7 @@ class Retry(Section):
 
 
 class Disk(Section):
-    min_free_mb: Annotated[float, Field(ge=0)] = 200.0
+    min_free_mb: Annotated[float, Field(ge=0)] = 50.0
 
 
 Days = Annotated[float, Field(ge=0)] | None

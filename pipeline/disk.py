@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.errors import DiskFull, FolderUnusable
@@ -33,20 +33,31 @@ def machines_fault(error: BaseException) -> FolderUnusable | None:
     return None
 
 
-def check_space(folders: Iterable[Path], *, needed_bytes: float, reserve_bytes: float) -> None:
-    """See that there is room before work begins.
+def free_bytes(folders: Iterable[Path]) -> float:
+    """Free space on the fullest of the folders' disks.
 
     Raises:
-        DiskFull: on one of the folders' disks there is less than what is needed and the reserve.
+        FolderUnusable: one of them isn't there.
     """
+    free = float("inf")
     for folder in folders:
         try:
-            free = shutil.disk_usage(folder).free
+            free = min(free, shutil.disk_usage(folder).free)
         except OSError as e:
             raise FolderUnusable(f"{folder} can't be used: {(e.strerror or str(e)).lower()}") from e
-        wanted = needed_bytes + reserve_bytes
-        if free < wanted:
-            raise DiskFull(
-                f"{free / 1e6:.0f} MB are free for {folder}, and {wanted / 1e6:.0f} MB are needed"
-                " (disk.min_free_mb and what the work takes)"
-            )
+    return free
+
+
+def room_for(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
+    """How many things of that size have room beside the reserve.
+
+    Raises:
+        DiskFull: not even one.
+    """
+    free = free_bytes(folders)
+    if free < each_bytes + reserve_bytes:
+        raise DiskFull(
+            f"{free / 1e6:.0f} MB are free for {', '.join(map(str, folders))}, and"
+            f" {(each_bytes + reserve_bytes) / 1e6:.0f} MB are needed (disk.min_free_mb and the work's own)"
+        )
+    return int((free - reserve_bytes) // max(each_bytes, 1.0))

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline import audio, files, manifest, stages, verify
 from pipeline.attempts import Attempts, Job, Outcome
 from pipeline.config import Normalize, Output
-from pipeline.disk import check_space, machines_fault
+from pipeline.disk import machines_fault, room_for
 from pipeline.engine_room import Engines
 from pipeline.engines.base import Generator, ProgressFn
 from pipeline.errors import BadAudio, EngineFailure, SourceGone, Stopped
@@ -73,12 +73,10 @@ class Runner:
 
     def next_batch(self, *, root: Path | None = None) -> bool:
         """Process the next batch of the queue; False if nothing was due. Raises as `drain`."""
-        limit = self.recipe.config.generate.batch_tracks
         try:
             if (due := self.store.next_due(root=root)) is None or due > self.clock():
                 return False
-            self._check_space(limit)
-            tracks = self.store.claim(limit, now=self.clock(), root=root)
+            tracks = self.store.claim(self._batch_size(), now=self.clock(), root=root)
         except sqlite3.Error as e:
             raise machines_fault(e) or e from e
         self.process(tracks)
@@ -98,15 +96,15 @@ class Runner:
                 raise fault from e
             raise
 
-    def _check_space(self, limit: int) -> None:
-        """Room for a batch's results; what the disk does meanwhile is caught where it happens."""
+    def _batch_size(self) -> int:
+        """As many tracks as go together and have room for their results."""
         config = self.recipe.config
-        tracks = min(limit, self.store.counts()["queued"])
         per_track = sum(
             _expected_bytes(unit, config.output, config.normalize) for unit in self.recipe.plan("").variations
         )
         folders = [self.workplace.outbox, self.workplace.state]
-        check_space(folders, needed_bytes=tracks * per_track, reserve_bytes=config.disk.min_free_mb * 1e6)
+        room = room_for(folders, each_bytes=per_track, reserve_bytes=config.disk.min_free_mb * 1e6)
+        return min(config.generate.batch_tracks, room)
 
     def _stage(self, name: str) -> Callable[[Sequence[Job]], None]:
         return {"normalize": self._normalize, "embed": self._embed, "generate": self._generate}[name]

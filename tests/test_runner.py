@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from homes import SAMPLE_RATE
 from works import BACKOFF_S, Answers, Works, but_for, noise
 
 from pipeline.engines.base import ProgressFn, StopFn
-from pipeline.errors import BadAudio, EngineFailure, FolderUnusable, Stopped
+from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, Stopped
 from pipeline.outbox import Outbox, Published
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 from pipeline.retry import JITTER, backoff_s
@@ -240,3 +242,28 @@ def test_a_finished_track_leaves_no_working_files(works: Works) -> None:
     works.bring("a.wav")
     works.runner(Answers()).drain()
     assert list((works.workplace.state / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(("tracks_of_room", "claimed"), [(9, 3), (2.5, 2), (1, 1)])
+def test_no_more_tracks_are_claimed_than_their_results_have_room_for(
+    works: Works, monkeypatch: pytest.MonkeyPatch, tracks_of_room: float, claimed: int
+) -> None:
+    works.bring("a.wav", "b.wav", "c.wav")
+    per_track = 2 * 0.5 * SAMPLE_RATE * 2 * 3  # two stereo variations of half a second, 24 bit
+    free = works.config.disk.min_free_mb * 1e6 + tracks_of_room * per_track
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    generator = Answers()
+
+    works.runner(generator).next_batch()
+
+    assert [len(set(call)) for call in generator.calls] == [claimed]
+
+
+def test_without_room_for_one_track_nothing_is_claimed(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = works.bring("a.wav")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+
+    with pytest.raises(DiskFull, match="are free"):
+        works.runner(Answers()).next_batch()
+
+    assert works.states(hashes) == [("queued", 0)]
