@@ -99,14 +99,13 @@ class Arrivals:
         self, sightings: Iterable[Sighting], found: Look, should_stop: Callable[[], bool]
     ) -> Iterable[Sighting]:
         """What is ready and not known yet, as long as there is room for it."""
-        known = self.store.known_below(self.root)
         spooled, limit = self.store.spooled_bytes(), self.settings.spool_gb * 1e9
         for sighting in sightings:
             if should_stop():
                 return
-            file, track = known.get(sighting.path, (None, None))
-            if file is not None and track is not None and file.moved_to is None and is_same(file, sighting):
-                self._seen_before(file, track, found)
+            known = self.store.known(sighting.path)
+            if known is not None and known[0].moved_to is None and is_same(known[0], sighting):
+                self._seen_before(*known, found)
             elif not sighting.marked:
                 found.unmarked += 1
             elif self.settings.marker is None and not self._is_ready(sighting):

@@ -61,10 +61,8 @@ def finish_moves(store: Store, inbox: Path) -> int:
     """
     cut_off = [
         (file, track)
-        for file, track in store.known_below(inbox).values()
-        if track.state in ("done", "failed")
-        and file.state in (WAITING, ASIDE)
-        and not os.path.lexists(file.moved_to or file.path)
+        for file, track in store.unsettled_below(inbox)
+        if not os.path.lexists(file.moved_to or file.path)
     ]
     if not cut_off:
         return 0

@@ -116,15 +116,23 @@ class Store:
         rows = self._db.query("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
         return [file_of(row) for row in rows]
 
-    def known_below(self, root: Path) -> dict[Path, tuple[SourceFile, Track]]:
-        """Every file recorded for that folder with its track, by path."""
+    def known(self, path: Path) -> tuple[SourceFile, Track] | None:
+        """The file recorded at a path, with its track."""
+        rows = self._known("f.path = ?", os.fsencode(path))
+        return rows[0] if rows else None
+
+    def unsettled_below(self, root: Path) -> list[tuple[SourceFile, Track]]:
+        """Files of finished and failed tracks that may still have to be moved, with their tracks."""
+        where = "f.root = ? AND f.state IN ('waiting', 'aside') AND t.state IN ('done', 'failed')"
+        return self._known(where, os.fsencode(root))
+
+    def _known(self, where: str, value: bytes) -> list[tuple[SourceFile, Track]]:
         columns = ", ".join(f"t.{name} AS t_{name}" for name in TRACK_COLUMNS)
-        sql = f"SELECT f.*, {columns} FROM files f JOIN tracks t USING (sha256) WHERE f.root = ?"
-        known = {}
-        for row in self._db.query(sql, [os.fsencode(root)]):
-            file = file_of(row)
-            known[file.path] = (file, track_of({name: row[f"t_{name}"] for name in TRACK_COLUMNS}))
-        return known
+        sql = f"SELECT f.*, {columns} FROM files f JOIN tracks t USING (sha256) WHERE {where}"
+        return [
+            (file_of(row), track_of({name: row[f"t_{name}"] for name in TRACK_COLUMNS}))
+            for row in self._db.query(sql, [value])
+        ]
 
     def settle_file(self, path: Path, *, state: str, moved_to: Path | None = None) -> None:
         with self._writing() as db:

@@ -241,9 +241,9 @@ def small_and_free(home: Home) -> None:
 
 def status(home: Home) -> dict[str, Any]:
     """What `status --json` prints."""
-    ran = home.in_child("status", "--json")
-    assert ran.code == 0, ran.err
-    facts: dict[str, Any] = json.loads(ran.out)
+    with start(home, "status", "--json", engines=True) as child:
+        assert child.ended() == 0, child.said()
+    facts: dict[str, Any] = json.loads(child.said())
     return facts
 
 

@@ -96,20 +96,29 @@ def test_what_finishes_while_the_inbox_is_away_is_put_away_when_it_is_back(home:
 
 @pytest.mark.torture
 def test_the_inbox_is_away_for_a_minute_with_a_queue_behind_it(home: Home) -> None:
-    home.configure(NEAR, intake={"settle_s": SETTLE_S})
-    with start(home, "watch") as child:
+    """The queue is worked off from the working copies meanwhile; its sources are put away afterwards."""
+    home.configure(
+        {"name": "only"},
+        intake={"settle_s": SETTLE_S},
+        embed={"engine": "free-vectors"},
+        generate={"engine": "paced", "duration_s": 1},
+    )
+    with start(home, "watch", engines=True, env={"PACE_S": "0.02"}) as child:
         wait_until(lambda: counts(home), "the program is up", child=child)
         for i in range(40):
             put(home, f"{i}.wav", i)
-        wait_until(lambda: counts(home).get("done", 0) >= 5, "some are done", child=child)
-        before = rows(home)
+        wait_until(lambda: sum(counts(home).values()) == 40, "all are taken in", child=child)
         home.inbox.rename(home.folder / "away")
+        assert counts(home)["done"] < 40
         wait_until(lambda: is_degraded(home), "status shows that the inbox is away", tries=120)
         time.sleep(60)
-        assert rows(home) == before
+        assert rows(home) == (40, 40)
+        assert counts(home)["done"] == 40
+        assert is_degraded(home)
         (home.folder / "away").rename(home.inbox)
         put(home, "after.wav", 1000)
-        wait_until(lambda: is_idle(home, done=41), "all are done", tries=2400, child=child)
+        wait_until(lambda: is_idle(home, done=41), "all are done", child=child)
         wait_until(lambda: len(list((home.inbox / "done").iterdir())) == 41, "all are put away", child=child)
+        wait_until(lambda: not is_degraded(home), "status is well again", tries=60, child=child)
         assert stop(child) == 0
     assert counts(home) == {"queued": 0, "running": 0, "done": 41, "failed": 0}

@@ -376,4 +376,4 @@ def test_memory_and_descriptors_stay_flat_over_2000_files(home: Home, figures: l
             figures.append(f"{n} files: {seen[n][0]:.1f} MB, {seen[n][1]} descriptors")
         assert stop(child) == 0
     assert seen[2000][1] == seen[200][1]
-    assert seen[2000][0] < seen[200][0] + 15
+    assert seen[2000][0] < seen[400][0] + 3  # 2 KB a file, the noise of an allocator
