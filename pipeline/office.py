@@ -59,23 +59,26 @@ def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterat
         assert store is not None
         alarm.overdue = partial(_leave_at_once, app.workplace.database, is_watching=is_watching)
         try:
-            _pick_up(app, store)
+            given_up = _pick_up(app, store)
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
             with alarm.on_signals(hangup_reloads=is_watching), reporter:
                 crew = app.crew(store, root, reporter, alarm)
+                crew.runner.outcome.failed += given_up
                 yield Office(app, store, crew, alarm, health, notifier, reporter)
         finally:
             health.close()
             store.close()
 
 
-def _pick_up(app: App, store: Store) -> None:
-    """Put in order what a killed instance left, before anything else is done."""
+def _pick_up(app: App, store: Store) -> int:
+    """Put in order what a killed instance left, before anything else; returns how many tracks that failed."""
     config, inbox = app.config, app.workplace.inbox
+    given_up = 0
     for crashed in take_over(store, config.retry, now=time.time()):
         track, then = crashed.track, "given up" if crashed.given_up else "goes on"
         log.info("%s: was cut off in %s, %s", track.name, crashed.stage, then)
         if crashed.given_up:
+            given_up += 1
             files = store.files_of(track.sha256)
             put_away(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
     finish_moves(store, inbox)
@@ -89,6 +92,7 @@ def _pick_up(app: App, store: Store) -> None:
         now=time.time(),
     ):
         log.warning("%s: %s", finding.where, finding.text)
+    return given_up
 
 
 def _leave_at_once(database: Path, signum: int, *, is_watching: bool) -> None:
@@ -118,7 +122,8 @@ def _logged(path: Path, console: Console) -> Iterator[None]:
     finally:
         for logger, one in added:
             logger.removeHandler(one)
-            one.close()
+            with suppress(OSError):
+                one.close()
 
 
 class _FileHandler(RotatingFileHandler):

@@ -103,6 +103,8 @@ class Watch:
     def _turn(self) -> float:
         """Look if it is time, then take one batch; returns how long to wait, in seconds."""
         try:
+            if self._pause_s:  # a full disk may have kept the tracks from being put back
+                self.crew.runner.store.release_all(now=self.crew.runner.clock())
             self._see()
             worked = self.crew.runner.next_batch()
         except Stopped:

@@ -56,9 +56,10 @@ class Store:
 
     def reopen(self) -> None:
         """Connect anew: after a failed write the old connection may hold what never reached the disk."""
+        fresh = self._connect()  # first: if the disk is still in the way, the old one is what there is
         with suppress(sqlite3.Error):
             self._db.close()
-        self._db = self._connect()
+        self._db = fresh
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -63,11 +64,10 @@ class Workplace:
             FolderUnusable: one can't.
         """
         for name, folder in (("inbox", self.inbox), ("outbox", self.outbox), ("state", self.state)):
-            probe = folder / f".probe-{os.getpid()}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                probe.write_bytes(b"x")
-                probe.unlink()
+                with tempfile.TemporaryFile(dir=folder) as probe:  # without a name: a kill leaves nothing
+                    probe.write(b"x")
             except OSError as e:
                 kind = type(machines_fault(e) or FolderUnusable())
                 raise kind(f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}") from e
