@@ -14,7 +14,7 @@ import typer
 
 from pipeline import views
 from pipeline.app import App
-from pipeline.disk import machines_fault
+from pipeline.disk import outside_of_tracks
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
 from pipeline.names import printable
 from pipeline.office import Office, at_work
@@ -46,7 +46,7 @@ def main(default_home: Path) -> int:
         if hasattr(e, "exit_code") and hasattr(e, "show"):
             e.show()  # click's own usage errors
             return BAD_USAGE
-        error = machines_fault(e) or e
+        error = outside_of_tracks(e) or e
         if not isinstance(error, PipelineError):
             raise
         typer.echo(str(error), err=True)

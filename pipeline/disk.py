@@ -33,6 +33,14 @@ def machines_fault(error: BaseException) -> FolderUnusable | None:
     return None
 
 
+def outside_of_tracks(error: BaseException) -> FolderUnusable | None:
+    """As `machines_fault`, but with no track worked on any OSError is the machine's."""
+    if isinstance(error, OSError) and machines_fault(error) is None:
+        where = f" ({error.filename})" if error.filename else ""
+        return FolderUnusable(f"{(error.strerror or str(error)).lower()}{where}")
+    return machines_fault(error)
+
+
 def free_bytes(folders: Iterable[Path]) -> float:
     """Free space on the fullest of the folders' disks.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pipeline.alarm import SHORTEST_WAIT_S, Alarm
 from pipeline.arrivals import Arrivals, Look
-from pipeline.disk import machines_fault
+from pipeline.disk import outside_of_tracks
 from pipeline.errors import DiskFull, FolderUnusable, PipelineError, Stopped
 from pipeline.health import Health
 from pipeline.notify import Notifier
@@ -110,7 +110,7 @@ class Watch:
         except Stopped:
             raise
         except Exception as e:
-            fault = machines_fault(e)
+            fault = outside_of_tracks(e)
             if fault is None:
                 raise
             return self._wait_out(fault)

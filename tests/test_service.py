@@ -169,6 +169,20 @@ def test_a_stop_ends_the_watch(works: Works) -> None:
     assert daemon.states() == []
 
 
+def test_a_device_that_fails_while_the_inbox_is_looked_at_is_waited_out(works: Works) -> None:
+    daemon = Daemon(works)
+
+    class Broken:
+        settings = works.config.intake
+
+        def look(self, **_: object) -> Look:
+            raise OSError(errno.EIO, "Input/output error", "inbox/a.wav")
+
+    daemon.watch.crew = Crew(Broken(), daemon.crew.runner)  # type: ignore[arg-type]
+    assert daemon.turn() == 5.0
+    assert "input/output error" in daemon.health.conditions["folders"].text
+
+
 def test_a_bug_is_not_waited_out(works: Works) -> None:
     daemon = Daemon(works)
     daemon.watch.crew = Crew(None, daemon.crew.runner)  # type: ignore[arg-type]
