@@ -164,7 +164,11 @@ class Zygote:
         command = [sys.executable, str(HERE / "zygote.py"), str(theirs.fileno()), str(ROOT)]
         self._process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
         theirs.close()
-        self._learn()
+        try:
+            self._learn()
+        except BaseException:
+            self.close()
+            raise
 
     def _learn(self) -> None:
         """One life in full, then import beforehand all that it imported."""

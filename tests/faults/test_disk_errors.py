@@ -22,6 +22,7 @@ from homes import Home
 from invariants import Case, check_finished, check_nothing_false, states, tracks
 
 LOOK_EVERY_S = 0.1
+BAD_USAGE = 2
 VISIBLE = {0, 1, 4}  # all done (the fault hit nothing that matters), failed and says so, the disk
 TRIES = 3  # clean runs until all is done
 
@@ -57,7 +58,7 @@ def suffer(zygote: Zygote, case: Case, folder: Path, number: int, *, k: int, sti
     life, wrong, failed = zygote.run(home, "once", fault=fault), None, False
     lives = [life]
     try:
-        assert life.code in VISIBLE, f"exit code {life.code}\n{life.out}"
+        assert life.code in VISIBLE or unreadable_settings(life), f"exit code {life.code}\n{life.out}"
         check_nothing_false(home, case.reference)
         failed = "failed" in states(home).values()
         if number == errno.ENOSPC:
@@ -75,6 +76,12 @@ def suffer(zygote: Zygote, case: Case, folder: Path, number: int, *, k: int, sti
     else:
         shutil.rmtree(folder)
     return Found(life.code or 0, life.fault_hit, failed, wrong)
+
+
+def unreadable_settings(life: Life) -> bool:
+    """The disk failed before there was a configuration: bad usage, nothing was touched."""
+    failed = [op.path for op in life.trace if op.outcome == "failed"]
+    return life.code == BAD_USAGE and failed[0].endswith("settings.yaml")
 
 
 def recovered(zygote: Zygote, home: Home, *, failed: bool) -> Iterable[Life]:

@@ -17,6 +17,7 @@ from harness import KILLED, Fault, Life, Mode, Zygote
 from invariants import Case, check_finished, check_redone
 
 WRITES = ("write", "pwrite", "writev", "fwrite")
+RECOVERED_EVERY = 30  # of the operations: in the life after dying there, the program dies at each once more
 
 Point = tuple[int, Mode]
 
@@ -118,11 +119,15 @@ def test_dying_at_every_operation_loses_nothing(
 def test_dying_at_every_operation_of_many_recoveries_loses_nothing(
     zygote: Zygote, one_track: Case, tmp_path: Path, figures: list[str]
 ) -> None:
-    """First every tenth operation; in the life after it every operation, in one of the ways to die there."""
+    """First one operation in 30; in the life after it every operation, in one of the ways to die there."""
     rng, ways = random.Random(6), []
     points = all_points(calm_life(zygote, one_track, tmp_path / "calm"))
-    for first in [point for point in points if point[0] % 10 == 0 and point[1] is Mode.KILL_AFTER]:
+    for first in [
+        point for point in points if point[0] % RECOVERED_EVERY == 0 and point[1] is Mode.KILL_AFTER
+    ]:
         again = recovery_points(zygote, one_track, tmp_path / f"first {first}", first)
         for k in sorted({k for k, _ in again}):
             ways.append([first, rng.choice([point for point in again if point[0] == k])])
-    figures.append(survey(zygote, one_track, tmp_path, ways, "every operation of 1 in 10 recoveries"))
+    figures.append(
+        survey(zygote, one_track, tmp_path, ways, f"every operation of 1 in {RECOVERED_EVERY} recoveries")
+    )

@@ -173,7 +173,7 @@ def test_a_killed_run_leaves_no_lock_and_the_next_goes_on_without_waiting(
 
 
 def test_a_second_instance_is_told_so_and_the_first_goes_on(home: Home) -> None:
-    pace(home)
+    pace(home, engine="free")
     with start(home, "watch", engines=True) as first:
         wait_until(lambda: counts(home), "the program is up", child=first)
         with start(home, "once", engines=True) as second:
