@@ -63,6 +63,9 @@ def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+MIGRATIONS = (m001_first.__name__, m002_suspects_and_retention.__name__)
+
+
 @dataclass(frozen=True)
 class Track:
     """One input, by content."""

@@ -16,8 +16,18 @@ from typing import Any
 
 import sqlite_utils
 
-from pipeline.errors import UnknownTrack
-from pipeline.schema import TRACK_COLUMNS, Attempt, SourceFile, Track, file_of, migrations, row_of, track_of
+from pipeline.errors import FolderUnusable, UnknownTrack
+from pipeline.schema import (
+    MIGRATIONS,
+    TRACK_COLUMNS,
+    Attempt,
+    SourceFile,
+    Track,
+    file_of,
+    migrations,
+    row_of,
+    track_of,
+)
 
 STATES = ("queued", "running", "done", "failed")
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
@@ -34,6 +44,15 @@ class Store:
         if not read_only:
             with self.together():  # two versions of the program must not both find the same one missing
                 migrations.apply(self._db)
+        elif migrations.pending(self._db):  # of an older version, or a kill came before its first table
+            Store(path, busy_timeout_s=busy_timeout_s).close()
+        self._refuse_newer()
+
+    def _refuse_newer(self) -> None:
+        unknown = [one.name for one in migrations.applied(self._db) if one.name not in MIGRATIONS]
+        if unknown:
+            self.close()
+            raise FolderUnusable(f"{self._path} was made by a newer version of this program ({unknown[-1]})")
 
     def _connect(self) -> sqlite_utils.Database:
         self._path.parent.mkdir(parents=True, exist_ok=True)

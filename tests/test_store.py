@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlite_utils
 
-from pipeline.errors import UnknownTrack
-from pipeline.schema import SourceFile
+from pipeline.errors import FolderUnusable, UnknownTrack
+from pipeline.schema import SourceFile, migrations
 from pipeline.store import Store
 
 INBOX, ELSEWHERE = Path("/home/inbox"), Path("/music")
@@ -418,3 +419,38 @@ def test_a_sound_database_passes_its_check_and_a_damaged_one_does_not(store: Sto
     damaged = Store(database, read_only=True)
     assert damaged.check() != []
     damaged.close()
+
+
+def test_a_database_whose_making_was_cut_off_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.db").touch()
+    store = Store(tmp_path / "pipeline.db", read_only=True)
+    assert store.counts() == dict.fromkeys(("queued", "running", "done", "failed"), 0)
+    store.close()
+
+
+def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_path: Path) -> None:
+    db = sqlite_utils.Database(tmp_path / "pipeline.db")
+    migrations.apply(db, stop_before="m002_suspects_and_retention")
+    db.execute(
+        "INSERT INTO tracks (sha256, name, folder, state, bytes, queued_at) VALUES"
+        " ('a', 'a.wav', 'a', 'done', 1, 1)"
+    )
+    db.conn.commit()
+    db.close()
+
+    store = Store(tmp_path / "pipeline.db", read_only=True)
+
+    [track] = store.tracks()
+    assert (track.state, track.solo, track.collected_at) == ("done", False, None)
+    store.close()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_database_of_a_newer_version_is_refused(tmp_path: Path, read_only: bool) -> None:
+    Store(tmp_path / "pipeline.db").close()
+    db = sqlite_utils.Database(tmp_path / "pipeline.db")
+    db["_sqlite_migrations"].insert({"migration_set": "pipeline", "name": "m999", "applied_at": "later"})
+    db.close()
+
+    with pytest.raises(FolderUnusable, match="newer version"):
+        Store(tmp_path / "pipeline.db", read_only=read_only)

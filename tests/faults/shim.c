@@ -388,7 +388,7 @@ static int open_at(int folder, const char *path, int flags, mode_t bits)
     op.target[0] = '\0';
     path_at(folder, path, op.path);
     int there = !root_length || !is_below(op.path) || is_there(op.path);
-    int makes = (flags & O_CREAT) && !there, empties = (flags & O_TRUNC) && there;
+    int makes = ((flags & O_CREAT) && !there) || (flags & __O_TMPFILE), empties = (flags & O_TRUNC) && there;
     int kind = makes ? CHANGE | SPACE : empties ? CHANGE : READ;
     GUARD(&op, makes ? "create" : empties ? "truncate" : "open", kind, -1);
     return end(&op, verdict, syscall(SYS_openat, folder, path, flags, bits));
