@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import numpy as np
@@ -148,7 +149,8 @@ class Desk:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "normalized.part"
         with temporary.open("wb") as file:
-            np.save(file, audio.samples)
+            # By way of `write`: what numpy writes to a real file by itself fails without saying why.
+            np.save(SimpleNamespace(write=file.write), audio.samples)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._normalized(key))
