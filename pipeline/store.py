@@ -356,10 +356,6 @@ class Store:
                 pk="key",
             )
 
-    def forget_unit(self, key: str) -> None:
-        with self._writing() as db:
-            db.execute("DELETE FROM units WHERE key = ?", [key])
-
     def remember_config(self, sha256: str, config: str) -> None:
         with self._writing() as db:
             db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
