@@ -12,23 +12,24 @@ from pathlib import Path
 
 from pipeline import files, intake
 from pipeline.config import Disk, Intake
-from pipeline.disk import machines_fault, room_for
-from pipeline.errors import BadAudio, FolderUnusable
-from pipeline.files import Changed, Identity
+from pipeline.disk import machines_fault, outside_of_tracks, room_for
+from pipeline.errors import BadAudio, DiskFull, FolderUnusable
+from pipeline.files import Changed, Identity, WriteFailed
 from pipeline.intake import Scanner, Settling, Sighting
 from pipeline.names import printable
 from pipeline.outbox import Outbox
 from pipeline.plan import Recipe
-from pipeline.putaway import ASIDE, LOST, SETTLED, WAITING, is_same, put_away
-from pipeline.schema import SourceFile, Track
+from pipeline.putaway import ASIDE, LOST, SETTLED, WAITING, drop_stale_error, is_same, put_away
+from pipeline.schema import UNREADABLE, SourceFile, Track
 from pipeline.store import Store
 from pipeline.workplace import Workplace
 
 log = logging.getLogger("pipeline")
 
 PATIENCE = 5  # times settle_s: a file that can't be used is waited for if it was written to so lately
-TOGETHER = 100  # files recorded in one transaction
-READ_ATTEMPTS = 3  # looks at a file whose device fails before it counts as unreadable
+TOGETHER, TOGETHER_S = 100, 2.0  # files recorded in one transaction, and for how long it is put off
+LONGEST_S = 30.0  # a look that takes in files ends after so long; the rest waits for the next
+READ_PATIENCE_S = 30.0  # a file whose device fails is tried again for so long
 
 
 @dataclass
@@ -42,7 +43,9 @@ class Look:
     )  # hashes of files that failed before and lie there unchanged
     unsettled: int = 0  # somebody may still be writing them
     unmarked: int = 0  # their marker isn't there yet
-    waiting: int = 0  # ready, but there are working copies enough for now
+    waiting: int = 0  # ready, but there are working copies enough for now, or it took long enough
+    unreadable: int = 0  # failed just now, since they can't be read
+    no_room: DiskFull | None = None  # why it ended early
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Arrivals:
     settling: Settling
     clock: Callable[[], float] = time.time
     _plan_keys: dict[str, str] = field(default_factory=dict)
-    _trouble: dict[Path, int] = field(default_factory=dict)  # looks at which a file's device failed
+    _trouble: dict[Path, float] = field(default_factory=dict)  # since when a file's device has failed
 
     @property
     def inbox(self) -> Path | None:
@@ -70,8 +73,10 @@ class Arrivals:
     def look(self, *, should_stop: Callable[[], bool]) -> Look:
         """Take in what is new, queue what has to be made again.
 
+        A look that takes in much ends after `LONGEST_S`, so that what is queued gets to work.
+
         Raises:
-            FolderUnusable: the folder can't be listed, or there is no room for working copies.
+            FolderUnusable: the folder can't be listed.
         """
         found = Look()
         try:
@@ -84,13 +89,17 @@ class Arrivals:
             del self._trouble[gone]
         new = self._news(sightings, found, should_stop)
         taken: list[tuple[Sighting, str]] = []
+        recorded_at = self.clock()
         try:
             for sighting in new:
                 if (sha256 := self._take_in(sighting, found, should_stop)) is not None:
                     taken.append((sighting, sha256))
-                if len(taken) >= TOGETHER:
+                if len(taken) >= TOGETHER or self.clock() - recorded_at > TOGETHER_S:
                     full, taken = taken, []
                     self._record(full, found)
+                    recorded_at = self.clock()
+        except DiskFull as e:
+            found.no_room = e
         finally:
             self._record(taken, found)
         return found
@@ -99,36 +108,41 @@ class Arrivals:
         self, sightings: Iterable[Sighting], found: Look, should_stop: Callable[[], bool]
     ) -> Iterable[Sighting]:
         """What is ready and not known yet, as long as there is room for it."""
-        spooled, limit = self.store.spooled_bytes(), self.settings.spool_gb * 1e9
+        spooled, limit = self.store.spooled_bytes(self.root), self.settings.spool_gb * 1e9
+        until = self.clock() + LONGEST_S
         for sighting in sightings:
             if should_stop():
                 return
             known = self.store.known(sighting.path)
-            if known is not None and known[0].moved_to is None and is_same(known[0], sighting):
+            if known is not None and self._is_dealt_with(known[0], sighting):
                 self._seen_before(*known, found)
             elif not sighting.marked:
                 found.unmarked += 1
             elif self.settings.marker is None and not self._is_ready(sighting):
                 found.unsettled += 1
-            elif spooled and spooled + sighting.size > limit:
+            elif (spooled and spooled + sighting.size > limit) or self.clock() > until:
                 found.waiting += 1
             else:
                 spooled += sighting.size
                 yield sighting
+
+    def _is_dealt_with(self, file: SourceFile, sighting: Sighting) -> bool:
+        """Whether this very file was taken in from this folder, and wasn't moved since."""
+        return file.moved_to is None and file.root == self.root and is_same(file, sighting)
 
     def _is_ready(self, sighting: Sighting) -> bool:
         return self.settling.is_settled(sighting, self.clock()) and not intake.has_writer(sighting.to_open)
 
     def _take_in(self, sighting: Sighting, found: Look, should_stop: Callable[[], bool]) -> str | None:
         """Make the working copy; returns its hash, or None if there is nothing to record."""
-        reserve = self.disk.min_free_mb * 1e6
+        reserve = self.disk.min_free_mb * 1e6 + self.recipe.result_bytes  # copies must not stop the work
         room_for([self.workplace.state], each_bytes=sighting.size, reserve_bytes=reserve)
         incoming = self.workplace.incoming()
         expected = Identity(sighting.size, sighting.mtime_ns, sighting.inode)
         try:
             sha256 = files.copy_in(sighting.to_open, incoming, expected=expected, should_stop=should_stop)
             if sha256 is not None:
-                self.workplace.desk(sha256).adopt(incoming)
+                self._keep(sha256, incoming)
             self._trouble.pop(sighting.path, None)
         except Changed:
             found.unsettled += 1
@@ -143,17 +157,26 @@ class Arrivals:
             incoming.unlink(missing_ok=True)
         return None
 
+    def _keep(self, sha256: str, incoming: Path) -> None:
+        try:
+            self.workplace.desk(sha256).adopt(incoming)
+        except OSError as e:
+            raise WriteFailed(e.errno, e.strerror, str(incoming)) from e
+
     def _could_not_be_read(self, sighting: Sighting, error: OSError, found: Look) -> None:
         """A device error may pass; one that stays is that file's failure."""
+        if isinstance(error, WriteFailed):
+            raise outside_of_tracks(error) or error from error
         if fault := machines_fault(error):
             raise fault from error
-        self._trouble[sighting.path] = self._trouble.get(sighting.path, 0) + 1
         text = f"can't be read: {(error.strerror or str(error)).lower()}"
-        if self._trouble[sighting.path] >= READ_ATTEMPTS:
+        if sighting.path not in self._trouble:
+            self._trouble[sighting.path] = self.clock()
+            log.warning("%s %s; it is looked at again", sighting.display, text)
+        if self.clock() - self._trouble[sighting.path] >= READ_PATIENCE_S:
             self._unreadable(sighting, text, found)
         else:
             found.unsettled += 1
-            log.warning("%s %s; it is looked at again", sighting.display, text)
 
     def _record(self, taken: list[tuple[Sighting, str]], found: Look) -> None:
         """Note what was taken in, in one transaction; what is moved is moved after it."""
@@ -174,9 +197,12 @@ class Arrivals:
         below = sighting.path.parent.relative_to(self.root) if self.settings.subfolders == "keep" else None
         folder = Outbox.folder_name(sighting.path, sha256, below=below)
         name = printable(sighting.path.name)
+        before = self.store.file_at(sighting.path)
         new = self.store.add(self._file(sighting, sha256), name=name, folder=folder, now=self.clock())
         track = self.store.track(sha256)
         assert track is not None
+        if before is not None and before.state == ASIDE and before.moved_to is not None:
+            drop_stale_error(before.moved_to)
         if new:
             log.info("%s: queued", sighting.display)
             found.queued += 1
@@ -202,9 +228,13 @@ class Arrivals:
             self.store.requeue(track.sha256, now=self.clock())
             found.queued += 1
             return
-        found.up_to_date += 1
-        if file is None or file.state in (WAITING, LOST):
+        if file is None or file.state in (WAITING, LOST):  # it has just come
+            if not self.outbox.is_whole(track.folder):  # its results were removed: it is wanted again
+                self.store.requeue(track.sha256, now=self.clock())
+                found.queued += 1
+                return
             self._settle(track)
+        found.up_to_date += 1
 
     def _plan_key(self, sha256: str) -> str:
         if sha256 not in self._plan_keys:
@@ -225,9 +255,9 @@ class Arrivals:
         with self.store.together():
             folder = Outbox.folder_name(sighting.path, sha256)
             self.store.add(file, name=name, folder=folder, now=self.clock())
-            self.store.fail(sha256, stage="intake", error=error, now=self.clock(), retry_at=None)
+            self.store.fail(sha256, stage=UNREADABLE, error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
-        found.failed.append(sha256)
+        found.unreadable += 1
         put_away(self.store, [file], self.inbox, self.settings, error=f"{name} {error}")
 
     def _file(self, sighting: Sighting, sha256: str) -> SourceFile:

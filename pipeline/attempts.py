@@ -8,13 +8,21 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.arrivals import still_arriving
 from pipeline.config import Config
 from pipeline.disk import machines_fault
-from pipeline.errors import BadAudio, EngineFailure, PipelineError, SourceGone, Stopped
+from pipeline.errors import (
+    BadAudio,
+    DiskFull,
+    EngineFailure,
+    FolderUnusable,
+    PipelineError,
+    SourceAway,
+    SourceGone,
+    Stopped,
+)
 from pipeline.plan import TrackPlan, VariationUnit
 from pipeline.putaway import put_away
 from pipeline.records import Audio, VariationRequest
@@ -23,9 +31,11 @@ from pipeline.retry import backoff_s
 from pipeline.schema import Track
 from pipeline.stages import STAGES
 from pipeline.store import Store
-from pipeline.workplace import Desk
+from pipeline.workplace import Desk, Workplace
 
 log = logging.getLogger("pipeline")
+
+AWAY_S = 30.0  # between tries at a source whose inbox isn't there
 
 
 @dataclass
@@ -77,7 +87,7 @@ class Attempts:
     """Begins, ends and counts the attempts of claimed tracks."""
 
     config: Config
-    inbox: Path
+    workplace: Workplace
     store: Store
     reporter: Reporter
     clock: Callable[[], float]
@@ -92,11 +102,21 @@ class Attempts:
         except Stopped:
             raise
         except Exception as e:
-            if fault := machines_fault(e):
+            if (fault := machines_fault(e)) and not self._is_tracks_own(e, fault):
                 raise fault from e
             if isinstance(e, sqlite3.Error):
                 raise
             self.fail(job, e)
+
+    def _is_tracks_own(self, error: Exception, fault: FolderUnusable) -> bool:
+        """Whether just this track's folder is closed, and the others are not."""
+        if isinstance(fault, DiskFull) or not isinstance(error, OSError):
+            return False
+        try:
+            self.workplace.prepare()
+        except FolderUnusable:
+            return False
+        return True
 
     @contextmanager
     def attempt(self, job: Job, stage: str) -> Iterator[None]:
@@ -124,7 +144,7 @@ class Attempts:
 
     def fail(self, job: Job, error: Exception) -> None:
         """Count a failed attempt; final if the error is permanent or it was the last one allowed."""
-        if job.over or self._wait_for_the_rest(job, error):
+        if job.over or self._wait_for_the_rest(job, error) or self._wait_for_the_inbox(job, error):
             return
         track, text, now = job.track, words(error), self.clock()
         current = self.store.track(track.sha256)  # units finished meanwhile have forgiven earlier attempts
@@ -150,7 +170,7 @@ class Attempts:
         self.reporter.failed(track.name, text)
         sentence = f"{track.name} {text}" if isinstance(error, BadAudio) else f"{track.name}: {text}"
         files = self.store.files_of(track.sha256)
-        put_away(self.store, files, self.inbox, self.config.intake, error=sentence)
+        put_away(self.store, files, self.workplace.inbox, self.config.intake, error=sentence)
         job.desk.clear()
 
     def _wait_for_the_rest(self, job: Job, error: Exception) -> bool:
@@ -169,10 +189,20 @@ class Attempts:
                 self.store.release(track.sha256, not_before=until)
         job.over = True
         if until == -float("inf"):
-            log.info("%s: the file has other bytes by now; the earlier ones %s", track.name, words(error))
+            log.info("%s: gone or changed by now; the bytes taken in %s", track.name, words(error))
             job.desk.clear()
         else:
             log.info("%s: %s; it is new, so it is looked at again", track.name, words(error))
+        return True
+
+    def _wait_for_the_inbox(self, job: Job, error: Exception) -> bool:
+        if not isinstance(error, SourceAway):
+            return False
+        with self.store.together():
+            self.end(job, "stopped", error=error)
+            self.store.release(job.track.sha256, not_before=self.clock() + AWAY_S)
+        job.over = True
+        log.info("%s: %s", job.track.name, words(error))
         return True
 
     def put_back(self, jobs: Sequence[Job]) -> None:

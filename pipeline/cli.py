@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -17,15 +16,15 @@ from pipeline.app import App
 from pipeline.disk import outside_of_tracks
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
 from pipeline.names import printable
-from pipeline.office import Office, at_work
+from pipeline.office import Office, at_work, wait_for_room
+from pipeline.putaway import bring_back
 from pipeline.retention import collect
+from pipeline.schema import UNREADABLE
 from pipeline.service import Crew, Watch, run_once
 from pipeline.stages import STAGES
+from pipeline.watcher import Watcher
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
-LOG_BYTES, LOG_FILES = 5_000_000, 3
-DISK_PAUSE_S = 10.0  # between tries of `watch` to start up on a full disk
-RELEASE_PATIENCE_S = 1.0  # for the database, when the process is about to end anyway
 
 log = logging.getLogger("pipeline")
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -98,7 +97,7 @@ def once(context: typer.Context, folder: Folder = None) -> int:
             return 128 + (office.alarm.stopped_by or signal.SIGINT)
         outcome = office.crew.runner.outcome
     typer.echo(views.summary(outcome, look, app.workplace.outbox))
-    return SOME_FAILED if outcome.failed or look.failed else ALL_DONE
+    return SOME_FAILED if outcome.failed or look.failed or look.unreadable else ALL_DONE
 
 
 @cli.command()
@@ -111,8 +110,8 @@ def watch(context: typer.Context) -> int:
                 _watch(office)
             return ALL_DONE
         except DiskFull as e:  # at start-up; later it is waited out with everything open
-            typer.echo(f"{e}; tried again in {DISK_PAUSE_S:.0f} s", err=True)
-            time.sleep(DISK_PAUSE_S)
+            if not wait_for_room(app, e):
+                return ALL_DONE
 
 
 def _watch(office: Office) -> None:
@@ -121,14 +120,18 @@ def _watch(office: Office) -> None:
     log.info("the inbox is watched by %s", mode)
     app = office.app
 
-    def reload(crew: Crew) -> Crew:
+    def reload(crew: Crew) -> tuple[Crew, Watcher | None]:
         nonlocal app
         fresh = app.reopened()
         fresh.fetch_missing()
         engines = crew.runner.engines
         crew = fresh.crew(office.store, None, office.reporter, office.alarm, engines=engines)
-        app = fresh
-        return crew
+        before, app = app.config.intake.watch, fresh
+        if app.config.intake.watch == before:
+            return crew, None
+        watcher, mode = app.watcher(office.alarm)
+        office.health.note(mode=mode)
+        return crew, watcher
 
     Watch(office.crew, watcher, office.alarm, office.health, office.notifier, reload).run()
     log.info("stopped")
@@ -166,7 +169,10 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
     assert store is not None
     found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
     for track in found:
-        if track.state == "failed":
+        if track.state == "failed" and track.stage == UNREADABLE:
+            bring_back(store, track)
+            typer.echo(f"{track.name}: is read again at the next look")
+        elif track.state == "failed":
             store.requeue(track.sha256, now=views.now())
             typer.echo(f"{track.name}: queued again")
         else:
@@ -191,7 +197,9 @@ def requeue(
     assert store is not None
     found = store.find(track)
     stages = {"embed": ["embed"], "generate": ["generate"]}.get(stage or "", STAGES if stage else [])
-    store.requeue(found.sha256, now=views.now(), stages=stages)
+    if not store.requeue(found.sha256, now=views.now(), stages=stages):
+        typer.echo(f"{found.name}: is being worked on; requeue it when it is done", err=True)
+        return SOME_FAILED
     typer.echo(f"{found.name}: queued again")
     return ALL_DONE
 

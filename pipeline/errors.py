@@ -20,6 +20,12 @@ class SourceGone(BadAudio):
     """Neither the working copy nor any file with the track's bytes is there any more."""
 
 
+class SourceAway(PipelineError):
+    """The source can't be had because the whole inbox isn't there; it passes when the inbox is back."""
+
+    permanent = False
+
+
 class ConfigError(PipelineError):
     """The configuration is wrong; the message names the file, the key path and what is allowed."""
 

@@ -36,6 +36,10 @@ class Changed(OSError):
     """A file was written to, or another one put in its place, while it was read."""
 
 
+class WriteFailed(OSError):
+    """The copy couldn't be written, which is no fault of the file that was copied."""
+
+
 def never() -> bool:
     return False
 
@@ -75,14 +79,14 @@ def copy_in(
     Raises:
         Changed: the file is not, or no longer, the expected one.
         BadAudio: the file can't be read.
-        OSError: anything else, such as a full disk.
+        WriteFailed: the copy can't be written.
+        OSError: anything else, such as a failing device.
     """
     with _opened(path, follow=follow) as source:
         before = os.fstat(source.fileno())
         if not stat.S_ISREG(before.st_mode) or (expected is not None and Identity.of(before) != expected):
             raise Changed(path)
-        with target.open("wb") as out:
-            sha256 = _digest(source, out, should_stop)
+        sha256 = _copied(source, target, should_stop)
         after = os.fstat(source.fileno())
         if Identity.of(after) != Identity.of(before):
             raise Changed(path)
@@ -97,7 +101,25 @@ def _opened(path: Path, *, follow: bool) -> BinaryIO:
         raise BadAudio(f"can't be read: {(e.strerror or 'unreadable').lower()}") from e
 
 
-def _digest(source: BinaryIO, out: BinaryIO | None, should_stop: Callable[[], bool]) -> str | None:
+def _copied(source: BinaryIO, target: Path, should_stop: Callable[[], bool]) -> str | None:
+    def write(block: bytes) -> None:
+        try:
+            out.write(block)
+            out.flush()
+        except OSError as e:
+            raise WriteFailed(e.errno, e.strerror, str(target)) from e
+
+    try:
+        out = target.open("wb")
+    except OSError as e:
+        raise WriteFailed(e.errno, e.strerror, str(target)) from e
+    with out:
+        return _digest(source, write, should_stop)
+
+
+def _digest(
+    source: BinaryIO, write: Callable[[bytes], object] | None, should_stop: Callable[[], bool]
+) -> str | None:
     sha, size = hashlib.sha256(), os.fstat(source.fileno()).st_size
     while block := source.read(READ_BYTES):
         if should_stop():
@@ -105,8 +127,8 @@ def _digest(source: BinaryIO, out: BinaryIO | None, should_stop: Callable[[], bo
         if source.tell() > size:  # it grows while it is read, perhaps for ever
             raise Changed(source.name)
         sha.update(block)
-        if out is not None:
-            out.write(block)
+        if write is not None:
+            write(block)
     return sha.hexdigest()
 
 
@@ -119,6 +141,10 @@ def move_aside(path: Path, target: Path) -> Path:
             shutil.move(path, target)
         except FileNotFoundError:  # `gc` may have removed the folder while it was empty
             path.lstat()
+        except OSError:
+            if os.path.lexists(path):  # half a copy, on another disk
+                target.unlink(missing_ok=True)
+            raise
         else:
             return target
     raise FileNotFoundError(errno.ENOENT, "its folder is removed again and again", str(target))
@@ -126,8 +152,11 @@ def move_aside(path: Path, target: Path) -> Path:
 
 def error_file(path: Path) -> Path:
     """Where it stands why a file failed: `<name>.error.txt` beside it."""
-    suffix = b".error.txt"
-    return path.with_name(os.fsdecode(os.fsencode(path.name)[: MAX_NAME_BYTES - len(suffix)] + suffix))
+    name, suffix = os.fsencode(path.name), b".error.txt"
+    if len(name) + len(suffix) > MAX_NAME_BYTES:  # cut, but not the same as another long name's
+        suffix = b"~" + hashlib.sha256(name).hexdigest()[:8].encode() + suffix
+        name = name[: MAX_NAME_BYTES - len(suffix)]
+    return path.with_name(os.fsdecode(name + suffix))
 
 
 def write_error(path: Path, error: str) -> None:

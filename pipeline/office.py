@@ -17,7 +17,9 @@ from rich.console import Console
 
 from pipeline.alarm import Alarm
 from pipeline.app import App
+from pipeline.errors import DiskFull, FolderUnusable
 from pipeline.health import Health
+from pipeline.mounts import mount_of
 from pipeline.notify import Notifier
 from pipeline.outbox import Outbox
 from pipeline.putaway import finish_moves, put_away
@@ -28,6 +30,7 @@ from pipeline.service import Crew
 from pipeline.store import Store
 
 LOG_BYTES, LOG_FILES = 5_000_000, 3
+START_PAUSE_S = 10.0  # between tries of `watch` to start up on a full disk
 RELEASE_PATIENCE_S = 1.0  # for the database, when the process is about to end anyway
 
 log = logging.getLogger("pipeline")
@@ -59,6 +62,7 @@ def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterat
         assert store is not None
         alarm.overdue = partial(_leave_at_once, app.workplace.database, is_watching=is_watching)
         try:
+            _see_the_outbox(app, store)
             given_up = _pick_up(app, store)
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
             with alarm.on_signals(hangup_reloads=is_watching), reporter:
@@ -68,6 +72,34 @@ def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterat
         finally:
             health.close()
             store.close()
+
+
+def wait_for_room(app: App, full: DiskFull) -> bool:
+    """Wait a while before `watch` starts up anew on a full disk; False if it was asked to stop."""
+    alarm, health = Alarm(), Health(app.workplace.health)
+    with app.workplace.locked(), alarm.on_signals(hangup_reloads=True):
+        health.open()
+        health.degraded("disk", str(full))
+        log.warning("%s; tried again in %.0f s", full, START_PAUSE_S)
+        alarm.wait(START_PAUSE_S)
+    return not alarm.is_stopped()
+
+
+def _see_the_outbox(app: App, store: Store) -> None:
+    """Refuse an outbox whose disk isn't mounted: all results would seem to be missing, and be made again.
+
+    Raises:
+        FolderUnusable: it was on a mount of its own, and is an empty folder below that mount now.
+    """
+    mount = mount_of(app.workplace.outbox)
+    if mount is None:
+        return
+    before, now = store.fact("outbox mount"), str(mount.mount_point)
+    was_deeper = before is not None and len(before) > len(now) and app.workplace.outbox.is_relative_to(before)
+    if was_deeper and not any(app.workplace.outbox.iterdir()):
+        raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
+    if before != now:
+        store.note_fact("outbox mount", now)
 
 
 def _pick_up(app: App, store: Store) -> int:

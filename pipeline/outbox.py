@@ -193,6 +193,12 @@ class Outbox:
         there = None if manifest is None else listed(manifest)
         return there is not None and sorted(there, key=_by_name) == sorted(published, key=_by_name)
 
+    def is_whole(self, folder: str) -> bool:
+        """Whether there is a manifest, and all files it lists have the size they should."""
+        manifest = self.manifest(folder)
+        there = None if manifest is None else listed(manifest)
+        return there is not None and all(_size(self.root / folder / one.file) == one.bytes for one in there)
+
     def folders(self) -> Iterator[str]:
         """Every folder that is named like a track's, in albums too; links are not followed."""
         yield from _track_folders(self.root, "")
@@ -241,6 +247,13 @@ def _is(path: Path, published: Published) -> bool:
             return hashlib.file_digest(file, "sha256").hexdigest() == published.sha256
     except OSError:
         return False
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -13,12 +13,16 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from pipeline.choice import Choice
 from pipeline.config import Config, Generate, VariationSpec
 from pipeline.engines.base import EngineCard
 from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSION
+
+BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
+UNKNOWN_DURATION_S = 300.0  # what a result "as long as the source" is taken for before that is known
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,14 @@ class Recipe:
     config: Config
     embedder: Choice
     generator: Choice
+
+    @cached_property
+    def result_bytes(self) -> float:
+        """What one track's results take on the disk, about: stereo, at the rate of the normalized audio."""
+        per_second = self.config.normalize.sample_rate * 2 * BYTES_PER_SAMPLE[self.config.output.bit_depth]
+        planned = plan_variations(self.config.generate, self.generator.card)
+        durations = [UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s for one in planned]
+        return per_second * sum(durations)
 
     def plan(self, sha256: str) -> TrackPlan:
         normalize = digest(

@@ -10,7 +10,7 @@ from pipeline import files, intake
 from pipeline.config import Intake
 from pipeline.files import Identity
 from pipeline.intake import Sighting
-from pipeline.schema import SourceFile
+from pipeline.schema import SourceFile, Track
 from pipeline.store import Store
 
 log = logging.getLogger("pipeline")
@@ -38,6 +38,7 @@ def put_away(
         try:
             if not is_same(file, Identity.of(here.lstat())):
                 continue
+            _drop_marker(file, settings)  # first: alone it would vouch for the next file of that name
             moved_to = _dispose(file, here, settings, error)
         except FileNotFoundError:
             if inbox.is_dir():
@@ -45,13 +46,40 @@ def put_away(
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
         else:
-            _drop_marker(file, settings)
-            store.settle_file(file.path, state=SETTLED if error is None else ASIDE, moved_to=moved_to)
+            inode = None if moved_to is None else moved_to.lstat().st_ino
+            state = SETTLED if error is None else ASIDE
+            store.settle_file(file.path, state=state, moved_to=moved_to, inode=inode)
 
 
 def _drop_marker(file: SourceFile, settings: Intake) -> None:
     if settings.marker is not None and settings.after != "keep":
         file.path.with_name(file.path.name + settings.marker).unlink(missing_ok=True)
+
+
+def is_there(file: SourceFile) -> bool:
+    """Whether the file lies where it is known to be, unchanged."""
+    try:
+        return is_same(file, Identity.of((file.moved_to or file.path).lstat()))
+    except OSError:
+        return False
+
+
+def drop_stale_error(path: Path) -> None:
+    """Remove the reason that stands beside a failed file's place, if the file itself has left it."""
+    if not os.path.lexists(path):
+        files.error_file(path).unlink(missing_ok=True)
+
+
+def bring_back(store: Store, track: Track) -> None:
+    """Put a file that couldn't be read back in the inbox, to be taken in as if it had just come.
+
+    There is no hash of what couldn't be read, so nothing of its record is worth keeping.
+    """
+    for file in store.files_of(track.sha256):
+        if file.moved_to is not None and os.path.lexists(file.moved_to):
+            files.move_aside(file.moved_to, file.path)
+            files.error_file(file.moved_to).unlink(missing_ok=True)
+    store.forget(track.sha256)
 
 
 def finish_moves(store: Store, inbox: Path) -> int:
@@ -63,6 +91,7 @@ def finish_moves(store: Store, inbox: Path) -> int:
         (file, track)
         for file, track in store.unsettled_below(inbox)
         if not os.path.lexists(file.moved_to or file.path)
+        and not (file.state == ASIDE and os.path.lexists(file.path))  # brought back: the next look takes it
     ]
     if not cut_off:
         return 0

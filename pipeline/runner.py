@@ -19,23 +19,20 @@ import numpy as np
 
 from pipeline import audio, files, manifest, stages, verify
 from pipeline.attempts import Attempts, Job, Outcome
-from pipeline.config import Normalize, Output
+from pipeline.config import Normalize
 from pipeline.disk import machines_fault, room_for
 from pipeline.engine_room import Engines
 from pipeline.engines.base import Generator, ProgressFn
-from pipeline.errors import BadAudio, EngineFailure, SourceGone, Stopped
+from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone, Stopped
 from pipeline.manifest import Json
 from pipeline.outbox import EMBEDDING, Outbox, Published
 from pipeline.plan import Recipe, VariationUnit
-from pipeline.putaway import put_away
+from pipeline.putaway import is_there, put_away
 from pipeline.records import Embedding, Failure, Variation, VariationRequest
 from pipeline.report import Reporter
 from pipeline.schema import Track
 from pipeline.store import Store
 from pipeline.workplace import Workplace
-
-BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
-UNKNOWN_DURATION_S = 300.0  # what a result "as long as the source" is taken for before it is known
 
 
 @dataclass
@@ -50,36 +47,51 @@ class Runner:
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
+    _is_cramped: bool = False  # the last batch ended for want of space
+    _device: int | None = None  # of the outbox, when it was first written to
 
     @cached_property
     def attempts(self) -> Attempts:
         return Attempts(
-            self.recipe.config, self.workplace.inbox, self.store, self.reporter, self.clock, self.should_stop
+            self.recipe.config, self.workplace, self.store, self.reporter, self.clock, self.should_stop
         )
 
     @property
     def outcome(self) -> Outcome:
         return self.attempts.outcome
 
-    def drain(self, *, root: Path | None = None) -> None:
+    def drain(self, *, root: Path | None = None) -> bool:
         """Process all queued tracks that are due; those of the folder `root` only, if given.
+
+        Returns:
+            Whether there were any.
 
         Raises:
             Stopped: it was asked to stop; what was under way is queued again.
             FolderUnusable: the disk is full or a folder can't be written; the same.
         """
+        worked = False
         while self.next_batch(root=root):
-            pass
+            worked = True
+        return worked
 
     def next_batch(self, *, root: Path | None = None) -> bool:
         """Process the next batch of the queue; False if nothing was due. Raises as `drain`."""
         try:
             if (due := self.store.next_due(root=root)) is None or due > self.clock():
                 return False
+            self._see_the_outbox()
             tracks = self.store.claim(self._batch_size(), now=self.clock(), root=root)
+            self.process(tracks)
+        except DiskFull:
+            if self._is_cramped:
+                raise
+            self._is_cramped = True
+            self._make_room()
+            return self.next_batch(root=root)
         except sqlite3.Error as e:
             raise machines_fault(e) or e from e
-        self.process(tracks)
+        self._is_cramped = False
         return bool(tracks)
 
     def process(self, tracks: Sequence[Track]) -> None:
@@ -96,15 +108,31 @@ class Runner:
                 raise fault from e
             raise
 
+    def _see_the_outbox(self) -> None:
+        """Nothing is written into the folder below a mount that has gone meanwhile."""
+        device = self.workplace.outbox.stat().st_dev
+        if self._device is not None and device != self._device:
+            raise FolderUnusable(
+                f"{self.workplace.outbox} is on another disk than it was: is its own mounted?"
+            )
+        self._device = device
+
     def _batch_size(self) -> int:
-        """As many tracks as go together and have room for their results."""
+        """As many tracks as go together and have room for their results; one, after the disk was full."""
         config = self.recipe.config
-        per_track = sum(
-            _expected_bytes(unit, config.output, config.normalize) for unit in self.recipe.plan("").variations
-        )
         folders = [self.workplace.outbox, self.workplace.state]
-        room = room_for(folders, each_bytes=per_track, reserve_bytes=config.disk.min_free_mb * 1e6)
-        return min(config.generate.batch_tracks, room)
+        reserve = config.disk.min_free_mb * 1e6
+        room = room_for(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
+        return 1 if self._is_cramped else min(config.generate.batch_tracks, room)
+
+    def _make_room(self) -> None:
+        """Give back what can be made again: normalized audio, and copies of files that are still there."""
+        with suppress(sqlite3.Error):
+            for track in self.store.tracks("queued"):
+                desk = self.workplace.desk(track.sha256)
+                desk.drop_normalized()
+                if any(is_there(file) for file in self.store.files_of(track.sha256)):
+                    desk.clear()
 
     def _stage(self, name: str) -> Callable[[Sequence[Job]], None]:
         return {"normalize": self._normalize, "embed": self._embed, "generate": self._generate}[name]
@@ -296,14 +324,34 @@ class Runner:
         target, sha256 = job.desk.source, job.track.sha256
         if target.exists() and files.hash_file(target) == sha256:
             return target
-        for file in self.store.files_of(sha256):
-            with suppress(BadAudio, files.Changed):
-                incoming = self.workplace.incoming()
-                follow = self.recipe.config.intake.follow_symlinks
-                if files.copy_in(file.moved_to or file.path, incoming, follow=follow) == sha256:
-                    job.desk.adopt(incoming)
+        trouble: OSError | None = None
+        sources = self.store.files_of(sha256)
+        for file in sources:
+            try:
+                if self._copied(job, file.moved_to or file.path):
                     return target
+            except OSError as e:
+                if machines_fault(e):
+                    raise
+                trouble = e
+        if trouble is not None:
+            raise trouble
+        if any(file.root == self.workplace.inbox for file in sources) and not self.workplace.inbox.is_dir():
+            raise SourceAway("can't be had while the inbox is away")
         raise SourceGone("was removed or changed since it was taken in: put it in the inbox again")
+
+    def _copied(self, job: Job, source: Path) -> bool:
+        incoming = self.workplace.incoming()
+        try:
+            follow = self.recipe.config.intake.follow_symlinks
+            if files.copy_in(source, incoming, follow=follow) != job.track.sha256:
+                return False
+            job.desk.adopt(incoming)
+        except (BadAudio, files.Changed):
+            return False
+        finally:
+            incoming.unlink(missing_ok=True)
+        return True
 
     def _progress(self, requests: Sequence[VariationRequest]) -> ProgressFn:
         shares = {request.request_id: 0.0 for request in requests}
@@ -337,9 +385,3 @@ def _limits(settings: Normalize) -> audio.DecodeLimits:
         max_bytes=round(settings.max_size_mb * 1e6),
         accept_truncated=settings.accept_truncated,
     )
-
-
-def _expected_bytes(unit: VariationUnit, output: Output, normalize: Normalize) -> float:
-    """What a stereo result takes on the disk, about."""
-    duration_s = UNKNOWN_DURATION_S if unit.duration_s == "source" else unit.duration_s
-    return duration_s * normalize.sample_rate * 2 * BYTES_PER_SAMPLE[output.bit_depth]

@@ -59,9 +59,12 @@ def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
         "ALTER TABLE tracks ADD COLUMN collected_at REAL",
         "CREATE INDEX tracks_due ON tracks (state, not_before)",
         "CREATE INDEX files_root ON files (root)",
+        "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
     ):
         db.execute(statement)
 
+
+UNREADABLE = "intake"  # the stage of tracks that stand for a file that can't be read: there is no hash of it
 
 MIGRATIONS = (m001_first.__name__, m002_suspects_and_retention.__name__)
 

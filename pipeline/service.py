@@ -7,7 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.alarm import SHORTEST_WAIT_S, Alarm
 from pipeline.arrivals import Arrivals, Look
@@ -44,18 +44,20 @@ def run_once(crew: Crew, alarm: Alarm, health: Health) -> Look:
     """
     arrivals, runner = crew.arrivals, crew.runner
     root = None if arrivals.is_inbox else arrivals.root
-    queued, patience_s = 0, 2 * arrivals.settings.settle_s + 1.0
+    queued, unreadable, patience_s = 0, 0, 2 * arrivals.settings.settle_s + 1.0
     while True:
         look = arrivals.look(should_stop=alarm.is_stopped)
-        queued += look.queued
+        queued, unreadable = queued + look.queued, unreadable + look.unreadable
         _note(health, look)
         runner.reporter.queued(runner.store.counts()["queued"] + runner.outcome.done + runner.outcome.failed)
-        runner.drain(root=root)
+        worked = runner.drain(root=root)
         due = runner.store.next_due(root=root)
         if alarm.is_stopped():
             raise Stopped("asked to stop")
-        if look.waiting:
+        if worked and (look.waiting or look.no_room):
             continue
+        if look.no_room:
+            raise look.no_room
         if look.unsettled and patience_s > 0:
             pause_s = min(arrivals.settings.settle_s / 2, patience_s)
             patience_s -= max(pause_s, SHORTEST_WAIT_S)
@@ -63,8 +65,7 @@ def run_once(crew: Crew, alarm: Alarm, health: Health) -> Look:
         elif due is not None:
             alarm.wait(max(due - runner.clock(), SHORTEST_WAIT_S))
         else:
-            look.queued = queued
-            return look
+            return replace(look, queued=queued, unreadable=unreadable)
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Watch:
     alarm: Alarm
     health: Health
     notifier: Notifier
-    reload: Callable[[Crew], Crew]  # raises PipelineError: the configuration is wrong
+    reload: Callable[[Crew], tuple[Crew, Watcher | None]]  # and what watches from now on, if that is another
     clock: Callable[[], float] = time.monotonic
     _look: Look = field(default_factory=Look)
     _look_at: float = -float("inf")  # when the next look is due
@@ -134,18 +135,27 @@ class Watch:
         if now < self._look_at:
             return
         try:
-            self._look = self.crew.arrivals.look(should_stop=self.alarm.is_stopped)
-        except DiskFull:
-            raise
+            self._look = self.crew.arrivals.look(should_stop=self._feed_and_ask)
         except FolderUnusable as e:
+            if isinstance(e, DiskFull):
+                raise
             self.health.degraded("inbox", str(e))
             self._look_at = self.clock() + self.crew.arrivals.settings.poll_s
             return
         self.health.well("inbox")
+        if self._look.no_room is None:
+            self.health.well("room")
+        else:
+            self.health.degraded("room", f"nothing more is taken in: {self._look.no_room}")
         _note(self.health, self._look)
         self._looked_s = self.clock() - now
         self._look_at = self.clock() + self._rest_s()
         self.notifier.status(_words(self.crew.runner.store.counts()))
+
+    def _feed_and_ask(self) -> bool:
+        """Between two blocks of a file that is taken in, which is progress."""
+        self.notifier.progress()
+        return self.alarm.is_stopped()
 
     def _rest_s(self) -> float:
         """How long after a look the next one is due if nothing rings."""
@@ -155,6 +165,8 @@ class Watch:
             rests.append(max(settings.settle_s / 2, SHORTEST_WAIT_S))
         if self._look.waiting:
             rests.append(0.0)
+        if self._look.no_room:
+            rests.append(settings.poll_s)
         return max(min(rests), self._looked_s / LOOK_SHARE)
 
     def _until_next(self) -> float:
@@ -181,7 +193,11 @@ class Watch:
         """Read the configuration again between two batches: swapped if it is right, kept if not."""
         self.notifier.reloading()
         try:
-            self.crew = self.reload(self.crew)
+            self.crew, watcher = self.reload(self.crew)
+            if watcher is not None:
+                self.watcher.stop()
+                self.watcher = watcher
+                self.watcher.start()
             self._look_at = -float("inf")
             log.info("the configuration was read again")
             self.health.well("configuration")

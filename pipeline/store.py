@@ -30,6 +30,7 @@ from pipeline.schema import (
 )
 
 STATES = ("queued", "running", "done", "failed")
+_BELOW = " AND EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root)"
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
@@ -121,6 +122,11 @@ class Store:
                     [file.sha256, name, folder, file.size, now],
                 ).rowcount
             )
+            db.execute(  # another file had this path; it is in the archive now, and is found there
+                "UPDATE OR REPLACE files SET path = moved_to WHERE path = ? AND sha256 != ?"
+                " AND moved_to IS NOT NULL",
+                [os.fsencode(file.path), file.sha256],
+            )
             db["files"].upsert(row_of(file, now), pk="path")
         return new
 
@@ -154,11 +160,14 @@ class Store:
             for row in self._db.query(sql, [value])
         ]
 
-    def settle_file(self, path: Path, *, state: str, moved_to: Path | None = None) -> None:
+    def settle_file(
+        self, path: Path, *, state: str, moved_to: Path | None = None, inode: int | None = None
+    ) -> None:
+        """Note what became of a file; `inode`: it has another one since it was moved to another disk."""
         with self._writing() as db:
             db.execute(
-                "UPDATE files SET state = ?, moved_to = ? WHERE path = ?",
-                [state, None if moved_to is None else os.fsencode(moved_to), os.fsencode(path)],
+                "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode) WHERE path = ?",
+                [state, None if moved_to is None else os.fsencode(moved_to), inode, os.fsencode(path)],
             )
 
     # -- the queue -------------------------------------------------------------------------------
@@ -168,7 +177,7 @@ class Store:
 
         A track that may have killed the process comes alone.
         """
-        below = "" if root is None else " AND sha256 IN (SELECT sha256 FROM files WHERE root = :root)"
+        below = "" if root is None else _BELOW
         arguments = {"now": now, "limit": limit, "root": b"" if root is None else os.fsencode(root)}
         with self._writing() as db:
             rows = db.execute(
@@ -188,7 +197,7 @@ class Store:
 
     def next_due(self, *, root: Path | None = None) -> float | None:
         """When the next queued track may be claimed; None if none is queued."""
-        below = "" if root is None else " AND sha256 IN (SELECT sha256 FROM files WHERE root = :root)"
+        below = "" if root is None else _BELOW
         sql = f"SELECT min(not_before) FROM tracks WHERE state = 'queued'{below}"
         row = self._db.execute(sql, {"root": b"" if root is None else os.fsencode(root)}).fetchone()
         return None if row[0] is None else float(row[0])
@@ -243,18 +252,26 @@ class Store:
             for table in ("attempts", "units", "files", "tracks"):
                 db.execute(f"DELETE FROM {table} WHERE sha256 = ?", [sha256])
 
-    def requeue(self, sha256: str, *, now: float, stages: Iterable[str] = ()) -> None:
-        """Queue a finished or failed track again, with its attempts forgiven and `stages` forgotten."""
-        with self._writing() as db:
+    def requeue(self, sha256: str, *, now: float, stages: Iterable[str] = ()) -> bool:
+        """Queue a finished or failed track again, with its attempts forgiven and `stages` forgotten.
+
+        Returns:
+            False if it is running: then nothing was done.
+        """
+        with self.holding(sha256) as track:
+            if track is None or track.state == "running":
+                return False
+            db = self._db
             for stage in stages:
                 db.execute("DELETE FROM units WHERE sha256 = ? AND stage = ?", [sha256, stage])
             db.execute(
                 "UPDATE tracks SET state = 'queued', attempts = 0, not_before = 0, queued_at = ?,"
                 " stage = NULL,"
                 " error = NULL, plan_key = NULL, finished_at = NULL, solo = 0, collected_at = NULL"
-                " WHERE sha256 = ? AND state != 'running'",
+                " WHERE sha256 = ?",
                 [now, sha256],
             )
+        return True
 
     def recover(self, *, now: float) -> list[tuple[Track, str]]:
         """Close what a killed instance left open. Only for the holder of the instance lock.
@@ -360,6 +377,14 @@ class Store:
         with self._writing() as db:
             db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
 
+    def fact(self, name: str) -> str | None:
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
+        return None if row is None else str(row[0])
+
+    def note_fact(self, name: str, value: str) -> None:
+        with self._writing() as db:
+            db["facts"].upsert({"name": name, "value": value}, pk="name")
+
     # -- questions -------------------------------------------------------------------------------
 
     def track(self, sha256: str) -> Track | None:
@@ -373,10 +398,13 @@ class Store:
         sql = f"SELECT * FROM tracks {where}ORDER BY {order} LIMIT :limit"
         return [track_of(row) for row in self._db.query(sql, {"state": state, "limit": limit})]
 
-    def spooled_bytes(self) -> int:
-        """How much the working copies of queued and running tracks take, at most."""
-        sql = "SELECT coalesce(sum(bytes), 0) FROM tracks WHERE state IN ('queued', 'running')"
-        return int(self._db.execute(sql).fetchone()[0])
+    def spooled_bytes(self, root: Path) -> int:
+        """How much the working copies of a folder's queued and running tracks take, at most."""
+        sql = (
+            "SELECT coalesce(sum(bytes), 0) FROM tracks WHERE state IN ('queued', 'running')"
+            " AND EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = ?)"
+        )
+        return int(self._db.execute(sql, [os.fsencode(root)]).fetchone()[0])
 
     def counts(self) -> dict[str, int]:
         found = dict(self._db.execute("SELECT state, count(*) FROM tracks GROUP BY state").fetchall())

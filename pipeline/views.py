@@ -1,4 +1,4 @@
-"""Answers to questions, as values and as lines: plan, status, show, doctor, models. Nothing is changed."""
+"""Answers to questions, as values and as lines: plan, status, show, doctor, models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ now = time.time
 
 def summary(outcome: Outcome, look: Look, outbox: Path) -> str:
     """The last line of `once`."""
-    parts = [f"{outcome.done} done", f"{outcome.failed} failed"]
+    parts = [f"{outcome.done} done", f"{outcome.failed + look.unreadable} failed"]
     if look.up_to_date:
         parts.append(f"{look.up_to_date} up to date")
     if look.failed:
@@ -257,7 +257,7 @@ def _database(app: App, *, repair: bool) -> Iterator[tuple[str, str, str]]:
     if problems:
         return
     outbox = Outbox(app.workplace.outbox)
-    redo = app.config.retention.redo_missing
+    redo = repair or app.config.retention.redo_missing  # who asks for it gets it
     found = reconcile(
         store, outbox, app.workplace, thorough=True, repair=repair, redo_missing=redo, now=now()
     )

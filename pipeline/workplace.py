@@ -163,6 +163,11 @@ class Desk:
             return None
         return Audio(samples, sample_rate)
 
+    def drop_normalized(self) -> None:
+        """Remove normalized audio; it is made again from the working copy."""
+        for path in self.folder.glob("normalized*"):
+            path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from homes import sha256_of, write_music
 from works import Answers, Works
 
-from pipeline.errors import DiskFull, FolderUnusable
-from pipeline.putaway import finish_moves, put_away
+from pipeline import files
+from pipeline.errors import BadAudio, DiskFull, FolderUnusable
+from pipeline.files import WriteFailed
+from pipeline.putaway import bring_back, finish_moves, put_away
+from pipeline.records import Failure
 
 LATER_S = 100.0
 
@@ -76,8 +82,7 @@ def test_nothing_is_taken_when_the_disk_is_nearly_full(tmp_path: Path) -> None:
     all_of_it = works.config.disk.model_copy(update={"min_free_mb": 1e12})
     works.config = works.config.model_copy(update={"disk": all_of_it})
 
-    with pytest.raises(DiskFull, match="are needed"):
-        works.look()
+    assert isinstance(works.look().no_room, DiskFull)
 
     assert works.store.tracks() == []
     assert not (works.workplace.state / "work").exists() or not list(
@@ -209,11 +214,13 @@ def test_a_move_that_was_made_but_not_recorded_is_found_at_the_next_start(works:
 @pytest.mark.parametrize("ending", ["done", "failed"])
 def test_a_record_that_was_made_before_the_move_is_followed_by_it(works: Works, ending: str) -> None:
     [sha256] = works.bring("a.wav")
-    works.store.claim(1, now=works.now)
+    path = works.workplace.inbox / "a.wav"
     if ending == "done":
-        key = works.recipe.plan(sha256).key
-        works.store.finish(sha256, plan_key=key, source={}, now=works.now)
+        works.runner(Answers()).drain()
+        (works.workplace.inbox / "done" / "a.wav").rename(path)
+        works.store.settle_file(path, state="waiting")
     else:
+        works.store.claim(1, now=works.now)
         works.store.fail(sha256, stage="normalize", error="is silent", now=works.now, retry_at=None)
 
     works.look()
@@ -254,4 +261,147 @@ def test_a_file_touched_since_it_was_taken_in_is_not_moved(works: Works) -> None
     put_away(
         works.store, works.store.files_of(sha256), works.workplace.inbox, works.config.intake, error=None
     )
+    assert (works.workplace.inbox / "a.wav").exists()
+
+
+# -- files that come again ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", ["move", "delete"])
+def test_a_file_dropped_again_whose_results_are_gone_is_made_again(tmp_path: Path, after: str) -> None:
+    works = Works.at(tmp_path, settle_s=0, after=after)
+    [sha256] = works.bring("a.wav")
+    works.runner(Answers()).drain()
+    made = works.files(sha256)
+    shutil.rmtree(works.workplace.outbox / works.track(sha256).folder)
+
+    write_music(works.workplace.inbox / "a.wav", seed=0, seconds=1.5)
+    assert works.look().queued == 1
+    works.runner(Answers()).drain()
+
+    assert works.files(sha256) == made
+
+
+def test_a_file_brought_back_from_failed_is_tried_again(works: Works) -> None:
+    [sha256] = works.bring("a.wav")
+    works.runner(Answers(lambda request: Failure(request.request_id, BadAudio("is odd")))).drain()
+    failed = works.workplace.inbox / "failed" / "a.wav"
+    failed.rename(works.workplace.inbox / "a.wav")
+
+    assert finish_moves(works.store, works.workplace.inbox) == 0
+    assert works.arrivals(settle_s=0).look(should_stop=lambda: False).queued == 1
+    works.runner(Answers()).drain()
+
+    assert works.states([sha256]) == [("done", 0)]
+    assert list((works.workplace.inbox / "failed").iterdir()) == []
+
+
+def test_an_archived_file_is_still_found_after_another_one_came_under_its_name(tmp_path: Path) -> None:
+    works = Works.at(tmp_path, settle_s=0)
+    [first] = works.bring("a.wav")
+    works.runner(Answers()).drain()
+    write_music(works.workplace.inbox / "a.wav", seed=7)
+    works.look()
+    works.runner(Answers()).drain()
+
+    works.store.requeue(first, now=works.now, stages=["normalize", "generate"])
+    works.runner(Answers()).drain()
+
+    assert works.track(first).state == "done"
+
+
+def test_a_marker_goes_before_its_file_so_that_it_vouches_for_no_other(tmp_path: Path) -> None:
+    works = Works.at(tmp_path, marker=".ok")
+    path = write_music(works.workplace.inbox / "a.wav")
+    path.with_name("a.wav.ok").touch()
+    works.look()
+    (works.workplace.inbox / "done").write_text("in the way of the move")
+
+    works.runner(Answers()).drain()
+
+    assert path.exists()
+    assert not path.with_name("a.wav.ok").exists()
+
+
+# -- reading and writing that fails ------------------------------------------------------------------
+
+
+class Failing:
+    """A device on which one operation fails while a test wants it to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, works: Works) -> None:
+        self.reading = self.writing = False
+        real = files.copy_in
+
+        def copy_in(path: Path, target: Path, **how: Any) -> str | None:
+            if self.reading:
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            if self.writing:
+                raise WriteFailed(errno.EIO, "Input/output error", str(target))
+            return real(path, target, **how)
+
+        monkeypatch.setattr(files, "copy_in", copy_in)
+
+
+def test_a_source_whose_device_fails_is_tried_again_for_a_while_and_then_fails_visibly(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, device = write_music(works.workplace.inbox / "a.wav"), Failing(monkeypatch, works)
+    settled_now(works, path)
+    arrivals, device.reading = works.arrivals(), True
+    assert arrivals.look(should_stop=lambda: False).unsettled == 1
+
+    works.now += 29
+    assert arrivals.look(should_stop=lambda: False).unsettled == 1
+    works.now += 2
+    assert arrivals.look(should_stop=lambda: False).unreadable == 1
+
+    assert (works.workplace.inbox / "failed" / "a.wav").exists()
+
+
+def test_a_working_copy_that_cannot_be_written_is_not_the_sources_fault(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, device = write_music(works.workplace.inbox / "a.wav"), Failing(monkeypatch, works)
+    settled_now(works, path)
+    device.writing = True
+    with pytest.raises(FolderUnusable, match="input/output error"):
+        works.look()
+
+    device.writing = False
+    assert works.look().queued == 1
+
+
+def test_what_could_not_be_read_is_read_again_on_request(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, device = write_music(works.workplace.inbox / "a.wav"), Failing(monkeypatch, works)
+    settled_now(works, path)
+    arrivals, device.reading = works.arrivals(), True
+    for _ in range(2):
+        arrivals.look(should_stop=lambda: False)
+        works.now += 31
+    [track] = works.store.tracks("failed")
+    device.reading = False
+
+    bring_back(works.store, track)
+    assert works.arrivals(settle_s=0).look(should_stop=lambda: False).queued == 1
+    works.runner(Answers()).drain()
+
+    assert [track.state for track in works.store.tracks()] == ["done"]
+    assert list((works.workplace.inbox / "failed").iterdir()) == []
+
+
+def test_a_move_that_breaks_off_leaves_no_half_copies(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
+    works.bring("a.wav")
+
+    def half(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "move", half)
+    works.runner(Answers()).drain()
+    works.look()
+
+    assert list((works.workplace.inbox / "done").iterdir()) == []
     assert (works.workplace.inbox / "a.wav").exists()

@@ -13,6 +13,7 @@ from pipeline.files import (
     READ_BYTES,
     Changed,
     Identity,
+    WriteFailed,
     copy_in,
     error_file,
     free_name,
@@ -109,7 +110,7 @@ def test_a_file_that_cannot_be_read_is_bad_audio(tmp_path: Path) -> None:
 
 def test_a_copy_that_cannot_be_written_is_not_the_files_fault(tmp_path: Path) -> None:
     put(tmp_path, "a.wav")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(WriteFailed):
         copy_in(tmp_path / "a.wav", tmp_path / "none" / "copy")
 
 

@@ -267,3 +267,59 @@ def test_without_room_for_one_track_nothing_is_claimed(works: Works, monkeypatch
         works.runner(Answers()).next_batch()
 
     assert works.states(hashes) == [("queued", 0)]
+
+
+def test_a_full_disk_gives_back_what_can_be_made_again_and_goes_on_with_one_track(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = works.bring("a.wav", "b.wav")
+    generator = Answers()
+    runner = works.runner(generator)
+    asked = iter([1000, 10**12, 10**12])  # bytes free
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(asked, 10**12)))
+
+    assert runner.next_batch()
+
+    assert [len(set(call)) for call in generator.calls] == [1]
+    assert not all(works.workplace.desk(sha256).source.exists() for sha256 in hashes)
+    assert sorted(works.states(hashes)) == [("done", 0), ("queued", 0)]
+
+
+def test_a_source_whose_inbox_is_away_is_waited_for_without_an_attempt(works: Works) -> None:
+    [sha256] = works.bring("a.wav")
+    works.workplace.desk(sha256).clear()
+    away = works.workplace.inbox.rename(works.workplace.home / "away")
+    works.runner(Answers()).drain()
+    assert works.states([sha256]) == [("queued", 0)]
+
+    away.rename(works.workplace.inbox)
+    works.now = works.track(sha256).not_before
+    works.runner(Answers()).drain()
+
+    assert works.states([sha256]) == [("done", 0)]
+
+
+def test_a_closed_folder_of_one_track_stops_no_other(tmp_path: Path) -> None:
+    works = Works.at(tmp_path)
+    shut, other = works.bring("a.wav", "b.wav")
+
+    class OneShut(Outbox):
+        def open_for_work(self, folder: str) -> None:
+            if folder == works.track(shut).folder:
+                raise PermissionError(errno.EACCES, "Permission denied", folder)
+            super().open_for_work(folder)
+
+    works.runner(Answers(), outbox=OneShut(works.workplace.outbox)).drain()
+
+    assert works.states([shut, other]) == [("failed", 1), ("done", 0)]
+
+
+def test_nothing_is_written_below_an_outbox_whose_disk_has_gone(works: Works) -> None:
+    hashes = works.bring("a.wav")
+    runner = works.runner(Answers())
+    runner._device = works.workplace.outbox.stat().st_dev + 1
+
+    with pytest.raises(FolderUnusable, match="another disk"):
+        runner.next_batch()
+
+    assert works.states(hashes) == [("queued", 0)]

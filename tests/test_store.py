@@ -453,3 +453,13 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path: Path, read_only: boo
 
     with pytest.raises(FolderUnusable, match="newer version"):
         Store(tmp_path / "pipeline.db", read_only=read_only)
+
+
+def test_a_running_track_is_not_queued_again_and_keeps_its_units(store: Store) -> None:
+    add(store)
+    store.claim(1, now=1.0)
+    store.finish_unit("k", sha256=sha("a"), stage="generate", result={}, seconds=0.0, now=2.0)
+
+    assert not store.requeue(sha("a"), now=3.0, stages=["generate"])
+
+    assert store.unit("k") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from works import Answers, Works
 
 from pipeline.alarm import Alarm
 from pipeline.arrivals import Look
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, DiskFull, PipelineError
 from pipeline.health import Health
+from pipeline.intake import Rules, Scanner
 from pipeline.notify import Notifier
 from pipeline.outbox import Outbox
-from pipeline.service import Crew, Watch
+from pipeline.service import Crew, Watch, run_once
 from pipeline.watcher import Watcher
 
 
@@ -52,10 +54,10 @@ class Daemon:
         self.watch.watcher.start()
         self.alarm.take_ring()  # of the start
 
-    def reload(self, crew: Crew) -> Crew:
+    def reload(self, crew: Crew) -> tuple[Crew, None]:
         if isinstance(self.fresh, PipelineError):
             raise self.fresh
-        return self.fresh
+        return self.fresh, None
 
     def turn(self) -> float:
         """One turn; returns how long it would wait."""
@@ -181,6 +183,62 @@ def test_a_device_that_fails_while_the_inbox_is_looked_at_is_waited_out(works: W
     daemon.watch.crew = Crew(Broken(), daemon.crew.runner)  # type: ignore[arg-type]
     assert daemon.turn() == 5.0
     assert "input/output error" in daemon.health.conditions["folders"].text
+
+
+def test_working_copies_without_room_do_not_keep_the_queue_from_work(works: Works) -> None:
+    daemon = Daemon(works)
+    works.bring("a.wav")
+
+    class Full:
+        settings = works.config.intake
+
+        def look(self, **_: object) -> Look:
+            return Look(no_room=DiskFull("1 MB are free"))
+
+    daemon.watch.crew = Crew(Full(), daemon.crew.runner)  # type: ignore[arg-type]
+    daemon.turn()
+
+    assert daemon.states() == ["done"]
+    assert "nothing more is taken in" in daemon.health.conditions["room"].text
+
+
+def test_a_long_look_feeds_the_watchdog(works: Works) -> None:
+    daemon = Daemon(works)
+    fed = []
+    daemon.watch.notifier.progress = lambda: fed.append(1)  # type: ignore[method-assign]
+    write_music(works.workplace.inbox / "a.wav")
+
+    daemon.watch._see()
+
+    assert fed
+
+
+def test_once_ends_when_what_waits_cannot_get_room(works: Works) -> None:
+    daemon = Daemon(works)
+
+    class Full:
+        settings, is_inbox, root = works.config.intake, True, works.workplace.inbox
+
+        def look(self, **_: object) -> Look:
+            return Look(no_room=DiskFull("1 MB are free"))
+
+    with pytest.raises(DiskFull):
+        run_once(Crew(Full(), daemon.crew.runner), daemon.alarm, daemon.health)  # type: ignore[arg-type]
+
+
+def test_once_of_a_folder_is_not_held_up_by_the_queue_of_another(tmp_path: Path) -> None:
+    works = Works.at(tmp_path, settle_s=0, spool_gb=1e-6)
+    works.bring("a.wav")
+    other = tmp_path / "other"
+    write_music(other / "b.wav", seed=3, seconds=1.5)
+    daemon = Daemon(works)
+    arrivals = replace(
+        works.arrivals(), root=other, is_inbox=False, scanner=Scanner(other, Rules(is_inbox=False))
+    )
+
+    run_once(Crew(arrivals, daemon.crew.runner), daemon.alarm, daemon.health)
+
+    assert sorted(daemon.states()) == ["done", "queued"]
 
 
 def test_a_bug_is_not_waited_out(works: Works) -> None:
