@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -127,12 +126,12 @@ class Runner:
 
     def _make_room(self) -> None:
         """Give back what can be made again: normalized audio, and copies of files that are still there."""
-        with suppress(sqlite3.Error):
-            for track in self.store.tracks("queued"):
-                desk = self.workplace.desk(track.sha256)
-                desk.drop_normalized()
-                if any(is_there(file) for file in self.store.files_of(track.sha256)):
-                    desk.clear()
+        self.store.release_all(now=self.clock())  # a full disk may have kept the batch from being put back
+        for track in self.store.tracks("queued"):
+            desk = self.workplace.desk(track.sha256)
+            desk.drop_normalized()
+            if any(is_there(file) for file in self.store.files_of(track.sha256)):
+                desk.clear()
 
     def _stage(self, name: str) -> Callable[[Sequence[Job]], None]:
         return {"normalize": self._normalize, "embed": self._embed, "generate": self._generate}[name]
