@@ -44,6 +44,7 @@ class Look:
     unsettled: int = 0  # somebody may still be writing them
     unmarked: int = 0  # their marker isn't there yet
     waiting: int = 0  # ready, but there are working copies enough for now, or it took long enough
+    troubled: int = 0  # their device fails; they are tried again
     unreadable: int = 0  # failed just now, since they can't be read
     no_room: DiskFull | None = None  # why it ended early
 
@@ -176,7 +177,7 @@ class Arrivals:
         if self.clock() - self._trouble[sighting.path] >= READ_PATIENCE_S:
             self._unreadable(sighting, text, found)
         else:
-            found.unsettled += 1
+            found.troubled += 1
 
     def _record(self, taken: list[tuple[Sighting, str]], found: Look) -> None:
         """Note what was taken in, in one transaction; what is moved is moved after it."""

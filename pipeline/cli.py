@@ -97,7 +97,7 @@ def once(context: typer.Context, folder: Folder = None) -> int:
             return 128 + (office.alarm.stopped_by or signal.SIGINT)
         outcome = office.crew.runner.outcome
     typer.echo(views.summary(outcome, look, app.workplace.outbox))
-    return SOME_FAILED if outcome.failed or look.failed or look.unreadable else ALL_DONE
+    return SOME_FAILED if outcome.failed or look.failed or look.unreadable or look.troubled else ALL_DONE
 
 
 @cli.command()

@@ -58,7 +58,7 @@ def run_once(crew: Crew, alarm: Alarm, health: Health) -> Look:
             continue
         if look.no_room:
             raise look.no_room
-        if look.unsettled and patience_s > 0:
+        if (look.unsettled or look.troubled) and patience_s > 0:
             pause_s = min(arrivals.settings.settle_s / 2, patience_s)
             patience_s -= max(pause_s, SHORTEST_WAIT_S)
             alarm.wait(max(pause_s, SHORTEST_WAIT_S))
@@ -161,7 +161,7 @@ class Watch:
         """How long after a look the next one is due if nothing rings."""
         settings = self.crew.arrivals.settings
         rests = [settings.poll_s if self.watcher.polling else settings.rescan_s]
-        if self._look.unsettled:
+        if self._look.unsettled or self._look.troubled:
             rests.append(max(settings.settle_s / 2, SHORTEST_WAIT_S))
         if self._look.waiting:
             rests.append(0.0)

@@ -35,6 +35,8 @@ def summary(outcome: Outcome, look: Look, outbox: Path) -> str:
         parts.append(f"{look.up_to_date} up to date")
     if look.failed:
         parts.append(f"{len(look.failed)} failed before (see `status`, `retry`)")
+    if look.troubled:
+        parts.append(f"{look.troubled} can't be read now, left for the next run")
     if look.unsettled:
         parts.append(f"{look.unsettled} still being written, left for the next run")
     return f"{', '.join(parts)}; results are in {outbox}"

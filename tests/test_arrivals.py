@@ -349,10 +349,10 @@ def test_a_source_whose_device_fails_is_tried_again_for_a_while_and_then_fails_v
     path, device = write_music(works.workplace.inbox / "a.wav"), Failing(monkeypatch, works)
     settled_now(works, path)
     arrivals, device.reading = works.arrivals(), True
-    assert arrivals.look(should_stop=lambda: False).unsettled == 1
+    assert arrivals.look(should_stop=lambda: False).troubled == 1
 
     works.now += 29
-    assert arrivals.look(should_stop=lambda: False).unsettled == 1
+    assert arrivals.look(should_stop=lambda: False).troubled == 1
     works.now += 2
     assert arrivals.look(should_stop=lambda: False).unreadable == 1
 
