@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from pathlib import Path
@@ -133,7 +134,8 @@ class Life:
     def signal(self, number: int) -> None:
         """Not after `wait` returned a code: the process's number may be another's by then."""
         if self.code is None:
-            os.kill(self.process, number)
+            with suppress(ProcessLookupError):  # it has ended, and the news of it is still on its way
+                os.kill(self.process, number)
 
     @property
     def out(self) -> str:
