@@ -130,9 +130,12 @@ class App:
         reporter: Reporter,
         alarm: Alarm,
         *,
-        engines: Engines | None = None,
+        earlier: Runner | None = None,
     ) -> Crew:
-        """What works by this configuration; `root` is a folder other than the inbox."""
+        """What works by this configuration; `root` is a folder other than the inbox.
+
+        `earlier` is the runner of the configuration before: what it has loaded and seen is kept.
+        """
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workplace.outbox)
         folder = self.workplace.inbox if root is None else root
@@ -154,10 +157,11 @@ class App:
             workplace=self.workplace,
             store=store,
             outbox=outbox,
-            engines=self.engines(engines),
+            engines=self.engines(None if earlier is None else earlier.engines),
             reporter=reporter,
             clock=time.time,
             should_stop=alarm.is_stopped,
+            outbox_device=self.workplace.outbox.stat().st_dev if earlier is None else earlier.outbox_device,
         )
         return Crew(arrivals, runner)
 

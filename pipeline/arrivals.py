@@ -43,7 +43,8 @@ class Look:
     )  # hashes of files that failed before and lie there unchanged
     unsettled: int = 0  # somebody may still be writing them
     unmarked: int = 0  # their marker isn't there yet
-    waiting: int = 0  # ready, but there are working copies enough for now, or it took long enough
+    waiting: int = 0  # ready, but there are working copies enough for now
+    is_cut_short: bool = False  # it took long enough; there is more to take in
     troubled: int = 0  # their device fails; they are tried again
     unreadable: int = 0  # failed just now, since they can't be read
     no_room: DiskFull | None = None  # why it ended early
@@ -65,6 +66,7 @@ class Arrivals:
     settling: Settling
     clock: Callable[[], float] = time.time
     _plan_keys: dict[str, str] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)  # tracks whose trouble is in the log
     _trouble: dict[Path, float] = field(default_factory=dict)  # since when a file's device has failed
 
     @property
@@ -121,8 +123,11 @@ class Arrivals:
                 found.unmarked += 1
             elif self.settings.marker is None and not self._is_ready(sighting):
                 found.unsettled += 1
-            elif (spooled and spooled + sighting.size > limit) or self.clock() > until:
+            elif spooled and spooled + sighting.size > limit:
                 found.waiting += 1
+            elif self.clock() > until:
+                found.waiting += 1
+                found.is_cut_short = True
             else:
                 spooled += sighting.size
                 yield sighting
@@ -223,8 +228,20 @@ class Arrivals:
             self._known(track, found, file)
 
     def _known(self, track: Track, found: Look, file: SourceFile | None = None) -> None:
+        """What a finished track's file means; trouble with that track's results stops no other file."""
         if track.state != "done":
             return
+        try:
+            self._finished(track, found, file)
+        except OSError as e:
+            if isinstance(machines_fault(e), DiskFull):
+                raise
+            if track.sha256 not in self._told:
+                reason = (e.strerror or str(e)).lower()
+                log.warning("%s: its results can't be looked at: %s", track.name, reason)
+            self._told.add(track.sha256)
+
+    def _finished(self, track: Track, found: Look, file: SourceFile | None) -> None:
         if track.plan_key != self._plan_key(track.sha256) and track.collected_at is None:
             self.store.requeue(track.sha256, now=self.clock())
             found.queued += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sqlite3
 import traceback
@@ -15,7 +16,6 @@ from pipeline.config import Config
 from pipeline.disk import machines_fault
 from pipeline.errors import (
     BadAudio,
-    DiskFull,
     EngineFailure,
     FolderUnusable,
     PipelineError,
@@ -49,7 +49,7 @@ class Job:
     embedding: dict[str, Any] = field(default_factory=dict)
     variations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by unit key
     attempt: int | None = None  # the open attempt's id
-    stage: str = "intake"
+    stage: str = "outbox"  # where it was looked what is there already
     over: bool = False  # done, failed or queued again
 
     @property
@@ -102,15 +102,15 @@ class Attempts:
         except Stopped:
             raise
         except Exception as e:
-            if (fault := machines_fault(e)) and not self._is_tracks_own(e, fault):
+            if (fault := machines_fault(e)) and not self._is_tracks_own(e):
                 raise fault from e
             if isinstance(e, sqlite3.Error):
                 raise
             self.fail(job, e)
 
-    def _is_tracks_own(self, error: Exception, fault: FolderUnusable) -> bool:
+    def _is_tracks_own(self, error: Exception) -> bool:
         """Whether just this track's folder is closed, and the others are not."""
-        if isinstance(fault, DiskFull) or not isinstance(error, OSError):
+        if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM):
             return False
         try:
             self.workplace.prepare()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -112,6 +112,8 @@ def watch(context: typer.Context) -> int:
         except DiskFull as e:  # at start-up; later it is waited out with everything open
             if not wait_for_room(app, e):
                 return ALL_DONE
+            with suppress(PipelineError):  # a SIGHUP may have come meanwhile
+                app = app.reopened()
 
 
 def _watch(office: Office) -> None:
@@ -124,8 +126,7 @@ def _watch(office: Office) -> None:
         nonlocal app
         fresh = app.reopened()
         fresh.fetch_missing()
-        engines = crew.runner.engines
-        crew = fresh.crew(office.store, None, office.reporter, office.alarm, engines=engines)
+        crew = fresh.crew(office.store, None, office.reporter, office.alarm, earlier=crew.runner)
         before, app = app.config.intake.watch, fresh
         if app.config.intake.watch == before:
             return crew, None
@@ -169,7 +170,7 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
     assert store is not None
     found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
     for track in found:
-        if track.state == "failed" and track.stage == UNREADABLE:
+        if track.state == "failed" and track.stage == UNREADABLE and not store.units_of(track.sha256):
             bring_back(store, track)
             typer.echo(f"{track.name}: is read again at the next look")
         elif track.state == "failed":

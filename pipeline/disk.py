@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.errors import DiskFull, FolderUnusable
 
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
-CLOSED_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
+CLOSED_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 def machines_fault(error: BaseException) -> FolderUnusable | None:

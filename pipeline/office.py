@@ -7,7 +7,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from logging.handlers import RotatingFileHandler
@@ -28,6 +28,7 @@ from pipeline.report import Reporter, WatchedReporter, reporter_for
 from pipeline.retry import take_over
 from pipeline.service import Crew
 from pipeline.store import Store
+from pipeline.workplace import Workplace
 
 LOG_BYTES, LOG_FILES = 5_000_000, 3
 START_PAUSE_S = 10.0  # between tries of `watch` to start up on a full disk
@@ -53,7 +54,7 @@ class Office:
 def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterator[Office]:
     """Everything a working verb needs, as the only instance, with signals turned into a stop."""
     console, alarm, notifier = Console(stderr=True), Alarm(), Notifier.from_env()
-    app.workplace.prepare()
+    _prepare(app.workplace)
     with app.workplace.locked(), _logged(app.workplace.log, console):
         health = Health(app.workplace.health)
         health.open()
@@ -74,12 +75,25 @@ def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterat
             store.close()
 
 
+def _prepare(workplace: Workplace) -> None:
+    """Make and try the folders; a disk that is full of our own intermediate files is no reason to give up."""
+    try:
+        workplace.prepare()
+    except DiskFull:
+        if workplace.state.is_dir():
+            with workplace.locked():
+                workplace.drop_normalized()
+        workplace.prepare()
+
+
 def wait_for_room(app: App, full: DiskFull) -> bool:
     """Wait a while before `watch` starts up anew on a full disk; False if it was asked to stop."""
     alarm, health = Alarm(), Health(app.workplace.health)
-    with app.workplace.locked(), alarm.on_signals(hangup_reloads=True):
-        health.open()
-        health.degraded("disk", str(full))
+    here = app.workplace.state.is_dir()
+    with app.workplace.locked() if here else nullcontext(), alarm.on_signals(hangup_reloads=True):
+        if here:
+            health.open()
+            health.degraded("disk", str(full))
         log.warning("%s; tried again in %.0f s", full, START_PAUSE_S)
         alarm.wait(START_PAUSE_S)
     return not alarm.is_stopped()

@@ -40,13 +40,13 @@ def put_away(
                 continue
             _drop_marker(file, settings)  # first: alone it would vouch for the next file of that name
             moved_to = _dispose(file, here, settings, error)
+            inode = None if moved_to is None else moved_to.lstat().st_ino
         except FileNotFoundError:
             if inbox.is_dir():
                 store.settle_file(file.path, state=LOST)
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
         else:
-            inode = None if moved_to is None else moved_to.lstat().st_ino
             state = SETTLED if error is None else ASIDE
             store.settle_file(file.path, state=state, moved_to=moved_to, inode=inode)
 
@@ -54,6 +54,13 @@ def put_away(
 def _drop_marker(file: SourceFile, settings: Intake) -> None:
     if settings.marker is not None and settings.after != "keep":
         file.path.with_name(file.path.name + settings.marker).unlink(missing_ok=True)
+
+
+def _below_the_inbox(file: SourceFile) -> Path:
+    """Where the file came from, also if it is recorded under its place in the archive."""
+    below = file.path.relative_to(file.root)
+    archived = len(below.parts) > 1 and below.parts[0] in (intake.DONE, intake.FAILED)
+    return Path(*below.parts[1:]) if archived else below
 
 
 def is_there(file: SourceFile) -> bool:
@@ -77,7 +84,7 @@ def bring_back(store: Store, track: Track) -> None:
     """
     for file in store.files_of(track.sha256):
         if file.moved_to is not None and os.path.lexists(file.moved_to):
-            files.move_aside(file.moved_to, file.path)
+            files.move_aside(file.moved_to, file.root / _below_the_inbox(file))
             files.error_file(file.moved_to).unlink(missing_ok=True)
     store.forget(track.sha256)
 
@@ -90,7 +97,7 @@ def finish_moves(store: Store, inbox: Path) -> int:
     cut_off = [
         (file, track)
         for file, track in store.unsettled_below(inbox)
-        if not os.path.lexists(file.moved_to or file.path)
+        if not is_there(file)
         and not (file.state == ASIDE and os.path.lexists(file.path))  # brought back: the next look takes it
     ]
     if not cut_off:
@@ -104,7 +111,7 @@ def finish_moves(store: Store, inbox: Path) -> int:
     for file, track in cut_off:
         path = there.get(Identity(file.size, file.mtime_ns, file.inode))
         if path is None:
-            if inbox.is_dir():
+            if inbox.is_dir() and not os.path.lexists(file.path):
                 store.settle_file(file.path, state=LOST)
             continue
         n += 1
@@ -118,17 +125,17 @@ def finish_moves(store: Store, inbox: Path) -> int:
 def _dispose(file: SourceFile, here: Path, settings: Intake, error: str | None) -> Path | None:
     """Move, delete or keep; returns the new place, or None if it stays where it was found (or is gone)."""
     if error is not None:
-        moved_to = files.move_aside(here, file.root / intake.FAILED / file.path.relative_to(file.root))
+        moved_to = files.move_aside(here, file.root / intake.FAILED / _below_the_inbox(file))
         files.write_error(moved_to, error)
         return moved_to
     if file.state == ASIDE:
         files.error_file(here).unlink(missing_ok=True)
     if settings.after == "move":
-        return files.move_aside(here, file.root / intake.DONE / file.path.relative_to(file.root))
+        return files.move_aside(here, file.root / intake.DONE / _below_the_inbox(file))
     if settings.after == "delete":
         here.unlink()
     elif file.state == ASIDE:
-        back = files.move_aside(here, file.path)
+        back = files.move_aside(here, file.root / _below_the_inbox(file))
         return None if back == file.path else back
     return None
 

@@ -46,8 +46,8 @@ class Runner:
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
+    outbox_device: int | None = None  # what the outbox was on when the program started; None: not asked
     _is_cramped: bool = False  # the last batch ended for want of space
-    _device: int | None = None  # of the outbox, when it was first written to
 
     @cached_property
     def attempts(self) -> Attempts:
@@ -86,7 +86,7 @@ class Runner:
             if self._is_cramped:
                 raise
             self._is_cramped = True
-            self._make_room()
+            self.make_room()
             return self.next_batch(root=root)
         except sqlite3.Error as e:
             raise machines_fault(e) or e from e
@@ -110,11 +110,10 @@ class Runner:
     def _see_the_outbox(self) -> None:
         """Nothing is written into the folder below a mount that has gone meanwhile."""
         device = self.workplace.outbox.stat().st_dev
-        if self._device is not None and device != self._device:
+        if self.outbox_device is not None and device != self.outbox_device:
             raise FolderUnusable(
                 f"{self.workplace.outbox} is on another disk than it was: is its own mounted?"
             )
-        self._device = device
 
     def _batch_size(self) -> int:
         """As many tracks as go together and have room for their results; one, after the disk was full."""
@@ -124,14 +123,16 @@ class Runner:
         room = room_for(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
         return 1 if self._is_cramped else min(config.generate.batch_tracks, room)
 
-    def _make_room(self) -> None:
-        """Give back what can be made again: normalized audio, and copies of files that are still there."""
-        self.store.release_all(now=self.clock())  # a full disk may have kept the batch from being put back
-        for track in self.store.tracks("queued"):
-            desk = self.workplace.desk(track.sha256)
-            desk.drop_normalized()
+    def make_room(self) -> None:
+        """Between two batches: remove what can be made again, then put back what a full disk kept running.
+
+        That is normalized audio, and working copies of files that are still where they were.
+        """
+        self.workplace.drop_normalized()
+        for track in [*self.store.tracks("queued"), *self.store.tracks("running")]:
             if any(is_there(file) for file in self.store.files_of(track.sha256)):
-                desk.clear()
+                self.workplace.desk(track.sha256).clear()
+        self.store.release_all(now=self.clock())
 
     def _stage(self, name: str) -> Callable[[Sequence[Job]], None]:
         return {"normalize": self._normalize, "embed": self._embed, "generate": self._generate}[name]

@@ -54,7 +54,7 @@ def run_once(crew: Crew, alarm: Alarm, health: Health) -> Look:
         due = runner.store.next_due(root=root)
         if alarm.is_stopped():
             raise Stopped("asked to stop")
-        if worked and (look.waiting or look.no_room):
+        if look.is_cut_short or (worked and (look.waiting or look.no_room)):
             continue
         if look.no_room:
             raise look.no_room
@@ -104,8 +104,8 @@ class Watch:
     def _turn(self) -> float:
         """Look if it is time, then take one batch; returns how long to wait, in seconds."""
         try:
-            if self._pause_s:  # a full disk may have kept the tracks from being put back
-                self.crew.runner.store.release_all(now=self.crew.runner.clock())
+            if self._pause_s:
+                self.crew.runner.make_room()
             self._see()
             worked = self.crew.runner.next_batch()
         except Stopped:
@@ -149,7 +149,7 @@ class Watch:
             self.health.degraded("room", f"nothing more is taken in: {self._look.no_room}")
         _note(self.health, self._look)
         self._looked_s = self.clock() - now
-        self._look_at = self.clock() + self._rest_s()
+        self._look_at = self.clock() + (0.0 if self._look.is_cut_short else self._rest_s())
         self.notifier.status(_words(self.crew.runner.store.counts()))
 
     def _feed_and_ask(self) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlite_utils
 
@@ -45,7 +46,9 @@ class Store:
         if not read_only:
             with self.together():  # two versions of the program must not both find the same one missing
                 migrations.apply(self._db)
-        elif migrations.pending(self._db):  # of an older version, or a kill came before its first table
+        elif self._is_readable() and migrations.pending(
+            self._db
+        ):  # of an older version, or a kill came before its first table
             Store(path, busy_timeout_s=busy_timeout_s).close()
         self._refuse_newer()
 
@@ -70,6 +73,17 @@ class Store:
             conn.close()
             raise
         return sqlite_utils.Database(conn)
+
+    def _is_readable(self) -> bool:
+        """Whether it can be read beside a writer; if not (a full or closed disk), it is read as it lies."""
+        try:
+            self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:
+            self._db.close()
+            uri = f"file:{quote(str(self._path))}?mode=ro&immutable=1"
+            self._db = sqlite_utils.Database(sqlite3.connect(uri, uri=True, isolation_level=None))
+            return False
+        return True
 
     def close(self) -> None:
         self._db.close()

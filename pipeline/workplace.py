@@ -50,6 +50,11 @@ class Workplace:
                 )
         return cls(home, inbox, outbox, state)
 
+    def drop_normalized(self) -> None:
+        """Remove all normalized audio, and copies that were cut off: they are made again when needed."""
+        for path in [*self.state.glob("work/*/normalized*"), *self.state.glob("work/.incoming-*")]:
+            path.unlink(missing_ok=True)
+
     @property
     def database(self) -> Path:
         return self.state / "pipeline.db"
@@ -117,6 +122,15 @@ class Workplace:
         return Desk(self.state / "work" / sha256)
 
 
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _take(file: IO[str]) -> bool:
     """Lock, trying for half a second: `is_locked` of another process holds it for a moment."""
     for _ in range(10):
@@ -148,7 +162,7 @@ class Desk:
         """Keep normalized audio under its unit's key; whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "normalized.part"
-        with temporary.open("wb") as file:
+        with _removed_on_error(temporary), temporary.open("wb") as file:
             # By way of `write`: what numpy writes to a real file by itself fails without saying why.
             np.save(SimpleNamespace(write=file.write), audio.samples)
             file.flush()
@@ -162,11 +176,6 @@ class Desk:
         except FileNotFoundError:
             return None
         return Audio(samples, sample_rate)
-
-    def drop_normalized(self) -> None:
-        """Remove normalized audio; it is made again from the working copy."""
-        for path in self.folder.glob("normalized*"):
-            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

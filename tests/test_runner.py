@@ -317,7 +317,7 @@ def test_a_closed_folder_of_one_track_stops_no_other(tmp_path: Path) -> None:
 def test_nothing_is_written_below_an_outbox_whose_disk_has_gone(works: Works) -> None:
     hashes = works.bring("a.wav")
     runner = works.runner(Answers())
-    runner._device = works.workplace.outbox.stat().st_dev + 1
+    runner.outbox_device = works.workplace.outbox.stat().st_dev + 1
 
     with pytest.raises(FolderUnusable, match="another disk"):
         runner.next_batch()
