@@ -15,6 +15,7 @@ from works import Answers, Works
 from pipeline import files
 from pipeline.errors import BadAudio, DiskFull, FolderUnusable
 from pipeline.files import WriteFailed
+from pipeline.outbox import Outbox
 from pipeline.putaway import bring_back, finish_moves, put_away
 from pipeline.records import Failure
 
@@ -405,3 +406,41 @@ def test_a_move_that_breaks_off_leaves_no_half_copies(works: Works, monkeypatch:
 
     assert list((works.workplace.inbox / "done").iterdir()) == []
     assert (works.workplace.inbox / "a.wav").exists()
+
+
+def test_what_could_not_be_read_comes_back_under_its_own_name_also_after_another_file_had_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = Works.at(tmp_path, settle_s=0)
+    write_music(works.workplace.inbox / "a.wav", seed=4)
+    device = Failing(monkeypatch, works)
+    arrivals, device.reading = works.arrivals(), True
+    for _ in range(2):
+        arrivals.look(should_stop=lambda: False)
+        works.now += 31
+    [track] = works.store.tracks("failed")
+    device.reading = False
+    [other] = works.bring("a.wav")
+    works.runner(Answers()).drain()
+
+    bring_back(works.store, track)
+
+    assert (works.workplace.inbox / "a.wav").exists()
+    assert works.track(other).state == "done"
+
+
+def test_a_closed_folder_of_a_finished_track_keeps_no_new_file_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = Works.at(tmp_path, settle_s=0)
+    works.bring("a.wav")
+    works.runner(Answers()).drain()
+    write_music(works.workplace.inbox / "another name.wav", seed=0, seconds=1.5)
+    write_music(works.workplace.inbox / "new.wav", seed=9)
+
+    def closed(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Outbox, "add_names", closed)
+
+    assert works.look().queued == 1

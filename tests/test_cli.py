@@ -237,6 +237,18 @@ def test_retry_takes_failed_tracks_again_and_a_mended_cause_lets_them_pass(
     assert pipeline("retry").out == "nothing has failed\n"
 
 
+def test_retry_of_a_track_without_its_source_forgets_nothing_of_it(home: Home, pipeline: Pipeline) -> None:
+    home.configure(intake={"settle_s": 0, "after": "delete"})
+    write_music(home.inbox / "song.wav")
+    pipeline("once")
+    pipeline("requeue", "song.wav", "--stage", "generate")
+    assert pipeline("once").code == 1  # the source was deleted, as asked
+
+    assert "song.wav: queued again" in pipeline("retry").out
+
+    assert pipeline("show", "song.wav").code == 0
+
+
 def test_retry_leaves_what_has_not_failed(worked: Home, pipeline: Pipeline) -> None:
     assert pipeline("retry", "song.wav").out == "song.wav: is done, not failed\n"
     assert pipeline("retry", "song.wav", "letter.mp3").out.endswith("letter.mp3: queued again\n")
