@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
 
-VERSION = "1"
+VERSION = "2"
 DEFAULT_MODEL = "facebook/musicgen-melody"
 LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"
 

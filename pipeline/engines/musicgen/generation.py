@@ -87,7 +87,7 @@ class _PickingHook:
         rows = scores.detach().to("cpu", torch.float64).numpy()
         n_codebooks = input_ids.shape[0]
         unconditional = rows[n_codebooks:] if len(rows) > n_codebooks else None
-        tokens = self._sampler.pick(rows[:n_codebooks], unconditional)
+        tokens = self._sampler.pick(len(self.picked), rows[:n_codebooks], unconditional)
         self.picked.append(tokens)
         self._on_step(len(self.picked))
         # The library's guidance comes after this hook: of two equal halves it makes that same half.

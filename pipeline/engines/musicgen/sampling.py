@@ -1,7 +1,11 @@
 """Picking tokens, in audiocraft's order: guide, divide by the temperature, cut the tail, draw.
 
-Every variation draws from its own stream, a PCG64 seeded with all 64 bits of its seed: torch's
-own generator takes the low 32 alone, and a shared one would make a result depend on its batch.
+The noise of a draw is a pure function of (seed, step, codebook, token): Philox4x64-10 (Salmon et al.
+2011, "Parallel random numbers: as easy as 1, 2, 3") with the seed as its key and the rest as its
+counter. Nothing has to be kept between steps, so a variation's tokens can't depend on its
+neighbours, on their order, or on where a run was interrupted. The draw is the Gumbel-max trick
+(Gumbel 1954; Maddison et al. 2014): the largest of log p + Gumbel noise is a sample of p, and since
+each token has its own noise, cutting the tail moves no other token's luck.
 """
 
 from __future__ import annotations
@@ -27,18 +31,15 @@ class SamplingParams:
     guidance: float = 3.0  # 1: none
 
 
+@dataclass(frozen=True)
 class Sampler:
-    """Picks the tokens of one variation, step after step; holds nothing but its random stream."""
+    """Picks the tokens of one variation; holds no state."""
 
-    def __init__(self, params: SamplingParams, seed: int) -> None:
-        self.params = params
-        self._random = np.random.Generator(np.random.PCG64(seed))
+    params: SamplingParams
+    seed: int  # 0 <= seed < 2**63
 
-    def pick(self, conditional: Logits, unconditional: Logits | None) -> Tokens:
-        """One token per codebook; `unconditional` is None without guidance.
-
-        A uniform number is drawn per codebook whatever the parameters are, so that the streams of
-        two variations with one seed stay comparable.
+    def pick(self, step: int, conditional: Logits, unconditional: Logits | None) -> Tokens:
+        """One token per codebook at a step, counted from 0; `unconditional` is None without guidance.
 
         Raises:
             EngineFailure: the logits aren't finite.
@@ -48,34 +49,42 @@ class Sampler:
             logits = unconditional + (conditional - unconditional) * self.params.guidance
         if not np.isfinite(logits).all():
             raise EngineFailure("musicgen gave NaN or infinity instead of probabilities.")
-        uniform = self._random.random(len(logits))
         if self.params.temperature == 0:
             return np.asarray(logits.argmax(axis=-1))
-        return draw(probabilities(logits, self.params), uniform)
+        return draw(log_chances(logits, self.params), gumbel(self.seed, step, *logits.shape))
 
 
-def probabilities(logits: Logits, params: SamplingParams) -> Logits:
-    """Softmax of logits over temperature, without the tail; each row sums to 1."""
+def log_chances(logits: Logits, params: SamplingParams) -> Logits:
+    """Logits over the temperature, up to a constant per row; -inf for the tail that is cut off."""
     scaled = logits / params.temperature
-    chances = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    chances /= chances.sum(axis=-1, keepdims=True)
+    scaled -= scaled.max(axis=-1, keepdims=True)
     if params.top_p > 0:
-        chances = np.where(_nucleus(chances, params.top_p), chances, 0.0)
-    elif 0 < params.top_k < chances.shape[-1]:
-        least = np.partition(chances, -params.top_k, axis=-1)[:, -params.top_k, None]
-        chances = np.where(chances >= least, chances, 0.0)
-    return np.asarray(chances / chances.sum(axis=-1, keepdims=True))
+        return np.where(_nucleus(scaled, params.top_p), scaled, -np.inf)
+    if 0 < params.top_k < scaled.shape[-1]:
+        least = np.partition(scaled, -params.top_k, axis=-1)[:, -params.top_k, None]
+        return np.where(scaled >= least, scaled, -np.inf)
+    return scaled
 
 
-def draw(chances: Logits, uniform: NDArray[np.float64]) -> Tokens:
-    """Inverse-CDF sampling: the first token whose cumulated chance exceeds `uniform` (one per row)."""
-    cumulated = chances.cumsum(axis=-1)
-    token = (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(axis=-1)
-    return np.asarray(token, dtype=np.int64)
+def gumbel(seed: int, step: int, codebooks: int, vocabulary: int) -> Logits:
+    """Standard Gumbel noise for every token of a step, float64, (codebooks, vocabulary)."""
+    rows = [
+        np.random.Philox(key=seed, counter=[0, codebook, step, 0]).random_raw(vocabulary)
+        for codebook in range(codebooks)
+    ]
+    uniform = ((np.stack(rows) >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1), both ends left out
+    return np.asarray(-np.log(-np.log(uniform)))
 
 
-def _nucleus(chances: Logits, top_p: float) -> NDArray[np.bool_]:
+def draw(chances: Logits, noise: Logits) -> Tokens:
+    """Gumbel-max: one token per row, with probabilities that are the softmax of `chances`."""
+    return np.asarray((chances + noise).argmax(axis=-1), dtype=np.int64)
+
+
+def _nucleus(scaled: Logits, top_p: float) -> NDArray[np.bool_]:
     """True for the likeliest tokens up to the one that brings their sum to `top_p`; ties by index."""
+    chances = np.exp(scaled)
+    chances /= chances.sum(axis=-1, keepdims=True)
     order = np.argsort(-chances, axis=-1, kind="stable")
     ranked = np.take_along_axis(chances, order, axis=-1)
     before = ranked.cumsum(axis=-1) - ranked
