@@ -21,6 +21,7 @@ from pipeline.watcher import Watcher
 log = logging.getLogger("pipeline")
 
 LONGEST_PAUSE_S = 60.0  # between tries while the disk is full or a folder is away
+REFILL_S = 1.0  # between looks while files wait for working copies to be worked off
 LOOK_SHARE = 0.1  # of the time at most, that goes into looks while there is work
 
 
@@ -164,7 +165,7 @@ class Watch:
         if self._look.unsettled or self._look.troubled:
             rests.append(max(settings.settle_s / 2, SHORTEST_WAIT_S))
         if self._look.waiting:
-            rests.append(0.0)
+            rests.append(min(REFILL_S, settings.poll_s))
         if self._look.no_room:
             rests.append(settings.poll_s)
         return max(min(rests), self._looked_s / LOOK_SHARE)

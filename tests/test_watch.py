@@ -246,3 +246,17 @@ def test_a_bug_is_not_waited_out(works: Works) -> None:
     daemon.watch.crew = Crew(None, daemon.crew.runner)  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         daemon.turn()
+
+
+def test_files_that_wait_for_room_behind_a_queue_in_backoff_are_not_looked_at_without_pause(
+    tmp_path: Path,
+) -> None:
+    works = Works.at(tmp_path, settle_s=0, spool_gb=1e-6, poll_s=5)
+    [sha256] = works.bring("a.wav")
+    works.store.claim(1, now=works.now)
+    works.store.release(sha256, not_before=works.now + 1000)
+    write_music(works.workplace.inbox / "b.wav", seed=5)
+    daemon = Daemon(works)
+
+    assert daemon.turn() == pytest.approx(1.0)
+    assert daemon.watch._look.waiting == 1
