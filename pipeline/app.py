@@ -64,6 +64,8 @@ class App:
             device=self.config.device,
             threads=self.config.threads,
             max_memory_gb=getattr(section, "max_memory_gb", None),
+            precision=getattr(section, "precision", "auto"),
+            state_dir=self.workplace.state / "engines",
         )
 
     def choices(self) -> tuple[Choice, Choice]:
@@ -88,7 +90,7 @@ class App:
         for choice, revision in zip(self.choices(), revisions, strict=True):
             if choice.needs_weights and choice.model is not None:
                 log.info("fetching the weights of %s (%s)", choice.model, choice.license)
-                weights.fetch(choice.model, revision)
+                weights.fetch(choice.model, revision, layout=choice.card.layout)
 
     def reopened(self) -> App:
         """The same home with its configuration read again.

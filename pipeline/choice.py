@@ -49,7 +49,7 @@ def choose(stage: str, engine: str, settings: EngineSettings) -> Choice:
             raise MissingPackage(f"{stage}.engine {card.name} needs {', '.join(missing)}: {card.install}")
         return _with_weights(card, settings, why="named in the configuration")
     reasons = []
-    for card in (card for card in cards().values() if card.stage == stage):
+    for card in (card for card in cards().values() if card.stage == stage and card.is_meant_by(engine)):
         if missing := missing_packages(card):
             reasons.append(f"{card.name}: {', '.join(missing)} not installed")
             continue
@@ -74,7 +74,7 @@ def _with_weights(card: EngineCard, settings: EngineSettings, *, why: str) -> Ch
     if card.default_model is None:
         return Choice(card, None, None, why)
     model = settings.model or card.default_model
-    found = weights.locate(model, settings.revision, settings.cache_dir)
+    found = weights.locate(model, settings.revision, settings.cache_dir, layout=card.layout)
     if found is None:
         return Choice(card, model, None, why)
     return Choice(card, model, found.revision, why, found.folder)

@@ -253,9 +253,9 @@ def models_fetch(context: typer.Context, names: Annotated[list[str] | None, type
     """Download weights ahead of time; default: those the configuration can use."""
     from pipeline import weights
 
-    for model, revision, terms in views.wanted_models(_app(context), names):
+    for model, revision, terms, layout in views.wanted_models(_app(context), names):
         typer.echo(f"{model}: {terms}")
-        found = weights.fetch(model, revision)
+        found = weights.fetch(model, revision, layout=layout)
         typer.echo(f"{model}: {found.folder} ({found.revision})")
     return ALL_DONE
 

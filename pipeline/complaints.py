@@ -76,7 +76,7 @@ def of_engines(
         if engine not in known:
             problems.append(f"{stage}.engine: must be one of {', '.join(known)}, not {shown(engine)}")
     generators = [card for card in cards().values() if card.stage == "generate"]
-    takers = [card for card in generators if chosen["generate"] in ("auto", card.name)]
+    takers = [card for card in generators if card.is_meant_by(chosen["generate"])]
     known_keys = {key for card in generators for key in card.params.model_fields}
     for i, params in enumerate(variations):
         for key, value in params.items():

@@ -1,12 +1,16 @@
-"""A model's folder in the library's format: which files are loaded from it, and whether they are whole.
+"""A model's folder: which files are loaded from it, and whether they are whole.
 
-Only safetensors count as weights: a pickle (`.bin`, `.pt`) can run code when it is opened.
+In transformers' format, which all functions here are about unless they are given another layout,
+only safetensors count as weights: a pickle (`.bin`, `.pt`) can run code when it is opened.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +30,23 @@ SMALL_FILE_BYTES = 4 << 20  # files up to this size go into a fingerprint whole
 BLOCK_BYTES, BLOCKS = 1 << 16, 16  # what of a larger one does, evenly spaced
 
 
-def missing(folder: Path) -> list[str]:
+def missing(folder: Path, *, hears: bool = True) -> list[str]:
     """The files a checkpoint lacks of its config, weights and preprocessor settings.
+
+    Models that don't hear (`hears`), such as text encoders, have no preprocessor.
 
     Raises:
         BadCheckpoint: the index of its shards isn't one.
     """
     lacking = [name for name in ("config.json", *_shards(folder)) if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in PREPROCESSORS):
+    if hears and not any((folder / name).is_file() for name in PREPROCESSORS):
         lacking.append(PREPROCESSORS[0])
     return lacking
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, *, hears: bool = True) -> None:
     """Raise BadCheckpoint, saying what is missing or damaged, unless `folder` can be loaded."""
-    if lacking := missing(folder):
+    if lacking := missing(folder, hears=hears):
         if lacking[0] == "config.json":
             raise BadCheckpoint(f"{folder} has no config.json, so it isn't a model's folder.")
         pickles = sorted(path.name for path in folder.glob("*.bin"))
@@ -57,7 +63,20 @@ def check(folder: Path) -> None:
             raise BadCheckpoint(f"{folder / name} can't be read: {error.strerror}.") from error
 
 
-def fingerprint(folder: Path) -> str:
+@dataclass(frozen=True)
+class Layout:
+    """A format of models' folders."""
+
+    files: tuple[str, ...]  # what is loaded, by name or pattern: nothing else of a hub's is downloaded
+    missing: Callable[[Path], list[str]]  # the files a folder lacks; empty: none
+    check: Callable[[Path], None]  # raises BadCheckpoint unless the folder can be loaded
+
+
+TRANSFORMERS = Layout(LOADED_FILES, missing, check)
+TEXT_ENCODER = Layout(LOADED_FILES, partial(missing, hears=False), partial(check, hears=False))
+
+
+def fingerprint(folder: Path, files: tuple[str, ...] = LOADED_FILES) -> str:
     """A quick identity of a local checkpoint: "sha256:" and 16 hex digits.
 
     Over the names and sizes of the files a model is loaded from, the whole of those up to 4 MiB,
@@ -65,7 +84,7 @@ def fingerprint(folder: Path) -> str:
     another checkpoint in the same folder, fine-tuned ones included; not an integrity check.
     """
     digest = hashlib.sha256()
-    for path in sorted(_loaded_files(folder)):
+    for path in sorted(_loaded_files(folder, files)):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
@@ -112,8 +131,8 @@ def _sampled(size: int) -> list[tuple[int, int]]:
     return [(last * i // (BLOCKS - 1), BLOCK_BYTES) for i in range(BLOCKS)]
 
 
-def _loaded_files(folder: Path) -> set[Path]:
-    return {path for pattern in LOADED_FILES for path in folder.glob(pattern) if path.is_file()}
+def _loaded_files(folder: Path, files: tuple[str, ...]) -> set[Path]:
+    return {path for pattern in files for path in folder.glob(pattern) if path.is_file()}
 
 
 def _shards(folder: Path) -> list[str]:

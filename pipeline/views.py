@@ -17,6 +17,7 @@ from pipeline.choice import missing_packages
 from pipeline.engines import cards
 from pipeline.errors import BadCheckpoint, FolderUnusable, MissingPackage, PipelineError, UnknownTrack
 from pipeline.health import read_health
+from pipeline.model_folder import TRANSFORMERS, Layout
 from pipeline.outbox import Outbox
 from pipeline.reconcile import reconcile
 from pipeline.store import STATES, Store
@@ -24,6 +25,7 @@ from pipeline.store import STATES, Store
 LAST_FAILURES = 20
 LOW_DISK_BYTES = 2 << 30
 MODEL_TYPES = ("musicgen_melody", "clap")
+LICENSE_UNKNOWN = "licence: see its page on the hub"
 
 now = time.time
 
@@ -280,20 +282,23 @@ def models(app: App) -> Iterator[str]:
         state = "" if one.complete else ", incomplete"
         yield f"{one.model} {one.revision[:12]}: {one.size_bytes / 1e9:.2f} GB ({one.model_type}{state})"
     here = {one.model for one in found if one.complete}
-    for model, revision, terms in wanted_models(app, None):
-        if model not in here and weights.locate(model, revision) is None:
+    for model, revision, terms, layout in wanted_models(app, None):
+        listed = layout is TRANSFORMERS and model in here
+        if not listed and weights.locate(model, revision, layout=layout) is None:
             yield f"{model}: not here; {terms}; {weights.FETCH_COMMAND}"
 
 
-def wanted_models(app: App, names: Sequence[str] | None) -> Iterator[tuple[str, str | None, str]]:
-    """Model, revision and licence of what the configuration's engines can use, or of what is named."""
+def wanted_models(app: App, names: Sequence[str] | None) -> Iterator[tuple[str, str | None, str, Layout]]:
+    """Model, revision, licence and format of what the configuration's engines can use, or of `names`."""
+    companions = {model: layout for card in cards().values() for model, layout in card.companions}
     for name in names or ():
-        yield name, None, "licence: see its page on the hub"
+        yield name, None, LICENSE_UNKNOWN, companions.get(name, TRANSFORMERS)
     if names:
         return
     for section, stage in ((app.config.embed, "embed"), (app.config.generate, "generate")):
         for card in cards().values():
-            chosen = card.stage == stage and section.engine in ("auto", card.name)
+            chosen = card.stage == stage and card.is_meant_by(section.engine)
             if chosen and card.default_model is not None:
                 model = section.model or card.default_model
-                yield model, section.revision, card.license_of(model)
+                yield model, section.revision, card.license_of(model), card.layout
+                yield from ((name, None, LICENSE_UNKNOWN, layout) for name, layout in card.companions)

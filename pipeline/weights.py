@@ -1,6 +1,7 @@
 """Where models' weights are: a local folder or the hub's cache, and how they get there.
 
-Only safetensors and settings are ever downloaded. Looking something up needs neither the network
+Only what a model's layout names is ever downloaded: safetensors and settings, unless an engine
+says otherwise. Looking something up needs neither the network
 nor the hub's library: the cache's layout (`models--org--name/{refs,snapshots,blobs}`) and the
 variables that place it are part of huggingface_hub's documentation ("Understand caching",
 "Environment variables"), and `status` and `doctor` must answer at once, in a core install too.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadCheckpoint, FolderUnusable, MissingPackage, MissingWeights
-from pipeline.model_folder import LOADED_FILES, check, fingerprint, missing, read_json
+from pipeline.model_folder import TRANSFORMERS, Layout, fingerprint, read_json
 
 FETCH_COMMAND = "python run_pipeline.py models fetch"
 INSTALL_COMMAND = "pip install -r requirements.txt"
@@ -38,7 +39,7 @@ TIMEOUT_S = 10
 class Weights:
     """A usable checkpoint on this machine."""
 
-    folder: Path  # holds config.json and the safetensors
+    folder: Path  # holds the files of the model's layout
     model: str  # as asked for: a hub id or a folder
     revision: str  # hub: the commit; folder: "sha256:" and 16 hex digits, see `fingerprint`
 
@@ -54,7 +55,13 @@ class CachedModel:
     complete: bool  # false: pickles only, or a download that was cut off
 
 
-def locate(model: str, revision: str | None = None, cache_dir: Path | None = None) -> Weights | None:
+def locate(
+    model: str,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    *,
+    layout: Layout = TRANSFORMERS,
+) -> Weights | None:
     """Find a model on this machine, without the network; None if it isn't here.
 
     `model` is a folder if there is one of that name, else a hub id. `revision` (commit, tag or
@@ -66,14 +73,14 @@ def locate(model: str, revision: str | None = None, cache_dir: Path | None = Non
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        check(folder)
-        return Weights(folder, model, fingerprint(folder))
+        layout.check(folder)
+        return Weights(folder, model, fingerprint(folder, layout.files))
     if not HUB_ID.fullmatch(model):
         return None
     snapshot = _snapshot(_repo_folder(model, cache_dir), revision or _default_revision(model))
-    if snapshot is None or not _arrived(snapshot):
+    if snapshot is None or not _arrived(snapshot, layout):
         return None
-    check(snapshot)
+    layout.check(snapshot)
     return Weights(snapshot, model, snapshot.name)
 
 
@@ -82,6 +89,7 @@ def fetch(
     revision: str | None = None,
     cache_dir: Path | None = None,
     *,
+    layout: Layout = TRANSFORMERS,
     progress: bool = True,
     endpoint: str | None = None,
 ) -> Weights:
@@ -93,25 +101,25 @@ def fetch(
     Raises:
         MissingWeights: not here, and not to be had now: no network, HF_HUB_OFFLINE, no such model
             or revision, or no permission.
-        BadCheckpoint: what is there has no usable safetensors.
+        BadCheckpoint: what is there has no usable weights in this layout.
         MissingPackage: huggingface_hub isn't installed.
         FolderUnusable: the cache can't be written.
     """
     if Path(model).expanduser().is_dir():
-        found = locate(model)
+        found = locate(model, layout=layout)
         assert found is not None  # a folder is usable or raises
         return found
     if not HUB_ID.fullmatch(model):
         raise MissingWeights(f"There is no folder {model}, and it isn't a hub id such as org/name.")
     revision = revision or _default_revision(model)
     try:
-        snapshot = _download(model, revision, cache_dir, progress=progress, endpoint=endpoint)
+        snapshot = _download(model, revision, cache_dir, layout, progress=progress, endpoint=endpoint)
     except MissingWeights:
-        if found := locate(model, revision, cache_dir):
+        if found := locate(model, revision, cache_dir, layout=layout):
             return found
         raise
     try:
-        check(snapshot)
+        layout.check(snapshot)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{model} at revision {revision}: {error}") from error
     return Weights(snapshot, model, snapshot.name)
@@ -159,16 +167,17 @@ def _snapshot(repo: Path, revision: str) -> Path | None:
     return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
 
 
-def _arrived(snapshot: Path) -> bool:
+def _arrived(snapshot: Path, layout: Layout) -> bool:
     """Whether all of a snapshot that is loaded is here: what every model needs, and what the hub has."""
-    return not missing(snapshot) and all((snapshot / name).is_file() for name in _listed(snapshot))
+    listed = _listed(snapshot, layout)
+    return not layout.missing(snapshot) and all((snapshot / name).is_file() for name in listed)
 
 
-def _listed(snapshot: Path) -> Iterator[str]:
+def _listed(snapshot: Path, layout: Layout) -> Iterator[str]:
     """The files the hub has of a snapshot, of those we load: huggingface_hub 2 and later notes them."""
     note = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
     for name in read_json(note).get("files", {}) if note.is_file() else ():
-        if "/" not in name and any(Path(name).match(pattern) for pattern in LOADED_FILES):
+        if "/" not in name and any(Path(name).match(pattern) for pattern in layout.files):
             yield name
 
 
@@ -192,14 +201,20 @@ def _model_type(snapshot: Path) -> str:
 
 def _usable(snapshot: Path) -> bool:
     try:
-        check(snapshot)
-        return _arrived(snapshot)
+        TRANSFORMERS.check(snapshot)
+        return _arrived(snapshot, TRANSFORMERS)
     except BadCheckpoint:
         return False
 
 
 def _download(
-    model: str, revision: str, cache_dir: Path | None, *, progress: bool, endpoint: str | None
+    model: str,
+    revision: str,
+    cache_dir: Path | None,
+    layout: Layout,
+    *,
+    progress: bool,
+    endpoint: str | None,
 ) -> Path:
     try:
         import huggingface_hub as hub
@@ -214,7 +229,7 @@ def _download(
             model,
             revision=revision,
             cache_dir=hub_cache(cache_dir),
-            allow_patterns=list(LOADED_FILES),
+            allow_patterns=list(layout.files),
             endpoint=endpoint,
             **({} if progress else {"tqdm_class": _silent_bar()}),
         )

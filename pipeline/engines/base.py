@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.model_folder import TRANSFORMERS, Layout
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
 
 StopFn = Callable[[], bool]  # true once the work should end; asked at least once a step
@@ -84,6 +85,8 @@ class EngineSettings:
     threads: int | None = None  # None: all cores
     cache_dir: Path | None = None  # the hub's cache; None: the library's own default
     max_memory_gb: float | None = None  # for engines that size their batch by it
+    precision: str = "auto"  # "auto", "float32" or "int8", for engines that can choose
+    state_dir: Path | None = None  # where an engine may keep what saves it work; None: nowhere
 
 
 @dataclass(frozen=True)
@@ -99,5 +102,11 @@ class EngineCard:
     packages: tuple[str, ...] = ()  # importable names it needs
     install: str = "pip install -r requirements-core.txt"  # the command that brings them
     default_model: str | None = None  # a hub id; None: no weights needed
+    layout: Layout = TRANSFORMERS  # the format of its models' folders
+    companions: tuple[tuple[str, Layout], ...] = ()  # hub models it loads besides, if a request needs them
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of what it makes
-    rank: int = 0  # `auto` takes the usable engine of the highest rank
+    rank: int = 0  # `auto` takes the usable engine of the highest rank; below 0: never
+
+    def is_meant_by(self, engine: str) -> bool:
+        """Whether the configuration's `engine`, a name or "auto", can mean this one."""
+        return engine == self.name or (engine == "auto" and self.rank >= 0)

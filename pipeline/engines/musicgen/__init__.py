@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
 
-VERSION = "2"
+VERSION = "3"
 DEFAULT_MODEL = "facebook/musicgen-melody"
 LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"
 
@@ -60,11 +60,20 @@ def _load(settings: EngineSettings) -> Generator:
     from pipeline import weights
     from pipeline.engines.musicgen.engine import MusicgenGenerator
     from pipeline.engines.musicgen.loader import load_checkpoint
+    from pipeline.engines.musicgen.precision import open_decoder
+    from pipeline.engines.musicgen.savepoints import Savepoints
 
     model = settings.model or DEFAULT_MODEL
     found = weights.locate(model, settings.revision, settings.cache_dir)
     found = found or weights.fetch(model, settings.revision, settings.cache_dir)
-    return MusicgenGenerator(load_checkpoint(found, settings.device, settings.threads))
+    checkpoint = load_checkpoint(found, settings.device, settings.threads)
+    kept = settings.state_dir / "musicgen" if settings.state_dir is not None else None
+    return MusicgenGenerator(
+        checkpoint,
+        open_decoder(checkpoint, settings.precision, settings.threads, kept),
+        max_memory_gb=settings.max_memory_gb,
+        saved=Savepoints(kept),
+    )
 
 
 ENGINE = EngineCard(

@@ -1,106 +1,219 @@
-"""The generator: requests in, variations out, one after the other."""
+"""The generator: requests in, variations out, as they finish."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pipeline.engines.base import ProgressFn, StopFn
-from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning
-from pipeline.engines.musicgen.generation import Generated, generate
+from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning, room, savepoints, sound
+from pipeline.engines.musicgen.batch import Batch, Ended, Voice
 from pipeline.engines.musicgen.loader import Checkpoint
+from pipeline.engines.musicgen.precision import Opened
 from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
+from pipeline.engines.musicgen.savepoints import Savepoints
+from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, windows
 from pipeline.engines.pretrained import first_line
-from pipeline.errors import ConfigError, EngineFailure, PipelineError, Stopped
-from pipeline.records import Audio, Failure, Variation, VariationRequest
+from pipeline.errors import EngineFailure, PipelineError, Stopped
+from pipeline.records import Audio, Failure, Samples, Variation, VariationRequest
 
-MIN_FRAMES = 4  # below 2 * 4 - 1 positions the library doesn't apply the delay pattern
+SAVE_EVERY_S = 5.0  # of audio
 
 
 class MusicgenGenerator:
     """MusicGen-Melody behind the generator protocol.
 
-    The same request gives the same samples bit for bit on the same machine, with the same torch
-    and number of threads; elsewhere sums may round otherwise, and one other token changes the rest.
+    The same request gives the same tokens alone, among any others, in any order and after an
+    interruption, on the same kind of processor and with the same torch; elsewhere sums may round
+    otherwise, and one other token changes the rest.
     """
 
     name = "musicgen"
     version = VERSION
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        opened: Opened,
+        *,
+        max_memory_gb: float | None = None,
+        saved: Savepoints | None = None,
+        stride: float = STRIDE,
+    ) -> None:
+        """`saved` None: an interrupted call begins anew. `stride`: of windows, as a share of their length."""
+        self.checkpoint, self.decoder, self.check = checkpoint, opened.decoder, opened.check
         self.sample_rate = checkpoint.sample_rate
+        self.max_memory_gb = max_memory_gb
+        self.saved = saved or Savepoints(None)
+        rate = checkpoint.sample_rate / checkpoint.hop_samples
+        self.frames_per_s = rate
+        self.window_frames = round(checkpoint.window_s * rate)
+        self.stride_frames = round(checkpoint.window_s * stride * rate)
+        self.lags = np.arange(checkpoint.codebooks, dtype=np.int64) // checkpoint.channels
 
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation | Failure]:
-        """Yield a result per request, in order. A step makes one frame: 50 are one second.
+        """Yield a result per request, as they finish. A step makes one frame: 50 are one second.
 
-        Longer than the model's own window (30 s) is a Failure: it has never seen more at once.
+        What was made of a request that didn't get a result is kept, and made no second time.
 
         Raises:
             Stopped: within one step of `should_stop` turning true.
         """
-        for request in requests:
-            yield self._result(request, progress, should_stop)
+        by_id = {request.request_id: request for request in requests}
+        for ended in self.run(requests, progress, should_stop):
+            if isinstance(ended, Failure):
+                yield ended
+                continue
+            request = by_id[ended.voice.request_id]
+            if ended.error is not None:
+                yield Failure(request.request_id, ended.error)
+                continue
+            try:
+                result: Variation | Failure = self._variation(request, ended.voice)
+            except (PipelineError, RuntimeError, ValueError, MemoryError) as error:
+                result = Failure(request.request_id, _failure(error))
+            yield result
+            self.saved.drop(self._identity(request))
 
-    def run(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Generated:
-        """Whole frames of tokens and sound, at least as long as asked for."""
+    def run(
+        self, requests: Sequence[VariationRequest], progress: ProgressFn, should_stop: StopFn
+    ) -> Iterator[Ended | Failure]:
+        """The tokens of all requests, as they finish."""
 
-        def on_step(done: int, total: int) -> None:
+        def check_stop() -> None:
             if should_stop():
                 raise Stopped("musicgen was asked to stop.")
-            progress(request.request_id, done, total)
 
-        if should_stop():
-            raise Stopped("musicgen was asked to stop.")
+        voices: list[Voice] = []
+        by_id = {request.request_id: request for request in requests}
+        ears = _Ears(self.checkpoint)
+        for request in requests:
+            check_stop()
+            try:
+                voices.append(self._voice(request, ears))
+            except (PipelineError, RuntimeError, ValueError, MemoryError) as error:
+                yield Failure(request.request_id, _failure(error))
+        if not voices:
+            return
+
+        def on_step(voice: Voice) -> None:
+            assert voice.delayed is not None
+            made = min(voice.delayed.window.start + voice.position, voice.codes.shape[1])
+            progress(voice.request_id, made, voice.codes.shape[1])
+            if voice.position % round(SAVE_EVERY_S * self.frames_per_s) == 0:
+                self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
+
+        try:
+            yield from self._batch(voices, on_step, check_stop).run(voices)
+        except Stopped:
+            for voice in voices:
+                if (voice.codes != UNKNOWN).any():
+                    self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
+            raise
+
+    def _batch(self, voices: Sequence[Voice], on_step: Any, check_stop: Any) -> Batch:
+        """Room for the longest window and prefix among these voices."""
+        steps = max(window.frames for voice in voices for window in voice.windows) + int(self.lags.max())
+        prefix_steps = self.checkpoint.chroma_length + max(len(voice.conditions.text) for voice in voices)
+        row_bytes = self.decoder.bytes_per_step() * (steps + prefix_steps)
+        return Batch(
+            decoder=self.decoder,
+            rows=room.rows_at_once(row_bytes, sum(voice.n_rows for voice in voices), self.max_memory_gb),
+            steps=steps,
+            prefix_steps=prefix_steps,
+            lags=self.lags,
+            frames_per_s=self.frames_per_s,
+            on_step=on_step,
+            check_stop=check_stop,
+        )
+
+    def _voice(self, request: VariationRequest, ears: _Ears) -> Voice:
         params = MusicgenParams.model_validate(dict(request.params))
-        extractor = self.checkpoint.feature_extractor
-        window = conditioning.melody(request.audio, extractor.sampling_rate, extractor.n_samples)
-        return generate(
-            self.checkpoint,
-            chroma=conditioning.chroma(extractor, window),
-            text=conditioning.text(self.checkpoint.tokenizer, params.prompt),
-            n_frames=max(MIN_FRAMES, math.ceil(self._n_samples(request) / self.checkpoint.hop_samples)),
+        n_frames = max(1, math.ceil(self._n_samples(request) / self.checkpoint.hop_samples))
+        its_windows = windows(n_frames, self.window_frames, self.stride_frames)
+        end_s = its_windows[-1].start / self.frames_per_s + self.checkpoint.window_s
+        shape = (self.checkpoint.codebooks, n_frames)
+        codes = self.saved.load(self._identity(request), shape)
+        return Voice(
+            request_id=request.request_id,
+            conditions=conditioning.Conditions(
+                chroma=ears.chroma(request, end_s),
+                frames_per_s=conditioning.chroma_rate(self.checkpoint),
+                text=ears.text(params.prompt),
+                checkpoint=self.checkpoint,
+            ),
             sampler=Sampler(
                 SamplingParams(params.temperature, params.top_k, params.top_p, params.guidance), request.seed
             ),
-            on_step=on_step,
+            windows=its_windows,
+            codes=np.full(shape, UNKNOWN, np.int64) if codes is None else codes,
         )
 
-    def _result(
-        self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn
-    ) -> Variation | Failure:
-        try:
-            return self._variation(request, progress, should_stop)
-        except Stopped:
-            raise
-        except PipelineError as error:
-            return Failure(request.request_id, error)
-        except (
-            RuntimeError,
-            ValueError,
-            MemoryError,
-        ) as error:  # torch: no memory left, shapes that don't fit
-            failure = EngineFailure(f"musicgen broke off: {type(error).__name__}: {first_line(error)}.")
-            failure.__cause__ = error
-            return Failure(request.request_id, failure)
-
-    def _variation(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Variation:
-        limit_s = self.checkpoint.max_duration_s
-        if request.duration_s > limit_s:
-            raise ConfigError(
-                f"generate.duration_s: {request.duration_s:g} s is more than the {limit_s:g} s that "
-                f"{self.checkpoint.weights.model} makes at once; ask for {limit_s:g} or less."
-            )
-        made = self.run(request, progress, should_stop)
-        samples = np.ascontiguousarray(made.samples[:, : self._n_samples(request)])
+    def _variation(self, request: VariationRequest, voice: Voice) -> Variation:
+        samples = sound.decode(self.checkpoint, voice.codes)
+        samples = np.ascontiguousarray(samples[:, : self._n_samples(request)])
         if not np.isfinite(samples).all() or not samples.any():
             raise EngineFailure("musicgen made silence or NaN.")
-        details = {"frames": int(made.codes.shape[1]), "melody_s": min(request.audio.duration_s, limit_s)}
+        details: dict[str, Any] = {
+            "frames": voice.codes.shape[1],
+            "windows": len(voice.windows),
+            "precision": self.decoder.precision,
+        }
+        if self.check is not None:
+            details["int8_check"] = self.check.facts
         return Variation(request.request_id, Audio(samples, self.sample_rate), details)
+
+    def _identity(self, request: VariationRequest) -> str:
+        """Of all that a request's tokens depend on."""
+        return savepoints.identity(
+            VERSION,
+            self.checkpoint.weights.revision,
+            self.decoder.precision,
+            self.checkpoint.device,
+            self.stride_frames,
+            request.request_id,
+            request.track_id,
+            request.duration_s,
+            request.seed,
+            dict(request.params),
+        )
 
     def _n_samples(self, request: VariationRequest) -> int:
         return round(request.duration_s * self.sample_rate)
+
+
+@dataclass(eq=False)
+class _Ears:
+    """Each track's chroma and each prompt once per call."""
+
+    checkpoint: Checkpoint
+    _chroma: dict[tuple[str, float], Samples] = field(default_factory=dict)
+    _texts: dict[str, Samples] = field(default_factory=dict)
+
+    def chroma(self, request: VariationRequest, end_s: float) -> Samples:
+        key = (request.track_id, end_s)
+        if key not in self._chroma:
+            self._chroma[key] = conditioning.listen(self.checkpoint, request.audio, end_s)
+        return self._chroma[key]
+
+    def text(self, prompt: str) -> Samples:
+        if prompt not in self._texts:
+            self._texts[prompt] = conditioning.text(self.checkpoint, prompt)
+        return self._texts[prompt]
+
+
+def _failure(error: Exception) -> PipelineError:
+    """Torch says RuntimeError for no memory left and shapes that don't fit."""
+    if isinstance(error, PipelineError):
+        return error
+    failure = EngineFailure(f"musicgen broke off: {type(error).__name__}: {first_line(error)}.")
+    failure.__cause__ = error
+    return failure
+
+

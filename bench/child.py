@@ -1,0 +1,93 @@
+"""A measurement in a process of its own, so that its peak memory is its own.
+
+The peak is what Linux calls VmHWM, the most memory the process ever had resident. It includes the
+pages of the weights' files that are mapped, as far as they were read. `ru_maxrss` isn't used where
+VmHWM can be had: a child starts with the peak of the parent it was forked from.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a child handed back."""
+
+    value: Any
+    peak_bytes: int  # resident, of its whole life
+
+
+class ChildDied(Exception):
+    """The child ended without a result; the message says how."""
+
+
+def in_child(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
+    """Call a module's function in a fresh process. Arguments and result are pickled.
+
+    Raises:
+        ChildDied: it raised something, or was killed (by the system, if memory ran out).
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(theirs, function, args, kwargs))
+    process.start()
+    theirs.close()
+    try:
+        value, error, peak = ours.recv()
+    except EOFError:
+        process.join()
+        raise ChildDied(
+            f"{function.__name__} was ended by signal {-(process.exitcode or 0)}"
+            + (", as the system does when memory runs out" if process.exitcode == -9 else "")
+        ) from None
+    process.join()
+    if error is not None:
+        raise ChildDied(f"{function.__name__}: {error}")
+    return Outcome(value, peak)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident so far."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_bytes() -> int | None:
+    """Memory that could be had without swapping; None where the system doesn't say."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    return int(found[1]) * 1024 if found else None
+
+
+def mapped_bytes() -> int:
+    """Of this process's resident memory, what is mapped from files, such as weights."""
+    found = re.search(r"RssFile:\s+(\d+) kB", _read("/proc/self/status"))
+    return int(found[1]) * 1024 if found else 0
+
+
+def _serve(
+    pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    try:
+        value, error = function(*args, **kwargs), None
+    except Exception as raised:
+        value, error = None, f"{type(raised).__name__}: {raised}"
+    pipe.send((value, error, peak_bytes()))
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

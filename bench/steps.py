@@ -1,0 +1,191 @@
+"""What a peer's run costs at every length: its steps timed at a few, and a sum over all.
+
+A peer's own loop runs unchanged. A hook that it offers calls `Walk.picked` at every step. Steps at
+long context would take minutes to reach, so the walk makes the loop's key-value cache longer in
+place, repeating the positions it holds, and the loop goes on from there: what a step costs depends
+on how much is cached, not on what. The steps before that are untouched ones, and the first stretch
+after it has the same length with the cache copied, so that the two can be compared.
+
+The time for a whole piece is the prefill plus a sum over its steps, interpolated between the
+measured lengths. Lengths that would not fit into this machine's memory are left out, said, and
+continued in a straight line, which the time of attention over a cache is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from child import GIB, available_bytes, mapped_bytes, peak_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+FRAME_RATE = 50
+CODEBOOKS = 4
+HIDDEN, LAYERS = 1536, 48
+DURATION_S = 30.0
+OWN_STEPS = (375, 750, 1125, 1500)
+WARM_STEPS, TIMED_STEPS = 1, 3
+RESERVE_BYTES = 2 * GIB  # left to the system and to what a step needs beside the cache
+
+
+@dataclass(frozen=True)
+class Point:
+    """Steps at one length of context."""
+
+    context: int  # positions that a row attends to, at the middle one of these steps
+    own: int  # of them after the prefix
+    seconds: tuple[float, ...]  # of each step
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class PeerRun:
+    """One peer's time for a number of variations of one track, made at once."""
+
+    name: str
+    variations: int
+    rows: int  # two per variation, with guidance
+    prefill_s: float  # from the call to the first token of all rows
+    untouched: Point  # the loop's first steps, as they are
+    points: tuple[Point, ...]  # with the cache replaced: as long as it was, then longer
+    left_out: tuple[int, ...]  # own steps that memory doesn't suffice for
+    load_s: float
+    peak_bytes: int  # with the longest cache measured
+
+    def lm_s(self, duration_s: float = DURATION_S) -> float:
+        """Seconds until all tokens of all variations are there, without EnCodec."""
+        return self.prefill_s + float(self.step_s(np.arange(2, picks(duration_s) + 1)).sum())
+
+    def step_s(self, own: np.ndarray) -> np.ndarray:
+        """Seconds of a step that attends to so many positions of its own: see the module."""
+        known = sorted((self.untouched, *self.points), key=lambda point: point.own)
+        lengths = np.array([point.own for point in known], float)
+        medians = np.array([point.median_s for point in known])
+        slope = max(0.0, float(np.polyfit(lengths, medians, 1)[0])) if len(known) > 2 else 0.0
+        beyond = np.maximum(0, own - lengths[-1])
+        return np.asarray(np.interp(own, lengths, medians) + slope * beyond)
+
+    def full_bytes(self, duration_s: float = DURATION_S) -> int:
+        """Peak memory for whole pieces: the measured one and what was missing of the cache."""
+        longest = max(point.own + len(point.seconds) // 2 for point in (self.untouched, *self.points))
+        missing = max(0, picks(duration_s) - longest)
+        return self.peak_bytes + missing * self.rows * position_bytes()
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A peer that couldn't be measured."""
+
+    name: str
+    reason: str
+
+
+def picks(duration_s: float) -> int:
+    """Times that tokens are drawn: the first in the prefill, and three more for the delay pattern."""
+    return round(FRAME_RATE * duration_s) + CODEBOOKS - 1
+
+
+def position_bytes() -> int:
+    """Keys and values of one position of one row in all layers, float32."""
+    return LAYERS * HIDDEN * 2 * 4
+
+
+class Cache(Protocol):
+    """A loop's keys and values, (rows, heads, positions, dim) each, layer by layer."""
+
+    def get(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None: ...
+
+
+class Over(Exception):
+    """Ends a peer's loop when enough was measured."""
+
+
+class Walk:
+    """Notes the time of each step, and makes the cache longer when enough were noted at a length."""
+
+    def __init__(
+        self, cache: Cache, rows: int, own_steps: Sequence[int] = OWN_STEPS, timed: int = TIMED_STEPS
+    ) -> None:
+        self._cache, self._rows, self._timed = cache, rows, timed
+        self._targets = [0, *own_steps]  # the first is wherever the loop is then
+        self._prefill_s = 0.0
+        self._prefix = 0
+        self._taken: list[float] = []
+        self._points: list[Point] = []
+        self._left_out: list[int] = []
+        self._began_s = self._last_s = time.perf_counter()
+
+    def start(self) -> None:
+        """To be called right before the loop."""
+        self._began_s = time.perf_counter()
+
+    def picked(self) -> None:
+        """To be called once per step, when its scores or its tokens are there.
+
+        Raises:
+            Over: all is measured.
+        """
+        now_s = time.perf_counter()
+        if not self._prefix:
+            self._prefill_s = now_s - self._began_s
+            self._prefix = self._context() - 1  # the start token is the row's own
+        else:
+            self._taken.append(now_s - self._last_s)
+        if len(self._taken) == WARM_STEPS + self._timed:
+            middle = self._context() - (self._timed - 1) // 2
+            self._points.append(Point(middle, middle - self._prefix, tuple(self._taken[WARM_STEPS:])))
+            self._taken.clear()
+            self._lengthen()
+        self._last_s = time.perf_counter()
+
+    def result(self, name: str, load_s: float) -> PeerRun:
+        """What was noted; `peak_bytes` is this process's."""
+        return PeerRun(
+            name=name,
+            variations=self._rows // 2,
+            rows=self._rows,
+            prefill_s=self._prefill_s,
+            untouched=self._points[0],
+            points=tuple(self._points[1:]),
+            left_out=tuple(self._left_out),
+            load_s=load_s,
+            peak_bytes=peak_bytes(),
+        )
+
+    def _context(self) -> int:
+        return int(self._cache.get(0)[0].shape[2])
+
+    def _lengthen(self) -> None:
+        import torch
+
+        if not self._targets:
+            raise Over
+        now = self._context()
+        # The steps stand around the target; each adds a position.
+        own = self._targets[0] - WARM_STEPS - (self._timed + 1) // 2
+        positions = max(now, self._prefix + own)
+        if not _fits((positions - now) * self._rows * position_bytes()):
+            self._left_out += self._targets
+            raise Over
+        del self._targets[0]
+        which = torch.arange(positions) % now
+        for layer in range(LAYERS):
+            keys, values = self._cache.get(layer)
+            self._cache.put(layer, keys.index_select(2, which), values.index_select(2, which))
+
+
+def _fits(more_bytes: int) -> bool:
+    """Whether so much more memory can be had, weights mapped from their file staying where they are."""
+    free = available_bytes()
+    return free is None or more_bytes <= free - mapped_bytes() - RESERVE_BYTES

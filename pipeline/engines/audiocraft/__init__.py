@@ -1,0 +1,81 @@
+"""Melody-conditioned MusicGen (Copet et al. 2023, arXiv:2306.05284), on audiocraft, its authors' library.
+
+For checkpoints in audiocraft's own format, and to hold other engines against the original. Only
+when named: `auto` never takes it. `checkpoint` knows the format, `conditioners` are audiocraft's
+without their downloads, `loader` opens a checkpoint, `engine` is the generator.
+
+Unlike audiocraft, it takes the melody from the whole mix: vocals and drums are not separated first.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, T5_BASE
+from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
+from pipeline.engines.musicgen import DEFAULT_MODEL, license_of
+from pipeline.model_folder import TEXT_ENCODER
+
+VERSION = "1"
+INSTALL_COMMAND = "pip install -r requirements-audiocraft.txt && pip install --no-deps audiocraft==1.3.0"
+PACKAGES = (
+    *("torch", "torchaudio", "transformers", "audiocraft"),
+    *("einops", "flashy", "julius", "num2words", "omegaconf", "spacy", "torchmetrics", "xformers"),
+)
+
+
+class AudiocraftParams(Params):
+    """What one variation can be told, beside its length and seed; the defaults are audiocraft's."""
+
+    prompt: str = Field(
+        default="",
+        max_length=500,
+        description="what it should sound like, in English; empty: the melody alone",
+    )
+    temperature: float = Field(
+        default=1.0, ge=0.0, le=5.0, description="higher is bolder; 0: always the likeliest token"
+    )
+    top_k: int = Field(default=250, ge=0, le=2048, description="choose among so many tokens; 0: among all")
+    top_p: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="choose among the likeliest tokens that together have this probability, "
+        "instead of top_k; 0: off",
+    )
+    guidance: float = Field(
+        default=3.0,
+        ge=1.0,
+        le=20.0,
+        description="how strictly melody and prompt are followed; 1: unguided (no quicker in audiocraft)",
+    )
+
+
+def _load(settings: EngineSettings) -> Generator:
+    from pipeline import weights
+    from pipeline.engines.audiocraft.engine import AudiocraftGenerator
+    from pipeline.engines.audiocraft.loader import load_checkpoint
+
+    model = settings.model or DEFAULT_MODEL
+    where = (model, settings.revision, settings.cache_dir)
+    found = weights.locate(*where, layout=AUDIOCRAFT) or weights.fetch(*where, layout=AUDIOCRAFT)
+    return AudiocraftGenerator(
+        load_checkpoint(found, settings.device, settings.threads, cache_dir=settings.cache_dir)
+    )
+
+
+ENGINE = EngineCard(
+    name="audiocraft",
+    stage="generate",
+    version=VERSION,
+    summary="as musicgen, on audiocraft and in its checkpoint format (MusicGen-Melody; weights CC-BY-NC-4.0)",
+    params=AudiocraftParams,
+    load=_load,
+    packages=PACKAGES,
+    install=INSTALL_COMMAND,
+    default_model=DEFAULT_MODEL,
+    layout=AUDIOCRAFT,
+    companions=((T5_BASE, TEXT_ENCODER),),
+    license_of=license_of,
+    rank=-1,
+)

@@ -1,0 +1,194 @@
+"""Many variations at once, each as if it were alone.
+
+Every step runs one pass over the decoder's weights for all rows that are under way; reading the
+weights is what a step costs, so rows are nearly free. A variation takes two rows with guidance,
+told its condition and told nothing, and one without. When one is finished, or has come to the end
+of its window, its rows are given to the next in line: eight tracks with one variation each cost
+what one track with eight does. Prefixes are run once and shared by all rows that are told the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.engines.musicgen.conditioning import Conditions
+from pipeline.engines.musicgen.decoder import Decoder, Feed, Memory, Tokens
+from pipeline.engines.musicgen.sampling import Sampler
+from pipeline.engines.musicgen.windows import UNKNOWN, Delayed, Window
+from pipeline.errors import PipelineError
+from pipeline.records import Samples
+
+STEPS_AT_ONCE = 64  # of what is known already: asked to stop in between
+
+
+@dataclass(eq=False)
+class Voice:
+    """One variation under way."""
+
+    request_id: str
+    conditions: Conditions
+    sampler: Sampler
+    windows: tuple[Window, ...]
+    codes: Tokens  # (codebooks, frames), UNKNOWN where nothing was picked yet
+    delayed: Delayed | None = None  # the window it is in
+    position: int = 0  # steps of the window that the memory holds
+    slots: list[int] = field(default_factory=list)
+    prefixes: list[int] = field(default_factory=list)
+
+    @property
+    def n_rows(self) -> int:
+        return 1 if self.sampler.params.guidance == 1 else 2
+
+    @property
+    def known_frames(self) -> int:
+        """Frames whose tokens are all known."""
+        return int((self.codes != UNKNOWN).all(axis=0).sum())
+
+    def next_window(self) -> Window | None:
+        """The first one that has something left to pick."""
+        unknown = (self.codes == UNKNOWN).any(axis=0)
+        return next((w for w in self.windows if unknown[w.start : w.start + w.frames].any()), None)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A voice that has all its tokens, or why it never will."""
+
+    voice: Voice
+    error: PipelineError | None = None
+
+
+@dataclass(eq=False)
+class Prefixes:
+    """Which prefixes the memory holds, under what they are of, and how many rows use each."""
+
+    memory: Memory
+    count: int
+    places: dict[tuple[object, ...], int] = field(default_factory=dict)
+    users: dict[int, int] = field(default_factory=dict)
+
+    def take(self, key: tuple[object, ...], inputs: Callable[[], Samples]) -> int:
+        """The place of a prefix, run now unless it is there; one more row uses it."""
+        if key not in self.places:
+            place = self._free()
+            self.memory.prefill(place, inputs())
+            self.places[key] = place
+        place = self.places[key]
+        self.users[place] = self.users.get(place, 0) + 1
+        return place
+
+    def give_back(self, place: int) -> None:
+        self.users[place] -= 1
+
+    def _free(self) -> int:
+        """A place nobody uses; the one that was filled longest ago makes room."""
+        for key, place in self.places.items():
+            if not self.users.get(place):
+                if len(self.places) == self.count:
+                    del self.places[key]
+                    return place
+                break
+        return next(place for place in range(self.count) if place not in self.places.values())
+
+
+@dataclass(eq=False)
+class Batch:
+    """The voices of one call, over one memory."""
+
+    decoder: Decoder
+    rows: int  # at once, at least two
+    steps: int  # of the longest window, with its lags
+    prefix_steps: int  # of the longest prefix
+    lags: np.ndarray
+    frames_per_s: float
+    on_step: Callable[[Voice], None]  # after each step of a voice
+    check_stop: Callable[[], None]  # raises to end it all
+
+    def run(self, voices: Sequence[Voice]) -> Iterator[Ended]:
+        """All voices to their ends, in the order in which they get there."""
+        memory = self.decoder.memory(self.rows, self.steps, self.rows, self.prefix_steps)
+        prefixes = Prefixes(memory, self.rows)
+        waiting, active = deque(voices), list[Voice]()
+        free = list(range(self.rows))
+        while waiting or active:
+            while waiting and len(free) >= waiting[0].n_rows:
+                voice = waiting.popleft()
+                window = voice.next_window()
+                if window is None:
+                    yield Ended(voice)
+                    continue
+                voice.slots = [free.pop() for _ in range(voice.n_rows)]
+                self._begin(voice, window, memory, prefixes)
+                active.append(voice)
+            for voice, error in self._step(active, memory):
+                active.remove(voice)
+                free += voice.slots
+                for place in voice.prefixes:
+                    prefixes.give_back(place)
+                if error is None and voice.next_window() is not None:
+                    waiting.appendleft(voice)
+                else:
+                    yield Ended(voice, error)
+
+    def _begin(self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes) -> None:
+        """Run a window's prefixes, and all steps but one of what is known of it."""
+        self.check_stop()
+        conditions = voice.conditions
+        chroma = conditions.window(window.start / self.frames_per_s)
+        told = (chroma.tobytes(), conditions.text.tobytes())
+        voice.prefixes = [prefixes.take(told, lambda: conditions.told(chroma))]
+        if voice.n_rows == 2:
+            nothing = ("nothing", len(conditions.text))
+            voice.prefixes.append(prefixes.take(nothing, conditions.nothing))
+        voice.delayed = Delayed(voice.codes, window, self.lags, self.decoder.shape.vocabulary)
+        voice.position = 0
+        last = voice.delayed.known_steps
+        while voice.position < last:
+            self.check_stop()
+            upto = min(voice.position + STEPS_AT_ONCE, last)
+            memory.advance(self._feeds(voice, upto))
+            voice.position = upto
+
+    def _feeds(self, voice: Voice, upto: int) -> list[Feed]:
+        assert voice.delayed is not None
+        tokens = voice.delayed.told(voice.position, upto)
+        return [
+            Feed(slot, prefix, voice.position, tokens)
+            for slot, prefix in zip(voice.slots, voice.prefixes, strict=True)
+        ]
+
+    def _step(self, active: Sequence[Voice], memory: Memory) -> list[tuple[Voice, PipelineError | None]]:
+        """One step of all; those whose window is done or that failed."""
+        self.check_stop()
+        feeds = [feed for voice in active for feed in self._feeds(voice, voice.position + 1)]
+        feeds.sort(key=lambda feed: feed.prefix)  # neighbours share what the processor's caches hold
+        logits = dict(zip((feed.slot for feed in feeds), memory.advance(feeds), strict=True))
+        ended: list[tuple[Voice, PipelineError | None]] = []
+        for voice in active:
+            told, *nothing = (logits[slot] for slot in voice.slots)
+            try:
+                self._pick(voice, told, nothing[0] if nothing else None)
+            except PipelineError as error:
+                ended.append((voice, error))
+                continue
+            self.on_step(voice)
+            assert voice.delayed is not None
+            if voice.position == voice.delayed.steps:
+                ended.append((voice, None))
+        return ended
+
+    def _pick(self, voice: Voice, told: Samples, nothing: Samples | None) -> None:
+        """Noise belongs to the step counted from the beginning of the piece: each token's is its own."""
+        delayed = voice.delayed
+        assert delayed is not None
+        picked = voice.sampler.pick(
+            delayed.window.start + voice.position,
+            told.astype(np.float64),
+            None if nothing is None else nothing.astype(np.float64),
+        )
+        delayed.put(voice.position, picked)
+        voice.position += 1

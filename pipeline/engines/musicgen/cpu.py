@@ -1,0 +1,165 @@
+"""The decoder on a CPU: `kernels` over packed layers, in float32 or int8."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engines.musicgen import kernels
+from pipeline.engines.musicgen.decoder import Ends, Feed
+from pipeline.engines.musicgen.layers import Stack
+from pipeline.records import Samples
+
+# Waiting threads sleep. With the default, spinning, a step on a machine that others use as well took a
+# hundred times as long (16 ms against 0.02 ms per parallel loop at a load of 6 on 2 cores). Read by GNU
+# OpenMP when numba starts its threads; whoever sets it has it their way.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+WORTH_A_THREAD = 1 << 22  # weights: with fewer, waking threads takes longer than they save
+SERIAL_ROWS = 4  # the same for laying out activations
+STEPS_UNIT = 128  # the caches' lengths are multiples of this
+ENTRIES_AT_ONCE = 240  # of a prefill: a multiple of the kernels' 24 rows
+NO_NORM: Samples = np.empty((0, 0), np.float32)
+
+Indices = NDArray[np.int64]
+
+
+class CpuDecoder:
+    """A stack of layers between two ends."""
+
+    def __init__(self, stack: Stack, ends: Ends, threads: int | None = None) -> None:
+        """`threads` None: all cores."""
+        self.stack, self.ends = stack, ends
+        self.shape, self.precision = stack.shape, str(stack.precision)
+        self.heads = kernels.pack_columns(ends.heads)
+        available: int = numba.config.NUMBA_NUM_THREADS
+        few = sum(array.size for array in stack.arrays.values()) < WORTH_A_THREAD
+        self.threads = 1 if few else min(threads or available, available)
+
+    def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> CpuMemory:
+        """See `Decoder.memory`; pages that are never written take no room."""
+        return CpuMemory(self, rows, steps, prefixes, prefix_steps)
+
+    def bytes_per_step(self) -> int:
+        shape = self.shape
+        dim = shape.hidden // shape.heads
+        return 2 * shape.layers * shape.heads * (dim + 4 if self.precision == "int8" else 4 * dim)
+
+    def run(self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Prefixes) -> None:
+        """Entries through all layers, in place: x (entries, hidden), slots and positions (entries,)."""
+        shape, arrays = self.shape, self.stack.arrays
+        entries = len(x)
+        group, wide_group = self.stack.group(shape.hidden), self.stack.group(shape.wide)
+        words = np.empty(entries * max(shape.hidden, shape.wide), np.int32)
+        scales = np.empty((entries, shape.hidden // group), np.float32)
+        wide_scales = np.empty((entries, shape.wide // wide_group), np.float32)
+        qkv = np.empty((entries, 3 * shape.hidden), np.float32)
+        attended = np.empty((entries, shape.hidden), np.float32)
+        inner = np.empty((entries, shape.wide), np.float32)
+
+        def product(name: str, inputs: Samples, norm: Samples, out: Samples, mode: int) -> None:
+            weights = arrays[name][layer]
+            size, its = (wide_group, wide_scales) if name == "down" else (group, scales)
+            pack(weights, inputs, norm, size, words, its)
+            kernels.linear(weights, arrays[f"{name}_scales"][layer], words, its, entries, size, out, mode)
+
+        pack = kernels.pack_serially if entries <= SERIAL_ROWS else kernels.pack
+        numba.set_num_threads(self.threads)
+        for layer in range(shape.layers):
+            product("qkv", x, arrays["attention_norm"][layer], qkv, kernels.STORE)
+            kernels.attention(
+                qkv,
+                shape.heads,
+                cache.arrays,
+                cache.places(layer, slots),
+                prefixes.cache.arrays,
+                prefixes.cache.places(layer, prefixes.slots),
+                positions,
+                prefixes.lengths,
+                attended,
+            )
+            product("out", attended, NO_NORM, x, kernels.ADD)
+            product("up", x, arrays["feed_forward_norm"][layer], inner, kernels.GELU)
+            product("down", inner, NO_NORM, x, kernels.ADD)
+
+    def logits(self, x: Samples) -> Samples:
+        """The last normalization and the output matrix: (rows, hidden) to (rows, codebooks, vocabulary)."""
+        rows, hidden = x.shape
+        words = np.empty(rows * hidden, np.int32)
+        out = np.empty((rows, self.shape.codebooks * self.shape.vocabulary), np.float32)
+        kernels.pack(self.heads, x, self.ends.norm, hidden, words, NO_NORM)
+        kernels.linear(self.heads, NO_NORM[0:0].reshape(0), words, NO_NORM, rows, hidden, out, kernels.STORE)
+        return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
+
+
+class Cache:
+    """Keys and values of a number of slots, as the kernels want them."""
+
+    def __init__(self, decoder: CpuDecoder, slots: int, steps: int) -> None:
+        shape, steps = decoder.shape, -(-steps // STEPS_UNIT) * STEPS_UNIT
+        quantized = decoder.precision == "int8"
+        self.slots, self.heads = slots, shape.heads
+        places, dim = shape.layers * slots * shape.heads, shape.hidden // shape.heads
+        kind = np.int8 if quantized else np.float32
+        keys, values = (np.zeros((places, steps * dim), kind) for _ in range(2))
+        key_scales, value_scales = (np.zeros((places, steps if quantized else 0), np.float32) for _ in range(2))
+        self.arrays = (keys, key_scales, values, value_scales)
+
+    def places(self, layer: int, slots: Indices) -> Indices:
+        """Where the first head of these slots is."""
+        return np.asarray((layer * self.slots + slots) * self.heads)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefixes:
+    """Which prefix each entry has."""
+
+    cache: Cache
+    slots: Indices  # (entries,)
+    lengths: Indices  # (entries,): 0 for none
+
+
+class CpuMemory:
+    """See `Memory`."""
+
+    def __init__(self, decoder: CpuDecoder, rows: int, steps: int, prefixes: int, prefix_steps: int) -> None:
+        self.decoder = decoder
+        self.rows, self.prefixes = Cache(decoder, rows, steps), Cache(decoder, prefixes, prefix_steps)
+        self.lengths = np.zeros(prefixes, np.int64)
+
+    def prefill(self, prefix: int, inputs: Samples) -> None:
+        positions = np.arange(len(inputs), dtype=np.int64)
+        x = inputs + self.decoder.ends.positions[positions]
+        nothing = np.zeros_like(positions)
+        self._run(x, self.prefixes, np.full_like(positions, prefix), positions, nothing, nothing)
+        self.lengths[prefix] = len(inputs)
+
+    def advance(self, feeds: Sequence[Feed]) -> Samples:
+        ends, counts = self.decoder.ends, [len(feed.tokens) for feed in feeds]
+        slots = np.repeat(np.array([feed.slot for feed in feeds], np.int64), counts)
+        prefixes = np.repeat(np.array([feed.prefix for feed in feeds], np.int64), counts)
+        positions = np.concatenate([feed.position + np.arange(len(feed.tokens)) for feed in feeds])
+        lengths = self.lengths[prefixes]
+        x = ends.embedded(np.concatenate([feed.tokens for feed in feeds])) + ends.positions[lengths + positions]
+        self._run(x, self.rows, slots, positions, prefixes, lengths)
+        return self.decoder.logits(x[np.cumsum(counts) - 1])
+
+    def run(self, x: Samples) -> None:
+        """All positions of one sequence without a prefix, (steps, hidden), through the layers, in place."""
+        positions = np.arange(len(x), dtype=np.int64)
+        nothing = np.zeros_like(positions)
+        self._run(x, self.rows, nothing, positions, nothing, nothing)
+
+    def _run(
+        self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Indices, lengths: Indices
+    ) -> None:
+        """Through the layers, in parts that keep the working arrays small."""
+        for start in range(0, len(x), ENTRIES_AT_ONCE):
+            part = slice(start, start + ENTRIES_AT_ONCE)
+            before = Prefixes(self.prefixes, prefixes[part], lengths[part])
+            self.decoder.run(x[part], cache, slots[part], positions[part], before)

@@ -1,0 +1,100 @@
+"""What a decoder is: tokens in, the next tokens' logits out, in any number of rows at once.
+
+A row is one sequence with its own keys and values: a variation takes one, or two with guidance
+(told its condition, and told nothing). What conditions a row, its prefix, is run through the model
+once and may be shared by any number of rows. Sequences are (prefix | own steps), positions counted
+through both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.records import Samples
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a checkpoint's decoder."""
+
+    layers: int
+    hidden: int
+    heads: int
+    wide: int  # inputs of the feed-forward's second matrix
+    codebooks: int  # of all channels together
+    vocabulary: int  # tokens that can be picked; the one after them starts and pads
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """The two ends of a decoder, in float32 whatever is between them."""
+
+    embeddings: Samples  # (codebooks, vocabulary + 1, hidden)
+    heads: Samples  # (codebooks * vocabulary, hidden)
+    norm: Samples  # (2, hidden): weight and bias of the last layer normalization
+
+    positions: Samples  # (n, hidden): what is added at each position
+
+    def embedded(self, tokens: Tokens) -> Samples:
+        """Tokens (n, codebooks) as inputs, float32, (n, hidden), positions not added."""
+        found: Samples = self.embeddings[np.arange(tokens.shape[1]), tokens].sum(axis=1)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """What one row is told next."""
+
+    slot: int  # of the memory
+    prefix: int  # of the memory
+    position: int  # how many of its own steps came before
+    tokens: Tokens  # (n, codebooks), n >= 1
+
+
+class Memory(Protocol):
+    """Keys and values of a decoder's rows and prefixes, and the way to add to them."""
+
+    def prefill(self, prefix: int, inputs: Samples) -> None:
+        """Run a prefix, float32 (steps, hidden) without positions, and keep it in that place."""
+        ...
+
+    def advance(self, feeds: Sequence[Feed]) -> Samples:
+        """Run the feeds, one per row; the logits after each one's last tokens.
+
+        Returns float32, (feeds, codebooks, vocabulary). A row's logits don't depend on the others.
+        """
+        ...
+
+
+class Decoder(Protocol):
+    """The model between tokens and logits."""
+
+    shape: Shape
+    precision: str  # "float32", "int8", "float16", "bfloat16"
+
+    def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> Memory:
+        """Room for so many rows of so many own steps, and prefixes of so many steps."""
+        ...
+
+    def bytes_per_step(self) -> int:
+        """Of one step of one row or prefix in a memory."""
+        ...
+
+
+def shape_of(config: Any) -> Shape:
+    """The shape in a checkpoint's decoder configuration (transformers.MusicgenMelodyDecoderConfig)."""
+    return Shape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        wide=config.ffn_dim,
+        codebooks=config.num_codebooks,
+        vocabulary=config.vocab_size,
+    )

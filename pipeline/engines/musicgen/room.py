@@ -1,0 +1,40 @@
+"""How many rows go together: as many as help, as far as the memory goes."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+MOST_ROWS = 16  # eight variations with guidance; beyond, a CPU's time grows with the rows
+LEAST_ROWS = 2  # one variation
+SHARE_OF_FREE = 0.6  # of what the system has free, if no limit is set
+
+
+def rows_at_once(row_bytes: int, wanted: int, max_memory_gb: float | None) -> int:
+    """Rows of `row_bytes` each: `wanted` at most, and at least those of one variation.
+
+    `max_memory_gb` is the whole process's limit; what it has already counts.
+    """
+    if max_memory_gb is not None:
+        free = max_memory_gb * 1e9 - _resident_bytes()
+    else:
+        free = SHARE_OF_FREE * _available_bytes()
+    return max(LEAST_ROWS, min(wanted, MOST_ROWS, int(free // row_bytes)))
+
+
+def _resident_bytes() -> float:
+    """Of this process; 0 where the system doesn't tell."""
+    with suppress(OSError, ValueError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return float(pages * os.sysconf("SC_PAGE_SIZE"))
+    return 0.0
+
+
+def _available_bytes() -> float:
+    """What can be taken without swapping; infinite where the system doesn't tell."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    return float("inf")

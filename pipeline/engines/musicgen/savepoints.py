@@ -1,0 +1,67 @@
+"""Tokens of unfinished variations, kept on the disk so that a killed run goes on where it was.
+
+A file per request, a few kilobytes, written whole every few seconds of audio. Only tokens are
+kept: noise is a function of the step, and keys and values are made again from the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pipeline.durable import write_whole
+from pipeline.engines.musicgen.decoder import Tokens
+
+SUFFIX = ".tokens.npz"
+
+
+@dataclass(frozen=True)
+class Savepoints:
+    """A folder of them."""
+
+    folder: Path | None  # None: nothing is kept
+
+    def load(self, identity: str, shape: tuple[int, int]) -> Tokens | None:
+        """The codes (codebooks, frames) that were saved for a request, if there are any of that shape."""
+        if self.folder is None:
+            return None
+        try:
+            with np.load(self._path(identity), allow_pickle=False) as saved:
+                codes = saved["codes"].astype(np.int64)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None  # not there, or cut off: then it is made from its beginning
+        return codes if codes.shape == shape else None
+
+    def save(self, identity: str, codes: Tokens) -> None:
+        """Raises OSError if it can't be written."""
+        if self.folder is None:
+            return
+        path = self._path(identity)
+        write_whole(path, path.with_suffix(".tmp"), partial(_write, codes), verify=lambda file: None)
+
+    def drop(self, identity: str) -> None:
+        """Forget a request that is done with."""
+        if self.folder is not None:
+            with suppress(OSError):
+                self._path(identity).unlink(missing_ok=True)
+
+    def _path(self, identity: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{identity}{SUFFIX}"
+
+
+def identity(*facts: Any) -> str:
+    """A name for all that the tokens of a request depend on; the facts are JSON values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write(codes: Tokens, out: BinaryIO) -> None:
+    np.savez(out, codes=codes.astype(np.int16))

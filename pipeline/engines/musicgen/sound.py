@@ -1,0 +1,59 @@
+"""From tokens to sound, by the checkpoint's EnCodec decoder (Défossez et al. 2022).
+
+Up to a minute is decoded in one go. Beyond that memory would grow with the length (5 GB for ten
+minutes), so longer music is decoded in pieces that overlap by two seconds on either side, more than
+the convolutions reach, and are faded into one another where they meet: the recurrent layer, which
+remembers from the piece's beginning, differs by a little.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.engines.musicgen.decoder import Tokens
+from pipeline.engines.musicgen.loader import Checkpoint
+from pipeline.records import Samples
+
+WHOLE_S = 60.0
+PIECE_S = 30.0
+CONTEXT_S = 2.0
+FADE_S = 0.05
+
+
+def decode(checkpoint: Checkpoint, codes: Tokens) -> Samples:
+    """Codes (codebooks, frames) to float32, (channels, frames * hop)."""
+    rate = checkpoint.sample_rate / checkpoint.hop_samples
+    if codes.shape[1] <= WHOLE_S * rate:
+        return _decode(checkpoint, codes)
+    piece, context = round(PIECE_S * rate), round(CONTEXT_S * rate)
+    hop, fade = checkpoint.hop_samples, round(FADE_S * checkpoint.sample_rate)
+    rising = np.linspace(0, 1, 2 * fade, dtype=np.float32)
+    n_frames = codes.shape[1]
+    out = np.zeros((checkpoint.channels, n_frames * hop), np.float32)
+    for start in range(0, n_frames, piece):
+        end = min(start + piece, n_frames)
+        first, last = max(0, start - context), min(n_frames, end + context)
+        sound = _decode(checkpoint, codes[:, first:last])
+        begin, finish = start * hop, end * hop
+        if start > 0:
+            begin -= fade
+            sound[:, begin - first * hop : begin - first * hop + 2 * fade] *= rising
+        if end < n_frames:
+            finish += fade
+            sound[:, finish - first * hop - 2 * fade : finish - first * hop] *= rising[::-1]
+        out[:, begin:finish] += sound[:, begin - first * hop : finish - first * hop]
+    return out
+
+
+def _decode(checkpoint: Checkpoint, codes: Tokens) -> Samples:
+    """Left and right are codebooks of one another's kind, taking turns; each is decoded by itself."""
+    import torch
+
+    encodec = checkpoint.model.audio_encoder
+    sides = []
+    with torch.inference_mode():
+        for side in range(checkpoint.channels):
+            its = torch.from_numpy(codes[side :: checkpoint.channels].copy()).to(checkpoint.device)
+            sound = encodec.decode(its[None, None], audio_scales=[None]).audio_values
+            sides.append(sound[0, 0].to("cpu", torch.float32).numpy())
+    return np.stack(sides)
