@@ -8,8 +8,10 @@ VmHWM can be had: a child starts with the peak of the parent it was forked from.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -25,6 +27,19 @@ class Outcome:
 
     value: Any
     peak_bytes: int  # resident, of its whole life
+    others_cores: float  # cores that everything else kept busy meanwhile; 0 if the system doesn't say
+
+
+class _Clock:
+    """The whole machine's processor time, from now on."""
+
+    def __init__(self) -> None:
+        self._began_s, self._busy_s = time.perf_counter(), _busy_s()
+
+    def others_cores(self, ours_s: float) -> float:
+        """Cores busy since, apart from `ours_s` of processor time."""
+        busy_s, took_s = _busy_s() - self._busy_s, time.perf_counter() - self._began_s
+        return max(0.0, busy_s - ours_s) / took_s
 
 
 class ChildDied(Exception):
@@ -40,10 +55,12 @@ def in_child(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(theirs, function, args, kwargs))
+    clock = _Clock()
     process.start()
     theirs.close()
     try:
-        value, error, peak = ours.recv()
+        value, error, peak, cpu_s = ours.recv()
+        others = clock.others_cores(cpu_s)
     except EOFError:
         process.join()
         raise ChildDied(
@@ -53,7 +70,7 @@ def in_child(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome
     process.join()
     if error is not None:
         raise ChildDied(f"{function.__name__}: {error}")
-    return Outcome(value, peak)
+    return Outcome(value, peak, others)
 
 
 def peak_bytes() -> int:
@@ -83,7 +100,14 @@ def _serve(
         value, error = function(*args, **kwargs), None
     except Exception as raised:
         value, error = None, f"{type(raised).__name__}: {raised}"
-    pipe.send((value, error, peak_bytes()))
+    pipe.send((value, error, peak_bytes(), time.process_time()))
+
+
+def _busy_s() -> float:
+    """Processor time that the machine spent since it started: user, nice, system, interrupts."""
+    fields = _read("/proc/stat").split("\n", 1)[0].split()
+    ticks = [int(field) for field in fields[1:]]
+    return sum(ticks[:3] + ticks[5:7]) / os.sysconf("SC_CLK_TCK") if ticks else 0.0
 
 
 def _read(path: str) -> str:

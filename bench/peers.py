@@ -22,6 +22,8 @@ from peer_transformers import Decode
 from steps import DURATION_S, TIMED_STEPS, Missing, PeerRun
 from true_size import FOLDER, ensure
 
+CROWDED = 0.1  # cores in others' use from which a step waits for them at every one of its barriers
+
 
 def measure_transformers(variations: int, folder: Path = FOLDER, **options: Any) -> PeerRun | Missing:
     """`peer_transformers.run` in a process of its own."""
@@ -42,7 +44,7 @@ def measure_decode(folder: Path = FOLDER, duration_s: float = DURATION_S) -> Dec
     """
     outcome = in_child(peer_transformers.decode, folder, duration_s)
     made: Decode = outcome.value
-    return replace(made, peak_bytes=outcome.peak_bytes)
+    return replace(made, peak_bytes=outcome.peak_bytes, others_cores=outcome.others_cores)
 
 
 def whole_s(run: PeerRun, decode: Decode, duration_s: float = DURATION_S) -> float:
@@ -72,6 +74,10 @@ def describe(run: PeerRun | Missing, decode: Decode) -> list[str]:
     if run.left_out:
         steps = ", ".join(map(str, run.left_out))
         lines.append(f"  own steps {steps}: memory doesn't suffice; continued in a straight line")
+    if run.others_cores > CROWDED:
+        lines.append(
+            f"  other processes kept {run.others_cores:.2f} cores busy: these times say little, measure again"
+        )
     lines.append(
         f"  {DURATION_S:g} s each: {run.lm_s():.0f} s + EnCodec {run.variations} × {decode.seconds:.1f} s,"
         f" {per_second(run, decode):.2f} s per second of audio;"
@@ -86,7 +92,9 @@ def _measured(name: str, function: Callable[..., Any], *args: Any, **options: An
     except ChildDied as died:
         return Missing(name, str(died))
     made: PeerRun | Missing = outcome.value
-    return made if isinstance(made, Missing) else replace(made, peak_bytes=outcome.peak_bytes)
+    if isinstance(made, Missing):
+        return made
+    return replace(made, peak_bytes=outcome.peak_bytes, others_cores=outcome.others_cores)
 
 
 def main() -> None:
@@ -99,7 +107,10 @@ def main() -> None:
     began_s = time.perf_counter()
     decode = measure_decode()
     peak = decode.peak_bytes / GIB
-    print(f"EnCodec, {decode.duration_s:g} s: {decode.seconds:.2f} s, peak {peak:.1f} GiB with all weights")
+    print(
+        f"EnCodec, {decode.duration_s:g} s: {decode.seconds:.2f} s, peak {peak:.1f} GiB with all weights,"
+        f" {decode.others_cores:.2f} cores in others' use"
+    )
     for measure, counts in (
         (measure_transformers, options.variations),
         (measure_audiocraft, options.audiocraft),

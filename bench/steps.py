@@ -60,6 +60,7 @@ class PeerRun:
     left_out: tuple[int, ...]  # own steps that memory doesn't suffice for
     load_s: float
     peak_bytes: int  # with the longest cache measured
+    others_cores: float = 0.0  # that other processes kept busy meanwhile: the times are only as good
 
     def lm_s(self, duration_s: float = DURATION_S) -> float:
         """Seconds until all tokens of all variations are there, without EnCodec."""

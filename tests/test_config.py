@@ -112,7 +112,10 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
         ("generate: {duration_s: 0}", "generate.duration_s: must be >= 0.1 or must be 'source', not 0"),
         ("generate: {variations: []}", "generate.variations: must have at least one entry, not []"),
         ("generate: {variations: [{}]}", "generate.variations[0].name: is required"),
-        ('generate: {engine: mg}', 'generate.engine: must be one of auto, musicgen, remix, audiocraft, not "mg"'),
+        (
+            "generate: {engine: mg}",
+            'generate.engine: must be one of auto, musicgen, remix, audiocraft, not "mg"',
+        ),
         ('embed: {engine: remix}', 'embed.engine: must be one of auto, clap, descriptors, not "remix"'),
         (variation("count: 0"), "generate.variations[0].count: must be >= 1, not 0"),
         (variation("seed: -1"), "generate.variations[0].seed: must be >= 0, not -1"),

@@ -35,17 +35,19 @@ codebooks_pattern:
   modeling: delay
   delay: {{delays: {delays}, flatten_first: 0, empty_initial: 0}}
 transformer_lm:
-  {{dim: 32, num_heads: 2, num_layers: 2, hidden_scale: 2, n_q: {n_q}, card: {card}, dropout: 0.0, emb_lr: null,
-  activation: gelu, norm_first: true, bias_ff: false, bias_attn: false, bias_proj: false, past_context: null,
-  causal: true, custom: false, memory_efficient: true, attention_as_float32: false, layer_scale: null,
+  {{dim: 32, num_heads: 2, num_layers: 2, hidden_scale: 2, n_q: {n_q}, card: {card}, dropout: 0.0,
+  emb_lr: null, activation: gelu, norm_first: true, bias_ff: false, bias_attn: false,
+  bias_proj: false, past_context: null, causal: true, custom: false, memory_efficient: true,
+  attention_as_float32: false, layer_scale: null,
   positional_embedding: sin, xpos: false, checkpointing: none, weight_init: gaussian,
   depthwise_init: current, zero_bias_init: true, norm: layer_norm, cross_attention: false,
-  qk_layer_norm: false, qk_layer_norm_cross: false, attention_dropout: null, kv_repeat: 1, two_step_cfg: true}}
+  qk_layer_norm: false, qk_layer_norm_cross: false, attention_dropout: null, kv_repeat: 1,
+  two_step_cfg: true}}
 classifier_free_guidance: {{training_dropout: 0.2, inference_coef: 9.0}}
 attribute_dropout: {{args: {{active_on_eval: false}}, text: {{}}, wav: {{self_wav: 0.5}}}}
 fuser:
-  {{cross_attention_pos_emb: false, cross_attention_pos_emb_scale: 1, sum: [], prepend: [self_wav, description],
-  cross: [], input_interpolate: []}}
+  {{cross_attention_pos_emb: false, cross_attention_pos_emb_scale: 1, sum: [],
+  prepend: [self_wav, description], cross: [], input_interpolate: []}}
 conditioners:
   self_wav:
     model: chroma_stem
@@ -62,12 +64,13 @@ sample_rate: 32000
 channels: 1
 compression_model: encodec
 encodec:
-  {{autoencoder: seanet, quantizer: rvq, sample_rate: '${{sample_rate}}', channels: '${{channels}}', causal: false,
-  renormalize: false}}
+  {{autoencoder: seanet, quantizer: rvq, sample_rate: '${{sample_rate}}', channels: '${{channels}}',
+  causal: false, renormalize: false}}
 seanet:
-  {{dimension: 16, channels: '${{channels}}', causal: '${{encodec.causal}}', n_filters: 2, n_residual_layers: 1,
-  ratios: [8, 5, 4, 4], activation: ELU, activation_params: {{alpha: 1.0}}, norm: weight_norm, norm_params: {{}},
-  kernel_size: 7, residual_kernel_size: 3, last_kernel_size: 7, dilation_base: 2, pad_mode: constant,
+  {{dimension: 16, channels: '${{channels}}', causal: '${{encodec.causal}}', n_filters: 2,
+  n_residual_layers: 1, ratios: [8, 5, 4, 4], activation: ELU, activation_params: {{alpha: 1.0}},
+  norm: weight_norm, norm_params: {{}}, kernel_size: 7, residual_kernel_size: 3, last_kernel_size: 7,
+  dilation_base: 2, pad_mode: constant,
   true_skip: true, compress: 2, lstm: 1, disable_norm_outer_blocks: 0,
   decoder: {{trim_right_ratio: 1.0, final_activation: null, final_activation_params: null}}, encoder: {{}}}}
 rvq:
@@ -144,7 +147,7 @@ def build_t5(folder: Path) -> None:
 
 @contextlib.contextmanager
 def as_audiocraft(folder: Path) -> Iterator[None]:
-    """Where audiocraft's own constructors find the T5 in `folder`, and a separation that leaves all as it is."""
+    """audiocraft's own constructors find the T5 in `folder`, and a separation that leaves all as it is."""
     from audiocraft.modules.conditioners import ChromaStemConditioner
 
     demucs = types.ModuleType("demucs")

@@ -1,4 +1,4 @@
-"""The audiocraft engine: what holds without audiocraft, then the generator's promises on tiny random models."""
+"""The audiocraft engine: what holds without audiocraft, then its promises on tiny random models."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def made(engine: Any, *requests: VariationRequest) -> dict[str, Any]:
 # -- without audiocraft ----------------------------------------------------------------------------
 
 
-def test_a_missing_package_is_named_with_the_commands_that_install_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None if name == "audiocraft" else object())
     with pytest.raises(MissingPackage) as caught:
         choose("generate", "audiocraft", EngineSettings())
@@ -87,15 +85,14 @@ def test_the_requirements_name_both_commands_and_every_package() -> None:
 def test_auto_never_means_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Even with every package installed and its weights at hand, and no other engine's."""
     monkeypatch.setattr(choice, "find_spec", lambda name: object())
-    files = dict.fromkeys(FILES, archive())
-    with serve(MODEL, COMMIT, files) as hub:
-        fetch = weights.fetch(
-            MODEL, cache_dir=tmp_path, layout=AUDIOCRAFT, endpoint=hub.endpoint, progress=False
-        )
-    assert fetch.revision == COMMIT
-    assert choose("generate", "auto", EngineSettings(cache_dir=tmp_path)).card.name == "remix"
-    named = choose("generate", "audiocraft", EngineSettings(cache_dir=tmp_path))
-    assert (named.model, named.revision, named.folder) == (MODEL, COMMIT, fetch.folder)
+    settings = EngineSettings(cache_dir=tmp_path)
+    snapshot = tmp_path / f"models--{MODEL.replace('/', '--')}" / "snapshots" / COMMIT
+    write(snapshot, archives())
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
+    assert choose("generate", "auto", settings).card.name == "remix"
+    named = choose("generate", "audiocraft", settings)
+    assert (named.model, named.revision, named.folder) == (MODEL, COMMIT, snapshot)
     assert named.license == "CC-BY-NC-4.0 (MusicGen weights)"
     assert cards()["audiocraft"] is ENGINE
 
@@ -110,28 +107,27 @@ def test_auto_doesnt_fetch_its_weights_and_naming_it_fetches_all_of_them(home: H
     assert wanted("audiocraft") == [(MODEL, AUDIOCRAFT), ("google-t5/t5-base", TEXT_ENCODER)]
 
 
-def archive() -> bytes:
-    """What torch.save's files are on the outside."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("archive/version", "3")
-    return buffer.getvalue()
+def archives() -> dict[str, bytes]:
+    """What a checkpoint's two files are on the outside."""
+    files = {}
+    for name in FILES:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as file:
+            file.writestr(f"{name}/version", "3")
+        files[name] = buffer.getvalue()
+    return files
 
 
-def test_of_the_hub_only_its_two_files_are_downloaded_beside_those_of_the_other_format(
-    tmp_path: Path,
-) -> None:
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def test_of_the_hub_only_its_two_files_are_downloaded(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
-    published = {
-        **dict.fromkeys(FILES, archive()),
-        **{
-            "config.json": b"{}",
-            "model.safetensors": b"-",
-            "preprocessor_config.json": b"{}",
-            "README.md": b"#",
-        },
-    }
-    with serve(MODEL, COMMIT, published) as hub:
+    others = {"config.json": b"{}", "model.safetensors": b"-", "preprocessor_config.json": b"{ }"}
+    with serve(MODEL, COMMIT, {**archives(), **others}) as hub:
         found = weights.fetch(
             MODEL, cache_dir=tmp_path, layout=AUDIOCRAFT, endpoint=hub.endpoint, progress=False
         )
@@ -157,14 +153,11 @@ def test_a_text_encoder_needs_no_preprocessor(tmp_path: Path) -> None:
         ({}, "state_dict.bin, compression_state_dict.bin missing."),
         ({"state_dict.bin": b""}, ": compression_state_dict.bin missing."),
         ({"config.json": b"{}", "model.safetensors": b""}, "take the engine musicgen"),
-        ({FILES[0]: archive(), FILES[1]: archive()[:-1]}, f"{FILES[1]} is cut off"),
+        ({FILES[0]: archives()[FILES[0]], FILES[1]: archives()[FILES[1]][:-1]}, f"{FILES[1]} is cut off"),
     ],
 )
-def test_an_unusable_folder_says_what_is_wrong(
-    tmp_path: Path, files: dict[str, bytes], sentence: str
-) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+def test_a_folder_of_another_kind_says_so(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
+    write(tmp_path, files)
     with pytest.raises(BadCheckpoint) as caught:
         weights.locate(str(tmp_path), layout=AUDIOCRAFT)
     assert sentence in str(caught.value)
@@ -172,10 +165,9 @@ def test_an_unusable_folder_says_what_is_wrong(
 
 
 def test_a_local_checkpoint_is_told_from_another_by_its_fingerprint(tmp_path: Path) -> None:
-    for name in FILES:
-        (tmp_path / name).write_bytes(archive())
+    write(tmp_path, archives())
     before = weights.locate(str(tmp_path), layout=AUDIOCRAFT)
-    (tmp_path / FILES[0]).write_bytes(b"PK" + archive())
+    (tmp_path / FILES[0]).write_bytes(b"PK" + archives()[FILES[0]])
     after = weights.locate(str(tmp_path), layout=AUDIOCRAFT)
     assert before is not None
     assert after is not None
@@ -216,8 +208,21 @@ def test_parameters_mean_and_allow_what_musicgens_do() -> None:
 @pytest.fixture(scope="session")
 def need_audiocraft() -> None:
     if missing := missing_packages(ENGINE):
-        pytest.skip(f"optional, not installed: {', '.join(missing)} ({INSTALL_COMMAND})")
+        pytest.skip(f"{missing[0]} isn't installed; for this optional engine: {INSTALL_COMMAND}")
     import_packages()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these only get slower by more."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -359,7 +364,7 @@ def test_asked_to_stop_before_it_starts_it_doesnt(engine: Any, request_for: Requ
         next(engine.generate([request_for()], progress=silent, should_stop=lambda: True))
 
 
-@pytest.mark.parametrize(("prompt", "duration_s"), [("warm piano", 19.0), ("", 23.0)])
+@pytest.mark.parametrize(("prompt", "duration_s"), [("warm piano", 1.0), ("", 19.0)])
 def test_it_is_audiocrafts_own_result(
     need_audiocraft: None, tmp_path: Path, prompt: str, duration_s: float
 ) -> None:
@@ -372,16 +377,15 @@ def test_it_is_audiocrafts_own_result(
     from audiocraft.models import MusicGen
     from audiocraft_models import as_audiocraft, build
 
-    folder = build(tmp_path / "reference", window_s=20.0)
+    folder = build(tmp_path / "reference", window_s=18.5)
     source = tones(440.0, 554.37, 659.26, 493.88, 587.33, seconds=45.0)
     settings = {"temperature": 1.2, "top_k": 60, "top_p": 0.0}
-    request = VariationRequest(
-        "a", "t", source, duration_s, 11, {**settings, "prompt": prompt, "guidance": 4.0}
-    )
+    params = {**settings, "prompt": prompt, "guidance": 4.0}
+    request = VariationRequest("a", "t", source, duration_s, 11, params)
     ours = ENGINE.load(EngineSettings(model=str(folder))).run(request, silent, never)
     with as_audiocraft(folder), torch.random.fork_rng(devices=[]):
         theirs = MusicGen.get_pretrained(str(folder), device="cpu")
-        theirs.set_generation_params(**settings, cfg_coef=4.0, duration=duration_s, extend_stride=12)
+        theirs.set_generation_params(**settings, cfg_coef=4.0, duration=duration_s, extend_stride=0.6 * 18.5)
         torch.manual_seed(11)
         sound, tokens = theirs.generate_with_chroma(
             [prompt], torch.from_numpy(source.samples)[None], 44100, return_tokens=True
@@ -412,7 +416,7 @@ def test_a_stereo_model_makes_two_different_channels(
 def test_nothing_is_loaded_that_a_request_doesnt_need(
     copied: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch, request_for: RequestFn
 ) -> None:
-    """No separation, no spaCy model, and T5 only for a prompt: then it is looked for, and its lack is told."""
+    """No separation, no spaCy model, and T5 only for a prompt: then its lack is told."""
     import spacy
 
     monkeypatch.setitem(sys.modules, "demucs", None)
@@ -426,7 +430,7 @@ def test_nothing_is_loaded_that_a_request_doesnt_need(
 
 @pytest.mark.parametrize("name", ["t5-small", "google-t5/t5-small"])
 def test_t5_is_taken_from_the_hubs_cache_by_either_of_its_names(
-    name: str, folder: Path, copied: Path, asked: list[str], request_for: RequestFn, engine: Any
+    name: str, folder: Path, copied: Path, request_for: RequestFn, engine: Any
 ) -> None:
     repo = copied / "hub" / f"models--{name.replace('/', '--')}"
     (repo / "refs").mkdir(parents=True)
@@ -436,7 +440,6 @@ def test_t5_is_taken_from_the_hubs_cache_by_either_of_its_names(
     found = ENGINE.load(EngineSettings(model=str(copied), cache_dir=copied / "hub"))
     request = request_for(prompt="slow drums")
     np.testing.assert_array_equal(codes(found, request), codes(engine, request))
-    assert asked == []
 
 
 def test_prompts_that_need_a_spacy_model_are_refused_and_the_rest_goes_on(
@@ -445,11 +448,8 @@ def test_prompts_that_need_a_spacy_model_are_refused_and_the_rest_goes_on(
     from audiocraft_models import build
 
     model = build(tmp_path / "normalizing", normalize_text=True)
-    results = made(
-        ENGINE.load(EngineSettings(model=str(model))),
-        request_for("told", prompt="piano"),
-        request_for("plain"),
-    )
+    normalizing = ENGINE.load(EngineSettings(model=str(model)))
+    results = made(normalizing, request_for("told", prompt="piano"), request_for("plain"))
     assert isinstance(results["told"].error, BadCheckpoint)
     assert "en_core_web_sm" in str(results["told"].error)
     assert isinstance(results["plain"], Variation)
@@ -503,9 +503,8 @@ def without_weight(content: dict) -> None:
 
 
 def text_only(content: dict) -> None:
-    content["xp.cfg"] = re.sub(
-        r"  self_wav:\n    model.*?(?=  description:)", "", content["xp.cfg"], flags=re.DOTALL
-    )
+    melody = re.compile(r"  self_wav:\n    model.*?(?=  description:)", re.DOTALL)
+    content["xp.cfg"] = melody.sub("", content["xp.cfg"])
 
 
 def no_yaml(content: dict) -> None:

@@ -30,8 +30,8 @@ TRAINING_ONLY = ("match_len_on_eval", "eval_wavs", "n_eval_wavs", "cache_path")
 class MixChromaConditioner(ChromaStemConditioner):  # type: ignore[misc]  # the library is untyped here
     """Chroma of the whole mix.
 
-    audiocraft's own loads demucs and takes the chroma of vocals and other instruments alone. For
-    material that is mostly drums and bass that is better, for what is melodic already it isn't
+    audiocraft's own loads demucs and takes the chroma of vocals and other instruments alone. For a
+    mix with strong drums and bass that is better, for what is melodic already it isn't
     (facebookresearch/audiocraft #478), and demucs' weights are a pickle from a server of their own.
     """
 

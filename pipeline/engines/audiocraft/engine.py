@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 STRIDE = 0.6  # of the window: what audiocraft moves on by beyond it, 18 of 30 s
-MIN_FRAMES = 4
-# Of the melody beyond what the last window covers, so that its last chroma frames see what is there.
-MARGIN_S = 1.0
+MIN_FRAMES = 4  # one per codebook: the shortest run in which the delay pattern is whole
+MARGIN_S = 1.0  # of melody beyond the last window: its last chroma frames look 0.26 s past its end
+GOLDEN_RATIO = 0x9E3779B1  # times 2**-32: Knuth's multiplier, which spreads bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,8 +183,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every GPU
+        torch.default_generator.manual_seed(folded(seed))  # torch.manual_seed would reach every GPU
         if on_gpu:
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+                torch.cuda.manual_seed(folded(seed))
         yield
+
+
+def folded(seed: int) -> int:
+    """A seed in 32 bits, all that torch's generator on the CPU looks at; small ones are as they were."""
+    return (seed ^ (seed >> 32) * GOLDEN_RATIO) & 0xFFFFFFFF

@@ -28,6 +28,7 @@ from pipeline.weights import Weights
 
 CONDITIONERS = {"self_wav": "chroma_stem", "description": "t5"}  # those of MusicGen-Melody
 PROMPT_WEIGHTS = "condition_provider.conditioners.description.output_proj.weight"
+BROKEN_CONFIGURATION = (AttributeError, LookupError, TypeError, ValueError, AssertionError)
 MELODY_CHECKPOINT = "such as facebook/musicgen-melody"
 
 
@@ -137,9 +138,8 @@ def _encodec(path: Path, device: str, cache_dir: Path | None) -> Any:
         import transformers
 
         folder = companion(path.parent, str(content["pretrained"]), TRANSFORMERS, cache_dir)
-        return HFEncodecCompressionModel(
-            pretrained.load_model(transformers.EncodecModel, folder, device)
-        ).eval()
+        model = pretrained.load_model(transformers.EncodecModel, folder, device)
+        return HFEncodecCompressionModel(model).eval()
     found = package(path, content)
     with _reading(path):
         found.config.device = device
@@ -148,11 +148,14 @@ def _encodec(path: Path, device: str, cache_dir: Path | None) -> Any:
 
 
 def _open_t5(folder: Path, device: str, cache_dir: Path | None, name: str) -> tuple[Any, Any]:
+    import torch
     import transformers
 
     where = companion(folder, name, TEXT_ENCODER, cache_dir)
-    tokenizer = pretrained.load_part(transformers.T5Tokenizer, where)
-    return tokenizer, pretrained.load_model(transformers.T5EncoderModel, where, device)
+    # In the middle of the first request with a prompt, whose draws must be those of any other time.
+    with torch.random.fork_rng(devices=[]):
+        tokenizer = pretrained.load_part(transformers.T5Tokenizer, where)
+        return tokenizer, pretrained.load_model(transformers.T5EncoderModel, where, device)
 
 
 def _fill(model: Any, found: Package, path: Path) -> Any:
@@ -172,13 +175,6 @@ def _reading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AssertionError,
-        OmegaConfBaseException,
-    ) as error:
+    except (*BROKEN_CONFIGURATION, OmegaConfBaseException) as error:
         reason = f"{type(error).__name__}: {pretrained.first_line(error)}"
         raise BadCheckpoint(f"The configuration in {path} can't be used ({reason}).") from error

@@ -12,19 +12,18 @@ from numpy.typing import NDArray
 
 from pipeline.engines.musicgen import kernels
 from pipeline.engines.musicgen.decoder import Ends, Feed
-from pipeline.engines.musicgen.layers import Stack
+from pipeline.engines.musicgen.layers import MATRICES, NORMS, Stack
 from pipeline.records import Samples
 
-# Waiting threads sleep. With the default, spinning, a step on a machine that others use as well took a
-# hundred times as long (16 ms against 0.02 ms per parallel loop at a load of 6 on 2 cores). Read by GNU
-# OpenMP when numba starts its threads; whoever sets it has it their way.
+# Threads that wait for the next step sleep (GNU OpenMP reads this when numba starts its threads): between
+# steps the other cores are free for the rest of the program and for others.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 WORTH_A_THREAD = 1 << 22  # weights: with fewer, waking threads takes longer than they save
-SERIAL_ROWS = 4  # the same for laying out activations
 STEPS_UNIT = 128  # the caches' lengths are multiples of this
 ENTRIES_AT_ONCE = 240  # of a prefill: a multiple of the kernels' 24 rows
 NO_NORM: Samples = np.empty((0, 0), np.float32)
+NO_SCALES: Samples = np.empty(0, np.float32)
 
 Indices = NDArray[np.int64]
 
@@ -52,48 +51,53 @@ class CpuDecoder:
 
     def run(self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Prefixes) -> None:
         """Entries through all layers, in place: x (entries, hidden), slots and positions (entries,)."""
-        shape, arrays = self.shape, self.stack.arrays
-        entries = len(x)
+        shape, arrays, entries = self.shape, self.stack.arrays, len(x)
         group, wide_group = self.stack.group(shape.hidden), self.stack.group(shape.wide)
-        words = np.empty(entries * max(shape.hidden, shape.wide), np.int32)
-        scales = np.empty((entries, shape.hidden // group), np.float32)
-        wide_scales = np.empty((entries, shape.wide // wide_group), np.float32)
-        qkv = np.empty((entries, 3 * shape.hidden), np.float32)
-        attended = np.empty((entries, shape.hidden), np.float32)
-        inner = np.empty((entries, shape.wide), np.float32)
-
-        def product(name: str, inputs: Samples, norm: Samples, out: Samples, mode: int) -> None:
-            weights = arrays[name][layer]
-            size, its = (wide_group, wide_scales) if name == "down" else (group, scales)
-            pack(weights, inputs, norm, size, words, its)
-            kernels.linear(weights, arrays[f"{name}_scales"][layer], words, its, entries, size, out, mode)
-
-        pack = kernels.pack_serially if entries <= SERIAL_ROWS else kernels.pack
+        room = (
+            np.empty(entries * max(shape.hidden, shape.wide), np.int32),
+            np.empty((entries, shape.hidden // group), np.float32),
+            np.empty((entries, shape.wide // wide_group), np.float32),
+            np.empty((entries, 3 * shape.hidden), np.float32),
+            np.empty((entries, shape.hidden), np.float32),
+            np.empty((entries, shape.wide), np.float32),
+            NO_NORM,
+        )
         numba.set_num_threads(self.threads)
-        for layer in range(shape.layers):
-            product("qkv", x, arrays["attention_norm"][layer], qkv, kernels.STORE)
-            kernels.attention(
-                qkv,
-                shape.heads,
-                cache.arrays,
-                cache.places(layer, slots),
-                prefixes.cache.arrays,
-                prefixes.cache.places(layer, prefixes.slots),
-                positions,
-                prefixes.lengths,
-                attended,
-            )
-            product("out", attended, NO_NORM, x, kernels.ADD)
-            product("up", x, arrays["feed_forward_norm"][layer], inner, kernels.GELU)
-            product("down", inner, NO_NORM, x, kernels.ADD)
+        kernels.run_layers(
+            self.threads,
+            np.zeros(2 * kernels.PHASES_PER_LAYER * shape.layers, np.int64),
+            x,
+            shape.heads,
+            tuple(arrays[name] for matrix in MATRICES for name in (matrix, f"{matrix}_scales")),
+            tuple(arrays[name] for name in NORMS),
+            (group, wide_group),
+            cache.arrays,
+            cache.places(slots),
+            prefixes.cache.arrays,
+            prefixes.cache.places(prefixes.slots),
+            positions,
+            prefixes.lengths,
+            room,
+        )
 
     def logits(self, x: Samples) -> Samples:
         """The last normalization and the output matrix: (rows, hidden) to (rows, codebooks, vocabulary)."""
         rows, hidden = x.shape
-        words = np.empty(rows * hidden, np.int32)
         out = np.empty((rows, self.shape.codebooks * self.shape.vocabulary), np.float32)
-        kernels.pack(self.heads, x, self.ends.norm, hidden, words, NO_NORM)
-        kernels.linear(self.heads, NO_NORM[0:0].reshape(0), words, NO_NORM, rows, hidden, out, kernels.STORE)
+        numba.set_num_threads(self.threads)
+        kernels.run_product(
+            self.threads,
+            np.zeros(4, np.int64),
+            self.heads,
+            NO_SCALES,
+            x,
+            self.ends.norm,
+            hidden,
+            np.empty(rows * hidden, np.int32),
+            np.empty((rows, 1), np.float32),
+            out,
+            kernels.STORE,
+        )
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
 
@@ -103,16 +107,19 @@ class Cache:
     def __init__(self, decoder: CpuDecoder, slots: int, steps: int) -> None:
         shape, steps = decoder.shape, -(-steps // STEPS_UNIT) * STEPS_UNIT
         quantized = decoder.precision == "int8"
-        self.slots, self.heads = slots, shape.heads
+        self.slots, self.heads, self.layers = slots, shape.heads, shape.layers
         places, dim = shape.layers * slots * shape.heads, shape.hidden // shape.heads
         kind = np.int8 if quantized else np.float32
         keys, values = (np.zeros((places, steps * dim), kind) for _ in range(2))
-        key_scales, value_scales = (np.zeros((places, steps if quantized else 0), np.float32) for _ in range(2))
+        key_scales, value_scales = (
+            np.zeros((places, steps if quantized else 0), np.float32) for _ in range(2)
+        )
         self.arrays = (keys, key_scales, values, value_scales)
 
-    def places(self, layer: int, slots: Indices) -> Indices:
-        """Where the first head of these slots is."""
-        return np.asarray((layer * self.slots + slots) * self.heads)
+    def places(self, slots: Indices) -> Indices:
+        """Where the first head of these slots is, in each layer: (layers, slots)."""
+        first = np.arange(self.layers, dtype=np.int64)[:, None] * self.slots
+        return np.asarray((first + slots) * self.heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +143,7 @@ class CpuMemory:
         positions = np.arange(len(inputs), dtype=np.int64)
         x = inputs + self.decoder.ends.positions[positions]
         nothing = np.zeros_like(positions)
-        self._run(x, self.prefixes, np.full_like(positions, prefix), positions, nothing, nothing)
+        self._run(x, self.prefixes, np.full_like(positions, prefix), positions, self._without_prefix(nothing))
         self.lengths[prefix] = len(inputs)
 
     def advance(self, feeds: Sequence[Feed]) -> Samples:
@@ -145,21 +152,25 @@ class CpuMemory:
         prefixes = np.repeat(np.array([feed.prefix for feed in feeds], np.int64), counts)
         positions = np.concatenate([feed.position + np.arange(len(feed.tokens)) for feed in feeds])
         lengths = self.lengths[prefixes]
-        x = ends.embedded(np.concatenate([feed.tokens for feed in feeds])) + ends.positions[lengths + positions]
-        self._run(x, self.rows, slots, positions, prefixes, lengths)
+        x = (
+            ends.embedded(np.concatenate([feed.tokens for feed in feeds]))
+            + ends.positions[lengths + positions]
+        )
+        self._run(x, self.rows, slots, positions, Prefixes(self.prefixes, prefixes, lengths))
         return self.decoder.logits(x[np.cumsum(counts) - 1])
 
     def run(self, x: Samples) -> None:
         """All positions of one sequence without a prefix, (steps, hidden), through the layers, in place."""
         positions = np.arange(len(x), dtype=np.int64)
         nothing = np.zeros_like(positions)
-        self._run(x, self.rows, nothing, positions, nothing, nothing)
+        self._run(x, self.rows, nothing, positions, self._without_prefix(nothing))
 
-    def _run(
-        self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Indices, lengths: Indices
-    ) -> None:
+    def _without_prefix(self, nothing: Indices) -> Prefixes:
+        return Prefixes(self.prefixes, nothing, nothing)
+
+    def _run(self, x: Samples, cache: Cache, slots: Indices, positions: Indices, before: Prefixes) -> None:
         """Through the layers, in parts that keep the working arrays small."""
         for start in range(0, len(x), ENTRIES_AT_ONCE):
             part = slice(start, start + ENTRIES_AT_ONCE)
-            before = Prefixes(self.prefixes, prefixes[part], lengths[part])
-            self.decoder.run(x[part], cache, slots[part], positions[part], before)
+            its = Prefixes(before.cache, before.slots[part], before.lengths[part])
+            self.decoder.run(x[part], cache, slots[part], positions[part], its)

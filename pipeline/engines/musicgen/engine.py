@@ -215,5 +215,3 @@ def _failure(error: Exception) -> PipelineError:
     failure = EngineFailure(f"musicgen broke off: {type(error).__name__}: {first_line(error)}.")
     failure.__cause__ = error
     return failure
-
-

@@ -36,7 +36,12 @@ ROW_BLOCK = 24  # rows of activations that are packed together
 _TILE_ROWS = 6  # of one micro-kernel: 6 x 16 sums fill AVX2's registers
 
 # Sums may be reordered for the vector units (the same way each time); infinities and NaN stay what they are.
-_MATHS = {"contract", "reassoc", "nsz", "arcp"}
+# Division checks nothing: an exception in a loop keeps it from the vector units.
+_OPTIONS: dict[str, Any] = {
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "reassoc", "nsz", "arcp"},
+}
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -50,8 +55,8 @@ def _make_tile(rows: int) -> Any:
     Of the array `weights` only the type counts. All other arguments are addresses or byte counts:
     weights at `w`, units in a row (a unit is an input, or a pair of them for int8); activations at
     `a`, one 32-bit word per row, `a_step` from unit to unit; `groups` groups of `units` units (an
-    even number for int8); scales at `s`, float32, `s_step` from row to row (int8 only). At `ahead`, `ahead_step` per
-    unit, stands what will be needed next.
+    even number for int8); scales at `s`, float32, `s_step` from row to row (int8 only). At `ahead`,
+    `ahead_step` per unit, stands what will be needed next.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -120,9 +125,7 @@ class _Tile:
         for step in range(self.UNROLL):
             sums = self.unit(b.add(b.add(first, unit), _I64(step)), sums)
         where = self.address(self.ahead, b.mul(b.add(first, unit), self.ahead_step), _I8)
-        prefetch = self.declare(
-            "llvm.prefetch.p0", ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32]
-        )
+        prefetch = self.declare("llvm.prefetch.p0", ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
         b.call(prefetch, [where, _I32(0), _I32(2), _I32(1)])  # for reading, into the second cache, data
         following = b.add(unit, _I64(self.UNROLL))
         unit.add_incoming(following, loop)
@@ -202,9 +205,7 @@ class _Int8Tile(_Tile):
         products = b.mul(b.sext(weights, wide), b.sext(pair, wide))
         nothing = ir.Constant(wide, ir.Undefined)
         even, odd = (
-            b.shuffle_vector(
-                products, nothing, ir.Constant(_vector(_I32), list(range(start, 2 * LANES, 2)))
-            )
+            b.shuffle_vector(products, nothing, ir.Constant(_vector(_I32), list(range(start, 2 * LANES, 2))))
             for start in (0, 1)
         )
         return b.add(total, b.add(even, odd))
@@ -237,6 +238,27 @@ def _float_of_bits(_: Any, bits: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _bits_of_float(_: Any, number: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _address(_: Any, array: Any) -> Any:
+    """Where an array's data begins. (`array.ctypes` counts references, which threads contend for.)"""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        held = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.ptrtoint(held.data, _I64)
+
+    return types.intp(array), codegen
+
+
 _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (_make_tile(rows) for rows in range(1, 7))
 
 
@@ -249,8 +271,8 @@ _ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
 _LEAST = np.float32(-87.0)  # e to this is the smallest normal float32, nearly
 
 
-@njit(cache=True, inline="always")
-def _exp(x):  # type: ignore[no-untyped-def]
+@njit(inline="always", **_OPTIONS)
+def _exp(x):
     """e**x of a float32 x <= 0, to about 1e-7: 2**n times the series of a rest below ln(2)/2."""
     x = x if x > _LEAST else _LEAST
     n = np.floor(x * _LOG2_E + _HALF)
@@ -266,21 +288,21 @@ _A4, _A5 = np.float32(-1.453152027), np.float32(1.061405429)
 _SQRT_HALF = np.float32(0.7071067811865476)
 
 
-@njit(cache=True, inline="always")
-def _gelu(x):  # type: ignore[no-untyped-def]
-    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016), by erf."""
-    z = abs(x) * _SQRT_HALF
+@njit(inline="always", **_OPTIONS)
+def _gelu(x):
+    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016), by erf: max(x, 0) less what the tail takes."""
+    size = abs(x)
+    z = size * _SQRT_HALF
     t = _ONE / (_ONE + _ERF_P * z)
     tail = t * (_A1 + t * (_A2 + t * (_A3 + t * (_A4 + t * _A5)))) * _exp(-z * z)
-    below = _HALF * tail
-    return x * (below if x < _ZERO else _ONE - below)
+    return (x + size) * _HALF - size * tail * _HALF
 
 
 _EPSILON = np.float32(1e-5)  # torch.nn.LayerNorm's
 
 
-@njit(cache=True, fastmath=_MATHS)
-def _normalize(x, weight, bias, out):  # type: ignore[no-untyped-def]
+@njit(**_OPTIONS)
+def _normalize(x, weight, bias, out):
     """Layer normalization of one row."""
     n = np.float32(x.shape[0])
     mean = _ZERO
@@ -298,8 +320,8 @@ def _normalize(x, weight, bias, out):  # type: ignore[no-untyped-def]
 # -- products ---------------------------------------------------------------------------------------
 
 
-@njit(cache=True, fastmath=_MATHS)
-def _multiply(weights, w, a, rows, groups, units, s, s_step, out, ahead, ahead_bytes):  # type: ignore[no-untyped-def]
+@njit(**_OPTIONS)
+def _multiply(weights, w, a, rows, groups, units, s, s_step, out, ahead, ahead_bytes):
     """(rows, 16) += activations times 16 columns, chunk by chunk, so that both stay in the first cache.
 
     `a`: words, (groups * units, rows); `ahead`: the next columns, `ahead_bytes` of them.
@@ -333,69 +355,79 @@ def _multiply(weights, w, a, rows, groups, units, s, s_step, out, ahead, ahead_b
             row += count
 
 
-@njit(cache=True, fastmath=_MATHS)
-def _pack_group(x, start, stop, words, first, step):  # type: ignore[no-untyped-def]
-    """Quantize x[start:stop] to int16 pairs, a pair in every `step`-th word from `first`; its scale."""
-    largest = np.float32(0.0)
-    for k in range(start, stop):
-        largest = abs(x[k]) if abs(x[k]) > largest else largest
-    inverse = np.float32(32767.0) / largest if largest > 0 else np.float32(0.0)
-    rounded = np.empty(stop - start, np.int16)
-    for k in range(stop - start):
-        rounded[k] = np.int16(np.floor(x[start + k] * inverse + _HALF))
-    pairs = rounded.view(np.int32)
-    for unit in range(pairs.shape[0]):
-        words[first + (start // 2 + unit) * step] = pairs[unit]
+_BITS = np.int32(0x7FFFFFFF)  # of a float32, without the sign
+
+
+@njit(**_OPTIONS)
+def _quantize(x, x_from, n, out, out_from):
+    """n numbers to int16, and their scale.
+
+    The largest is found by bits, in which numbers without a sign are in order: so it can be done by
+    vectors, and NaN is the largest of all.
+    """
+    bits = np.int32(0)
+    for k in range(n):
+        bits = max(bits, np.int32(_bits_of_float(x[x_from + k]) & _BITS))
+    largest = _float_of_bits(bits)
+    inverse = np.float32(32767.0) / largest if largest > 0 else _ZERO
+    for k in range(n):
+        out[out_from + k] = np.int16(np.floor(x[x_from + k] * inverse + _HALF))
     return largest * np.float32(1.0 / 32767.0)
 
 
-@njit(cache=True, fastmath=_MATHS)
-def _pack_row(weights, x, group, row, rows, words, scales):  # type: ignore[no-untyped-def]
-    """Lay a row of activations out for `linear`: words in blocks of 24 rows, (inputs or pairs, rows)."""
+@njit(**_OPTIONS)
+def _pack_row(weights, x, group, row, rows, room, words, scales):
+    """Lay a row of activations out for `_linear`: words in blocks of 24 rows, (inputs or pairs, rows).
+
+    `room` is int16, as many as inputs.
+    """
     block = row // ROW_BLOCK
     in_block = min(ROW_BLOCK, rows - block * ROW_BLOCK)
-    per_word = 2 if weights.itemsize == 1 else 1
-    first = block * ROW_BLOCK * (x.shape[0] // per_word) + row - block * ROW_BLOCK
+    units = x.shape[0] // 2 if weights.itemsize == 1 else x.shape[0]
+    first = block * ROW_BLOCK * units + row - block * ROW_BLOCK
     if weights.itemsize == 1:
         for g in range(x.shape[0] // group):
-            scales[row, g] = _pack_group(x, g * group, (g + 1) * group, words, first, in_block)
+            scales[row, g] = _quantize(x, g * group, group, room, g * group)
+        pairs = room.view(np.int32)
+        for unit in range(units):
+            words[first + unit * in_block] = pairs[unit]
     else:
         floats = words.view(np.float32)
-        for k in range(x.shape[0]):
-            floats[first + k * in_block] = x[k]
+        for unit in range(units):
+            floats[first + unit * in_block] = x[unit]
 
 
-STORE, ADD, GELU = 0, 1, 2
+STORE, ADD, GELU = 0, 1, 2  # what a product does with what it finds
 
 
-@njit(cache=True, parallel=True, fastmath=_MATHS)
-def linear(weights, weight_scales, words, scales, rows, group, out, mode):  # type: ignore[no-untyped-def]
-    """out (rows, outputs) = or += packed activations times weights, or GELU of it.
+@njit(**_OPTIONS)
+def _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last):
+    """Blocks `first` to `last` of out (rows, outputs): = or += activations times weights, or GELU of it.
 
     `weights`: (outputs / 16, inputs * 16), see `pack_columns`; `weight_scales` (outputs,) for int8.
     """
-    blocks, inputs = weights.shape[0], weights.shape[1] // LANES
+    inputs = weights.shape[1] // LANES
     quantized = weights.itemsize == 1
     units_per_row = inputs // 2 if quantized else inputs
     groups = inputs // group
     block_bytes = weights.shape[1] * weights.itemsize
-    for n in prange(blocks):
-        sums = np.empty((ROW_BLOCK, LANES), np.float32)
-        start = weights.ctypes.data + n * block_bytes
-        following = start + block_bytes if n + 1 < blocks else start
+    sums = np.empty((ROW_BLOCK, LANES), np.float32)
+    for n in range(first, last):
+        start = _address(weights) + n * block_bytes
+        following = start + block_bytes if n + 1 < weights.shape[0] else start
         for row in range(0, rows, ROW_BLOCK):
             count = min(ROW_BLOCK, rows - row)
             sums[:count] = 0
             _multiply(
                 weights,
                 start,
-                words.ctypes.data + row * units_per_row * 4,
+                _address(words) + row * units_per_row * 4,
                 count,
                 groups,
                 units_per_row // groups,
-                scales.ctypes.data + row * scales.shape[1] * 4,
+                _address(scales) + row * scales.shape[1] * 4,
                 scales.shape[1] * 4,
-                sums.ctypes.data,
+                _address(sums),
                 following,
                 block_bytes if row == 0 else 0,
             )
@@ -420,17 +452,17 @@ def linear(weights, weight_scales, words, scales, rows, group, out, mode):  # ty
 _VALUE_GROUP = 128  # positions that share a scale of the attention's weights
 
 
-@njit(cache=True, fastmath=_MATHS)
-def _write(cache, scales, at, x, is_key):  # type: ignore[no-untyped-def]
-    """Put one position of one head into its cache: (steps * dim,) of keys or values, scales (steps,)."""
-    dim = x.shape[0]
+@njit(**_OPTIONS)
+def _write(cache, scales, place, at, x, start, dim, is_key):
+    """Put one position of one head, x[start : start + dim], into its place: keys or values, and scales."""
     quantized = cache.itemsize == 1
     inverse = _ONE
     if quantized:
-        largest = _ZERO
+        bits = np.int32(0)
         for d in range(dim):
-            largest = abs(x[d]) if abs(x[d]) > largest else largest
-        scales[at] = largest * np.float32(1.0 / 127.0)
+            bits = max(bits, np.int32(_bits_of_float(x[start + d]) & _BITS))
+        largest = _float_of_bits(bits)
+        scales[place, at] = largest * np.float32(1.0 / 127.0)
         inverse = np.float32(127.0) / largest if largest > 0 else _ZERO
     pair = 2 if quantized else 1
     for d in range(dim):
@@ -441,200 +473,394 @@ def _write(cache, scales, at, x, is_key):  # type: ignore[no-untyped-def]
             block = (at // _VALUE_GROUP * dim + d // LANES * LANES) * _VALUE_GROUP
         index = block + (where // pair) * pair * LANES + column * pair + where % pair
         if quantized:
-            cache[index] = np.int8(np.floor(x[d] * inverse + _HALF))
+            cache[place, index] = np.int8(np.floor(x[start + d] * inverse + _HALF))
         else:
-            cache[index] = x[d]
+            cache[place, index] = x[start + d]
 
 
-@njit(cache=True, fastmath=_MATHS)
-def _score(keys, key_scales, query, query_scale, length, scores, ahead):  # type: ignore[no-untyped-def]
-    """scores (length,), rounded up to 16s, of a packed query against keys (steps * dim,).
+@njit(**_OPTIONS)
+def _score(keys, key_scales, place, units, query, query_scale, length, scores, first, ahead):
+    """scores[first : first + length], rounded up to 16s, of a packed query against a place's keys.
 
     `ahead` is the address of the values, as many bytes, which come next.
     """
     quantized = keys.itemsize == 1
-    units = query.shape[0]
     block_bytes = units * LANES * (2 if quantized else 4)
-    for block in range((length + LANES - 1) // LANES):
-        start = block * LANES
-        scores[start : start + LANES] = 0
-        _tile_1(
-            keys,
-            keys.ctypes.data + block * block_bytes,
-            query.ctypes.data,
-            4,
-            1,
-            units,
-            query_scale.ctypes.data,
-            0,
-            scores.ctypes.data + start * 4,
-            ahead + block * block_bytes,
-            block_bytes // units,
-        )
-        if quantized:
-            for j in range(LANES):
-                scores[start + j] *= key_scales[start + j]
+    start = _address(keys) + place * keys.shape[1] * keys.itemsize
+    out = _address(scores) + first * 4
+    blocks = (length + LANES - 1) // LANES
+    for j in range(first, first + blocks * LANES):
+        scores[j] = _ZERO
+    for block in range(blocks):
+        here, there = start + block * block_bytes, ahead + block * block_bytes
+        to, step = out + block * LANES * 4, block_bytes // units
+        _tile_1(keys, here, query, 4, 1, units, query_scale, 0, to, there, step)
+    if quantized:
+        for j in range(blocks * LANES):
+            scores[first + j] *= key_scales[place, j]
 
 
-@njit(cache=True, fastmath=_MATHS)
-def _mix(values, value_scales, chances, length, words, scale, out, ahead):  # type: ignore[no-untyped-def]
-    """out (dim,) += chances (length,) times values (steps * dim,); `ahead` as for `_score`."""
+@njit(**_OPTIONS)
+def _mix(values, value_scales, place, dim, chances, first, length, words, scale, out, ahead):
+    """Add chances[first : first + length] times a place's values to `out`, the address of (dim,) float32.
+
+    `ahead` as for `_score`.
+    """
     quantized = values.itemsize == 1
-    dim = out.shape[0]
     unit_bytes = LANES * (2 if quantized else 4)
+    base = _address(values) + place * values.shape[1] * values.itemsize
+    halves, floats = words.view(np.int16), words.view(np.float32)
+    given, its_scale = _address(words), _address(scale)
     for start in range(0, length, _VALUE_GROUP):
         n = min(_VALUE_GROUP, length - start)
         units = n
         if quantized:
             rounded = (n + 3) // 4 * 4
             for t in range(n):
-                chances[start + t] *= value_scales[start + t]
+                chances[first + start + t] *= value_scales[place, start + t]
             for t in range(n, rounded):
-                chances[start + t] = 0
-            scale[0] = _pack_group(chances[start : start + rounded], 0, rounded, words, 0, 1)
+                chances[first + start + t] = _ZERO
+            scale[0] = _quantize(chances, first + start, rounded, halves, 0)
             units = rounded // 2
         else:
-            words[:n] = chances[start : start + n].view(np.int32)
+            for t in range(n):
+                floats[t] = chances[first + start + t]
+        block_bytes = LANES * _VALUE_GROUP * values.itemsize
         for block in range(dim // LANES):
-            offset = (start * dim + block * LANES * _VALUE_GROUP) * values.itemsize
-            _tile_1(
-                values,
-                values.ctypes.data + offset,
-                words.ctypes.data,
-                4,
-                1,
-                units,
-                scale.ctypes.data,
-                0,
-                out.ctypes.data + block * LANES * 4,
-                ahead + offset,
-                unit_bytes,
-            )
+            offset = start * dim * values.itemsize + block * block_bytes
+            here, there, to = base + offset, ahead + offset, out + block * LANES * 4
+            _tile_1(values, here, given, 4, 1, units, its_scale, 0, to, there, unit_bytes)
 
 
-@njit(cache=True, fastmath=_MATHS)
-def _attend(query, cache, length, prefix, p_length, ahead, out):  # type: ignore[no-untyped-def]
-    """out (dim,) of one head at one position: over a shared prefix, then over the row's own steps.
+@njit(**_OPTIONS)
+def _attend(
+    qkv, m, start, dim, cache, place, length, prefixes, before, before_length, following, scratch, out
+):
+    """out[m, start : start + dim] of one head of one entry: over a shared prefix, then over its own steps.
 
-    `ahead`: the keys that come next.
-    """
-    keys, key_scales, values, value_scales = cache
-    p_keys, p_key_scales, p_values, p_value_scales = prefix
-    quantized = keys.itemsize == 1
-    dim = query.shape[0]
-    p_room = (p_length + LANES - 1) // LANES * LANES
-    room = (length + LANES - 1) // LANES * LANES
-    scratch = np.empty(p_room + room + dim + max(_VALUE_GROUP, dim) + 1, np.float32)
-    scores = scratch[: p_room + room]
-    packed = scratch[p_room + room : p_room + room + dim].view(np.int32)
-    words = scratch[p_room + room + dim : -1].view(np.int32)
-    scale = scratch[-1:]
-    units = dim
-    if quantized:
-        scale[0] = _pack_group(query, 0, dim, packed, 0, 1)
-        units = dim // 2
-    else:
-        packed[:] = query.view(np.int32)
-    _score(p_keys, p_key_scales, packed[:units], scale, p_length, scores[:p_room], p_values.ctypes.data)
-    _score(keys, key_scales, packed[:units], scale, length, scores[p_room:], values.ctypes.data)
-    for t in range(p_length, p_room):
-        scores[t] = -np.inf
-    for t in range(p_room + length, p_room + room):
-        scores[t] = -np.inf
-    largest = scores[p_room]
-    for t in range(p_room + room):
-        largest = scores[t] if scores[t] > largest else largest
-    factor = _ONE / np.sqrt(np.float32(dim))
-    total = _ZERO
-    for t in range(p_room + room):
-        scores[t] = _exp((scores[t] - largest) * factor)
-        total += scores[t]
-    out[:] = 0
-    _mix(p_values, p_value_scales, scores[:p_room], p_length, words, scale, out, p_keys.ctypes.data)
-    _mix(values, value_scales, scores[p_room:], length, words, scale, out, ahead)
-    for d in range(dim):
-        out[d] /= total
-
-
-@njit(cache=True, parallel=True, fastmath=_MATHS)
-def attention(qkv, heads, cache, own, prefixes, before, positions, prefix_lengths, out):  # type: ignore[no-untyped-def]
-    """Attention of one layer: write the entries' keys and values, then attend.
-
-    An entry is one position of one row; all entries of a row stand in order.
-
-    Args:
-        qkv: float32, (entries, 3 * hidden).
-        cache: keys and values, (places, steps * dim), and their scales, (places, steps) as (keys,
-            scales, values, scales); a place is one head of one slot of one layer; steps a multiple
-            of 128.
-        own: int64, (entries,): the place of an entry's first head.
-        prefixes: the same of the prefixes.
-        before: int64, (entries,): the place of the first head of its prefix.
-        positions: int64, (entries,): its position among its row's own steps.
-        prefix_lengths: int64, (entries,): 0 for none.
-        out: float32, (entries, hidden).
+    `following` is the place of what comes next; `scratch` float32, as long as
+    both and some more, see `_SCRATCH`.
     """
     keys, key_scales, values, value_scales = cache
     p_keys, p_key_scales, p_values, p_value_scales = prefixes
-    entries, hidden = out.shape
+    quantized = keys.itemsize == 1
+    before_room = (before_length + LANES - 1) // LANES * LANES
+    total_room = before_room + (length + LANES - 1) // LANES * LANES
+    packed, words, scale = (
+        scratch[total_room:].view(np.int32),
+        scratch[total_room + dim :].view(np.int32),
+        scratch[-1:],
+    )
+    units = dim
+    if quantized:
+        units = dim // 2
+        scale[0] = _quantize(qkv[m], start, dim, packed.view(np.int16), 0)
+    else:
+        for d in range(dim):
+            packed[d] = _bits_of_float(qkv[m, start + d])
+    query, query_scale = _address(packed), _address(scale)
+    place_bytes = keys.shape[1] * keys.itemsize
+    own_values = _address(values) + place * place_bytes
+    before_values = _address(p_values) + before * p_values.shape[1] * p_values.itemsize
+    _score(p_keys, p_key_scales, before, units, query, query_scale, before_length, scratch, 0, before_values)
+    _score(keys, key_scales, place, units, query, query_scale, length, scratch, before_room, own_values)
+    for t in range(before_length, before_room):
+        scratch[t] = -np.inf
+    for t in range(before_room + length, total_room):
+        scratch[t] = -np.inf
+    order = _ordered(scratch[0])
+    for t in range(total_room):
+        order = max(order, _ordered(scratch[t]))
+    largest = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
+    factor = _ONE / np.sqrt(np.float32(dim))
+    total = _ZERO
+    for t in range(total_room):
+        scratch[t] = _exp((scratch[t] - largest) * factor)
+        total += scratch[t]
+    for d in range(dim):
+        out[m, start + d] = _ZERO
+    mixed = _address(out) + (m * out.shape[1] + start) * 4
+    next_keys = _address(keys) + following * place_bytes
+    _mix(p_values, p_value_scales, before, dim, scratch, 0, before_length, words, scale, mixed, before_values)
+    _mix(values, value_scales, place, dim, scratch, before_room, length, words, scale, mixed, next_keys)
+    inverse = _ONE / total
+    for d in range(dim):
+        out[m, start + d] *= inverse
+
+
+@njit(inline="always", **_OPTIONS)
+def _ordered(x):
+    """An int32 that is larger when a float32 is."""
+    bits = _bits_of_float(x)
+    return np.int32(bits ^ ((bits >> np.int32(31)) & _BITS))
+
+
+@njit(**_OPTIONS)
+def _keep(qkv, heads, cache, own, positions, m):
+    """Write an entry's keys and values."""
+    keys, key_scales, values, value_scales = cache
+    hidden = qkv.shape[1] // 3
     dim = hidden // heads
-    for task in prange(entries * heads):
-        head, m = task // entries, task % entries
+    for head in range(heads):
         place, start = own[m] + head, hidden + head * dim
-        _write(keys[place], key_scales[place], positions[m], qkv[m, start : start + dim], True)
-        start += hidden
-        _write(values[place], value_scales[place], positions[m], qkv[m, start : start + dim], False)
-    for task in prange(entries * heads):
-        head, m = task // entries, task % entries
-        place, prefix, start = own[m] + head, before[m] + head, head * dim
-        following = own[m + 1] + head if m + 1 < entries else place
-        _attend(
-            qkv[m, start : start + dim],
-            (keys[place], key_scales[place], values[place], value_scales[place]),
-            positions[m] + 1,
-            (p_keys[prefix], p_key_scales[prefix], p_values[prefix], p_value_scales[prefix]),
-            prefix_lengths[m],
-            keys[following].ctypes.data,
-            out[m, start : start + dim],
-        )
+        _write(keys, key_scales, place, positions[m], qkv[m], start, dim, True)
+        _write(values, value_scales, place, positions[m], qkv[m], start + hidden, dim, False)
 
 
-# -- laying out activations ---------------------------------------------------------------------------
+@njit(**_OPTIONS)
+def _lay_out(weights, x, norm, group, m, words, scales):
+    """Lay one row of activations (rows, inputs) out for `_linear` with these weights.
 
-
-@njit(cache=True, fastmath=_MATHS)
-def _pack_one(weights, x, norm, group, m, words, scales):  # type: ignore[no-untyped-def]
+    `norm`, float32 (2, inputs), is the weight and bias of a layer normalization that comes first;
+    (0, 0) for none.
+    """
+    room = np.empty(x.shape[1], np.int16)
     if norm.shape[0] == 0:
-        _pack_row(weights, x[m], group, m, x.shape[0], words, scales)
+        _pack_row(weights, x[m], group, m, x.shape[0], room, words, scales)
     else:
         normalized = np.empty(x.shape[1], np.float32)
         _normalize(x[m], norm[0], norm[1], normalized)
-        _pack_row(weights, normalized, group, m, x.shape[0], words, scales)
+        _pack_row(weights, normalized, group, m, x.shape[0], room, words, scales)
 
 
-@njit(cache=True, parallel=True, fastmath=_MATHS)
-def pack(weights, x, norm, group, words, scales):  # type: ignore[no-untyped-def]
-    """Lay activations (rows, inputs) out for `linear` with these weights.
+# -- sharing work between threads ---------------------------------------------------------------------
+#
+# A step is hundreds of short phases, each needing the one before. All threads run through all of them
+# and take pieces of a phase as long as there are any; a phase is over when its pieces are done, whoever
+# did them. So nobody waits for a thread that the system has put aside (on a machine that others use as
+# well, waiting for it at each phase made a step a hundred times slower), and threads are started and
+# joined once a step.
 
-    `norm`, float32 (2, inputs), is the weight and bias of a layer normalization that comes first;
-    (0, 0) for none. `words` int32 takes rows * inputs, `scales` (rows, inputs / group).
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _add_atomically(_: Any, counters: Any, index: Any, amount: Any) -> Any:
+    """Add to an int64 of an array; what it was before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        where = builder.gep(array.data, [arguments[1]])
+        return builder.atomic_rmw("add", where, arguments[2], "seq_cst")
+
+    return types.int64(counters, types.int64, types.int64), codegen
+
+
+_PIECES_DONE = 1  # a phase has two counters: pieces taken, pieces done
+_SPINS = 2000  # before the processor is offered to others
+
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@njit(**_OPTIONS)
+def _take(counters, phase):
+    """The next piece of a phase that nobody has taken."""
+    return _add_atomically(counters, 2 * phase, 1)
+
+
+@njit(**_OPTIONS)
+def _done(counters, phase):
+    _add_atomically(counters, 2 * phase + _PIECES_DONE, 1)
+
+
+@njit(**_OPTIONS)
+def _await(counters, phase, pieces):
+    """Until all pieces of a phase are done."""
+    spins = 0
+    while _add_atomically(counters, 2 * phase + _PIECES_DONE, 0) < pieces:
+        spins += 1
+        if spins > _SPINS:
+            _sched_yield()
+
+
+# -- the decoder --------------------------------------------------------------------------------------
+
+_BLOCKS_AT_ONCE = 8  # of 16 outputs, in a piece of a product
+_SCRATCH = 2 * LANES + _VALUE_GROUP + 16  # beside a head's dimensions and all positions
+_TASKS_AT_ONCE = 4  # heads of entries, in a piece of attention
+
+
+@njit(**_OPTIONS)
+def _product(counters, phase, weights, weight_scales, x, norm, group, words, scales, out, mode):
+    """Two phases: lay x out, then multiply. The number of the next phase."""
+    rows, blocks = x.shape[0], weights.shape[0]
+    while True:
+        m = _take(counters, phase)
+        if m >= rows:
+            break
+        _lay_out(weights, x, norm, group, m, words, scales)
+        _done(counters, phase)
+    _await(counters, phase, rows)
+    phase += 1
+    pieces = (blocks + _BLOCKS_AT_ONCE - 1) // _BLOCKS_AT_ONCE
+    while True:
+        piece = _take(counters, phase)
+        if piece >= pieces:
+            break
+        first = piece * _BLOCKS_AT_ONCE
+        last = min(first + _BLOCKS_AT_ONCE, blocks)
+        _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last)
+        _done(counters, phase)
+    _await(counters, phase, pieces)
+    return phase + 1
+
+
+@njit(**_OPTIONS)
+def _attention(counters, phase, qkv, heads, cache, own, prefixes, before, positions, prefix_lengths, out):
+    """Two phases: keep keys and values, then attend. The number of the next phase."""
+    entries, hidden = out.shape
+    while True:
+        m = _take(counters, phase)
+        if m >= entries:
+            break
+        _keep(qkv, heads, cache, own, positions, m)
+        _done(counters, phase)
+    _await(counters, phase, entries)
+    phase += 1
+    tasks = entries * heads
+    pieces = (tasks + _TASKS_AT_ONCE - 1) // _TASKS_AT_ONCE
+    longest = _SCRATCH + hidden // heads
+    for m in range(entries):
+        longest = max(longest, _SCRATCH + hidden // heads + positions[m] + prefix_lengths[m])
+    scratch = np.empty(longest, np.float32)
+    while True:
+        piece = _take(counters, phase)
+        if piece >= pieces:
+            break
+        for task in range(piece * _TASKS_AT_ONCE, min((piece + 1) * _TASKS_AT_ONCE, tasks)):
+            head, m = task // entries, task % entries
+            following = own[m + 1] if m + 1 < entries else own[m]
+            _attend(
+                qkv,
+                m,
+                head * (hidden // heads),
+                hidden // heads,
+                cache,
+                own[m] + head,
+                positions[m] + 1,
+                prefixes,
+                before[m] + head,
+                prefix_lengths[m],
+                following + head,
+                scratch,
+                out,
+            )
+        _done(counters, phase)
+    _await(counters, phase, pieces)
+    return phase + 1
+
+
+PHASES_PER_LAYER = 10
+
+
+@njit(**_OPTIONS)
+def _layers(
+    counters, x, heads, matrices, norms, groups, cache, own, prefixes, before, positions, prefix_lengths, room
+):
+    """What each thread does; see `run_layers`."""
+    qkv, qkv_scales, proj, proj_scales, up, up_scales, down, down_scales = matrices
+    words, scales, wide_scales, qkv_out, attended, inner, no_norm = room
+    phase = 0
+    for n in range(qkv.shape[0]):
+        for which in range(4):  # one call in a loop, not four: it takes a quarter of the time to compile
+            if which == 0:
+                weights, its, inputs, norm, out, mode = qkv[n], qkv_scales[n], x, norms[0][n], qkv_out, STORE
+            elif which == 1:
+                weights, its, inputs, norm, out, mode = proj[n], proj_scales[n], attended, no_norm, x, ADD
+            elif which == 2:
+                weights, its, inputs, norm, out, mode = up[n], up_scales[n], x, norms[1][n], inner, GELU
+            else:
+                weights, its, inputs, norm, out, mode = down[n], down_scales[n], inner, no_norm, x, ADD
+            group, group_scales = (groups[1], wide_scales) if which == 3 else (groups[0], scales)
+            phase = _product(
+                counters, phase, weights, its, inputs, norm, group, words, group_scales, out, mode
+            )
+            if which == 0:
+                phase = _attention(
+                    counters,
+                    phase,
+                    qkv_out,
+                    heads,
+                    cache,
+                    own[n],
+                    prefixes,
+                    before[n],
+                    positions,
+                    prefix_lengths,
+                    attended,
+                )
+
+
+@njit(parallel=True, **_OPTIONS)
+def run_layers(
+    threads,
+    counters,
+    x,
+    heads,
+    matrices,
+    norms,
+    groups,
+    cache,
+    own,
+    prefixes,
+    before,
+    positions,
+    prefix_lengths,
+    room,
+):
+    """Run entries through all layers, in place, and add their keys and values to the cache.
+
+    An entry is one position of one row. Entries of one row must stand in order, after all earlier
+    positions were run.
+
+    Args:
+        threads: how many share the work.
+        counters: int64 zeros, 2 * `PHASES_PER_LAYER` per layer.
+        x: float32, (entries, hidden): the inputs, then what the last layer gives.
+        heads: of the attention.
+        matrices: (qkv, scales, out, scales, up, scales, down, scales), see `pack_columns`; the
+            matrices (layers, outputs / 16, inputs * 16), scales (layers, outputs).
+        norms: of attention and feed-forward, (layers, 2, hidden): weight and bias.
+        groups: inputs per group, for hidden and for feed-forward inputs.
+        cache: (keys, scales, values, scales): (places, steps * dim) and (places, steps); a place is
+            one head of one slot of one layer; steps a multiple of 128.
+        own: int64, (layers, entries): the place of an entry's first head.
+        prefixes: as `cache`, of the prefixes.
+        before: int64, (layers, entries): the place of the first head of its prefix.
+        positions: int64, (entries,): its position among its row's own steps.
+        prefix_lengths: int64, (entries,): 0 for none.
+        room: working arrays: words int32 (entries * most inputs,), scales float32 (entries, groups)
+            for hidden and for feed-forward inputs, float32 (entries, 3 * hidden), (entries, hidden),
+            (entries, wide), (0, 0).
     """
-    for m in prange(x.shape[0]):
-        _pack_one(weights, x, norm, group, m, words, scales)
+    for _ in prange(threads):
+        _layers(
+            counters,
+            x,
+            heads,
+            matrices,
+            norms,
+            groups,
+            cache,
+            own,
+            prefixes,
+            before,
+            positions,
+            prefix_lengths,
+            room,
+        )
 
 
-@njit(cache=True, fastmath=_MATHS)
-def pack_serially(weights, x, norm, group, words, scales):  # type: ignore[no-untyped-def]
-    """`pack` in one thread."""
-    for m in range(x.shape[0]):
-        _pack_one(weights, x, norm, group, m, words, scales)
+@njit(parallel=True, **_OPTIONS)
+def run_product(threads, counters, weights, weight_scales, x, norm, group, words, scales, out, mode):
+    """out (rows, outputs) of x (rows, inputs), normalized first; `counters` int64 zeros, four of them."""
+    for _ in prange(threads):
+        _product(counters, 0, weights, weight_scales, x, norm, group, words, scales, out, mode)
 
 
 # -- layouts ----------------------------------------------------------------------------------------
 
 
 def pack_columns(weights: np.ndarray) -> np.ndarray:
-    """(outputs, inputs) to (outputs / 16, inputs * 16): inputs (int8: pairs of them) of 16 outputs together."""
+    """(outputs, inputs) to (outputs / 16, inputs * 16): inputs (int8: pairs) of 16 outputs together."""
     outputs, inputs = weights.shape
     pair = 2 if weights.dtype == np.int8 else 1
     split = weights.reshape(outputs // LANES, LANES, inputs // pair, pair)

@@ -49,7 +49,9 @@ class LayerFiles:
         """
         from safetensors import SafetensorError, safe_open
 
-        files: dict[str, Any] = {}
+        files: dict[
+            str, Any
+        ] = {}  # anew for each layer: what was read of a file stays mapped while it is open
         where = self._where()
 
         def tensor(name: str) -> Samples:
@@ -63,11 +65,14 @@ class LayerFiles:
             return found
 
         for index in range(self.shape.layers):
+            files.clear()
             layer = {}
             for ours, theirs in MATRICES.items():
                 layer[ours] = np.concatenate([tensor(f"{PREFIX}{index}.{name}.weight") for name in theirs])
             for ours, name in NORMS.items():
-                layer[ours] = np.stack([tensor(f"{PREFIX}{index}.{name}.{part}") for part in ("weight", "bias")])
+                layer[ours] = np.stack(
+                    [tensor(f"{PREFIX}{index}.{name}.{part}") for part in ("weight", "bias")]
+                )
             yield layer
 
     def _where(self) -> dict[str, str]:
@@ -124,14 +129,19 @@ def layout(shape: Shape, precision: Precision) -> dict[str, tuple[tuple[int, ...
     from pipeline.engines.musicgen.kernels import LANES
 
     n, hidden, wide = shape.layers, shape.hidden, shape.wide
-    sizes = {"qkv": (3 * hidden, hidden), "out": (hidden, hidden), "up": (wide, hidden), "down": (hidden, wide)}
+    sizes = {
+        "qkv": (3 * hidden, hidden),
+        "out": (hidden, hidden),
+        "up": (wide, hidden),
+        "down": (hidden, wide),
+    }
     quantized = precision == "int8"
     arrays: dict[str, tuple[tuple[int, ...], type]] = {}
     for name, (outputs, inputs) in sizes.items():
         kind = np.int8 if quantized else np.float32
         arrays[name] = ((n, outputs // LANES, inputs * LANES), kind)
         arrays[f"{name}_scales"] = ((n, outputs if quantized else 0), np.float32)
-    return arrays | {name: ((n, 2, hidden), np.float32) for name in NORMS}
+    return arrays | dict.fromkeys(NORMS, ((n, 2, hidden), np.float32))
 
 
 def check_shape(shape: Shape) -> None:

@@ -100,7 +100,8 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
     shape = shape_of(config.decoder)
     if config.decoder.activation_function != "gelu":
         raise BadCheckpoint(
-            f"{weights.folder}: activation {config.decoder.activation_function!r} isn't supported, only 'gelu'."
+            f"{weights.folder} has the activation {config.decoder.activation_function!r}; "
+            f"only 'gelu' is supported."
         )
     config.decoder.num_hidden_layers = 0
     model = pretrained.load_model(

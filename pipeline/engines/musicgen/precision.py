@@ -205,14 +205,19 @@ class Kept:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._layers.exists():
-                _write(self._layers, [self._header, *(stack.arrays[name].data for name in layout(stack.shape, "int8"))])
+                _write(
+                    self._layers,
+                    [self._header, *(stack.arrays[name].data for name in layout(stack.shape, "int8"))],
+                )
             if not self._passage.exists():
                 with self._passage.with_suffix(".tmp").open("wb") as file:
                     np.savez(file, tokens=passage.tokens, logits=passage.logits)
                 self._passage.with_suffix(".tmp").replace(self._passage)
             _write(self.folder / REPORT, [json.dumps(asdict(check)).encode()])
         except OSError as error:
-            log.warning("musicgen: the quantized layers can't be kept (%s); they are made again next time", error)
+            log.warning(
+                "musicgen: the quantized layers can't be kept (%s); they are made again next time", error
+            )
 
     @property
     def _name(self) -> str:
@@ -233,8 +238,8 @@ class Kept:
 
 def _fill(file: Any, array: Array) -> None:
     """Read an array's bytes; EOFError if there are too few."""
-    room = memoryview(array.reshape(-1).view(np.uint8))
-    while len(room):
+    room = memoryview(array.reshape(-1).view(np.uint8).data)
+    while room:
         count = file.readinto(room)
         if not count:
             raise EOFError

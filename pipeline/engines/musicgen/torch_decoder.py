@@ -81,7 +81,9 @@ class TorchDecoder:
 class TorchMemory:
     """See `Memory`."""
 
-    def __init__(self, decoder: TorchDecoder, rows: int, steps: int, prefixes: int, prefix_steps: int) -> None:
+    def __init__(
+        self, decoder: TorchDecoder, rows: int, steps: int, prefixes: int, prefix_steps: int
+    ) -> None:
         import torch
 
         shape = decoder.shape
@@ -143,7 +145,9 @@ class TorchMemory:
         out = self.decoder.run(x, self._attend(at, where, which, torch.from_numpy(lengths).to(device)))
         return self.decoder.logits(out[:, 0])[: len(feeds)]
 
-    def _attend(self, at: torch.Tensor, where: torch.Tensor, which: torch.Tensor, lengths: torch.Tensor) -> Any:
+    def _attend(
+        self, at: torch.Tensor, where: torch.Tensor, which: torch.Tensor, lengths: torch.Tensor
+    ) -> Any:
         """Attention of one step: over each row's prefix and its own steps up to this one."""
         import torch
         from torch.nn.functional import scaled_dot_product_attention as attention
