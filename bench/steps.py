@@ -7,8 +7,11 @@ on how much is cached, not on what. The steps before that are untouched ones, an
 after it has the same length with the cache copied, so that the two can be compared.
 
 The time for a whole piece is the prefill plus a sum over its steps, interpolated between the
-measured lengths. Lengths that would not fit into this machine's memory are left out, said, and
-continued in a straight line, which the time of attention over a cache is.
+measured lengths. It isn't one straight line: a loop that copies its cache at every step, as both
+peers do, gets slower at once where a layer's keys outgrow the blocks that glibc's malloc reuses
+(32 MiB), since each copy then is made in fresh pages. So it is measured on both sides of that length
+too. Lengths that would not fit into this machine's memory are left out, said, and
+continued in a straight line, through the points on the same side of that length.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ HIDDEN, LAYERS = 1536, 48
 DURATION_S = 30.0
 OWN_STEPS = (375, 750, 1125, 1500)
 WARM_STEPS, TIMED_STEPS = 1, 3
+REUSED_BYTES = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX of glibc on 64 bits
+ASIDE_STEPS = 10  # so far from it on either side
 RESERVE_BYTES = 2 * GIB  # left to the system and to what a step needs beside the cache
 
 
@@ -71,7 +76,10 @@ class PeerRun:
         known = sorted((self.untouched, *self.points), key=lambda point: point.own)
         lengths = np.array([point.own for point in known], float)
         medians = np.array([point.median_s for point in known])
-        slope = max(0.0, float(np.polyfit(lengths, medians, 1)[0])) if len(known) > 2 else 0.0
+        jump = jump_own(self.rows, self.untouched.context - self.untouched.own)
+        alike = (lengths > jump) == (lengths[-1] > jump)
+        # Nothing to fit a slope to: none, which is in the peer's favour.
+        slope = max(0.0, float(np.polyfit(lengths[alike], medians[alike], 1)[0])) if alike.sum() > 1 else 0.0
         beyond = np.maximum(0, own - lengths[-1])
         return np.asarray(np.interp(own, lengths, medians) + slope * beyond)
 
@@ -98,6 +106,11 @@ def picks(duration_s: float) -> int:
 def position_bytes() -> int:
     """Keys and values of one position of one row in all layers, float32."""
     return LAYERS * HIDDEN * 2 * 4
+
+
+def jump_own(rows: int, prefix: int) -> int:
+    """Own positions from which a layer's keys don't fit the blocks that malloc reuses."""
+    return REUSED_BYTES // (rows * HIDDEN * 4) - prefix
 
 
 class Cache(Protocol):
@@ -141,6 +154,7 @@ class Walk:
         if not self._prefix:
             self._prefill_s = now_s - self._began_s
             self._prefix = self._context() - 1  # the start token is the row's own
+            self._targets = self._with_jump(self._targets)
         else:
             self._taken.append(now_s - self._last_s)
         if len(self._taken) == WARM_STEPS + self._timed:
@@ -163,6 +177,13 @@ class Walk:
             load_s=load_s,
             peak_bytes=peak_bytes(),
         )
+
+    def _with_jump(self, targets: list[int]) -> list[int]:
+        """The targets, and one on either side of where a layer's keys outgrow malloc's blocks."""
+        jump = jump_own(self._rows, self._prefix)
+        if not 3 * ASIDE_STEPS < jump < max(targets) - ASIDE_STEPS:
+            return targets
+        return sorted({*targets, jump - ASIDE_STEPS, jump + ASIDE_STEPS})
 
     def _context(self) -> int:
         return int(self._cache.get(0)[0].shape[2])

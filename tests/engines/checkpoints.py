@@ -15,22 +15,28 @@ from typing import Any
 PROMPT_WORDS = ("warm", "analog", "synths", "slow", "piano", "fast", "drums")
 
 
-def build_musicgen(folder: Path, *, channels: int = 1, seed: int = 0) -> Path:
-    """A MusicGen-Melody checkpoint: 4 codebooks (8 in stereo) of 2048, 50 frames/s at 32 kHz."""
+def build_musicgen(
+    folder: Path, *, channels: int = 1, seed: int = 0, window_s: int = 30, **widths: int
+) -> Path:
+    """A MusicGen-Melody checkpoint: 4 codebooks (8 in stereo) of 2048, 50 frames/s at 32 kHz.
+
+    `window_s`: what it was trained on, 30 s in all that are published. `widths` replace the
+    decoder's own: hidden_size, ffn_dim, num_hidden_layers, num_attention_heads.
+    """
     import torch
     from transformers import MusicgenMelodyConfig, MusicgenMelodyForConditionalGeneration
 
     config = MusicgenMelodyConfig(
         text_encoder=_text_encoder(),
         audio_encoder=_audio_encoder(),
-        decoder=_decoder(channels),
+        decoder=_decoder(channels) | widths,
         num_chroma=12,
-        chroma_length=235,
+        chroma_length=window_s * 32000 // 4096 + 1,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MusicgenMelodyForConditionalGeneration(config)
-        _randomize(model.decoder, 0.3)
+        _randomize(model.decoder, 0.3 * (32 / config.decoder.hidden_size) ** 0.5)
         _randomize(model.text_encoder, 0.3)
         for projection in (model.enc_to_dec_proj, model.audio_enc_to_dec_proj):
             torch.nn.init.normal_(projection.weight, std=1.0)
@@ -45,8 +51,8 @@ def build_musicgen(folder: Path, *, channels: int = 1, seed: int = 0) -> Path:
         decoder_start_token_id=2048,
     )
     model.save_pretrained(folder)
-    _as_published(folder / "model.safetensors")
-    _musicgen_processor(folder)
+    _as_published(folder / "model.safetensors", config.decoder.hidden_size)
+    _musicgen_processor(folder, window_s)
     return folder
 
 
@@ -112,7 +118,7 @@ def _randomize(module: Any, std: float) -> None:
             torch.nn.init.normal_(parameter, std=std)
 
 
-def _as_published(path: Path) -> None:
+def _as_published(path: Path, hidden: int) -> None:
     """As older libraries wrote the published files: EnCodec's names, and positions nobody reads."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -122,11 +128,11 @@ def _as_published(path: Path) -> None:
         prefix, _, tail = name.rpartition(".parametrizations.weight.")
         old = {"original0": "weight_g", "original1": "weight_v"}.get(tail)
         weights[f"{prefix}.{old}" if old else name] = weight.clone()
-    weights["decoder.model.decoder.embed_positions.weights"] = torch.full((2048, 32), 9.0)
+    weights["decoder.model.decoder.embed_positions.weights"] = torch.full((2048, hidden), 9.0)
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def _musicgen_processor(folder: Path) -> None:
+def _musicgen_processor(folder: Path, window_s: int) -> None:
     """Chroma settings and a T5 tokenizer of a few words and all letters, as separate files."""
     from transformers import MusicgenMelodyFeatureExtractor, T5Tokenizer
 
@@ -134,4 +140,4 @@ def _musicgen_processor(folder: Path) -> None:
     pieces += [(f"▁{word}", -3.0) for word in PROMPT_WORDS]
     pieces += [(letter, -9.0) for letter in string.ascii_letters + string.digits + string.punctuation]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder)
-    MusicgenMelodyFeatureExtractor().save_pretrained(folder)
+    MusicgenMelodyFeatureExtractor(chunk_length=window_s).save_pretrained(folder)

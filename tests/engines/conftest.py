@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from musicgen_runs import DECODERS, generator_with, load_musicgen
 from tones import RequestFn, tones
 
 from pipeline.engines.base import EngineSettings
@@ -17,30 +19,72 @@ def need_models() -> None:
         pytest.importorskip(package, reason=f"{package} is not in the core install")
 
 
+BuildFn = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def musicgen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def musicgen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> BuildFn:
+    """Builds tiny checkpoints, each once; takes the options of `build_musicgen`."""
     need_models()
     from checkpoints import build_musicgen
 
-    return build_musicgen(tmp_path_factory.mktemp("musicgen") / "tiny-melody")
+    folder, built = tmp_path_factory.mktemp("musicgen"), {}
+
+    def build(name: str, **options: int) -> Path:
+        if name not in built:
+            built[name] = build_musicgen(folder / name, **options)
+        return built[name]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def musicgen_folder(musicgen_checkpoint: BuildFn) -> Path:
+    return musicgen_checkpoint("tiny-melody")
 
 
 @pytest.fixture(scope="session")
 def musicgen(musicgen_folder: Path) -> Any:
-    from pipeline.engines.musicgen import ENGINE
-
-    return ENGINE.load(EngineSettings(model=str(musicgen_folder)))
+    return load_musicgen(musicgen_folder)
 
 
 @pytest.fixture(scope="session")
-def stereo_musicgen(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    need_models()
-    from checkpoints import build_musicgen
+def stereo_musicgen(musicgen_checkpoint: BuildFn) -> Any:
+    return load_musicgen(musicgen_checkpoint("tiny-stereo-melody", channels=2))
 
-    from pipeline.engines.musicgen import ENGINE
 
-    folder = build_musicgen(tmp_path_factory.mktemp("musicgen") / "tiny-stereo-melody", channels=2)
-    return ENGINE.load(EngineSettings(model=str(folder)))
+@pytest.fixture(scope="session")
+def short_musicgen(musicgen_checkpoint: BuildFn) -> Any:
+    """With windows of 3 s that go on after 1.8 s, so that long music is made quickly."""
+    return load_musicgen(musicgen_checkpoint("tiny-short-melody", window_s=3))
+
+
+@pytest.fixture(scope="session", params=DECODERS)
+def any_musicgen(musicgen: Any, request: pytest.FixtureRequest) -> Any:
+    """The same checkpoint behind each kind of decoder."""
+    return generator_with(musicgen.checkpoint, request.param)
+
+
+@pytest.fixture(scope="session", params=DECODERS)
+def any_short_musicgen(short_musicgen: Any, request: pytest.FixtureRequest) -> Any:
+    return generator_with(short_musicgen.checkpoint, request.param)
+
+
+@pytest.fixture(scope="session")
+def exact_musicgen(musicgen: Any) -> Any:
+    """In float32."""
+    return generator_with(musicgen.checkpoint, "float32")
+
+
+@pytest.fixture(scope="session")
+def exact_stereo_musicgen(stereo_musicgen: Any) -> Any:
+    return generator_with(stereo_musicgen.checkpoint, "float32")
+
+
+@pytest.fixture(scope="session")
+def torch_musicgen(musicgen: Any) -> Any:
+    """With the decoder that a GPU uses, on the CPU."""
+    return generator_with(musicgen.checkpoint, "torch")
 
 
 @pytest.fixture(scope="session")

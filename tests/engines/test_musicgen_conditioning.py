@@ -15,8 +15,7 @@ RATE_HZ, WINDOW = 32000, 960_000
 
 
 def chroma_of(musicgen: Any, audio: Audio) -> np.ndarray:
-    extractor = musicgen.checkpoint.feature_extractor
-    return conditioning.chroma(extractor, conditioning.melody(audio, RATE_HZ, WINDOW)).numpy()
+    return conditioning.listen(musicgen.checkpoint, audio, 30.0)
 
 
 def test_chroma_is_the_feature_extractors_of_the_same_sound(musicgen: Any) -> None:
@@ -24,7 +23,7 @@ def test_chroma_is_the_feature_extractors_of_the_same_sound(musicgen: Any) -> No
     audio = tones(440.0, 523.25, 659.26, 880.0, seconds=33.0, sample_rate=RATE_HZ)
     expected = musicgen.checkpoint.feature_extractor(
         audio.samples[0, :WINDOW], sampling_rate=RATE_HZ, return_tensors="np"
-    )["input_features"]
+    )["input_features"][0]
     np.testing.assert_array_equal(chroma_of(musicgen, audio), expected)
 
 
@@ -36,7 +35,7 @@ def test_a_tone_lights_its_own_pitch_class_alone(
     musicgen: Any, pitch_hz: float, pitch_class: int, sample_rate: int
 ) -> None:
     chroma = chroma_of(musicgen, tones(pitch_hz, seconds=31.0, sample_rate=sample_rate))
-    assert chroma.shape == (1, 235, 12)
+    assert chroma.shape == (235, 12)
     assert np.array_equal(np.unique(chroma), [0, 1])
     assert (chroma.sum(axis=-1) == 1).all()
     assert (chroma.argmax(axis=-1) == pitch_class).all()
@@ -47,7 +46,21 @@ def test_a_short_source_is_repeated_not_padded(musicgen: Any) -> None:
     melody = tones(440.0, 659.26, seconds=4.0, sample_rate=RATE_HZ, channels=1)
     window = conditioning.melody(melody, RATE_HZ, WINDOW)
     np.testing.assert_array_equal(window[128_000:256_000], melody.samples[0])
-    assert set(chroma_of(musicgen, melody)[0].argmax(axis=-1)) == {9, 4}
+    assert set(chroma_of(musicgen, melody).argmax(axis=-1)) == {9, 4}
+
+
+def test_a_later_window_is_told_its_own_part_of_the_track(musicgen: Any) -> None:
+    """A for 20 s, then E: the window from 18 s hears A for 2 s, frames of 0.128 s, then E."""
+    checkpoint = musicgen.checkpoint
+    first, second = (tones(pitch, seconds=s, sample_rate=RATE_HZ) for pitch, s in ((440.0, 20.0), (659.26, 30.0)))
+    track = Audio(np.concatenate([first.samples, second.samples], axis=1), RATE_HZ)
+    chroma = conditioning.listen(checkpoint, track, 48.0)
+    conditions = conditioning.Conditions(
+        chroma, conditioning.chroma_rate(checkpoint), conditioning.text(checkpoint, ""), checkpoint
+    )
+    window = conditions.window(18.0).argmax(axis=-1)
+    assert (window[:14] == 9).all() and (window[18:] == 4).all()
+    assert conditions.told(conditions.window(18.0)).shape == conditions.nothing().shape == (236, 32)
 
 
 def test_a_long_source_is_heard_from_its_beginning() -> None:
@@ -73,13 +86,19 @@ def test_no_prompt_is_the_models_null_condition(musicgen: Any, prompt: str) -> N
     checkpoint = musicgen.checkpoint
     processor = MusicgenMelodyProcessor(checkpoint.feature_extractor, checkpoint.tokenizer)
     null = processor.get_unconditional_inputs(1)
-    ids, mask = conditioning.text(checkpoint.tokenizer, prompt)
-    assert ids.tolist() == null["input_ids"].tolist() == [[checkpoint.tokenizer.eos_token_id]]
-    assert mask.tolist() == null["attention_mask"].tolist() == [[0]]
+    assert null["input_ids"].tolist() == [[checkpoint.tokenizer.eos_token_id]]
+    assert null["attention_mask"].tolist() == [[0]]
+    np.testing.assert_array_equal(conditioning.text(checkpoint, prompt), np.zeros((1, 32)))
 
 
 def test_a_prompt_is_told_with_its_end_token(musicgen: Any) -> None:
-    tokenizer = musicgen.checkpoint.tokenizer
-    ids, mask = conditioning.text(tokenizer, " warm analog synths ")
-    assert tokenizer.convert_ids_to_tokens(ids[0].tolist()) == ["▁warm", "▁analog", "▁synths", "</s>"]
-    assert mask.tolist() == [[1, 1, 1, 1]]
+    """Reference: the library's text encoder and projection on the tokens and the end token."""
+    import torch
+
+    checkpoint = musicgen.checkpoint
+    tokens = checkpoint.tokenizer.convert_tokens_to_ids(["▁warm", "▁analog", "▁synths", "</s>"])
+    with torch.inference_mode():
+        hidden = checkpoint.model.text_encoder(input_ids=torch.tensor([tokens])).last_hidden_state
+        expected = checkpoint.model.enc_to_dec_proj(hidden)[0].numpy()
+    told = conditioning.text(checkpoint, " warm analog synths ")
+    np.testing.assert_allclose(told, expected, atol=1e-6)

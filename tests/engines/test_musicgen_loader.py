@@ -109,9 +109,10 @@ def test_shards_are_the_same_model(musicgen: Any, copy: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_checkpoints_own_generation_defaults_are_left_behind(musicgen: Any) -> None:
-    assert musicgen.checkpoint.model.generation_config.guidance_scale is None
-    assert musicgen.checkpoint.model.generation_config.max_length is None
+def test_the_decoders_layers_stay_in_their_files(musicgen: Any) -> None:
+    assert len(musicgen.checkpoint.model.decoder.model.decoder.layers) == 0
+    layers = list(musicgen.checkpoint.layers.layers())
+    assert [layer["qkv"].shape for layer in layers] == [(96, 32)] * 2
 
 
 def test_a_snapshot_in_the_hubs_cache_is_loaded_by_its_id(

@@ -190,14 +190,14 @@ class MusicgenGenerator:
 
 @dataclass(eq=False)
 class _Ears:
-    """Each track's chroma and each prompt once per call."""
+    """Each track's chroma and each prompt once per call; the requests of a track share their audio object."""
 
     checkpoint: Checkpoint
-    _chroma: dict[tuple[str, float], Samples] = field(default_factory=dict)
+    _chroma: dict[tuple[int, float], Samples] = field(default_factory=dict)
     _texts: dict[str, Samples] = field(default_factory=dict)
 
     def chroma(self, request: VariationRequest, end_s: float) -> Samples:
-        key = (request.track_id, end_s)
+        key = (id(request.audio), end_s)
         if key not in self._chroma:
             self._chroma[key] = conditioning.listen(self.checkpoint, request.audio, end_s)
         return self._chroma[key]

@@ -23,13 +23,14 @@ The same audio gives the same bits; with demucs, on the same machine and build o
 from __future__ import annotations
 
 import hashlib
+import importlib
+import io
 import json
 import logging
 import math
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ from numpy.typing import NDArray
 from pipeline.audio import resample
 from pipeline.engines.base import StopFn
 from pipeline.engines.pretrained import first_line
-from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights, PipelineError, Stopped
+from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio, Samples
 from pipeline.weights import hub_cache
 
@@ -56,7 +57,7 @@ BLOCK_FRAMES = 1024  # what is in memory at once: 24 s
 TONE_S = 0.3  # medians along time: a tone of half this length still counts as steady
 STROKE_HZ = 500.0  # medians along frequency
 MARGIN = 2.0  # a bin is mostly kept where it is more than twice as steady as it is broad
-BASS_HZ = 200.0  # -6 dB, 12 dB an octave below
+BASS_HZ, BASS_ORDER = 200.0, 8  # -6 dB there, 48 dB an octave below
 
 EXCERPTS, EXCERPT_S = 6, 5.0  # what `auto` looks at of a longer track, evenly spread
 LONG_TONE_S = 0.5  # medians along time for the decision: it must not miss a stroke, tones may suffer
@@ -110,7 +111,7 @@ def listen(
         return Heard(audio, "mix")
     if how == "harmonic":
         return Heard(harmonic(audio, should_stop), "harmonic")
-    separator = _separator(cache_dir, device) if how == "demucs" else _separator_if_any(cache_dir, device)
+    separator = (_separator if how == "demucs" else _separator_if_any)(device, cache_dir)
     if separator is None:
         return Heard(harmonic(audio, should_stop), "harmonic", share)
     return Heard(_without_rhythm(audio, separator, should_stop), "demucs", share)
@@ -169,8 +170,7 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
     scale = grid.window / np.float32(0.375 * OVERLAP)  # 3/8: the mean of a squared Hann window
     out = np.zeros((grid.n_frames + OVERLAP - 1, grid.hop), np.float32)
     for first in range(0, grid.n_frames, BLOCK_FRAMES):
-        if should_stop():
-            raise Stopped("The search for the melody was asked to stop.")
+        _go_on(should_stop)
         last = min(first + BLOCK_FRAMES, grid.n_frames)
         start, end = max(0, first - reach), min(grid.n_frames, last + reach)
         spectra = _spectra(audio, grid, start, end)
@@ -186,25 +186,24 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
 def percussive_share(audio: Audio) -> float | None:
     """How much of a usual moment is strokes, in [0, 1]; None if the track is silent.
 
-    The mean over the sounding frames of the percussive part of their energy, every octave counting
-    alike (a kick drum has few bins, hats have many). A mean over frames, not over energy: a pluck
-    is loud but short, drums are there all the time. Of six excerpts of 5 s, or all that is shorter.
+    Of a frame: the percussive part of its energy, every octave counting alike (a kick drum has few
+    bins, hats have many). Of an excerpt: the mean over its sounding frames, not over energy, as a
+    pluck is loud but short, while drums are there all the time. Of the track: the upper quartile of
+    its excerpts, as drums may be silent for whole sections.
     """
-    length = round(EXCERPT_S * audio.sample_rate)
-    starts = [0]
-    if audio.n_samples > EXCERPTS * length:
-        starts = [round(k * (audio.n_samples - length) / (EXCERPTS - 1)) for k in range(EXCERPTS)]
-    else:
-        length = audio.n_samples
-    parts = [
+    length = min(round(EXCERPT_S * audio.sample_rate), audio.n_samples)
+    n_excerpts = min(EXCERPTS, audio.n_samples // max(1, length))
+    starts = np.linspace(0, audio.n_samples - length, n_excerpts).astype(int)
+    excerpts = [
         _strokes(Audio(audio.samples[:, start : start + length], audio.sample_rate)) for start in starts
     ]
-    energy, strokes = (np.concatenate(values) for values in zip(*parts, strict=True))
-    loudest = float(energy.max(initial=0.0))
-    if loudest <= 0.0:
-        return None
-    sounding = energy > SOUNDING * loudest
-    return float(np.mean(strokes[sounding] / energy[sounding], dtype=np.float64))
+    loudest = max((float(energy.max(initial=0.0)) for energy, _ in excerpts), default=0.0)
+    shares = []
+    for energy, strokes in excerpts:
+        sounding = energy > SOUNDING * loudest
+        if sounding.any():
+            shares.append(np.mean(strokes[sounding] / energy[sounding], dtype=np.float64))
+    return float(np.percentile(shares, 75)) if shares else None
 
 
 def _strokes(excerpt: Audio) -> tuple[Mags, Mags]:
@@ -247,8 +246,13 @@ def _medians(values: Mags, size: int) -> Mags:
 
 
 def _above_bass(bins_hz: Mags) -> Mags:
-    """A second-order Butterworth high-pass, there and back (no delay): its squared magnitude."""
-    return (1.0 / (1.0 + (BASS_HZ / np.maximum(bins_hz, 1.0)) ** 4)).astype(np.float32)
+    """The squared magnitude of a Butterworth high-pass of half BASS_ORDER: as if run there and back."""
+    return (1.0 / (1.0 + (BASS_HZ / np.maximum(bins_hz, 1.0)) ** BASS_ORDER)).astype(np.float32)
+
+
+def _go_on(should_stop: StopFn) -> None:
+    if should_stop():
+        raise Stopped("musicgen was asked to stop.")
 
 
 def _odd(length: float) -> int:
@@ -284,43 +288,41 @@ def _without_rhythm(audio: Audio, separator: _Separator, should_stop: StopFn) ->
     """The stems that have no drums and no bass, summed, in one channel.
 
     demucs' `apply_model` without its random shifts: segments that overlap by a quarter, weighted by
-    triangles. Written anew because that keeps four stereo stems of the whole track in memory and
-    can't be stopped.
+    triangles. That function keeps all stems of the whole track in memory and can't be stopped.
     """
     import torch
 
     sound = _channels(resample(audio, separator.sample_rate).samples, separator.channels)
     length, stride = separator.segment, int(SEGMENT_STRIDE * separator.segment)
-    ramp = np.arange(1, length // 2 + 1, dtype=np.float32)
-    weight = np.concatenate([ramp, np.arange(length - length // 2, 0, -1, dtype=np.float32)])
+    rise = np.arange(1, length // 2 + 1, dtype=np.float32)
+    weight = np.concatenate([rise, np.arange(length - length // 2, 0, -1, dtype=np.float32)])
     total = np.zeros(sound.shape[1], np.float32)
     weights = np.zeros_like(total)
     for start in range(0, sound.shape[1], stride):
-        if should_stop():
-            raise Stopped("The search for the melody was asked to stop.")
+        _go_on(should_stop)
         n = min(length, sound.shape[1] - start)
-        before = (length - n) // 2  # a short last segment gets context on both sides
+        before = (length - n) // 2  # what is short gets sound, or silence, on both sides
         piece = torch.from_numpy(_cut(sound, start - before, length)).to(separator.device)
         with torch.inference_mode():
             stems = separator.model(piece[None])[0]
             melody = stems[separator.kept].sum(dim=0).mean(dim=0).to("cpu", torch.float32).numpy()
         total[start : start + n] += weight[:n] * melody[before : before + n]
         weights[start : start + n] += weight[:n]
-    melody_sound = Audio((total / weights)[None], separator.sample_rate)
-    return Audio(_cut(resample(melody_sound, audio.sample_rate).samples, 0, audio.n_samples), audio.sample_rate)
+    heard = resample(Audio((total / weights)[None], separator.sample_rate), audio.sample_rate)
+    return Audio(_cut(heard.samples, 0, audio.n_samples), audio.sample_rate)
 
 
 def _channels(samples: Samples, channels: int) -> Samples:
-    """As many channels as the model takes: others' mean in each."""
+    """As many channels as the model takes; if there are others, each is their mean."""
     if samples.shape[0] == channels:
         return samples
     return np.broadcast_to(samples.mean(axis=0, dtype=np.float32), (channels, samples.shape[1]))
 
 
-def _separator_if_any(cache_dir: Path | None, device: str) -> _Separator | None:
-    """demucs, where it can be used; damaged weights are worth a line in the log."""
+def _separator_if_any(device: str, cache_dir: Path | None) -> _Separator | None:
+    """demucs, if it can be used; that its weights are there but can't be used is worth a line."""
     try:
-        return _separator(cache_dir, device)
+        return _separator(device, cache_dir)
     except BadCheckpoint as error:
         log.warning("%s The melody is found without demucs.", error)
     except (MissingPackage, MissingWeights):
@@ -328,32 +330,26 @@ def _separator_if_any(cache_dir: Path | None, device: str) -> _Separator | None:
     return None
 
 
-def _separator(cache_dir: Path | None, device: str) -> _Separator:
-    """Open htdemucs from this machine; nothing is downloaded."""
-    if find_spec("demucs") is None:
-        raise _not_installed("demucs")
-    try:
-        from demucs.htdemucs import HTDemucs
-    except ImportError as error:
-        raise _not_installed(error.name or "demucs") from error
+def _separator(device: str, cache_dir: Path | None) -> _Separator:
+    """Open htdemucs from this machine: nothing is downloaded, and no code of its files is run."""
+    model_class = _model_class()
     path = _find_weights(cache_dir)
     if path is None:
         raise MissingWeights(
             f"melody: demucs needs the weights of htdemucs, which aren't on this machine: "
             f"{_fetch_command(cache_dir)}."
         )
-    read: Callable[[Path], _Package] = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
     try:
-        package = read(path)
-        model = HTDemucs(*package.args, **package.kwargs)
-        model.load_state_dict(package.state)
+        args, kwargs, state = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
+        model = model_class(*args, **kwargs)
+        model.load_state_dict(state)
         kept = [model.sources.index(name) for name in KEPT_STEMS]
     except MemoryError:
         raise
-    except PipelineError:
-        raise
     except Exception as error:  # of a damaged file the libraries raise anything
-        raise BadCheckpoint(_unusable(path, cache_dir, first_line(error))) from error
+        raise BadCheckpoint(
+            f"{path} can't be used ({first_line(error)}): delete it and run {_fetch_command(cache_dir)}."
+        ) from error
     return _Separator(
         model=model.eval().to(device),
         device=device,
@@ -362,3 +358,74 @@ def _separator(cache_dir: Path | None, device: str) -> _Separator:
         segment=int(model.segment * model.samplerate),
         kept=kept,
     )
+
+
+def _model_class() -> Any:
+    try:
+        return importlib.import_module("demucs.htdemucs").HTDemucs
+    except ImportError as error:
+        raise MissingPackage(f"melody: demucs needs {error.name or 'demucs'}: {INSTALL_COMMAND}.") from error
+
+
+def _find_weights(cache_dir: Path | None) -> Path | None:
+    """The hub's safetensors (demucs 4.1 brings them), else the pickle of demucs 4.0 in torch's cache."""
+    from torch.hub import get_dir
+
+    repo = hub_cache(cache_dir) / f"models--{HUB_ID.replace('/', '--')}"
+    places = [(repo / "snapshots", f"*/{SIGNATURE}.safetensors")]
+    places.append((Path(get_dir()) / "checkpoints", f"{SIGNATURE}-*.th"))
+    found = [path for folder, pattern in places for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return found[0] if found else None
+
+
+def _fetch_command(cache_dir: Path | None) -> str:
+    where = f" --cache-dir {shlex.quote(str(cache_dir))}" if cache_dir else ""
+    return f"hf download {HUB_ID} {SIGNATURE}.safetensors{where}"
+
+
+Package = tuple[list[Any], dict[str, Any], dict[str, Any]]  # what HTDemucs is made with, and its state
+
+
+def _read_safetensors(path: Path) -> Package:
+    """The form of `adefossez/HTDemucs`: the arguments are JSON in the file's metadata."""
+    from safetensors import safe_open
+
+    def decode(value: dict[str, Any]) -> Any:
+        if value.get("_type") == "fraction":
+            return Fraction(value["numerator"], value["denominator"])
+        return value
+
+    with safe_open(str(path), framework="pt") as file:
+        about = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it isn't a dict
+    if about.get("klass") != DEMUCS_CLASS:
+        raise ValueError(f"it holds a {about.get('klass')}")
+    args, kwargs = (json.loads(about[key], object_hook=decode) for key in ("args", "kwargs"))
+    return args, kwargs, state
+
+
+def _read_pickle(path: Path) -> Package:
+    """The form of demucs 4.0, a pickle.
+
+    Opened by torch's restricted unpickler, with the class, its segment's Fraction and numpy's
+    numbers (in the record of the training) allowed beside tensors and plain values. The file's name
+    ends in the start of its SHA-256: that tells a broken download, not a forgery.
+    """
+    import torch
+
+    model_class = _model_class()
+    content = path.read_bytes()
+    if not hashlib.sha256(content).hexdigest().startswith(path.stem.partition("-")[2]):
+        raise ValueError("its checksum isn't the one in its name")
+    scalar = np.float64(0).__reduce__()[0]
+    numbers: list[Any] = [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+    ]
+    numbers += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+    with torch.serialization.safe_globals([model_class, Fraction, *numbers]):
+        package = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if package["klass"] is not model_class:
+        raise ValueError(f"it holds a {package['klass']}")
+    return list(package["args"]), dict(package["kwargs"]), dict(package["state"])

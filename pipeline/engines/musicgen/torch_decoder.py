@@ -1,8 +1,9 @@
 """The decoder in torch's own operations, on any device: what a GPU uses, in half precision.
 
-Matrix products round by the number of rows on most devices, so all steps run with the same number
-of rows, `ROWS`, unused ones as padding: a row's logits then depend on its own tokens alone. On a
-GPU the padding is nearly free; on a CPU `cpu` is faster.
+Matrix products and attention round by the sizes of what they are given, so all steps run with the
+same number of rows, `ROWS`, unused ones as padding, and over as many positions, seen or not: a row's
+logits then depend on its own tokens alone. On a GPU the padding is nearly free; on a CPU `cpu` is
+faster.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = 32  # of every step
+STEPS_UNIT = 1536  # a memory's lengths are multiples of these: any window of 30 s has 1503 steps,
+PREFIX_UNIT = 768  # any prefix of 30 s and 500 characters at most 736
 
 
 class TorchDecoder:
@@ -49,6 +52,8 @@ class TorchDecoder:
 
     def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> TorchMemory:
         """See `Decoder.memory`."""
+        steps = -(-steps // STEPS_UNIT) * STEPS_UNIT
+        prefix_steps = -(-prefix_steps // PREFIX_UNIT) * PREFIX_UNIT
         return TorchMemory(self, rows, steps, prefixes, prefix_steps)
 
     def bytes_per_step(self) -> int:
