@@ -25,7 +25,7 @@ from pipeline.runner import Runner
 from pipeline.service import Crew
 from pipeline.store import Store
 from pipeline.watcher import Watcher
-from pipeline.workplace import Workplace
+from pipeline.workplace import ENGINES_FOLDER, Workplace
 
 log = logging.getLogger("pipeline")
 
@@ -65,7 +65,7 @@ class App:
             threads=self.config.threads,
             max_memory_gb=getattr(section, "max_memory_gb", None),
             precision=getattr(section, "precision", "auto"),
-            state_dir=self.workplace.state / "engines",
+            state_dir=self.workplace.state / ENGINES_FOLDER,
         )
 
     def choices(self) -> tuple[Choice, Choice]:

@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import Retention
+from pipeline.engines.base import UNFINISHED
 from pipeline.files import error_file
 from pipeline.names import printable
 from pipeline.outbox import MANIFEST, Outbox
 from pipeline.schema import SourceFile, Track
 from pipeline.store import Store
-from pipeline.workplace import Workplace
+from pipeline.workplace import ENGINES_FOLDER, Workplace
 
 log = logging.getLogger("pipeline")
 
@@ -40,7 +41,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Removal:
     """Something that was removed, or would be."""
 
-    what: str  # working copy | archive | outbox
+    what: str  # working copy | unfinished | archive | outbox
     path: Path
     bytes: int
     why: str
@@ -72,6 +73,7 @@ def collect(
     removed: list[Removal] = []
     if settings.work_days is not None:
         copies = list(_working_copies(store, workplace, tracks))
+        copies += _unfinished(workplace)
         removed += _thin_out(copies, 0, settings.work_days, None, now=now, dry_run=dry_run)
     if settings.archive_days is not None or settings.archive_gb is not None:
         archived, kept_bytes = _archived(store, workplace, tracks)
@@ -135,6 +137,19 @@ def _thin_out(
 
 
 # -- working copies --------------------------------------------------------------------------------
+
+
+def _unfinished(workplace: Workplace) -> Iterator[Candidate]:
+    """What engines keep of variations that were never finished."""
+    for path in sorted((workplace.state / ENGINES_FOLDER).glob(f"*/{UNFINISHED}/*")):
+        with suppress(OSError):  # it was finished meanwhile
+            stat = path.stat()
+            yield Candidate("unfinished", path, stat.st_size, stat.st_mtime, partial(_unlink, path))
+
+
+def _unlink(path: Path) -> bool:
+    path.unlink(missing_ok=True)
+    return True
 
 
 def _working_copies(store: Store, workplace: Workplace, tracks: dict[str, Track]) -> Iterator[Candidate]:

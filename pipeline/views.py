@@ -21,6 +21,7 @@ from pipeline.model_folder import TRANSFORMERS, Layout
 from pipeline.outbox import Outbox
 from pipeline.reconcile import reconcile
 from pipeline.store import STATES, Store
+from pipeline.workplace import ENGINES_FOLDER
 
 LAST_FAILURES = 20
 LOW_DISK_BYTES = 2 << 30
@@ -238,6 +239,8 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
         missing = missing_packages(card)
         text = f"needs {', '.join(missing)}: {card.install}" if missing else card.summary
         yield "note" if missing else "ok", f"{card.stage} engine {card.name}", text
+        if found := card.last_check(app.workplace.state / ENGINES_FOLDER):
+            yield "ok", f"{card.name} at its last start", found
     try:
         for stage, choice in zip(("embed", "generate"), app.choices(), strict=True):
             where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""

@@ -21,6 +21,8 @@ from pipeline.disk import machines_fault
 from pipeline.errors import AlreadyRunning, FolderUnusable
 from pipeline.records import Audio
 
+ENGINES_FOLDER = "engines"  # in the state folder: what engines keep
+
 
 @dataclass(frozen=True)
 class Workplace:

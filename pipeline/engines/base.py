@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.model_folder import TRANSFORMERS, Layout
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
 
+UNFINISHED = "unfinished"  # folder in an engine's own, of what `gc` may remove when it is old
+
 StopFn = Callable[[], bool]  # true once the work should end; asked at least once a step
 
 
@@ -105,6 +107,7 @@ class EngineCard:
     layout: Layout = TRANSFORMERS  # the format of its models' folders
     companions: tuple[tuple[str, Layout], ...] = ()  # hub models it loads besides, if a request needs them
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of what it makes
+    last_check: Callable[[Path], str | None] = lambda state_dir: None  # of its own, for `doctor`
     rank: int = 0  # `auto` takes the usable engine of the highest rank; below 0: never
 
     def is_meant_by(self, engine: str) -> bool:

@@ -52,7 +52,9 @@ def test_a_short_source_is_repeated_not_padded(musicgen: Any) -> None:
 def test_a_later_window_is_told_its_own_part_of_the_track(musicgen: Any) -> None:
     """A for 20 s, then E: the window from 18 s hears A for 2 s, frames of 0.128 s, then E."""
     checkpoint = musicgen.checkpoint
-    first, second = (tones(pitch, seconds=s, sample_rate=RATE_HZ) for pitch, s in ((440.0, 20.0), (659.26, 30.0)))
+    first, second = (
+        tones(pitch, seconds=s, sample_rate=RATE_HZ) for pitch, s in ((440.0, 20.0), (659.26, 30.0))
+    )
     track = Audio(np.concatenate([first.samples, second.samples], axis=1), RATE_HZ)
     chroma = conditioning.listen(checkpoint, track, 48.0)
     conditions = conditioning.Conditions(

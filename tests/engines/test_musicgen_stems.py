@@ -308,7 +308,12 @@ def as_pickle(caches: Path, model: Any, **more: Any) -> Path:
     from demucs.states import get_state, save_with_checksum
 
     args, kwargs = model._init_args_kwargs
-    package = {"klass": type(model), "args": args, "kwargs": kwargs, "state": get_state(model, None, half=True)}
+    package = {
+        "klass": type(model),
+        "args": args,
+        "kwargs": kwargs,
+        "state": get_state(model, None, half=True),
+    }
     package["training_args"] = {"optim": {"lr": 3e-4, "beta": np.float64(0.9)}, "dset": ["musdb", None, True]}
     folder = caches / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -403,6 +408,8 @@ def test_no_code_of_a_pickle_is_run(caches: Path) -> None:
 def test_only_htdemucs_is_opened(caches: Path) -> None:
     model = tiny_demucs()
     path = as_safetensors(caches, model)
-    path.write_bytes(path.read_bytes().replace(b"demucs.htdemucs.HTDemucs", b"demucs.demucs.DemucsOfMine"[:24]))
+    path.write_bytes(
+        path.read_bytes().replace(b"demucs.htdemucs.HTDemucs", b"demucs.demucs.DemucsOfMine"[:24])
+    )
     with pytest.raises(BadCheckpoint, match="it holds a demucs.demucs"):
         hear(of(drums(1.0)), "demucs")

@@ -8,13 +8,15 @@ sound of the tokens. `loader` opens a checkpoint, `conditioning` prepares melody
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
-from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
+from pipeline.engines.base import UNFINISHED, EngineCard, EngineSettings, Generator, Params
 
 VERSION = "3"
 DEFAULT_MODEL = "facebook/musicgen-melody"
+FOLDER = "musicgen"  # of what the engine keeps
 LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"
 
 
@@ -46,6 +48,11 @@ class MusicgenParams(Params):
         le=20.0,
         description="how strictly melody and prompt are followed; 1: unguided, in half the time",
     )
+    melody: Literal["auto", "mix", "harmonic", "demucs"] = Field(
+        default="auto",
+        description="what the melody is taken from: the whole mix, what is steady in it, or vocals and "
+        "other instruments by demucs (to be installed); auto: the mix where there are few strokes",
+    )
 
 
 def license_of(model: str | None) -> str:
@@ -54,6 +61,16 @@ def license_of(model: str | None) -> str:
         return LICENSE
     name = Path(model).name if Path(model).expanduser().is_dir() else model
     return f"that of the checkpoint in {name}; MusicGen's published weights are CC-BY-NC-4.0"
+
+
+def last_check(state_dir: Path) -> str | None:
+    """What the last start found out about int8; None if there was none."""
+    from pipeline.engines.musicgen import precision
+
+    check = precision.last_check(state_dir / FOLDER)
+    if check is None:
+        return None
+    return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
 
 
 def _load(settings: EngineSettings) -> Generator:
@@ -67,12 +84,12 @@ def _load(settings: EngineSettings) -> Generator:
     found = weights.locate(model, settings.revision, settings.cache_dir)
     found = found or weights.fetch(model, settings.revision, settings.cache_dir)
     checkpoint = load_checkpoint(found, settings.device, settings.threads)
-    kept = settings.state_dir / "musicgen" if settings.state_dir is not None else None
+    kept = settings.state_dir / FOLDER if settings.state_dir is not None else None
     return MusicgenGenerator(
         checkpoint,
         open_decoder(checkpoint, settings.precision, settings.threads, kept),
         max_memory_gb=settings.max_memory_gb,
-        saved=Savepoints(kept),
+        saved=Savepoints(None if kept is None else kept / UNFINISHED),
     )
 
 
@@ -87,5 +104,6 @@ ENGINE = EngineCard(
     install="pip install -r requirements.txt",
     default_model=DEFAULT_MODEL,
     license_of=license_of,
+    last_check=last_check,
     rank=10,
 )

@@ -31,6 +31,7 @@ class Voice:
 
     request_id: str
     conditions: Conditions
+    heard: str  # what the melody was taken from: mix, harmonic or demucs
     sampler: Sampler
     windows: tuple[Window, ...]
     codes: Tokens  # (codebooks, frames), UNKNOWN where nothing was picked yet

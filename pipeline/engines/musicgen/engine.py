@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines.base import ProgressFn, StopFn
-from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning, room, savepoints, sound
+from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning, room, savepoints, sound, stems
 from pipeline.engines.musicgen.batch import Batch, Ended, Voice
 from pipeline.engines.musicgen.loader import Checkpoint
 from pipeline.engines.musicgen.precision import Opened
 from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
 from pipeline.engines.musicgen.savepoints import Savepoints
+from pipeline.engines.musicgen.stems import Heard, Melody
 from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, windows
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import EngineFailure, PipelineError, Stopped
@@ -92,11 +93,13 @@ class MusicgenGenerator:
 
         voices: list[Voice] = []
         by_id = {request.request_id: request for request in requests}
-        ears = _Ears(self.checkpoint)
+        ears = _Ears(self.checkpoint, should_stop)
         for request in requests:
             check_stop()
             try:
                 voices.append(self._voice(request, ears))
+            except Stopped:
+                raise
             except (PipelineError, RuntimeError, ValueError, MemoryError) as error:
                 yield Failure(request.request_id, _failure(error))
         if not voices:
@@ -143,11 +146,12 @@ class MusicgenGenerator:
         return Voice(
             request_id=request.request_id,
             conditions=conditioning.Conditions(
-                chroma=ears.chroma(request, end_s),
+                chroma=ears.chroma(request, params.melody, end_s),
                 frames_per_s=conditioning.chroma_rate(self.checkpoint),
                 text=ears.text(params.prompt),
                 checkpoint=self.checkpoint,
             ),
+            heard=ears.heard(request, params.melody).how,
             sampler=Sampler(
                 SamplingParams(params.temperature, params.top_k, params.top_p, params.guidance), request.seed
             ),
@@ -163,6 +167,7 @@ class MusicgenGenerator:
         details: dict[str, Any] = {
             "frames": voice.codes.shape[1],
             "windows": len(voice.windows),
+            "melody": voice.heard,
             "precision": self.decoder.precision,
         }
         if self.check is not None:
@@ -193,13 +198,24 @@ class _Ears:
     """Each track's chroma and each prompt once per call; the requests of a track share their audio object."""
 
     checkpoint: Checkpoint
-    _chroma: dict[tuple[int, float], Samples] = field(default_factory=dict)
+    should_stop: StopFn
+    _heard: dict[tuple[int, str], Heard] = field(default_factory=dict)
+    _chroma: dict[tuple[int, str, float], Samples] = field(default_factory=dict)
     _texts: dict[str, Samples] = field(default_factory=dict)
 
-    def chroma(self, request: VariationRequest, end_s: float) -> Samples:
-        key = (id(request.audio), end_s)
+    def heard(self, request: VariationRequest, how: Melody) -> Heard:
+        key = (id(request.audio), how)
+        if key not in self._heard:
+            self._heard[key] = stems.listen(
+                request.audio, how, should_stop=self.should_stop, device=self.checkpoint.device
+            )
+        return self._heard[key]
+
+    def chroma(self, request: VariationRequest, how: Melody, end_s: float) -> Samples:
+        key = (id(request.audio), how, end_s)
         if key not in self._chroma:
-            self._chroma[key] = conditioning.listen(self.checkpoint, request.audio, end_s)
+            heard = self.heard(request, how).audio
+            self._chroma[key] = conditioning.listen(self.checkpoint, heard, end_s)
         return self._chroma[key]
 
     def text(self, prompt: str) -> Samples:
