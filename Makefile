@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test torture lint clean
+.PHONY: demo test torture bench lint clean
 
 demo: $(VENV)/core
 	@echo "One batch over the bundled instrumental:"
@@ -22,6 +22,10 @@ test: $(VENV)/full
 # The long part of the fault harness: about an hour.
 torture: $(VENV)/full
 	$(BIN)/python -m pytest tests/faults -m torture
+
+# MusicGen against its peers, on random weights of the true size (6 GB, made once): about half an hour.
+bench: $(VENV)/full
+	$(BIN)/python bench/musicgen.py
 
 lint: $(VENV)/full
 	$(BIN)/ruff check .

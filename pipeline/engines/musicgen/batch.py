@@ -123,9 +123,9 @@ class Batch:
                     yield Ended(voice)
                     continue
                 voice.slots = [free.pop() for _ in range(voice.n_rows)]
-                self._begin(voice, window, memory, prefixes)
+                self.begin(voice, window, memory, prefixes)
                 active.append(voice)
-            for voice, error in self._step(active, memory):
+            for voice, error in self.step(active, memory):
                 active.remove(voice)
                 free += voice.slots
                 for place in voice.prefixes:
@@ -135,7 +135,7 @@ class Batch:
                 else:
                     yield Ended(voice, error)
 
-    def _begin(self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes) -> None:
+    def begin(self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes) -> None:
         """Run a window's prefixes, and all steps but one of what is known of it."""
         self.check_stop()
         conditions = voice.conditions
@@ -162,7 +162,7 @@ class Batch:
             for slot, prefix in zip(voice.slots, voice.prefixes, strict=True)
         ]
 
-    def _step(self, active: Sequence[Voice], memory: Memory) -> list[tuple[Voice, PipelineError | None]]:
+    def step(self, active: Sequence[Voice], memory: Memory) -> list[tuple[Voice, PipelineError | None]]:
         """One step of all; those whose window is done or that failed."""
         self.check_stop()
         feeds = [feed for voice in active for feed in self._feeds(voice, voice.position + 1)]

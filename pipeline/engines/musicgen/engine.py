@@ -93,11 +93,11 @@ class MusicgenGenerator:
 
         voices: list[Voice] = []
         by_id = {request.request_id: request for request in requests}
-        ears = _Ears(self.checkpoint, should_stop)
+        ears = Ears(self.checkpoint, should_stop)
         for request in requests:
             check_stop()
             try:
-                voices.append(self._voice(request, ears))
+                voices.append(self.voice(request, ears))
             except Stopped:
                 raise
             except (PipelineError, RuntimeError, ValueError, MemoryError) as error:
@@ -113,14 +113,14 @@ class MusicgenGenerator:
                 self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
 
         try:
-            yield from self._batch(voices, on_step, check_stop).run(voices)
+            yield from self.batch(voices, on_step, check_stop).run(voices)
         except Stopped:
             for voice in voices:
                 if (voice.codes != UNKNOWN).any():
                     self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
             raise
 
-    def _batch(self, voices: Sequence[Voice], on_step: Any, check_stop: Any) -> Batch:
+    def batch(self, voices: Sequence[Voice], on_step: Any, check_stop: Any) -> Batch:
         """Room for the longest window and prefix among these voices."""
         steps = max(window.frames for voice in voices for window in voice.windows) + int(self.lags.max())
         prefix_steps = self.checkpoint.chroma_length + max(len(voice.conditions.text) for voice in voices)
@@ -136,7 +136,7 @@ class MusicgenGenerator:
             check_stop=check_stop,
         )
 
-    def _voice(self, request: VariationRequest, ears: _Ears) -> Voice:
+    def voice(self, request: VariationRequest, ears: Ears) -> Voice:
         params = MusicgenParams.model_validate(dict(request.params))
         n_frames = max(1, math.ceil(self._n_samples(request) / self.checkpoint.hop_samples))
         its_windows = windows(n_frames, self.window_frames, self.stride_frames)
@@ -194,7 +194,7 @@ class MusicgenGenerator:
 
 
 @dataclass(eq=False)
-class _Ears:
+class Ears:
     """Each track's chroma and each prompt once per call; the requests of a track share their audio object."""
 
     checkpoint: Checkpoint

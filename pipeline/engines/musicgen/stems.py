@@ -54,9 +54,8 @@ OVERLAP = 4  # frames over every sample
 TOP_HZ = 8000.0  # nothing above it is looked at or kept: a melody's pitch is below
 BLOCK_FRAMES = 1024  # what is in memory at once: 24 s
 
-TONE_S = 0.3  # medians along time: a tone of half this length still counts as steady
+TONE_S = 0.2  # medians along time: a tone of half this length still counts as steady
 STROKE_HZ = 500.0  # medians along frequency
-MARGIN = 2.0  # a bin is mostly kept where it is more than twice as steady as it is broad
 BASS_HZ, BASS_ORDER = 200.0, 8  # -6 dB there, 48 dB an octave below
 
 EXCERPTS, EXCERPT_S = 6, 5.0  # what `auto` looks at of a longer track, evenly spread
@@ -175,7 +174,7 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
         start, end = max(0, first - reach), min(grid.n_frames, last + reach)
         spectra = _spectra(audio, grid, start, end)
         inner = slice(first - start, last - start)
-        kept = spectra[inner] * (1 - _stroke_mask(np.abs(spectra), grid, TONE_S, MARGIN)[inner]) * gain
+        kept = spectra[inner] * (1 - _stroke_mask(np.abs(spectra), grid, TONE_S)[inner]) * gain
         frames = scipy.fft.irfft(kept, grid.fft, axis=1) * scale
         for k in range(OVERLAP):
             out[first + k : last + k] += frames[:, k * grid.hop : (k + 1) * grid.hop]
@@ -212,7 +211,7 @@ def _strokes(excerpt: Audio) -> tuple[Mags, Mags]:
     inside = grid.overlap - 1 if excerpt.n_samples > 4 * grid.fft else 0  # of a shorter one, all
     magnitudes = np.abs(_spectra(excerpt, grid, inside, grid.n_frames - inside))
     energy = magnitudes**2 / np.maximum(grid.bins_hz, FLOOR_HZ)
-    return energy.sum(axis=1), (energy * _stroke_mask(magnitudes, grid, LONG_TONE_S, 1.0)).sum(axis=1)
+    return energy.sum(axis=1), (energy * _stroke_mask(magnitudes, grid, LONG_TONE_S)).sum(axis=1)
 
 
 def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.complex64]:
@@ -225,12 +224,11 @@ def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.com
     return np.asarray(scipy.fft.rfft(frames, axis=1)[:, : grid.bins_hz.size])
 
 
-def _stroke_mask(magnitudes: Mags, grid: _Grid, tone_s: float, margin: float) -> Mags:
+def _stroke_mask(magnitudes: Mags, grid: _Grid, tone_s: float) -> Mags:
     """How much of each bin is stroke rather than tone, [0, 1], (frames, bins)."""
     steady = _medians(magnitudes.T, _odd(tone_s * grid.sample_rate / grid.hop)).T
     broad = _medians(magnitudes, _odd(STROKE_HZ * grid.fft / grid.sample_rate))
-    stroke = (np.float32(margin) * broad) ** 2
-    return np.asarray(stroke / np.maximum(stroke + steady**2, np.finfo(np.float32).tiny))
+    return np.asarray(broad**2 / np.maximum(broad**2 + steady**2, np.finfo(np.float32).tiny))
 
 
 def _medians(values: Mags, size: int) -> Mags:
