@@ -184,6 +184,18 @@ def alone(decoder: Any, prefix: np.ndarray, tokens: np.ndarray) -> list[bytes]:
     return [memory.advance([Feed(0, 0, step, tokens[step : step + 1])]).tobytes() for step in steps]
 
 
+def assert_same(decoder: Any, found: list[bytes], expected: list[bytes]) -> None:
+    """Bit for bit by our kernels. Torch's products may round by a row's place in the batch."""
+    if not hasattr(decoder, "stack"):
+        tolerance = {"float32": 1e-5, "float16": 2e-2}[decoder.precision]
+        for mine, theirs in zip(found, expected, strict=True):
+            reference = np.frombuffer(theirs, np.float32)
+            error = np.abs(np.frombuffer(mine, np.float32) - reference).max()
+            assert error <= tolerance * np.abs(reference).max()
+        return
+    assert found == expected
+
+
 def test_a_row_is_the_same_among_seven_others(decoder: Any) -> None:
     """Others in other slots, with other prefixes, of other lengths, at other positions, in any order."""
     from pipeline.engines.musicgen.decoder import Feed
@@ -200,7 +212,7 @@ def test_a_row_is_the_same_among_seven_others(decoder: Any) -> None:
         feeds = [Feed(slot, slot, at + step, spoken(slot * 100 + step, 1)) for slot, at in lead.items()]
         feeds.insert(step % 8, Feed(5, 8, step, tokens[step : step + 1]))
         found.append(memory.advance(feeds)[step % 8].tobytes())
-    assert found == alone(decoder, prefix, tokens)
+    assert_same(decoder, found, alone(decoder, prefix, tokens))
 
 
 def test_rows_that_share_a_prefix_are_each_as_if_they_were_alone(decoder: Any) -> None:
@@ -214,7 +226,8 @@ def test_rows_that_share_a_prefix_are_each_as_if_they_were_alone(decoder: Any) -
         feeds = [Feed(slot, 0, step, tokens[step : step + 1]) for slot, tokens in enumerate(told)]
         for slot, logits in enumerate(memory.advance(feeds)):
             found[slot].append(logits.tobytes())
-    assert found == [alone(decoder, prefix, tokens) for tokens in told]
+    for its, tokens in zip(found, told, strict=True):
+        assert_same(decoder, its, alone(decoder, prefix, tokens))
 
 
 @pytest.mark.parametrize("cuts", [(1,), (64, 128), (7, 16, 17, 129)], ids=str)
@@ -228,7 +241,7 @@ def test_steps_told_at_once_are_the_steps_one_by_one(decoder: Any, cuts: tuple[i
     memory.prefill(0, prefix)
     for number, (first, last) in enumerate(zip((0, *cuts), (*cuts, STEPS), strict=True)):
         feeds = [Feed(0, 0, first, tokens[first:last]), Feed(1, 0, number, others[number : number + 1])]
-        assert memory.advance(feeds)[0].tobytes() == one_by_one[last - 1]
+        assert_same(decoder, [memory.advance(feeds)[0].tobytes()], [one_by_one[last - 1]])
 
 
 def test_a_place_keeps_nothing_of_who_was_there_before(decoder: Any) -> None:
@@ -240,7 +253,7 @@ def test_a_place_keeps_nothing_of_who_was_there_before(decoder: Any) -> None:
     prefix, tokens = inputs(0, 21), spoken(0, 18)
     memory.prefill(0, prefix)
     found = [memory.advance([Feed(0, 0, step, tokens[step : step + 1])]).tobytes() for step in range(18)]
-    assert found == alone(decoder, prefix, tokens)
+    assert_same(decoder, found, alone(decoder, prefix, tokens))
 
 
 def test_more_rows_than_a_step_of_torch_takes_go_in_parts(decoder: Any) -> None:
@@ -250,7 +263,7 @@ def test_more_rows_than_a_step_of_torch_takes_go_in_parts(decoder: Any) -> None:
     memory.prefill(0, inputs(0, 10))
     logits = memory.advance([Feed(slot, 0, 0, spoken(slot, 1)) for slot in range(40)])
     for slot in (0, 31, 32, 39):
-        assert [logits[slot].tobytes()] == alone(decoder, inputs(0, 10), spoken(slot, 1))
+        assert_same(decoder, [logits[slot].tobytes()], alone(decoder, inputs(0, 10), spoken(slot, 1)))
 
 
 @pytest.mark.parametrize("kind", ["int8", "float32"])

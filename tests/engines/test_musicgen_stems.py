@@ -54,24 +54,24 @@ def tune(seconds: float = 12.0) -> Doubles:
 
 
 def bass(seconds: float = 12.0) -> Doubles:
-    """A steady D and G in turn, a second each, at 37 and 49 Hz with weak overtones, RMS 0.1."""
+    """D2 and G2 in turn, a second each, plucked every half second, RMS 0.1."""
     time_s = np.arange(round(seconds * RATE_HZ)) / RATE_HZ
-    pitch_hz = np.where(time_s % 2 < 1, 36.7, 49.0)
-    return level(sum(np.sin(2 * np.pi * n * np.cumsum(pitch_hz) / RATE_HZ) / n**3 for n in (1, 2, 3)), 0.1)
+    phase = 2 * np.pi * np.cumsum(np.where(time_s % 2 < 1, 73.4, 98.0)) / RATE_HZ
+    return level(sum(np.sin(n * phase) / n**2 for n in (1, 2, 3)) * np.exp(-(time_s % 0.5) / 0.5), 0.1)
 
 
 def drums(seconds: float = 12.0) -> Doubles:
     """Kick, snare and hats at 120 bpm, RMS 0.1."""
     rng = np.random.default_rng(5)
-    out = np.zeros(round(seconds * RATE_HZ))
-    time_s = np.arange(round(0.24 * RATE_HZ)) / RATE_HZ
-    kick = np.sin(2 * np.pi * (55 * time_s + 4 * (1 - np.exp(-time_s / 0.02)))) * np.exp(-time_s / 0.08)
-    for k in range(int(seconds / 0.25)):
-        snare = rng.standard_normal(time_s.size) * np.exp(-time_s / 0.04)
-        hat = np.diff(rng.standard_normal(time_s.size), prepend=0.0) * np.exp(-time_s / 0.015)
-        hit = 0.2 * hat + (kick if k % 4 == 0 else 0.0) + (0.5 * snare if k % 4 == 2 else 0.0)
-        out[k * (RATE_HZ // 4) :][: time_s.size] += hit[: out.size - k * (RATE_HZ // 4)]
-    return level(out, 0.1)
+    beat = RATE_HZ // 2
+    time_s = np.arange(beat) / RATE_HZ
+    kick = np.sin(2 * np.pi * (55 * time_s + 4 * (1 - np.exp(-time_s / 0.02)))) * np.exp(-time_s / 0.15)
+    out = []
+    for k in range(round(2 * seconds)):
+        noise = rng.standard_normal(beat)
+        hats = np.diff(noise, prepend=0.0) * np.exp(-(time_s % 0.25) / 0.02)
+        out.append(0.1 * hats + (kick if k % 2 == 0 else 0.4 * noise * np.exp(-time_s / 0.05)))
+    return level(np.concatenate(out), 0.1)
 
 
 def level(sound: Any, rms: float) -> Doubles:

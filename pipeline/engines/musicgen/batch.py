@@ -31,10 +31,10 @@ class Voice:
 
     request_id: str
     conditions: Conditions
-    heard: str  # what the melody was taken from: mix, harmonic or demucs
     sampler: Sampler
     windows: tuple[Window, ...]
     codes: Tokens  # (codebooks, frames), UNKNOWN where nothing was picked yet
+    heard: str = "mix"  # what the melody was taken from: mix, harmonic or demucs
     delayed: Delayed | None = None  # the window it is in
     position: int = 0  # steps of the window that the memory holds
     slots: list[int] = field(default_factory=list)

@@ -11,9 +11,11 @@ layers are read once, one at a time, and never again.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,12 +96,16 @@ def open_decoder(checkpoint: Checkpoint, precision: str, threads: int | None, fo
     check = None
     if precision != "float32":
         kept = Kept(folder, checkpoint.weights.revision) if folder is not None else None
-        stack = (kept and kept.stack(checkpoint.layers.shape)) or Stack.packed(checkpoint.layers, "int8")
+        old_stack = kept.stack(checkpoint.layers.shape) if kept is not None else None
+        stack = old_stack or Stack.packed(checkpoint.layers, "int8")
         decoder = CpuDecoder(stack, ends, threads)
-        passage = (kept and kept.passage()) or write_passage(checkpoint, decoder, ends, threads)
+        old_passage = kept.passage() if kept is not None and old_stack is not None else None
+        passage = old_passage or write_passage(checkpoint, decoder, ends, threads)
         check = compare(checkpoint, decoder, passage)
         if kept is not None:
-            kept.keep(stack, passage, check)
+            kept.keep(
+                None if old_stack is not None else stack, None if old_passage is not None else passage, check
+            )
         log.info("musicgen: %s", check.words)
         if check.passed:
             return Opened(decoder, check)
@@ -195,21 +201,21 @@ class Kept:
 
     def passage(self) -> Passage | None:
         try:
-            with np.load(self._passage, allow_pickle=False) as saved:
+            with np.load(io.BytesIO(self._passage.read_bytes()), allow_pickle=False) as saved:
                 return Passage(saved["tokens"], saved["logits"])
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
-    def keep(self, stack: Stack, passage: Passage, check: Check) -> None:
-        """Write what isn't there yet, and the report. A full disk is no reason not to go on."""
+    def keep(self, stack: Stack | None, passage: Passage | None, check: Check) -> None:
+        """Write what is new, and the report. A full disk is no reason not to go on."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._layers.exists():
+            if stack is not None:
                 _write(
                     self._layers,
                     [self._header, *(stack.arrays[name].data for name in layout(stack.shape, "int8"))],
                 )
-            if not self._passage.exists():
+            if passage is not None:
                 with self._passage.with_suffix(".tmp").open("wb") as file:
                     np.savez(file, tokens=passage.tokens, logits=passage.logits)
                 self._passage.with_suffix(".tmp").replace(self._passage)

@@ -7,6 +7,7 @@ kept: noise is a function of the step, and keys and values are made again from t
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
 from contextlib import suppress
@@ -34,7 +35,7 @@ class Savepoints:
         if self.folder is None:
             return None
         try:
-            with np.load(self._path(identity), allow_pickle=False) as saved:
+            with np.load(io.BytesIO(self._path(identity).read_bytes()), allow_pickle=False) as saved:
                 codes = saved["codes"].astype(np.int64)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None  # not there, or cut off: then it is made from its beginning

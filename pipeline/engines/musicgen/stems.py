@@ -13,7 +13,7 @@ that is melodic already is better left as it is (audiocraft #478).
   harmonic-percussive separation"). A high-pass takes the register of bass and kick drum.
 - `demucs`: "vocals" and "other" of the package's htdemucs (Rouard, Massa and Défossez 2022,
   arXiv:2211.08553).
-- `auto`: `mix` where there are hardly any strokes (`percussive_share`), else `demucs` where it is
+- `auto`: `mix` where neither drums nor a bass are in the way (`rhythm`), else `demucs` where it is
   installed with its weights on this machine, else `harmonic`.
 
 What is heard only becomes chroma, which is of the channels' mean: both filters give one channel.
@@ -61,8 +61,10 @@ BASS_HZ, BASS_ORDER = 200.0, 8  # -6 dB there, 48 dB an octave below
 EXCERPTS, EXCERPT_S = 6, 5.0  # what `auto` looks at of a longer track, evenly spread
 LONG_TONE_S = 0.5  # medians along time for the decision: it must not miss a stroke, tones may suffer
 FLOOR_HZ = 100.0  # above it, octaves count alike
+CHROMA_CENTRE_HZ, CHROMA_OCTAVES = 880.0, 2.0  # how chroma weighs a pitch's power: a Gaussian in octaves
 SOUNDING = 1e-4  # -40 dB of the loudest frame: quieter ones say nothing
-MELODIC = 0.09  # a smaller percussive share is a melody already
+PERCUSSIVE = 0.085  # from this share of strokes on, there are drums
+BASS, ALL_BASS = 0.1, 0.8  # between these shares there is a bass; from the second on, it is the melody
 
 DEMUCS_VERSION = "4.0.1"
 INSTALL_COMMAND = f"pip install demucs=={DEMUCS_VERSION}"
@@ -81,7 +83,20 @@ class Heard:
 
     audio: Audio  # of the track's length and rate; one channel unless it is the track itself
     how: Way
-    percussive_share: float | None = None  # what `auto` decided by; None: not asked, or silence
+    percussive_share: float | None = None  # what `auto` decided by, see `Rhythm`; None: not asked, or silence
+    bass_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How much of a track drums and bass may be, in [0, 1] each."""
+
+    percussive: float  # of a usual moment's energy
+    bass: float  # of the moments: those in which the bass register is what chroma names
+
+    @property
+    def in_the_way(self) -> bool:
+        return self.percussive >= PERCUSSIVE or BASS <= self.bass < ALL_BASS
 
 
 def listen(
@@ -101,19 +116,21 @@ def listen(
         MissingPackage, MissingWeights, BadCheckpoint: `how` is demucs, and it can't be used; `auto`
             does without it.
     """
-    share = None
-    if how == "auto":
-        share = percussive_share(audio)
-        if share is None or share < MELODIC:
-            return Heard(audio, "mix", share)
     if how == "mix":
         return Heard(audio, "mix")
     if how == "harmonic":
         return Heard(harmonic(audio, should_stop), "harmonic")
-    separator = (_separator if how == "demucs" else _separator_if_any)(device, cache_dir)
-    if separator is None:
-        return Heard(harmonic(audio, should_stop), "harmonic", share)
-    return Heard(_without_rhythm(audio, separator, should_stop), "demucs", share)
+    if how == "demucs":
+        return Heard(_without_rhythm(audio, _separator(device, cache_dir), should_stop), "demucs")
+    found = rhythm(audio)
+    if found is None:
+        return Heard(audio, "mix")
+    shares = found.percussive, found.bass
+    if not found.in_the_way:
+        return Heard(audio, "mix", *shares)
+    if separator := _separator_if_any(device, cache_dir):
+        return Heard(_without_rhythm(audio, separator, should_stop), "demucs", *shares)
+    return Heard(harmonic(audio, should_stop), "harmonic", *shares)
 
 
 # --- harmonic and percussive ------------------------------------------------------------------------
@@ -182,36 +199,46 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
     return Audio(out.reshape(1, -1)[:, begin : begin + audio.n_samples], audio.sample_rate)
 
 
-def percussive_share(audio: Audio) -> float | None:
-    """How much of a usual moment is strokes, in [0, 1]; None if the track is silent.
+def rhythm(audio: Audio) -> Rhythm | None:
+    """What drums and bass there are, from six excerpts of 5 s, or all of what is shorter; None: silence.
 
-    Of a frame: the percussive part of its energy, every octave counting alike (a kick drum has few
-    bins, hats have many). Of an excerpt: the mean over its sounding frames, not over energy, as a
-    pluck is loud but short, while drums are there all the time. Of the track: the upper quartile of
-    its excerpts, as drums may be silent for whole sections.
+    Of an excerpt the mean over its sounding frames; of the track the upper quartile of its
+    excerpts, as drums may pause for whole sections.
     """
     length = min(round(EXCERPT_S * audio.sample_rate), audio.n_samples)
     n_excerpts = min(EXCERPTS, audio.n_samples // max(1, length))
     starts = np.linspace(0, audio.n_samples - length, n_excerpts).astype(int)
-    excerpts = [
-        _strokes(Audio(audio.samples[:, start : start + length], audio.sample_rate)) for start in starts
-    ]
-    loudest = max((float(energy.max(initial=0.0)) for energy, _ in excerpts), default=0.0)
+    excerpts = [_frames(Audio(audio.samples[:, at : at + length], audio.sample_rate)) for at in starts]
+    loudest = max((float(energy.max(initial=0.0)) for energy, _, _ in excerpts), default=0.0)
     shares = []
-    for energy, strokes in excerpts:
+    for energy, percussive, bass in excerpts:
         sounding = energy > SOUNDING * loudest
         if sounding.any():
-            shares.append(np.mean(strokes[sounding] / energy[sounding], dtype=np.float64))
-    return float(np.percentile(shares, 75)) if shares else None
+            strokes = percussive[:, sounding].mean(axis=1, dtype=np.float64).max()
+            shares.append((strokes, np.mean(bass[sounding] > 0.5)))
+    return Rhythm(*np.percentile(shares, 75, axis=0).tolist()) if shares else None
 
 
-def _strokes(excerpt: Audio) -> tuple[Mags, Mags]:
-    """Energy per frame, and the percussive part of it, (frames,) each: those wholly within."""
+def _frames(excerpt: Audio) -> tuple[Mags, Mags, Mags]:
+    """Of the frames wholly within: energy (frames,), percussive share (2, frames), bass share (frames,).
+
+    The percussive share counts every octave alike (a kick drum has few bins, hats have many), with
+    the bass register and without it: a strong bass would hide the rest. The mean of the frames'
+    shares, not of their energy, is what tells drums from plucked strings: a pluck is loud, but
+    short. The bass share is of the energy as chroma weighs it (its filter bank's octave weighting).
+    """
     grid = _grid(excerpt, overlap=2)
     inside = grid.overlap - 1 if excerpt.n_samples > 4 * grid.fft else 0  # of a shorter one, all
     magnitudes = np.abs(_spectra(excerpt, grid, inside, grid.n_frames - inside))
-    energy = magnitudes**2 / np.maximum(grid.bins_hz, FLOOR_HZ)
-    return energy.sum(axis=1), (energy * _stroke_mask(magnitudes, grid, LONG_TONE_S)).sum(axis=1)
+    bins_hz = np.maximum(grid.bins_hz, 1.0)
+    melodic = _above_bass(bins_hz)
+    even = 1 / np.maximum(bins_hz, FLOOR_HZ)
+    chroma = np.exp(-0.5 * (np.log2(bins_hz / CHROMA_CENTRE_HZ) / CHROMA_OCTAVES) ** 2)
+    weights = np.stack([even, even * melodic, chroma, chroma * (1 - melodic)])
+    energy = magnitudes.T**2
+    strokes = weights[:2] @ (energy * _stroke_mask(magnitudes, grid, LONG_TONE_S).T)
+    level = np.maximum(weights @ energy, np.finfo(np.float32).tiny)
+    return energy.sum(axis=0), strokes / level[:2], level[3] / level[2]
 
 
 def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.complex64]:

@@ -1,9 +1,9 @@
 """The decoder in torch's own operations, on any device: what a GPU uses, in half precision.
 
-Matrix products and attention round by the sizes of what they are given, so all steps run with the
-same number of rows, `ROWS`, unused ones as padding, and over as many positions, seen or not: a row's
-logits then depend on its own tokens alone. On a GPU the padding is nearly free; on a CPU `cpu` is
-faster.
+All steps run with the same number of rows, `ROWS`, unused ones as padding, so that the library
+takes the same way through its products whatever the batch; on a GPU the padding is nearly free.
+Still a row's place among them can change the last bit, and rarely a token: the promise of equal
+bits in any batch is that of `cpu`, not of this.
 """
 
 from __future__ import annotations
