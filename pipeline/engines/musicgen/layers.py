@@ -32,6 +32,7 @@ MATRICES = {
 }
 NORMS = {"attention_norm": "self_attn_layer_norm", "feed_forward_norm": "final_layer_norm"}
 LARGEST_GROUP = 128  # inputs that share a scale of the activations
+GROUP_STEP = 4  # the int8 kernel takes two pairs at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,8 @@ class Stack:
 
     def group(self, inputs: int) -> int:
         """How many inputs share a scale of the activations: the most that divide them evenly."""
-        return next(size for size in range(min(LARGEST_GROUP, inputs), 0, -1) if inputs % size == 0)
+        sizes = range(min(LARGEST_GROUP, inputs) // GROUP_STEP * GROUP_STEP, 0, -GROUP_STEP)
+        return next(size for size in sizes if inputs % size == 0)
 
 
 def layout(shape: Shape, precision: Precision) -> dict[str, tuple[tuple[int, ...], type]]:

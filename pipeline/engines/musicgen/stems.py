@@ -116,21 +116,20 @@ def listen(
         MissingPackage, MissingWeights, BadCheckpoint: `how` is demucs, and it can't be used; `auto`
             does without it.
     """
-    if how == "mix":
-        return Heard(audio, "mix")
-    if how == "harmonic":
-        return Heard(harmonic(audio, should_stop), "harmonic")
-    if how == "demucs":
-        return Heard(_without_rhythm(audio, _separator(device, cache_dir), should_stop), "demucs")
-    found = rhythm(audio)
-    if found is None:
-        return Heard(audio, "mix")
-    shares = found.percussive, found.bass
-    if not found.in_the_way:
-        return Heard(audio, "mix", *shares)
-    if separator := _separator_if_any(device, cache_dir):
-        return Heard(_without_rhythm(audio, separator, should_stop), "demucs", *shares)
-    return Heard(harmonic(audio, should_stop), "harmonic", *shares)
+    found, separator = None, None
+    if how == "auto":
+        how, found = "mix", rhythm(audio)
+        if found and found.in_the_way:
+            separator = _separator_if_any(device, cache_dir)
+            how = "demucs" if separator else "harmonic"
+    elif how == "demucs":
+        separator = _separator(device, cache_dir)
+    heard = audio
+    if separator:
+        heard = _without_rhythm(audio, separator, should_stop)
+    elif how == "harmonic":
+        heard = harmonic(audio, should_stop)
+    return Heard(heard, how, found.percussive if found else None, found.bass if found else None)
 
 
 # --- harmonic and percussive ------------------------------------------------------------------------

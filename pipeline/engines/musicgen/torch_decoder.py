@@ -2,6 +2,7 @@
 
 All steps run with the same number of rows, `ROWS`, unused ones as padding, so that the library
 takes the same way through its products whatever the batch; on a GPU the padding is nearly free.
+Attention rounds by the number of positions, so each row attends by itself, over its own alone.
 Still a row's place among them can change the last bit, and rarely a token: the promise of equal
 bits in any batch is that of `cpu`, not of this.
 """
@@ -9,6 +10,7 @@ bits in any batch is that of `cpu`, not of this.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = 32  # of every step
-STEPS_UNIT = 1536  # a memory's lengths are multiples of these: any window of 30 s has 1503 steps,
-PREFIX_UNIT = 768  # any prefix of 30 s and 500 characters at most 736
 
 
 class TorchDecoder:
@@ -52,8 +52,6 @@ class TorchDecoder:
 
     def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> TorchMemory:
         """See `Decoder.memory`."""
-        steps = -(-steps // STEPS_UNIT) * STEPS_UNIT
-        prefix_steps = -(-prefix_steps // PREFIX_UNIT) * PREFIX_UNIT
         return TorchMemory(self, rows, steps, prefixes, prefix_steps)
 
     def bytes_per_step(self) -> int:
@@ -134,42 +132,51 @@ class TorchMemory:
         """One step of up to `ROWS` feeds."""
         import torch
 
-        def column(values: list[int], padding: int) -> Any:
-            return np.array(values + [padding] * (ROWS - len(feeds)), np.int64)
-
-        slots = column([feed.slot for feed in feeds], self.rows.shape[2] - 1)
-        prefixes = column([feed.prefix for feed in feeds], 0)
-        positions = column([feed.position + step for feed in feeds], 0)
-        lengths = self.lengths[prefixes]
+        n, padding = len(feeds), ROWS - len(feeds)
+        slots = np.array([feed.slot for feed in feeds] + [self.rows.shape[2] - 1] * padding)
+        positions = np.array([feed.position + step for feed in feeds] + [0] * padding)
+        lengths = self.lengths[[feed.prefix for feed in feeds]]
         tokens = np.zeros((ROWS, self.decoder.shape.codebooks), np.int64)
-        tokens[: len(feeds)] = [feed.tokens[step] for feed in feeds]
+        tokens[:n] = [feed.tokens[step] for feed in feeds]
         ends = self.decoder.ends
-        x = self.decoder.tensor(ends.embedded(tokens) + ends.positions[lengths + positions])[:, None]
-        device = self.decoder.device
-        at, where, which = (torch.from_numpy(a).to(device) for a in (positions, slots, prefixes))
-        out = self.decoder.run(x, self._attend(at, where, which, torch.from_numpy(lengths).to(device)))
-        return self.decoder.logits(out[:, 0])[: len(feeds)]
+        before = np.concatenate([lengths, np.zeros(padding, np.int64)])
+        x = self.decoder.tensor(ends.embedded(tokens) + ends.positions[before + positions])[:, None]
+        where, at = (torch.from_numpy(array).to(self.decoder.device) for array in (slots, positions))
+        seen = [
+            _Seen(feed.slot, feed.position + step + 1, feed.prefix, int(length))
+            for feed, length in zip(feeds, lengths, strict=True)
+        ]
+        out = self.decoder.run(x, self._attend(where, at, seen))
+        return self.decoder.logits(out[:, 0])[:n]
 
-    def _attend(
-        self, at: torch.Tensor, where: torch.Tensor, which: torch.Tensor, lengths: torch.Tensor
-    ) -> Any:
-        """Attention of one step: over each row's prefix and its own steps up to this one."""
+    def _attend(self, where: torch.Tensor, at: torch.Tensor, seen: Sequence[_Seen]) -> Any:
+        """Attention of one step: each row over its prefix and its own steps up to this one."""
         import torch
         from torch.nn.functional import scaled_dot_product_attention as attention
-
-        def mask(room: int, length: torch.Tensor) -> torch.Tensor:
-            return torch.arange(room, device=length.device)[None] < length[:, None]
-
-        seen = torch.cat([mask(self.prefixes.shape[4], lengths), mask(self.rows.shape[4], at + 1)], dim=1)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             own, before = self.rows[layer], self.prefixes[layer]
             own[0][where, :, at] = k[:, :, 0]
             own[1][where, :, at] = v[:, :, 0]
-            keys, values = (torch.cat([before[i][which], own[i][where]], dim=2) for i in range(2))
-            return attention(q, keys, values, attn_mask=seen[:, None, None])
+            out = torch.zeros_like(q)
+            for row, its in enumerate(seen):
+                both = torch.cat(
+                    [before[:, its.prefix, :, : its.prefix_steps], own[:, its.slot, :, : its.steps]], dim=2
+                )
+                out[row] = attention(q[row, None], both[0, None], both[1, None])[0]
+            return out
 
         return attend
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a row attends to."""
+
+    slot: int
+    steps: int  # of its own
+    prefix: int
+    prefix_steps: int
 
 
 def _parts(indices: list[int]) -> Iterator[list[int]]:

@@ -1,0 +1,291 @@
+"""The compiled arithmetic, piece by piece, against numpy and torch in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import need_models
+
+from pipeline.engines.musicgen.decoder import Ends, Feed, Shape
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 24, 25, 53)  # around the kernels' 6 and 24
+FLOAT32, INT16 = 1e-6, 1e-4  # relative: of float32 sums; of activations rounded to 16 bits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models() -> None:
+    need_models()
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Weights as the kernels want them, and as they are."""
+
+    packed: np.ndarray
+    scales: np.ndarray
+    plain: np.ndarray  # float64, (outputs, inputs), quantized if they are
+    group: int
+
+
+def prepared(weights: np.ndarray, precision: str) -> Product:
+    from pipeline.engines.musicgen.kernels import pack_columns, quantize_rows
+    from pipeline.engines.musicgen.layers import Stack
+
+    inputs = weights.shape[1]
+    group = Stack(Shape(0, inputs, 1, inputs, 1, 1), "int8", {}).group(inputs)
+    if precision == "float32":
+        nothing = np.empty(0, np.float32)
+        return Product(pack_columns(weights), nothing, weights.astype(np.float64), group)
+    quantized, scales = quantize_rows(weights)
+    plain = quantized.astype(np.float64) * scales[:, None]
+    return Product(pack_columns(quantized), scales, plain, group)
+
+
+def multiplied(
+    product: Product,
+    x: np.ndarray,
+    *,
+    norm: np.ndarray | None = None,
+    mode: str = "STORE",
+    onto: np.ndarray | None = None,
+    threads: int = 1,
+) -> np.ndarray:
+    """x (rows, inputs) times the weights, by the kernels."""
+    import numba
+
+    from pipeline.engines.musicgen import kernels
+
+    rows, inputs = x.shape
+    out = np.full((rows, len(product.plain)), 7.0, np.float32) if onto is None else onto.copy()
+    numba.set_num_threads(threads)
+    kernels.run_product(
+        threads,
+        np.zeros(4, np.int64),
+        product.packed,
+        product.scales,
+        x,
+        np.empty((0, 0), np.float32) if norm is None else norm,
+        product.group,
+        np.empty(rows * inputs, np.int32),
+        np.empty((rows, inputs // product.group), np.float32),
+        out,
+        getattr(kernels, mode),
+    )
+    return out
+
+
+def normal(*size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+
+
+def error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", FLOAT32), ("int8", INT16)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 32), (16, 592), (176, 1536)])
+def test_products_are_numpys(precision: str, tolerance: float, rows: int, outputs: int, inputs: int) -> None:
+    """Reference: float64 over the same weights. 592 is 16 * 37: its divisors make odd groups of inputs."""
+    product, x = prepared(normal(outputs, inputs), precision), normal(rows, inputs, seed=1)
+    assert error(multiplied(product, x), x @ product.plain.T) <= tolerance
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_row_of_a_product_depends_on_no_other_and_on_no_thread(precision: str) -> None:
+    import numba
+
+    product, x = prepared(normal(176, 592), precision), normal(53, 592, seed=1)
+    together = multiplied(product, x, threads=min(2, numba.config.NUMBA_NUM_THREADS))
+    for row in (0, 5, 23, 24, 47, 48, 52):
+        assert together[row].tobytes() == multiplied(product, x[row : row + 1]).tobytes()
+    assert together[::-1].tobytes() == multiplied(product, np.ascontiguousarray(x[::-1])).tobytes()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_product_can_be_added_to_what_is_there(precision: str) -> None:
+    product, x, onto = prepared(normal(48, 32), precision), normal(7, 32, seed=1), normal(7, 48, seed=2)
+    added = multiplied(product, x, mode="ADD", onto=onto)
+    assert error(added, onto + x @ product.plain.T) <= INT16
+
+
+def test_int8_weights_err_by_half_a_step_at_most() -> None:
+    """Bound: half a scale per weight, times the sum of the inputs' absolute values."""
+    weights, x = normal(48, 1536), normal(5, 1536, seed=1)
+    product = prepared(weights, "int8")
+    bound = np.abs(x).sum(axis=1, dtype=np.float64)[:, None] * product.scales / 2
+    wanted = x.astype(np.float64) @ weights.T.astype(np.float64)
+    assert (np.abs(multiplied(product, x) - wanted) <= bound * 1.01).all()
+    assert error(multiplied(product, x), wanted) <= 0.02
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_rows_and_weights_of_zeros_give_zeros(precision: str) -> None:
+    weights, x = normal(48, 32), normal(7, 32, seed=1)
+    weights[[0, 20]], x[3] = 0, 0
+    out = multiplied(prepared(weights, precision), x)
+    assert not out[3].any()
+    assert not out[:, [0, 20]].any()
+    assert np.delete(np.delete(out, 3, axis=0), [0, 20], axis=1).all()
+    assert not multiplied(prepared(0 * weights, precision), x).any()
+
+
+def test_activations_of_very_different_sizes_keep_their_own_precision() -> None:
+    """A row of 1e-6 beside one of 1e6; within a row, a group of 128 inputs has its own scale."""
+    product = prepared(normal(48, 256), "int8")
+    x = normal(3, 256, seed=1) * np.array([[1e-6], [1.0], [1e6]], np.float32)
+    out = multiplied(product, x)
+    for row in range(3):
+        assert error(out[row], x[row].astype(np.float64) @ product.plain.T) <= INT16
+    x[1, :128] = 0
+    quiet = x[1:2].copy()
+    x[1, :128], weights = 1e4, product.plain.copy()
+    weights[:, :128] = 0
+    product = prepared(weights.astype(np.float32), "int8")
+    assert error(multiplied(product, x[1:2]), quiet.astype(np.float64) @ product.plain.T) <= INT16
+
+
+def test_gelu_is_torchs() -> None:
+    """Reference: torch's exact GELU in float64; absolute 2e-6, and relative to x 1e-6 where it is large."""
+    import torch
+
+    product = prepared(np.eye(16, dtype=np.float32), "float32")
+    special = np.array([0, -0.0, 1e-30, -1e-30, 1e-3, -1e-3, 30, -30, 1e4, -1e4, 88, -88, 13, -13, 5, -5])
+    x = np.concatenate([special, np.linspace(-12, 12, 16 * 500)]).reshape(-1, 16).astype(np.float32)
+    expected = torch.nn.functional.gelu(torch.from_numpy(x).double()).numpy()
+    np.testing.assert_allclose(multiplied(product, x, mode="GELU"), expected, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0.0, 1.0), (3.0, 0.1), (-100.0, 10.0), (0.0, 1e-4), (0.0, 1e5)]
+)
+def test_layer_normalization_is_torchs(offset: float, size: float) -> None:
+    """Reference: torch's in float64; the mean is rounded in float32: 1e-5 of the largest."""
+    import torch
+
+    product, norm = prepared(np.eye(160, dtype=np.float32), "float32"), normal(2, 160, seed=2)
+    x = offset + size * normal(25, 160, seed=1)
+    weight, bias = torch.from_numpy(norm).double()
+    expected = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (160,), weight, bias).numpy()
+    assert error(multiplied(product, x, norm=norm), expected) <= 1e-5
+
+
+def test_layer_normalization_of_a_constant_is_the_bias() -> None:
+    product, norm = prepared(np.eye(32, dtype=np.float32), "float32"), normal(2, 32, seed=2)
+    out = multiplied(product, np.zeros((2, 32), np.float32), norm=norm)
+    np.testing.assert_array_equal(out, np.stack([norm[1], norm[1]]))
+
+
+def test_not_a_number_stays_in_its_row() -> None:
+    product, x = prepared(normal(48, 32), "float32"), normal(7, 32, seed=1)
+    clean = multiplied(product, x)
+    x[4, 5] = np.nan
+    out = multiplied(product, x)
+    assert np.isnan(out[4]).all()
+    np.testing.assert_array_equal(np.delete(out, 4, axis=0), np.delete(clean, 4, axis=0))
+
+
+# -- layouts -----------------------------------------------------------------------------------------
+
+
+def test_packed_columns_hold_sixteen_outputs_side_by_side() -> None:
+    from pipeline.engines.musicgen.kernels import pack_columns
+
+    floats = normal(48, 40)
+    packed = pack_columns(floats).reshape(3, 40, 16)
+    np.testing.assert_array_equal(packed.transpose(0, 2, 1).reshape(48, 40), floats)
+    pairs = np.arange(48 * 40).reshape(48, 40).astype(np.int8)
+    packed = pack_columns(pairs).reshape(3, 20, 16, 2)
+    np.testing.assert_array_equal(packed.transpose(0, 2, 1, 3).reshape(48, 40), pairs)
+
+
+def test_quantized_rows_are_within_half_a_step() -> None:
+    from pipeline.engines.musicgen.kernels import quantize_rows
+
+    weights = normal(48, 40) * np.logspace(-20, 20, 48, dtype=np.float32)[:, None]
+    weights[7] = 0
+    quantized, scales = quantize_rows(weights)
+    assert quantized.dtype == np.int8
+    assert scales.dtype == np.float32
+    assert np.abs(quantized.astype(int)).max(axis=1).tolist() == [127 * (row != 7) for row in range(48)]
+    assert scales[7] == 0
+    wide = quantized.astype(np.float64) * scales[:, None]
+    assert (np.abs(wide - weights) <= scales[:, None] * 0.5001).all()
+
+
+# -- attention ---------------------------------------------------------------------------------------
+
+LENGTHS = 260  # every number of own steps up to there: past 16s, 128 and 256
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("int8", 0.05)])
+@pytest.mark.parametrize("prefix_steps", [0, 1, 15, 16, 17, 127, 128, 129, 239])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_attention_is_softmax_attention_at_every_length(
+    precision: str, tolerance: float, prefix_steps: int, dim: int
+) -> None:
+    """Reference: one layer in torch, float64; int8 rounds keys and values as well as weights."""
+    layers, ends = one_layer(dim), ends_of(2 * dim)
+    prefix, tokens = (
+        normal(prefix_steps, 2 * dim, seed=3),
+        np.random.default_rng(4).integers(0, 33, (LENGTHS, 2)),
+    )
+    expected = reference(next(layers.layers()), ends, prefix, tokens)
+    from pipeline.engines.musicgen.cpu import CpuDecoder
+    from pipeline.engines.musicgen.layers import Stack
+
+    memory = CpuDecoder(Stack.packed(layers, precision), ends, 1).memory(2, LENGTHS, 2, 240)
+    if prefix_steps:
+        memory.prefill(1, prefix)
+    found = [memory.advance([Feed(1, 1, step, tokens[step : step + 1])])[0] for step in range(LENGTHS)]
+    errors = np.abs(np.stack(found) - expected).max(axis=(1, 2)) / np.abs(expected).max()
+    assert errors.max() <= tolerance, f"at {errors.argmax() + 1} steps"
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """One layer whose feed-forward gives nothing."""
+
+    shape: Shape
+    values: dict[str, np.ndarray]
+
+    def layers(self) -> Iterator[dict[str, np.ndarray]]:
+        yield self.values
+
+
+def one_layer(dim: int) -> Any:
+    hidden = 2 * dim
+    values = {
+        "qkv": normal(3 * hidden, hidden, seed=1) / np.float32(hidden**0.5) * 2,
+        "out": normal(hidden, hidden, seed=2) / np.float32(hidden**0.5),
+        "up": np.zeros((16, hidden), np.float32),
+        "down": np.zeros((hidden, 16), np.float32),
+        "attention_norm": np.stack([np.ones(hidden, np.float32), np.zeros(hidden, np.float32)]),
+        "feed_forward_norm": np.ones((2, hidden), np.float32),
+    }
+    return Layers(Shape(1, hidden, 2, 16, 2, 32), values)
+
+
+def ends_of(hidden: int) -> Ends:
+    norm = np.stack([np.ones(hidden, np.float32), np.zeros(hidden, np.float32)])
+    return Ends(
+        normal(2, 33, hidden, seed=5), normal(64, hidden, seed=6), norm, normal(512, hidden, seed=7) * 0
+    )
+
+
+def reference(layer: dict[str, np.ndarray], ends: Ends, prefix: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Logits after each token, float64, (steps, codebooks, vocabulary)."""
+    import torch
+    from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+    qkv, out, heads = (torch.from_numpy(a).double() for a in (layer["qkv"], layer["out"], ends.heads))
+    x = torch.from_numpy(np.concatenate([prefix, ends.embedded(tokens)])).double()
+    n, hidden = x.shape
+    parts = (layer_norm(x, (hidden,)) @ qkv.T).reshape(n, 3, 2, hidden // 2).permute(1, 2, 0, 3)
+    attended = scaled_dot_product_attention(*parts, is_causal=True).transpose(0, 1).reshape(n, hidden)
+    logits = layer_norm(x + attended @ out.T, (hidden,)) @ heads.T
+    return logits[len(prefix) :].reshape(-1, 2, 32).numpy()
