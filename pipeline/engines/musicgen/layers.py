@@ -74,6 +74,12 @@ class LayerFiles:
                 layer[ours] = np.stack(
                     [tensor(f"{PREFIX}{index}.{name}.{part}") for part in ("weight", "bias")]
                 )
+            for name, size in sizes(self.shape).items():
+                if layer[name].shape != size:
+                    raise BadCheckpoint(
+                        f"{self.folder}: the {name!r} weights of layer {index} are of the size "
+                        f"{layer[name].shape}, config.json says {size}."
+                    )
             yield layer
 
     def _where(self) -> dict[str, str]:
@@ -130,20 +136,27 @@ def layout(shape: Shape, precision: Precision) -> dict[str, tuple[tuple[int, ...
     """Sizes and types of a stack's arrays, by name; matrices are (layers, outputs / 16, inputs * 16)."""
     from pipeline.engines.musicgen.kernels import LANES
 
-    n, hidden, wide = shape.layers, shape.hidden, shape.wide
-    sizes = {
+    quantized = precision == "int8"
+    arrays: dict[str, tuple[tuple[int, ...], type]] = {}
+    n, of_a_layer = shape.layers, sizes(shape)
+    for name in MATRICES:
+        outputs, inputs = of_a_layer[name]
+        kind = np.int8 if quantized else np.float32
+        arrays[name] = ((n, outputs // LANES, inputs * LANES), kind)
+        arrays[f"{name}_scales"] = ((n, outputs if quantized else 0), np.float32)
+    return arrays | {name: ((n, *of_a_layer[name]), np.float32) for name in NORMS}
+
+
+def sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Of one layer's matrices, (outputs, inputs), and norms, (weight and bias, hidden)."""
+    hidden, wide = shape.hidden, shape.wide
+    matrices = {
         "qkv": (3 * hidden, hidden),
         "out": (hidden, hidden),
         "up": (wide, hidden),
         "down": (hidden, wide),
     }
-    quantized = precision == "int8"
-    arrays: dict[str, tuple[tuple[int, ...], type]] = {}
-    for name, (outputs, inputs) in sizes.items():
-        kind = np.int8 if quantized else np.float32
-        arrays[name] = ((n, outputs // LANES, inputs * LANES), kind)
-        arrays[f"{name}_scales"] = ((n, outputs if quantized else 0), np.float32)
-    return arrays | dict.fromkeys(NORMS, ((n, 2, hidden), np.float32))
+    return matrices | dict.fromkeys(NORMS, (2, hidden))
 
 
 def check_shape(shape: Shape) -> None:
