@@ -159,7 +159,7 @@ def test_greedy_tokens_are_those_of_generate(
 # -- rows ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["int8", "float32", "torch", "float16"])
+@pytest.fixture(scope="module", params=["int8", "float32", "torch"])
 def decoder(request: pytest.FixtureRequest, musicgen: Any) -> Any:
     return decoder_of(musicgen.checkpoint, request.param)
 

@@ -65,6 +65,32 @@ def lacks_a_weight(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def lacks_a_layers_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["decoder.model.decoder.layers.1.fc2.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def changed_decoder(folder: Path, **facts: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["decoder"].update(facts)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def other_widths(folder: Path) -> None:
+    changed_decoder(folder, ffn_dim=80)
+
+
+def more_layers(folder: Path) -> None:
+    changed_decoder(folder, num_hidden_layers=3)
+
+
+def other_activation(folder: Path) -> None:
+    changed_decoder(folder, activation_function="relu")
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -76,6 +102,10 @@ def lacks_a_weight(folder: Path) -> None:
         (cut_off, "cut off or damaged"),
         (not_safetensors, "not a safetensors file"),
         (lacks_a_weight, "lacks 1 of the model's weights, such as decoder.lm_heads.2.weight"),
+        (lacks_a_layers_weight, "lacks decoder.model.decoder.layers.1.fc2.weight"),
+        (more_layers, "lacks decoder.model.decoder.layers.2.self_attn.q_proj.weight"),
+        (other_widths, "'up' weights of layer 0 are of the size (64, 32), config.json says (80, 32)"),
+        (other_activation, "has the activation 'relu'; only 'gelu' is supported"),
     ],
 )
 def test_damage_is_told_in_one_sentence(copy: Path, damage: Callable[[Path], None], sentence: str) -> None:
@@ -87,6 +117,12 @@ def test_damage_is_told_in_one_sentence(copy: Path, damage: Callable[[Path], Non
     assert str(copy) in message
     assert message.endswith(".")
     assert "\n" not in message
+
+
+def test_widths_that_the_kernels_cannot_take_are_told(copy: Path) -> None:
+    changed_decoder(copy, num_attention_heads=4)
+    with pytest.raises(BadCheckpoint, match="multiples of 16; this checkpoint's heads are 8 wide"):
+        load(copy)
 
 
 def test_code_in_the_folder_is_not_run(copy: Path) -> None:

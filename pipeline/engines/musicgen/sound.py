@@ -30,8 +30,8 @@ def decode(checkpoint: Checkpoint, codes: Tokens) -> Samples:
     rising = np.linspace(0, 1, 2 * fade, dtype=np.float32)
     n_frames = codes.shape[1]
     out = np.zeros((checkpoint.channels, n_frames * hop), np.float32)
-    for start in range(0, n_frames, piece):
-        end = min(start + piece, n_frames)
+    for start in range(0, n_frames - piece + 1, piece):
+        end = start + piece if n_frames - start >= 2 * piece else n_frames  # the last takes the rest along
         first, last = max(0, start - context), min(n_frames, end + context)
         sound = _decode(checkpoint, codes[:, first:last])
         begin, finish = start * hop, end * hop
