@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,42 @@ def test_an_int8_that_is_too_far_off_is_not_used(
     assert "float32 is used" in (last_check(tmp_path) or "")
 
 
+def test_a_checkpoint_that_does_not_survive_quantizing_is_used_in_float32(
+    musicgen_folder: Path, tmp_path: Path, request_for: RequestFn
+) -> None:
+    """One input channel is 3000 times as large as the others, and its norm as much smaller.
+
+    In float32 that is the same model; in int8 a row's scale fits that channel alone.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(musicgen_folder, tmp_path / "outlier"))
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        name = f"decoder.model.decoder.layers.{layer}."
+        for norm, matrices in (
+            ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("final_layer_norm", ("fc1",)),
+        ):
+            for part in ("weight", "bias"):
+                tensors[f"{name}{norm}.{part}"][5] /= 3000
+            for matrix in matrices:
+                tensors[f"{name}{matrix}.weight"][:, 5] *= 3000
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    engine, same = load(folder, tmp_path / "state"), load(musicgen_folder, asked="float32")
+    assert engine.decoder.precision == "float32"
+    report = precision.last_check(tmp_path / "state" / "musicgen")
+    assert report is not None
+    assert not report.passed
+    assert max(report.kl) > precision.MAX_KL
+    assert report == engine.check
+    (result,) = made(engine, request_for()).values()
+    assert result.details["precision"] == "float32"
+    assert result.details["int8_check"] == engine.check.facts
+    (expected,) = made(same, request_for()).values()
+    assert result.audio.samples.shape == expected.audio.samples.shape
+
+
 def test_a_second_start_reads_what_the_first_one_kept(
     musicgen_folder: Path, tmp_path: Path, request_for: RequestFn, monkeypatch: Any
 ) -> None:
@@ -92,9 +130,50 @@ def test_what_is_damaged_on_the_disk_is_made_anew(
     assert layers.read_bytes() == whole
 
 
-def test_int8_is_for_the_cpu(musicgen: Any) -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:200] + b"?" + b[201:]])
+def test_a_damaged_passage_is_written_anew(musicgen_folder: Path, tmp_path: Path, damage: Any) -> None:
+    first = load(musicgen_folder, tmp_path)
+    (passage,) = (tmp_path / "musicgen").glob("*.passage.npz")
+    passage.write_bytes(damage(passage.read_bytes()))
+    assert load(musicgen_folder, tmp_path).check == first.check
+    assert load(musicgen_folder, tmp_path).check == first.check
 
+
+def test_a_folder_that_cannot_be_written_is_no_reason_not_to_start(
+    musicgen_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "musicgen").write_text("in the way")
+    assert load(musicgen_folder, tmp_path).decoder.precision == "int8"
+    assert "can't be kept" in caplog.text
+
+
+def test_other_weights_have_files_of_their_own(musicgen_folder: Path, tmp_path: Path) -> None:
+    """The same folder with one weight changed."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(musicgen_folder, tmp_path / "changed"))
+    first = load(folder, tmp_path).decoder.stack.arrays["down"].copy()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["decoder.model.decoder.layers.1.fc2.weight"] *= -1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    second = load(folder, tmp_path).decoder.stack.arrays["down"]
+    assert (first[0] == second[0]).all()
+    assert not (first[1] == second[1]).all()
+
+
+def test_on_another_device_auto_is_half_precision(musicgen: Any) -> None:
+    """torch's device without data stands in for a GPU."""
+    import torch
+
+    elsewhere = replace(musicgen.checkpoint, device="meta")
+    opened = precision.open_decoder(elsewhere, "auto", None, None)
+    assert opened.decoder.precision in {"float16", "bfloat16"}
+    assert opened.decoder.heads.device == torch.device("meta")
+    assert opened.check is None
+    assert precision.open_decoder(elsewhere, "float32", None, None).decoder.precision == "float32"
+
+
+def test_int8_is_for_the_cpu(musicgen: Any) -> None:
     elsewhere = replace(musicgen.checkpoint, device="cuda")
     with pytest.raises(ConfigError, match="int8 is for the CPU"):
         precision.open_decoder(elsewhere, "int8", None, None)

@@ -83,6 +83,54 @@ def test_a_kill_costs_what_came_after_the_last_saving(
     assert samples.tobytes() == whole.audio.samples.tobytes()
 
 
+def test_of_a_stopped_batch_all_that_was_begun_is_kept_and_what_was_delivered_is_not(
+    any_musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """Two rows: the first is delivered, the second stopped on its way, the third never begun."""
+    checkpoint, decoder = any_musicgen.checkpoint, any_musicgen.decoder
+    requests = [request_for("a"), request_for("b", duration_s=0.7), request_for("c")]
+    whole = made(any_musicgen, *requests)
+    seen: list[str] = []
+
+    def run(should_stop: Any) -> Any:
+        engine = generator_with(checkpoint, decoder, saved=Savepoints(tmp_path), max_memory_gb=0.001)
+        return engine.generate(requests, progress=lambda *step: seen.append(step[0]), should_stop=should_stop)
+
+    results = run(lambda: len(seen) >= 28 + 10)
+    first = next(results)
+    assert first.request_id == "a"
+    with pytest.raises(Stopped):
+        next(results)
+    assert len(list(tmp_path.iterdir())) == 1
+    seen.clear()
+    again = {result.request_id: result for result in run(never)}
+    assert [seen.count(name) for name in "abc"] == [28, 38 - 10, 28]
+    for name, result in again.items():
+        assert result.audio.samples.tobytes() == whole[name].audio.samples.tobytes()
+
+
+def test_tokens_are_kept_until_the_result_was_taken(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """Whoever dies between getting a result and publishing it doesn't wait for it again."""
+    request = request_for(duration_s=5.2, guidance=1.0)
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
+    results = engine.generate([request], progress=lambda *step: None, should_stop=never)
+    next(results)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert next(results, None) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_folder_nothing_is_kept(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    interrupted(generator_with(musicgen.checkpoint, "int8"), request_for(), 10)
+    assert not list(tmp_path.iterdir())
+    assert resumed(generator_with(musicgen.checkpoint, "int8"), request_for())[1] == 28
+
+
 @pytest.mark.parametrize("change", [{"seed": 8}, {"temperature": 0.5}, {"prompt": "slow piano"}], ids=str)
 def test_tokens_of_another_request_are_not_taken(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, change: dict
@@ -116,3 +164,19 @@ def test_a_damaged_file_is_begun_anew(
     path.write_bytes(content)
     _, steps = resumed(generator_with(musicgen.checkpoint, "int8", saved=saved), request_for())
     assert steps == 28
+
+
+def test_no_flipped_byte_and_no_cut_is_ever_taken_for_tokens(tmp_path: Path) -> None:
+    saved, codes = Savepoints(tmp_path), np.arange(80).reshape(4, 20)
+    saved.save("it", codes)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    damaged = [whole[:at] for at in range(len(whole))]
+    damaged += [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(len(whole))]
+    for content in damaged:
+        path.write_bytes(content)
+        found = saved.load("it", (4, 20))
+        assert found is None or np.array_equal(found, codes)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(saved.load("it", (4, 20)), codes)
+    assert saved.load("it", (4, 21)) is None

@@ -112,10 +112,13 @@ class MusicgenGenerator:
             if voice.position % round(SAVE_EVERY_S * self.frames_per_s) == 0:
                 self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
 
+        going = list(voices)
         try:
-            yield from self.batch(voices, on_step, check_stop).run(voices)
+            for ended in self.batch(voices, on_step, check_stop).run(voices):
+                yield ended
+                going.remove(ended.voice)  # whoever asks for the next has had this one's result
         except Stopped:
-            for voice in voices:
+            for voice in going:
                 if (voice.codes != UNKNOWN).any():
                     self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
             raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -37,8 +36,8 @@ class Savepoints:
         try:
             with np.load(io.BytesIO(self._path(identity).read_bytes()), allow_pickle=False) as saved:
                 codes = saved["codes"].astype(np.int64)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None  # not there, or cut off: then it is made from its beginning
+        except Exception:  # not there, or damaged, of which the libraries raise anything
+            return None  # then it is made from its beginning
         return codes if codes.shape == shape else None
 
     def save(self, identity: str, codes: Tokens) -> None:

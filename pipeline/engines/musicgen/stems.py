@@ -8,12 +8,11 @@ that is melodic already is better left as it is (audiocraft #478).
 - `mix`: the track as it is.
 - `harmonic`: what is steady in time, above the bass. Spectrogram medians along time and along
   frequency say how much of each bin is tone and how much is stroke (Fitzgerald 2010,
-  "Harmonic/percussive separation using median filtering"); the soft mask between them weighs the
-  strokes more (the separation factor of Driedger, Müller and Disch 2014, "Extending
-  harmonic-percussive separation"). A high-pass takes the register of bass and kick drum.
+  "Harmonic/percussive separation using median filtering": its soft mask); a high-pass takes the
+  register of bass and kick drum, and does most of the work.
 - `demucs`: "vocals" and "other" of the package's htdemucs (Rouard, Massa and Défossez 2022,
   arXiv:2211.08553).
-- `auto`: `mix` where neither drums nor a bass are in the way (`rhythm`), else `demucs` where it is
+- `auto`: `mix` where there are hardly any strokes (`percussive_share`), else `demucs` where it is
   installed with its weights on this machine, else `harmonic`.
 
 What is heard only becomes chroma, which is of the channels' mean: both filters give one channel.
@@ -61,10 +60,8 @@ BASS_HZ, BASS_ORDER = 200.0, 8  # -6 dB there, 48 dB an octave below
 EXCERPTS, EXCERPT_S = 6, 5.0  # what `auto` looks at of a longer track, evenly spread
 LONG_TONE_S = 0.5  # medians along time for the decision: it must not miss a stroke, tones may suffer
 FLOOR_HZ = 100.0  # above it, octaves count alike
-CHROMA_CENTRE_HZ, CHROMA_OCTAVES = 880.0, 2.0  # how chroma weighs a pitch's power: a Gaussian in octaves
 SOUNDING = 1e-4  # -40 dB of the loudest frame: quieter ones say nothing
-PERCUSSIVE = 0.085  # from this share of strokes on, there are drums
-BASS, ALL_BASS = 0.1, 0.8  # between these shares there is a bass; from the second on, it is the melody
+MELODIC = 0.085  # below this share of strokes there are no drums to speak of: see docs/musicgen.md
 
 DEMUCS_VERSION = "4.0.1"
 INSTALL_COMMAND = f"pip install demucs=={DEMUCS_VERSION}"
@@ -83,20 +80,7 @@ class Heard:
 
     audio: Audio  # of the track's length and rate; one channel unless it is the track itself
     how: Way
-    percussive_share: float | None = None  # what `auto` decided by, see `Rhythm`; None: not asked, or silence
-    bass_share: float | None = None
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """How much of a track drums and bass may be, in [0, 1] each."""
-
-    percussive: float  # of a usual moment's energy
-    bass: float  # of the moments: those in which the bass register is what chroma names
-
-    @property
-    def in_the_way(self) -> bool:
-        return self.percussive >= PERCUSSIVE or BASS <= self.bass < ALL_BASS
+    percussive_share: float | None = None  # what `auto` decided by, in [0, 1]; None: not asked, or silence
 
 
 def listen(
@@ -116,10 +100,10 @@ def listen(
         MissingPackage, MissingWeights, BadCheckpoint: `how` is demucs, and it can't be used; `auto`
             does without it.
     """
-    found, separator = None, None
+    share, separator = None, None
     if how == "auto":
-        how, found = "mix", rhythm(audio)
-        if found and found.in_the_way:
+        how, share = "mix", percussive_share(audio)
+        if share is not None and share >= MELODIC:
             separator = _separator_if_any(device, cache_dir)
             how = "demucs" if separator else "harmonic"
     elif how == "demucs":
@@ -129,7 +113,7 @@ def listen(
         heard = _without_rhythm(audio, separator, should_stop)
     elif how == "harmonic":
         heard = harmonic(audio, should_stop)
-    return Heard(heard, how, found.percussive if found else None, found.bass if found else None)
+    return Heard(heard, how, share)
 
 
 # --- harmonic and percussive ------------------------------------------------------------------------
@@ -198,46 +182,40 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
     return Audio(out.reshape(1, -1)[:, begin : begin + audio.n_samples], audio.sample_rate)
 
 
-def rhythm(audio: Audio) -> Rhythm | None:
-    """What drums and bass there are, from six excerpts of 5 s, or all of what is shorter; None: silence.
+def percussive_share(audio: Audio) -> float | None:
+    """How much of a usual moment is strokes, in [0, 1]; None if the track is silent.
 
-    Of an excerpt the mean over its sounding frames; of the track the upper quartile of its
-    excerpts, as drums may pause for whole sections.
+    From six excerpts of 5 s, or all of what is shorter. Of an excerpt the mean over its sounding
+    frames; of the track the upper quartile of its excerpts, as drums may pause for whole sections.
     """
     length = min(round(EXCERPT_S * audio.sample_rate), audio.n_samples)
     n_excerpts = min(EXCERPTS, audio.n_samples // max(1, length))
     starts = np.linspace(0, audio.n_samples - length, n_excerpts).astype(int)
     excerpts = [_frames(Audio(audio.samples[:, at : at + length], audio.sample_rate)) for at in starts]
-    loudest = max((float(energy.max(initial=0.0)) for energy, _, _ in excerpts), default=0.0)
+    loudest = max((float(energy.max(initial=0.0)) for energy, _ in excerpts), default=0.0)
     shares = []
-    for energy, percussive, bass in excerpts:
+    for energy, strokes in excerpts:
         sounding = energy > SOUNDING * loudest
         if sounding.any():
-            strokes = percussive[:, sounding].mean(axis=1, dtype=np.float64).max()
-            shares.append((strokes, np.mean(bass[sounding] > 0.5)))
-    return Rhythm(*np.percentile(shares, 75, axis=0).tolist()) if shares else None
+            shares.append(strokes[:, sounding].mean(axis=1, dtype=np.float64).max())
+    return float(np.percentile(shares, 75)) if shares else None
 
 
-def _frames(excerpt: Audio) -> tuple[Mags, Mags, Mags]:
-    """Of the frames wholly within: energy (frames,), percussive share (2, frames), bass share (frames,).
+def _frames(excerpt: Audio) -> tuple[Mags, Mags]:
+    """Of the frames wholly within: energy (frames,), and the share of strokes in it, (2, frames).
 
-    The percussive share counts every octave alike (a kick drum has few bins, hats have many), with
-    the bass register and without it: a strong bass would hide the rest. The mean of the frames'
-    shares, not of their energy, is what tells drums from plucked strings: a pluck is loud, but
-    short. The bass share is of the energy as chroma weighs it (its filter bank's octave weighting).
+    Every octave counts alike (a kick drum has few bins, hats have many): all of them, then those
+    above the bass, as a strong bass would hide the rest. It is the mean of the frames' shares, not
+    of their energy, that tells drums from plucked strings: a pluck is loud, but short.
     """
     grid = _grid(excerpt, overlap=2)
     inside = grid.overlap - 1 if excerpt.n_samples > 4 * grid.fft else 0  # of a shorter one, all
     magnitudes = np.abs(_spectra(excerpt, grid, inside, grid.n_frames - inside))
-    bins_hz = np.maximum(grid.bins_hz, 1.0)
-    melodic = _above_bass(bins_hz)
-    even = 1 / np.maximum(bins_hz, FLOOR_HZ)
-    chroma = np.exp(-0.5 * (np.log2(bins_hz / CHROMA_CENTRE_HZ) / CHROMA_OCTAVES) ** 2)
-    weights = np.stack([even, even * melodic, chroma, chroma * (1 - melodic)])
+    even = 1 / np.maximum(grid.bins_hz, FLOOR_HZ)
+    weights = np.stack([even, even * _above_bass(grid.bins_hz)])
     energy = magnitudes.T**2
-    strokes = weights[:2] @ (energy * _stroke_mask(magnitudes, grid, LONG_TONE_S).T)
-    level = np.maximum(weights @ energy, np.finfo(np.float32).tiny)
-    return energy.sum(axis=0), strokes / level[:2], level[3] / level[2]
+    strokes = weights @ (energy * _stroke_mask(magnitudes, grid, LONG_TONE_S).T)
+    return energy.sum(axis=0), strokes / np.maximum(weights @ energy, np.finfo(np.float32).tiny)
 
 
 def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.complex64]:
