@@ -116,7 +116,7 @@ def published_config() -> Any:
 def build(folder: Path, config: Any, *, seed: int = SEED) -> None:
     """Write a whole checkpoint of a configuration into an empty folder; a seed gives the same bytes."""
     import torch
-    from checkpoints import _musicgen_processor  # type: ignore[import-not-found, unused-ignore]
+    from checkpoints import musicgen_processor  # type: ignore[import-not-found, unused-ignore]
     from transformers import GenerationConfig
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -131,7 +131,7 @@ def build(folder: Path, config: Any, *, seed: int = SEED) -> None:
         guidance_scale=3.0,
         max_length=1500,
     ).save_pretrained(folder)
-    _musicgen_processor(folder)
+    musicgen_processor(folder)
 
 
 def _weights(config: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -52,7 +52,7 @@ def build_musicgen(
     )
     model.save_pretrained(folder)
     _as_published(folder / "model.safetensors", config.decoder.hidden_size)
-    _musicgen_processor(folder, window_s)
+    musicgen_processor(folder, window_s)
     return folder
 
 
@@ -132,7 +132,7 @@ def _as_published(path: Path, hidden: int) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def _musicgen_processor(folder: Path, window_s: int) -> None:
+def musicgen_processor(folder: Path, window_s: int = 30) -> None:
     """Chroma settings and a T5 tokenizer of a few words and all letters, as separate files."""
     from transformers import MusicgenMelodyFeatureExtractor, T5Tokenizer
 

@@ -1,6 +1,6 @@
 """The arithmetic of the decoder on a CPU, compiled on first use by numba.
 
-Everything rests on one micro-kernel, `_tile_*`: a few rows of activations times 16 columns of
+Everything rests on one micro-kernel, `_tile`: a few rows of activations times 16 columns of
 weights, the columns side by side in memory, so that one load of weights serves all rows and each
 row's sum stays in registers (the layout of Goto and van de Geijn 2008, "Anatomy of high-performance
 matrix multiplication"). It is written in LLVM's portable vectors: LLVM makes vpmaddwd of it on AVX2,
@@ -23,17 +23,31 @@ file only.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # output channels that stand side by side
 ROW_BLOCK = 24  # rows of activations that are packed together
-_TILE_ROWS = 6  # of one micro-kernel: 6 x 16 sums fill AVX2's registers
+# Rows that the micro-kernel can take. The most, times 16 sums, fill the registers: AVX-512 has 32 for 16
+# numbers each, AVX2 a quarter of that.
+_WIDE = bool(get_host_cpu_features().get("avx512f"))
+_TILE_ROWS = (16, 12, 8, 6, 4, 3, 2, 1) if _WIDE else (6, 5, 4, 3, 2, 1)
+
+
+def _tiles_of(rows: int) -> int:
+    return 1 + _tiles_of(rows - int(_TILE_OF[rows])) if rows else 0
+
+
+# By a number of rows: those that the next tile takes, and how many tiles it takes in all.
+_TILE_OF = np.array([max((n for n in _TILE_ROWS if n <= rows), default=0) for rows in range(ROW_BLOCK + 1)])
+_TILES_OF = np.array([_tiles_of(rows) for rows in range(ROW_BLOCK + 1)])
 
 # Sums may be reordered for the vector units (the same way each time); infinities and NaN stay what they are.
 # Division checks nothing: an exception in a loop keeps it from the vector units.
@@ -49,48 +63,52 @@ _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.
 # -- the micro-kernel, as LLVM's intermediate representation ---------------------------------------
 
 
-def _make_tile(rows: int) -> Any:
-    """An intrinsic: `rows` rows times 16 columns, added to float32 sums, (rows, 16) at `out`.
+@intrinsic  # type: ignore[untyped-decorator]
+def _tile(
+    _: Any,
+    weights: Any,
+    rows: Any,
+    w: Any,
+    a: Any,
+    a_step: Any,
+    groups: Any,
+    units: Any,
+    s: Any,
+    s_step: Any,
+    out: Any,
+    ahead: Any,
+    ahead_step: Any,
+) -> Any:
+    """`rows` rows (one of `_TILE_ROWS`) times 16 columns, added to float32 sums, (rows, 16) at `out`.
 
     Of the array `weights` only the type counts. All other arguments are addresses or byte counts:
     weights at `w`, units in a row (a unit is an input, or a pair of them for int8); activations at
-    `a`, one 32-bit word per row, `a_step` from unit to unit; `groups` groups of `units` units (an
-    even number for int8); scales at `s`, float32, `s_step` from row to row (int8 only). At `ahead`,
-    `ahead_step` per unit, stands what will be needed next.
+    `a`, one 32-bit word per row, `a_step` from unit to unit; `groups` groups of `units` units (a
+    multiple of 8 for int8); scales at `s`, float32, `s_step` from row to row (int8 only). At
+    `ahead`, `ahead_step` per unit, stands what will be needed next.
     """
+    emit = _Int8Tile if weights.dtype == types.int8 else _Float32Tile
+    signature = types.void(weights, *[types.intp] * 11)
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def tile(
-        _: Any,
-        weights: Any,
-        w: Any,
-        a: Any,
-        a_step: Any,
-        groups: Any,
-        units: Any,
-        s: Any,
-        s_step: Any,
-        out: Any,
-        ahead: Any,
-        ahead_step: Any,
-    ) -> Any:
-        quantized = weights.dtype == types.int8
-        signature = types.void(weights, *[types.intp] * 10)
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        end = builder.append_basic_block("tile.end")
+        choice = builder.switch(arguments[1], end)
+        for count in _TILE_ROWS:
+            block = builder.append_basic_block(f"tile.{count}")
+            choice.add_case(_I64(count), block)
+            builder.position_at_end(block)
+            emit(builder, count, *arguments[2:]).build()
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
 
-        def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            emit = _Int8Tile if quantized else _Float32Tile
-            emit(builder, rows, *arguments[1:]).build()
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return tile
+    return signature, codegen
 
 
 class _Tile:
     """Emits the loops; what a unit is, is the subclasses' business."""
 
-    UNROLL: int  # units per turn of the inner loop
+    CHAINS: int  # sums per row and column at once, 1 if their order counts
     WEIGHT_BYTES: int  # of 16 columns, per unit
     SUM: Any  # type of the sums within a group
 
@@ -98,6 +116,9 @@ class _Tile:
         self.b, self.rows = builder, rows
         self.w, self.a, self.a_step, self.groups, self.units = arguments[:5]
         self.s, self.s_step, self.out, self.ahead, self.ahead_step = arguments[5:]
+        # A product takes several cycles: with few rows, the next unit's must not wait for it.
+        chains = (2**n for n in range(4) if rows * 2**n <= _TILE_ROWS[0])
+        self.chains = min(max(chains), self.CHAINS)
 
     def build(self) -> None:
         b = self.b
@@ -112,7 +133,7 @@ class _Tile:
             b.store(b.load(total), self.out_at(row), align=4)
 
     def group(self, index: Any) -> list[Any]:
-        """One loop over the units of a group, all sums in registers."""
+        """One loop over the units of a group, all sums in registers; the sum of each row."""
         b = self.b
         before, loop, after = b.block, b.append_basic_block("units"), b.append_basic_block("units.end")
         first = b.mul(index, self.units)
@@ -120,21 +141,22 @@ class _Tile:
         b.position_at_end(loop)
         unit = b.phi(_I64)
         unit.add_incoming(_I64(0), before)
-        carried = [b.phi(self.SUM) for _ in range(self.rows)]
-        sums: list[Any] = list(carried)
-        for step in range(self.UNROLL):
-            sums = self.unit(b.add(b.add(first, unit), _I64(step)), sums)
-        where = self.address(self.ahead, b.mul(b.add(first, unit), self.ahead_step), _I8)
-        prefetch = self.declare("llvm.prefetch.p0", ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        b.call(prefetch, [where, _I32(0), _I32(2), _I32(1)])  # for reading, into the second cache, data
-        following = b.add(unit, _I64(self.UNROLL))
+        carried = [[b.phi(self.SUM) for _ in range(self.rows)] for _ in range(self.chains)]
+        sums = []
+        for chain, its in enumerate(carried):
+            here = b.add(b.add(first, unit), _I64(chain))
+            sums.append(self.unit(here, its))
+            if chain % 2 == 0:
+                self.prefetch(here)
+        following = b.add(unit, _I64(self.chains))
         unit.add_incoming(following, loop)
-        for phi, value in zip(carried, sums, strict=True):
-            phi.add_incoming(ir.Constant(self.SUM, [0] * LANES), before)
-            phi.add_incoming(value, loop)
+        for its, values in zip(carried, sums, strict=True):
+            for phi, value in zip(its, values, strict=True):
+                phi.add_incoming(ir.Constant(self.SUM, [0] * LANES), before)
+                phi.add_incoming(value, loop)
         b.cbranch(b.icmp_signed("<", following, self.units), loop, after)
         b.position_at_end(after)
-        return sums
+        return [self.total(list(its)) for its in zip(*sums, strict=True)]
 
     def unit(self, unit: Any, sums: list[Any]) -> list[Any]:
         b = self.b
@@ -143,10 +165,19 @@ class _Tile:
         words = [b.load(self.address(word, _I64(4 * row), _I32), align=4) for row in range(self.rows)]
         return [self.add_product(weights, value, total) for value, total in zip(words, sums, strict=True)]
 
+    def prefetch(self, unit: Any) -> None:
+        """For reading, into the second cache, data."""
+        where = self.address(self.ahead, self.b.mul(unit, self.ahead_step), _I8)
+        prefetch = self.declare("llvm.prefetch.p0", ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        self.b.call(prefetch, [where, _I32(0), _I32(2), _I32(1)])
+
     def load_weights(self, pointer: Any) -> Any:
         raise NotImplementedError
 
     def add_product(self, weights: Any, word: Any, total: Any) -> Any:
+        raise NotImplementedError
+
+    def total(self, sums: list[Any]) -> Any:
         raise NotImplementedError
 
     def add_group(self, total: Any, value: Any, row: int, group: Any) -> Any:
@@ -170,7 +201,7 @@ class _Tile:
 
 
 class _Float32Tile(_Tile):
-    UNROLL, WEIGHT_BYTES = 1, 4 * LANES
+    CHAINS, WEIGHT_BYTES = 1, 4 * LANES
 
     @property
     def SUM(self) -> Any:  # noqa: N802
@@ -182,12 +213,16 @@ class _Float32Tile(_Tile):
     def add_product(self, weights: Any, word: Any, total: Any) -> Any:
         return self.fma(weights, self.everywhere(self.b.bitcast(word, _F32)), total)
 
+    def total(self, sums: list[Any]) -> Any:
+        (only,) = sums
+        return only
+
     def add_group(self, total: Any, value: Any, row: int, group: Any) -> Any:
         return self.b.fadd(total, value)
 
 
 class _Int8Tile(_Tile):
-    UNROLL, WEIGHT_BYTES = 2, 2 * LANES
+    CHAINS, WEIGHT_BYTES = 8, 2 * LANES
 
     @property
     def SUM(self) -> Any:  # noqa: N802
@@ -209,6 +244,9 @@ class _Int8Tile(_Tile):
             for start in (0, 1)
         )
         return b.add(total, b.add(even, odd))
+
+    def total(self, sums: list[Any]) -> Any:
+        return functools.reduce(self.b.add, sums)
 
     def add_group(self, total: Any, value: Any, row: int, group: Any) -> Any:
         b = self.b
@@ -259,9 +297,6 @@ def _address(_: Any, array: Any) -> Any:
     return types.intp(array), codegen
 
 
-_tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (_make_tile(rows) for rows in range(1, 7))
-
-
 # -- functions of one number ------------------------------------------------------------------------
 
 _LOG2_E = np.float32(1.4426950408889634)
@@ -300,21 +335,24 @@ def _gelu(x):
 
 _EPSILON = np.float32(1e-5)  # torch.nn.LayerNorm's
 
+# An index of an array that is known not to be negative: numba then looks for no end to count from, and
+# loops become vectors (eight times as quick).
+_at = np.uint64
+
 
 @njit(**_OPTIONS)
-def _normalize(x, weight, bias, out):
-    """Layer normalization of one row."""
-    n = np.float32(x.shape[0])
+def _statistics(x, m):
+    """Mean of a row, and what its layer normalization multiplies by."""
+    n = np.float32(x.shape[1])
     mean = _ZERO
-    for k in range(x.shape[0]):
-        mean += x[k]
+    for k in range(x.shape[1]):
+        mean += x[_at(m), _at(k)]
     mean /= n
     variance = _ZERO
-    for k in range(x.shape[0]):
-        variance += (x[k] - mean) * (x[k] - mean)
-    factor = _ONE / np.sqrt(variance / n + _EPSILON)
-    for k in range(x.shape[0]):
-        out[k] = (x[k] - mean) * factor * weight[k] + bias[k]
+    for k in range(x.shape[1]):
+        difference = x[_at(m), _at(k)] - mean
+        variance += difference * difference
+    return mean, _ONE / np.sqrt(variance / n + _EPSILON)
 
 
 # -- products ---------------------------------------------------------------------------------------
@@ -328,30 +366,27 @@ def _multiply(weights, w, a, rows, groups, units, s, s_step, out, ahead, ahead_b
     """
     unit_bytes = LANES * (2 if weights.itemsize == 1 else 4)
     chunk = max(1, 256 // units)
-    tiles = (rows + _TILE_ROWS - 1) // _TILE_ROWS
+    tiles = _TILES_OF[rows]
     step = ahead_bytes // (groups * units * tiles)
     for group in range(0, groups, chunk):
         n = min(chunk, groups - group)
         row = 0
         for tile in range(tiles):
-            count = (rows - row) // (tiles - tile)
-            ww = w + group * units * unit_bytes
-            aa = a + (group * units * rows + row) * 4
-            ss = s + row * s_step + group * 4
-            oo = out + row * LANES * 4
-            pp = ahead + (group * tiles + tile * n) * units * step
-            if count == 1:
-                _tile_1(weights, ww, aa, rows * 4, n, units, ss, s_step, oo, pp, step)
-            elif count == 2:
-                _tile_2(weights, ww, aa, rows * 4, n, units, ss, s_step, oo, pp, step)
-            elif count == 3:
-                _tile_3(weights, ww, aa, rows * 4, n, units, ss, s_step, oo, pp, step)
-            elif count == 4:
-                _tile_4(weights, ww, aa, rows * 4, n, units, ss, s_step, oo, pp, step)
-            elif count == 5:
-                _tile_5(weights, ww, aa, rows * 4, n, units, ss, s_step, oo, pp, step)
-            else:
-                _tile_6(weights, ww, aa, rows * 4, n, units, ss, s_step, oo, pp, step)
+            count = _TILE_OF[rows - row]
+            _tile(
+                weights,
+                count,
+                w + group * units * unit_bytes,
+                a + (group * units * rows + row) * 4,
+                rows * 4,
+                n,
+                units,
+                s + row * s_step + group * 4,
+                s_step,
+                out + row * LANES * 4,
+                ahead + (group * tiles + tile * n) * units * step,
+                step,
+            )
             row += count
 
 
@@ -359,42 +394,63 @@ _BITS = np.int32(0x7FFFFFFF)  # of a float32, without the sign
 
 
 @njit(**_OPTIONS)
-def _quantize(x, x_from, n, out, out_from):
-    """n numbers to int16, and their scale.
+def _largest(x, x_from, n):
+    """The largest of n numbers without their signs.
 
-    The largest is found by bits, in which numbers without a sign are in order: so it can be done by
-    vectors, and NaN is the largest of all.
+    Found by bits, in which such numbers are in order: so it can be done by vectors, and NaN is the
+    largest of all.
     """
     bits = np.int32(0)
     for k in range(n):
-        bits = max(bits, np.int32(_bits_of_float(x[x_from + k]) & _BITS))
-    largest = _float_of_bits(bits)
+        bits = max(bits, np.int32(_bits_of_float(x[_at(x_from + k)]) & _BITS))
+    return _float_of_bits(bits)
+
+
+@njit(**_OPTIONS)
+def _quantize(x, x_from, n, out):
+    """n numbers to int16, out[:n], and their scale."""
+    largest = _largest(x, x_from, n)
     inverse = np.float32(32767.0) / largest if largest > 0 else _ZERO
     for k in range(n):
-        out[out_from + k] = np.int16(np.floor(x[x_from + k] * inverse + _HALF))
+        out[_at(k)] = np.int16(np.floor(x[_at(x_from + k)] * inverse + _HALF))
     return largest * np.float32(1.0 / 32767.0)
 
 
 @njit(**_OPTIONS)
-def _pack_row(weights, x, group, row, rows, room, words, scales):
-    """Lay a row of activations out for `_linear`: words in blocks of 24 rows, (inputs or pairs, rows).
+def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales):
+    """Lay one group of inputs of 24 rows of activations out for `_linear` with these weights.
 
-    `room` is int16, as many as inputs.
+    Words come in blocks of 24 rows, (inputs or pairs, rows); `piece` counts groups within blocks.
+    `norm`, float32 (2, inputs), is the weight and bias of a layer normalization that comes first,
+    with the rows' `_statistics`, (rows, 2); (0, 0) for none. `room` is float32, 2 * group.
     """
-    block = row // ROW_BLOCK
-    in_block = min(ROW_BLOCK, rows - block * ROW_BLOCK)
-    units = x.shape[0] // 2 if weights.itemsize == 1 else x.shape[0]
-    first = block * ROW_BLOCK * units + row - block * ROW_BLOCK
-    if weights.itemsize == 1:
-        for g in range(x.shape[0] // group):
-            scales[row, g] = _quantize(x, g * group, group, room, g * group)
-        pairs = room.view(np.int32)
+    inputs = x.shape[1]
+    groups = inputs // group
+    block, g = piece // groups, piece % groups
+    start, first_row = g * group, block * ROW_BLOCK
+    rows = min(ROW_BLOCK, x.shape[0] - first_row)
+    quantized = weights.itemsize == 1
+    pair = 2 if quantized else 1
+    units = group // pair
+    first = first_row * (inputs // pair) + g * units * rows
+    halves = room.view(np.int16)
+    laid = words.view(np.float32)
+    for r in range(rows):
+        m = first_row + r
+        if norm.shape[0] == 0:
+            for k in range(group):
+                room[_at(group + k)] = x[_at(m), _at(start + k)]
+        else:
+            mean, factor = statistics[_at(m), 0], statistics[_at(m), 1]
+            for k in range(group):
+                normal = (x[_at(m), _at(start + k)] - mean) * factor
+                room[_at(group + k)] = normal * norm[0, _at(start + k)] + norm[1, _at(start + k)]
+        begin = group
+        if quantized:
+            scales[_at(m), _at(g)] = _quantize(room, group, group, halves)
+            begin = 0
         for unit in range(units):
-            words[first + unit * in_block] = pairs[unit]
-    else:
-        floats = words.view(np.float32)
-        for unit in range(units):
-            floats[first + unit * in_block] = x[unit]
+            laid[_at(first + unit * rows + r)] = room[_at(begin + unit)]
 
 
 STORE, ADD, GELU = 0, 1, 2  # what a product does with what it finds
@@ -434,158 +490,243 @@ def _linear(weights, weight_scales, words, scales, rows, group, out, mode, first
             for r in range(count):
                 if quantized:
                     for j in range(LANES):
-                        sums[r, j] *= weight_scales[n * LANES + j]
+                        sums[r, j] *= weight_scales[_at(n * LANES + j)]
                 if mode == GELU:
                     for j in range(LANES):
                         sums[r, j] = _gelu(sums[r, j])
                 if mode == ADD:
                     for j in range(LANES):
-                        out[row + r, n * LANES + j] += sums[r, j]
+                        out[_at(row + r), _at(n * LANES + j)] += sums[r, j]
                 else:
                     for j in range(LANES):
-                        out[row + r, n * LANES + j] = sums[r, j]
+                        out[_at(row + r), _at(n * LANES + j)] = sums[r, j]
 
 
 # -- attention --------------------------------------------------------------------------------------
 
 
-_VALUE_GROUP = 128  # positions that share a scale of the attention's weights
+_BLOCK = 128  # positions that are attended to at a time, and share a scale of the attention's weights
 
 
 @njit(**_OPTIONS)
-def _write(cache, scales, place, at, x, start, dim, is_key):
-    """Put one position of one head, x[start : start + dim], into its place: keys or values, and scales."""
+def _write(cache, scales, place, at, x, m, start, dim, is_key):
+    """Put one position of one head, x[m, start : start + dim], into its place: keys or values, and scales."""
     quantized = cache.itemsize == 1
     inverse = _ONE
     if quantized:
         bits = np.int32(0)
         for d in range(dim):
-            bits = max(bits, np.int32(_bits_of_float(x[start + d]) & _BITS))
+            bits = max(bits, np.int32(_bits_of_float(x[_at(m), _at(start + d)]) & _BITS))
         largest = _float_of_bits(bits)
-        scales[place, at] = largest * np.float32(1.0 / 127.0)
+        scales[_at(place), _at(at)] = largest * np.float32(1.0 / 127.0)
         inverse = np.float32(127.0) / largest if largest > 0 else _ZERO
     pair = 2 if quantized else 1
     for d in range(dim):
         if is_key:  # 16 positions are the columns, dimensions are the inputs
             column, where, block = at % LANES, d, (at // LANES) * dim * LANES
-        else:  # 16 dimensions are the columns, the 128 positions of a group are the inputs
-            column, where = d % LANES, at % _VALUE_GROUP
-            block = (at // _VALUE_GROUP * dim + d // LANES * LANES) * _VALUE_GROUP
+        else:  # 16 dimensions are the columns, the 128 positions of a block are the inputs
+            column, where = d % LANES, at % _BLOCK
+            block = (at // _BLOCK * dim + d // LANES * LANES) * _BLOCK
         index = block + (where // pair) * pair * LANES + column * pair + where % pair
+        number = x[_at(m), _at(start + d)]
         if quantized:
-            cache[place, index] = np.int8(np.floor(x[start + d] * inverse + _HALF))
+            cache[_at(place), _at(index)] = np.int8(np.floor(number * inverse + _HALF))
         else:
-            cache[place, index] = x[start + d]
+            cache[_at(place), _at(index)] = number
 
 
 @njit(**_OPTIONS)
-def _score(keys, key_scales, place, units, query, query_scale, length, scores, first, ahead):
-    """scores[first : first + length], rounded up to 16s, of a packed query against a place's keys.
+def _score(keys, key_scales, place, first, n, units, query, query_scale, scores, ahead):
+    """scores[:n], rounded up to 16s, of a packed query against positions `first` to `first + n` of a place.
 
-    `ahead` is the address of the values, as many bytes, which come next.
+    `ahead` is the address of the keys that come next.
     """
-    quantized = keys.itemsize == 1
-    block_bytes = units * LANES * (2 if quantized else 4)
-    start = _address(keys) + place * keys.shape[1] * keys.itemsize
-    out = _address(scores) + first * 4
-    blocks = (length + LANES - 1) // LANES
-    for j in range(first, first + blocks * LANES):
-        scores[j] = _ZERO
-    for block in range(blocks):
-        here, there = start + block * block_bytes, ahead + block * block_bytes
-        to, step = out + block * LANES * 4, block_bytes // units
-        _tile_1(keys, here, query, 4, 1, units, query_scale, 0, to, there, step)
-    if quantized:
-        for j in range(blocks * LANES):
-            scores[first + j] *= key_scales[place, j]
+    block_bytes = units * LANES * (2 if keys.itemsize == 1 else 4)
+    here = _address(keys) + place * keys.shape[1] * keys.itemsize + first // LANES * block_bytes
+    rounded = (n + LANES - 1) // LANES * LANES
+    for j in range(rounded):
+        scores[_at(j)] = _ZERO
+    for j in range(0, rounded, LANES):
+        offset, to = j // LANES * block_bytes, _address(scores) + j * 4
+        step = block_bytes // units
+        _tile(keys, 1, here + offset, query, 4, 1, units, query_scale, 0, to, ahead + offset, step)
+    if keys.itemsize == 1:
+        for j in range(rounded):
+            scores[_at(j)] *= key_scales[_at(place), _at(first + j)]
 
 
 @njit(**_OPTIONS)
-def _mix(values, value_scales, place, dim, chances, first, length, words, scale, out, ahead):
-    """Add chances[first : first + length] times a place's values to `out`, the address of (dim,) float32.
+def _mix(values, value_scales, place, first, n, dim, chances, words, scale, out, ahead):
+    """Add chances[:n] times the values of positions `first` to `first + n` to `out`, the address of (dim,).
 
-    `ahead` as for `_score`.
+    `chances` has room for 128 and is changed; `ahead` as for `_score`.
     """
     quantized = values.itemsize == 1
-    unit_bytes = LANES * (2 if quantized else 4)
-    base = _address(values) + place * values.shape[1] * values.itemsize
-    halves, floats = words.view(np.int16), words.view(np.float32)
-    given, its_scale = _address(words), _address(scale)
-    for start in range(0, length, _VALUE_GROUP):
-        n = min(_VALUE_GROUP, length - start)
-        units = n
-        if quantized:
-            rounded = (n + 3) // 4 * 4
-            for t in range(n):
-                chances[first + start + t] *= value_scales[place, start + t]
-            for t in range(n, rounded):
-                chances[first + start + t] = _ZERO
-            scale[0] = _quantize(chances, first + start, rounded, halves, 0)
-            units = rounded // 2
+    block_bytes = LANES * _BLOCK * values.itemsize
+    here = _address(values) + (place * values.shape[1] + first * dim) * values.itemsize
+    units, unit_bytes = n, LANES * 4
+    if quantized:
+        rounded = (n + LANES - 1) // LANES * LANES
+        for t in range(n):
+            chances[_at(t)] *= value_scales[_at(place), _at(first + t)]
+        for t in range(n, rounded):
+            chances[_at(t)] = _ZERO
+        scale[0] = _quantize(chances, 0, rounded, words.view(np.int16))
+        units, unit_bytes = rounded // 2, LANES * 2
+    given = _address(words) if quantized else _address(chances)
+    for block in range(dim // LANES):
+        offset, to = block * block_bytes, out + block * LANES * 4
+        there = ahead + block * units * unit_bytes
+        _tile(values, 1, here + offset, given, 4, 1, units, _address(scale), 0, to, there, unit_bytes)
+
+
+_TOP, _SUM = 0, 1  # of what was attended to so far: the highest score, and the sum of weights
+_SCALE = 2
+
+
+@njit(**_OPTIONS)
+def _attend_to(
+    keys,
+    key_scales,
+    values,
+    value_scales,
+    place,
+    length,
+    next_keys,
+    next_values,
+    query,
+    state,
+    room,
+    out,
+    m,
+    start,
+    dim,
+):
+    """Add positions of a place to what out[m, start : start + dim] has seen, weighted by e to their scores.
+
+    Block by block, so that keys and values are read in one go (Milakov and Gimelshein 2018, "Online
+    normalizer calculation for softmax"). `state` and `room` as in `_attend`; `next_keys` and
+    `next_values` are the addresses of what will be read after these.
+    """
+    quantized = keys.itemsize == 1
+    units = dim // 2 if quantized else dim
+    place_bytes, block_bytes = keys.shape[1] * keys.itemsize, _BLOCK * dim * keys.itemsize
+    scores, words = room[:_BLOCK], room[_BLOCK : 2 * _BLOCK]
+    scale = state[_SCALE + 1 :]
+    factor = _ONE / np.sqrt(np.float32(dim))
+    mixed = _address(out) + (m * out.shape[1] + start) * 4
+    for first in range(0, length, _BLOCK):
+        n = min(_BLOCK, length - first)
+        if first + _BLOCK < length:
+            offset = place * place_bytes + first * dim * keys.itemsize + block_bytes
+            ahead_keys, ahead_values = _address(keys) + offset, _address(values) + offset
         else:
-            for t in range(n):
-                floats[t] = chances[first + start + t]
-        block_bytes = LANES * _VALUE_GROUP * values.itemsize
-        for block in range(dim // LANES):
-            offset = start * dim * values.itemsize + block * block_bytes
-            here, there, to = base + offset, ahead + offset, out + block * LANES * 4
-            _tile_1(values, here, given, 4, 1, units, its_scale, 0, to, there, unit_bytes)
+            ahead_keys, ahead_values = next_keys, next_values
+        _score(
+            keys,
+            key_scales,
+            place,
+            first,
+            n,
+            units,
+            _address(query),
+            _address(state) + 4 * _SCALE,
+            scores,
+            ahead_keys,
+        )
+        order = _ordered(state[_TOP])
+        for t in range(n):
+            order = max(order, _ordered(scores[_at(t)]))
+        top = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
+        shrink = _exp((state[_TOP] - top) * factor)
+        total = state[_SUM] * shrink
+        for t in range(n):
+            weight = _exp((scores[_at(t)] - top) * factor)
+            scores[_at(t)] = weight
+            total += weight
+        state[_TOP], state[_SUM] = top, total
+        for d in range(dim):
+            out[_at(m), _at(start + d)] *= shrink
+        _mix(values, value_scales, place, first, n, dim, scores, words, scale, mixed, ahead_values)
 
 
 @njit(**_OPTIONS)
 def _attend(
-    qkv, m, start, dim, cache, place, length, prefixes, before, before_length, following, scratch, out
+    qkv,
+    m,
+    start,
+    dim,
+    cache,
+    place,
+    length,
+    prefixes,
+    before,
+    before_length,
+    following,
+    query,
+    state,
+    room,
+    out,
 ):
     """out[m, start : start + dim] of one head of one entry: over a shared prefix, then over its own steps.
 
-    `following` is the place of what comes next; `scratch` float32, as long as
-    both and some more, see `_SCRATCH`.
+    `following` is the place of what comes next. Working arrays, float32: `query` (dim,), `state`
+    (4,), `room` (256,).
     """
     keys, key_scales, values, value_scales = cache
     p_keys, p_key_scales, p_values, p_value_scales = prefixes
-    quantized = keys.itemsize == 1
-    before_room = (before_length + LANES - 1) // LANES * LANES
-    total_room = before_room + (length + LANES - 1) // LANES * LANES
-    packed, words, scale = (
-        scratch[total_room:].view(np.int32),
-        scratch[total_room + dim :].view(np.int32),
-        scratch[-1:],
-    )
-    units = dim
-    if quantized:
-        units = dim // 2
-        scale[0] = _quantize(qkv[m], start, dim, packed.view(np.int16), 0)
+    for d in range(dim):
+        room[_at(d)] = qkv[_at(m), _at(start + d)]
+        out[_at(m), _at(start + d)] = _ZERO
+    if keys.itemsize == 1:
+        state[_SCALE] = _quantize(room, 0, dim, query.view(np.int16))
     else:
         for d in range(dim):
-            packed[d] = _bits_of_float(qkv[m, start + d])
-    query, query_scale = _address(packed), _address(scale)
+            query[_at(d)] = room[_at(d)]
+    state[_TOP], state[_SUM] = -np.inf, _ZERO
     place_bytes = keys.shape[1] * keys.itemsize
-    own_values = _address(values) + place * place_bytes
-    before_values = _address(p_values) + before * p_values.shape[1] * p_values.itemsize
-    _score(p_keys, p_key_scales, before, units, query, query_scale, before_length, scratch, 0, before_values)
-    _score(keys, key_scales, place, units, query, query_scale, length, scratch, before_room, own_values)
-    for t in range(before_length, before_room):
-        scratch[t] = -np.inf
-    for t in range(before_room + length, total_room):
-        scratch[t] = -np.inf
-    order = _ordered(scratch[0])
-    for t in range(total_room):
-        order = max(order, _ordered(scratch[t]))
-    largest = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
-    factor = _ONE / np.sqrt(np.float32(dim))
-    total = _ZERO
-    for t in range(total_room):
-        scratch[t] = _exp((scratch[t] - largest) * factor)
-        total += scratch[t]
+    next_keys, next_values = _address(keys) + place * place_bytes, _address(values) + place * place_bytes
+    _attend_to(
+        p_keys,
+        p_key_scales,
+        p_values,
+        p_value_scales,
+        before,
+        before_length,
+        next_keys,
+        next_values,
+        query,
+        state,
+        room,
+        out,
+        m,
+        start,
+        dim,
+    )
+    next_keys, next_values = (
+        _address(keys) + following * place_bytes,
+        _address(values) + following * place_bytes,
+    )
+    _attend_to(
+        keys,
+        key_scales,
+        values,
+        value_scales,
+        place,
+        length,
+        next_keys,
+        next_values,
+        query,
+        state,
+        room,
+        out,
+        m,
+        start,
+        dim,
+    )
+    inverse = _ONE / state[_SUM]
     for d in range(dim):
-        out[m, start + d] = _ZERO
-    mixed = _address(out) + (m * out.shape[1] + start) * 4
-    next_keys = _address(keys) + following * place_bytes
-    _mix(p_values, p_value_scales, before, dim, scratch, 0, before_length, words, scale, mixed, before_values)
-    _mix(values, value_scales, place, dim, scratch, before_room, length, words, scale, mixed, next_keys)
-    inverse = _ONE / total
-    for d in range(dim):
-        out[m, start + d] *= inverse
+        out[_at(m), _at(start + d)] *= inverse
 
 
 @njit(inline="always", **_OPTIONS)
@@ -603,24 +744,8 @@ def _keep(qkv, heads, cache, own, positions, m):
     dim = hidden // heads
     for head in range(heads):
         place, start = own[m] + head, hidden + head * dim
-        _write(keys, key_scales, place, positions[m], qkv[m], start, dim, True)
-        _write(values, value_scales, place, positions[m], qkv[m], start + hidden, dim, False)
-
-
-@njit(**_OPTIONS)
-def _lay_out(weights, x, norm, group, m, words, scales):
-    """Lay one row of activations (rows, inputs) out for `_linear` with these weights.
-
-    `norm`, float32 (2, inputs), is the weight and bias of a layer normalization that comes first;
-    (0, 0) for none.
-    """
-    room = np.empty(x.shape[1], np.int16)
-    if norm.shape[0] == 0:
-        _pack_row(weights, x[m], group, m, x.shape[0], room, words, scales)
-    else:
-        normalized = np.empty(x.shape[1], np.float32)
-        _normalize(x[m], norm[0], norm[1], normalized)
-        _pack_row(weights, normalized, group, m, x.shape[0], room, words, scales)
+        _write(keys, key_scales, place, positions[m], qkv, m, start, dim, True)
+        _write(values, value_scales, place, positions[m], qkv, m, start + hidden, dim, False)
 
 
 # -- sharing work between threads ---------------------------------------------------------------------
@@ -674,7 +799,6 @@ def _await(counters, phase, pieces):
 # -- the decoder --------------------------------------------------------------------------------------
 
 _BLOCKS_AT_ONCE = 8  # of 16 outputs, in a piece of a product
-_SCRATCH = 2 * LANES + _VALUE_GROUP + 16  # beside a head's dimensions and all positions
 _TASKS_AT_ONCE = 4  # heads of entries, in a piece of attention
 
 
@@ -682,13 +806,19 @@ _TASKS_AT_ONCE = 4  # heads of entries, in a piece of attention
 def _product(counters, phase, weights, weight_scales, x, norm, group, words, scales, out, mode):
     """Two phases: lay x out, then multiply. The number of the next phase."""
     rows, blocks = x.shape[0], weights.shape[0]
+    statistics = np.empty((rows, 2), np.float32)  # each thread finds its own: they are quickly found
+    if norm.shape[0] > 0:
+        for m in range(rows):
+            statistics[m, 0], statistics[m, 1] = _statistics(x, m)
+    room = np.empty(2 * group, np.float32)
+    pieces = (rows + ROW_BLOCK - 1) // ROW_BLOCK * (x.shape[1] // group)
     while True:
-        m = _take(counters, phase)
-        if m >= rows:
+        piece = _take(counters, phase)
+        if piece >= pieces:
             break
-        _lay_out(weights, x, norm, group, m, words, scales)
+        _lay_out(weights, x, norm, statistics, group, piece, room, words, scales)
         _done(counters, phase)
-    _await(counters, phase, rows)
+    _await(counters, phase, pieces)
     phase += 1
     pieces = (blocks + _BLOCKS_AT_ONCE - 1) // _BLOCKS_AT_ONCE
     while True:
@@ -717,30 +847,31 @@ def _attention(counters, phase, qkv, heads, cache, own, prefixes, before, positi
     phase += 1
     tasks = entries * heads
     pieces = (tasks + _TASKS_AT_ONCE - 1) // _TASKS_AT_ONCE
-    longest = _SCRATCH + hidden // heads
-    for m in range(entries):
-        longest = max(longest, _SCRATCH + hidden // heads + positions[m] + prefix_lengths[m])
-    scratch = np.empty(longest, np.float32)
+    dim = hidden // heads
+    query, state = np.empty(dim, np.float32), np.empty(4, np.float32)
+    room = np.empty(max(2 * _BLOCK, dim), np.float32)
     while True:
         piece = _take(counters, phase)
         if piece >= pieces:
             break
         for task in range(piece * _TASKS_AT_ONCE, min((piece + 1) * _TASKS_AT_ONCE, tasks)):
             head, m = task // entries, task % entries
-            following = own[m + 1] if m + 1 < entries else own[m]
+            following = own[m + 1] + head if m + 1 < entries else own[0] + min(head + 1, heads - 1)
             _attend(
                 qkv,
                 m,
-                head * (hidden // heads),
-                hidden // heads,
+                head * dim,
+                dim,
                 cache,
                 own[m] + head,
                 positions[m] + 1,
                 prefixes,
                 before[m] + head,
                 prefix_lengths[m],
-                following + head,
-                scratch,
+                following,
+                query,
+                state,
+                room,
                 out,
             )
         _done(counters, phase)
