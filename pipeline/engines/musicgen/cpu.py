@@ -55,12 +55,13 @@ class CpuDecoder:
         group, wide_group = self.stack.group(shape.hidden), self.stack.group(shape.wide)
         room = (
             np.empty(entries * max(shape.hidden, shape.wide), np.int32),
-            np.empty((entries, shape.hidden // group), np.float32),
-            np.empty((entries, shape.wide // wide_group), np.float32),
+            np.empty((entries, 2 * (shape.hidden // group)), np.float32),
+            np.empty((entries, 2 * (shape.wide // wide_group)), np.float32),
             np.empty((entries, 3 * shape.hidden), np.float32),
             np.empty((entries, shape.hidden), np.float32),
             np.empty((entries, shape.wide), np.float32),
             NO_NORM,
+            self._desks(entries, shape.hidden // shape.heads),
         )
         numba.set_num_threads(self.threads)
         kernels.run_layers(
@@ -92,13 +93,17 @@ class CpuDecoder:
             NO_SCALES,
             x,
             self.ends.norm,
-            hidden,
+            self.stack.group(hidden),
             np.empty(rows * hidden, np.int32),
-            np.empty((rows, 1), np.float32),
+            np.empty((rows, 2), np.float32),
             out,
             kernels.STORE,
+            self._desks(rows, 1),
         )
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
+
+    def _desks(self, entries: int, dim: int) -> Samples:
+        return np.empty((self.threads, kernels.desk_size(entries, dim)), np.float32)
 
 
 class Cache:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, prange, types
+from numba import config, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -37,7 +37,11 @@ LANES = 16  # output channels that stand side by side
 ROW_BLOCK = 24  # rows of activations that are packed together
 # Rows that the micro-kernel can take. The most, times 16 sums, fill the registers: AVX-512 has 32 for 16
 # numbers each, AVX2 a quarter of that.
-_WIDE = bool(get_host_cpu_features().get("avx512f"))
+_FEATURES = config.CPU_FEATURES or get_host_cpu_features().flatten()  # what numba compiles for
+_WIDE = "+avx512f" in _FEATURES
+# vpdpbusd: four products of bytes and their sum in one instruction.
+_DOT_BITS = 512 if "+avx512vnni" in _FEATURES else 256 if "+avxvnni," in f"{_FEATURES}," else 0
+_QUAD_WORDS = 1 if _DOT_BITS else 2  # of 32 bits, that four activations take
 _TILE_ROWS = (16, 12, 8, 6, 4, 3, 2, 1) if _WIDE else (6, 5, 4, 3, 2, 1)
 
 
@@ -82,12 +86,13 @@ def _tile(
     """`rows` rows (one of `_TILE_ROWS`) times 16 columns, added to float32 sums, (rows, 16) at `out`.
 
     Of the array `weights` only the type counts. All other arguments are addresses or byte counts:
-    weights at `w`, units in a row (a unit is an input, or a pair of them for int8); activations at
-    `a`, one 32-bit word per row, `a_step` from unit to unit; `groups` groups of `units` units (a
-    multiple of 8 for int8); scales at `s`, float32, `s_step` from row to row (int8 only). At
-    `ahead`, `ahead_step` per unit, stands what will be needed next.
+    weights at `w`, units in a row (a unit is one input, for int8 two, for uint8 four); activations
+    at `a`, one 32-bit word per row (uint8: `_QUAD_WORDS`), `a_step` from unit to unit; `groups`
+    groups of `units` units (a multiple of 8 for int8, of 4 for uint8); what the groups are scaled by
+    at `s`, `s_step` from row to row (not for float32). At `ahead`, `ahead_step` per unit, stands
+    what will be needed next.
     """
-    emit = _Int8Tile if weights.dtype == types.int8 else _Float32Tile
+    emit = {types.float32: _FloatTile, types.int8: _PairTile, types.uint8: _QuadTile}[weights.dtype]
     signature = types.void(weights, *[types.intp] * 11)
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
@@ -137,6 +142,7 @@ class _Tile:
         b = self.b
         before, loop, after = b.block, b.append_basic_block("units"), b.append_basic_block("units.end")
         first = b.mul(index, self.units)
+        begins = [self.begin(row, index) for row in range(self.rows)]
         b.branch(loop)
         b.position_at_end(loop)
         unit = b.phi(_I64)
@@ -146,13 +152,14 @@ class _Tile:
         for chain, its in enumerate(carried):
             here = b.add(b.add(first, unit), _I64(chain))
             sums.append(self.unit(here, its))
-            if chain % 2 == 0:
-                self.prefetch(here)
+            if chain * self.WEIGHT_BYTES % 64 == 0:
+                _emit_prefetch(b, b.add(self.ahead, b.mul(here, self.ahead_step)))
         following = b.add(unit, _I64(self.chains))
         unit.add_incoming(following, loop)
-        for its, values in zip(carried, sums, strict=True):
-            for phi, value in zip(its, values, strict=True):
-                phi.add_incoming(ir.Constant(self.SUM, [0] * LANES), before)
+        zero = ir.Constant(self.SUM, [0] * LANES)
+        for chain, (its, values) in enumerate(zip(carried, sums, strict=True)):
+            for phi, value, begin in zip(its, values, begins, strict=True):
+                phi.add_incoming(zero if chain else begin, before)
                 phi.add_incoming(value, loop)
         b.cbranch(b.icmp_signed("<", following, self.units), loop, after)
         b.position_at_end(after)
@@ -162,19 +169,23 @@ class _Tile:
         b = self.b
         weights = self.load_weights(self.address(self.w, b.mul(unit, _I64(self.WEIGHT_BYTES)), _I8))
         word = b.add(self.a, b.mul(unit, self.a_step))
-        words = [b.load(self.address(word, _I64(4 * row), _I32), align=4) for row in range(self.rows)]
-        return [self.add_product(weights, value, total) for value, total in zip(words, sums, strict=True)]
+        return [
+            self.add_product(weights, b.add(word, _I64(4 * row)), total) for row, total in enumerate(sums)
+        ]
 
-    def prefetch(self, unit: Any) -> None:
-        """For reading, into the second cache, data."""
-        where = self.address(self.ahead, self.b.mul(unit, self.ahead_step), _I8)
-        prefetch = self.declare("llvm.prefetch.p0", ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        self.b.call(prefetch, [where, _I32(0), _I32(2), _I32(1)])
+    def word(self, address: Any) -> Any:
+        """32 bits of activations."""
+        return self.b.load(self.address(address, _I64(0), _I32), align=4)
+
+    def begin(self, row: int, group: Any) -> Any:
+        """What the sum of a group begins with."""
+        return ir.Constant(self.SUM, [0] * LANES)
 
     def load_weights(self, pointer: Any) -> Any:
         raise NotImplementedError
 
     def add_product(self, weights: Any, word: Any, total: Any) -> Any:
+        """The sum with the products of a unit's weights and activations, those at the address `word`."""
         raise NotImplementedError
 
     def total(self, sums: list[Any]) -> Any:
@@ -200,7 +211,9 @@ class _Tile:
         return _everywhere(self.b, scalar)
 
 
-class _Float32Tile(_Tile):
+class _FloatTile(_Tile):
+    """float32; sums are in one order, so there is one chain."""
+
     CHAINS, WEIGHT_BYTES = 1, 4 * LANES
 
     @property
@@ -211,7 +224,7 @@ class _Float32Tile(_Tile):
         return self.b.load(self.b.bitcast(pointer, _vector(_F32).as_pointer()), align=4)
 
     def add_product(self, weights: Any, word: Any, total: Any) -> Any:
-        return self.fma(weights, self.everywhere(self.b.bitcast(word, _F32)), total)
+        return self.fma(weights, self.everywhere(self.b.bitcast(self.word(word), _F32)), total)
 
     def total(self, sums: list[Any]) -> Any:
         (only,) = sums
@@ -221,20 +234,29 @@ class _Float32Tile(_Tile):
         return self.b.fadd(total, value)
 
 
-class _Int8Tile(_Tile):
-    CHAINS, WEIGHT_BYTES = 8, 2 * LANES
+class _IntegerTile(_Tile):
+    """Sums of integers are the same in any order."""
+
+    SCALE_BYTES: int  # from group to group
 
     @property
     def SUM(self) -> Any:  # noqa: N802
         return _vector(_I32)
 
-    def load_weights(self, pointer: Any) -> Any:
-        pairs = ir.VectorType(_I8, 2 * LANES)
-        loaded = self.b.load(self.b.bitcast(pointer, pairs.as_pointer()), align=1)
-        return self.b.sext(loaded, ir.VectorType(_I16, 2 * LANES))
+    def total(self, sums: list[Any]) -> Any:
+        return functools.reduce(self.b.add, sums)
 
-    def add_product(self, weights: Any, word: Any, total: Any) -> Any:
-        """Adds both products of a pair: the shape in which LLVM knows multiply-and-add instructions."""
+    def scale(self, row: int, group: Any) -> Any:
+        """The address of a group's scale."""
+        b = self.b
+        return b.add(self.s, b.add(b.mul(_I64(row), self.s_step), b.mul(group, _I64(self.SCALE_BYTES))))
+
+    def add_group(self, total: Any, value: Any, row: int, group: Any) -> Any:
+        scale = self.b.load(self.address(self.scale(row, group), _I64(0), _F32), align=4)
+        return self.fma(self.b.sitofp(value, _vector(_F32)), self.everywhere(scale), total)
+
+    def add_pairs(self, weights: Any, word: Any, total: Any) -> Any:
+        """Adds both products of pairs of int16: in this shape LLVM knows multiply-and-add instructions."""
         b, wide = self.b, ir.VectorType(_I32, 2 * LANES)
         pair = b.bitcast(self.everywhere(word), ir.VectorType(_I16, 2 * LANES))
         products = b.mul(b.sext(weights, wide), b.sext(pair, wide))
@@ -245,14 +267,74 @@ class _Int8Tile(_Tile):
         )
         return b.add(total, b.add(even, odd))
 
-    def total(self, sums: list[Any]) -> Any:
-        return functools.reduce(self.b.add, sums)
 
-    def add_group(self, total: Any, value: Any, row: int, group: Any) -> Any:
+class _PairTile(_IntegerTile):
+    """int8 weights, int16 activations: two inputs per column side by side."""
+
+    CHAINS, WEIGHT_BYTES, SCALE_BYTES = 8, 2 * LANES, 4
+
+    def load_weights(self, pointer: Any) -> Any:
+        pairs = ir.VectorType(_I8, 2 * LANES)
+        loaded = self.b.load(self.b.bitcast(pointer, pairs.as_pointer()), align=1)
+        return self.b.sext(loaded, ir.VectorType(_I16, 2 * LANES))
+
+    def add_product(self, weights: Any, word: Any, total: Any) -> Any:
+        return self.add_pairs(weights, self.word(word), total)
+
+
+class _QuadTile(_IntegerTile):
+    """uint8 weights, 128 more than they mean, and int8 activations: four inputs per column side by side.
+
+    Beside each group's scale stands what its sum begins with: -128 times the sum of its activations.
+    Where there is no vpdpbusd, activations are pairs of int16: the first and third of four, then the
+    others, as the weights are taken apart.
+    """
+
+    CHAINS, WEIGHT_BYTES, SCALE_BYTES = 4, 4 * LANES, 8
+
+    def begin(self, row: int, group: Any) -> Any:
+        return self.everywhere(self.b.load(self.address(self.scale(row, group), _I64(4), _I32), align=4))
+
+    def load_weights(self, pointer: Any) -> Any:
+        return self.b.load(self.b.bitcast(pointer, _vector(_I32).as_pointer()), align=4)
+
+    def add_product(self, weights: Any, word: Any, total: Any) -> Any:
         b = self.b
-        offset = b.add(b.mul(_I64(row), self.s_step), b.mul(group, _I64(4)))
-        scale = self.everywhere(b.load(self.address(self.s, offset, _F32), align=4))
-        return self.fma(b.sitofp(value, _vector(_F32)), scale, total)
+        if _DOT_BITS:
+            return self.dot(weights, self.everywhere(self.word(word)), total)
+        halves = ir.VectorType(_I16, 2 * LANES)
+        both = b.bitcast(weights, halves)
+        even = b.and_(both, ir.Constant(halves, [0xFF] * (2 * LANES)))
+        odd = b.lshr(both, ir.Constant(halves, [8] * (2 * LANES)))
+        others = b.add(word, b.lshr(self.a_step, _I64(1)))
+        return self.add_pairs(odd, self.word(others), self.add_pairs(even, self.word(word), total))
+
+    def dot(self, weights: Any, words: Any, total: Any) -> Any:
+        lanes = _DOT_BITS // 32
+        kind, name = ir.VectorType(_I32, lanes), f"llvm.x86.avx512.vpdpbusd.{_DOT_BITS}"
+        bytes_ = ir.VectorType(_I8, 4 * lanes)
+        function = self.declare(name, kind, [kind, bytes_, bytes_])
+        parts = []
+        for start in range(0, LANES, lanes):
+            which = ir.Constant(kind, list(range(start, start + lanes)))
+            total_, weights_, words_ = (
+                self.b.shuffle_vector(vector, vector, which) for vector in (total, weights, words)
+            )
+            parts.append(
+                self.b.call(
+                    function, [total_, self.b.bitcast(weights_, bytes_), self.b.bitcast(words_, bytes_)]
+                )
+            )
+        if len(parts) == 1:
+            return parts[0]
+        return self.b.shuffle_vector(*parts, ir.Constant(_vector(_I32), list(range(LANES))))
+
+
+def _emit_prefetch(builder: Any, address: Any) -> None:
+    """For reading, into the second cache, data."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(prefetch, [builder.inttoptr(address, _I8.as_pointer()), _I32(0), _I32(2), _I32(1)])
 
 
 def _vector(kind: Any) -> Any:
@@ -287,14 +369,42 @@ def _bits_of_float(_: Any, number: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def _prefetch(_: Any, address: Any) -> Any:
+    """Call for 64 bytes that will be read."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        _emit_prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def _address(_: Any, array: Any) -> Any:
-    """Where an array's data begins. (`array.ctypes` counts references, which threads contend for.)"""
+    """Where an array's data begins."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         held = context.make_array(signature.args[0])(context, builder, arguments[0])
         return builder.ptrtoint(held.data, _I64)
 
     return types.intp(array), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _borrowed(_: Any, array: Any) -> Any:
+    """The same array, without its count of references; somebody else has to keep it.
+
+    Slices, tuples and calls count references in memory that all threads share: with two of them, an
+    attention over few positions took twice as long.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        held = context.make_array(signature.args[0])(context, builder, arguments[0])
+        held.meminfo = cgutils.get_null_value(held.meminfo.type)
+        held.parent = cgutils.get_null_value(held.parent.type)
+        return held._getvalue()
+
+    return array(array), codegen
 
 
 # -- functions of one number ------------------------------------------------------------------------
@@ -364,8 +474,8 @@ def _multiply(weights, w, a, rows, groups, units, s, s_step, out, ahead, ahead_b
 
     `a`: words, (groups * units, rows); `ahead`: the next columns, `ahead_bytes` of them.
     """
-    unit_bytes = LANES * (2 if weights.itemsize == 1 else 4)
-    chunk = max(1, 256 // units)
+    word_bytes = rows * 4 * (_QUAD_WORDS if weights.itemsize == 1 else 1)  # of a unit
+    chunk = max(1, 512 // (units * weights.itemsize))
     tiles = _TILES_OF[rows]
     step = ahead_bytes // (groups * units * tiles)
     for group in range(0, groups, chunk):
@@ -376,12 +486,12 @@ def _multiply(weights, w, a, rows, groups, units, s, s_step, out, ahead, ahead_b
             _tile(
                 weights,
                 count,
-                w + group * units * unit_bytes,
-                a + (group * units * rows + row) * 4,
-                rows * 4,
+                w + group * units * 4 * LANES,
+                a + group * units * word_bytes + row * 4,
+                word_bytes,
                 n,
                 units,
-                s + row * s_step + group * 4,
+                s + row * s_step + group * 8,
                 s_step,
                 out + row * LANES * 4,
                 ahead + (group * tiles + tile * n) * units * step,
@@ -417,57 +527,79 @@ def _quantize(x, x_from, n, out):
 
 
 @njit(**_OPTIONS)
+def _quantize_to_bytes(x, x_from, n, out):
+    """n numbers to int8, out[:n]; their scale and their sum."""
+    largest = _largest(x, x_from, n)
+    inverse = np.float32(127.0) / largest if largest > 0 else _ZERO
+    total = np.int32(0)
+    for k in range(n):
+        number = np.int32(np.floor(x[_at(x_from + k)] * inverse + _HALF))
+        out[_at(k)] = np.int8(number)
+        total += number
+    return largest * np.float32(1.0 / 127.0), total
+
+
+@njit(**_OPTIONS)
 def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales):
     """Lay one group of inputs of 24 rows of activations out for `_linear` with these weights.
 
-    Words come in blocks of 24 rows, (inputs or pairs, rows); `piece` counts groups within blocks.
+    Words come in blocks of 24 rows, (inputs or quads, rows); `piece` counts groups within blocks.
     `norm`, float32 (2, inputs), is the weight and bias of a layer normalization that comes first,
-    with the rows' `_statistics`, (rows, 2); (0, 0) for none. `room` is float32, 2 * group.
+    with the rows' `_statistics`, (rows, 2); (0, 0) for none. `room` is float32, 2 * group: a group has
+    128 inputs at most.
     """
     inputs = x.shape[1]
     groups = inputs // group
     block, g = piece // groups, piece % groups
     start, first_row = g * group, block * ROW_BLOCK
     rows = min(ROW_BLOCK, x.shape[0] - first_row)
-    quantized = weights.itemsize == 1
-    pair = 2 if quantized else 1
-    units = group // pair
-    first = first_row * (inputs // pair) + g * units * rows
-    halves = room.view(np.int16)
-    laid = words.view(np.float32)
+    small = room[group:].view(np.int8)
+    quads = room[group:].view(np.int32)
+    laid, floats, begins = words.view(np.int16), words.view(np.float32), scales.view(np.int32)
     for r in range(rows):
         m = first_row + r
         if norm.shape[0] == 0:
             for k in range(group):
-                room[_at(group + k)] = x[_at(m), _at(start + k)]
+                room[_at(k)] = x[_at(m), _at(start + k)]
         else:
             mean, factor = statistics[_at(m), 0], statistics[_at(m), 1]
             for k in range(group):
                 normal = (x[_at(m), _at(start + k)] - mean) * factor
-                room[_at(group + k)] = normal * norm[0, _at(start + k)] + norm[1, _at(start + k)]
-        begin = group
-        if quantized:
-            scales[_at(m), _at(g)] = _quantize(room, group, group, halves)
-            begin = 0
-        for unit in range(units):
-            laid[_at(first + unit * rows + r)] = room[_at(begin + unit)]
+                room[_at(k)] = normal * norm[0, _at(start + k)] + norm[1, _at(start + k)]
+        if weights.itemsize != 1:
+            first = first_row * inputs + start * rows + r
+            for k in range(group):
+                floats[_at(first + k * rows)] = room[_at(k)]
+            continue
+        scale, total = _quantize_to_bytes(room, 0, group, small)
+        scales[_at(m), _at(2 * g)] = scale
+        begins[_at(m), _at(2 * g + 1)] = np.int32(-128) * total
+        first = (first_row * inputs + start * rows) // 4 * _QUAD_WORDS + r
+        if _QUAD_WORDS == 1:
+            for k in range(group // 4):
+                words[_at(first + k * rows)] = quads[_at(k)]
+        else:
+            for k in range(group // 4):
+                for n in range(4):  # first and third, then second and fourth
+                    word = first + (2 * k + n % 2) * rows
+                    laid[_at(2 * word + n // 2)] = small[_at(4 * k + n)]
 
 
 STORE, ADD, GELU = 0, 1, 2  # what a product does with what it finds
 
 
 @njit(**_OPTIONS)
-def _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last):
+def _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last, sums):
     """Blocks `first` to `last` of out (rows, outputs): = or += activations times weights, or GELU of it.
 
     `weights`: (outputs / 16, inputs * 16), see `pack_columns`; `weight_scales` (outputs,) for int8.
     """
     inputs = weights.shape[1] // LANES
     quantized = weights.itemsize == 1
-    units_per_row = inputs // 2 if quantized else inputs
+    units_per_row = inputs // 4 if quantized else inputs
+    row_bytes = units_per_row * 4 * (_QUAD_WORDS if quantized else 1)
     groups = inputs // group
     block_bytes = weights.shape[1] * weights.itemsize
-    sums = np.empty((ROW_BLOCK, LANES), np.float32)
     for n in range(first, last):
         start = _address(weights) + n * block_bytes
         following = start + block_bytes if n + 1 < weights.shape[0] else start
@@ -477,7 +609,7 @@ def _linear(weights, weight_scales, words, scales, rows, group, out, mode, first
             _multiply(
                 weights,
                 start,
-                _address(words) + row * units_per_row * 4,
+                _address(words) + row * row_bytes,
                 count,
                 groups,
                 units_per_row // groups,
@@ -521,18 +653,23 @@ def _write(cache, scales, place, at, x, m, start, dim, is_key):
         scales[_at(place), _at(at)] = largest * np.float32(1.0 / 127.0)
         inverse = np.float32(127.0) / largest if largest > 0 else _ZERO
     pair = 2 if quantized else 1
-    for d in range(dim):
-        if is_key:  # 16 positions are the columns, dimensions are the inputs
-            column, where, block = at % LANES, d, (at // LANES) * dim * LANES
-        else:  # 16 dimensions are the columns, the 128 positions of a block are the inputs
-            column, where = d % LANES, at % _BLOCK
-            block = (at // _BLOCK * dim + d // LANES * LANES) * _BLOCK
-        index = block + (where // pair) * pair * LANES + column * pair + where % pair
-        number = x[_at(m), _at(start + d)]
-        if quantized:
-            cache[_at(place), _at(index)] = np.int8(np.floor(number * inverse + _HALF))
-        else:
-            cache[_at(place), _at(index)] = number
+    if is_key:  # 16 positions are the columns, dimensions are the inputs
+        first = at // LANES * dim * LANES + at % LANES * pair
+        inner, outer = pair, pair * LANES
+    else:  # 16 dimensions are the columns, the 128 positions of a block are the inputs
+        where = at % _BLOCK
+        first = at // _BLOCK * dim * _BLOCK + where // pair * pair * LANES + where % pair
+        inner, outer = LANES, _BLOCK * LANES
+    step = 1 if is_key else pair
+    for begin in range(0, dim, inner):
+        index = first + begin // inner * outer
+        for d in range(begin, begin + inner):
+            number = x[_at(m), _at(start + d)]
+            to = _at(index + (d - begin) * step)
+            if quantized:
+                cache[_at(place), to] = np.int8(np.floor(number * inverse + _HALF))
+            else:
+                cache[_at(place), to] = number
 
 
 @njit(**_OPTIONS)
@@ -581,36 +718,30 @@ def _mix(values, value_scales, place, first, n, dim, chances, words, scale, out,
 
 
 _TOP, _SUM = 0, 1  # of what was attended to so far: the highest score, and the sum of weights
-_SCALE = 2
+_SCALE = 2  # the query's, then that of the attention's weights
+_DESK_STATE = 16
 
 
 @njit(**_OPTIONS)
-def _attend_to(
-    keys,
-    key_scales,
-    values,
-    value_scales,
-    place,
-    length,
-    next_keys,
-    next_values,
-    query,
-    state,
-    room,
-    out,
-    m,
-    start,
-    dim,
-):
+def _prefetch_scales(cache, place, position, n):
+    """Call for the scales of n positions that will be read next."""
+    for scales in (cache[1], cache[3]):
+        if scales.shape[1] > 0:
+            start = _address(scales) + (place * scales.shape[1] + position) * 4
+            for offset in range(0, 4 * n, 64):
+                _prefetch(start + offset)
+
+
+@njit(**_OPTIONS)
+def _attend_to(cache, place, length, next_cache, next_place, query, state, room, out, m, start, dim):
     """Add positions of a place to what out[m, start : start + dim] has seen, weighted by e to their scores.
 
     Block by block, so that keys and values are read in one go (Milakov and Gimelshein 2018, "Online
-    normalizer calculation for softmax"). `state` and `room` as in `_attend`; `next_keys` and
-    `next_values` are the addresses of what will be read after these.
+    normalizer calculation for softmax"). `query`, `state` and `room` as in `_attend`; `next_cache`
+    and `next_place` are what will be read after this.
     """
-    quantized = keys.itemsize == 1
-    units = dim // 2 if quantized else dim
-    place_bytes, block_bytes = keys.shape[1] * keys.itemsize, _BLOCK * dim * keys.itemsize
+    keys, key_scales, values, value_scales = cache
+    units = dim // 2 if keys.itemsize == 1 else dim
     scores, words = room[:_BLOCK], room[_BLOCK : 2 * _BLOCK]
     scale = state[_SCALE + 1 :]
     factor = _ONE / np.sqrt(np.float32(dim))
@@ -618,33 +749,26 @@ def _attend_to(
     for first in range(0, length, _BLOCK):
         n = min(_BLOCK, length - first)
         if first + _BLOCK < length:
-            offset = place * place_bytes + first * dim * keys.itemsize + block_bytes
+            offset = (place * keys.shape[1] + (first + _BLOCK) * dim) * keys.itemsize
             ahead_keys, ahead_values = _address(keys) + offset, _address(values) + offset
+            _prefetch_scales(cache, place, first + _BLOCK, _BLOCK)
         else:
-            ahead_keys, ahead_values = next_keys, next_values
-        _score(
-            keys,
-            key_scales,
-            place,
-            first,
-            n,
-            units,
-            _address(query),
-            _address(state) + 4 * _SCALE,
-            scores,
-            ahead_keys,
-        )
+            offset = next_place * next_cache[0].shape[1] * keys.itemsize
+            ahead_keys, ahead_values = _address(next_cache[0]) + offset, _address(next_cache[2]) + offset
+            _prefetch_scales(next_cache, next_place, 0, n)
+        query_at, scale_at = _address(query), _address(state) + 4 * _SCALE
+        _score(keys, key_scales, place, first, n, units, query_at, scale_at, scores, ahead_keys)
         order = _ordered(state[_TOP])
         for t in range(n):
             order = max(order, _ordered(scores[_at(t)]))
         top = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
         shrink = _exp((state[_TOP] - top) * factor)
-        total = state[_SUM] * shrink
+        total = _ZERO
         for t in range(n):
             weight = _exp((scores[_at(t)] - top) * factor)
             scores[_at(t)] = weight
             total += weight
-        state[_TOP], state[_SUM] = top, total
+        state[_TOP], state[_SUM] = top, state[_SUM] * shrink + total
         for d in range(dim):
             out[_at(m), _at(start + d)] *= shrink
         _mix(values, value_scales, place, first, n, dim, scores, words, scale, mixed, ahead_values)
@@ -668,62 +792,25 @@ def _attend(
     room,
     out,
 ):
-    """out[m, start : start + dim] of one head of one entry: over a shared prefix, then over its own steps.
+    """out[m, start : start + dim] of one head of one entry: over its own steps, then over a shared prefix.
 
     `following` is the place of what comes next. Working arrays, float32: `query` (dim,), `state`
-    (4,), `room` (256,).
+    (4,), `room` (256,) or (dim,) if that is more.
     """
-    keys, key_scales, values, value_scales = cache
-    p_keys, p_key_scales, p_values, p_value_scales = prefixes
     for d in range(dim):
         room[_at(d)] = qkv[_at(m), _at(start + d)]
         out[_at(m), _at(start + d)] = _ZERO
-    if keys.itemsize == 1:
+    if cache[0].itemsize == 1:
         state[_SCALE] = _quantize(room, 0, dim, query.view(np.int16))
     else:
         for d in range(dim):
             query[_at(d)] = room[_at(d)]
     state[_TOP], state[_SUM] = -np.inf, _ZERO
-    place_bytes = keys.shape[1] * keys.itemsize
-    next_keys, next_values = _address(keys) + place * place_bytes, _address(values) + place * place_bytes
-    _attend_to(
-        p_keys,
-        p_key_scales,
-        p_values,
-        p_value_scales,
-        before,
-        before_length,
-        next_keys,
-        next_values,
-        query,
-        state,
-        room,
-        out,
-        m,
-        start,
-        dim,
-    )
-    next_keys, next_values = (
-        _address(keys) + following * place_bytes,
-        _address(values) + following * place_bytes,
-    )
-    _attend_to(
-        keys,
-        key_scales,
-        values,
-        value_scales,
-        place,
-        length,
-        next_keys,
-        next_values,
-        query,
-        state,
-        room,
-        out,
-        m,
-        start,
-        dim,
-    )
+    if before_length > 0:
+        _attend_to(cache, place, length, prefixes, before, query, state, room, out, m, start, dim)
+        _attend_to(prefixes, before, before_length, cache, following, query, state, room, out, m, start, dim)
+    else:
+        _attend_to(cache, place, length, cache, following, query, state, room, out, m, start, dim)
     inverse = _ONE / state[_SUM]
     for d in range(dim):
         out[_at(m), _at(start + d)] *= inverse
@@ -737,15 +824,29 @@ def _ordered(x):
 
 
 @njit(**_OPTIONS)
-def _keep(qkv, heads, cache, own, positions, m):
-    """Write an entry's keys and values."""
+def _keep(qkv, m, head, dim, cache, place, position):
+    """Write keys and values of one head of an entry."""
     keys, key_scales, values, value_scales = cache
-    hidden = qkv.shape[1] // 3
-    dim = hidden // heads
-    for head in range(heads):
-        place, start = own[m] + head, hidden + head * dim
-        _write(keys, key_scales, place, positions[m], qkv, m, start, dim, True)
-        _write(values, value_scales, place, positions[m], qkv, m, start + hidden, dim, False)
+    start = qkv.shape[1] // 3 + head * dim
+    _write(keys, key_scales, place, position, qkv, m, start, dim, True)
+    _write(values, value_scales, place, position, qkv, m, start + qkv.shape[1] // 3, dim, False)
+
+
+@njit(**_OPTIONS)
+def _prefetch_place(cache, place, position, dim):
+    """Call for what `_keep` will write to."""
+    keys, key_scales, values, value_scales = cache
+    item = keys.itemsize
+    first = _address(keys) + (place * keys.shape[1] + position // LANES * LANES * dim) * item
+    for offset in range(0, LANES * dim * item, 64):
+        _prefetch(first + offset)
+    first = _address(values) + (place * values.shape[1] + position // _BLOCK * _BLOCK * dim) * item
+    first += position % _BLOCK * LANES * item
+    for offset in range(0, dim * _BLOCK * item, LANES * _BLOCK * item):
+        _prefetch(first + offset)
+    if key_scales.shape[1] > 0:
+        _prefetch(_address(key_scales) + (place * key_scales.shape[1] + position) * 4)
+        _prefetch(_address(value_scales) + (place * value_scales.shape[1] + position) * 4)
 
 
 # -- sharing work between threads ---------------------------------------------------------------------
@@ -799,18 +900,41 @@ def _await(counters, phase, pieces):
 # -- the decoder --------------------------------------------------------------------------------------
 
 _BLOCKS_AT_ONCE = 8  # of 16 outputs, in a piece of a product
-_TASKS_AT_ONCE = 4  # heads of entries, in a piece of attention
+
+
+def desk_size(entries: int, dim: int) -> int:
+    """Numbers that a thread needs room for: see `_desk`."""
+    used = ROW_BLOCK * LANES + _DESK_STATE + dim + max(2 * _BLOCK, dim) + 2 * entries
+    return -(-used // LANES) * LANES  # whole cache lines, so that threads don't write into one another's
 
 
 @njit(**_OPTIONS)
-def _product(counters, phase, weights, weight_scales, x, norm, group, words, scales, out, mode):
+def _desk(desk, dim, entries):
+    """A thread's working arrays: sums, state, query, room, statistics."""
+    first = ROW_BLOCK * LANES
+    second = first + _DESK_STATE
+    third = second + dim
+    fourth = third + max(2 * _BLOCK, dim)
+    return (
+        desk[:first].reshape(ROW_BLOCK, LANES),
+        desk[first:second],
+        desk[second:third],
+        desk[third:fourth],
+        desk[fourth : fourth + 2 * entries].reshape(entries, 2),
+    )
+
+
+_TASKS_AT_ONCE = 8  # entries of a head, in a piece of attention
+
+
+@njit(**_OPTIONS)
+def _product(counters, phase, weights, weight_scales, x, norm, group, words, scales, out, mode, desk):
     """Two phases: lay x out, then multiply. The number of the next phase."""
     rows, blocks = x.shape[0], weights.shape[0]
-    statistics = np.empty((rows, 2), np.float32)  # each thread finds its own: they are quickly found
+    sums, _, _, room, statistics = desk  # each thread finds its own statistics: they are quickly found
     if norm.shape[0] > 0:
         for m in range(rows):
             statistics[m, 0], statistics[m, 1] = _statistics(x, m)
-    room = np.empty(2 * group, np.float32)
     pieces = (rows + ROW_BLOCK - 1) // ROW_BLOCK * (x.shape[1] // group)
     while True:
         piece = _take(counters, phase)
@@ -827,36 +951,43 @@ def _product(counters, phase, weights, weight_scales, x, norm, group, words, sca
             break
         first = piece * _BLOCKS_AT_ONCE
         last = min(first + _BLOCKS_AT_ONCE, blocks)
-        _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last)
+        _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last, sums)
         _done(counters, phase)
     _await(counters, phase, pieces)
     return phase + 1
 
 
 @njit(**_OPTIONS)
-def _attention(counters, phase, qkv, heads, cache, own, prefixes, before, positions, prefix_lengths, out):
+def _attention(
+    counters, phase, qkv, heads, cache, own, prefixes, before, positions, prefix_lengths, out, desk
+):
     """Two phases: keep keys and values, then attend. The number of the next phase."""
+    _, state, query, room, _ = desk
     entries, hidden = out.shape
-    while True:
-        m = _take(counters, phase)
-        if m >= entries:
-            break
-        _keep(qkv, heads, cache, own, positions, m)
-        _done(counters, phase)
-    _await(counters, phase, entries)
-    phase += 1
-    tasks = entries * heads
-    pieces = (tasks + _TASKS_AT_ONCE - 1) // _TASKS_AT_ONCE
     dim = hidden // heads
-    query, state = np.empty(dim, np.float32), np.empty(4, np.float32)
-    room = np.empty(max(2 * _BLOCK, dim), np.float32)
+    of_a_head = (entries + _TASKS_AT_ONCE - 1) // _TASKS_AT_ONCE
+    pieces = of_a_head * heads
     while True:
         piece = _take(counters, phase)
         if piece >= pieces:
             break
-        for task in range(piece * _TASKS_AT_ONCE, min((piece + 1) * _TASKS_AT_ONCE, tasks)):
-            head, m = task // entries, task % entries
-            following = own[m + 1] + head if m + 1 < entries else own[0] + min(head + 1, heads - 1)
+        head, begin = piece // of_a_head, piece % of_a_head * _TASKS_AT_ONCE
+        end = min(begin + _TASKS_AT_ONCE, entries)
+        for m in range(begin, end):
+            _prefetch_place(cache, own[m] + head, positions[m], dim)
+        for m in range(begin, end):
+            _keep(qkv, m, head, dim, cache, own[m] + head, positions[m])
+        _done(counters, phase)
+    _await(counters, phase, pieces)
+    phase += 1
+    while True:
+        piece = _take(counters, phase)
+        if piece >= pieces:
+            break
+        head, begin = piece // of_a_head, piece % of_a_head * _TASKS_AT_ONCE
+        end = min(begin + _TASKS_AT_ONCE, entries)
+        for m in range(begin, end):
+            following = own[m + 1] + head if m + 1 < end else own[begin] + min(head + 1, heads - 1)
             _attend(
                 qkv,
                 m,
@@ -883,32 +1014,60 @@ PHASES_PER_LAYER = 10
 
 
 @njit(**_OPTIONS)
+def _four(arrays):
+    """`_borrowed` of a cache's arrays."""
+    return _borrowed(arrays[0]), _borrowed(arrays[1]), _borrowed(arrays[2]), _borrowed(arrays[3])
+
+
+@njit(**_OPTIONS)
 def _layers(
-    counters, x, heads, matrices, norms, groups, cache, own, prefixes, before, positions, prefix_lengths, room
+    thread,
+    counters,
+    x,
+    heads,
+    matrices,
+    norms,
+    groups,
+    cache,
+    own,
+    prefixes,
+    before,
+    positions,
+    prefix_lengths,
+    room,
 ):
     """What each thread does; see `run_layers`."""
-    qkv, qkv_scales, proj, proj_scales, up, up_scales, down, down_scales = matrices
-    words, scales, wide_scales, qkv_out, attended, inner, no_norm = room
+    weights_1, scales_1 = _borrowed(matrices[0]), _borrowed(matrices[1])
+    weights_2, scales_2 = _borrowed(matrices[2]), _borrowed(matrices[3])
+    weights_3, scales_3 = _borrowed(matrices[4]), _borrowed(matrices[5])
+    weights_4, scales_4 = _borrowed(matrices[6]), _borrowed(matrices[7])
+    norm_1, norm_3, no_norm = _borrowed(norms[0]), _borrowed(norms[1]), _borrowed(room[6])
+    words, scales, wide_scales = _borrowed(room[0]), _borrowed(room[1]), _borrowed(room[2])
+    qkv, attended, inner = _borrowed(room[3]), _borrowed(room[4]), _borrowed(room[5])
+    counters, x, cache, prefixes = _borrowed(counters), _borrowed(x), _four(cache), _four(prefixes)
+    own, before = _borrowed(own), _borrowed(before)
+    positions, prefix_lengths = _borrowed(positions), _borrowed(prefix_lengths)
+    desk = _desk(_borrowed(room[7])[thread], x.shape[1] // heads, x.shape[0])
     phase = 0
-    for n in range(qkv.shape[0]):
+    for n in range(weights_1.shape[0]):
         for which in range(4):  # one call in a loop, not four: it takes a quarter of the time to compile
             if which == 0:
-                weights, its, inputs, norm, out, mode = qkv[n], qkv_scales[n], x, norms[0][n], qkv_out, STORE
+                weights, its, inputs, norm, out, mode = weights_1[n], scales_1[n], x, norm_1[n], qkv, STORE
             elif which == 1:
-                weights, its, inputs, norm, out, mode = proj[n], proj_scales[n], attended, no_norm, x, ADD
+                weights, its, inputs, norm, out, mode = weights_2[n], scales_2[n], attended, no_norm, x, ADD
             elif which == 2:
-                weights, its, inputs, norm, out, mode = up[n], up_scales[n], x, norms[1][n], inner, GELU
+                weights, its, inputs, norm, out, mode = weights_3[n], scales_3[n], x, norm_3[n], inner, GELU
             else:
-                weights, its, inputs, norm, out, mode = down[n], down_scales[n], inner, no_norm, x, ADD
+                weights, its, inputs, norm, out, mode = weights_4[n], scales_4[n], inner, no_norm, x, ADD
             group, group_scales = (groups[1], wide_scales) if which == 3 else (groups[0], scales)
             phase = _product(
-                counters, phase, weights, its, inputs, norm, group, words, group_scales, out, mode
+                counters, phase, weights, its, inputs, norm, group, words, group_scales, out, mode, desk
             )
             if which == 0:
                 phase = _attention(
                     counters,
                     phase,
-                    qkv_out,
+                    qkv,
                     heads,
                     cache,
                     own[n],
@@ -917,6 +1076,7 @@ def _layers(
                     positions,
                     prefix_lengths,
                     attended,
+                    desk,
                 )
 
 
@@ -958,12 +1118,13 @@ def run_layers(
         before: int64, (layers, entries): the place of the first head of its prefix.
         positions: int64, (entries,): its position among its row's own steps.
         prefix_lengths: int64, (entries,): 0 for none.
-        room: working arrays: words int32 (entries * most inputs,), scales float32 (entries, groups)
-            for hidden and for feed-forward inputs, float32 (entries, 3 * hidden), (entries, hidden),
-            (entries, wide), (0, 0).
+        room: working arrays: words int32 (entries * most inputs,), scales float32 (entries, 2 *
+            groups) for hidden and for feed-forward inputs, float32 (entries, 3 * hidden), (entries,
+            hidden), (entries, wide), (0, 0), (threads, `desk_size`).
     """
-    for _ in prange(threads):
+    for thread in prange(threads):
         _layers(
+            np.int64(thread),
             counters,
             x,
             heads,
@@ -981,20 +1142,29 @@ def run_layers(
 
 
 @njit(parallel=True, **_OPTIONS)
-def run_product(threads, counters, weights, weight_scales, x, norm, group, words, scales, out, mode):
-    """out (rows, outputs) of x (rows, inputs), normalized first; `counters` int64 zeros, four of them."""
-    for _ in prange(threads):
-        _product(counters, 0, weights, weight_scales, x, norm, group, words, scales, out, mode)
+def run_product(threads, counters, weights, weight_scales, x, norm, group, words, scales, out, mode, desks):
+    """out (rows, outputs) of x (rows, inputs), normalized first.
+
+    `counters`: int64 zeros, four of them; `desks` float32, (threads, `desk_size`) for heads of 1.
+    """
+    for thread in prange(threads):
+        desk = _desk(desks[np.int64(thread)], 1, x.shape[0])
+        _product(counters, 0, weights, weight_scales, x, norm, group, words, scales, out, mode, desk)
 
 
 # -- layouts ----------------------------------------------------------------------------------------
 
 
 def pack_columns(weights: np.ndarray) -> np.ndarray:
-    """(outputs, inputs) to (outputs / 16, inputs * 16): inputs (int8: pairs) of 16 outputs together."""
+    """float32 or int8 (outputs, inputs) to (outputs / 16, inputs * 16): each input of 16 outputs together.
+
+    Of int8, four inputs; they become uint8, 128 more, as the processors' instructions want one sign only.
+    """
     outputs, inputs = weights.shape
-    pair = 2 if weights.dtype == np.int8 else 1
-    split = weights.reshape(outputs // LANES, LANES, inputs // pair, pair)
+    together = 4 if weights.dtype == np.int8 else 1
+    if weights.dtype == np.int8:
+        weights = weights.view(np.uint8) ^ np.uint8(128)
+    split = weights.reshape(outputs // LANES, LANES, inputs // together, together)
     return np.ascontiguousarray(split.transpose(0, 2, 1, 3)).reshape(outputs // LANES, inputs * LANES)
 
 

@@ -32,7 +32,7 @@ MATRICES = {
 }
 NORMS = {"attention_norm": "self_attn_layer_norm", "feed_forward_norm": "final_layer_norm"}
 LARGEST_GROUP = 128  # inputs that share a scale of the activations
-GROUP_STEP = 16  # the int8 kernel takes eight pairs at a time
+GROUP_STEP = 16  # the int8 kernel takes four times four inputs at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ def layout(shape: Shape, precision: Precision) -> dict[str, tuple[tuple[int, ...
     n, of_a_layer = shape.layers, sizes(shape)
     for name in MATRICES:
         outputs, inputs = of_a_layer[name]
-        kind = np.int8 if quantized else np.float32
+        kind = np.uint8 if quantized else np.float32
         arrays[name] = ((n, outputs // LANES, inputs * LANES), kind)
         arrays[f"{name}_scales"] = ((n, outputs if quantized else 0), np.float32)
     return arrays | {name: ((n, *of_a_layer[name]), np.float32) for name in NORMS}

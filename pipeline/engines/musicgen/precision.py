@@ -32,7 +32,7 @@ from pipeline.records import Samples
 
 log = logging.getLogger("pipeline")
 
-LAYOUT = 1  # raised when the kept files mean something else
+LAYOUT = 2  # raised when the kept files mean something else
 MAX_KL = 0.05  # nats per codebook, on average: above it float32 is used
 PASSAGE_STEPS = 48
 PASSAGE_SEED = 0
