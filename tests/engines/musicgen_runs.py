@@ -151,6 +151,9 @@ class _WatchedMemory:
             self.broken.add(prefix)
         self.memory.prefill(prefix, inputs)
 
+    def release(self, slot: int) -> None:
+        self.memory.release(slot)
+
     def advance(self, feeds: Sequence[Any]) -> np.ndarray:
         self.watched.steps += max(len(feed.tokens) for feed in feeds)
         self.watched.rows.append(len(feeds))

@@ -136,7 +136,7 @@ def test_the_sound_is_encodecs_of_the_tokens(
     tokens = codes(generator, request_for())
     channels = generator.checkpoint.channels
     with torch.inference_mode():
-        decode = generator.checkpoint.model.audio_encoder.decode
+        decode = generator.checkpoint.codec.decode
         parts = [torch.from_numpy(tokens[channel::channels])[None, None] for channel in range(channels)]
         expected = torch.cat([decode(part, audio_scales=[None]).audio_values[0] for part in parts])
     (result,) = made(generator, request_for()).values()
@@ -200,13 +200,13 @@ def test_it_does_not_start_when_already_asked_to_stop(musicgen: Any, request_for
         next(musicgen.generate([request_for()], progress=silent, should_stop=lambda: True))
 
 
-def silence(model: Any) -> None:
-    for parameter in model.audio_encoder.decoder.layers[-1].parameters():
+def silence(checkpoint: Any) -> None:
+    for parameter in checkpoint.codec.decoder.layers[-1].parameters():
         parameter.zero_()
 
 
-def misfit(model: Any) -> None:
-    model.enc_to_dec_proj.weight.data = model.enc_to_dec_proj.weight.data[:, :3]
+def misfit(checkpoint: Any) -> None:
+    checkpoint.text_projection.weight.data = checkpoint.text_projection.weight.data[:, :3]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_model_that_breaks_is_a_failure_of_each_request(
     import torch
 
     with torch.no_grad():
-        damage(broken.checkpoint.model)
+        damage(broken.checkpoint)
     results = made(broken, request_for("a", prompt="warm"), request_for("b", prompt="warm"))
     assert [type(result.error) for result in results.values()] == [EngineFailure, EngineFailure]
     assert sentence in str(results["a"].error)

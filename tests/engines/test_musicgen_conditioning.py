@@ -100,7 +100,7 @@ def test_a_prompt_is_told_with_its_end_token(musicgen: Any) -> None:
     checkpoint = musicgen.checkpoint
     tokens = checkpoint.tokenizer.convert_tokens_to_ids(["▁warm", "▁analog", "▁synths", "</s>"])
     with torch.inference_mode():
-        hidden = checkpoint.model.text_encoder(input_ids=torch.tensor([tokens])).last_hidden_state
-        expected = checkpoint.model.enc_to_dec_proj(hidden)[0].numpy()
+        hidden = checkpoint.text_encoder()(input_ids=torch.tensor([tokens])).last_hidden_state
+        expected = checkpoint.text_projection(hidden)[0].numpy()
     told = conditioning.text(checkpoint, " warm analog synths ")
     np.testing.assert_allclose(told, expected, atol=1e-6)

@@ -18,7 +18,7 @@ def encodecs(checkpoint: Any, codes: np.ndarray) -> np.ndarray:
     """The bare audio encoder on all tokens at once."""
     import torch
 
-    decode, channels = checkpoint.model.audio_encoder.decode, checkpoint.channels
+    decode, channels = checkpoint.codec.decode, checkpoint.channels
     sides = [torch.from_numpy(codes[side::channels].copy())[None, None] for side in range(channels)]
     with torch.inference_mode():
         return np.concatenate([decode(its, audio_scales=[None]).audio_values[0].numpy() for its in sides])

@@ -125,6 +125,7 @@ class Batch:
                 voice.slots = [free.pop() for _ in range(voice.n_rows)]
                 self.begin(voice, window, memory, prefixes)
                 active.append(voice)
+            ended: list[Ended] = []
             for voice, error in self.step(active, memory):
                 active.remove(voice)
                 free += voice.slots
@@ -133,7 +134,11 @@ class Batch:
                 if error is None and voice.next_window() is not None:
                     waiting.appendleft(voice)
                 else:
-                    yield Ended(voice, error)
+                    ended.append(Ended(voice, error))
+            if ended and not waiting:
+                for slot in free:  # before others make sound of what has ended, which takes memory too
+                    memory.release(slot)
+            yield from ended
 
     def begin(self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes) -> None:
         """Run a window's prefixes, and all steps but one of what is known of it."""

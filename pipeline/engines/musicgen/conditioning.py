@@ -10,6 +10,7 @@ silence, which one-hot chroma turns into a steady C.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,37 +84,36 @@ def project_chroma(checkpoint: Checkpoint, chroma: Samples) -> Samples:
 
     with torch.inference_mode():
         told = torch.from_numpy(np.ascontiguousarray(chroma)).to(checkpoint.device)
-        projected: Samples = checkpoint.model.audio_enc_to_dec_proj(told).cpu().numpy()
+        projected: Samples = checkpoint.chroma_projection(told).cpu().numpy()
     return projected
 
 
 def null_prefix(checkpoint: Checkpoint, n_tokens: int) -> Samples:
     """See `Conditions.nothing`; the library's null condition, `n_tokens` after the chroma."""
-    silence = np.zeros((checkpoint.chroma_length, checkpoint.model.config.num_chroma), np.float32)
+    silence = np.zeros((checkpoint.chroma_length, checkpoint.config.num_chroma), np.float32)
     silence[:, 0] = 1
     told = project_chroma(checkpoint, silence)
     return np.concatenate([told, np.zeros((n_tokens, told.shape[1]), np.float32)])
 
 
-def text(checkpoint: Checkpoint, prompt: str) -> Samples:
+def text(checkpoint: Checkpoint, prompt: str, open_encoder: Callable[[], Any] | None = None) -> Samples:
     """A prompt as inputs of the decoder, (tokens, hidden), by T5 and the checkpoint's projection.
 
     No prompt is the model's own null condition: the end token alone, masked, which makes a zero
     vector of it (`get_unconditional_inputs` of the library's processor; audiocraft's T5
-    conditioner does the same with an empty string).
+    conditioner does the same with an empty string). For a prompt, `open_encoder` is called (None:
+    the checkpoint's).
     """
+    prompt = prompt.strip()
+    if not prompt:
+        return np.zeros((1, checkpoint.layers.shape.hidden), np.float32)
     import torch
 
-    model, prompt = checkpoint.model, prompt.strip()
+    encoder = (open_encoder or checkpoint.text_encoder)()
     encoded = checkpoint.tokenizer([prompt], return_tensors="pt").to(checkpoint.device)
     with torch.inference_mode():
-        hidden = model.text_encoder(**encoded).last_hidden_state
-        if hidden.shape[-1] != model.config.decoder.hidden_size:
-            hidden = model.enc_to_dec_proj(hidden)
+        hidden = encoder(**encoded).last_hidden_state
+        if checkpoint.text_projection is not None:
+            hidden = checkpoint.text_projection(hidden)
     told: Samples = hidden[0].cpu().numpy()
-    return told if prompt else np.zeros_like(told)
-
-
-def prompt_tokens(tokenizer: Any, prompt: str) -> int:
-    """How many tokens a prompt has."""
-    return len(tokenizer([prompt.strip()])["input_ids"][0])
+    return told

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numba
 import numpy as np
@@ -33,7 +36,8 @@ class CpuDecoder:
 
     def __init__(self, stack: Stack, ends: Ends, threads: int | None = None) -> None:
         """`threads` None: all cores."""
-        self.stack, self.ends = stack, ends
+        self.stack = stack
+        self.ends = replace(ends, heads=NO_NORM)  # packed, they are `heads`
         self.shape, self.precision = stack.shape, str(stack.precision)
         self.heads = kernels.pack_columns(ends.heads)
         available: int = numba.config.NUMBA_NUM_THREADS
@@ -112,19 +116,51 @@ class Cache:
     def __init__(self, decoder: CpuDecoder, slots: int, steps: int) -> None:
         shape, steps = decoder.shape, -(-steps // STEPS_UNIT) * STEPS_UNIT
         quantized = decoder.precision == "int8"
-        self.slots, self.heads, self.layers = slots, shape.heads, shape.layers
-        places, dim = shape.layers * slots * shape.heads, shape.hidden // shape.heads
+        self.layers, self.heads = shape.layers, shape.heads
+        places, dim = slots * shape.layers * shape.heads, shape.hidden // shape.heads
         kind = np.int8 if quantized else np.float32
-        keys, values = (np.zeros((places, steps * dim), kind) for _ in range(2))
+        self._numbers = [Pages(places * steps * dim * np.dtype(kind).itemsize) for _ in range(2)]
+        self._scales = [Pages(places * steps * 4 if quantized else 0) for _ in range(2)]
+        keys, values = (pages.array(kind).reshape(places, steps * dim) for pages in self._numbers)
         key_scales, value_scales = (
-            np.zeros((places, steps if quantized else 0), np.float32) for _ in range(2)
+            pages.array(np.float32).reshape(places, steps if quantized else 0) for pages in self._scales
         )
         self.arrays = (keys, key_scales, values, value_scales)
+        self.slots = slots
 
     def places(self, slots: Indices) -> Indices:
-        """Where the first head of these slots is, in each layer: (layers, slots)."""
-        first = np.arange(self.layers, dtype=np.int64)[:, None] * self.slots
-        return np.asarray((first + slots) * self.heads)
+        """Where the first head of these slots is, in each layer: (layers, slots).
+
+        A slot's places stand together, so that one that isn't used takes no memory.
+        """
+        layers = np.arange(self.layers, dtype=np.int64)[:, None]
+        return np.asarray((slots * self.layers + layers) * self.heads)
+
+    def release(self, slot: int) -> None:
+        """Give a slot's memory back; it can be used again."""
+        for pages in (*self._numbers, *self._scales):
+            size = pages.n_bytes // self.slots
+            pages.release(slot * size, (slot + 1) * size)
+
+
+class Pages:
+    """Memory that is the system's until it is written to."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self._memory = mmap.mmap(-1, max(n_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a system that has none
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def array(self, kind: type) -> NDArray[Any]:
+        return np.frombuffer(self._memory, np.uint8, self.n_bytes).view(kind)
+
+    def release(self, first: int, last: int) -> None:
+        """Bytes `first` to `last`, as far as they are whole pages."""
+        first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +199,9 @@ class CpuMemory:
         )
         self._run(x, self.rows, slots, positions, Prefixes(self.prefixes, prefixes, lengths))
         return self.decoder.logits(x[np.cumsum(counts) - 1])
+
+    def release(self, slot: int) -> None:
+        self.rows.release(slot)
 
     def run(self, x: Samples) -> None:
         """All positions of one sequence without a prefix, (steps, hidden), through the layers, in place."""

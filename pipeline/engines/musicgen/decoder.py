@@ -72,6 +72,10 @@ class Memory(Protocol):
         """
         ...
 
+    def release(self, slot: int) -> None:
+        """Give back the memory of a row that isn't needed any more, if that can be done."""
+        ...
+
 
 class Decoder(Protocol):
     """The model between tokens and logits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -87,21 +88,10 @@ class MusicgenGenerator:
     ) -> Iterator[Ended | Failure]:
         """The tokens of all requests, as they finish."""
 
-        def check_stop() -> None:
-            if should_stop():
-                raise Stopped("musicgen was asked to stop.")
-
-        voices: list[Voice] = []
         by_id = {request.request_id: request for request in requests}
-        ears = Ears(self.checkpoint, should_stop)
-        for request in requests:
-            check_stop()
-            try:
-                voices.append(self.voice(request, ears))
-            except Stopped:
-                raise
-            except (PipelineError, RuntimeError, ValueError, MemoryError) as error:
-                yield Failure(request.request_id, _failure(error))
+        prepared = self._prepare(requests, should_stop)
+        yield from (failure for failure in prepared if isinstance(failure, Failure))
+        voices = [voice for voice in prepared if isinstance(voice, Voice)]
         if not voices:
             return
 
@@ -114,7 +104,7 @@ class MusicgenGenerator:
 
         going = list(voices)
         try:
-            for ended in self.batch(voices, on_step, check_stop).run(voices):
+            for ended in self.batch(voices, on_step, partial(check_stop, should_stop)).run(voices):
                 yield ended
                 going.remove(ended.voice)  # whoever asks for the next has had this one's result
         except Stopped:
@@ -122,6 +112,20 @@ class MusicgenGenerator:
                 if (voice.codes != UNKNOWN).any():
                     self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
             raise
+
+    def _prepare(self, requests: Sequence[VariationRequest], should_stop: StopFn) -> list[Voice | Failure]:
+        """What each request needs before its first token."""
+        ears = Ears(self.checkpoint, should_stop)
+        prepared: list[Voice | Failure] = []
+        for request in requests:
+            try:
+                ears.check_stop()
+                prepared.append(self.voice(request, ears))
+            except Stopped:
+                raise
+            except (PipelineError, RuntimeError, ValueError, MemoryError) as error:
+                prepared.append(Failure(request.request_id, _failure(error)))
+        return prepared
 
     def batch(self, voices: Sequence[Voice], on_step: Any, check_stop: Any) -> Batch:
         """Room for the longest window and prefix among these voices."""
@@ -198,7 +202,10 @@ class MusicgenGenerator:
 
 @dataclass(eq=False)
 class Ears:
-    """Each track's chroma and each prompt once per call; the requests of a track share their audio object."""
+    """Each track's chroma and each prompt once per call; the requests of a track share their audio object.
+
+    To be let go of when the requests are prepared: it may hold the text encoder.
+    """
 
     checkpoint: Checkpoint
     should_stop: StopFn
@@ -223,8 +230,20 @@ class Ears:
 
     def text(self, prompt: str) -> Samples:
         if prompt not in self._texts:
-            self._texts[prompt] = conditioning.text(self.checkpoint, prompt)
+            self._texts[prompt] = conditioning.text(self.checkpoint, prompt, lambda: self._text_encoder)
         return self._texts[prompt]
+
+    def check_stop(self) -> None:
+        check_stop(self.should_stop)
+
+    @cached_property
+    def _text_encoder(self) -> Any:
+        return self.checkpoint.text_encoder()
+
+
+def check_stop(should_stop: StopFn) -> None:
+    if should_stop():
+        raise Stopped("musicgen was asked to stop.")
 
 
 def _failure(error: Exception) -> PipelineError:

@@ -1,13 +1,16 @@
 """Opening a MusicGen-Melody checkpoint: a folder in the library's format, checked before it is used.
 
-The library loads what it runs for us: the text encoder, the projections, EnCodec, and the two ends
-of the decoder. The decoder's layers, nine tenths of the weights, are left in their files; see `layers`.
+The library loads what it runs for us. Kept are the projections, EnCodec's decoder and the two ends
+of the language model's. The language model's layers, nine tenths of the weights, are left in their
+files (see `layers`), and so is the text encoder, until there is a prompt to read: half a gigabyte that
+is needed for a moment.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,52 +31,47 @@ class Checkpoint:
     """A loaded model, with what of its configuration the engine uses."""
 
     weights: Weights  # where it was loaded from
-    model: Any  # transformers.MusicgenMelodyForConditionalGeneration, float32, without decoder layers
+    config: Any  # transformers.MusicgenMelodyConfig
     feature_extractor: Any  # transformers.MusicgenMelodyFeatureExtractor
     tokenizer: Any  # transformers.T5Tokenizer
     device: str
     layers: LayerFiles  # where the decoder's layers are
+    ends: Ends  # of the decoder, on the CPU
+    codec: Any  # transformers.EncodecModel, float32, without its encoder
+    chroma_projection: Any  # torch.nn.Linear: chroma to the decoder's inputs
+    text_projection: Any  # the same for the text encoder's outputs; None: they are taken as they are
 
-    @property
-    def ends(self) -> Ends:
-        """The decoder's two ends, on the CPU; they share memory with the model there."""
-        decoder = self.model.decoder.model.decoder
-        heads = [head.weight for head in self.model.decoder.lm_heads]
-        norm = decoder.layer_norm
+    def text_encoder(self) -> Any:
+        """transformers.T5EncoderModel, float32, read anew: let go of it soon.
 
-        def stacked(weights: list[Any]) -> Any:
-            return np.stack([weight.detach().cpu().numpy() for weight in weights])
-
-        return Ends(
-            stacked([embedding.weight for embedding in decoder.embed_tokens]),
-            np.concatenate([head.detach().cpu().numpy() for head in heads]),
-            stacked([norm.weight, norm.bias]),
-            decoder.embed_positions.get_embedding(MAX_POSITIONS, norm.weight.shape[0]).numpy(),
-        )
+        Raises:
+            BadCheckpoint: as `load_checkpoint`.
+        """
+        return _open(self.weights.folder, self.device).text_encoder
 
     @property
     def sample_rate(self) -> int:
         """Hz, of the sound it makes."""
-        return int(self.model.config.audio_encoder.sampling_rate)
+        return int(self.config.audio_encoder.sampling_rate)
 
     @property
     def hop_samples(self) -> int:
         """Samples per frame of tokens."""
-        return math.prod(self.model.config.audio_encoder.upsampling_ratios)
+        return math.prod(self.config.audio_encoder.upsampling_ratios)
 
     @property
     def channels(self) -> int:
-        return int(self.model.config.decoder.audio_channels)
+        return int(self.config.decoder.audio_channels)
 
     @property
     def codebooks(self) -> int:
         """Of all channels together."""
-        return int(self.model.config.decoder.num_codebooks)
+        return int(self.config.decoder.num_codebooks)
 
     @property
     def chroma_length(self) -> int:
         """Frames of chroma that a window is told."""
-        return int(self.model.config.chroma_length)
+        return int(self.config.chroma_length)
 
     @property
     def window_s(self) -> float:
@@ -97,15 +95,55 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
     pretrained.prepare(device, threads)
     processor = pretrained.load_part(transformers.MusicgenMelodyProcessor, weights.folder)
     config = pretrained.load_part(transformers.MusicgenMelodyConfig, weights.folder)
-    shape = shape_of(config.decoder)
     if config.decoder.activation_function != "gelu":
         raise BadCheckpoint(
             f"{weights.folder} has the activation {config.decoder.activation_function!r}; "
             f"only 'gelu' is supported."
         )
-    config.decoder.num_hidden_layers = 0
-    model = pretrained.load_model(
-        transformers.MusicgenMelodyForConditionalGeneration, weights.folder, device, config=config
+    shape = shape_of(config.decoder)
+    model = _open(weights.folder, device)
+    model.audio_encoder.encoder = None  # nothing is encoded here
+    projected = config.text_encoder.hidden_size != config.decoder.hidden_size
+    return Checkpoint(
+        weights=weights,
+        config=config,
+        feature_extractor=processor.feature_extractor,
+        tokenizer=processor.tokenizer,
+        device=device,
+        layers=LayerFiles(weights.folder, shape),
+        ends=_ends(model.decoder),
+        codec=_kept(model.audio_encoder),
+        chroma_projection=_kept(model.audio_enc_to_dec_proj),
+        text_projection=_kept(model.enc_to_dec_proj) if projected else None,
     )
-    layers = LayerFiles(weights.folder, shape)
-    return Checkpoint(weights, model, processor.feature_extractor, processor.tokenizer, device, layers)
+
+
+def _open(folder: Path, device: str) -> Any:
+    """transformers.MusicgenMelodyForConditionalGeneration, float32, without the decoder's layers."""
+    import transformers
+
+    config = pretrained.load_part(transformers.MusicgenMelodyConfig, folder)
+    config.decoder.num_hidden_layers = 0
+    model_class = transformers.MusicgenMelodyForConditionalGeneration
+    return pretrained.load_model(model_class, folder, device, config=config)
+
+
+def _kept(module: Any) -> Any:
+    """The module in memory of its own: the library maps weights from the file, all or nothing of it."""
+    return module._apply(lambda tensor: tensor.clone())
+
+
+def _ends(decoder: Any) -> Ends:
+    """Of a transformers.MusicgenMelodyForCausalLM."""
+    inner = decoder.model.decoder
+    norm = inner.layer_norm
+
+    def stacked(weights: list[Any]) -> Any:
+        return np.stack([weight.detach().cpu().numpy() for weight in weights])
+
+    return Ends(
+        embeddings=stacked([embedding.weight for embedding in inner.embed_tokens]),
+        heads=np.concatenate([head.weight.detach().cpu().numpy() for head in decoder.lm_heads]),
+        norm=stacked([norm.weight, norm.bias]),
+        positions=inner.embed_positions.get_embedding(MAX_POSITIONS, norm.weight.shape[0]).numpy(),
+    )

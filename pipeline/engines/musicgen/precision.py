@@ -264,7 +264,7 @@ def _write(path: Path, parts: list[Any]) -> None:
 
 def _prefix(checkpoint: Checkpoint) -> Samples:
     """A rising chromatic scale, without a prompt."""
-    length, n_chroma = checkpoint.chroma_length, checkpoint.model.config.num_chroma
+    length, n_chroma = checkpoint.chroma_length, checkpoint.config.num_chroma
     scale = np.eye(n_chroma, dtype=np.float32)[np.arange(length) * n_chroma // length]
     return project_chroma(checkpoint, scale)
 

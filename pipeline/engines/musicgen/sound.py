@@ -49,7 +49,7 @@ def _decode(checkpoint: Checkpoint, codes: Tokens) -> Samples:
     """Left and right are codebooks of one another's kind, taking turns; each is decoded by itself."""
     import torch
 
-    encodec = checkpoint.model.audio_encoder
+    encodec = checkpoint.codec
     sides = []
     with torch.inference_mode():
         for side in range(checkpoint.channels):

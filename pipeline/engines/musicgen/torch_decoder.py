@@ -128,6 +128,9 @@ class TorchMemory:
                         last[index] = logits
         return np.stack(last)
 
+    def release(self, slot: int) -> None:
+        """All rows are in one tensor."""
+
     def _step(self, feeds: Sequence[Feed], step: int) -> Samples:
         """One step of up to `ROWS` feeds."""
         import torch
