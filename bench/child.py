@@ -87,6 +87,11 @@ def available_bytes() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
+def total_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def mapped_bytes() -> int:
     """Of this process's resident memory, what is mapped from files, such as weights."""
     found = re.search(r"RssFile:\s+(\d+) kB", _read("/proc/self/status"))

@@ -5,7 +5,7 @@ a batch, audiocraft's where it is installed, and this engine in int8 and float32
 measured points, seconds per second of audio, ratios, peak memory, and the distance from the time
 that reading the weights, keys and values takes at the memory bandwidth measured in the same run.
 
-    python bench/musicgen.py [--variations 1,2,4,8] [--precisions int8,float32] [--peers 1,8]
+    python bench/musicgen.py [--variations 1,2,4,8] [--precisions int8,float32] [--peers 1,2,4,8]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variations", default="1,2,4,8", help="of this engine, at once")
     parser.add_argument("--precisions", default="int8,float32")
-    parser.add_argument("--peers", default="1,8", help="variations at once, of transformers' generate()")
+    parser.add_argument("--peers", default="1,2,4,8", help="variations at once, of transformers' generate()")
     parser.add_argument("--audiocraft", default="1,8", help="variations at once; empty: not at all")
     options = parser.parse_args()
     ensure()

@@ -12,25 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from child import total_bytes
 from steps import DURATION_S, OWN_STEPS, TIMED_STEPS, PeerRun, Point
 from true_size import FOLDER
 
 STATE = FOLDER.parent / "state"  # what the engine keeps between starts
 WARM_STEPS = 2
+MOST_OF_MEMORY = 0.97  # of the machine's, so that all rows go together
 PROMPT = "warm piano"
 
 
 def run(
-    precision: str, variations: int, tracks: int = 1, folder: Path = FOLDER, timed: int = TIMED_STEPS
+    precision: str,
+    variations: int,
+    tracks: int = 1,
+    *,
+    folder: Path = FOLDER,
+    timed: int = TIMED_STEPS,
+    state: Path = STATE,
 ) -> PeerRun:
     """So many variations, `variations / tracks` of each of so many tracks, all at once."""
     from pipeline.engines.base import EngineSettings
-    from pipeline.engines.musicgen import ENGINE
+    from pipeline.engines.musicgen import ENGINE, sound
     from pipeline.engines.musicgen.batch import Prefixes
     from pipeline.records import Audio, VariationRequest
 
     began_s = time.perf_counter()
-    engine: Any = ENGINE.load(EngineSettings(model=str(folder), precision=precision, state_dir=STATE))
+    settings = EngineSettings(
+        model=str(folder),
+        precision=precision,
+        state_dir=state,
+        max_memory_gb=MOST_OF_MEMORY * total_bytes() / 1e9,
+    )
+    engine: Any = ENGINE.load(settings)
     load_s = time.perf_counter() - began_s
     rng = np.random.default_rng(0)
     audio = [
@@ -41,10 +55,7 @@ def run(
         VariationRequest(str(n), str(n % tracks), audio[n % tracks], DURATION_S, n, params)
         for n in range(variations)
     ]
-    from pipeline.engines.musicgen.engine import Ears
-
-    ears = Ears(engine.checkpoint, lambda: False)
-    voices = [engine.voice(request, ears) for request in requests]
+    voices = engine.prepare(requests, lambda: False)
     batch = engine.batch(voices, lambda voice: None, lambda: None)
     memory = batch.decoder.memory(batch.rows, batch.steps, batch.rows, batch.prefix_steps)
     if batch.rows < 2 * variations:
@@ -81,6 +92,9 @@ def run(
             voice.codes[:, begin + 1 :] = -1
             voice.position = begin
         points.append(timed_steps())
+    for slot in range(batch.rows):  # as the batch does before anybody gets what has ended
+        memory.release(slot)
+    sound.decode(engine.checkpoint, np.abs(voices[0].codes))  # for its memory
     return PeerRun(
         name=f"this engine, {precision}, {tracks} × {variations // tracks}",
         variations=variations,
@@ -106,5 +120,7 @@ def fill(array: np.ndarray) -> None:
     for part in array:
         if array.dtype == np.int8:
             part[:] = rng.integers(-127, 128, part.shape, dtype=np.int8)
+        elif array.dtype == np.uint16:  # scales as bfloat16: 0.01
+            part[:] = np.float32(0.01).view(np.uint32) >> 16
         else:
             part[:] = 0.01 * rng.standard_normal(part.shape, dtype=np.float32)

@@ -41,9 +41,9 @@ def decoder_of(checkpoint: Any, kind: str) -> Any:
     from pipeline.engines.musicgen.torch_decoder import TorchDecoder
 
     if kind in {"int8", "float32"}:
-        return CpuDecoder(Stack.packed(checkpoint.layers, kind), checkpoint.ends, threads=1)
+        return CpuDecoder(Stack.packed(checkpoint.layers, kind), checkpoint.ends(), threads=1)
     precision = "float32" if kind == "torch" else kind
-    return TorchDecoder(checkpoint.layers, checkpoint.ends, "cpu", precision)
+    return TorchDecoder(checkpoint.layers, checkpoint.ends(), "cpu", precision)
 
 
 def generator_with(checkpoint: Any, decoder: Any, **options: Any) -> Any:
@@ -129,6 +129,7 @@ class Watched:
     prefills: int = 0
     steps: int = 0
     rows: list[int] = field(default_factory=list)  # of each step
+    released: list[int] = field(default_factory=list)
     broken: np.ndarray | None = None  # rows with a prefix whose inputs are these get NaN
 
     def __getattr__(self, name: str) -> Any:
@@ -152,6 +153,7 @@ class _WatchedMemory:
         self.memory.prefill(prefix, inputs)
 
     def release(self, slot: int) -> None:
+        self.watched.released.append(slot)
         self.memory.release(slot)
 
     def advance(self, feeds: Sequence[Any]) -> np.ndarray:

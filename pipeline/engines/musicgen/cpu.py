@@ -51,7 +51,7 @@ class CpuDecoder:
     def bytes_per_step(self) -> int:
         shape = self.shape
         dim = shape.hidden // shape.heads
-        return 2 * shape.layers * shape.heads * (dim + 4 if self.precision == "int8" else 4 * dim)
+        return 2 * shape.layers * shape.heads * (dim + 2 if self.precision == "int8" else 4 * dim)
 
     def run(self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Prefixes) -> None:
         """Entries through all layers, in place: x (entries, hidden), slots and positions (entries,)."""
@@ -120,10 +120,10 @@ class Cache:
         places, dim = slots * shape.layers * shape.heads, shape.hidden // shape.heads
         kind = np.int8 if quantized else np.float32
         self._numbers = [Pages(places * steps * dim * np.dtype(kind).itemsize) for _ in range(2)]
-        self._scales = [Pages(places * steps * 4 if quantized else 0) for _ in range(2)]
+        self._scales = [Pages(places * steps * 2 if quantized else 0) for _ in range(2)]
         keys, values = (pages.array(kind).reshape(places, steps * dim) for pages in self._numbers)
         key_scales, value_scales = (
-            pages.array(np.float32).reshape(places, steps if quantized else 0) for pages in self._scales
+            pages.array(np.uint16).reshape(places, steps if quantized else 0) for pages in self._scales
         )
         self.arrays = (keys, key_scales, values, value_scales)
         self.slots = slots

@@ -89,7 +89,7 @@ class MusicgenGenerator:
         """The tokens of all requests, as they finish."""
 
         by_id = {request.request_id: request for request in requests}
-        prepared = self._prepare(requests, should_stop)
+        prepared = self.prepare(requests, should_stop)
         yield from (failure for failure in prepared if isinstance(failure, Failure))
         voices = [voice for voice in prepared if isinstance(voice, Voice)]
         if not voices:
@@ -113,7 +113,7 @@ class MusicgenGenerator:
                     self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
             raise
 
-    def _prepare(self, requests: Sequence[VariationRequest], should_stop: StopFn) -> list[Voice | Failure]:
+    def prepare(self, requests: Sequence[VariationRequest], should_stop: StopFn) -> list[Voice | Failure]:
         """What each request needs before its first token."""
         ears = Ears(self.checkpoint, should_stop)
         prepared: list[Voice | Failure] = []
@@ -134,7 +134,12 @@ class MusicgenGenerator:
         row_bytes = self.decoder.bytes_per_step() * (steps + prefix_steps)
         return Batch(
             decoder=self.decoder,
-            rows=room.rows_at_once(row_bytes, sum(voice.n_rows for voice in voices), self.max_memory_gb),
+            rows=room.rows_at_once(
+                row_bytes,
+                sum(voice.n_rows for voice in voices),
+                self.max_memory_gb,
+                sound.decoding_bytes(self.checkpoint, max(voice.codes.shape[1] for voice in voices)),
+            ),
             steps=steps,
             prefix_steps=prefix_steps,
             lags=self.lags,

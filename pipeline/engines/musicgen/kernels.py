@@ -640,6 +640,18 @@ def _linear(weights, weight_scales, words, scales, rows, group, out, mode, first
 _BLOCK = 128  # positions that are attended to at a time, and share a scale of the attention's weights
 
 
+@njit(inline="always", **_OPTIONS)
+def _half(x):
+    """The first 16 bits of a float32 x >= 0, a bfloat16, rounded up: what is divided by it stays in range."""
+    return np.uint16((_bits_of_float(x) + np.int32(0xFFFF)) >> np.int32(16))
+
+
+@njit(inline="always", **_OPTIONS)
+def _whole(half):
+    """The float32 that a bfloat16's 16 bits are."""
+    return _float_of_bits(np.int32(half) << np.int32(16))
+
+
 @njit(**_OPTIONS)
 def _write(cache, scales, place, at, x, m, start, dim, is_key):
     """Put one position of one head, x[m, start : start + dim], into its place: keys or values, and scales."""
@@ -650,8 +662,9 @@ def _write(cache, scales, place, at, x, m, start, dim, is_key):
         for d in range(dim):
             bits = max(bits, np.int32(_bits_of_float(x[_at(m), _at(start + d)]) & _BITS))
         largest = _float_of_bits(bits)
-        scales[_at(place), _at(at)] = largest * np.float32(1.0 / 127.0)
-        inverse = np.float32(127.0) / largest if largest > 0 else _ZERO
+        half = _half(largest * np.float32(1.0 / 127.0))
+        scales[_at(place), _at(at)] = half
+        inverse = _ONE / _whole(half) if half > 0 else _ZERO
     pair = 2 if quantized else 1
     if is_key:  # 16 positions are the columns, dimensions are the inputs
         first = at // LANES * dim * LANES + at % LANES * pair
@@ -689,7 +702,7 @@ def _score(keys, key_scales, place, first, n, units, query, query_scale, scores,
         _tile(keys, 1, here + offset, query, 4, 1, units, query_scale, 0, to, ahead + offset, step)
     if keys.itemsize == 1:
         for j in range(rounded):
-            scores[_at(j)] *= key_scales[_at(place), _at(first + j)]
+            scores[_at(j)] *= _whole(key_scales[_at(place), _at(first + j)])
 
 
 @njit(**_OPTIONS)
@@ -705,7 +718,7 @@ def _mix(values, value_scales, place, first, n, dim, chances, words, scale, out,
     if quantized:
         rounded = (n + LANES - 1) // LANES * LANES
         for t in range(n):
-            chances[_at(t)] *= value_scales[_at(place), _at(first + t)]
+            chances[_at(t)] *= _whole(value_scales[_at(place), _at(first + t)])
         for t in range(n, rounded):
             chances[_at(t)] = _ZERO
         scale[0] = _quantize(chances, 0, rounded, words.view(np.int16))
@@ -727,8 +740,8 @@ def _prefetch_scales(cache, place, position, n):
     """Call for the scales of n positions that will be read next."""
     for scales in (cache[1], cache[3]):
         if scales.shape[1] > 0:
-            start = _address(scales) + (place * scales.shape[1] + position) * 4
-            for offset in range(0, 4 * n, 64):
+            start = _address(scales) + (place * scales.shape[1] + position) * scales.itemsize
+            for offset in range(0, n * scales.itemsize, 64):
                 _prefetch(start + offset)
 
 
@@ -845,8 +858,9 @@ def _prefetch_place(cache, place, position, dim):
     for offset in range(0, dim * _BLOCK * item, LANES * _BLOCK * item):
         _prefetch(first + offset)
     if key_scales.shape[1] > 0:
-        _prefetch(_address(key_scales) + (place * key_scales.shape[1] + position) * 4)
-        _prefetch(_address(value_scales) + (place * value_scales.shape[1] + position) * 4)
+        offset = (place * key_scales.shape[1] + position) * key_scales.itemsize
+        _prefetch(_address(key_scales) + offset)
+        _prefetch(_address(value_scales) + offset)
 
 
 # -- sharing work between threads ---------------------------------------------------------------------
@@ -1111,8 +1125,8 @@ def run_layers(
             matrices (layers, outputs / 16, inputs * 16), scales (layers, outputs).
         norms: of attention and feed-forward, (layers, 2, hidden): weight and bias.
         groups: inputs per group, for hidden and for feed-forward inputs.
-        cache: (keys, scales, values, scales): (places, steps * dim) and (places, steps); a place is
-            one head of one slot of one layer; steps a multiple of 128.
+        cache: (keys, scales, values, scales): (places, steps * dim) and, uint16 (see `_half`), (places,
+            steps); a place is one head of one slot of one layer; steps a multiple of 128.
         own: int64, (layers, entries): the place of an entry's first head.
         prefixes: as `cache`, of the prefixes.
         before: int64, (layers, entries): the place of the first head of its prefix.

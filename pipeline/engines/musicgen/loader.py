@@ -36,7 +36,6 @@ class Checkpoint:
     tokenizer: Any  # transformers.T5Tokenizer
     device: str
     layers: LayerFiles  # where the decoder's layers are
-    ends: Ends  # of the decoder, on the CPU
     codec: Any  # transformers.EncodecModel, float32, without its encoder
     chroma_projection: Any  # torch.nn.Linear: chroma to the decoder's inputs
     text_projection: Any  # the same for the text encoder's outputs; None: they are taken as they are
@@ -48,6 +47,10 @@ class Checkpoint:
             BadCheckpoint: as `load_checkpoint`.
         """
         return _open(self.weights.folder, self.device).text_encoder
+
+    def ends(self) -> Ends:
+        """The decoder's two ends, on the CPU, read anew. Raises as `text_encoder`."""
+        return _ends(_open(self.weights.folder, "cpu").decoder)
 
     @property
     def sample_rate(self) -> int:
@@ -111,7 +114,6 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
         tokenizer=processor.tokenizer,
         device=device,
         layers=LayerFiles(weights.folder, shape),
-        ends=_ends(model.decoder),
         codec=_kept(model.audio_encoder),
         chroma_projection=_kept(model.audio_enc_to_dec_proj),
         text_projection=_kept(model.enc_to_dec_proj) if projected else None,

@@ -91,7 +91,7 @@ def open_decoder(checkpoint: Checkpoint, precision: str, threads: int | None, fo
     from pipeline.engines.musicgen.cpu import CpuDecoder
 
     check_shape(checkpoint.layers.shape)
-    ends = checkpoint.ends
+    ends = checkpoint.ends()
     check = None
     if precision != "float32":
         kept = Kept(folder, checkpoint.weights.revision) if folder is not None else None
@@ -125,7 +125,7 @@ def _on_device(checkpoint: Checkpoint, precision: str) -> Decoder:
     if precision == "auto":
         half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bfloat16" if half else "float16"
-    return TorchDecoder(checkpoint.layers, checkpoint.ends, checkpoint.device, precision)
+    return TorchDecoder(checkpoint.layers, checkpoint.ends(), checkpoint.device, precision)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,15 +11,17 @@ LEAST_ROWS = 2  # one variation
 SHARE_OF_FREE = 0.6  # of what the system has free, if no limit is set
 
 
-def rows_at_once(row_bytes: int, wanted: int, max_memory_gb: float | None) -> int:
+def rows_at_once(row_bytes: int, wanted: int, max_memory_gb: float | None, aside_bytes: int = 0) -> int:
     """Rows of `row_bytes` each: `wanted` at most, and at least those of one variation.
 
-    `max_memory_gb` is the whole process's limit; what it has already counts.
+    `max_memory_gb` is the whole process's limit; what it has already counts, and `aside_bytes` are
+    left for others.
     """
     if max_memory_gb is not None:
         free = max_memory_gb * 1e9 - _resident_bytes()
     else:
         free = SHARE_OF_FREE * _available_bytes()
+    free -= aside_bytes
     return max(LEAST_ROWS, min(wanted, MOST_ROWS, int(free // row_bytes)))
 
 

@@ -18,6 +18,14 @@ WHOLE_S = 60.0
 PIECE_S = 30.0
 CONTEXT_S = 2.0
 FADE_S = 0.05
+DECODING_BYTES = 20  # per sample and filter: 1.2 GB measured for 30 s of the published checkpoint
+
+
+def decoding_bytes(checkpoint: Checkpoint, n_frames: int) -> int:
+    """Memory that `decode` takes for a while, nearly all of it for the widest layers' inputs and outputs."""
+    seconds = min(n_frames * checkpoint.hop_samples / checkpoint.sample_rate, WHOLE_S)
+    filters: int = checkpoint.config.audio_encoder.num_filters
+    return round(seconds * checkpoint.sample_rate * filters * DECODING_BYTES)
 
 
 def decode(checkpoint: Checkpoint, codes: Tokens) -> Samples:

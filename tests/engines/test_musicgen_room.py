@@ -1,0 +1,92 @@
+"""How many rows go together, and memory that is given back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from musicgen_runs import Watched, run_batch, voice
+
+from pipeline.engines.musicgen import room, sound
+
+
+def test_as_many_rows_as_are_wanted_if_there_is_memory() -> None:
+    assert room.rows_at_once(1, 6, None) == 6
+    assert room.rows_at_once(1, 6, 1e6) == 6
+
+
+def test_no_more_than_help() -> None:
+    assert room.rows_at_once(1, 100, None) == room.MOST_ROWS
+
+
+@pytest.mark.parametrize("limit_gb", [None, 0.001])
+def test_never_fewer_than_one_variation_needs(limit_gb: float | None) -> None:
+    assert room.rows_at_once(10**15, 100, limit_gb) == 2
+
+
+def test_the_limit_is_the_whole_processs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 GB, 3 are taken and 2 left aside: five rows of 1 GB."""
+    monkeypatch.setattr(room, "_resident_bytes", lambda: 3e9)
+    assert room.rows_at_once(10**9, 16, 10.0, 2 * 10**9) == 5
+
+
+def test_what_sound_takes_grows_with_the_length_up_to_a_minute(musicgen: Any) -> None:
+    one, ten, longest, longer = (
+        sound.decoding_bytes(musicgen.checkpoint, 50 * seconds) for seconds in (1, 10, 60, 600)
+    )
+    assert ten == 10 * one
+    assert longer == longest == 60 * one
+
+
+def test_pages_that_are_given_back_are_zero_and_their_neighbours_are_not() -> None:
+    import mmap
+    import sys
+
+    from pipeline.engines.musicgen.cpu import Pages
+
+    if sys.platform != "linux":
+        pytest.skip("only Linux says what is in memory that was given back")
+    size = 8 * mmap.PAGESIZE
+    pages = Pages(size)
+    array = pages.array(np.uint8)
+    array[:] = 1
+    pages.release(mmap.PAGESIZE // 2, 5 * mmap.PAGESIZE + 1)  # whole pages: 1 to 4
+    assert array.reshape(8, -1).sum(axis=1).tolist() == [mmap.PAGESIZE, 0, 0, 0, 0] + [mmap.PAGESIZE] * 3
+
+
+@pytest.mark.parametrize("kind", ["int8", "float32"])
+def test_a_row_that_was_given_back_can_be_used_again(musicgen: Any, kind: str) -> None:
+    from musicgen_runs import decoder_of
+
+    from pipeline.engines.musicgen.decoder import Feed
+
+    memory = decoder_of(musicgen.checkpoint, kind).memory(3, 40, 1, 8)
+    memory.prefill(0, np.ones((8, 32), np.float32))
+    tokens = np.random.default_rng(0).integers(0, 2048, (40, 4))
+
+    def logits(slot: int) -> np.ndarray:
+        return memory.advance([Feed(slot, 0, 0, tokens)])
+
+    first, neighbour = logits(1), logits(2)
+    memory.release(1)
+    np.testing.assert_array_equal(logits(1), first)
+    again = memory.advance([Feed(2, 0, 40, tokens[:1])])
+    memory.release(2)
+    logits(2)
+    np.testing.assert_array_equal(memory.advance([Feed(2, 0, 40, tokens[:1])]), again)
+    np.testing.assert_array_equal(neighbour, first)
+
+
+def test_memory_is_given_back_before_sound_is_made_unless_others_wait(musicgen: Any) -> None:
+    """Three variations in two rows without guidance: the first one's row is the third's."""
+    decoder = Watched(musicgen.decoder)
+    voices = [
+        voice(musicgen.checkpoint, name, frames=frames, guidance=1.0)
+        for name, frames in (("short", 10), ("long", 40), ("third", 20))
+    ]
+    released = [
+        (its.voice.request_id, list(decoder.released))
+        for its in run_batch(musicgen.checkpoint, decoder, voices, 2)
+    ]
+    assert released == [("short", []), ("third", [1]), ("long", [1, 1, 0])]

@@ -1,0 +1,68 @@
+"""The benchmark runs from end to end, on a checkpoint of the true shape and a tiny width."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bench() -> Any:
+    for package in ("torch", "torchaudio", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not in the core install")
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published configuration with widths of a few numbers."""
+    from true_size import build, published_config
+
+    config = published_config()
+    for part, widths in {
+        "decoder": {"hidden_size": 64, "num_attention_heads": 4, "ffn_dim": 64},
+        "text_encoder": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+        "audio_encoder": {"num_filters": 2, "hidden_size": 16, "codebook_dim": 16, "num_lstm_layers": 1},
+    }.items():
+        for name, value in widths.items():
+            setattr(getattr(config, part), name, value)
+    folder = tmp_path_factory.mktemp("narrow")
+    build(folder, config)
+    return folder
+
+
+def test_this_engine_and_its_peer_are_measured_and_compared(narrow: Path, tmp_path: Path) -> None:
+    import bandwidth
+    import musicgen
+    import ours
+    import peer_transformers
+    import peers
+
+    mine = ours.run("int8", 2, 2, folder=narrow, timed=1, state=tmp_path)
+    theirs = peer_transformers.run(1, narrow, own_steps=(20, 40), timed=1)
+    decode = peer_transformers.decode(narrow, 2.0)
+    rates = bandwidth.Bandwidth(1e12, (("nothing", 1e12, 1e12),))
+    assert [point.own for point in mine.points] == [375, 750, 1125, 1500]
+    assert [point.own for point in theirs.points] == pytest.approx([4, 20, 40], abs=3)
+    assert mine.variations == 2
+    lines = musicgen.ratios({("int8", 2, 2): mine}, {1: theirs}, decode, rates)
+    assert [line.split("×")[-1].split()[0] for line in lines] == ["transformers", "the"]
+    assert "s per second of audio" in "\n".join(
+        musicgen.describe(mine, decode) + peers.describe(theirs, decode)
+    )
+
+
+def test_a_memory_that_is_read_has_a_rate() -> None:
+    import bandwidth
+
+    rates = bandwidth.measure(size_bytes=1 << 22, passes=1)
+    assert rates.bytes_per_s > 1e8
+    floor = bandwidth.floor(rates, 8)
+    assert floor.step_s == pytest.approx(floor.bytes_per_step / rates.bytes_per_s)
