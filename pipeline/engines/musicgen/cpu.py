@@ -24,7 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 WORTH_A_THREAD = 1 << 22  # weights: with fewer, waking threads takes longer than they save
 STEPS_UNIT = 128  # the caches' lengths are multiples of this
-ENTRIES_AT_ONCE = 240  # of a prefill: a multiple of the kernels' 24 rows
+ENTRIES_AT_ONCE = 240  # of a prefill: a multiple of the kernels' blocks of 24 rows
 NO_NORM: Samples = np.empty((0, 0), np.float32)
 NO_SCALES: Samples = np.empty(0, np.float32)
 

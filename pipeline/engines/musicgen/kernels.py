@@ -34,7 +34,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # output channels that stand side by side
-ROW_BLOCK = 24  # rows of activations that are packed together
 # Rows that the micro-kernel can take. The most, times 16 sums, fill the registers: AVX-512 has 32 for 16
 # numbers each, AVX2 a quarter of that.
 _FEATURES = config.CPU_FEATURES or get_host_cpu_features().flatten()  # what numba compiles for
@@ -43,6 +42,7 @@ _WIDE = "+avx512f" in _FEATURES
 _DOT_BITS = 512 if "+avx512vnni" in _FEATURES else 256 if "+avxvnni," in f"{_FEATURES}," else 0
 _QUAD_WORDS = 1 if _DOT_BITS else 2  # of 32 bits, that four activations take
 _TILE_ROWS = (16, 12, 8, 6, 4, 3, 2, 1) if _WIDE else (6, 5, 4, 3, 2, 1)
+ROW_BLOCK = 24  # rows of activations that are packed together: a few tiles
 
 
 def _tiles_of(rows: int) -> int:
@@ -470,34 +470,31 @@ def _statistics(x, m):
 
 @njit(**_OPTIONS)
 def _multiply(weights, w, a, rows, groups, units, s, s_step, out, ahead, ahead_bytes):
-    """(rows, 16) += activations times 16 columns, chunk by chunk, so that both stay in the first cache.
+    """(rows, 16) at `out` += activations times 16 columns.
 
-    `a`: words, (groups * units, rows); `ahead`: the next columns, `ahead_bytes` of them.
+    `a`: words, (groups * units, rows) and more groups; `ahead`: the next columns, `ahead_bytes` of them.
     """
     word_bytes = rows * 4 * (_QUAD_WORDS if weights.itemsize == 1 else 1)  # of a unit
-    chunk = max(1, 512 // (units * weights.itemsize))
     tiles = _TILES_OF[rows]
     step = ahead_bytes // (groups * units * tiles)
-    for group in range(0, groups, chunk):
-        n = min(chunk, groups - group)
-        row = 0
-        for tile in range(tiles):
-            count = _TILE_OF[rows - row]
-            _tile(
-                weights,
-                count,
-                w + group * units * 4 * LANES,
-                a + group * units * word_bytes + row * 4,
-                word_bytes,
-                n,
-                units,
-                s + row * s_step + group * 8,
-                s_step,
-                out + row * LANES * 4,
-                ahead + (group * tiles + tile * n) * units * step,
-                step,
-            )
-            row += count
+    row = 0
+    for tile in range(tiles):
+        count = _TILE_OF[rows - row]
+        _tile(
+            weights,
+            count,
+            w,
+            a + row * 4,
+            word_bytes,
+            groups,
+            units,
+            s + row * s_step,
+            s_step,
+            out + row * LANES * 4,
+            ahead + tile * groups * units * step,
+            step,
+        )
+        row += count
 
 
 _BITS = np.int32(0x7FFFFFFF)  # of a float32, without the sign
@@ -541,9 +538,9 @@ def _quantize_to_bytes(x, x_from, n, out):
 
 @njit(**_OPTIONS)
 def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales):
-    """Lay one group of inputs of 24 rows of activations out for `_linear` with these weights.
+    """Lay one group of inputs of a block of rows of activations out for `_linear` with these weights.
 
-    Words come in blocks of 24 rows, (inputs or quads, rows); `piece` counts groups within blocks.
+    Words come in blocks of `ROW_BLOCK` rows, (inputs or quads, rows); `piece` counts groups within blocks.
     `norm`, float32 (2, inputs), is the weight and bias of a layer normalization that comes first,
     with the rows' `_statistics`, (rows, 2); (0, 0) for none. `room` is float32, 2 * group: a group has
     128 inputs at most.
@@ -585,7 +582,26 @@ def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales):
                     laid[_at(2 * word + n // 2)] = small[_at(4 * k + n)]
 
 
+_CHUNK_BYTES = 8192  # of weights of 16 outputs: with as many of activations, well within the first cache
 STORE, ADD, GELU = 0, 1, 2  # what a product does with what it finds
+
+
+@njit(**_OPTIONS)
+def _finish(sums, count, weight_scales, first, quantized, out, row, mode):
+    """What becomes of the sums of 16 outputs, `first` and following, of `count` rows."""
+    for r in range(count):
+        if quantized:
+            for j in range(LANES):
+                sums[r, j] *= weight_scales[_at(first + j)]
+        if mode == GELU:
+            for j in range(LANES):
+                sums[r, j] = _gelu(sums[r, j])
+        if mode == ADD:
+            for j in range(LANES):
+                out[_at(row + r), _at(first + j)] += sums[r, j]
+        else:
+            for j in range(LANES):
+                out[_at(row + r), _at(first + j)] = sums[r, j]
 
 
 @njit(**_OPTIONS)
@@ -593,45 +609,45 @@ def _linear(weights, weight_scales, words, scales, rows, group, out, mode, first
     """Blocks `first` to `last` of out (rows, outputs): = or += activations times weights, or GELU of it.
 
     `weights`: (outputs / 16, inputs * 16), see `pack_columns`; `weight_scales` (outputs,) for int8.
+    With more rows than a tile has, inputs are taken in chunks, so that those of a block of
+    rows stay in the first cache for all columns. `sums` is float32, (blocks, `ROW_BLOCK`, 16).
     """
     inputs = weights.shape[1] // LANES
     quantized = weights.itemsize == 1
-    units_per_row = inputs // 4 if quantized else inputs
-    row_bytes = units_per_row * 4 * (_QUAD_WORDS if quantized else 1)
+    units = group // 4 if quantized else group
     groups = inputs // group
-    block_bytes = weights.shape[1] * weights.itemsize
-    for n in range(first, last):
-        start = _address(weights) + n * block_bytes
-        following = start + block_bytes if n + 1 < weights.shape[0] else start
-        for row in range(0, rows, ROW_BLOCK):
-            count = min(ROW_BLOCK, rows - row)
-            sums[:count] = 0
-            _multiply(
-                weights,
-                start,
-                _address(words) + row * row_bytes,
-                count,
-                groups,
-                units_per_row // groups,
-                _address(scales) + row * scales.shape[1] * 4,
-                scales.shape[1] * 4,
-                _address(sums),
-                following,
-                block_bytes if row == 0 else 0,
-            )
-            for r in range(count):
-                if quantized:
-                    for j in range(LANES):
-                        sums[r, j] *= weight_scales[_at(n * LANES + j)]
-                if mode == GELU:
-                    for j in range(LANES):
-                        sums[r, j] = _gelu(sums[r, j])
-                if mode == ADD:
-                    for j in range(LANES):
-                        out[_at(row + r), _at(n * LANES + j)] += sums[r, j]
-                else:
-                    for j in range(LANES):
-                        out[_at(row + r), _at(n * LANES + j)] = sums[r, j]
+    word_bytes = 4 * (_QUAD_WORDS if quantized else 1)
+    block_bytes, group_bytes = weights.shape[1] * weights.itemsize, units * 4 * LANES
+    chunk = groups if rows <= _TILE_ROWS[0] else max(1, _CHUNK_BYTES // group_bytes)
+    for row in range(0, rows, ROW_BLOCK):
+        count = min(ROW_BLOCK, rows - row)
+        sums[: last - first] = 0
+        its_words = _address(words) + row * groups * units * word_bytes
+        its_scales = _address(scales) + row * scales.shape[1] * 4
+        for g in range(0, groups, chunk):
+            n_groups = min(chunk, groups - g)
+            for n in range(first, last):
+                start = _address(weights) + n * block_bytes + g * group_bytes
+                following = start  # what comes next: the next block, or the next chunk of the first
+                if n + 1 < last or (g + chunk >= groups and n + 1 < weights.shape[0]):
+                    following = start + block_bytes
+                elif g + chunk < groups:
+                    following = start - (last - 1 - first) * block_bytes + chunk * group_bytes
+                _multiply(
+                    weights,
+                    start,
+                    its_words + g * units * word_bytes * count,
+                    count,
+                    n_groups,
+                    units,
+                    its_scales + g * 8,
+                    scales.shape[1] * 4,
+                    _address(sums) + (n - first) * ROW_BLOCK * LANES * 4,
+                    following,
+                    n_groups * group_bytes if row == 0 else 0,
+                )
+        for n in range(first, last):
+            _finish(sums[n - first], count, weight_scales, n * LANES, quantized, out, row, mode)
 
 
 # -- attention --------------------------------------------------------------------------------------
@@ -918,19 +934,19 @@ _BLOCKS_AT_ONCE = 8  # of 16 outputs, in a piece of a product
 
 def desk_size(entries: int, dim: int) -> int:
     """Numbers that a thread needs room for: see `_desk`."""
-    used = ROW_BLOCK * LANES + _DESK_STATE + dim + max(2 * _BLOCK, dim) + 2 * entries
+    used = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES + _DESK_STATE + dim + max(2 * _BLOCK, dim) + 2 * entries
     return -(-used // LANES) * LANES  # whole cache lines, so that threads don't write into one another's
 
 
 @njit(**_OPTIONS)
 def _desk(desk, dim, entries):
     """A thread's working arrays: sums, state, query, room, statistics."""
-    first = ROW_BLOCK * LANES
+    first = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES
     second = first + _DESK_STATE
     third = second + dim
     fourth = third + max(2 * _BLOCK, dim)
     return (
-        desk[:first].reshape(ROW_BLOCK, LANES),
+        desk[:first].reshape(_BLOCKS_AT_ONCE, ROW_BLOCK, LANES),
         desk[first:second],
         desk[second:third],
         desk[third:fourth],
