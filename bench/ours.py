@@ -56,7 +56,7 @@ def run(
         for n in range(variations)
     ]
     voices = engine.prepare(requests, lambda: False)
-    batch = engine.batch(voices, lambda voice: None, lambda: None)
+    batch = engine.batch(voices, lambda voice, new: None, lambda: None)
     memory = batch.decoder.memory(batch.rows, batch.steps, batch.rows, batch.prefix_steps)
     if batch.rows < 2 * variations:
         raise MemoryError(f"only {batch.rows} rows fit")

@@ -18,12 +18,19 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.errors import Stopped
 from pipeline.model_folder import TRANSFORMERS, Layout
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
 
 UNFINISHED = "unfinished"  # folder in an engine's own, of what `gc` may remove when it is old
 
 StopFn = Callable[[], bool]  # true once the work should end; asked at least once a step
+
+
+def check_stop(should_stop: StopFn, engine: str) -> None:
+    """Raise Stopped if the work should end."""
+    if should_stop():
+        raise Stopped(f"{engine} was asked to stop.")
 
 
 class ProgressFn(Protocol):

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines import pretrained
-from pipeline.engines.base import Embedder, EngineCard, EngineSettings, NoParams, StopFn
-from pipeline.errors import BadCheckpoint, EngineFailure, Stopped
+from pipeline.engines.base import Embedder, EngineCard, EngineSettings, NoParams, StopFn, check_stop
+from pipeline.errors import BadCheckpoint, EngineFailure
 from pipeline.records import Audio, Embedding, Samples
 from pipeline.weights import Weights
 
@@ -52,8 +52,7 @@ class ClapEmbedder:
         windows = cut(mono, self._feature_extractor.nb_max_samples)
         vectors = []
         for start in range(0, len(windows), BATCH_WINDOWS):
-            if should_stop():
-                raise Stopped("clap was asked to stop.")
+            check_stop(should_stop, "clap")
             vectors.append(self._vectors(windows[start : start + BATCH_WINDOWS]))
         raw = np.concatenate(vectors)
         if not np.isfinite(raw).all() or not raw.any(axis=-1).all():

@@ -116,7 +116,7 @@ def run_batch(checkpoint: Any, decoder: Any, voices: Sequence[Any], rows: int) -
         prefix_steps=checkpoint.chroma_length + max(len(its.conditions.text) for its in voices),
         lags=lags,
         frames_per_s=50.0,
-        on_step=lambda its: None,
+        on_step=lambda its, new: None,
         check_stop=lambda: None,
     ).run(voices)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from musicgen_runs import codes, generator_with, made, never, silent
 from pydantic import ValidationError
 from tones import RequestFn
 
@@ -15,27 +16,9 @@ from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE, MusicgenParams, conditioning
 from pipeline.errors import EngineFailure, Stopped
-from pipeline.records import Failure, Variation, VariationRequest
+from pipeline.records import Variation
 
 C_MAJOR, A_MINOR = (261.63, 329.63, 392.0), (220.0, 261.63, 329.63)
-
-
-def never() -> bool:
-    return False
-
-
-def silent(request_id: str, done: int, total: int) -> None:
-    pass
-
-
-def codes(engine: Any, request: VariationRequest) -> np.ndarray:
-    (ended,) = engine.run([request], silent, never)
-    return ended.voice.codes
-
-
-def made(engine: Any, *requests: VariationRequest) -> dict[str, Variation | Failure]:
-    results = engine.generate(requests, progress=silent, should_stop=never)
-    return {result.request_id: result for result in results}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +157,38 @@ def test_progress_counts_every_frame_to_the_last(musicgen: Any, request_for: Req
     list(musicgen.generate(requests, progress=lambda *step: seen.append(step), should_stop=never))
     steps = [*range(1, 26), 25, 25, 25]  # frames of half a second, and the lag of the last of 4 codebooks
     for name in "ab":
-        assert [(done, total) for its, done, total in seen if its == name] == [(n, 25) for n in steps]
+        its = [(done, total) for which, done, total in seen if which == name]
+        assert its == [(n, 26) for n in [*steps, 26]]  # the last is the sound
+
+
+def test_progress_counts_each_piece_of_sound(musicgen: Any, request_for: RequestFn) -> None:
+    """100 s: two pieces of 30 s and one of 40 s."""
+    seen: list[tuple[int, int]] = []
+    request = request_for(duration_s=100.0, guidance=1.0, top_k=1)
+    list(musicgen.generate([request], progress=lambda *step: seen.append(step[1:]), should_stop=never))
+    assert seen[-4:] == [(5000 + n, 5003) for n in range(4)]
+
+
+def test_a_stop_is_heeded_between_pieces_of_sound(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """What was picked is kept: the second time only sound is made."""
+    from pipeline.engines.musicgen.savepoints import Savepoints
+
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
+    request, seen = request_for(duration_s=100.0, guidance=1.0, top_k=1), list[int]()
+
+    def run(should_stop: Any) -> Any:
+        progress = lambda *step: seen.append(step[1])  # noqa: E731
+        return list(engine.generate([request], progress=progress, should_stop=should_stop))
+
+    with pytest.raises(Stopped):
+        run(lambda: bool(seen) and seen[-1] == 5001)
+    seen.clear()
+    (result,) = run(never)
+    assert isinstance(result, Variation)
+    assert seen == [5001, 5002, 5003]
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_stops_within_one_step(musicgen: Any, request_for: RequestFn) -> None:

@@ -172,6 +172,27 @@ def test_a_voice_whose_logits_are_not_numbers_fails_alone(any_musicgen: Any, row
         np.testing.assert_array_equal(ended[name].voice.codes, single.voice.codes)
 
 
+def test_a_prefix_that_cannot_be_made_fails_its_voice_alone(
+    musicgen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two rows: what the broken one took has to be free again."""
+    from pipeline.engines.musicgen.conditioning import Conditions
+
+    checkpoint, told = musicgen.checkpoint, Conditions.told
+    bad = voice(checkpoint, "bad", frames=12, prompt="fast drums")
+
+    def fail(self: Conditions, window: np.ndarray) -> np.ndarray:
+        if self is bad.conditions:
+            raise MemoryError("no room")
+        return told(self, window)
+
+    monkeypatch.setattr(Conditions, "told", fail)
+    voices = [voice(checkpoint, "a", frames=12), bad, voice(checkpoint, "b", frames=12, seed=1)]
+    ended = {its.voice.request_id: its.error for its in run_batch(checkpoint, musicgen.decoder, voices, 2)}
+    assert str(ended.pop("bad")) == "no room"
+    assert ended == {"a": None, "b": None}
+
+
 # -- half precision ----------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from musicgen_runs import made
+from musicgen_runs import made, never
 from tones import RequestFn
 
 from pipeline.engines.base import EngineSettings
@@ -145,6 +145,46 @@ def test_a_folder_that_cannot_be_written_is_no_reason_not_to_start(
     (tmp_path / "musicgen").write_text("in the way")
     assert load(musicgen_folder, tmp_path).decoder.precision == "int8"
     assert "can't be kept" in caplog.text
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    musicgen_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import os
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full)
+        assert load(musicgen_folder, tmp_path).decoder.precision == "int8"
+    assert "can't be kept" in caplog.text
+    assert not list((tmp_path / "musicgen").iterdir())
+
+
+def test_a_failed_request_does_not_hold_the_text_encoder(
+    musicgen_folder: Path, request_for: RequestFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error's traceback reaches into the preparing."""
+    import gc
+    import weakref
+
+    from pipeline.engines.musicgen.loader import Checkpoint
+
+    engine = load(musicgen_folder)
+    opened: list[Any] = []
+    text_encoder = Checkpoint.text_encoder
+
+    def watched(self: Checkpoint) -> Any:
+        encoder = text_encoder(self)
+        opened.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(Checkpoint, "text_encoder", watched)
+    prepared = engine.prepare([request_for(prompt="warm"), request_for(prompt="slow", temperature=-1)], never)
+    gc.collect()
+    assert len(prepared) == 2
+    assert [ref() for ref in opened] == [None]
 
 
 def test_other_weights_have_files_of_their_own(musicgen_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tones import RequestFn
 
 from pipeline.engines.musicgen.savepoints import Savepoints
 from pipeline.errors import Stopped
-from pipeline.records import VariationRequest
+from pipeline.records import Failure, VariationRequest
 
 
 def interrupted(engine: Any, request: VariationRequest, steps: int) -> None:
@@ -26,11 +27,19 @@ def interrupted(engine: Any, request: VariationRequest, steps: int) -> None:
         next(results)
 
 
+def picks(done: list[int]) -> int:
+    """Of the calls of `progress`, those of steps that picked something.
+
+    The others: blocks of what was known, each of more than one frame, and the sound at the end.
+    """
+    return sum(now - before <= 1 for before, now in pairwise([0, *done[:-1]]))
+
+
 def resumed(engine: Any, request: VariationRequest) -> tuple[np.ndarray, int]:
     """The samples, and how many steps were made for them."""
     seen: list[int] = []
     (result,) = engine.generate([request], progress=lambda *step: seen.append(step[1]), should_stop=never)
-    return result.audio.samples, len(seen)
+    return result.audio.samples, picks(seen)
 
 
 @pytest.fixture(scope="module", params=["int8", "float32"])
@@ -66,20 +75,20 @@ def test_in_the_second_window_as_well(short_musicgen: Any, request_for: RequestF
 def test_a_kill_costs_what_came_after_the_last_saving(
     musicgen: Any, request_for: RequestFn, tmp_path: Path
 ) -> None:
-    """A copy of the file as it stands after each step: what a kill would leave."""
+    """A copy of the file as it stands after 470 steps: what a kill would leave."""
     request, left = request_for(duration_s=12.0, guidance=1.0), tmp_path / "left"
     left.mkdir()
     (tmp_path / "live").mkdir()
 
     def progress(request_id: str, done: int, total: int) -> None:
-        if done == 520:
+        if done == 470:
             for path in (tmp_path / "live").iterdir():
                 shutil.copy(path, left)
 
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path / "live"))
     (whole,) = engine.generate([request], progress=progress, should_stop=never)
     samples, steps = resumed(generator_with(musicgen.checkpoint, "int8", saved=Savepoints(left)), request)
-    assert steps == 603 - 500  # saved every 5 s, 250 steps
+    assert steps == 603 - 400  # saved every 2 s, 100 steps
     assert samples.tobytes() == whole.audio.samples.tobytes()
 
 
@@ -90,21 +99,25 @@ def test_of_a_stopped_batch_all_that_was_begun_is_kept_and_what_was_delivered_is
     checkpoint, decoder = any_musicgen.checkpoint, any_musicgen.decoder
     requests = [request_for("a"), request_for("b", duration_s=0.7), request_for("c")]
     whole = made(any_musicgen, *requests)
-    seen: list[str] = []
+    seen: dict[str, list[int]] = {name: [] for name in "abc"}
+
+    def progress(request_id: str, done: int, total: int) -> None:
+        seen[request_id].append(done)
 
     def run(should_stop: Any) -> Any:
         engine = generator_with(checkpoint, decoder, saved=Savepoints(tmp_path), max_memory_gb=0.001)
-        return engine.generate(requests, progress=lambda *step: seen.append(step[0]), should_stop=should_stop)
+        return engine.generate(requests, progress=progress, should_stop=should_stop)
 
-    results = run(lambda: len(seen) >= 28 + 10)
+    results = run(lambda: len(seen["b"]) >= 10)
     first = next(results)
     assert first.request_id == "a"
     with pytest.raises(Stopped):
         next(results)
     assert len(list(tmp_path.iterdir())) == 1
-    seen.clear()
+    for its in seen.values():
+        its.clear()
     again = {result.request_id: result for result in run(never)}
-    assert [seen.count(name) for name in "abc"] == [28, 38 - 10, 28]
+    assert [picks(seen[name]) for name in "abc"] == [28, 38 - 10, 28]
     for name, result in again.items():
         assert result.audio.samples.tobytes() == whole[name].audio.samples.tobytes()
 
@@ -180,3 +193,58 @@ def test_no_flipped_byte_and_no_cut_is_ever_taken_for_tokens(tmp_path: Path) -> 
     path.write_bytes(whole)
     np.testing.assert_array_equal(saved.load("it", (4, 20)), codes)
     assert saved.load("it", (4, 21)) is None
+
+
+# -- what is complete ---------------------------------------------------------------------------------
+
+
+def test_tokens_outlive_a_failure_to_make_sound(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.engines.musicgen import sound
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
+    with monkeypatch.context() as broken:
+        broken.setattr(sound, "decode", fail)
+        (failure,) = made(engine, request_for()).values()
+    assert isinstance(failure, Failure)
+    assert resumed(engine, request_for())[1] == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["int8", "torch"])
+def test_requests_with_all_their_tokens_go_straight_to_sound(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str
+) -> None:
+    """More of them than rows, beside one that has none yet."""
+    engine = generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path), max_memory_gb=0.001)
+    requests = [request_for(name) for name in "abc"]
+    whole = made(engine, *requests)
+    for request in requests:
+        for _ in engine.run([request], lambda *step: None, never):
+            break  # its tokens are kept, nobody took the result
+    steps: list[str] = []
+    again = {
+        result.request_id: result
+        for result in engine.generate(
+            [*requests, request_for("d")], progress=lambda *step: steps.append(step[0]), should_stop=never
+        )
+    }
+    assert [steps.count(name) for name in "abcd"] == [1, 1, 1, 29]
+    for request in requests:
+        name = request.request_id
+        assert again[name].audio.samples.tobytes() == whole[name].audio.samples.tobytes()
+
+
+def test_whoever_stops_asking_loses_nothing(musicgen: Any, request_for: RequestFn, tmp_path: Path) -> None:
+    """Two at once; the generator is closed when the shorter one is there."""
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
+    results = engine.generate(
+        [request_for("a"), request_for("b", duration_s=1.0)], progress=lambda *step: None, should_stop=never
+    )
+    assert next(results).request_id == "a"
+    results.close()
+    assert resumed(engine, request_for("b", duration_s=1.0))[1] == 53 - 28

@@ -19,7 +19,7 @@ import synth
 from numpy.typing import NDArray
 from tones import tones
 
-from pipeline.engines.musicgen import stems
+from pipeline.engines.musicgen import harmonic, stems
 from pipeline.engines.musicgen.stems import Heard, Melody, listen
 from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio
@@ -146,7 +146,7 @@ def test_a_steady_tone_passes_as_it_is() -> None:
     tone = 0.5 * np.sin(2 * np.pi * 440.0 * time_s)
     heard = hear(of(tone), "harmonic").audio.samples[0]
     middle = slice(RATE_HZ // 2, 3 * RATE_HZ // 2)
-    gain = 1 / (1 + (stems.BASS_HZ / 440.0) ** stems.BASS_ORDER)
+    gain = 1 / (1 + (harmonic.BASS_HZ / 440.0) ** harmonic.BASS_ORDER)
     np.testing.assert_allclose(heard[middle], gain * tone[middle], atol=0.01)
 
 
@@ -155,22 +155,22 @@ def test_the_mask_is_that_of_librosa() -> None:
     from librosa.decompose import hpss
 
     audio = of(tune(3.0), drums(3.0))
-    grid = stems._grid(audio, stems.OVERLAP)
-    magnitudes = np.abs(stems._spectra(audio, grid, 0, grid.n_frames))
-    mask = stems._stroke_mask(magnitudes, grid, stems.TONE_S)
+    grid = harmonic._grid(audio, harmonic.OVERLAP)
+    magnitudes = np.abs(harmonic._spectra(audio, grid, 0, grid.n_frames))
+    mask = harmonic._stroke_mask(magnitudes, grid, harmonic.TONE_S)
     sizes = (
-        stems._odd(stems.TONE_S * RATE_HZ / grid.hop),
-        stems._odd(stems.STROKE_HZ * grid.fft / RATE_HZ),
+        harmonic._odd(harmonic.TONE_S * RATE_HZ / grid.hop),
+        harmonic._odd(harmonic.STROKE_HZ * grid.fft / RATE_HZ),
     )
-    harmonic, _ = hpss(magnitudes.T, kernel_size=sizes, mask=True)
-    np.testing.assert_allclose(1 - mask.T, harmonic, atol=1e-5)
+    tones_of_librosa, _ = hpss(magnitudes.T, kernel_size=sizes, mask=True)
+    np.testing.assert_allclose(1 - mask.T, tones_of_librosa, atol=1e-5)
 
 
 def test_blocks_leave_no_trace() -> None:
     """Reference: the same sound from another beginning, so that the blocks lie elsewhere; 1e-5 of 0.9."""
     audio = of(tune(40.0), drums(40.0))
-    grid = stems._grid(audio, stems.OVERLAP)
-    assert grid.n_frames > 1.5 * stems.BLOCK_FRAMES
+    grid = harmonic._grid(audio, harmonic.OVERLAP)
+    assert grid.n_frames > 1.5 * harmonic.BLOCK_FRAMES
     cut = 300 * grid.hop
     whole = hear(audio, "harmonic").audio.samples[:, cut:]
     later = hear(Audio(audio.samples[:, cut:], RATE_HZ), "harmonic").audio.samples
@@ -184,7 +184,7 @@ def test_the_same_audio_gives_the_same_bits() -> None:
     first, again = hear(audio, "harmonic"), hear(audio, "harmonic")
     np.testing.assert_array_equal(first.audio.samples, again.audio.samples)
     np.testing.assert_array_equal(audio.samples, before)
-    assert stems.percussive_share(audio) == stems.percussive_share(audio)
+    assert harmonic.percussive_share(audio) == harmonic.percussive_share(audio)
 
 
 @pytest.mark.parametrize("how", ["mix", "harmonic", "auto"])

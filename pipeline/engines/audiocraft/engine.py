@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.engines.audiocraft import VERSION, AudiocraftParams
 from pipeline.engines.audiocraft.loader import Checkpoint
-from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import EngineFailure, PipelineError, Stopped
 from pipeline.records import Audio, Failure, Samples, Variation, VariationRequest
@@ -84,8 +84,7 @@ class AudiocraftGenerator:
         """Whole frames of tokens and sound, at least as long as asked for."""
         import torch
 
-        if should_stop():
-            raise Stopped("audiocraft was asked to stop.")
+        check_stop(should_stop, "audiocraft")
         params = AudiocraftParams.model_validate(dict(request.params))
         model = self._musicgen()
         n_frames = max(MIN_FRAMES, math.ceil(self._n_samples(request) * model.frame_rate / self.sample_rate))
@@ -97,8 +96,7 @@ class AudiocraftGenerator:
         def on_step(*_: int) -> None:  # audiocraft counts from the start again in each window
             nonlocal done
             done += 1
-            if should_stop():
-                raise Stopped("audiocraft was asked to stop.")
+            check_stop(should_stop, "audiocraft")
             progress(request.request_id, done, total)
 
         model.set_custom_progress_callback(on_step)

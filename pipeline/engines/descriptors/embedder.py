@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engines.base import StopFn
+from pipeline.engines.base import StopFn, check_stop
 from pipeline.engines.descriptors.features import RATE_HZ, measured
 from pipeline.engines.descriptors.layout import DIM, VERSION, scaled
-from pipeline.errors import EngineFailure, Stopped
+from pipeline.errors import EngineFailure
 from pipeline.records import Audio, Embedding
 
 WINDOW_S = 10.0
@@ -35,8 +35,7 @@ class DescriptorsEmbedder:
         edges = window_edges(mono.size)
         rows = []
         for start, stop in edges:
-            if should_stop():
-                raise Stopped("descriptors was asked to stop.")
+            check_stop(should_stop, "descriptors")
             if not np.isfinite(mono[start:stop]).all():
                 raise EngineFailure("descriptors can't measure samples that are not finite numbers.")
             rows.append(unit(scaled(measured(mono[start:stop]))))

@@ -1,8 +1,16 @@
 """Melody-conditioned MusicGen (Copet et al. 2023, arXiv:2306.05284), on transformers.
 
 The track's chroma and a prompt condition a language model over EnCodec tokens; EnCodec makes
-sound of the tokens. `loader` opens a checkpoint, `conditioning` prepares melody and text,
-`sampling` picks tokens, `generation` runs the model, `engine` is the generator.
+sound of the tokens. In the order in which a request meets them:
+
+- `engine` is the generator; `loader` opened its checkpoint, `layers` what it leaves in the files;
+- `stems` says what the melody is taken from, by `harmonic` or `separation`; `conditioning` makes
+  prefixes of melody and prompt;
+- `batch` runs all variations together, `windows` what is longer than the model can make at once,
+  `sampling` picks the tokens, `savepoints` keeps them on the disk, `room` says how many rows fit;
+- `decoder` is the language model: `cpu` over `kernels`, or `torch_decoder`; `precision` chooses and
+  checks the numbers it calculates in;
+- `sound` makes sound of the tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +54,7 @@ class MusicgenParams(Params):
         default=3.0,
         ge=1.0,
         le=20.0,
-        description="how strictly melody and prompt are followed; 1: unguided, in half the time",
+        description="how strictly melody and prompt are followed; 1: unguided, in half the rows",
     )
     melody: Literal["auto", "mix", "harmonic", "demucs"] = Field(
         default="auto",
@@ -90,6 +98,7 @@ def _load(settings: EngineSettings) -> Generator:
         open_decoder(checkpoint, settings.precision, settings.threads, kept),
         max_memory_gb=settings.max_memory_gb,
         saved=Savepoints(None if kept is None else kept / UNFINISHED),
+        cache_dir=settings.cache_dir,
     )
 
 

@@ -19,7 +19,7 @@ from pipeline.engines.musicgen.conditioning import Conditions
 from pipeline.engines.musicgen.decoder import Decoder, Feed, Memory, Tokens
 from pipeline.engines.musicgen.sampling import Sampler
 from pipeline.engines.musicgen.windows import UNKNOWN, Delayed, Window
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Stopped
 from pipeline.records import Samples
 
 STEPS_AT_ONCE = 64  # of what is known already: asked to stop in between
@@ -35,6 +35,7 @@ class Voice:
     windows: tuple[Window, ...]
     codes: Tokens  # (codebooks, frames), UNKNOWN where nothing was picked yet
     heard: str = "mix"  # what the melody was taken from: mix, harmonic or demucs
+    identity: str = ""  # of all that its tokens depend on
     delayed: Delayed | None = None  # the window it is in
     position: int = 0  # steps of the window that the memory holds
     slots: list[int] = field(default_factory=list)
@@ -60,7 +61,7 @@ class Ended:
     """A voice that has all its tokens, or why it never will."""
 
     voice: Voice
-    error: PipelineError | None = None
+    error: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -106,7 +107,7 @@ class Batch:
     prefix_steps: int  # of the longest prefix
     lags: np.ndarray
     frames_per_s: float
-    on_step: Callable[[Voice], None]  # after each step of a voice
+    on_step: Callable[[Voice, bool], None]  # after each step, and each block of known ones: False
     check_stop: Callable[[], None]  # raises to end it all
 
     def run(self, voices: Sequence[Voice]) -> Iterator[Ended]:
@@ -123,14 +124,21 @@ class Batch:
                     yield Ended(voice)
                     continue
                 voice.slots = [free.pop() for _ in range(voice.n_rows)]
-                self.begin(voice, window, memory, prefixes)
+                try:
+                    self.begin(voice, window, memory, prefixes)
+                except Stopped:
+                    raise
+                except (PipelineError, RuntimeError, ValueError, MemoryError) as broken:
+                    self._leave(voice, free, prefixes)
+                    yield Ended(voice, broken)
+                    continue
                 active.append(voice)
+            if not active:
+                continue
             ended: list[Ended] = []
             for voice, error in self.step(active, memory):
                 active.remove(voice)
-                free += voice.slots
-                for place in voice.prefixes:
-                    prefixes.give_back(place)
+                self._leave(voice, free, prefixes)
                 if error is None and voice.next_window() is not None:
                     waiting.appendleft(voice)
                 else:
@@ -140,13 +148,20 @@ class Batch:
                     memory.release(slot)
             yield from ended
 
+    @staticmethod
+    def _leave(voice: Voice, free: list[int], prefixes: Prefixes) -> None:
+        free += voice.slots
+        for place in voice.prefixes:
+            prefixes.give_back(place)
+
     def begin(self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes) -> None:
         """Run a window's prefixes, and all steps but one of what is known of it."""
         self.check_stop()
         conditions = voice.conditions
         chroma = conditions.window(window.start / self.frames_per_s)
         told = (chroma.tobytes(), conditions.text.tobytes())
-        voice.prefixes = [prefixes.take(told, lambda: conditions.told(chroma))]
+        voice.prefixes = []
+        voice.prefixes.append(prefixes.take(told, lambda: conditions.told(chroma)))
         if voice.n_rows == 2:
             nothing = ("nothing", len(conditions.text))
             voice.prefixes.append(prefixes.take(nothing, conditions.nothing))
@@ -158,6 +173,7 @@ class Batch:
             upto = min(voice.position + STEPS_AT_ONCE, last)
             memory.advance(self._feeds(voice, upto))
             voice.position = upto
+            self.on_step(voice, False)
 
     def _feeds(self, voice: Voice, upto: int) -> list[Feed]:
         assert voice.delayed is not None
@@ -181,7 +197,7 @@ class Batch:
             except PipelineError as error:
                 ended.append((voice, error))
                 continue
-            self.on_step(voice)
+            self.on_step(voice, True)
             assert voice.delayed is not None
             if voice.position == voice.delayed.steps:
                 ended.append((voice, None))

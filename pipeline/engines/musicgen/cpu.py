@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.engines.musicgen import kernels
 from pipeline.engines.musicgen.decoder import Ends, Feed
-from pipeline.engines.musicgen.layers import MATRICES, NORMS, Stack
+from pipeline.engines.musicgen.layers import MATRICES, NORMS, Stack, aligned
 from pipeline.records import Samples
 
 # Threads that wait for the next step sleep (GNU OpenMP reads this when numba starts its threads): between
@@ -45,13 +45,14 @@ class CpuDecoder:
         self.threads = 1 if few else min(threads or available, available)
 
     def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> CpuMemory:
-        """See `Decoder.memory`; pages that are never written take no room."""
+        """See `Decoder.memory`; a row or prefix that isn't used takes no room."""
         return CpuMemory(self, rows, steps, prefixes, prefix_steps)
 
-    def bytes_per_step(self) -> int:
+    def bytes_of(self, steps: int) -> int:
         shape = self.shape
         dim = shape.hidden // shape.heads
-        return 2 * shape.layers * shape.heads * (dim + 2 if self.precision == "int8" else 4 * dim)
+        of_a_step = 2 * shape.layers * shape.heads * (dim + 2 if self.precision == "int8" else 4 * dim)
+        return of_a_step * _whole_units(steps)
 
     def run(self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Prefixes) -> None:
         """Entries through all layers, in place: x (entries, hidden), slots and positions (entries,)."""
@@ -107,14 +108,18 @@ class CpuDecoder:
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
     def _desks(self, entries: int, dim: int) -> Samples:
-        return np.empty((self.threads, kernels.desk_size(entries, dim)), np.float32)
+        return aligned((self.threads, kernels.desk_size(entries, dim)), np.float32)
+
+
+def _whole_units(steps: int) -> int:
+    return -(-steps // STEPS_UNIT) * STEPS_UNIT
 
 
 class Cache:
     """Keys and values of a number of slots, as the kernels want them."""
 
     def __init__(self, decoder: CpuDecoder, slots: int, steps: int) -> None:
-        shape, steps = decoder.shape, -(-steps // STEPS_UNIT) * STEPS_UNIT
+        shape, steps = decoder.shape, _whole_units(steps)
         quantized = decoder.precision == "int8"
         self.layers, self.heads = shape.layers, shape.heads
         places, dim = slots * shape.layers * shape.heads, shape.hidden // shape.heads

@@ -87,8 +87,8 @@ class Decoder(Protocol):
         """Room for so many rows of so many own steps, and prefixes of so many steps."""
         ...
 
-    def bytes_per_step(self) -> int:
-        """Of one step of one row or prefix in a memory."""
+    def bytes_of(self, steps: int) -> int:
+        """Of one row or prefix of so many steps in a memory."""
         ...
 
 

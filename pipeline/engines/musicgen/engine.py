@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning, room, savepoints, sound, stems
 from pipeline.engines.musicgen.batch import Batch, Ended, Voice
 from pipeline.engines.musicgen.loader import Checkpoint
@@ -23,7 +24,13 @@ from pipeline.engines.pretrained import first_line
 from pipeline.errors import EngineFailure, PipelineError, Stopped
 from pipeline.records import Audio, Failure, Samples, Variation, VariationRequest
 
-SAVE_EVERY_S = 5.0  # of audio
+SAVE_EVERY_S = 2.0  # of audio
+BREAKING = (
+    PipelineError,
+    RuntimeError,
+    ValueError,
+    MemoryError,
+)  # torch says RuntimeError for no memory left
 
 
 class MusicgenGenerator:
@@ -45,11 +52,15 @@ class MusicgenGenerator:
         max_memory_gb: float | None = None,
         saved: Savepoints | None = None,
         stride: float = STRIDE,
+        cache_dir: Path | None = None,
     ) -> None:
-        """`saved` None: an interrupted call begins anew. `stride`: of windows, as a share of their length."""
+        """`saved` None: an interrupted call begins anew. `stride`: of windows, as a share of their length.
+
+        `cache_dir`: the hub's, None: the library's own.
+        """
         self.checkpoint, self.decoder, self.check = checkpoint, opened.decoder, opened.check
         self.sample_rate = checkpoint.sample_rate
-        self.max_memory_gb = max_memory_gb
+        self.max_memory_gb, self.cache_dir = max_memory_gb, cache_dir
         self.saved = saved or Savepoints(None)
         rate = checkpoint.sample_rate / checkpoint.hop_samples
         self.frames_per_s = rate
@@ -60,12 +71,13 @@ class MusicgenGenerator:
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation | Failure]:
-        """Yield a result per request, as they finish. A step makes one frame: 50 are one second.
+        """Yield a result per request, as they finish.
 
-        What was made of a request that didn't get a result is kept, and made no second time.
+        Progress counts frames of tokens, 50 a second, then pieces of sound. What was made of a
+        request that didn't get a result is kept, and made no second time.
 
         Raises:
-            Stopped: within one step of `should_stop` turning true.
+            Stopped: within one step, or one piece of sound, of `should_stop` turning true.
         """
         by_id = {request.request_id: request for request in requests}
         for ended in self.run(requests, progress, should_stop):
@@ -74,64 +86,68 @@ class MusicgenGenerator:
                 continue
             request = by_id[ended.voice.request_id]
             if ended.error is not None:
-                yield Failure(request.request_id, ended.error)
+                yield Failure(request.request_id, _failure(ended.error))
                 continue
             try:
-                result: Variation | Failure = self._variation(request, ended.voice)
-            except (PipelineError, RuntimeError, ValueError, MemoryError) as error:
-                result = Failure(request.request_id, _failure(error))
+                result = self._variation(request, ended.voice, progress, should_stop)
+            except Stopped:
+                raise
+            except BREAKING as error:
+                yield Failure(request.request_id, _failure(error))
+                continue
             yield result
-            self.saved.drop(self._identity(request))
+            self.saved.drop(ended.voice.identity)
 
     def run(
         self, requests: Sequence[VariationRequest], progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Ended | Failure]:
         """The tokens of all requests, as they finish."""
-
-        by_id = {request.request_id: request for request in requests}
         prepared = self.prepare(requests, should_stop)
         yield from (failure for failure in prepared if isinstance(failure, Failure))
         voices = [voice for voice in prepared if isinstance(voice, Voice)]
         if not voices:
             return
 
-        def on_step(voice: Voice) -> None:
+        def on_step(voice: Voice, new: bool) -> None:
             assert voice.delayed is not None
-            made = min(voice.delayed.window.start + voice.position, voice.codes.shape[1])
-            progress(voice.request_id, made, voice.codes.shape[1])
-            if voice.position % round(SAVE_EVERY_S * self.frames_per_s) == 0:
-                self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
+            frames = voice.codes.shape[1]
+            made = min(voice.delayed.window.start + voice.position, frames)
+            progress(voice.request_id, made, frames + self._pieces(voice))
+            if new and voice.position % round(SAVE_EVERY_S * self.frames_per_s) == 0:
+                self.saved.save(voice.identity, voice.codes)
 
         going = list(voices)
         try:
-            for ended in self.batch(voices, on_step, partial(check_stop, should_stop)).run(voices):
+            for ended in self.batch(voices, on_step, partial(check_stop, should_stop, self.name)).run(voices):
+                if ended.error is None:
+                    self.saved.save(ended.voice.identity, ended.voice.codes)
                 yield ended
                 going.remove(ended.voice)  # whoever asks for the next has had this one's result
-        except Stopped:
+        finally:  # whatever it was that ended it
             for voice in going:
                 if (voice.codes != UNKNOWN).any():
-                    self.saved.save(self._identity(by_id[voice.request_id]), voice.codes)
-            raise
+                    self.saved.save(voice.identity, voice.codes)
 
     def prepare(self, requests: Sequence[VariationRequest], should_stop: StopFn) -> list[Voice | Failure]:
         """What each request needs before its first token."""
-        ears = Ears(self.checkpoint, should_stop)
+        ears = Ears(self.checkpoint, self.cache_dir, should_stop)
         prepared: list[Voice | Failure] = []
         for request in requests:
             try:
-                ears.check_stop()
+                check_stop(should_stop, self.name)
                 prepared.append(self.voice(request, ears))
             except Stopped:
                 raise
-            except (PipelineError, RuntimeError, ValueError, MemoryError) as error:
+            except BREAKING as error:
                 prepared.append(Failure(request.request_id, _failure(error)))
+        ears.close()  # an error's traceback may hold it
         return prepared
 
     def batch(self, voices: Sequence[Voice], on_step: Any, check_stop: Any) -> Batch:
         """Room for the longest window and prefix among these voices."""
         steps = max(window.frames for voice in voices for window in voice.windows) + int(self.lags.max())
         prefix_steps = self.checkpoint.chroma_length + max(len(voice.conditions.text) for voice in voices)
-        row_bytes = self.decoder.bytes_per_step() * (steps + prefix_steps)
+        row_bytes = self.decoder.bytes_of(steps) + self.decoder.bytes_of(prefix_steps)
         return Batch(
             decoder=self.decoder,
             rows=room.rows_at_once(
@@ -154,7 +170,9 @@ class MusicgenGenerator:
         its_windows = windows(n_frames, self.window_frames, self.stride_frames)
         end_s = its_windows[-1].start / self.frames_per_s + self.checkpoint.window_s
         shape = (self.checkpoint.codebooks, n_frames)
-        codes = self.saved.load(self._identity(request), shape)
+        heard = ears.heard(request, params.melody).how
+        identity = self._identity(request, heard)
+        codes = self.saved.load(identity, shape)
         return Voice(
             request_id=request.request_id,
             conditions=conditioning.Conditions(
@@ -163,7 +181,8 @@ class MusicgenGenerator:
                 text=ears.text(params.prompt),
                 checkpoint=self.checkpoint,
             ),
-            heard=ears.heard(request, params.melody).how,
+            heard=heard,
+            identity=identity,
             sampler=Sampler(
                 SamplingParams(params.temperature, params.top_k, params.top_p, params.guidance), request.seed
             ),
@@ -171,13 +190,22 @@ class MusicgenGenerator:
             codes=np.full(shape, UNKNOWN, np.int64) if codes is None else codes,
         )
 
-    def _variation(self, request: VariationRequest, voice: Voice) -> Variation:
-        samples = sound.decode(self.checkpoint, voice.codes)
+    def _variation(
+        self, request: VariationRequest, voice: Voice, progress: ProgressFn, should_stop: StopFn
+    ) -> Variation:
+        frames, pieces = voice.codes.shape[1], self._pieces(voice)
+
+        def on_piece(made: int) -> None:
+            progress(request.request_id, frames + made, frames + pieces)
+            check_stop(should_stop, self.name)
+
+        check_stop(should_stop, self.name)
+        samples = sound.decode(self.checkpoint, voice.codes, on_piece)
         samples = np.ascontiguousarray(samples[:, : self._n_samples(request)])
         if not np.isfinite(samples).all() or not samples.any():
             raise EngineFailure("musicgen made silence or NaN.")
         details: dict[str, Any] = {
-            "frames": voice.codes.shape[1],
+            "frames": frames,
             "windows": len(voice.windows),
             "melody": voice.heard,
             "precision": self.decoder.precision,
@@ -186,20 +214,24 @@ class MusicgenGenerator:
             details["int8_check"] = self.check.facts
         return Variation(request.request_id, Audio(samples, self.sample_rate), details)
 
-    def _identity(self, request: VariationRequest) -> str:
-        """Of all that a request's tokens depend on."""
+    def _identity(self, request: VariationRequest, heard: str) -> str:
+        """Of all that a request's tokens depend on; what is heard can depend on what is installed."""
         return savepoints.identity(
             VERSION,
             self.checkpoint.weights.revision,
             self.decoder.precision,
             self.checkpoint.device,
             self.stride_frames,
+            heard,
             request.request_id,
             request.track_id,
             request.duration_s,
             request.seed,
             dict(request.params),
         )
+
+    def _pieces(self, voice: Voice) -> int:
+        return len(sound.pieces(self.checkpoint, voice.codes.shape[1]))
 
     def _n_samples(self, request: VariationRequest) -> int:
         return round(request.duration_s * self.sample_rate)
@@ -213,6 +245,7 @@ class Ears:
     """
 
     checkpoint: Checkpoint
+    cache_dir: Path | None  # of the hub
     should_stop: StopFn
     _heard: dict[tuple[int, str], Heard] = field(default_factory=dict)
     _chroma: dict[tuple[int, str, float], Samples] = field(default_factory=dict)
@@ -222,7 +255,11 @@ class Ears:
         key = (id(request.audio), how)
         if key not in self._heard:
             self._heard[key] = stems.listen(
-                request.audio, how, should_stop=self.should_stop, device=self.checkpoint.device
+                request.audio,
+                how,
+                should_stop=self.should_stop,
+                device=self.checkpoint.device,
+                cache_dir=self.cache_dir,
             )
         return self._heard[key]
 
@@ -238,21 +275,19 @@ class Ears:
             self._texts[prompt] = conditioning.text(self.checkpoint, prompt, lambda: self._text_encoder)
         return self._texts[prompt]
 
-    def check_stop(self) -> None:
-        check_stop(self.should_stop)
+    def close(self) -> None:
+        """Let go of everything."""
+        self._heard.clear()
+        self._chroma.clear()
+        self._texts.clear()
+        self.__dict__.pop("_text_encoder", None)
 
     @cached_property
     def _text_encoder(self) -> Any:
         return self.checkpoint.text_encoder()
 
 
-def check_stop(should_stop: StopFn) -> None:
-    if should_stop():
-        raise Stopped("musicgen was asked to stop.")
-
-
 def _failure(error: Exception) -> PipelineError:
-    """Torch says RuntimeError for no memory left and shapes that don't fit."""
     if isinstance(error, PipelineError):
         return error
     failure = EngineFailure(f"musicgen broke off: {type(error).__name__}: {first_line(error)}.")

@@ -418,7 +418,10 @@ _LEAST = np.float32(-87.0)  # e to this is the smallest normal float32, nearly
 
 @njit(inline="always", **_OPTIONS)
 def _exp(x):
-    """e**x of a float32 x <= 0, to about 1e-7: 2**n times the series of a rest below ln(2)/2."""
+    """e**x of a float32 x <= 0, to about 1e-7: 2**n times the series of a rest below ln(2)/2.
+
+    NaN gives what the least number gives.
+    """
     x = x if x > _LEAST else _LEAST
     n = np.floor(x * _LOG2_E + _HALF)
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
@@ -498,6 +501,7 @@ def _multiply(weights, w, a, rows, groups, units, s, s_step, out, ahead, ahead_b
 
 
 _BITS = np.int32(0x7FFFFFFF)  # of a float32, without the sign
+_NOTHING = np.float32(1e-30)  # what is smaller counts as zero
 
 
 @njit(**_OPTIONS)
@@ -517,7 +521,7 @@ def _largest(x, x_from, n):
 def _quantize(x, x_from, n, out):
     """n numbers to int16, out[:n], and their scale."""
     largest = _largest(x, x_from, n)
-    inverse = np.float32(32767.0) / largest if largest > 0 else _ZERO
+    inverse = np.float32(32767.0) / largest if largest > _NOTHING else _ZERO
     for k in range(n):
         out[_at(k)] = np.int16(np.floor(x[_at(x_from + k)] * inverse + _HALF))
     return largest * np.float32(1.0 / 32767.0)
@@ -527,7 +531,7 @@ def _quantize(x, x_from, n, out):
 def _quantize_to_bytes(x, x_from, n, out):
     """n numbers to int8, out[:n]; their scale and their sum."""
     largest = _largest(x, x_from, n)
-    inverse = np.float32(127.0) / largest if largest > 0 else _ZERO
+    inverse = np.float32(127.0) / largest if largest > _NOTHING else _ZERO
     total = np.int32(0)
     for k in range(n):
         number = np.int32(np.floor(x[_at(x_from + k)] * inverse + _HALF))
@@ -678,7 +682,7 @@ def _write(cache, scales, place, at, x, m, start, dim, is_key):
         for d in range(dim):
             bits = max(bits, np.int32(_bits_of_float(x[_at(m), _at(start + d)]) & _BITS))
         largest = _float_of_bits(bits)
-        half = _half(largest * np.float32(1.0 / 127.0))
+        half = _half(largest * np.float32(1.0 / 127.0)) if largest > _NOTHING else np.uint16(0)
         scales[_at(place), _at(at)] = half
         inverse = _ONE / _whole(half) if half > 0 else _ZERO
     pair = 2 if quantized else 1

@@ -31,6 +31,7 @@ MATRICES = {
     "down": ("fc2",),
 }
 NORMS = {"attention_norm": "self_attn_layer_norm", "feed_forward_norm": "final_layer_norm"}
+WIDEST_HEAD = 512  # products of int16 and int8 are summed in 32 bits
 LARGEST_GROUP = 128  # inputs that share a scale of the activations
 GROUP_STEP = 16  # the int8 kernel takes four times four inputs at a time
 
@@ -103,7 +104,7 @@ class Stack:
         return cls(
             shape,
             precision,
-            {name: _aligned(size, kind) for name, (size, kind) in layout(shape, precision).items()},
+            {name: aligned(size, kind) for name, (size, kind) in layout(shape, precision).items()},
         )
 
     @classmethod
@@ -163,15 +164,16 @@ def check_shape(shape: Shape) -> None:
     """Raise BadCheckpoint if the kernels' layout doesn't fit; every published checkpoint does."""
     from pipeline.engines.musicgen.kernels import LANES
 
-    sizes = (shape.hidden, shape.wide, shape.hidden // shape.heads, shape.codebooks * shape.vocabulary)
-    if any(size % LANES for size in sizes) or shape.hidden % shape.heads:
+    dim = shape.hidden // shape.heads
+    sizes = (shape.hidden, shape.wide, dim, shape.codebooks * shape.vocabulary)
+    if any(size % LANES for size in sizes) or shape.hidden % shape.heads or dim > WIDEST_HEAD:
         raise BadCheckpoint(
-            f"The CPU's kernels need widths in multiples of {LANES}; this checkpoint's heads are "
-            f"{shape.hidden // shape.heads} wide, its layers {shape.hidden} and {shape.wide}."
+            f"The CPU's kernels need widths in multiples of {LANES}, and heads of {WIDEST_HEAD} at most; "
+            f"this checkpoint's heads are {dim} wide, its layers {shape.hidden} and {shape.wide}."
         )
 
 
-def _aligned(size: tuple[int, ...], kind: type) -> Array:
+def aligned(size: tuple[int, ...], kind: type) -> Array:
     """An array that begins at a cache line."""
     n_bytes = int(np.prod(size)) * np.dtype(kind).itemsize
     room = np.empty(n_bytes + 64, np.uint8)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.durable import sync_folder
 from pipeline.engines.musicgen.conditioning import project_chroma
 from pipeline.engines.musicgen.decoder import Decoder, Ends, Feed, Shape, Tokens
 from pipeline.engines.musicgen.layers import Array, Stack, check_shape, layout
@@ -94,23 +95,33 @@ def open_decoder(checkpoint: Checkpoint, precision: str, threads: int | None, fo
     ends = checkpoint.ends()
     check = None
     if precision != "float32":
-        kept = Kept(folder, checkpoint.weights.revision) if folder is not None else None
-        old_stack = kept.stack(checkpoint.layers.shape) if kept is not None else None
-        stack = old_stack or Stack.packed(checkpoint.layers, "int8")
-        decoder = CpuDecoder(stack, ends, threads)
-        old_passage = kept.passage() if kept is not None and old_stack is not None else None
-        passage = old_passage or write_passage(checkpoint, decoder, ends, threads)
-        check = compare(checkpoint, decoder, passage)
-        if kept is not None:
-            kept.keep(
-                None if old_stack is not None else stack, None if old_passage is not None else passage, check
-            )
-        log.info("musicgen: %s", check.words)
+        decoder, check = _quantized(checkpoint, ends, threads, folder)
         if check.passed:
             return Opened(decoder, check)
         log.warning("musicgen: int8 is too far from float32 with this checkpoint; float32 is used")
-        del decoder, stack
+        del decoder  # before there is another
     return Opened(CpuDecoder(Stack.packed(checkpoint.layers, "float32"), ends, threads), check)
+
+
+def _quantized(
+    checkpoint: Checkpoint, ends: Ends, threads: int | None, folder: Path | None
+) -> tuple[Decoder, Check]:
+    """The int8 decoder, from what was kept or made anew, and how near it is."""
+    from pipeline.engines.musicgen.cpu import CpuDecoder
+
+    kept = Kept(folder, checkpoint.weights.revision) if folder is not None else None
+    old_stack = kept.stack(checkpoint.layers.shape) if kept is not None else None
+    stack = old_stack or Stack.packed(checkpoint.layers, "int8")
+    decoder = CpuDecoder(stack, ends, threads)
+    old_passage = kept.passage() if kept is not None and old_stack is not None else None
+    passage = old_passage or write_passage(checkpoint, decoder, ends, threads)
+    check = compare(checkpoint, decoder, passage)
+    if kept is not None:
+        kept.keep(
+            None if old_stack is not None else stack, None if old_passage is not None else passage, check
+        )
+    log.info("musicgen: %s", check.words)
+    return decoder, check
 
 
 def _on_device(checkpoint: Checkpoint, precision: str) -> Decoder:
@@ -215,9 +226,9 @@ class Kept:
                     [self._header, *(stack.arrays[name].data for name in layout(stack.shape, "int8"))],
                 )
             if passage is not None:
-                with self._passage.with_suffix(".tmp").open("wb") as file:
-                    np.savez(file, tokens=passage.tokens, logits=passage.logits)
-                self._passage.with_suffix(".tmp").replace(self._passage)
+                content = io.BytesIO()
+                np.savez(content, tokens=passage.tokens, logits=passage.logits)
+                _write(self._passage, [content.getbuffer()])
             _write(self.folder / REPORT, [json.dumps(asdict(check)).encode()])
         except OSError as error:
             log.warning(
@@ -254,12 +265,18 @@ def _fill(file: Any, array: Array) -> None:
 def _write(path: Path, parts: list[Any]) -> None:
     """A file of these bytes, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def _prefix(checkpoint: Checkpoint) -> Samples:

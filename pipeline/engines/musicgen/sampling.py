@@ -72,7 +72,7 @@ def gumbel(seed: int, step: int, codebooks: int, vocabulary: int) -> Logits:
         np.random.Philox(key=seed, counter=[0, codebook, step, 0]).random_raw(vocabulary)
         for codebook in range(codebooks)
     ]
-    uniform = ((np.stack(rows) >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1), both ends left out
+    uniform = ((np.stack(rows) >> np.uint64(12)) + 0.5) * 2.0**-52  # in (0, 1), both ends left out
     return np.asarray(-np.log(-np.log(uniform)))
 
 

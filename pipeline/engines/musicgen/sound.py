@@ -8,6 +8,8 @@ remembers from the piece's beginning, differs by a little.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from pipeline.engines.musicgen.decoder import Tokens
@@ -28,18 +30,28 @@ def decoding_bytes(checkpoint: Checkpoint, n_frames: int) -> int:
     return round(seconds * checkpoint.sample_rate * filters * DECODING_BYTES)
 
 
-def decode(checkpoint: Checkpoint, codes: Tokens) -> Samples:
-    """Codes (codebooks, frames) to float32, (channels, frames * hop)."""
+def pieces(checkpoint: Checkpoint, n_frames: int) -> list[tuple[int, int]]:
+    """First and last frame, without it, of each piece that is decoded in one go."""
     rate = checkpoint.sample_rate / checkpoint.hop_samples
-    if codes.shape[1] <= WHOLE_S * rate:
-        return _decode(checkpoint, codes)
-    piece, context = round(PIECE_S * rate), round(CONTEXT_S * rate)
+    if n_frames <= WHOLE_S * rate:
+        return [(0, n_frames)]
+    piece = round(PIECE_S * rate)
+    starts = range(0, n_frames - piece + 1, piece)  # the last takes the rest along
+    return list(zip(starts, [*starts[1:], n_frames], strict=True))
+
+
+def decode(checkpoint: Checkpoint, codes: Tokens, on_piece: Callable[[int], None] | None = None) -> Samples:
+    """Codes (codebooks, frames) to float32, (channels, frames * hop).
+
+    `on_piece` is told after each of `pieces` how many are made.
+    """
+    rate = checkpoint.sample_rate / checkpoint.hop_samples
+    context = round(CONTEXT_S * rate)
     hop, fade = checkpoint.hop_samples, round(FADE_S * checkpoint.sample_rate)
     rising = np.linspace(0, 1, 2 * fade, dtype=np.float32)
     n_frames = codes.shape[1]
     out = np.zeros((checkpoint.channels, n_frames * hop), np.float32)
-    for start in range(0, n_frames - piece + 1, piece):
-        end = start + piece if n_frames - start >= 2 * piece else n_frames  # the last takes the rest along
+    for made, (start, end) in enumerate(pieces(checkpoint, n_frames), 1):
         first, last = max(0, start - context), min(n_frames, end + context)
         sound = _decode(checkpoint, codes[:, first:last])
         begin, finish = start * hop, end * hop
@@ -50,6 +62,8 @@ def decode(checkpoint: Checkpoint, codes: Tokens) -> Samples:
             finish += fade
             sound[:, finish - first * hop - 2 * fade : finish - first * hop] *= rising[::-1]
         out[:, begin:finish] += sound[:, begin - first * hop : finish - first * hop]
+        if on_piece is not None:
+            on_piece(made)
     return out
 
 

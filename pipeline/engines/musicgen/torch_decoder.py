@@ -54,8 +54,8 @@ class TorchDecoder:
         """See `Decoder.memory`."""
         return TorchMemory(self, rows, steps, prefixes, prefix_steps)
 
-    def bytes_per_step(self) -> int:
-        return 2 * self.shape.layers * self.shape.hidden * self.kind.itemsize
+    def bytes_of(self, steps: int) -> int:
+        return 2 * self.shape.layers * self.shape.hidden * self.kind.itemsize * steps
 
     def run(self, x: torch.Tensor, attend: Any) -> torch.Tensor:
         """All layers over x (rows, steps, hidden); `attend(layer, q, k, v)` keeps k and v and attends."""

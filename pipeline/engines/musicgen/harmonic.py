@@ -1,0 +1,180 @@
+"""Tones and strokes: what is steady in a track, and how much of it isn't.
+
+Spectrogram medians along time and along frequency say how much of each bin is tone and how much is
+stroke (Fitzgerald 2010, "Harmonic/percussive separation using median filtering": its soft mask); a
+high-pass takes the register of bass and kick drum, and does most of the work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.engines.base import StopFn, check_stop
+from pipeline.records import Audio, Samples
+
+HOP_S = 0.0232  # 1024 samples at 44.1 kHz; frames are four of them long: 93 ms
+OVERLAP = 4  # frames over every sample
+TOP_HZ = 8000.0  # nothing above it is looked at or kept: a melody's pitch is below
+BLOCK_FRAMES = 1024  # what is in memory at once: 24 s
+
+TONE_S = 0.2  # medians along time: a tone of half this length still counts as steady
+STROKE_HZ = 500.0  # medians along frequency
+BASS_HZ, BASS_ORDER = 200.0, 8  # -6 dB there, 48 dB an octave below
+
+EXCERPTS, EXCERPT_S = 6, 5.0  # what `percussive_share` looks at of a longer track, evenly spread
+LONG_TONE_S = 0.5  # medians along time there: it must not miss a stroke, tones may suffer
+FLOOR_HZ = 100.0  # above it, octaves count alike
+SOUNDING = 1e-4  # -40 dB of the loudest frame: quieter ones say nothing
+
+Mags = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Hann frames over a track, each sample in `overlap` of them; the track begins in the last hop
+    of frame 0."""
+
+    sample_rate: int
+    n_samples: int
+    hop: int
+    overlap: int
+
+    @property
+    def fft(self) -> int:
+        return self.hop * self.overlap
+
+    @property
+    def n_frames(self) -> int:
+        return math.ceil(self.n_samples / self.hop) + self.overlap - 1
+
+    @property
+    def bins_hz(self) -> Mags:
+        """Those looked at: up to TOP_HZ."""
+        n_bins = min(int(TOP_HZ * self.fft / self.sample_rate), self.fft // 2) + 1
+        return np.arange(n_bins, dtype=np.float32) * (self.sample_rate / self.fft)
+
+    @property
+    def window(self) -> Mags:
+        return np.hanning(self.fft + 1)[:-1].astype(np.float32)
+
+
+def _grid(audio: Audio, overlap: int) -> _Grid:
+    from scipy.fft import next_fast_len
+
+    fft = next_fast_len(max(OVERLAP, round(HOP_S * audio.sample_rate)), real=True) * OVERLAP
+    return _Grid(audio.sample_rate, audio.n_samples, fft // overlap, overlap)
+
+
+def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
+    """Tones above the bass, in one channel.
+
+    Blocks of frames are looked at with as many on either side as the medians reach: the result is
+    that of the whole track at once. Memory: the result and some 50 MB.
+    """
+    import scipy.fft
+
+    grid = _grid(audio, OVERLAP)
+    reach = _odd(TONE_S * audio.sample_rate / grid.hop) // 2
+    gain = _above_bass(grid.bins_hz)
+    scale = grid.window / np.float32(0.375 * OVERLAP)  # 3/8: the mean of a squared Hann window
+    out = np.zeros((grid.n_frames + OVERLAP - 1, grid.hop), np.float32)
+    for first in range(0, grid.n_frames, BLOCK_FRAMES):
+        check_stop(should_stop, "musicgen")
+        last = min(first + BLOCK_FRAMES, grid.n_frames)
+        start, end = max(0, first - reach), min(grid.n_frames, last + reach)
+        spectra = _spectra(audio, grid, start, end)
+        inner = slice(first - start, last - start)
+        kept = spectra[inner] * (1 - _stroke_mask(np.abs(spectra), grid, TONE_S)[inner]) * gain
+        frames = scipy.fft.irfft(kept, grid.fft, axis=1) * scale
+        for k in range(OVERLAP):
+            out[first + k : last + k] += frames[:, k * grid.hop : (k + 1) * grid.hop]
+    begin = (OVERLAP - 1) * grid.hop
+    return Audio(out.reshape(1, -1)[:, begin : begin + audio.n_samples], audio.sample_rate)
+
+
+def percussive_share(audio: Audio) -> float | None:
+    """How much of a usual moment is strokes, in [0, 1]; None if the track is silent.
+
+    From six excerpts of 5 s, or all of what is shorter. Of an excerpt the mean over its sounding
+    frames; of the track the upper quartile of its excerpts, as drums may pause for whole sections.
+    """
+    length = min(round(EXCERPT_S * audio.sample_rate), audio.n_samples)
+    n_excerpts = min(EXCERPTS, audio.n_samples // max(1, length))
+    starts = np.linspace(0, audio.n_samples - length, n_excerpts).astype(int)
+    excerpts = [_frames(Audio(audio.samples[:, at : at + length], audio.sample_rate)) for at in starts]
+    loudest = max((float(energy.max(initial=0.0)) for energy, _ in excerpts), default=0.0)
+    shares = []
+    for energy, strokes in excerpts:
+        sounding = energy > SOUNDING * loudest
+        if sounding.any():
+            shares.append(strokes[:, sounding].mean(axis=1, dtype=np.float64).max())
+    return float(np.percentile(shares, 75)) if shares else None
+
+
+def _frames(excerpt: Audio) -> tuple[Mags, Mags]:
+    """Of the frames wholly within: energy (frames,), and the share of strokes in it, (2, frames).
+
+    Every octave counts alike (a kick drum has few bins, hats have many): all of them, then those
+    above the bass, as a strong bass would hide the rest. It is the mean of the frames' shares, not
+    of their energy, that tells drums from plucked strings: a pluck is loud, but short.
+    """
+    grid = _grid(excerpt, overlap=2)
+    inside = grid.overlap - 1 if excerpt.n_samples > 4 * grid.fft else 0  # of a shorter one, all
+    magnitudes = np.abs(_spectra(excerpt, grid, inside, grid.n_frames - inside))
+    even = 1 / np.maximum(grid.bins_hz, FLOOR_HZ)
+    weights = np.stack([even, even * _above_bass(grid.bins_hz)])
+    energy = magnitudes.T**2
+    strokes = weights @ (energy * _stroke_mask(magnitudes, grid, LONG_TONE_S).T)
+    return energy.sum(axis=0), strokes / np.maximum(weights @ energy, np.finfo(np.float32).tiny)
+
+
+def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.complex64]:
+    """Of frames first to last - 1 of the channels' mean, (frames, bins)."""
+    import scipy.fft
+
+    begin = (first - grid.overlap + 1) * grid.hop
+    sound = cut(audio.samples, begin, (last - first + grid.overlap - 1) * grid.hop).mean(axis=0)
+    frames = np.lib.stride_tricks.sliding_window_view(sound, grid.fft)[:: grid.hop] * grid.window
+    return np.asarray(scipy.fft.rfft(frames, axis=1)[:, : grid.bins_hz.size])
+
+
+def _stroke_mask(magnitudes: Mags, grid: _Grid, tone_s: float) -> Mags:
+    """How much of each bin is stroke rather than tone, [0, 1], (frames, bins)."""
+    steady = _medians(magnitudes.T, _odd(tone_s * grid.sample_rate / grid.hop)).T
+    broad = _medians(magnitudes, _odd(STROKE_HZ * grid.fft / grid.sample_rate))
+    return np.asarray(broad**2 / np.maximum(broad**2 + steady**2, np.finfo(np.float32).tiny))
+
+
+def _medians(values: Mags, size: int) -> Mags:
+    """Running medians of odd length along the last axis; the ends are mirrored.
+
+    The rows are filtered as one: for one dimension scipy has an algorithm several times as quick.
+    """
+    from scipy.ndimage import median_filter
+
+    half = size // 2
+    padded = np.pad(values, ((0, 0), (half, half)), mode="symmetric")
+    return np.asarray(median_filter(padded.ravel(), size).reshape(padded.shape)[:, half : -half or None])
+
+
+def _above_bass(bins_hz: Mags) -> Mags:
+    """The squared magnitude of a Butterworth high-pass of half BASS_ORDER: as if run there and back."""
+    return (1.0 / (1.0 + (BASS_HZ / np.maximum(bins_hz, 1.0)) ** BASS_ORDER)).astype(np.float32)
+
+
+def _odd(length: float) -> int:
+    """The odd number that is nearest, 3 at least."""
+    return max(3, 2 * math.floor(length / 2) + 1)
+
+
+def cut(samples: Samples, begin: int, length: int) -> Samples:
+    """`length` samples from `begin` on, a copy; zeros where there are none."""
+    out = np.zeros((samples.shape[0], length), np.float32)
+    first, last = max(0, begin), min(samples.shape[1], begin + length)
+    if first < last:
+        out[:, first - begin : last - begin] = samples[:, first:last]
+    return out
