@@ -15,6 +15,7 @@ sound of the tokens. In the order in which a request meets them:
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Literal
 
@@ -93,9 +94,11 @@ def _load(settings: EngineSettings) -> Generator:
     found = found or weights.fetch(model, settings.revision, settings.cache_dir)
     checkpoint = load_checkpoint(found, settings.device, settings.threads)
     kept = settings.state_dir / FOLDER if settings.state_dir is not None else None
+    opened = open_decoder(checkpoint, settings.precision, settings.threads, kept)
+    gc.collect()  # the library's models hold themselves, and all of their files mapped, in cycles
     return MusicgenGenerator(
         checkpoint,
-        open_decoder(checkpoint, settings.precision, settings.threads, kept),
+        opened,
         max_memory_gb=settings.max_memory_gb,
         saved=Savepoints(None if kept is None else kept / UNFINISHED),
         cache_dir=settings.cache_dir,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -280,7 +281,8 @@ class Ears:
         self._heard.clear()
         self._chroma.clear()
         self._texts.clear()
-        self.__dict__.pop("_text_encoder", None)
+        if self.__dict__.pop("_text_encoder", None) is not None:
+            gc.collect()  # it holds itself in a cycle
 
     @cached_property
     def _text_encoder(self) -> Any:
