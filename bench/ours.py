@@ -94,7 +94,7 @@ def run(
         points.append(timed_steps())
     for slot in range(batch.rows):  # as the batch does before anybody gets what has ended
         memory.release(slot)
-    sound.decode(engine.checkpoint, np.abs(voices[0].codes))  # for its memory
+    sound.decode(engine.checkpoint, engine.checkpoint.codec(), np.abs(voices[0].codes))  # for its memory
     return PeerRun(
         name=f"this engine, {precision}, {tracks} × {variations // tracks}",
         variations=variations,

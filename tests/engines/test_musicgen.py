@@ -119,7 +119,7 @@ def test_the_sound_is_encodecs_of_the_tokens(
     tokens = codes(generator, request_for())
     channels = generator.checkpoint.channels
     with torch.inference_mode():
-        decode = generator.checkpoint.codec.decode
+        decode = generator.checkpoint.codec().decode
         parts = [torch.from_numpy(tokens[channel::channels])[None, None] for channel in range(channels)]
         expected = torch.cat([decode(part, audio_scales=[None]).audio_values[0] for part in parts])
     (result,) = made(generator, request_for()).values()
@@ -214,12 +214,14 @@ def test_it_does_not_start_when_already_asked_to_stop(musicgen: Any, request_for
         next(musicgen.generate([request_for()], progress=silent, should_stop=lambda: True))
 
 
-def silence(checkpoint: Any) -> None:
-    for parameter in checkpoint.codec.decoder.layers[-1].parameters():
+def silence(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = checkpoint.codec()
+    for parameter in codec.decoder.layers[-1].parameters():
         parameter.zero_()
+    monkeypatch.setattr(type(checkpoint), "codec", lambda self: codec)
 
 
-def misfit(checkpoint: Any) -> None:
+def misfit(checkpoint: Any, _: pytest.MonkeyPatch) -> None:
     checkpoint.text_projection.weight.data = checkpoint.text_projection.weight.data[:, :3]
 
 
@@ -228,13 +230,17 @@ def misfit(checkpoint: Any) -> None:
     [(silence, "made silence"), (misfit, "RuntimeError: mat1 and mat2")],
 )
 def test_a_model_that_breaks_is_a_failure_of_each_request(
-    musicgen_folder: Path, request_for: RequestFn, damage: Callable[[Any], None], sentence: str
+    musicgen_folder: Path,
+    request_for: RequestFn,
+    damage: Callable[[Any, pytest.MonkeyPatch], None],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken = ENGINE.load(EngineSettings(model=str(musicgen_folder)))
     import torch
 
     with torch.no_grad():
-        damage(broken.checkpoint)
+        damage(broken.checkpoint, monkeypatch)
     results = made(broken, request_for("a", prompt="warm"), request_for("b", prompt="warm"))
     assert [type(result.error) for result in results.values()] == [EngineFailure, EngineFailure]
     assert sentence in str(results["a"].error)

@@ -15,7 +15,6 @@ sound of the tokens. In the order in which a request meets them:
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +83,7 @@ def last_check(state_dir: Path) -> str | None:
 
 def _load(settings: EngineSettings) -> Generator:
     from pipeline import weights
+    from pipeline.engines.musicgen import room
     from pipeline.engines.musicgen.engine import MusicgenGenerator
     from pipeline.engines.musicgen.loader import load_checkpoint
     from pipeline.engines.musicgen.precision import open_decoder
@@ -95,7 +95,7 @@ def _load(settings: EngineSettings) -> Generator:
     checkpoint = load_checkpoint(found, settings.device, settings.threads)
     kept = settings.state_dir / FOLDER if settings.state_dir is not None else None
     opened = open_decoder(checkpoint, settings.precision, settings.threads, kept)
-    gc.collect()  # the library's models hold themselves, and all of their files mapped, in cycles
+    room.tidy()
     return MusicgenGenerator(
         checkpoint,
         opened,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -81,23 +80,26 @@ class MusicgenGenerator:
             Stopped: within one step, or one piece of sound, of `should_stop` turning true.
         """
         by_id = {request.request_id: request for request in requests}
-        for ended in self.run(requests, progress, should_stop):
-            if isinstance(ended, Failure):
-                yield ended
-                continue
-            request = by_id[ended.voice.request_id]
-            if ended.error is not None:
-                yield Failure(request.request_id, _failure(ended.error))
-                continue
-            try:
-                result = self._variation(request, ended.voice, progress, should_stop)
-            except Stopped:
-                raise
-            except BREAKING as error:
-                yield Failure(request.request_id, _failure(error))
-                continue
-            yield result
-            self.saved.drop(ended.voice.identity)
+        sounding = Sounding(self.checkpoint)
+        try:
+            for ended in self.run(requests, progress, should_stop):
+                if isinstance(ended, Failure):
+                    yield ended
+                    continue
+                request = by_id[ended.voice.request_id]
+                try:
+                    if ended.error is not None:
+                        raise ended.error
+                    result = self._variation(request, ended.voice, sounding, progress, should_stop)
+                except Stopped:
+                    raise
+                except BREAKING as error:
+                    yield Failure(request.request_id, _failure(error))
+                    continue
+                yield result
+                self.saved.drop(ended.voice.identity)
+        finally:
+            sounding.close()
 
     def run(
         self, requests: Sequence[VariationRequest], progress: ProgressFn, should_stop: StopFn
@@ -192,7 +194,12 @@ class MusicgenGenerator:
         )
 
     def _variation(
-        self, request: VariationRequest, voice: Voice, progress: ProgressFn, should_stop: StopFn
+        self,
+        request: VariationRequest,
+        voice: Voice,
+        sounding: Sounding,
+        progress: ProgressFn,
+        should_stop: StopFn,
     ) -> Variation:
         frames, pieces = voice.codes.shape[1], self._pieces(voice)
 
@@ -201,7 +208,7 @@ class MusicgenGenerator:
             check_stop(should_stop, self.name)
 
         check_stop(should_stop, self.name)
-        samples = sound.decode(self.checkpoint, voice.codes, on_piece)
+        samples = sound.decode(self.checkpoint, sounding.codec, voice.codes, on_piece)
         samples = np.ascontiguousarray(samples[:, : self._n_samples(request)])
         if not np.isfinite(samples).all() or not samples.any():
             raise EngineFailure("musicgen made silence or NaN.")
@@ -282,11 +289,26 @@ class Ears:
         self._chroma.clear()
         self._texts.clear()
         if self.__dict__.pop("_text_encoder", None) is not None:
-            gc.collect()  # it holds itself in a cycle
+            room.tidy()
 
     @cached_property
     def _text_encoder(self) -> Any:
         return self.checkpoint.text_encoder()
+
+
+@dataclass(eq=False)
+class Sounding:
+    """EnCodec, from the first request that has its tokens to the last."""
+
+    checkpoint: Checkpoint
+
+    @cached_property
+    def codec(self) -> Any:
+        return self.checkpoint.codec()
+
+    def close(self) -> None:
+        if self.__dict__.pop("codec", None) is not None:
+            room.tidy()
 
 
 def _failure(error: Exception) -> PipelineError:

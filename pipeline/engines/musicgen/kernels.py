@@ -3,16 +3,17 @@
 Everything rests on one micro-kernel, `_tile`: a few rows of activations times 16 columns of
 weights, the columns side by side in memory, so that one load of weights serves all rows and each
 row's sum stays in registers (the layout of Goto and van de Geijn 2008, "Anatomy of high-performance
-matrix multiplication"). It is written in LLVM's portable vectors: LLVM makes vpmaddwd of it on AVX2,
-vpdpwssd where there is VNNI, and what there is elsewhere. Keys and values of the attention are laid
-out so that the same kernel does their products.
+matrix multiplication"). It is written in LLVM's portable vectors. Keys and values of the attention
+are laid out so that the same kernel does their products.
 
-Two kinds, told apart by the type of the weights:
+Three kinds, told apart by the type of the weights:
 - float32: plain sums of products;
-- int8: weights are int8 with one scale per output channel, activations int16 with a scale per row and
-  group of inputs (`group`, 128 at most). Products are added as integers within a group (at most
-  128 * 127 * 32767, below 2**31), groups in float32. On AVX2, int16 activations cost nothing over
-  int8 ones, and the error of quantizing them all but vanishes.
+- uint8, for the model's int8 weights: one scale per output channel, activations int8 with a scale
+  per row and group of inputs (`group`, 128 at most). Weights are stored 128 too large, as vpdpbusd
+  wants them without a sign; the sum of a group begins with -128 times the sum of its activations.
+  Products are added as integers within a group, groups in float32;
+- int8, for keys and values: int16 queries and attention weights, as reading keys and values is what
+  takes the time. LLVM makes vpmaddwd or vpdpwssd of it.
 
 A row's sums run in one order whatever other rows stand beside it, so a result can't depend on its
 neighbours, nor on the number of threads: that is what makes variations reproducible in any batch.
@@ -53,7 +54,7 @@ def _tiles_of(rows: int) -> int:
 _TILE_OF = np.array([max((n for n in _TILE_ROWS if n <= rows), default=0) for rows in range(ROW_BLOCK + 1)])
 _TILES_OF = np.array([_tiles_of(rows) for rows in range(ROW_BLOCK + 1)])
 
-# Sums may be reordered for the vector units (the same way each time); infinities and NaN stay what they are.
+# Sums may be reordered for the vector units (the same way each time); infinities and NaN aren't assumed away.
 # Division checks nothing: an exception in a loop keeps it from the vector units.
 _OPTIONS: dict[str, Any] = {
     "cache": True,

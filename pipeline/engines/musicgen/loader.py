@@ -1,9 +1,9 @@
 """Opening a MusicGen-Melody checkpoint: a folder in the library's format, checked before it is used.
 
-The library loads what it runs for us. Kept are the projections, EnCodec's decoder and the two ends
-of the language model's. The language model's layers, nine tenths of the weights, are left in their
-files (see `layers`), and so is the text encoder, until there is a prompt to read: half a gigabyte that
-is needed for a moment.
+The library loads what it runs for us, each part when it is needed: the text encoder when there is a
+prompt, the language model's two ends when it is opened, EnCodec when there is sound to make. That
+keeps half a gigabyte free while tokens are made. The language model's layers, nine tenths of the
+weights, are left in their files (see `layers`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Checkpoint:
     tokenizer: Any  # transformers.T5Tokenizer
     device: str
     layers: LayerFiles  # where the decoder's layers are
-    codec: Any  # transformers.EncodecModel, float32, without its encoder
     chroma_projection: Any  # torch.nn.Linear: chroma to the decoder's inputs
     text_projection: Any  # the same for the text encoder's outputs; None: they are taken as they are
 
@@ -47,6 +46,10 @@ class Checkpoint:
             BadCheckpoint: as `load_checkpoint`.
         """
         return _open(self.weights.folder, self.device).text_encoder
+
+    def codec(self) -> Any:
+        """transformers.EncodecModel, float32, read anew. Raises as `text_encoder`."""
+        return _open(self.weights.folder, self.device).audio_encoder
 
     def ends(self) -> Ends:
         """The decoder's two ends, on the CPU, read anew. Raises as `text_encoder`."""
@@ -105,7 +108,6 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
         )
     shape = shape_of(config.decoder)
     model = _open(weights.folder, device)
-    model.audio_encoder.encoder = None  # nothing is encoded here
     projected = config.text_encoder.hidden_size != config.decoder.hidden_size
     return Checkpoint(
         weights=weights,
@@ -114,7 +116,6 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
         tokenizer=processor.tokenizer,
         device=device,
         layers=LayerFiles(weights.folder, shape),
-        codec=_kept(model.audio_encoder),
         chroma_projection=_kept(model.audio_enc_to_dec_proj),
         text_projection=_kept(model.enc_to_dec_proj) if projected else None,
     )

@@ -1,7 +1,9 @@
-"""How many rows go together: as many as help, as far as the memory goes."""
+"""Memory: how many rows go together, and giving back what isn't needed."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,17 @@ def rows_at_once(row_bytes: int, wanted: int, max_memory_gb: float | None, aside
         free = SHARE_OF_FREE * _available_bytes()
     free -= aside_bytes
     return max(LEAST_ROWS, min(wanted, MOST_ROWS, int(free // row_bytes)))
+
+
+def tidy() -> None:
+    """Give back what was let go of.
+
+    The library's models hold themselves, and all of their files mapped, in cycles; and glibc keeps
+    what is freed, most of all after compiling.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes() -> float:

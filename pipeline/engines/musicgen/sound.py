@@ -9,6 +9,7 @@ remembers from the piece's beginning, differs by a little.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +41,10 @@ def pieces(checkpoint: Checkpoint, n_frames: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], n_frames], strict=True))
 
 
-def decode(checkpoint: Checkpoint, codes: Tokens, on_piece: Callable[[int], None] | None = None) -> Samples:
-    """Codes (codebooks, frames) to float32, (channels, frames * hop).
+def decode(
+    checkpoint: Checkpoint, codec: Any, codes: Tokens, on_piece: Callable[[int], None] | None = None
+) -> Samples:
+    """Codes (codebooks, frames) to float32, (channels, frames * hop), by `Checkpoint.codec`.
 
     `on_piece` is told after each of `pieces` how many are made.
     """
@@ -53,7 +56,7 @@ def decode(checkpoint: Checkpoint, codes: Tokens, on_piece: Callable[[int], None
     out = np.zeros((checkpoint.channels, n_frames * hop), np.float32)
     for made, (start, end) in enumerate(pieces(checkpoint, n_frames), 1):
         first, last = max(0, start - context), min(n_frames, end + context)
-        sound = _decode(checkpoint, codes[:, first:last])
+        sound = _decode(checkpoint, codec, codes[:, first:last])
         begin, finish = start * hop, end * hop
         if start > 0:
             begin -= fade
@@ -67,15 +70,14 @@ def decode(checkpoint: Checkpoint, codes: Tokens, on_piece: Callable[[int], None
     return out
 
 
-def _decode(checkpoint: Checkpoint, codes: Tokens) -> Samples:
+def _decode(checkpoint: Checkpoint, codec: Any, codes: Tokens) -> Samples:
     """Left and right are codebooks of one another's kind, taking turns; each is decoded by itself."""
     import torch
 
-    encodec = checkpoint.codec
     sides = []
     with torch.inference_mode():
         for side in range(checkpoint.channels):
             its = torch.from_numpy(codes[side :: checkpoint.channels].copy()).to(checkpoint.device)
-            sound = encodec.decode(its[None, None], audio_scales=[None]).audio_values
+            sound = codec.decode(its[None, None], audio_scales=[None]).audio_values
             sides.append(sound[0, 0].to("cpu", torch.float32).numpy())
     return np.stack(sides)
