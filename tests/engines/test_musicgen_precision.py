@@ -116,7 +116,15 @@ def test_a_second_start_reads_what_the_first_one_kept(
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[:-9], lambda b: b + b"x", lambda b: b"other" + b[5:], lambda b: b""]
+    "damage",
+    [
+        lambda b: b[:-9],
+        lambda b: b + b"x",
+        lambda b: b"other" + b[5:],
+        lambda b: b"",
+        lambda b: b[:9000] + bytes([b[9000] ^ 64]) + b[9001:],
+        lambda b: b[:-1] + b"?",
+    ],
 )
 def test_what_is_damaged_on_the_disk_is_made_anew(
     musicgen_folder: Path, tmp_path: Path, request_for: RequestFn, damage: Any
@@ -145,6 +153,12 @@ def test_a_folder_that_cannot_be_written_is_no_reason_not_to_start(
     (tmp_path / "musicgen").write_text("in the way")
     assert load(musicgen_folder, tmp_path).decoder.precision == "int8"
     assert "can't be kept" in caplog.text
+
+
+def test_figures_that_are_not_numbers_are_told_as_none() -> None:
+    """JSON has no NaN."""
+    check = precision.Check("m", "r", (float("nan"), 0.5), (0.0, 1.0), 48, passed=False)
+    assert check.facts == {"kl_nats": [None, 0.5], "top1": [0.0, 1.0], "steps": 48}
 
 
 def test_a_full_disk_leaves_nothing_behind(

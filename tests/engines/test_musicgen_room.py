@@ -31,6 +31,13 @@ def test_the_limit_is_the_whole_processs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert room.rows_at_once(10**9, 16, 10.0, 2 * 10**9) == 5
 
 
+def test_a_limit_that_cannot_be_kept_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    room.rows_at_once(1, 6, 1e6)
+    assert not caplog.text
+    room.rows_at_once(10**9, 6, 0.001)
+    assert "0.0 GB can't be kept; one variation at a time takes" in caplog.text
+
+
 def test_what_sound_takes_grows_with_the_length_up_to_a_minute(musicgen: Any) -> None:
     one, ten, longest, longer = (
         sound.decoding_bytes(musicgen.checkpoint, 50 * seconds) for seconds in (1, 10, 60, 600)

@@ -248,3 +248,33 @@ def test_whoever_stops_asking_loses_nothing(musicgen: Any, request_for: RequestF
     assert next(results).request_id == "a"
     results.close()
     assert resumed(engine, request_for("b", duration_s=1.0))[1] == 53 - 28
+
+
+def test_tokens_under_another_ones_name_are_not_taken(tmp_path: Path) -> None:
+    saved, codes = Savepoints(tmp_path), np.arange(80).reshape(4, 20)
+    saved.save("one", codes)
+    (path,) = tmp_path.iterdir()
+    path.rename(tmp_path / path.name.replace("one", "other"))
+    assert saved.load("other", (4, 20)) is None
+
+
+def test_a_folder_that_cannot_be_used_is_told_once(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path / "file" / "unfinished"))
+    results = made(engine, request_for("a"), request_for("b", duration_s=4.2))
+    assert not any(isinstance(result, Failure) for result in results.values())
+    assert caplog.text.count("can't be kept") == 1
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        Savepoints(tmp_path).save("it", np.zeros((4, 2), np.int64))

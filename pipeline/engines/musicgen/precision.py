@@ -11,9 +11,11 @@ layers are read once, one at a time, and never again.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
+import math
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +35,7 @@ from pipeline.records import Samples
 
 log = logging.getLogger("pipeline")
 
-LAYOUT = 2  # raised when the kept files mean something else
+LAYOUT = 3  # raised when the kept files mean something else
 MAX_KL = 0.05  # nats per codebook, on average: above it float32 is used
 PASSAGE_STEPS = 48
 PASSAGE_SEED = 0
@@ -63,7 +65,7 @@ class Check:
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
         return {
-            "kl_nats": [round(value, 5) for value in self.kl],
+            "kl_nats": [round(value, 5) if math.isfinite(value) else None for value in self.kl],
             "top1": [round(value, 4) for value in self.top1],
             "steps": self.steps,
         }
@@ -111,6 +113,8 @@ def _quantized(
 
     kept = Kept(folder, checkpoint.weights.revision) if folder is not None else None
     old_stack = kept.stack(checkpoint.layers.shape) if kept is not None else None
+    if old_stack is None:
+        log.info("musicgen: compiling and quantizing, once for this machine and checkpoint; about a minute")
     stack = old_stack or Stack.packed(checkpoint.layers, "int8")
     decoder = CpuDecoder(stack, ends, threads)
     old_passage = kept.passage() if kept is not None and old_stack is not None else None
@@ -202,10 +206,11 @@ class Kept:
             with self._layers.open("rb", buffering=0) as file:
                 if file.read(len(self._header)) != self._header:
                     return None
-                stack = Stack.empty(shape, "int8")
+                stack, digest = Stack.empty(shape, "int8"), hashlib.sha256()
                 for name in layout(shape, "int8"):
                     _fill(file, stack.arrays[name])
-                return None if file.read(1) else stack
+                    digest.update(_bytes(stack.arrays[name]))
+                return stack if file.read() == digest.digest() else None
         except (OSError, EOFError):
             return None
 
@@ -221,10 +226,11 @@ class Kept:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if stack is not None:
-                _write(
-                    self._layers,
-                    [self._header, *(stack.arrays[name].data for name in layout(stack.shape, "int8"))],
-                )
+                parts = [_bytes(stack.arrays[name]) for name in layout(stack.shape, "int8")]
+                digest = hashlib.sha256()
+                for part in parts:
+                    digest.update(part)
+                _write(self._layers, [self._header, *parts, digest.digest()])
             if passage is not None:
                 content = io.BytesIO()
                 np.savez(content, tokens=passage.tokens, logits=passage.logits)
@@ -254,12 +260,16 @@ class Kept:
 
 def _fill(file: Any, array: Array) -> None:
     """Read an array's bytes; EOFError if there are too few."""
-    room = memoryview(array.reshape(-1).view(np.uint8).data)
+    room = _bytes(array)
     while room:
         count = file.readinto(room)
         if not count:
             raise EOFError
         room = room[count:]
+
+
+def _bytes(array: Array) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8).data)
 
 
 def _write(path: Path, parts: list[Any]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
+
+log = logging.getLogger("pipeline")
 
 MOST_ROWS = 16  # eight variations with guidance; beyond, a CPU's time grows with the rows
 LEAST_ROWS = 2  # one variation
@@ -24,6 +27,12 @@ def rows_at_once(row_bytes: int, wanted: int, max_memory_gb: float | None, aside
     else:
         free = SHARE_OF_FREE * _available_bytes()
     free -= aside_bytes
+    if max_memory_gb is not None and free < LEAST_ROWS * row_bytes:
+        log.warning(
+            "generate.max_memory_gb: %.1f GB can't be kept; one variation at a time takes %.1f GB",
+            max_memory_gb,
+            max_memory_gb + (LEAST_ROWS * row_bytes - free) / 1e9,
+        )
     return max(LEAST_ROWS, min(wanted, MOST_ROWS, int(free // row_bytes)))
 
 

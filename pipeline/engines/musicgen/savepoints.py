@@ -6,11 +6,13 @@ kept: noise is a function of the step, and keys and values are made again from t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +22,10 @@ import numpy as np
 from pipeline.durable import write_whole
 from pipeline.engines.musicgen.decoder import Tokens
 
+log = logging.getLogger("pipeline")
+
 SUFFIX = ".tokens.npz"
+CLOSED = (errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Savepoints:
     """A folder of them."""
 
     folder: Path | None  # None: nothing is kept
+    _told: list[str] = field(default_factory=list, compare=False)
 
     def load(self, identity: str, shape: tuple[int, int]) -> Tokens | None:
         """The codes (codebooks, frames) that were saved for a request, if there are any of that shape."""
@@ -35,17 +41,30 @@ class Savepoints:
             return None
         try:
             with np.load(io.BytesIO(self._path(identity).read_bytes()), allow_pickle=False) as saved:
-                codes = saved["codes"].astype(np.int64)
+                codes, whose = saved["codes"].astype(np.int64), str(saved["identity"])
         except Exception:  # not there, or damaged, of which the libraries raise anything
             return None  # then it is made from its beginning
-        return codes if codes.shape == shape else None
+        return codes if whose == identity and codes.shape == shape else None
 
     def save(self, identity: str, codes: Tokens) -> None:
-        """Raises OSError if it can't be written."""
+        """A folder that can't be used is told once: the work goes on without.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
         if self.folder is None:
             return
         path = self._path(identity)
-        write_whole(path, path.with_suffix(".tmp"), partial(_write, codes), verify=lambda file: None)
+        try:
+            write_whole(
+                path, path.with_suffix(".tmp"), partial(_write, identity, codes), verify=lambda file: None
+            )
+        except OSError as error:
+            if error.errno not in CLOSED:
+                raise
+            if not self._told:
+                log.warning("musicgen: unfinished tokens can't be kept (%s): a kill would lose them", error)
+                self._told.append(str(error))
 
     def drop(self, identity: str) -> None:
         """Forget a request that is done with."""
@@ -63,5 +82,5 @@ def identity(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _write(codes: Tokens, out: BinaryIO) -> None:
-    np.savez(out, codes=codes.astype(np.int16))
+def _write(identity: str, codes: Tokens, out: BinaryIO) -> None:
+    np.savez(out, codes=codes.astype(np.int16), identity=np.array(identity))
