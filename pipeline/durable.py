@@ -10,8 +10,8 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,20 +37,27 @@ def write_whole(
     content = io.BytesIO()
     write(content)
     sha256, size = hashlib.sha256(content.getbuffer()).hexdigest(), len(content.getbuffer())
-    try:
+    with replacing(path, temporary):
         with _create(temporary) as out:
             out.write(content.getbuffer())
             out.flush()
             os.fsync(out.fileno())
         content.close()
         verify(_read_back(temporary, sha256))
+    return sha256, size
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[None]:
+    """Rename `temporary`, written and flushed within, to `path`; after an error it is gone."""
+    try:
+        yield
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-    return sha256, size
 
 
 def sync_folder(path: Path) -> None:

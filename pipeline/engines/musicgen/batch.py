@@ -22,6 +22,9 @@ from pipeline.engines.musicgen.windows import UNKNOWN, Delayed, Window
 from pipeline.errors import PipelineError, Stopped
 from pipeline.records import Samples
 
+# Of one request; torch says RuntimeError for no memory left.
+BREAKING = (PipelineError, RuntimeError, ValueError, MemoryError)
+
 STEPS_AT_ONCE = 64  # of what is known already: asked to stop in between
 
 
@@ -128,7 +131,7 @@ class Batch:
                     self.begin(voice, window, memory, prefixes)
                 except Stopped:
                     raise
-                except (PipelineError, RuntimeError, ValueError, MemoryError) as broken:
+                except BREAKING as broken:
                     self._leave(voice, free, prefixes)
                     yield Ended(voice, broken)
                     continue

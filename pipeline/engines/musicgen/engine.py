@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning, room, savepoints, sound, stems
-from pipeline.engines.musicgen.batch import Batch, Ended, Voice
+from pipeline.engines.musicgen.batch import BREAKING, Batch, Ended, Voice
 from pipeline.engines.musicgen.loader import Checkpoint
 from pipeline.engines.musicgen.precision import Opened
 from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
@@ -25,12 +25,6 @@ from pipeline.errors import EngineFailure, PipelineError, Stopped
 from pipeline.records import Audio, Failure, Samples, Variation, VariationRequest
 
 SAVE_EVERY_S = 2.0  # of audio
-BREAKING = (
-    PipelineError,
-    RuntimeError,
-    ValueError,
-    MemoryError,
-)  # torch says RuntimeError for no memory left
 
 
 class MusicgenGenerator:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.durable import sync_folder
+from pipeline.durable import replacing
 from pipeline.engines.musicgen.conditioning import project_chroma
 from pipeline.engines.musicgen.decoder import Decoder, Ends, Feed, Shape, Tokens
 from pipeline.engines.musicgen.layers import Array, Stack, check_shape, layout
@@ -275,18 +275,11 @@ def _bytes(array: Array) -> memoryview:
 def _write(path: Path, parts: list[Any]) -> None:
     """A file of these bytes, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with replacing(path, temporary), temporary.open("wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _prefix(checkpoint: Checkpoint) -> Samples:
