@@ -69,11 +69,13 @@ def multiplied(
     mode: str = "STORE",
     onto: np.ndarray | None = None,
     threads: int = 1,
+    by_amx: bool = True,
 ) -> np.ndarray:
     """x (rows, inputs) times the weights, by the kernels."""
     import numba
 
     from pipeline.engines.musicgen import kernels
+    from pipeline.engines.musicgen.cpu import amx
 
     rows, inputs = x.shape
     out = np.full((rows, len(product.plain)), 7.0, np.float32) if onto is None else onto.copy()
@@ -90,7 +92,8 @@ def multiplied(
         np.empty((rows, 2 * (inputs // product.group)), np.float32),
         out,
         getattr(kernels, mode),
-        np.empty((threads, kernels.desk_size(rows, 1)), np.float32),
+        amx() if by_amx else np.empty(0, np.uint8),
+        np.empty((threads, kernels.desk_size(rows, kernels.LANES)), np.float32),
     )
     return out
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,9 +27,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 WORTH_A_THREAD = 1 << 22  # weights: with fewer, waking threads takes longer than they save
 STEPS_UNIT = 128  # the caches' lengths are multiples of this
-ENTRIES_AT_ONCE = 240  # of a prefill: a multiple of the kernels' blocks of 24 rows
+ENTRIES_AT_ONCE = 8 * kernels.ROW_BLOCK  # of a prefill
 NO_NORM: Samples = np.empty((0, 0), np.float32)
 NO_SCALES: Samples = np.empty(0, np.float32)
+
+# Linux, x86-64 (arch/x86/include/uapi/asm/prctl.h): a process asks for AMX's registers before it uses them.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 Indices = NDArray[np.int64]
 
@@ -83,6 +89,7 @@ class CpuDecoder:
             prefixes.cache.places(prefixes.slots),
             positions,
             prefixes.lengths,
+            amx(),
             room,
         )
 
@@ -103,12 +110,23 @@ class CpuDecoder:
             np.empty((rows, 2), np.float32),
             out,
             kernels.STORE,
-            self._desks(rows, 1),
+            amx(),
+            self._desks(rows, kernels.LANES),
         )
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
     def _desks(self, entries: int, dim: int) -> Samples:
         return aligned((self.threads, kernels.desk_size(entries, dim)), np.float32)
+
+
+@functools.cache
+def amx() -> NDArray[np.uint8]:
+    """`kernels.AMX`, once the system has allowed this process its use, or an empty array."""
+    if kernels.AMX.size and sys.platform == "linux":
+        call = ctypes.CDLL(None, use_errno=True).syscall
+        if call(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0:
+            return kernels.AMX
+    return np.empty(0, np.uint8)
 
 
 def _whole_units(steps: int) -> int:

@@ -43,7 +43,9 @@ _WIDE = "+avx512f" in _FEATURES
 _DOT_BITS = 512 if "+avx512vnni" in _FEATURES else 256 if "+avxvnni," in f"{_FEATURES}," else 0
 _QUAD_WORDS = 1 if _DOT_BITS else 2  # of 32 bits, that four activations take
 _TILE_ROWS = (16, 12, 8, 6, 4, 3, 2, 1) if _WIDE else (6, 5, 4, 3, 2, 1)
-ROW_BLOCK = 24  # rows of activations that are packed together: a few tiles
+# AMX: a matrix of 16 rows times one of 16 columns in one instruction. The system has to allow it, see `AMX`.
+_HAS_AMX = "+amx-int8" in _FEATURES
+ROW_BLOCK = 32 if _WIDE else 24  # rows of activations that are packed together: a few tiles
 
 
 def _tiles_of(rows: int) -> int:
@@ -331,6 +333,140 @@ class _QuadTile(_IntegerTile):
         return self.b.shuffle_vector(*parts, ir.Constant(_vector(_I32), list(range(LANES))))
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _amx_tile(
+    _: Any,
+    rows: Any,
+    w: Any,
+    w_step: Any,
+    a: Any,
+    a_step: Any,
+    groups: Any,
+    units: Any,
+    s: Any,
+    s_step: Any,
+    out: Any,
+    out_step: Any,
+    room: Any,
+    ahead: Any,
+) -> Any:
+    """As `_tile` of uint8 weights, by AMX: `rows` rows (32 at most) times two blocks of 16 columns.
+
+    A unit is 64 inputs here. Weights of the blocks at `w` and `w_step` bytes further; activations are
+    int8 at `a`, `a_step` from row to row, with rows to be read, whatever they hold, up to a multiple
+    of 16; the sums of a block, (rows, 16), at `out` and `out_step` further; 4096 bytes of working
+    space at `room`; `ahead` is where weights as many stand that will be needed next, or 0.
+    """
+    signature = types.void(*[types.intp] * 13)
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        if _HAS_AMX:
+            wide = builder.icmp_signed(">", arguments[0], _I64(LANES))
+            with builder.if_else(wide) as (two, one):
+                with two:
+                    _AmxTile(builder, 2, *arguments).build()
+                with one:
+                    _AmxTile(builder, 1, *arguments).build()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+class _AmxTile(_Tile):
+    """Of the eight registers of 16 * 64 bytes, four hold sums, two activations, two weights."""
+
+    def __init__(self, builder: Any, high: int, *arguments: Any) -> None:
+        self.b, self.high = builder, high  # in 16 rows
+        self.rows, self.w, self.w_step, self.a, self.a_step, self.groups, self.units = arguments[:7]
+        self.s, self.s_step, self.out, self.out_step, self.room, self.ahead = arguments[7:]
+        self.blocks = range(2)
+
+    def build(self) -> None:
+        b = self.b
+        with cgutils.for_range(b, self.groups) as group:
+            for block in self.blocks:
+                for part in range(self.high):
+                    self.amx("tilezero", self.sums(block, part))
+            with cgutils.for_range(b, self.units) as unit:
+                self.add_products(b.add(b.mul(group.index, self.units), unit.index))
+            for block in self.blocks:
+                for part in range(self.high):
+                    to = self.address(self.room, _I64(1024 * (2 * block + part)), _I8)
+                    self.amx("tilestored64", self.sums(block, part), to, _I64(64))
+            with cgutils.for_range(b, self.rows) as row:
+                self.add_group_of(row.index, group.index)
+
+    def add_products(self, unit: Any) -> None:
+        b = self.b
+        for part in range(self.high):
+            rows = b.add(b.mul(unit, _I64(64)), b.mul(self.a_step, _I64(16 * part)))
+            self.amx("tileloadd64", _I8(4 + part), self.address(self.a, rows, _I8), self.a_step)
+        for block in self.blocks:
+            columns = b.add(b.mul(unit, _I64(1024)), b.mul(self.w_step, _I64(block)))
+            self.amx("tileloadd64", _I8(6 + block), self.address(self.w, columns, _I8), _I64(64))
+            for part in range(self.high):
+                self.amx("tdpbsud", self.sums(block, part), _I8(4 + part), _I8(6 + block))
+            with b.if_then(b.icmp_signed("!=", self.ahead, _I64(0))):
+                for line in range(0, 1024, 64):
+                    _emit_prefetch(b, b.add(self.ahead, b.add(columns, _I64(line))))
+
+    def add_group_of(self, row: Any, group: Any) -> None:
+        """What `_QuadTile` does with the sums of a group."""
+        b = self.b
+        at = b.add(self.s, b.add(b.mul(row, self.s_step), b.mul(group, _I64(_QuadTile.SCALE_BYTES))))
+        scale = self.everywhere(b.load(self.address(at, _I64(0), _F32), align=4))
+        begin = self.everywhere(b.load(self.address(at, _I64(4), _I32), align=4))
+        for block in self.blocks:
+            found = b.add(b.mul(row, _I64(4 * LANES)), _I64(2048 * block))
+            products = b.load(self.address(self.room, found, _vector(_I32)), align=4)
+            total = b.add(b.mul(row, _I64(4 * LANES)), b.mul(self.out_step, _I64(block)))
+            to = self.address(self.out, total, _vector(_F32))
+            value = b.sitofp(b.add(products, begin), _vector(_F32))
+            b.store(self.fma(value, scale, b.load(to, align=4)), to, align=4)
+
+    @staticmethod
+    def sums(block: int, part: int) -> Any:
+        return _I8(2 * block + part)
+
+    def amx(self, name: str, *arguments: Any) -> None:
+        kinds = [argument.type for argument in arguments]
+        self.b.call(self.declare(f"llvm.x86.{name}", ir.VoidType(), kinds), arguments)
+
+
+# Eight registers of 16 rows of 64 bytes, as ldtilecfg wants to be told.
+AMX = np.zeros(64 if _HAS_AMX else 0, np.uint8)
+if _HAS_AMX:
+    AMX[0] = 1
+    AMX[16:32:2], AMX[48:56] = 64, 16
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _begin_amx(_: Any, configuration: Any) -> Any:
+    """Make AMX's registers ready, as the 64 bytes at an address say; for this thread."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        if _HAS_AMX:
+            kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer()])
+            load = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.ldtilecfg")
+            builder.call(load, [builder.inttoptr(arguments[0], _I8.as_pointer())])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _end_amx(_: Any) -> Any:
+    """Let go of AMX's registers: the system needn't save them any more."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        if _HAS_AMX:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.tilerelease"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 def _emit_prefetch(builder: Any, address: Any) -> None:
     """For reading, into the second cache, data."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
@@ -542,10 +678,11 @@ def _quantize_to_bytes(x, x_from, n, out):
 
 
 @njit(**_OPTIONS)
-def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales):
+def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales, by_amx):
     """Lay one group of inputs of a block of rows of activations out for `_linear` with these weights.
 
-    Words come in blocks of `ROW_BLOCK` rows, (inputs or quads, rows); `piece` counts groups within blocks.
+    Words come in blocks of `ROW_BLOCK` rows, (inputs or quads, rows); for AMX, they are int8, (rows,
+    inputs). `piece` counts groups within blocks.
     `norm`, float32 (2, inputs), is the weight and bias of a layer normalization that comes first,
     with the rows' `_statistics`, (rows, 2); (0, 0) for none. `room` is float32, 2 * group: a group has
     128 inputs at most.
@@ -577,7 +714,11 @@ def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales):
         scales[_at(m), _at(2 * g)] = scale
         begins[_at(m), _at(2 * g + 1)] = np.int32(-128) * total
         first = (first_row * inputs + start * rows) // 4 * _QUAD_WORDS + r
-        if _QUAD_WORDS == 1:
+        if by_amx:
+            first = (m * inputs + start) // 4
+            for k in range(group // 4):
+                words[_at(first + k)] = quads[_at(k)]
+        elif _QUAD_WORDS == 1:
             for k in range(group // 4):
                 words[_at(first + k * rows)] = quads[_at(k)]
         else:
@@ -589,6 +730,8 @@ def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales):
 
 _CHUNK_BYTES = 8192  # of weights of 16 outputs: with as many of activations, well within the first cache
 STORE, ADD, GELU = 0, 1, 2  # what a product does with what it finds
+_AMX_INPUTS, _AMX_LEAST_ROWS = 64, 5  # to a unit; with fewer rows the other way is as quick
+_AMX_ROOM = 4 * 16 * LANES  # float32: what four registers hold
 
 
 @njit(**_OPTIONS)
@@ -655,6 +798,34 @@ def _linear(weights, weight_scales, words, scales, rows, group, out, mode, first
             _finish(sums[n - first], count, weight_scales, n * LANES, quantized, out, row, mode)
 
 
+@njit(**_OPTIONS)
+def _linear_by_amx(weights, weight_scales, words, scales, rows, group, out, mode, first, last, sums, room):
+    """As `_linear`, for int8 laid out for AMX and an even number of blocks; `room` is float32, (1024,)."""
+    inputs = weights.shape[1] // LANES
+    for row in range(0, rows, ROW_BLOCK):
+        count = min(ROW_BLOCK, rows - row)
+        sums[: last - first] = 0
+        for n in range(first, last, 2):
+            start = _address(weights) + n * weights.shape[1]
+            _amx_tile(
+                count,
+                start,
+                weights.shape[1],
+                _address(words) + row * inputs,
+                inputs,
+                inputs // group,
+                group // _AMX_INPUTS,
+                _address(scales) + row * scales.shape[1] * 4,
+                scales.shape[1] * 4,
+                _address(sums) + (n - first) * ROW_BLOCK * LANES * 4,
+                ROW_BLOCK * LANES * 4,
+                _address(room),
+                start + 2 * weights.shape[1] if row == 0 and n + 2 < weights.shape[0] else 0,
+            )
+        for n in range(first, last):
+            _finish(sums[n - first], count, weight_scales, n * LANES, True, out, row, mode)
+
+
 # -- attention --------------------------------------------------------------------------------------
 
 
@@ -706,54 +877,127 @@ def _write(cache, scales, place, at, x, m, start, dim, is_key):
                 cache[_at(place), to] = number
 
 
-@njit(**_OPTIONS)
-def _score(keys, key_scales, place, first, n, units, query, query_scale, scores, ahead):
-    """scores[:n], rounded up to 16s, of a packed query against positions `first` to `first + n` of a place.
+@njit(inline="always", **_OPTIONS)
+def _ordered(x):
+    """An int32 that is larger when a float32 is."""
+    bits = _bits_of_float(x)
+    return np.int32(bits ^ ((bits >> np.int32(31)) & _BITS))
 
+
+_TOGETHER = 16 if _WIDE else 12  # entries whose attention is worked out together: their keys are read once
+_TOP, _SUM = 0, 1  # of what was attended to so far: the highest score, and the sum of weights
+_QUERY_SCALE, _CHANCES_SCALE = 2, 3
+_STATE = 4  # numbers of an entry
+
+
+@njit(**_OPTIONS)
+def _times_rows(weights, rows, w, a, a_step, units, s, s_step, out, ahead, ahead_step):
+    """`_tile` of one group, for any number of rows up to `ROW_BLOCK`."""
+    row = 0
+    while row < rows:
+        count = _TILE_OF[rows - row]
+        first = row * LANES * 4
+        its = s + row * s_step
+        _tile(weights, count, w, a + row * 4, a_step, 1, units, its, s_step, out + first, ahead, ahead_step)
+        row += count
+
+
+@njit(**_OPTIONS)
+def _score(keys, place, first, n, units, query, query_step, scales, rows, scores, ahead):
+    """scores (n / 16, rows, 16) of packed queries against positions `first` to `first + n` of a place.
+
+    Queries are at the address `query`, `query_step` from unit to unit, their scales at `scales`;
     `ahead` is the address of the keys that come next.
     """
     block_bytes = units * LANES * (2 if keys.itemsize == 1 else 4)
     here = _address(keys) + place * keys.shape[1] * keys.itemsize + first // LANES * block_bytes
     rounded = (n + LANES - 1) // LANES * LANES
-    for j in range(rounded):
+    for j in range(rounded * rows):
         scores[_at(j)] = _ZERO
     for j in range(0, rounded, LANES):
-        offset, to = j // LANES * block_bytes, _address(scores) + j * 4
+        offset, to = j // LANES * block_bytes, _address(scores) + j * rows * 4
         step = block_bytes // units
-        _tile(keys, 1, here + offset, query, 4, 1, units, query_scale, 0, to, ahead + offset, step)
-    if keys.itemsize == 1:
-        for j in range(rounded):
-            scores[_at(j)] *= _whole(key_scales[_at(place), _at(first + j)])
+        _times_rows(
+            keys, rows, here + offset, query, query_step, units, scales, 4 * _STATE, to, ahead + offset, step
+        )
 
 
 @njit(**_OPTIONS)
-def _mix(values, value_scales, place, first, n, dim, chances, words, scale, out, ahead):
-    """Add chances[:n] times the values of positions `first` to `first + n` to `out`, the address of (dim,).
+def _weigh(cache, place, first, n, most, scores, rows, r, entry, state, room, words, mixed):
+    """Make weights of row `r` of the scores, n of them, and words for `_mix`: zeros up to `most`.
 
-    `chances` has room for 128 and is changed; `ahead` as for `_score`.
+    What an entry has seen so far, mixed (outputs / 16, entries, 16), is weighed anew by what is seen now.
     """
+    _, key_scales, values, value_scales = cache
     quantized = values.itemsize == 1
-    block_bytes = LANES * _BLOCK * values.itemsize
-    here = _address(values) + (place * values.shape[1] + first * dim) * values.itemsize
-    units, unit_bytes = n, LANES * 4
+    inner = words.view(np.int32)
+    units = (most + LANES - 1) // LANES * (LANES // 2) if quantized else most
+    if n <= 0:  # an entry that comes before these positions
+        for k in range(units):
+            inner[_at(k * rows + r)] = 0
+        state[_at(entry), _at(_CHANCES_SCALE)] = _ZERO
+        return
+    chances = room[:_BLOCK]
+    for j in range((n + LANES - 1) // LANES):
+        for k in range(LANES):
+            chances[_at(j * LANES + k)] = scores[_at((j * rows + r) * LANES + k)]
+    if quantized:
+        for t in range(n):
+            chances[_at(t)] *= _whole(key_scales[_at(place), _at(first + t)])
+    factor = _ONE / np.sqrt(np.float32(mixed.shape[0] * LANES))
+    before = state[_at(entry), _at(_TOP)]
+    order = _ordered(before)
+    for t in range(n):
+        order = max(order, _ordered(chances[_at(t)]))
+    top = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
+    shrink = _exp((before - top) * factor)
+    total = _ZERO
+    for t in range(n):
+        weight = _exp((chances[_at(t)] - top) * factor)
+        chances[_at(t)] = weight
+        total += weight
+    state[_at(entry), _at(_TOP)] = top
+    state[_at(entry), _at(_SUM)] = state[_at(entry), _at(_SUM)] * shrink + total
+    for block in range(mixed.shape[0]):
+        for k in range(LANES):
+            mixed[_at(block), _at(entry), _at(k)] *= shrink
     if quantized:
         rounded = (n + LANES - 1) // LANES * LANES
         for t in range(n):
             chances[_at(t)] *= _whole(value_scales[_at(place), _at(first + t)])
         for t in range(n, rounded):
             chances[_at(t)] = _ZERO
-        scale[0] = _quantize(chances, 0, rounded, words.view(np.int16))
-        units, unit_bytes = rounded // 2, LANES * 2
-    given = _address(words) if quantized else _address(chances)
-    for block in range(dim // LANES):
-        offset, to = block * block_bytes, out + block * LANES * 4
+        line = words if rows == 1 else room[_BLOCK:]
+        scale = _quantize(chances, 0, rounded, line.view(np.int16))
+        state[_at(entry), _at(_CHANCES_SCALE)] = scale
+        filled, pairs = rounded // 2, line.view(np.int32)
+    else:
+        filled, pairs = n, chances.view(np.int32)
+    if rows > 1 or not quantized:
+        for k in range(filled):
+            inner[_at(k * rows + r)] = pairs[_at(k)]
+    for k in range(filled, units):
+        inner[_at(k * rows + r)] = 0
+
+
+@njit(**_OPTIONS)
+def _mix(values, place, first, n, words, scales, rows, mixed, entry, ahead):
+    """Add what rows of words make of the values of positions `first` to `first + n` to those of `mixed`.
+
+    The rows begin with `entry`; `ahead` as for `_score`.
+    """
+    block_bytes = LANES * _BLOCK * values.itemsize
+    dim = mixed.shape[0] * LANES
+    here = _address(values) + (place * values.shape[1] + first * dim) * values.itemsize
+    units, unit_bytes = n, LANES * 4
+    if values.itemsize == 1:
+        units, unit_bytes = (n + LANES - 1) // LANES * (LANES // 2), LANES * 2
+    for block in range(mixed.shape[0]):
+        to = _address(mixed) + (block * mixed.shape[1] + entry) * LANES * 4
         there = ahead + block * units * unit_bytes
-        _tile(values, 1, here + offset, given, 4, 1, units, _address(scale), 0, to, there, unit_bytes)
-
-
-_TOP, _SUM = 0, 1  # of what was attended to so far: the highest score, and the sum of weights
-_SCALE = 2  # the query's, then that of the attention's weights
-_DESK_STATE = 16
+        w = here + block * block_bytes
+        a_step, s_step = 4 * rows, 4 * _STATE
+        _times_rows(values, rows, w, _address(words), a_step, units, scales, s_step, to, there, unit_bytes)
 
 
 @njit(**_OPTIONS)
@@ -767,22 +1011,22 @@ def _prefetch_scales(cache, place, position, n):
 
 
 @njit(**_OPTIONS)
-def _attend_to(cache, place, length, next_cache, next_place, query, state, room, out, m, start, dim):
-    """Add positions of a place to what out[m, start : start + dim] has seen, weighted by e to their scores.
+def _attend_to(cache, place, lengths, more, entry, rows, next_cache, next_place, desk):
+    """Let entries `entry` to `entry + rows` of a desk see positions of a place, weighted by e to their scores.
 
-    Block by block, so that keys and values are read in one go (Milakov and Gimelshein 2018, "Online
-    normalizer calculation for softmax"). `query`, `state` and `room` as in `_attend`; `next_cache`
-    and `next_place` are what will be read after this.
+    Each sees the first `lengths[entry] + more`, no fewer than the one before it. Block by block, so that
+    keys and values are read in one go (Milakov and Gimelshein 2018, "Online normalizer calculation for
+    softmax"). `next_cache` and `next_place` are what will be read after this.
     """
-    keys, key_scales, values, value_scales = cache
+    keys, _, values, _ = cache
+    state, query, scores, words, mixed, room = desk
+    together, dim = mixed.shape[1], mixed.shape[0] * LANES
     units = dim // 2 if keys.itemsize == 1 else dim
-    scores, words = room[:_BLOCK], room[_BLOCK : 2 * _BLOCK]
-    scale = state[_SCALE + 1 :]
-    factor = _ONE / np.sqrt(np.float32(dim))
-    mixed = _address(out) + (m * out.shape[1] + start) * 4
-    for first in range(0, length, _BLOCK):
-        n = min(_BLOCK, length - first)
-        if first + _BLOCK < length:
+    longest = lengths[entry + rows - 1] + more
+    scales = _address(state) + 4 * _STATE * entry
+    for first in range(0, longest, _BLOCK):
+        n = min(_BLOCK, longest - first)
+        if first + _BLOCK < longest:
             offset = (place * keys.shape[1] + (first + _BLOCK) * dim) * keys.itemsize
             ahead_keys, ahead_values = _address(keys) + offset, _address(values) + offset
             _prefetch_scales(cache, place, first + _BLOCK, _BLOCK)
@@ -790,71 +1034,91 @@ def _attend_to(cache, place, length, next_cache, next_place, query, state, room,
             offset = next_place * next_cache[0].shape[1] * keys.itemsize
             ahead_keys, ahead_values = _address(next_cache[0]) + offset, _address(next_cache[2]) + offset
             _prefetch_scales(next_cache, next_place, 0, n)
-        query_at, scale_at = _address(query), _address(state) + 4 * _SCALE
-        _score(keys, key_scales, place, first, n, units, query_at, scale_at, scores, ahead_keys)
-        order = _ordered(state[_TOP])
-        for t in range(n):
-            order = max(order, _ordered(scores[_at(t)]))
-        top = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
-        shrink = _exp((state[_TOP] - top) * factor)
-        total = _ZERO
-        for t in range(n):
-            weight = _exp((scores[_at(t)] - top) * factor)
-            scores[_at(t)] = weight
-            total += weight
-        state[_TOP], state[_SUM] = top, state[_SUM] * shrink + total
-        for d in range(dim):
-            out[_at(m), _at(start + d)] *= shrink
-        _mix(values, value_scales, place, first, n, dim, scores, words, scale, mixed, ahead_values)
+        _score(
+            keys,
+            place,
+            first,
+            n,
+            units,
+            _address(query) + 4 * entry,
+            4 * together,
+            scales + 4 * _QUERY_SCALE,
+            rows,
+            scores,
+            ahead_keys,
+        )
+        for r in range(rows):
+            its = min(_BLOCK, lengths[entry + r] + more - first)
+            _weigh(cache, place, first, its, n, scores, rows, r, entry + r, state, room, words, mixed)
+        _mix(values, place, first, n, words, scales + 4 * _CHANCES_SCALE, rows, mixed, entry, ahead_values)
 
 
 @njit(**_OPTIONS)
-def _attend(
-    qkv,
-    m,
-    start,
-    dim,
-    cache,
-    place,
-    length,
-    prefixes,
-    before,
-    before_length,
-    following,
-    query,
-    state,
-    room,
-    out,
-):
-    """out[m, start : start + dim] of one head of one entry: over its own steps, then over a shared prefix.
+def _alike(places, others, first, last):
+    """Where the entries end that have the place and the other number of the first."""
+    end = first + 1
+    while end < last and places[end] == places[first] and others[end] == others[first]:
+        end += 1
+    return end
 
-    `following` is the place of what comes next. Working arrays, float32: `query` (dim,), `state`
-    (4,), `room` (256,) or (dim,) if that is more.
+
+@njit(**_OPTIONS)
+def _attend(qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, desk, out):
+    """One head of entries `begin` to `end`, `_TOGETHER` at most: over their own steps, then over a prefix.
+
+    Entries side by side that have the same keys see them together. `own` and `before` are the places
+    of the first head; `following` is the place of what comes next.
     """
-    for d in range(dim):
-        room[_at(d)] = qkv[_at(m), _at(start + d)]
-        out[_at(m), _at(start + d)] = _ZERO
-    if cache[0].itemsize == 1:
-        state[_SCALE] = _quantize(room, 0, dim, query.view(np.int16))
-    else:
+    state, query, _, _, mixed, room = desk
+    rows, dim = end - begin, mixed.shape[0] * LANES
+    start = head * dim
+    own, positions = own[begin:end], positions[begin:end]
+    before, prefix_lengths = before[begin:end], prefix_lengths[begin:end]
+    packed = query.view(np.int32)
+    quantized = cache[0].itemsize == 1
+    for r in range(rows):
         for d in range(dim):
-            query[_at(d)] = room[_at(d)]
-    state[_TOP], state[_SUM] = -np.inf, _ZERO
-    if before_length > 0:
-        _attend_to(cache, place, length, prefixes, before, query, state, room, out, m, start, dim)
-        _attend_to(prefixes, before, before_length, cache, following, query, state, room, out, m, start, dim)
-    else:
-        _attend_to(cache, place, length, cache, following, query, state, room, out, m, start, dim)
-    inverse = _ONE / state[_SUM]
-    for d in range(dim):
-        out[_at(m), _at(start + d)] *= inverse
-
-
-@njit(inline="always", **_OPTIONS)
-def _ordered(x):
-    """An int32 that is larger when a float32 is."""
-    bits = _bits_of_float(x)
-    return np.int32(bits ^ ((bits >> np.int32(31)) & _BITS))
+            room[_at(d)] = qkv[_at(begin + r), _at(start + d)]
+        units, words = dim, room.view(np.int32)
+        if quantized:
+            line = room[dim:]
+            state[_at(r), _at(_QUERY_SCALE)] = _quantize(room, 0, dim, line.view(np.int16))
+            units, words = dim // 2, line.view(np.int32)
+        for k in range(units):
+            packed[_at(k * _TOGETHER + r)] = words[_at(k)]
+        state[_at(r), _at(_TOP)], state[_at(r), _at(_SUM)] = -np.inf, _ZERO
+        for block in range(mixed.shape[0]):
+            for k in range(LANES):
+                mixed[_at(block), _at(r), _at(k)] = _ZERO
+    first = 0
+    while first < rows:
+        last = _alike(own, before, first, rows)
+        if last < rows:
+            _attend_to(cache, own[first] + head, positions, 1, first, last - first, cache, own[last] + head, desk)
+        elif prefix_lengths[0] > 0:
+            there = before[0] + head
+            _attend_to(cache, own[first] + head, positions, 1, first, last - first, prefixes, there, desk)
+        else:
+            _attend_to(cache, own[first] + head, positions, 1, first, last - first, cache, following, desk)
+        first = last
+    first = 0
+    while first < rows:
+        last = _alike(before, prefix_lengths, first, rows)
+        if last < rows:
+            there = before[last] + head
+            _attend_to(
+                prefixes, before[first] + head, prefix_lengths, 0, first, last - first, prefixes, there, desk
+            )
+        else:
+            _attend_to(
+                prefixes, before[first] + head, prefix_lengths, 0, first, last - first, cache, following, desk
+            )
+        first = last
+    for r in range(rows):
+        inverse = _ONE / state[_at(r), _at(_SUM)]
+        for block in range(mixed.shape[0]):
+            for k in range(LANES):
+                out[_at(begin + r), _at(start + block * LANES + k)] = mixed[_at(block), _at(r), _at(k)] * inverse
 
 
 @njit(**_OPTIONS)
@@ -939,34 +1203,48 @@ _BLOCKS_AT_ONCE = 8  # of 16 outputs, in a piece of a product
 
 def desk_size(entries: int, dim: int) -> int:
     """Numbers that a thread needs room for: see `_desk`."""
-    used = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES + _DESK_STATE + dim + max(2 * _BLOCK, dim) + 2 * entries
+    used = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES + _AMX_ROOM + max(2 * _BLOCK, 2 * dim)
+    used += _TOGETHER * (_STATE + 2 * dim + 2 * _BLOCK) + 2 * entries
     return -(-used // LANES) * LANES  # whole cache lines, so that threads don't write into one another's
 
 
 @njit(**_OPTIONS)
 def _desk(desk, dim, entries):
-    """A thread's working arrays: sums, state, query, room, statistics."""
-    first = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES
-    second = first + _DESK_STATE
-    third = second + dim
-    fourth = third + max(2 * _BLOCK, dim)
+    """A thread's working arrays: for products sums, AMX's, room and statistics; those of `_attend`."""
+    at_amx = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES
+    at_query = at_amx + _AMX_ROOM
+    at_mixed = at_query + _TOGETHER * dim
+    at_scores = at_mixed + _TOGETHER * dim
+    at_words = at_scores + _TOGETHER * _BLOCK
+    at_state = at_words + _TOGETHER * _BLOCK
+    at_room = at_state + _TOGETHER * _STATE
+    at_statistics = at_room + max(2 * _BLOCK, 2 * dim)
+    room = desk[at_room:at_statistics]
     return (
-        desk[:first].reshape(_BLOCKS_AT_ONCE, ROW_BLOCK, LANES),
-        desk[first:second],
-        desk[second:third],
-        desk[third:fourth],
-        desk[fourth : fourth + 2 * entries].reshape(entries, 2),
+        desk[:at_amx].reshape(_BLOCKS_AT_ONCE, ROW_BLOCK, LANES),
+        desk[at_amx:at_query],
+        room,
+        desk[at_statistics : at_statistics + 2 * entries].reshape(entries, 2),
+    ), (
+        desk[at_state:at_room].reshape(_TOGETHER, _STATE),
+        desk[at_query:at_mixed],
+        desk[at_scores:at_words],
+        desk[at_words:at_state],
+        desk[at_mixed:at_scores].reshape(dim // LANES, _TOGETHER, LANES),
+        room,
     )
 
 
-_TASKS_AT_ONCE = 8  # entries of a head, in a piece of attention
+_FEW = 8  # entries of a head in a piece of attention, if there aren't many: so that all threads have some
 
 
 @njit(**_OPTIONS)
-def _product(counters, phase, weights, weight_scales, x, norm, group, words, scales, out, mode, desk):
+def _product(counters, phase, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desk):
     """Two phases: lay x out, then multiply. The number of the next phase."""
     rows, blocks = x.shape[0], weights.shape[0]
-    sums, _, _, room, statistics = desk  # each thread finds its own statistics: they are quickly found
+    sums, amx_room, room, statistics = desk  # each thread finds its own statistics: they are quickly found
+    by_amx = amx.shape[0] > 0 and weights.itemsize == 1 and rows >= _AMX_LEAST_ROWS
+    by_amx = by_amx and group % _AMX_INPUTS == 0 and blocks % 2 == 0
     if norm.shape[0] > 0:
         for m in range(rows):
             statistics[m, 0], statistics[m, 1] = _statistics(x, m)
@@ -975,7 +1253,7 @@ def _product(counters, phase, weights, weight_scales, x, norm, group, words, sca
         piece = _take(counters, phase)
         if piece >= pieces:
             break
-        _lay_out(weights, x, norm, statistics, group, piece, room, words, scales)
+        _lay_out(weights, x, norm, statistics, group, piece, room, words, scales, by_amx)
         _done(counters, phase)
     _await(counters, phase, pieces)
     phase += 1
@@ -986,7 +1264,12 @@ def _product(counters, phase, weights, weight_scales, x, norm, group, words, sca
             break
         first = piece * _BLOCKS_AT_ONCE
         last = min(first + _BLOCKS_AT_ONCE, blocks)
-        _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last, sums)
+        if by_amx:
+            _linear_by_amx(
+                weights, weight_scales, words, scales, rows, group, out, mode, first, last, sums, amx_room
+            )
+        else:
+            _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last, sums)
         _done(counters, phase)
     _await(counters, phase, pieces)
     return phase + 1
@@ -997,17 +1280,17 @@ def _attention(
     counters, phase, qkv, heads, cache, own, prefixes, before, positions, prefix_lengths, out, desk
 ):
     """Two phases: keep keys and values, then attend. The number of the next phase."""
-    _, state, query, room, _ = desk
     entries, hidden = out.shape
     dim = hidden // heads
-    of_a_head = (entries + _TASKS_AT_ONCE - 1) // _TASKS_AT_ONCE
+    at_once = _TOGETHER if entries >= 4 * _TOGETHER else _FEW
+    of_a_head = (entries + at_once - 1) // at_once
     pieces = of_a_head * heads
     while True:
         piece = _take(counters, phase)
         if piece >= pieces:
             break
-        head, begin = piece // of_a_head, piece % of_a_head * _TASKS_AT_ONCE
-        end = min(begin + _TASKS_AT_ONCE, entries)
+        head, begin = piece // of_a_head, piece % of_a_head * at_once
+        end = min(begin + at_once, entries)
         for m in range(begin, end):
             _prefetch_place(cache, own[m] + head, positions[m], dim)
         for m in range(begin, end):
@@ -1019,27 +1302,12 @@ def _attention(
         piece = _take(counters, phase)
         if piece >= pieces:
             break
-        head, begin = piece // of_a_head, piece % of_a_head * _TASKS_AT_ONCE
-        end = min(begin + _TASKS_AT_ONCE, entries)
-        for m in range(begin, end):
-            following = own[m + 1] + head if m + 1 < end else own[begin] + min(head + 1, heads - 1)
-            _attend(
-                qkv,
-                m,
-                head * dim,
-                dim,
-                cache,
-                own[m] + head,
-                positions[m] + 1,
-                prefixes,
-                before[m] + head,
-                prefix_lengths[m],
-                following,
-                query,
-                state,
-                room,
-                out,
-            )
+        head, begin = piece // of_a_head, piece % of_a_head * at_once
+        end = min(begin + at_once, entries)
+        following = own[end] + head if end < entries else own[0] + min(head + 1, heads - 1)
+        _attend(
+            qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, desk, out
+        )
         _done(counters, phase)
     _await(counters, phase, pieces)
     return phase + 1
@@ -1069,6 +1337,7 @@ def _layers(
     before,
     positions,
     prefix_lengths,
+    amx,
     room,
 ):
     """What each thread does; see `run_layers`."""
@@ -1082,7 +1351,10 @@ def _layers(
     counters, x, cache, prefixes = _borrowed(counters), _borrowed(x), _four(cache), _four(prefixes)
     own, before = _borrowed(own), _borrowed(before)
     positions, prefix_lengths = _borrowed(positions), _borrowed(prefix_lengths)
-    desk = _desk(_borrowed(room[7])[thread], x.shape[1] // heads, x.shape[0])
+    amx = _borrowed(amx)
+    at_product, at_attention = _desk(_borrowed(room[7])[thread], x.shape[1] // heads, x.shape[0])
+    if amx.shape[0] > 0:
+        _begin_amx(_address(amx))
     phase = 0
     for n in range(weights_1.shape[0]):
         for which in range(4):  # one call in a loop, not four: it takes a quarter of the time to compile
@@ -1096,7 +1368,19 @@ def _layers(
                 weights, its, inputs, norm, out, mode = weights_4[n], scales_4[n], inner, no_norm, x, ADD
             group, group_scales = (groups[1], wide_scales) if which == 3 else (groups[0], scales)
             phase = _product(
-                counters, phase, weights, its, inputs, norm, group, words, group_scales, out, mode, desk
+                counters,
+                phase,
+                weights,
+                its,
+                inputs,
+                norm,
+                group,
+                words,
+                group_scales,
+                out,
+                mode,
+                amx,
+                at_product,
             )
             if which == 0:
                 phase = _attention(
@@ -1111,8 +1395,10 @@ def _layers(
                     positions,
                     prefix_lengths,
                     attended,
-                    desk,
+                    at_attention,
                 )
+    if amx.shape[0] > 0:
+        _end_amx()
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -1130,6 +1416,7 @@ def run_layers(
     before,
     positions,
     prefix_lengths,
+    amx,
     room,
 ):
     """Run entries through all layers, in place, and add their keys and values to the cache.
@@ -1153,6 +1440,7 @@ def run_layers(
         before: int64, (layers, entries): the place of the first head of its prefix.
         positions: int64, (entries,): its position among its row's own steps.
         prefix_lengths: int64, (entries,): 0 for none.
+        amx: `AMX` where the system allows this process its use, an empty array otherwise.
         room: working arrays: words int32 (entries * most inputs,), scales float32 (entries, 2 *
             groups) for hidden and for feed-forward inputs, float32 (entries, 3 * hidden), (entries,
             hidden), (entries, wide), (0, 0), (threads, `desk_size`).
@@ -1172,19 +1460,27 @@ def run_layers(
             before,
             positions,
             prefix_lengths,
+            amx,
             room,
         )
 
 
 @njit(parallel=True, **_OPTIONS)
-def run_product(threads, counters, weights, weight_scales, x, norm, group, words, scales, out, mode, desks):
+def run_product(
+    threads, counters, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desks
+):
     """out (rows, outputs) of x (rows, inputs), normalized first.
 
-    `counters`: int64 zeros, four of them; `desks` float32, (threads, `desk_size`) for heads of 1.
+    `counters`: int64 zeros, four of them; `amx` as for `run_layers`; `desks` float32, (threads,
+    `desk_size`) for heads of 16.
     """
     for thread in prange(threads):
-        desk = _desk(desks[np.int64(thread)], 1, x.shape[0])
-        _product(counters, 0, weights, weight_scales, x, norm, group, words, scales, out, mode, desk)
+        desk, _ = _desk(desks[np.int64(thread)], LANES, x.shape[0])
+        if amx.shape[0] > 0:
+            _begin_amx(_address(amx))
+        _product(counters, 0, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desk)
+        if amx.shape[0] > 0:
+            _end_amx()
 
 
 # -- layouts ----------------------------------------------------------------------------------------
