@@ -126,6 +126,23 @@ def test_a_row_of_a_product_depends_on_no_other_and_on_no_thread(precision: str)
     assert together[::-1].tobytes() == multiplied(product, np.ascontiguousarray(x[::-1])).tobytes()
 
 
+@pytest.mark.parametrize("rows", [5, 15, 16, 17, 31, 32, 33, 53])
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 64), (288, 1536), (48, 64)])
+@pytest.mark.parametrize("mode", ["STORE", "ADD", "GELU"])
+def test_amx_finds_the_same_bits(rows: int, outputs: int, inputs: int, mode: str) -> None:
+    """Reference: the products without it. 48 outputs are an odd number of blocks, which it doesn't take."""
+    from pipeline.engines.musicgen.cpu import amx
+
+    if not amx().size:
+        pytest.skip("this processor has no AMX, or the system doesn't allow it")
+    product, x = prepared(normal(outputs, inputs), "int8"), normal(rows, inputs, seed=1)
+    norm, onto = normal(2, inputs, seed=2), normal(rows, outputs, seed=3)
+    found = [
+        multiplied(product, x, norm=norm, mode=mode, onto=onto, by_amx=by_amx) for by_amx in (True, False)
+    ]
+    assert found[0].tobytes() == found[1].tobytes()
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_a_product_can_be_added_to_what_is_there(precision: str) -> None:
     product, x, onto = prepared(normal(48, 32), precision), normal(7, 32, seed=1), normal(7, 48, seed=2)
@@ -319,6 +336,33 @@ def test_attention_is_softmax_attention_at_every_length(
     found, expected = attended(precision, dim, prefix_steps, LENGTHS)
     errors = np.abs(found - expected).max(axis=(1, 2)) / np.abs(expected).max()
     assert errors.max() <= tolerance, f"at {errors.argmax() + 1} steps"
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("dim", [16, 64, 272])
+def test_steps_taken_together_are_those_taken_alone(precision: str, dim: int) -> None:
+    """Reference: the same steps one by one, to the bit; blocks begin and end around 16s and 128s."""
+    from pipeline.engines.musicgen.cpu import CpuDecoder
+    from pipeline.engines.musicgen.layers import Stack
+
+    decoder = CpuDecoder(Stack.packed(one_layer(dim), precision), ends_of(2 * dim), 1)
+    tokens = np.random.default_rng(4).integers(0, 33, (LENGTHS, 3, 2))
+    slots = ((0, 1), (1, 1), (2, 0))  # two rows of one prefix, one of another
+
+    def after(ends: list[int]) -> np.ndarray:
+        memory = decoder.memory(3, LENGTHS, 2, 240)
+        memory.prefill(0, normal(5, 2 * dim, seed=3))
+        memory.prefill(1, normal(150, 2 * dim, seed=8))
+        begins = [0, *ends[:-1]]
+        found = [
+            memory.advance([Feed(slot, prefix, begin, tokens[begin:end, slot]) for slot, prefix in slots])
+            for begin, end in zip(begins, ends, strict=True)
+        ]
+        return found[-1]
+
+    alone = after(list(range(1, LENGTHS + 1)))
+    for ends in ([LENGTHS], [1, 17, 20, 127, 130, 259, LENGTHS], [100, 101, 245, LENGTHS - 1, LENGTHS]):
+        assert after(ends).tobytes() == alone.tobytes()
 
 
 def attended(precision: str, dim: int, prefix_steps: int, steps: int) -> tuple[np.ndarray, np.ndarray]:

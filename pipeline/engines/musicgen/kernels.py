@@ -550,7 +550,7 @@ _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _E2, _E3, _E4, _E5, _E6 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720))
 _ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
-_LEAST = np.float32(-87.0)  # e to this is the smallest normal float32, nearly
+_LEAST = np.float32(-80.0)  # far from numbers too small for full speed, also when multiplied
 
 
 @njit(inline="always", **_OPTIONS)
@@ -938,21 +938,25 @@ def _weigh(cache, place, first, n, most, scores, rows, r, entry, state, room, wo
         state[_at(entry), _at(_CHANCES_SCALE)] = _ZERO
         return
     chances = room[:_BLOCK]
-    for j in range((n + LANES - 1) // LANES):
+    whole_blocks = (n + LANES - 1) // LANES
+    rounded = whole_blocks * LANES
+    for j in range(whole_blocks):
         for k in range(LANES):
             chances[_at(j * LANES + k)] = scores[_at((j * rows + r) * LANES + k)]
     if quantized:
-        for t in range(n):
+        for t in range(rounded):
             chances[_at(t)] *= _whole(key_scales[_at(place), _at(first + t)])
+    for t in range(n, rounded):  # so that loops are over whole vectors; in a sum with 1 they don't count
+        chances[_at(t)] = -np.inf
     factor = _ONE / np.sqrt(np.float32(mixed.shape[0] * LANES))
     before = state[_at(entry), _at(_TOP)]
     order = _ordered(before)
-    for t in range(n):
+    for t in range(rounded):
         order = max(order, _ordered(chances[_at(t)]))
     top = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
     shrink = _exp((before - top) * factor)
     total = _ZERO
-    for t in range(n):
+    for t in range(rounded):
         weight = _exp((chances[_at(t)] - top) * factor)
         chances[_at(t)] = weight
         total += weight
@@ -962,8 +966,7 @@ def _weigh(cache, place, first, n, most, scores, rows, r, entry, state, room, wo
         for k in range(LANES):
             mixed[_at(block), _at(entry), _at(k)] *= shrink
     if quantized:
-        rounded = (n + LANES - 1) // LANES * LANES
-        for t in range(n):
+        for t in range(rounded):
             chances[_at(t)] *= _whole(value_scales[_at(place), _at(first + t)])
         for t in range(n, rounded):
             chances[_at(t)] = _ZERO
@@ -1063,7 +1066,9 @@ def _alike(places, others, first, last):
 
 
 @njit(**_OPTIONS)
-def _attend(qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, desk, out):
+def _attend(
+    qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, desk, out
+):
     """One head of entries `begin` to `end`, `_TOGETHER` at most: over their own steps, then over a prefix.
 
     Entries side by side that have the same keys see them together. `own` and `before` are the places
@@ -1094,7 +1099,9 @@ def _attend(qkv, begin, end, head, cache, own, positions, prefixes, before, pref
     while first < rows:
         last = _alike(own, before, first, rows)
         if last < rows:
-            _attend_to(cache, own[first] + head, positions, 1, first, last - first, cache, own[last] + head, desk)
+            _attend_to(
+                cache, own[first] + head, positions, 1, first, last - first, cache, own[last] + head, desk
+            )
         elif prefix_lengths[0] > 0:
             there = before[0] + head
             _attend_to(cache, own[first] + head, positions, 1, first, last - first, prefixes, there, desk)
@@ -1118,7 +1125,9 @@ def _attend(qkv, begin, end, head, cache, own, positions, prefixes, before, pref
         inverse = _ONE / state[_at(r), _at(_SUM)]
         for block in range(mixed.shape[0]):
             for k in range(LANES):
-                out[_at(begin + r), _at(start + block * LANES + k)] = mixed[_at(block), _at(r), _at(k)] * inverse
+                out[_at(begin + r), _at(start + block * LANES + k)] = (
+                    mixed[_at(block), _at(r), _at(k)] * inverse
+                )
 
 
 @njit(**_OPTIONS)
@@ -1306,7 +1315,19 @@ def _attention(
         end = min(begin + at_once, entries)
         following = own[end] + head if end < entries else own[0] + min(head + 1, heads - 1)
         _attend(
-            qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, desk, out
+            qkv,
+            begin,
+            end,
+            head,
+            cache,
+            own,
+            positions,
+            prefixes,
+            before,
+            prefix_lengths,
+            following,
+            desk,
+            out,
         )
         _done(counters, phase)
     _await(counters, phase, pieces)
