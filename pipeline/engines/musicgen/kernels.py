@@ -678,6 +678,15 @@ def _quantize_to_bytes(x, x_from, n, out):
 
 
 @njit(**_OPTIONS)
+def _place_pairs(numbers, n, first, step, laid):
+    """n int8 as int16 pairs, `step` words from pair to pair: of four the first and third, then the others."""
+    for k in range(n // 4):
+        for which in range(4):
+            word = first + (2 * k + which % 2) * step
+            laid[_at(2 * word + which // 2)] = numbers[_at(4 * k + which)]
+
+
+@njit(**_OPTIONS)
 def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales, by_amx):
     """Lay one group of inputs of a block of rows of activations out for `_linear` with these weights.
 
@@ -714,18 +723,14 @@ def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales, by
         scales[_at(m), _at(2 * g)] = scale
         begins[_at(m), _at(2 * g + 1)] = np.int32(-128) * total
         first = (first_row * inputs + start * rows) // 4 * _QUAD_WORDS + r
-        if by_amx:
-            first = (m * inputs + start) // 4
+        if by_amx or _QUAD_WORDS == 1:
+            step = rows
+            if by_amx:
+                first, step = (m * inputs + start) // 4, 1
             for k in range(group // 4):
-                words[_at(first + k)] = quads[_at(k)]
-        elif _QUAD_WORDS == 1:
-            for k in range(group // 4):
-                words[_at(first + k * rows)] = quads[_at(k)]
+                words[_at(first + k * step)] = quads[_at(k)]
         else:
-            for k in range(group // 4):
-                for n in range(4):  # first and third, then second and fourth
-                    word = first + (2 * k + n % 2) * rows
-                    laid[_at(2 * word + n // 2)] = small[_at(4 * k + n)]
+            _place_pairs(small, group, first, rows, laid)
 
 
 _CHUNK_BYTES = 8192  # of weights of 16 outputs: with as many of activations, well within the first cache
@@ -923,6 +928,44 @@ def _score(keys, place, first, n, units, query, query_step, scales, rows, scores
 
 
 @njit(**_OPTIONS)
+def _gather(scores, n, rows, r, out):
+    """Row r of (n, rows, 16) scores."""
+    for j in range(n):
+        for k in range(LANES):
+            out[_at(j * LANES + k)] = scores[_at((j * rows + r) * LANES + k)]
+
+
+@njit(**_OPTIONS)
+def _soften(chances, n, dim, entry, state):
+    """Make weights of n scores; what those of earlier positions are to be multiplied by."""
+    factor = _ONE / np.sqrt(np.float32(dim))
+    before = state[_at(entry), _at(_TOP)]
+    order = _ordered(before)
+    for t in range(n):
+        order = max(order, _ordered(chances[_at(t)]))
+    top = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
+    shrink = _exp((before - top) * factor)
+    total = _ZERO
+    for t in range(n):
+        weight = _exp((chances[_at(t)] - top) * factor)
+        chances[_at(t)] = weight
+        total += weight
+    state[_at(entry), _at(_TOP)] = top
+    state[_at(entry), _at(_SUM)] = state[_at(entry), _at(_SUM)] * shrink + total
+    return shrink
+
+
+@njit(**_OPTIONS)
+def _place_column(words, filled, n, columns, column, table):
+    """Words become a column of a table of n rows, zeros after the first `filled`."""
+    if columns > 1:
+        for k in range(filled):
+            table[_at(k * columns + column)] = words[_at(k)]
+    for k in range(filled, n):
+        table[_at(k * columns + column)] = 0
+
+
+@njit(**_OPTIONS)
 def _weigh(cache, place, first, n, most, scores, rows, r, entry, state, room, words, mixed):
     """Make weights of row `r` of the scores, n of them, and words for `_mix`: zeros up to `most`.
 
@@ -933,54 +976,33 @@ def _weigh(cache, place, first, n, most, scores, rows, r, entry, state, room, wo
     inner = words.view(np.int32)
     units = (most + LANES - 1) // LANES * (LANES // 2) if quantized else most
     if n <= 0:  # an entry that comes before these positions
-        for k in range(units):
-            inner[_at(k * rows + r)] = 0
+        _place_column(inner, 0, units, rows, r, inner)
         state[_at(entry), _at(_CHANCES_SCALE)] = _ZERO
         return
     chances = room[:_BLOCK]
-    whole_blocks = (n + LANES - 1) // LANES
-    rounded = whole_blocks * LANES
-    for j in range(whole_blocks):
-        for k in range(LANES):
-            chances[_at(j * LANES + k)] = scores[_at((j * rows + r) * LANES + k)]
+    rounded = (n + LANES - 1) // LANES * LANES
+    _gather(scores, rounded // LANES, rows, r, chances)
     if quantized:
         for t in range(rounded):
             chances[_at(t)] *= _whole(key_scales[_at(place), _at(first + t)])
     for t in range(n, rounded):  # so that loops are over whole vectors; in a sum with 1 they don't count
         chances[_at(t)] = -np.inf
-    factor = _ONE / np.sqrt(np.float32(mixed.shape[0] * LANES))
-    before = state[_at(entry), _at(_TOP)]
-    order = _ordered(before)
-    for t in range(rounded):
-        order = max(order, _ordered(chances[_at(t)]))
-    top = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
-    shrink = _exp((before - top) * factor)
-    total = _ZERO
-    for t in range(rounded):
-        weight = _exp((chances[_at(t)] - top) * factor)
-        chances[_at(t)] = weight
-        total += weight
-    state[_at(entry), _at(_TOP)] = top
-    state[_at(entry), _at(_SUM)] = state[_at(entry), _at(_SUM)] * shrink + total
+    shrink = _soften(chances, rounded, mixed.shape[0] * LANES, entry, state)
     for block in range(mixed.shape[0]):
         for k in range(LANES):
             mixed[_at(block), _at(entry), _at(k)] *= shrink
+    line = words if rows == 1 else room[_BLOCK:]
     if quantized:
         for t in range(rounded):
             chances[_at(t)] *= _whole(value_scales[_at(place), _at(first + t)])
         for t in range(n, rounded):
             chances[_at(t)] = _ZERO
-        line = words if rows == 1 else room[_BLOCK:]
-        scale = _quantize(chances, 0, rounded, line.view(np.int16))
-        state[_at(entry), _at(_CHANCES_SCALE)] = scale
-        filled, pairs = rounded // 2, line.view(np.int32)
+        state[_at(entry), _at(_CHANCES_SCALE)] = _quantize(chances, 0, rounded, line.view(np.int16))
+        _place_column(line.view(np.int32), rounded // 2, units, rows, r, inner)
     else:
-        filled, pairs = n, chances.view(np.int32)
-    if rows > 1 or not quantized:
-        for k in range(filled):
-            inner[_at(k * rows + r)] = pairs[_at(k)]
-    for k in range(filled, units):
-        inner[_at(k * rows + r)] = 0
+        for t in range(n):
+            line[_at(t)] = chances[_at(t)]
+        _place_column(line.view(np.int32), n, units, rows, r, inner)
 
 
 @njit(**_OPTIONS)
@@ -1015,7 +1037,7 @@ def _prefetch_scales(cache, place, position, n):
 
 @njit(**_OPTIONS)
 def _attend_to(cache, place, lengths, more, entry, rows, next_cache, next_place, desk):
-    """Let entries `entry` to `entry + rows` of a desk see positions of a place, weighted by e to their scores.
+    """Let entries `entry` to `entry + rows` of a desk see positions of a place, by e to their scores.
 
     Each sees the first `lengths[entry] + more`, no fewer than the one before it. Block by block, so that
     keys and values are read in one go (Milakov and Gimelshein 2018, "Online normalizer calculation for
@@ -1066,6 +1088,36 @@ def _alike(places, others, first, last):
 
 
 @njit(**_OPTIONS)
+def _see(cache, places, lengths, more, others, head, rows, after, after_place, desk):
+    """`_attend_to` for all entries of a desk, those together that have the same place, and other number."""
+    first = 0
+    while first < rows:
+        last = _alike(places, others, first, rows)
+        place, count = places[first] + head, last - first
+        if last < rows:
+            _attend_to(cache, place, lengths, more, first, count, cache, places[last] + head, desk)
+        else:
+            _attend_to(cache, place, lengths, more, first, count, after, after_place, desk)
+        first = last
+
+
+@njit(**_OPTIONS)
+def _pack_query(qkv, m, start, r, quantized, desk):
+    """Lay the query of one head of an entry out for `_score`, as row r."""
+    state, query, _, _, mixed, room = desk
+    dim = mixed.shape[0] * LANES
+    for d in range(dim):
+        room[_at(d)] = qkv[_at(m), _at(start + d)]
+    packed, units, words = query.view(np.int32), dim, room.view(np.int32)
+    if quantized:
+        line = room[dim:]
+        state[_at(r), _at(_QUERY_SCALE)] = _quantize(room, 0, dim, line.view(np.int16))
+        units, words = dim // 2, line.view(np.int32)
+    for k in range(units):
+        packed[_at(k * _TOGETHER + r)] = words[_at(k)]
+
+
+@njit(**_OPTIONS)
 def _attend(
     qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, desk, out
 ):
@@ -1074,53 +1126,21 @@ def _attend(
     Entries side by side that have the same keys see them together. `own` and `before` are the places
     of the first head; `following` is the place of what comes next.
     """
-    state, query, _, _, mixed, room = desk
-    rows, dim = end - begin, mixed.shape[0] * LANES
-    start = head * dim
+    state, _, _, _, mixed, _ = desk
+    rows, start = end - begin, head * mixed.shape[0] * LANES
     own, positions = own[begin:end], positions[begin:end]
     before, prefix_lengths = before[begin:end], prefix_lengths[begin:end]
-    packed = query.view(np.int32)
-    quantized = cache[0].itemsize == 1
     for r in range(rows):
-        for d in range(dim):
-            room[_at(d)] = qkv[_at(begin + r), _at(start + d)]
-        units, words = dim, room.view(np.int32)
-        if quantized:
-            line = room[dim:]
-            state[_at(r), _at(_QUERY_SCALE)] = _quantize(room, 0, dim, line.view(np.int16))
-            units, words = dim // 2, line.view(np.int32)
-        for k in range(units):
-            packed[_at(k * _TOGETHER + r)] = words[_at(k)]
+        _pack_query(qkv, begin + r, start, r, cache[0].itemsize == 1, desk)
         state[_at(r), _at(_TOP)], state[_at(r), _at(_SUM)] = -np.inf, _ZERO
         for block in range(mixed.shape[0]):
             for k in range(LANES):
                 mixed[_at(block), _at(r), _at(k)] = _ZERO
-    first = 0
-    while first < rows:
-        last = _alike(own, before, first, rows)
-        if last < rows:
-            _attend_to(
-                cache, own[first] + head, positions, 1, first, last - first, cache, own[last] + head, desk
-            )
-        elif prefix_lengths[0] > 0:
-            there = before[0] + head
-            _attend_to(cache, own[first] + head, positions, 1, first, last - first, prefixes, there, desk)
-        else:
-            _attend_to(cache, own[first] + head, positions, 1, first, last - first, cache, following, desk)
-        first = last
-    first = 0
-    while first < rows:
-        last = _alike(before, prefix_lengths, first, rows)
-        if last < rows:
-            there = before[last] + head
-            _attend_to(
-                prefixes, before[first] + head, prefix_lengths, 0, first, last - first, prefixes, there, desk
-            )
-        else:
-            _attend_to(
-                prefixes, before[first] + head, prefix_lengths, 0, first, last - first, cache, following, desk
-            )
-        first = last
+    if prefix_lengths[0] > 0:
+        _see(cache, own, positions, 1, before, head, rows, prefixes, before[0] + head, desk)
+    else:
+        _see(cache, own, positions, 1, before, head, rows, cache, following, desk)
+    _see(prefixes, before, prefix_lengths, 0, prefix_lengths, head, rows, cache, following, desk)
     for r in range(rows):
         inverse = _ONE / state[_at(r), _at(_SUM)]
         for block in range(mixed.shape[0]):
