@@ -365,6 +365,34 @@ def test_steps_taken_together_are_those_taken_alone(precision: str, dim: int) ->
         assert after(ends).tobytes() == alone.tobytes()
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_whole_layers_by_amx_are_those_without(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the same layers without AMX, to the bit. All four matrices are of sizes that it takes."""
+    import numba
+
+    from pipeline.engines.musicgen import cpu
+    from pipeline.engines.musicgen.layers import Stack
+
+    if not cpu.amx().size:
+        pytest.skip("this processor has no AMX, or the system doesn't allow it")
+    decoder = cpu.CpuDecoder(Stack.packed(one_layer(64, 256), "int8"), ends_of(128))
+    decoder.threads = min(threads, numba.config.NUMBA_NUM_THREADS)
+    tokens = np.random.default_rng(4).integers(0, 33, (LENGTHS, 2))
+
+    def found() -> bytes:
+        memory = decoder.memory(2, LENGTHS, 2, 240)
+        memory.prefill(0, normal(150, 128, seed=3))
+        blocks = [(0, 7), (7, 130), (130, LENGTHS)]
+        return b"".join(
+            memory.advance([Feed(0, 0, a, tokens[a:b]), Feed(1, 1, a, tokens[a:b])]).tobytes()
+            for a, b in blocks
+        )
+
+    by_amx = found()
+    monkeypatch.setattr(cpu, "amx", lambda: np.empty(0, np.uint8))
+    assert by_amx == found()
+
+
 def attended(precision: str, dim: int, prefix_steps: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Logits after each step of a layer of attention: the kernels', and the reference."""
     from pipeline.engines.musicgen.cpu import CpuDecoder
@@ -382,7 +410,7 @@ def attended(precision: str, dim: int, prefix_steps: int, steps: int) -> tuple[n
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """One layer whose feed-forward gives nothing."""
+    """One layer, as if from a file."""
 
     shape: Shape
     values: dict[str, np.ndarray]
@@ -391,17 +419,18 @@ class Layers:
         yield self.values
 
 
-def one_layer(dim: int) -> Any:
-    hidden = 2 * dim
+def one_layer(dim: int, wide: int = 16) -> Any:
+    """Attention, and a feed-forward that gives nothing unless it is wider than 16."""
+    hidden, of_wide = 2 * dim, np.float32(wide > 16)
     values = {
         "qkv": normal(3 * hidden, hidden, seed=1) / np.float32(hidden**0.5) * 2,
         "out": normal(hidden, hidden, seed=2) / np.float32(hidden**0.5),
-        "up": np.zeros((16, hidden), np.float32),
-        "down": np.zeros((hidden, 16), np.float32),
+        "up": normal(wide, hidden, seed=9) / np.float32(hidden**0.5) * of_wide,
+        "down": normal(hidden, wide, seed=10) / np.float32(wide**0.5) * of_wide,
         "attention_norm": np.stack([np.ones(hidden, np.float32), np.zeros(hidden, np.float32)]),
         "feed_forward_norm": np.ones((2, hidden), np.float32),
     }
-    return Layers(Shape(1, hidden, 2, 16, 2, 32), values)
+    return Layers(Shape(1, hidden, 2, wide, 2, 32), values)
 
 
 def ends_of(hidden: int) -> Ends:

@@ -29,22 +29,23 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import config, njit, prange, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 LANES = 16  # output channels that stand side by side
 # Rows that the micro-kernel can take. The most, times 16 sums, fill the registers: AVX-512 has 32 for 16
 # numbers each, AVX2 a quarter of that.
-_FEATURES = config.CPU_FEATURES or get_host_cpu_features().flatten()  # what numba compiles for
+# What numba compiles for.
+_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
 _WIDE = "+avx512f" in _FEATURES
 # vpdpbusd: four products of bytes and their sum in one instruction.
 _DOT_BITS = 512 if "+avx512vnni" in _FEATURES else 256 if "+avxvnni," in f"{_FEATURES}," else 0
 _QUAD_WORDS = 1 if _DOT_BITS else 2  # of 32 bits, that four activations take
 _TILE_ROWS = (16, 12, 8, 6, 4, 3, 2, 1) if _WIDE else (6, 5, 4, 3, 2, 1)
 # AMX: a matrix of 16 rows times one of 16 columns in one instruction. The system has to allow it, see `AMX`.
-_HAS_AMX = "+amx-int8" in _FEATURES
+_HAS_AMX = _WIDE and "+amx-int8" in _FEATURES
 ROW_BLOCK = 32 if _WIDE else 24  # rows of activations that are packed together: a few tiles
 
 
