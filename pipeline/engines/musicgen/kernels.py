@@ -4,7 +4,8 @@ Everything rests on one micro-kernel, `_tile`: a few rows of activations times 1
 weights, the columns side by side in memory, so that one load of weights serves all rows and each
 row's sum stays in registers (the layout of Goto and van de Geijn 2008, "Anatomy of high-performance
 matrix multiplication"). It is written in LLVM's portable vectors. Keys and values of the attention
-are laid out so that the same kernel does their products.
+are laid out so that the same kernel does their products. Where there is AMX, `_amx_tile` takes the
+same int8 weights for five rows and more, and finds the same integers.
 
 Three kinds, told apart by the type of the weights:
 - float32: plain sums of products;
@@ -958,7 +959,10 @@ def _soften(chances, n, dim, entry, state):
 
 @njit(**_OPTIONS)
 def _place_column(words, filled, n, columns, column, table):
-    """Words become a column of a table of n rows, zeros after the first `filled`."""
+    """Words become a column of a table of n rows, zeros after the first `filled`.
+
+    The words of the only column stand in the table already.
+    """
     if columns > 1:
         for k in range(filled):
             table[_at(k * columns + column)] = words[_at(k)]
@@ -1233,7 +1237,7 @@ _BLOCKS_AT_ONCE = 8  # of 16 outputs, in a piece of a product
 
 def desk_size(entries: int, dim: int) -> int:
     """Numbers that a thread needs room for: see `_desk`."""
-    used = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES + _AMX_ROOM + max(2 * _BLOCK, 2 * dim)
+    used = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES + _AMX_ROOM + 2 * max(_BLOCK, dim)
     used += _TOGETHER * (_STATE + 2 * dim + 2 * _BLOCK) + 2 * entries
     return -(-used // LANES) * LANES  # whole cache lines, so that threads don't write into one another's
 
@@ -1248,7 +1252,7 @@ def _desk(desk, dim, entries):
     at_words = at_scores + _TOGETHER * _BLOCK
     at_state = at_words + _TOGETHER * _BLOCK
     at_room = at_state + _TOGETHER * _STATE
-    at_statistics = at_room + max(2 * _BLOCK, 2 * dim)
+    at_statistics = at_room + 2 * max(_BLOCK, dim)
     room = desk[at_room:at_statistics]
     return (
         desk[:at_amx].reshape(_BLOCKS_AT_ONCE, ROW_BLOCK, LANES),
@@ -1288,6 +1292,8 @@ def _product(counters, phase, weights, weight_scales, x, norm, group, words, sca
     _await(counters, phase, pieces)
     phase += 1
     pieces = (blocks + _BLOCKS_AT_ONCE - 1) // _BLOCKS_AT_ONCE
+    if by_amx:
+        _begin_amx(_address(amx))
     while True:
         piece = _take(counters, phase)
         if piece >= pieces:
@@ -1301,6 +1307,8 @@ def _product(counters, phase, weights, weight_scales, x, norm, group, words, sca
         else:
             _linear(weights, weight_scales, words, scales, rows, group, out, mode, first, last, sums)
         _done(counters, phase)
+    if by_amx:
+        _end_amx()
     _await(counters, phase, pieces)
     return phase + 1
 
@@ -1395,8 +1403,6 @@ def _layers(
     positions, prefix_lengths = _borrowed(positions), _borrowed(prefix_lengths)
     amx = _borrowed(amx)
     at_product, at_attention = _desk(_borrowed(room[7])[thread], x.shape[1] // heads, x.shape[0])
-    if amx.shape[0] > 0:
-        _begin_amx(_address(amx))
     phase = 0
     for n in range(weights_1.shape[0]):
         for which in range(4):  # one call in a loop, not four: it takes a quarter of the time to compile
@@ -1439,8 +1445,6 @@ def _layers(
                     attended,
                     at_attention,
                 )
-    if amx.shape[0] > 0:
-        _end_amx()
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -1518,11 +1522,7 @@ def run_product(
     """
     for thread in prange(threads):
         desk, _ = _desk(desks[np.int64(thread)], LANES, x.shape[0])
-        if amx.shape[0] > 0:
-            _begin_amx(_address(amx))
         _product(counters, 0, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desk)
-        if amx.shape[0] > 0:
-            _end_amx()
 
 
 # -- layouts ----------------------------------------------------------------------------------------
