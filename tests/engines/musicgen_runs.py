@@ -106,12 +106,13 @@ def voice(checkpoint: Any, name: str = "a", *, audio: Audio | None = None, **cho
 
 def run_batch(checkpoint: Any, decoder: Any, voices: Sequence[Any], rows: int) -> Iterator[Any]:
     """Voices through a batch of so many rows; yields as they end."""
-    from pipeline.engines.musicgen.batch import Batch
+    from pipeline.engines.musicgen.batch import Batch, distinct_prefixes
 
     lags = np.arange(checkpoint.codebooks, dtype=np.int64) // checkpoint.channels
     return Batch(
         decoder=decoder,
         rows=rows,
+        prefixes=min(rows, distinct_prefixes(voices, 50.0)),
         steps=max(window.frames for its in voices for window in its.windows) + int(lags.max()),
         prefix_steps=checkpoint.chroma_length + max(len(its.conditions.text) for its in voices),
         lags=lags,

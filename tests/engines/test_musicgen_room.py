@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from musicgen_runs import Watched, run_batch, voice
+from tones import RequestFn
 
 from pipeline.engines.musicgen import room, sound
 
 
+def rows_of(row_bytes: int) -> Callable[[int], int]:
+    return lambda rows: rows * row_bytes
+
+
 def test_as_many_rows_as_are_wanted_if_there_is_memory() -> None:
-    assert room.rows_at_once(1, 6, None) == 6
-    assert room.rows_at_once(1, 6, 1e6) == 6
+    assert room.rows_at_once(rows_of(1), 6, None) == 6
+    assert room.rows_at_once(rows_of(1), 6, 1e6) == 6
 
 
 def test_no_more_than_help() -> None:
-    assert room.rows_at_once(1, 100, None) == room.MOST_ROWS
+    assert room.rows_at_once(rows_of(1), 100, None) == room.MOST_ROWS
 
 
 @pytest.mark.parametrize("limit_gb", [None, 0.001])
 def test_never_fewer_than_one_variation_needs(limit_gb: float | None) -> None:
-    assert room.rows_at_once(10**15, 100, limit_gb) == 2
+    assert room.rows_at_once(rows_of(10**15), 100, limit_gb) == 2
 
 
 def test_the_limit_is_the_whole_processs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 10 GB, 3 are taken and 2 left aside: five rows of 1 GB."""
     monkeypatch.setattr(room, "_resident_bytes", lambda: 3e9)
-    assert room.rows_at_once(10**9, 16, 10.0, 2 * 10**9) == 5
+    assert room.rows_at_once(rows_of(10**9), 16, 10.0, 2 * 10**9) == 5
+
+
+def test_rows_are_counted_with_what_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 1 GB with three prefixes of 2 GB among them: 9 GB are three of each, 11 GB five rows."""
+    monkeypatch.setattr(room, "_resident_bytes", lambda: 0.0)
+
+    def needs(rows: int) -> float:
+        return 1e9 * rows + 2e9 * min(rows, 3)
+
+    assert [room.rows_at_once(needs, 16, limit_gb) for limit_gb in (8.9, 9.0, 11.0, 22.0)] == [2, 3, 5, 16]
+
+
+def test_a_tracks_variations_get_room_for_the_prefixes_they_share(
+    musicgen: Any, request_for: RequestFn
+) -> None:
+    """Eight with guidance: the track's and nothing's; one more for another track or window."""
+
+    def prefixes(*tracks: tuple[float, float], duration_s: float = 0.2) -> int:
+        requests = [
+            request_for(f"{pitches}-{n}", pitches_hz=pitches, seed=n, duration_s=duration_s)
+            for pitches in tracks
+            for n in range(8)
+        ]
+        voices = musicgen.prepare(requests, lambda: False)
+        return int(musicgen.batch(voices, lambda voice, new: None, lambda: None).prefixes)
+
+    assert prefixes((440.0, 554.37)) == 2
+    assert prefixes((440.0, 554.37), (220.0, 293.66)) == 3
+    assert prefixes((440.0, 554.37), duration_s=31.0) == 3
 
 
 def test_a_limit_that_cannot_be_kept_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    room.rows_at_once(1, 6, 1e6)
+    room.rows_at_once(rows_of(1), 6, 1e6)
     assert not caplog.text
-    room.rows_at_once(10**9, 6, 0.001)
+    room.rows_at_once(rows_of(10**9), 6, 0.001)
     assert "0.0 GB can't be kept; one variation at a time takes" in caplog.text
 
 

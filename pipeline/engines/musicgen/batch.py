@@ -53,10 +53,24 @@ class Voice:
         """Frames whose tokens are all known."""
         return int((self.codes != UNKNOWN).all(axis=0).sum())
 
+    def prefix_keys(self, window: Window, frames_per_s: float) -> list[tuple[object, ...]]:
+        """What each row is told in a window, to be known by."""
+        chroma, text = self.conditions.window(window.start / frames_per_s), self.conditions.text
+        keys: list[tuple[object, ...]] = [(chroma.tobytes(), text.tobytes()), ("nothing", len(text))]
+        return keys[: self.n_rows]
+
     def next_window(self) -> Window | None:
         """The first one that has something left to pick."""
         unknown = (self.codes == UNKNOWN).any(axis=0)
         return next((w for w in self.windows if unknown[w.start : w.start + w.frames].any()), None)
+
+
+def distinct_prefixes(voices: Sequence[Voice], frames_per_s: float) -> int:
+    """How many prefixes there are in all: no more are ever needed at once."""
+    keys = (
+        key for voice in voices for window in voice.windows for key in voice.prefix_keys(window, frames_per_s)
+    )
+    return len(set(keys))
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,7 @@ class Batch:
 
     decoder: Decoder
     rows: int  # at once, at least two
+    prefixes: int  # at once: as many as rows, or as there are
     steps: int  # of the longest window, with its lags
     prefix_steps: int  # of the longest prefix
     lags: np.ndarray
@@ -115,8 +130,8 @@ class Batch:
 
     def run(self, voices: Sequence[Voice]) -> Iterator[Ended]:
         """All voices to their ends, in the order in which they get there."""
-        memory = self.decoder.memory(self.rows, self.steps, self.rows, self.prefix_steps)
-        prefixes = Prefixes(memory, self.rows)
+        memory = self.decoder.memory(self.rows, self.steps, self.prefixes, self.prefix_steps)
+        prefixes = Prefixes(memory, self.prefixes)
         waiting, active = deque(voices), list[Voice]()
         free = list(range(self.rows))
         while waiting or active:
@@ -161,13 +176,12 @@ class Batch:
         """Run a window's prefixes, and all steps but one of what is known of it."""
         self.check_stop()
         conditions = voice.conditions
-        chroma = conditions.window(window.start / self.frames_per_s)
-        told = (chroma.tobytes(), conditions.text.tobytes())
+        told, *nothing = voice.prefix_keys(window, self.frames_per_s)
         voice.prefixes = []
+        chroma = conditions.window(window.start / self.frames_per_s)
         voice.prefixes.append(prefixes.take(told, lambda: conditions.told(chroma)))
-        if voice.n_rows == 2:
-            nothing = ("nothing", len(conditions.text))
-            voice.prefixes.append(prefixes.take(nothing, conditions.nothing))
+        if nothing:
+            voice.prefixes.append(prefixes.take(nothing[0], conditions.nothing))
         voice.delayed = Delayed(voice.codes, window, self.lags, self.decoder.shape.vocabulary)
         voice.position = 0
         last = voice.delayed.known_steps

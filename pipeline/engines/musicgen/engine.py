@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning, room, savepoints, sound, stems
-from pipeline.engines.musicgen.batch import BREAKING, Batch, Ended, Voice
+from pipeline.engines.musicgen.batch import BREAKING, Batch, Ended, Voice, distinct_prefixes
 from pipeline.engines.musicgen.loader import Checkpoint
 from pipeline.engines.musicgen.precision import Opened
 from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
@@ -144,15 +144,18 @@ class MusicgenGenerator:
         """Room for the longest window and prefix among these voices."""
         steps = max(window.frames for voice in voices for window in voice.windows) + int(self.lags.max())
         prefix_steps = self.checkpoint.chroma_length + max(len(voice.conditions.text) for voice in voices)
-        row_bytes = self.decoder.bytes_of(steps) + self.decoder.bytes_of(prefix_steps)
+        row_bytes, prefix_bytes = (self.decoder.bytes_of(n) for n in (steps, prefix_steps))
+        n_prefixes = distinct_prefixes(voices, self.frames_per_s)
+        rows = room.rows_at_once(
+            lambda rows: rows * row_bytes + min(rows, n_prefixes) * prefix_bytes,
+            sum(voice.n_rows for voice in voices),
+            self.max_memory_gb,
+            sound.decoding_bytes(self.checkpoint, max(voice.codes.shape[1] for voice in voices)),
+        )
         return Batch(
             decoder=self.decoder,
-            rows=room.rows_at_once(
-                row_bytes,
-                sum(voice.n_rows for voice in voices),
-                self.max_memory_gb,
-                sound.decoding_bytes(self.checkpoint, max(voice.codes.shape[1] for voice in voices)),
-            ),
+            rows=rows,
+            prefixes=min(rows, n_prefixes),
             steps=steps,
             prefix_steps=prefix_steps,
             lags=self.lags,

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,24 +17,28 @@ LEAST_ROWS = 2  # one variation
 SHARE_OF_FREE = 0.6  # of what the system has free, if no limit is set
 
 
-def rows_at_once(row_bytes: int, wanted: int, max_memory_gb: float | None, aside_bytes: int = 0) -> int:
-    """Rows of `row_bytes` each: `wanted` at most, and at least those of one variation.
+def rows_at_once(
+    needs: Callable[[int], float], wanted: int, max_memory_gb: float | None, aside_bytes: int = 0
+) -> int:
+    """Rows: `wanted` at most, and at least those of one variation.
 
-    `max_memory_gb` is the whole process's limit; what it has already counts, and `aside_bytes` are
-    left for others.
+    `needs` says how many bytes so many rows take. `max_memory_gb` is the whole process's limit; what
+    it has already counts, and `aside_bytes` are left for others.
     """
     if max_memory_gb is not None:
         free = max_memory_gb * 1e9 - _resident_bytes()
     else:
         free = SHARE_OF_FREE * _available_bytes()
     free -= aside_bytes
-    if max_memory_gb is not None and free < LEAST_ROWS * row_bytes:
+    least = needs(LEAST_ROWS)
+    if max_memory_gb is not None and free < least:
         log.warning(
             "generate.max_memory_gb: %.1f GB can't be kept; one variation at a time takes %.1f GB",
             max_memory_gb,
-            max_memory_gb + (LEAST_ROWS * row_bytes - free) / 1e9,
+            max_memory_gb + (least - free) / 1e9,
         )
-    return max(LEAST_ROWS, min(wanted, MOST_ROWS, int(free // row_bytes)))
+    possible = range(min(wanted, MOST_ROWS), LEAST_ROWS, -1)
+    return next((rows for rows in possible if needs(rows) <= free), LEAST_ROWS)
 
 
 def tidy() -> None:
