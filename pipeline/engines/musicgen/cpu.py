@@ -8,11 +8,11 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,10 +20,6 @@ from pipeline.engines.musicgen import kernels
 from pipeline.engines.musicgen.decoder import Ends, Feed
 from pipeline.engines.musicgen.layers import MATRICES, NORMS, Stack, aligned
 from pipeline.records import Samples
-
-# Threads that wait for the next step sleep (GNU OpenMP reads this when numba starts its threads): between
-# steps the other cores are free for the rest of the program and for others.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 WORTH_A_THREAD = 1 << 22  # weights: with fewer, waking threads takes longer than they save
 STEPS_UNIT = 128  # the caches' lengths are multiples of this
@@ -46,9 +42,9 @@ class CpuDecoder:
         self.ends = replace(ends, heads=NO_NORM)  # packed, they are `heads`
         self.shape, self.precision = stack.shape, str(stack.precision)
         self.heads = kernels.pack_columns(ends.heads)
-        available: int = numba.config.NUMBA_NUM_THREADS
         few = sum(array.size for array in stack.arrays.values()) < WORTH_A_THREAD
-        self.threads = 1 if few else min(threads or available, available)
+        self.threads = 1 if few else min(threads or cores(), cores())
+        self._compiled: set[Any] = set()  # kernels
 
     def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> CpuMemory:
         """See `Decoder.memory`; a row or prefix that isn't used takes no room."""
@@ -74,9 +70,8 @@ class CpuDecoder:
             NO_NORM,
             self._desks(entries, shape.hidden // shape.heads),
         )
-        numba.set_num_threads(self.threads)
-        kernels.run_layers(
-            self.threads,
+        self._share(
+            kernels.run_layers,
             np.zeros(2 * kernels.PHASES_PER_LAYER * shape.layers, np.int64),
             x,
             shape.heads,
@@ -97,9 +92,8 @@ class CpuDecoder:
         """The last normalization and the output matrix: (rows, hidden) to (rows, codebooks, vocabulary)."""
         rows, hidden = x.shape
         out = np.empty((rows, self.shape.codebooks * self.shape.vocabulary), np.float32)
-        numba.set_num_threads(self.threads)
-        kernels.run_product(
-            self.threads,
+        self._share(
+            kernels.run_product,
             np.zeros(4, np.int64),
             self.heads,
             NO_SCALES,
@@ -115,8 +109,34 @@ class CpuDecoder:
         )
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
+    def _share(self, kernel: Any, *arguments: Any) -> None:
+        """Run a kernel in all threads; the first time in this one alone: compiling takes a large stack."""
+
+        def take_part(thread: int) -> None:
+            kernel(thread, *arguments)
+
+        threads = self.threads if kernel in self._compiled else 1
+        others = [_helpers().submit(take_part, thread) for thread in range(1, threads)]
+        take_part(0)
+        for other in others:
+            other.result()
+        self._compiled.add(kernel)
+
     def _desks(self, entries: int, dim: int) -> Samples:
         return aligned((self.threads, kernels.desk_size(entries, dim)), np.float32)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def _helpers() -> ThreadPoolExecutor:
+    """The threads beside the one that calls; they sleep when there is nothing to do."""
+    return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix="musicgen")
 
 
 @functools.cache

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, prange, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
@@ -1095,7 +1095,7 @@ def _alike(places, others, first, last):
 @njit(**_OPTIONS)
 def _see(cache, places, lengths, more, others, head, rows, after, after_place, desk):
     """`_attend_to` for all entries of a desk, those together that have the same place, and other number."""
-    first = 0
+    first = np.int64(0)
     while first < rows:
         last = _alike(places, others, first, rows)
         place, count = places[first] + head, last - first
@@ -1122,6 +1122,11 @@ def _pack_query(qkv, m, start, r, quantized, desk):
         packed[_at(k * _TOGETHER + r)] = words[_at(k)]
 
 
+# What an entry sees beyond the positions before it. Not plain numbers: numba would compile all that is
+# called for each of them.
+_WITH_ITSELF, _ALL_BEFORE = np.int64(1), np.int64(0)
+
+
 @njit(**_OPTIONS)
 def _attend(
     qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, desk, out
@@ -1142,10 +1147,10 @@ def _attend(
             for k in range(LANES):
                 mixed[_at(block), _at(r), _at(k)] = _ZERO
     if prefix_lengths[0] > 0:
-        _see(cache, own, positions, 1, before, head, rows, prefixes, before[0] + head, desk)
+        _see(cache, own, positions, _WITH_ITSELF, before, head, rows, prefixes, before[0] + head, desk)
     else:
-        _see(cache, own, positions, 1, before, head, rows, cache, following, desk)
-    _see(prefixes, before, prefix_lengths, 0, prefix_lengths, head, rows, cache, following, desk)
+        _see(cache, own, positions, _WITH_ITSELF, before, head, rows, cache, following, desk)
+    _see(prefixes, before, prefix_lengths, _ALL_BEFORE, prefix_lengths, head, rows, cache, following, desk)
     for r in range(rows):
         inverse = _ONE / state[_at(r), _at(_SUM)]
         for block in range(mixed.shape[0]):
@@ -1187,8 +1192,8 @@ def _prefetch_place(cache, place, position, dim):
 # A step is hundreds of short phases, each needing the one before. All threads run through all of them
 # and take pieces of a phase as long as there are any; a phase is over when its pieces are done, whoever
 # did them. So nobody waits for a thread that the system has put aside (on a machine that others use as
-# well, waiting for it at each phase made a step a hundred times slower), and threads are started and
-# joined once a step.
+# well, waiting for it at each phase made a step a hundred times slower). Compiled functions hold no lock
+# of the interpreter: its own threads run them, and meet once a step.
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -1372,8 +1377,8 @@ def _four(arrays):
     return _borrowed(arrays[0]), _borrowed(arrays[1]), _borrowed(arrays[2]), _borrowed(arrays[3])
 
 
-@njit(**_OPTIONS)
-def _layers(
+@njit(nogil=True, **_OPTIONS)
+def run_layers(
     thread,
     counters,
     x,
@@ -1390,7 +1395,33 @@ def _layers(
     amx,
     room,
 ):
-    """What each thread does; see `run_layers`."""
+    """Run entries through all layers, in place, and add their keys and values to the cache.
+
+    An entry is one position of one row. Entries of one row must stand in order, after all earlier
+    positions were run.
+
+    Args:
+        thread: which of those that share the work this is: each runs this function, with the same
+            arrays, and comes back when all is done.
+        counters: int64 zeros, 2 * `PHASES_PER_LAYER` per layer.
+        x: float32, (entries, hidden): the inputs, then what the last layer gives.
+        heads: of the attention.
+        matrices: (qkv, scales, out, scales, up, scales, down, scales), see `pack_columns`; the
+            matrices (layers, outputs / 16, inputs * 16), scales (layers, outputs).
+        norms: of attention and feed-forward, (layers, 2, hidden): weight and bias.
+        groups: inputs per group, for hidden and for feed-forward inputs.
+        cache: (keys, scales, values, scales): (places, steps * dim) and, uint16 (see `_half`), (places,
+            steps); a place is one head of one slot of one layer; steps a multiple of 128.
+        own: int64, (layers, entries): the place of an entry's first head.
+        prefixes: as `cache`, of the prefixes.
+        before: int64, (layers, entries): the place of the first head of its prefix.
+        positions: int64, (entries,): its position among its row's own steps.
+        prefix_lengths: int64, (entries,): 0 for none.
+        amx: `AMX` where the system allows this process its use, an empty array otherwise.
+        room: working arrays: words int32 (entries * most inputs,), scales float32 (entries, 2 *
+            groups) for hidden and for feed-forward inputs, float32 (entries, 3 * hidden), (entries,
+            hidden), (entries, wide), (0, 0), (threads, `desk_size`).
+    """
     weights_1, scales_1 = _borrowed(matrices[0]), _borrowed(matrices[1])
     weights_2, scales_2 = _borrowed(matrices[2]), _borrowed(matrices[3])
     weights_3, scales_3 = _borrowed(matrices[4]), _borrowed(matrices[5])
@@ -1403,7 +1434,7 @@ def _layers(
     positions, prefix_lengths = _borrowed(positions), _borrowed(prefix_lengths)
     amx = _borrowed(amx)
     at_product, at_attention = _desk(_borrowed(room[7])[thread], x.shape[1] // heads, x.shape[0])
-    phase = 0
+    phase = np.int64(0)
     for n in range(weights_1.shape[0]):
         for which in range(4):  # one call in a loop, not four: it takes a quarter of the time to compile
             if which == 0:
@@ -1447,82 +1478,19 @@ def _layers(
                 )
 
 
-@njit(parallel=True, **_OPTIONS)
-def run_layers(
-    threads,
-    counters,
-    x,
-    heads,
-    matrices,
-    norms,
-    groups,
-    cache,
-    own,
-    prefixes,
-    before,
-    positions,
-    prefix_lengths,
-    amx,
-    room,
-):
-    """Run entries through all layers, in place, and add their keys and values to the cache.
-
-    An entry is one position of one row. Entries of one row must stand in order, after all earlier
-    positions were run.
-
-    Args:
-        threads: how many share the work.
-        counters: int64 zeros, 2 * `PHASES_PER_LAYER` per layer.
-        x: float32, (entries, hidden): the inputs, then what the last layer gives.
-        heads: of the attention.
-        matrices: (qkv, scales, out, scales, up, scales, down, scales), see `pack_columns`; the
-            matrices (layers, outputs / 16, inputs * 16), scales (layers, outputs).
-        norms: of attention and feed-forward, (layers, 2, hidden): weight and bias.
-        groups: inputs per group, for hidden and for feed-forward inputs.
-        cache: (keys, scales, values, scales): (places, steps * dim) and, uint16 (see `_half`), (places,
-            steps); a place is one head of one slot of one layer; steps a multiple of 128.
-        own: int64, (layers, entries): the place of an entry's first head.
-        prefixes: as `cache`, of the prefixes.
-        before: int64, (layers, entries): the place of the first head of its prefix.
-        positions: int64, (entries,): its position among its row's own steps.
-        prefix_lengths: int64, (entries,): 0 for none.
-        amx: `AMX` where the system allows this process its use, an empty array otherwise.
-        room: working arrays: words int32 (entries * most inputs,), scales float32 (entries, 2 *
-            groups) for hidden and for feed-forward inputs, float32 (entries, 3 * hidden), (entries,
-            hidden), (entries, wide), (0, 0), (threads, `desk_size`).
-    """
-    for thread in prange(threads):
-        _layers(
-            np.int64(thread),
-            counters,
-            x,
-            heads,
-            matrices,
-            norms,
-            groups,
-            cache,
-            own,
-            prefixes,
-            before,
-            positions,
-            prefix_lengths,
-            amx,
-            room,
-        )
-
-
-@njit(parallel=True, **_OPTIONS)
+@njit(nogil=True, **_OPTIONS)
 def run_product(
-    threads, counters, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desks
+    thread, counters, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desks
 ):
     """out (rows, outputs) of x (rows, inputs), normalized first.
 
-    `counters`: int64 zeros, four of them; `amx` as for `run_layers`; `desks` float32, (threads,
-    `desk_size`) for heads of 16.
+    `thread` as for `run_layers`, and `amx`; `counters`: int64 zeros, four of them; `desks` float32,
+    (threads, `desk_size`) for heads of 16.
     """
-    for thread in prange(threads):
-        desk, _ = _desk(desks[np.int64(thread)], LANES, x.shape[0])
-        _product(counters, 0, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desk)
+    desk, _ = _desk(desks[thread], LANES, x.shape[0])
+    _product(
+        counters, np.int64(0), weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desk
+    )
 
 
 # -- layouts ----------------------------------------------------------------------------------------
