@@ -16,8 +16,9 @@ demo: $(VENV)/core
 	@echo "Add the models (MusicGen, CLAP; about 6 GB of packages and as much of weights):"
 	@echo "    $(BIN)/pip install -r requirements.txt && $(BIN)/python run_pipeline.py models fetch"
 
+# In two processes, as much of it waits; a file's tests stay together, they share what they make.
 test: $(VENV)/full
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 # The long part of the fault harness: about an hour.
 torture: $(VENV)/full

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from homes import Home
 from works import Works
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What was logged may have names that aren't text; between xdist's processes only text goes."""
+    report = yield
+    report.sections = [
+        (title, content.encode(errors="backslashreplace").decode()) for title, content in report.sections
+    ]
+    return report
 
 
 @pytest.fixture
