@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.intake import Rules, Scanner, Settling
 from pipeline.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
 from pipeline.outbox import Outbox
-from pipeline.plan import Recipe
+from pipeline.plan import Recipe, plan_variations
 from pipeline.report import Reporter
 from pipeline.runner import Runner
 from pipeline.service import Crew
@@ -69,12 +69,18 @@ class App:
         )
 
     def choices(self) -> tuple[Choice, Choice]:
-        """The embedder and the generator, chosen without loading or fetching anything."""
+        """The embedder and the generator, chosen without loading or fetching anything.
+
+        Raises:
+            MissingPackage, BadCheckpoint: as `choose` says.
+            MissingPackage, MissingWeights: a variation asks for what isn't on this machine.
+        """
         embed, generate = self.config.embed, self.config.generate
-        return (
-            choose("embed", embed.engine, self.settings(embed)),
-            choose("generate", generate.engine, self.settings(generate)),
-        )
+        embedder = choose("embed", embed.engine, self.settings(embed))
+        generator = choose("generate", generate.engine, self.settings(generate))
+        for planned in plan_variations(generate, generator.card):
+            generator.card.check_params(planned.params, self.settings(generate))
+        return embedder, generator
 
     @cached_property
     def recipe(self) -> Recipe:

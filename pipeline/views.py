@@ -15,7 +15,14 @@ from pipeline.arrivals import Look
 from pipeline.attempts import Outcome
 from pipeline.choice import missing_packages
 from pipeline.engines import cards
-from pipeline.errors import BadCheckpoint, FolderUnusable, MissingPackage, PipelineError, UnknownTrack
+from pipeline.errors import (
+    BadCheckpoint,
+    FolderUnusable,
+    MissingPackage,
+    MissingWeights,
+    PipelineError,
+    UnknownTrack,
+)
 from pipeline.health import read_health
 from pipeline.model_folder import TRANSFORMERS, Layout
 from pipeline.outbox import Outbox
@@ -247,7 +254,7 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
             yield "ok", f"{stage} uses", f"{choice.card.name}: {choice.why}{where}"
             if choice.needs_weights:
                 yield "note", f"{stage} weights", f"{choice.model} is not here yet: {weights.FETCH_COMMAND}"
-    except (MissingPackage, BadCheckpoint) as e:
+    except (MissingPackage, MissingWeights, BadCheckpoint) as e:
         yield "bad", "engines", str(e)
 
 

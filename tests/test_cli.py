@@ -88,6 +88,24 @@ def test_a_named_engine_without_its_weights_is_2_and_says_how_to_get_them(home: 
     assert list(home.outbox.iterdir()) == []
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not in the core install")
+@pytest.mark.parametrize("verb", ["once", "watch", "plan"])
+def test_demucs_asked_for_and_not_here_is_2_before_any_work(
+    home: Home, pipeline: Pipeline, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "demucs", None)
+    variations = [{"name": "plain"}, {"name": "clean", "melody": ["mix", "demucs"]}]
+    home.configure(generate={"engine": "musicgen", "variations": variations})
+    write_music(home.inbox / "song.wav")
+
+    ended = pipeline(verb)
+
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "melody: demucs needs demucs: pip install demucs==" in ended.err
+    assert (home.inbox / "song.wav").exists()
+    assert any("pip install demucs==" in line for line in pipeline("doctor").out.splitlines())
+
+
 @pytest.mark.parametrize("verb", ["once", "watch"])
 def test_a_held_lock_is_3(home: Home, pipeline: Pipeline, verb: str) -> None:
     (home.folder / "state").mkdir()

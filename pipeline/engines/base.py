@@ -11,10 +11,10 @@ imported inside functions, so that `status` and `plan` answer at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -115,6 +115,8 @@ class EngineCard:
     companions: tuple[tuple[str, Layout], ...] = ()  # hub models it loads besides, if a request needs them
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of what it makes
     last_check: Callable[[Path], str | None] = lambda state_dir: None  # of its own, for `doctor`
+    # MissingPackage or MissingWeights if what a variation's parameters ask for isn't on this machine.
+    check_params: Callable[[Mapping[str, Any], EngineSettings], None] = lambda params, settings: None
     rank: int = 0  # `auto` takes the usable engine of the highest rank; below 0: never
 
     def is_meant_by(self, engine: str) -> bool:

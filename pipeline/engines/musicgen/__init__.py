@@ -15,8 +15,9 @@ sound of the tokens. In the order in which a request meets them:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -81,6 +82,14 @@ def last_check(state_dir: Path) -> str | None:
     return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
 
 
+def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:
+    """See `EngineCard`: demucs is the one thing a variation can ask for that may not be here."""
+    if params["melody"] == "demucs":
+        from pipeline.engines.musicgen import separation
+
+        separation.find(settings.cache_dir)
+
+
 def _load(settings: EngineSettings) -> Generator:
     from pipeline import weights
     from pipeline.engines.musicgen import room
@@ -117,5 +126,6 @@ ENGINE = EngineCard(
     default_model=DEFAULT_MODEL,
     license_of=license_of,
     last_check=last_check,
+    check_params=check_params,
     rank=10,
 )

@@ -14,6 +14,7 @@ import logging
 import shlex
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,27 @@ def separator_if_any(device: str, cache_dir: Path | None) -> Separator | None:
     return None
 
 
-def open_separator(device: str, cache_dir: Path | None) -> Separator:
-    """Open htdemucs from this machine: nothing is downloaded, and no code of its files is run."""
-    model_class = _model_class()
+def find(cache_dir: Path | None) -> Path:
+    """The file of demucs' weights.
+
+    Raises:
+        MissingPackage, MissingWeights: it isn't installed, or they aren't on this machine.
+    """
+    if find_spec("demucs") is None:
+        raise _missing("demucs")
     path = _find_weights(cache_dir)
     if path is None:
         raise MissingWeights(
             f"melody: demucs needs the weights of htdemucs, which aren't on this machine: "
             f"{_fetch_command(cache_dir)}."
         )
+    return path
+
+
+def open_separator(device: str, cache_dir: Path | None) -> Separator:
+    """Open htdemucs from this machine: nothing is downloaded, and no code of its files is run."""
+    path = find(cache_dir)
+    model_class = _model_class()
     try:
         args, kwargs, state = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
         model = model_class(*args, **kwargs)
@@ -130,7 +143,11 @@ def _model_class() -> Any:
     try:
         return importlib.import_module("demucs.htdemucs").HTDemucs
     except ImportError as error:
-        raise MissingPackage(f"melody: demucs needs {error.name or 'demucs'}: {INSTALL_COMMAND}.") from error
+        raise _missing(error.name or "demucs") from error
+
+
+def _missing(package: str) -> MissingPackage:
+    return MissingPackage(f"melody: demucs needs {package}: {INSTALL_COMMAND}.")
 
 
 def _find_weights(cache_dir: Path | None) -> Path | None:
