@@ -71,8 +71,8 @@ class Alarm:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         numbers = (*STOPPING, signal.SIGHUP)
+        old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # first: no signal is lost
         before = {number: signal.signal(number, _noted) for number in numbers}
-        old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._listen, args=(reader, hangup_reloads), daemon=True)
         thread.start()
         try:

@@ -233,7 +233,7 @@ def test_sighup_keeps_the_configuration_that_works_while_the_new_one_does_not(ho
     good = settings.read_text()
     broken = ("generate: {variations: [}", yaml.safe_dump({"generate": {"variatons": []}}), None)
     with start(home, "watch", engines=True) as child:
-        wait_until(lambda: counts(home), "the program is up", child=child)
+        wait_until(lambda: "watching" in log_of(home), "it listens to signals", child=child)
         for n, text in enumerate(broken, start=1):
             settings.unlink() if text is None else settings.write_text(text)
             child.send(signal.SIGHUP)
