@@ -57,10 +57,10 @@ def run(
     ]
     voices = engine.prepare(requests, lambda: False)
     batch = engine.batch(voices, lambda voice, new: None, lambda: None)
-    memory = batch.decoder.memory(batch.rows, batch.steps, batch.prefixes, batch.prefix_steps)
+    memory = batch.decoder.memory(batch.rows, batch.steps, batch.n_prefixes, batch.prefix_steps)
     if batch.rows < 2 * variations:
         raise MemoryError(f"only {batch.rows} rows fit")
-    prefixes, free = Prefixes(memory, batch.prefixes), list(range(batch.rows))
+    prefixes, free = Prefixes(memory, batch.n_prefixes), list(range(batch.rows))
     warm_up(batch.decoder)
     began_s = time.perf_counter()
     for voice in voices:

@@ -78,9 +78,9 @@ class Alarm:
         try:
             yield
         finally:
-            signal.set_wakeup_fd(old_fd)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(old_fd)
             os.close(writer)
             thread.join()
             os.close(reader)

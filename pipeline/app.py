@@ -69,31 +69,40 @@ class App:
         )
 
     def choices(self) -> tuple[Choice, Choice]:
-        """The embedder and the generator, chosen without loading or fetching anything.
+        """The embedder and the generator, chosen without loading or fetching anything."""
+        embed, generate = self.config.embed, self.config.generate
+        return (
+            choose("embed", embed.engine, self.settings(embed)),
+            choose("generate", generate.engine, self.settings(generate)),
+        )
+
+    def check_variations(self, generator: Choice) -> None:
+        """See that what the variations ask for is on this machine.
 
         Raises:
-            MissingPackage, BadCheckpoint: as `choose` says.
-            MissingPackage, MissingWeights: a variation asks for what isn't on this machine.
+            MissingPackage, MissingWeights: it isn't.
         """
-        embed, generate = self.config.embed, self.config.generate
-        embedder = choose("embed", embed.engine, self.settings(embed))
-        generator = choose("generate", generate.engine, self.settings(generate))
-        for planned in plan_variations(generate, generator.card):
-            generator.card.check_params(planned.params, self.settings(generate))
-        return embedder, generator
+        settings = self.settings(self.config.generate)
+        for planned in plan_variations(self.config.generate, generator.card):
+            generator.card.check_params(planned.params, settings)
 
     @cached_property
     def recipe(self) -> Recipe:
-        return Recipe(self.config, *self.choices())
+        embedder, generator = self.choices()
+        self.check_variations(generator)
+        return Recipe(self.config, embedder, generator)
 
     def fetch_missing(self) -> None:
         """Download the weights of named engines that are not on this machine yet.
 
         Raises:
             MissingWeights: they can't be had now.
+            MissingPackage, MissingWeights: as `check_variations` says, before anything is downloaded.
         """
+        choices = self.choices()
+        self.check_variations(choices[1])
         revisions = (self.config.embed.revision, self.config.generate.revision)
-        for choice, revision in zip(self.choices(), revisions, strict=True):
+        for choice, revision in zip(choices, revisions, strict=True):
             if choice.needs_weights and choice.model is not None:
                 log.info("fetching the weights of %s (%s)", choice.model, choice.license)
                 weights.fetch(choice.model, revision, layout=choice.card.layout)

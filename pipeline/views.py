@@ -254,6 +254,8 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
             yield "ok", f"{stage} uses", f"{choice.card.name}: {choice.why}{where}"
             if choice.needs_weights:
                 yield "note", f"{stage} weights", f"{choice.model} is not here yet: {weights.FETCH_COMMAND}"
+            if stage == "generate":
+                app.check_variations(choice)
     except (MissingPackage, MissingWeights, BadCheckpoint) as e:
         yield "bad", "engines", str(e)
 

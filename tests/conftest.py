@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-from homes import Home
+from homes import ROOT, Home
 from works import Works
+
+# Two processes that fill numba's cache at once can mix its entries up: each of xdist's has its own.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".pytest_cache" / f"numba-{worker}"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What was logged may have names that aren't text; between xdist's processes only text goes."""
     report = yield
-    report.sections = [
-        (title, content.encode(errors="backslashreplace").decode()) for title, content in report.sections
-    ]
+    report.sections = [(title, _as_text(content)) for title, content in report.sections]
+    if report.failed and (said := str(report.longrepr)) != _as_text(said):
+        report.longrepr = _as_text(said)
     return report
+
+
+def _as_text(said: str) -> str:
+    return said.encode(errors="backslashreplace").decode()
 
 
 @pytest.fixture

@@ -35,6 +35,43 @@ def test_a_hangup_asks_a_daemon_to_read_its_configuration_and_nothing_else() -> 
         assert [alarm.take_reload(), alarm.take_reload()] == [True, False]
 
 
+def test_a_signal_while_handlers_are_set_up_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes as soon as Python's own handling of it is replaced."""
+    alarm, set_handler = Alarm(), signal.signal
+
+    def set_and_send(number: int, handler: object) -> object:
+        before = set_handler(number, handler)  # type: ignore[arg-type]
+        if number == signal.SIGTERM:
+            monkeypatch.undo()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before
+
+    monkeypatch.setattr(signal, "signal", set_and_send)
+    with alarm.on_signals():
+        arrived(alarm)
+        assert alarm.stopped_by == signal.SIGTERM
+
+
+def test_a_signal_while_handlers_are_taken_off_goes_to_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    try:
+        with Alarm().on_signals():
+            take_off = signal.set_wakeup_fd
+
+            def take_off_and_send(*arguments: int) -> int:
+                fd = take_off(*arguments)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return fd
+
+            monkeypatch.setattr(signal, "set_wakeup_fd", take_off_and_send)
+        assert noted == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def open_descriptors() -> int:
     """How many files are open; 0 where the system doesn't tell."""
     folder = Path("/proc/self/fd")

@@ -106,6 +106,26 @@ def test_demucs_asked_for_and_not_here_is_2_before_any_work(
     assert any("pip install demucs==" in line for line in pipeline("doctor").out.splitlines())
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not in the core install")
+def test_weights_of_demucs_are_looked_for_without_importing_anything(home: Home) -> None:
+    """An empty package by that name: nothing of it is needed to find that its weights aren't here."""
+    packages = home.folder / "packages"
+    (packages / "demucs").mkdir(parents=True)
+    (packages / "demucs" / "__init__.py").write_text("raise SystemError")
+    home.configure(generate={"engine": "musicgen", "variations": [{"name": "clean", "melody": "demucs"}]})
+    places = {name: str(home.folder / name) for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE")}
+
+    ended = home.in_child("plan", env={**places, "PYTHONPATH": str(packages)})
+    doctor = home.in_child("doctor", env={**places, "PYTHONPATH": str(packages)})
+
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "hf download adefossez/HTDemucs" in ended.err
+    said = doctor.out.splitlines()
+    assert any("generate uses: musicgen" in line for line in said)
+    assert any(line.startswith("bad") and "hf download" in line for line in said)
+    assert any("database" in line for line in said)
+
+
 @pytest.mark.parametrize("verb", ["once", "watch"])
 def test_a_held_lock_is_3(home: Home, pipeline: Pipeline, verb: str) -> None:
     (home.folder / "state").mkdir()

@@ -112,7 +112,7 @@ def run_batch(checkpoint: Any, decoder: Any, voices: Sequence[Any], rows: int) -
     return Batch(
         decoder=decoder,
         rows=rows,
-        prefixes=min(rows, distinct_prefixes(voices, 50.0)),
+        n_prefixes=min(rows, distinct_prefixes(voices, 50.0)),
         steps=max(window.frames for its in voices for window in its.windows) + int(lags.max()),
         prefix_steps=checkpoint.chroma_length + max(len(its.conditions.text) for its in voices),
         lags=lags,

@@ -6,7 +6,10 @@ projections, prefix and layers. Errors are relative: the largest difference over
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +282,65 @@ def test_the_number_of_threads_changes_no_bit(case: Case, kind: str) -> None:
         last = memory.advance([Feed(row, 0, 0, case.tokens[: 40 - row]) for row in range(3)])
         found.append(last.tobytes())
     assert found[0] == found[1] == found[2]
+
+
+@dataclass(eq=False)
+class Noting:
+    """A kernel that notes who runs it; all of its threads have to be there at once."""
+
+    threads: int
+    begun: list[tuple[int, int]] = field(default_factory=list)  # number, thread
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.all_here = threading.Barrier(self.threads)
+
+    def __call__(self, number: int, together: bool) -> None:
+        self.begun.append((number, threading.get_ident()))
+        if together:
+            self.all_here.wait(60)
+        if number and self.error:
+            raise self.error
+
+
+@pytest.fixture
+def sharing(musicgen: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A decoder that has three threads, on any machine."""
+    from pipeline.engines.musicgen import cpu
+
+    decoder = decoder_of(musicgen.checkpoint, "float32")
+    decoder.threads = 3
+    with ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(cpu, "_helpers", lambda: pool)
+        yield decoder
+
+
+def test_a_kernel_runs_in_all_threads_but_the_first_time(sharing: Any) -> None:
+    kernel = Noting(3)
+    sharing._share(kernel, False)
+    assert kernel.begun == [(0, threading.get_ident())]
+    kernel.begun.clear()
+    sharing._share(kernel, True)
+    assert {number for number, _ in kernel.begun} == {0, 1, 2}
+    assert len({thread for _, thread in kernel.begun}) == 3
+    assert (0, threading.get_ident()) in kernel.begun
+
+
+def test_an_error_in_another_thread_is_raised(sharing: Any) -> None:
+    kernel = Noting(3, error=ValueError("of a helper"))
+    sharing._share(kernel, False)
+    with pytest.raises(ValueError, match="of a helper"):
+        sharing._share(kernel, True)
+
+
+def test_threads_that_come_too_late_are_not_waited_for(sharing: Any) -> None:
+    """All helpers are at something else; this one does it all."""
+    from pipeline.engines.musicgen import cpu
+
+    kernel, go_on = Noting(3), threading.Event()
+    sharing._share(kernel, False)
+    busy = [cpu._helpers().submit(go_on.wait, 60) for _ in range(2)]
+    sharing._share(kernel, False)
+    go_on.set()
+    assert [number for number, _ in kernel.begun] == [0, 0]
+    assert all(other.result() for other in busy)

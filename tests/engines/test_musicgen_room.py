@@ -59,7 +59,7 @@ def test_a_tracks_variations_get_room_for_the_prefixes_they_share(
             for n in range(8)
         ]
         voices = musicgen.prepare(requests, lambda: False)
-        return int(musicgen.batch(voices, lambda voice, new: None, lambda: None).prefixes)
+        return int(musicgen.batch(voices, lambda voice, new: None, lambda: None).n_prefixes)
 
     assert prefixes((440.0, 554.37)) == 2
     assert prefixes((440.0, 554.37), (220.0, 293.66)) == 3

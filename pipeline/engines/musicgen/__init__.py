@@ -83,7 +83,7 @@ def last_check(state_dir: Path) -> str | None:
 
 
 def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:
-    """See `EngineCard`: demucs is the one thing a variation can ask for that may not be here."""
+    """See `EngineCard`: a variation can ask for demucs, and neither it nor its weights come by themselves."""
     if params["melody"] == "demucs":
         from pipeline.engines.musicgen import separation
 

@@ -9,6 +9,7 @@ what one track with eight does. Prefixes are run once and shared by all rows tha
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,16 +54,22 @@ class Voice:
         """Frames whose tokens are all known."""
         return int((self.codes != UNKNOWN).all(axis=0).sum())
 
-    def prefix_keys(self, window: Window, frames_per_s: float) -> list[tuple[object, ...]]:
+    def prefix_keys(self, window: Window, frames_per_s: float) -> list[bytes]:
         """What each row is told in a window, to be known by."""
-        chroma, text = self.conditions.window(window.start / frames_per_s), self.conditions.text
-        keys: list[tuple[object, ...]] = [(chroma.tobytes(), text.tobytes()), ("nothing", len(text))]
-        return keys[: self.n_rows]
+        conditions = self.conditions
+        chroma = conditions.window(window.start / frames_per_s)
+        told = _digest(chroma) + _digest(conditions.text)
+        nothing = b"nothing %d" % len(conditions.text)
+        return [told, nothing][: self.n_rows]
 
     def next_window(self) -> Window | None:
         """The first one that has something left to pick."""
         unknown = (self.codes == UNKNOWN).any(axis=0)
         return next((w for w in self.windows if unknown[w.start : w.start + w.frames].any()), None)
+
+
+def _digest(array: Samples) -> bytes:
+    return hashlib.sha256(array.tobytes()).digest()
 
 
 def distinct_prefixes(voices: Sequence[Voice], frames_per_s: float) -> int:
@@ -87,10 +94,10 @@ class Prefixes:
 
     memory: Memory
     count: int
-    places: dict[tuple[object, ...], int] = field(default_factory=dict)
+    places: dict[bytes, int] = field(default_factory=dict)
     users: dict[int, int] = field(default_factory=dict)
 
-    def take(self, key: tuple[object, ...], inputs: Callable[[], Samples]) -> int:
+    def take(self, key: bytes, inputs: Callable[[], Samples]) -> int:
         """The place of a prefix, run now unless it is there; one more row uses it."""
         if key not in self.places:
             place = self._free()
@@ -120,7 +127,7 @@ class Batch:
 
     decoder: Decoder
     rows: int  # at once, at least two
-    prefixes: int  # at once: as many as rows, or as there are
+    n_prefixes: int  # at once: as many as rows, or as there are
     steps: int  # of the longest window, with its lags
     prefix_steps: int  # of the longest prefix
     lags: np.ndarray
@@ -130,8 +137,8 @@ class Batch:
 
     def run(self, voices: Sequence[Voice]) -> Iterator[Ended]:
         """All voices to their ends, in the order in which they get there."""
-        memory = self.decoder.memory(self.rows, self.steps, self.prefixes, self.prefix_steps)
-        prefixes = Prefixes(memory, self.prefixes)
+        memory = self.decoder.memory(self.rows, self.steps, self.n_prefixes, self.prefix_steps)
+        prefixes = Prefixes(memory, self.n_prefixes)
         waiting, active = deque(voices), list[Voice]()
         free = list(range(self.rows))
         while waiting or active:
@@ -171,13 +178,13 @@ class Batch:
         free += voice.slots
         for place in voice.prefixes:
             prefixes.give_back(place)
+        voice.slots, voice.prefixes = [], []
 
     def begin(self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes) -> None:
         """Run a window's prefixes, and all steps but one of what is known of it."""
         self.check_stop()
         conditions = voice.conditions
         told, *nothing = voice.prefix_keys(window, self.frames_per_s)
-        voice.prefixes = []
         chroma = conditions.window(window.start / self.frames_per_s)
         voice.prefixes.append(prefixes.take(told, lambda: conditions.told(chroma)))
         if nothing:

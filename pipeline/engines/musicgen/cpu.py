@@ -110,7 +110,10 @@ class CpuDecoder:
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
     def _share(self, kernel: Any, *arguments: Any) -> None:
-        """Run a kernel in all threads; the first time in this one alone: compiling takes a large stack."""
+        """Run a kernel in all threads: those that come late find nothing left to do.
+
+        The first time it runs in this thread alone, as it may have to be compiled, which takes a large stack.
+        """
 
         def take_part(thread: int) -> None:
             kernel(thread, *arguments)
@@ -119,7 +122,8 @@ class CpuDecoder:
         others = [_helpers().submit(take_part, thread) for thread in range(1, threads)]
         take_part(0)
         for other in others:
-            other.result()
+            if not other.cancel():  # it has begun: it finds nothing left to do
+                other.result()
         self._compiled.add(kernel)
 
     def _desks(self, entries: int, dim: int) -> Samples:

@@ -155,7 +155,7 @@ class MusicgenGenerator:
         return Batch(
             decoder=self.decoder,
             rows=rows,
-            prefixes=min(rows, n_prefixes),
+            n_prefixes=min(rows, n_prefixes),
             steps=steps,
             prefix_steps=prefix_steps,
             lags=self.lags,

@@ -1193,7 +1193,7 @@ def _prefetch_place(cache, place, position, dim):
 # and take pieces of a phase as long as there are any; a phase is over when its pieces are done, whoever
 # did them. So nobody waits for a thread that the system has put aside (on a machine that others use as
 # well, waiting for it at each phase made a step a hundred times slower). Compiled functions hold no lock
-# of the interpreter: its own threads run them, and meet once a step.
+# of the interpreter: its own threads run them, and meet at the end of a step.
 
 
 @intrinsic  # type: ignore[untyped-decorator]

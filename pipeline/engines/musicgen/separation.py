@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import shlex
 from dataclasses import dataclass
 from fractions import Fraction
@@ -98,7 +99,7 @@ def separator_if_any(device: str, cache_dir: Path | None) -> Separator | None:
 
 
 def find(cache_dir: Path | None) -> Path:
-    """The file of demucs' weights.
+    """The file of demucs' weights, found without opening it or importing anything.
 
     Raises:
         MissingPackage, MissingWeights: it isn't installed, or they aren't on this machine.
@@ -152,13 +153,17 @@ def _missing(package: str) -> MissingPackage:
 
 def _find_weights(cache_dir: Path | None) -> Path | None:
     """The hub's safetensors (demucs 4.1 brings them), else the pickle of demucs 4.0 in torch's cache."""
-    from torch.hub import get_dir
-
     repo = hub_cache(cache_dir) / f"models--{HUB_ID.replace('/', '--')}"
     places = [(repo / "snapshots", f"*/{SIGNATURE}.safetensors")]
-    places.append((Path(get_dir()) / "checkpoints", f"{SIGNATURE}-*.th"))
+    places.append((_torch_cache() / "checkpoints", f"{SIGNATURE}-*.th"))
     found = [path for folder, pattern in places for path in sorted(folder.glob(pattern)) if path.is_file()]
     return found[0] if found else None
+
+
+def _torch_cache() -> Path:
+    """What torch.hub.get_dir() gives; importing torch takes seconds."""
+    caches = os.getenv("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.getenv("TORCH_HOME", f"{caches}/torch")).expanduser() / "hub"
 
 
 def _fetch_command(cache_dir: Path | None) -> str:
