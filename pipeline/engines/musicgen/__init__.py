@@ -23,7 +23,7 @@ from pydantic import Field
 
 from pipeline.engines.base import UNFINISHED, EngineCard, EngineSettings, Generator, Params
 
-VERSION = "5"
+VERSION = "6"
 DEFAULT_MODEL = "facebook/musicgen-melody"
 FOLDER = "musicgen"  # of what the engine keeps
 LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"

@@ -58,13 +58,11 @@ def _tiles_of(rows: int) -> int:
 _TILE_OF = np.array([max((n for n in _TILE_ROWS if n <= rows), default=0) for rows in range(ROW_BLOCK + 1)])
 _TILES_OF = np.array([_tiles_of(rows) for rows in range(ROW_BLOCK + 1)])
 
-# Sums may be reordered for the vector units (the same way each time); infinities and NaN aren't assumed away.
+# No fast math: what the compiler may reorder or fuse it reorders by what stands around, and the same function
+# then finds other bits when it was just compiled than when it comes from numba's cache. Sums are in the order
+# of `_sum`, products and sums fused where it says `_fma`.
 # Division checks nothing: an exception in a loop keeps it from the vector units.
-_OPTIONS: dict[str, Any] = {
-    "cache": True,
-    "error_model": "numpy",
-    "fastmath": {"contract", "reassoc", "nsz", "arcp"},
-}
+_OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy"}
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -508,6 +506,68 @@ def _bits_of_float(_: Any, number: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def _fma(_: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z of float32, rounded once."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(_F32, [_F32] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _sum(_: Any, address: Any, n: Any) -> Any:
+    """Of n float32, a multiple of 16: 16 sums of every sixteenth, then halves added to halves."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        address, n = arguments
+        return _emit_sum(builder, address, n, builder.fadd)
+
+    return types.float32(types.intp, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _sum_of_squares(_: Any, address: Any, n: Any, mean: Any) -> Any:
+    """As `_sum`, of the squares of what the numbers differ from the mean by."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        address, n, mean = arguments
+        everywhere, kind = _everywhere(builder, mean), _vector(_F32)
+        name, function = f"llvm.fma.v{LANES}f32", ir.FunctionType(kind, [kind] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, function, name)
+
+        def add(total: Any, numbers: Any) -> Any:
+            difference = builder.fsub(numbers, everywhere)
+            return builder.call(fma, [difference, difference, total])
+
+        return _emit_sum(builder, address, n, add)
+
+    return types.float32(types.intp, types.intp, types.float32), codegen
+
+
+def _emit_sum(builder: Any, address: Any, n: Any, add: Any) -> Any:
+    """16 sums, `add(sums, numbers)` of them from one 16 numbers to the next, in one."""
+    kind = _vector(_F32)
+    total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * LANES))
+    with cgutils.for_range(builder, builder.udiv(n, _I64(LANES))) as turn:
+        here = builder.add(address, builder.mul(turn.index, _I64(4 * LANES)))
+        numbers = builder.load(builder.inttoptr(here, kind.as_pointer()), align=4)
+        builder.store(add(builder.load(total), numbers), total)
+    value, lanes = builder.load(total), LANES
+    while lanes > 1:
+        lanes //= 2
+        halves = (
+            builder.shuffle_vector(
+                value, value, ir.Constant(ir.VectorType(_I32, lanes), list(range(start, start + lanes)))
+            )
+            for start in (0, lanes)
+        )
+        value = builder.fadd(*halves)
+    return builder.extract_element(value, _I32(0))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(_: Any, address: Any) -> Any:
     """Call for 64 bytes that will be read."""
 
@@ -562,9 +622,10 @@ def _exp(x):
     NaN gives what the least number gives.
     """
     x = x if x > _LEAST else _LEAST
-    n = np.floor(x * _LOG2_E + _HALF)
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    series = _ONE + r * (_ONE + r * (_E2 + r * (_E3 + r * (_E4 + r * (_E5 + r * _E6)))))
+    n = np.floor(_fma(x, _LOG2_E, _HALF))
+    r = _fma(n, -_LN2_LOW, _fma(n, -_LN2_HIGH, x))
+    series = _fma(r, _fma(r, _fma(r, _E6, _E5), _E4), _E3)
+    series = _fma(r, _fma(r, _fma(r, series, _E2), _ONE), _ONE)
     return series * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
@@ -580,9 +641,10 @@ def _gelu(x):
     """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016), by erf: max(x, 0) less what the tail takes."""
     size = abs(x)
     z = size * _SQRT_HALF
-    t = _ONE / (_ONE + _ERF_P * z)
-    tail = t * (_A1 + t * (_A2 + t * (_A3 + t * (_A4 + t * _A5)))) * _exp(-z * z)
-    return (x + size) * _HALF - size * tail * _HALF
+    t = _ONE / _fma(_ERF_P, z, _ONE)
+    series = _fma(t, _fma(t, _fma(t, _fma(t, _A5, _A4), _A3), _A2), _A1)
+    tail = t * series * _exp(-z * z)
+    return _fma(size * _HALF, -tail, (x + size) * _HALF)
 
 
 _EPSILON = np.float32(1e-5)  # torch.nn.LayerNorm's
@@ -595,16 +657,10 @@ _at = np.uint64
 @njit(**_OPTIONS)
 def _statistics(x, m):
     """Mean of a row, and what its layer normalization multiplies by."""
-    n = np.float32(x.shape[1])
-    mean = _ZERO
-    for k in range(x.shape[1]):
-        mean += x[_at(m), _at(k)]
-    mean /= n
-    variance = _ZERO
-    for k in range(x.shape[1]):
-        difference = x[_at(m), _at(k)] - mean
-        variance += difference * difference
-    return mean, _ONE / np.sqrt(variance / n + _EPSILON)
+    n, row = x.shape[1], _address(x) + m * x.shape[1] * 4
+    mean = _sum(row, n) / np.float32(n)
+    variance = _sum_of_squares(row, n, mean) / np.float32(n)
+    return mean, _ONE / np.sqrt(variance + _EPSILON)
 
 
 # -- products ---------------------------------------------------------------------------------------
@@ -662,7 +718,7 @@ def _quantize(x, x_from, n, out):
     largest = _largest(x, x_from, n)
     inverse = np.float32(32767.0) / largest if largest > _NOTHING else _ZERO
     for k in range(n):
-        out[_at(k)] = np.int16(np.floor(x[_at(x_from + k)] * inverse + _HALF))
+        out[_at(k)] = np.int16(np.floor(_fma(x[_at(x_from + k)], inverse, _HALF)))
     return largest * np.float32(1.0 / 32767.0)
 
 
@@ -673,7 +729,7 @@ def _quantize_to_bytes(x, x_from, n, out):
     inverse = np.float32(127.0) / largest if largest > _NOTHING else _ZERO
     total = np.int32(0)
     for k in range(n):
-        number = np.int32(np.floor(x[_at(x_from + k)] * inverse + _HALF))
+        number = np.int32(np.floor(_fma(x[_at(x_from + k)], inverse, _HALF)))
         out[_at(k)] = np.int8(number)
         total += number
     return largest * np.float32(1.0 / 127.0), total
@@ -715,7 +771,7 @@ def _lay_out(weights, x, norm, statistics, group, piece, room, words, scales, by
             mean, factor = statistics[_at(m), 0], statistics[_at(m), 1]
             for k in range(group):
                 normal = (x[_at(m), _at(start + k)] - mean) * factor
-                room[_at(k)] = normal * norm[0, _at(start + k)] + norm[1, _at(start + k)]
+                room[_at(k)] = _fma(normal, norm[0, _at(start + k)], norm[1, _at(start + k)])
         if weights.itemsize != 1:
             first = first_row * inputs + start * rows + r
             for k in range(group):
@@ -879,7 +935,7 @@ def _write(cache, scales, place, at, x, m, start, dim, is_key):
             number = x[_at(m), _at(start + d)]
             to = _at(index + (d - begin) * step)
             if quantized:
-                cache[_at(place), to] = np.int8(np.floor(number * inverse + _HALF))
+                cache[_at(place), to] = np.int8(np.floor(_fma(number, inverse, _HALF)))
             else:
                 cache[_at(place), to] = number
 
@@ -947,13 +1003,10 @@ def _soften(chances, n, dim, entry, state):
         order = max(order, _ordered(chances[_at(t)]))
     top = _float_of_bits(order ^ ((order >> np.int32(31)) & _BITS))
     shrink = _exp((before - top) * factor)
-    total = _ZERO
     for t in range(n):
-        weight = _exp((chances[_at(t)] - top) * factor)
-        chances[_at(t)] = weight
-        total += weight
+        chances[_at(t)] = _exp((chances[_at(t)] - top) * factor)
     state[_at(entry), _at(_TOP)] = top
-    state[_at(entry), _at(_SUM)] = state[_at(entry), _at(_SUM)] * shrink + total
+    state[_at(entry), _at(_SUM)] = _fma(state[_at(entry), _at(_SUM)], shrink, _sum(_address(chances), n))
     return shrink
 
 
