@@ -31,8 +31,8 @@ class MusicgenGenerator:
     """MusicGen-Melody behind the generator protocol.
 
     The same request gives the same tokens alone, among any others, in any order and after an
-    interruption, on the same kind of processor and with the same torch; elsewhere sums may round
-    otherwise, and one other token changes the rest.
+    interruption, on the same kind of processor and with the same torch. Elsewhere torch may round the
+    conditions otherwise, and one other token changes the rest; the decoder itself finds the same bits.
     """
 
     name = "musicgen"

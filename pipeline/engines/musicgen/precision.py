@@ -114,7 +114,7 @@ def _quantized(
     kept = Kept(folder, checkpoint.weights.revision) if folder is not None else None
     old_stack = kept.stack(checkpoint.layers.shape) if kept is not None else None
     if old_stack is None:
-        log.info("musicgen: compiling and quantizing, once for this machine and checkpoint; about a minute")
+        log.info("musicgen: compiling and quantizing, once for this machine and checkpoint; a minute or two")
     stack = old_stack or Stack.packed(checkpoint.layers, "int8")
     decoder = CpuDecoder(stack, ends, threads)
     old_passage = kept.passage() if kept is not None and old_stack is not None else None
