@@ -185,8 +185,8 @@ class Batch:
         self.check_stop()
         conditions = voice.conditions
         told, *nothing = voice.prefix_keys(window, self.frames_per_s)
-        chroma = conditions.window(window.start / self.frames_per_s)
-        voice.prefixes.append(prefixes.take(told, lambda: conditions.told(chroma)))
+        start_s = window.start / self.frames_per_s
+        voice.prefixes.append(prefixes.take(told, lambda: conditions.told(conditions.window(start_s))))
         if nothing:
             voice.prefixes.append(prefixes.take(nothing[0], conditions.nothing))
         voice.delayed = Delayed(voice.codes, window, self.lags, self.decoder.shape.vocabulary)

@@ -19,8 +19,7 @@ Three kinds, told apart by the type of the weights:
 A row's sums run in one order whatever other rows stand beside it, so a result can't depend on its
 neighbours, nor on the number of threads: that is what makes variations reproducible in any batch.
 
-All of this stands in one file because numba's cache on disk looks at the date of a function's own
-file only.
+All of this stands in one file because numba's cache on disk looks at a function's own file only.
 """
 
 from __future__ import annotations
@@ -207,8 +206,7 @@ class _Tile:
         return cgutils.get_or_insert_function(self.b.module, ir.FunctionType(result, arguments), name)
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        kind = _vector(_F32)
-        return self.b.call(self.declare(f"llvm.fma.v{LANES}f32", kind, [kind] * 3), [x, y, z])
+        return _emit_fma(self.b, x, y, z)
 
     def everywhere(self, scalar: Any) -> Any:
         return _everywhere(self.b, scalar)
@@ -474,6 +472,13 @@ def _emit_prefetch(builder: Any, address: Any) -> None:
     builder.call(prefetch, [builder.inttoptr(address, _I8.as_pointer()), _I32(0), _I32(2), _I32(1)])
 
 
+def _emit_fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z, rounded once: of float32, or of vectors of them."""
+    kind = ir.FunctionType(x.type, [x.type] * 3)
+    name = f"llvm.fma.v{LANES}f32" if x.type == _vector(_F32) else "llvm.fma.f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [x, y, z])
+
+
 def _vector(kind: Any) -> Any:
     return ir.VectorType(kind, LANES)
 
@@ -510,8 +515,7 @@ def _fma(_: Any, x: Any, y: Any, z: Any) -> Any:
     """x * y + z of float32, rounded once."""
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(_F32, [_F32] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), arguments)
+        return _emit_fma(builder, *arguments)
 
     return types.float32(types.float32, types.float32, types.float32), codegen
 
@@ -533,13 +537,11 @@ def _sum_of_squares(_: Any, address: Any, n: Any, mean: Any) -> Any:
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         address, n, mean = arguments
-        everywhere, kind = _everywhere(builder, mean), _vector(_F32)
-        name, function = f"llvm.fma.v{LANES}f32", ir.FunctionType(kind, [kind] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, function, name)
+        everywhere = _everywhere(builder, mean)
 
         def add(total: Any, numbers: Any) -> Any:
             difference = builder.fsub(numbers, everywhere)
-            return builder.call(fma, [difference, difference, total])
+            return _emit_fma(builder, difference, difference, total)
 
         return _emit_sum(builder, address, n, add)
 
