@@ -57,18 +57,17 @@ def run(
     ]
     voices = engine.prepare(requests, lambda: False)
     batch = engine.batch(voices, lambda voice, new: None, lambda: None)
-    memory = batch.decoder.memory(batch.rows, batch.steps, batch.n_prefixes, batch.prefix_steps)
+    memory = batch.memory()
     if batch.rows < 2 * variations:
         raise MemoryError(f"only {batch.rows} rows fit")
-    prefixes, free = Prefixes(memory, batch.n_prefixes), list(range(batch.rows))
+    prefixes, free = Prefixes(memory), list(range(batch.rows))
     warm_up(batch.decoder)
     began_s = time.perf_counter()
     for voice in voices:
-        voice.slots = [free.pop() for _ in range(2)]
-        batch.begin(voice, voice.windows[0], memory, prefixes)
+        batch.begin(voice, voice.windows[0], memory, prefixes, free)
     batch.step(voices, memory)
     prefill_s = time.perf_counter() - began_s
-    prefix = int(memory.lengths[0])
+    prefix = int(memory.held.lengths[0])
 
     def timed_steps() -> Point:
         for _ in range(WARM_STEPS):

@@ -95,6 +95,7 @@ class EngineSettings:
     cache_dir: Path | None = None  # the hub's cache; None: the library's own default
     max_memory_gb: float | None = None  # for engines that size their batch by it
     precision: str = "auto"  # "auto", "float32" or "int8", for engines that can choose
+    kv_cache: str = "auto"  # "auto", "shm" or "private": whether keys and values outlive a kill, if they can
     state_dir: Path | None = None  # where an engine may keep what saves it work; None: nowhere
 
 

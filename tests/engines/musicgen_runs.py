@@ -136,8 +136,8 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
 
-    def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> Any:
-        return _WatchedMemory(self, self.decoder.memory(rows, steps, prefixes, prefix_steps))
+    def memory(self, *sizes: Any) -> Any:
+        return _WatchedMemory(self, self.decoder.memory(*sizes))
 
 
 @dataclass(eq=False)
@@ -146,12 +146,15 @@ class _WatchedMemory:
     memory: Any
     broken: set[int] = field(default_factory=set)  # places of prefixes
 
-    def prefill(self, prefix: int, inputs: np.ndarray) -> None:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.memory, name)
+
+    def prefill(self, prefix: int, inputs: np.ndarray, key: bytes) -> None:
         self.watched.prefills += 1
         self.broken.discard(prefix)
         if self.watched.broken is not None and np.array_equal(inputs, self.watched.broken):
             self.broken.add(prefix)
-        self.memory.prefill(prefix, inputs)
+        self.memory.prefill(prefix, inputs, key)
 
     def release(self, slot: int) -> None:
         self.watched.released.append(slot)

@@ -9,7 +9,8 @@ sound of the tokens. In the order in which a request meets them:
 - `batch` runs all variations together, `windows` what is longer than the model can make at once,
   `sampling` picks the tokens, `savepoints` keeps them on the disk, `room` says how many rows fit;
 - `decoder` is the language model: `cpu` over `kernels`, or `torch_decoder`; `precision` chooses and
-  checks the numbers it calculates in;
+  checks the numbers it calculates in; `keys_values` is the memory of `cpu`, which may be in `shm`,
+  where it outlives a kill;
 - `sound` makes sound of the tokens.
 """
 
@@ -92,7 +93,7 @@ def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:
 
 def _load(settings: EngineSettings) -> Generator:
     from pipeline import weights
-    from pipeline.engines.musicgen import room
+    from pipeline.engines.musicgen import room, shm
     from pipeline.engines.musicgen.engine import MusicgenGenerator
     from pipeline.engines.musicgen.loader import load_checkpoint
     from pipeline.engines.musicgen.precision import open_decoder
@@ -110,6 +111,7 @@ def _load(settings: EngineSettings) -> Generator:
         opened,
         max_memory_gb=settings.max_memory_gb,
         saved=Savepoints(None if kept is None else kept / UNFINISHED),
+        shelf=shm.shelf(kept if checkpoint.device == "cpu" else None, settings.kv_cache),
         cache_dir=settings.cache_dir,
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from pipeline.engines.musicgen.conditioning import Conditions
 from pipeline.engines.musicgen.decoder import Decoder, Feed, Memory, Tokens
 from pipeline.engines.musicgen.sampling import Sampler
+from pipeline.engines.musicgen.shm import Files
 from pipeline.engines.musicgen.windows import UNKNOWN, Delayed, Window
 from pipeline.errors import PipelineError, Stopped
 from pipeline.records import Samples
@@ -55,11 +57,11 @@ class Voice:
         return int((self.codes != UNKNOWN).all(axis=0).sum())
 
     def prefix_keys(self, window: Window, frames_per_s: float) -> list[bytes]:
-        """What each row is told in a window, to be known by."""
+        """What each row is told in a window, to be known by: digests."""
         conditions = self.conditions
         chroma = conditions.window(window.start / frames_per_s)
-        told = _digest(chroma) + _digest(conditions.text)
-        nothing = b"nothing %d" % len(conditions.text)
+        told = _digest(_digest(chroma.tobytes()) + _digest(conditions.text.tobytes()))
+        nothing = _digest(b"nothing %d" % len(conditions.text))
         return [told, nothing][: self.n_rows]
 
     def next_window(self) -> Window | None:
@@ -68,8 +70,12 @@ class Voice:
         return next((w for w in self.windows if unknown[w.start : w.start + w.frames].any()), None)
 
 
-def _digest(array: Samples) -> bytes:
-    return hashlib.sha256(array.tobytes()).digest()
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _rows(voices: Sequence[Voice]) -> int:
+    return sum(voice.n_rows for voice in voices)
 
 
 def distinct_prefixes(voices: Sequence[Voice], frames_per_s: float) -> int:
@@ -93,15 +99,17 @@ class Prefixes:
     """Which prefixes the memory holds, under what they are of, and how many rows use each."""
 
     memory: Memory
-    count: int
-    places: dict[bytes, int] = field(default_factory=dict)
     users: dict[int, int] = field(default_factory=dict)
+    places: dict[bytes, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places = self.memory.held_prefixes()
 
     def take(self, key: bytes, inputs: Callable[[], Samples]) -> int:
         """The place of a prefix, run now unless it is there; one more row uses it."""
         if key not in self.places:
             place = self._free()
-            self.memory.prefill(place, inputs())
+            self.memory.prefill(place, inputs(), key)
             self.places[key] = place
         place = self.places[key]
         self.users[place] = self.users.get(place, 0) + 1
@@ -114,11 +122,11 @@ class Prefixes:
         """A place nobody uses; the one that was filled longest ago makes room."""
         for key, place in self.places.items():
             if not self.users.get(place):
-                if len(self.places) == self.count:
+                if len(self.places) == self.memory.n_prefixes:
                     del self.places[key]
                     return place
                 break
-        return next(place for place in range(self.count) if place not in self.places.values())
+        return next(place for place in range(self.memory.n_prefixes) if place not in self.places.values())
 
 
 @dataclass(eq=False)
@@ -134,23 +142,29 @@ class Batch:
     frames_per_s: float
     on_step: Callable[[Voice, bool], None]  # after each step, and each block of known ones: False
     check_stop: Callable[[], None]  # raises to end it all
+    files: Callable[[], AbstractContextManager[Files | None]] = nullcontext  # where its memory is
 
     def run(self, voices: Sequence[Voice]) -> Iterator[Ended]:
-        """All voices to their ends, in the order in which they get there."""
-        memory = self.decoder.memory(self.rows, self.steps, self.n_prefixes, self.prefix_steps)
-        prefixes = Prefixes(memory, self.n_prefixes)
-        waiting, active = deque(voices), list[Voice]()
-        free = list(range(self.rows))
+        """All voices to their ends, in the order in which they get there; those begun already go first."""
+        with self.files() as files:
+            yield from self._run(voices, self.memory(files))
+
+    def memory(self, files: Files | None = None) -> Memory:
+        return self.decoder.memory(self.rows, self.steps, self.n_prefixes, self.prefix_steps, files)
+
+    def _run(self, voices: Sequence[Voice], memory: Memory) -> Iterator[Ended]:
+        prefixes = Prefixes(memory)
+        waiting, active = deque(sorted(voices, key=lambda voice: not voice.known_frames)), list[Voice]()
+        free = list(range(memory.n_rows))
         while waiting or active:
-            while waiting and len(free) >= waiting[0].n_rows:
+            while waiting and _rows(active) + waiting[0].n_rows <= self.rows:
                 voice = waiting.popleft()
                 window = voice.next_window()
                 if window is None:
                     yield Ended(voice)
                     continue
-                voice.slots = [free.pop() for _ in range(voice.n_rows)]
                 try:
-                    self.begin(voice, window, memory, prefixes)
+                    self.begin(voice, window, memory, prefixes, free)
                 except Stopped:
                     raise
                 except BREAKING as broken:
@@ -180,18 +194,23 @@ class Batch:
             prefixes.give_back(place)
         voice.slots, voice.prefixes = [], []
 
-    def begin(self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes) -> None:
-        """Run a window's prefixes, and all steps but one of what is known of it."""
+    def begin(
+        self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes, free: list[int]
+    ) -> None:
+        """Take rows, run a window's prefixes, and all steps but one of what is known and not held already."""
         self.check_stop()
         conditions = voice.conditions
-        told, *nothing = voice.prefix_keys(window, self.frames_per_s)
-        start_s = window.start / self.frames_per_s
-        voice.prefixes.append(prefixes.take(told, lambda: conditions.told(conditions.window(start_s))))
-        if nothing:
-            voice.prefixes.append(prefixes.take(nothing[0], conditions.nothing))
         voice.delayed = Delayed(voice.codes, window, self.lags, self.decoder.shape.vocabulary)
-        voice.position = 0
-        last = voice.delayed.known_steps
+        voice.position = last = voice.delayed.known_steps
+        known = voice.delayed.told(0, last)
+        start_s = window.start / self.frames_per_s
+        inputs = (lambda: conditions.told(conditions.window(start_s)), conditions.nothing)
+        for key, its_inputs in zip(voice.prefix_keys(window, self.frames_per_s), inputs, strict=False):
+            slot, held = memory.take_row(key, known, free)
+            free.remove(slot)
+            voice.slots.append(slot)
+            voice.position = min(voice.position, held)
+            voice.prefixes.append(prefixes.take(key, its_inputs))
         while voice.position < last:
             self.check_stop()
             upto = min(voice.position + STEPS_AT_ONCE, last)

@@ -15,9 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engines.musicgen.shm import Files
 from pipeline.records import Samples
 
 Tokens = NDArray[np.int64]
+
+KEY_BYTES = 32  # what a prefix is known by, a digest
+NAMELESS = bytes(KEY_BYTES)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,24 @@ class Feed:
 class Memory(Protocol):
     """Keys and values of a decoder's rows and prefixes, and the way to add to them."""
 
-    def prefill(self, prefix: int, inputs: Samples) -> None:
+    n_rows: int  # those asked for, or more
+    n_prefixes: int
+
+    def held_prefixes(self) -> dict[bytes, int]:
+        """The places of prefixes that are there from the beginning, by key."""
+        ...
+
+    def take_row(self, key: bytes, tokens: Tokens, free: Sequence[int]) -> tuple[int, int]:
+        """The free slot for a row that goes on after these tokens, and how many of their steps it holds.
+
+        `tokens` (steps, codebooks) are what its steps are told, `key` is its prefix's.
+
+        Raises:
+            MemoryError: there is no room for it.
+        """
+        ...
+
+    def prefill(self, prefix: int, inputs: Samples, key: bytes = NAMELESS) -> None:
         """Run a prefix, float32 (steps, hidden) without positions, and keep it in that place."""
         ...
 
@@ -83,8 +104,13 @@ class Decoder(Protocol):
     shape: Shape
     precision: str  # "float32", "int8", "float16", "bfloat16"
 
-    def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> Memory:
-        """Room for so many rows of so many own steps, and prefixes of so many steps."""
+    def memory(
+        self, rows: int, steps: int, prefixes: int, prefix_steps: int, files: Files | None = None
+    ) -> Memory:
+        """Room for so many rows of so many own steps, and prefixes of so many steps.
+
+        `files`: where to keep it, with what is there already, if this decoder can.
+        """
         ...
 
     def bytes_of(self, steps: int) -> int:

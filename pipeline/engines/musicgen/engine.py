@@ -18,6 +18,7 @@ from pipeline.engines.musicgen.loader import Checkpoint
 from pipeline.engines.musicgen.precision import Opened
 from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
 from pipeline.engines.musicgen.savepoints import Savepoints
+from pipeline.engines.musicgen.shm import Shelf
 from pipeline.engines.musicgen.stems import Heard, Melody
 from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, windows
 from pipeline.engines.pretrained import first_line
@@ -45,17 +46,20 @@ class MusicgenGenerator:
         *,
         max_memory_gb: float | None = None,
         saved: Savepoints | None = None,
+        shelf: Shelf | None = None,
         stride: float = STRIDE,
         cache_dir: Path | None = None,
     ) -> None:
         """`saved` None: an interrupted call begins anew. `stride`: of windows, as a share of their length.
 
-        `cache_dir`: the hub's, None: the library's own.
+        `shelf`: where keys and values outlive a kill; None: nowhere. `cache_dir`: the hub's, None: the
+        library's own.
         """
         self.checkpoint, self.decoder, self.check = checkpoint, opened.decoder, opened.check
         self.sample_rate = checkpoint.sample_rate
         self.max_memory_gb, self.cache_dir = max_memory_gb, cache_dir
         self.saved = saved or Savepoints(None)
+        self.shelf = shelf or Shelf(None)
         rate = checkpoint.sample_rate / checkpoint.hop_samples
         self.frames_per_s = rate
         self.window_frames = round(checkpoint.window_s * rate)
@@ -146,12 +150,23 @@ class MusicgenGenerator:
         prefix_steps = self.checkpoint.chroma_length + max(len(voice.conditions.text) for voice in voices)
         row_bytes, prefix_bytes = (self.decoder.bytes_of(n) for n in (steps, prefix_steps))
         n_prefixes = distinct_prefixes(voices, self.frames_per_s)
+
+        def needs(rows: int) -> int:
+            return rows * row_bytes + min(rows, n_prefixes) * prefix_bytes
+
         rows = room.rows_at_once(
-            lambda rows: rows * row_bytes + min(rows, n_prefixes) * prefix_bytes,
+            needs,
             sum(voice.n_rows for voice in voices),
             self.max_memory_gb,
             sound.decoding_bytes(self.checkpoint, max(voice.codes.shape[1] for voice in voices)),
+            self.shelf.held_bytes,
         )
+        facts = {
+            "version": VERSION,
+            "revision": self.checkpoint.weights.revision,
+            "precision": self.decoder.precision,
+            "max_memory_gb": self.max_memory_gb,  # less than before: what was left may be too much
+        }
         return Batch(
             decoder=self.decoder,
             rows=rows,
@@ -162,6 +177,7 @@ class MusicgenGenerator:
             frames_per_s=self.frames_per_s,
             on_step=on_step,
             check_stop=check_stop,
+            files=partial(self.shelf.open, facts, needs(rows)),
         )
 
     def voice(self, request: VariationRequest, ears: Ears) -> Voice:

@@ -18,17 +18,22 @@ SHARE_OF_FREE = 0.6  # of what the system has free, if no limit is set
 
 
 def rows_at_once(
-    needs: Callable[[int], float], wanted: int, max_memory_gb: float | None, aside_bytes: int = 0
+    needs: Callable[[int], float],
+    wanted: int,
+    max_memory_gb: float | None,
+    aside_bytes: int = 0,
+    held_bytes: int = 0,
 ) -> int:
     """Rows: `wanted` at most, and at least those of one variation.
 
     `needs` says how many bytes so many rows take. `max_memory_gb` is the whole process's limit; what
-    it has already counts, and `aside_bytes` are left for others.
+    it has already counts, and `aside_bytes` are left for others. `held_bytes` are taken on the system,
+    but for this.
     """
     if max_memory_gb is not None:
         free = max_memory_gb * 1e9 - _resident_bytes()
     else:
-        free = SHARE_OF_FREE * _available_bytes()
+        free = SHARE_OF_FREE * (held_bytes + available_bytes())
     free -= aside_bytes
     least = needs(LEAST_ROWS)
     if max_memory_gb is not None and free < least:
@@ -60,7 +65,7 @@ def _resident_bytes() -> float:
     return 0.0
 
 
-def _available_bytes() -> float:
+def available_bytes() -> float:
     """What can be taken without swapping; infinite where the system doesn't tell."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():

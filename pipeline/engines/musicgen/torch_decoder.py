@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.engines.musicgen.decoder import Ends, Feed, Shape
+from pipeline.engines.musicgen.decoder import NAMELESS, Ends, Feed, Shape, Tokens
 from pipeline.engines.musicgen.layers import LayerFiles
+from pipeline.engines.musicgen.shm import Files
 from pipeline.records import Samples
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ class TorchDecoder:
 
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, self.kind)
 
-    def memory(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> TorchMemory:
-        """See `Decoder.memory`."""
+    def memory(
+        self, rows: int, steps: int, prefixes: int, prefix_steps: int, files: Files | None = None
+    ) -> TorchMemory:
+        """See `Decoder.memory`; it is in the device's memory, whatever `files` are."""
         return TorchMemory(self, rows, steps, prefixes, prefix_steps)
 
     def bytes_of(self, steps: int) -> int:
@@ -96,11 +99,19 @@ class TorchMemory:
             return torch.zeros(size, dtype=decoder.kind, device=decoder.device)
 
         self.decoder = decoder
+        self.n_rows, self.n_prefixes = rows, prefixes
         self.rows = room(rows + 1, steps)  # the last is the padding's
         self.prefixes = room(prefixes, prefix_steps)
         self.lengths = np.zeros(prefixes, np.int64)
 
-    def prefill(self, prefix: int, inputs: Samples) -> None:
+    def held_prefixes(self) -> dict[bytes, int]:
+        return {}
+
+    def take_row(self, key: bytes, tokens: Tokens, free: Sequence[int]) -> tuple[int, int]:
+        """All rows are there, and none holds anything."""
+        return free[-1], 0
+
+    def prefill(self, prefix: int, inputs: Samples, key: bytes = NAMELESS) -> None:
         import torch
         from torch.nn.functional import scaled_dot_product_attention as attention
 
