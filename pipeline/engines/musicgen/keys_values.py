@@ -156,7 +156,7 @@ class CpuMemory:
         self.n_rows, self.n_prefixes = sizes.rows, sizes.prefixes
         self.rows = Cache(decoder, sizes.rows, sizes.steps, partial(pages, "row-"))
         self.prefixes = Cache(decoder, sizes.prefixes, sizes.prefix_steps, partial(pages, "prefix-"))
-        self.held = Held(sizes, decoder.shape.codebooks, partial(pages, ""))
+        self.held = Held(sizes, decoder.shape.codebooks, partial(pages, "held-"))
         if files is not None:
             files.describe(sizes)
 
