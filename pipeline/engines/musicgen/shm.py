@@ -115,8 +115,8 @@ class Files:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         file = os.open(self.folder / name, flags, 0o600)
         found = os.fstat(file)
-        if found.st_size < n_bytes:
-            os.ftruncate(file, n_bytes)
+        if found.st_size < max(n_bytes, 1):  # an empty file can't be mapped
+            os.ftruncate(file, max(n_bytes, 1))
         self._mapped[name] = [found.st_ino, n_bytes]
         return Pages(n_bytes, file)
 
