@@ -33,8 +33,7 @@ def run(
 ) -> PeerRun:
     """So many variations, `variations / tracks` of each of so many tracks, all at once."""
     from pipeline.engines.base import EngineSettings
-    from pipeline.engines.musicgen import ENGINE, sound
-    from pipeline.engines.musicgen.batch import Prefixes
+    from pipeline.engines.musicgen import ENGINE
     from pipeline.records import Audio, VariationRequest
 
     began_s = time.perf_counter()
@@ -57,9 +56,31 @@ def run(
     ]
     voices = engine.prepare(requests, lambda: False)
     batch = engine.batch(voices, lambda voice, new: None, lambda: None)
-    memory = batch.memory()
     if batch.rows < 2 * variations:
         raise MemoryError(f"only {batch.rows} rows fit")
+    with batch.files() as files:
+        prefill_s, untouched, points = measure(engine, batch, batch.memory(files), voices, timed)
+    return PeerRun(
+        name=f"this engine, {precision}, {tracks} × {variations // tracks}",
+        variations=variations,
+        rows=2 * variations,
+        prefill_s=prefill_s,
+        untouched=untouched,
+        points=points,
+        left_out=(),
+        load_s=load_s,
+        peak_bytes=0,
+    )
+
+
+def measure(
+    engine: Any, batch: Any, memory: Any, voices: list[Any], timed: int
+) -> tuple[float, Point, tuple[Point, ...]]:
+    """Seconds of the prefill, the first steps' times, and those at `OWN_STEPS`."""
+    from pipeline.engines.musicgen import sound
+    from pipeline.engines.musicgen.batch import Prefixes
+
+    rng = np.random.default_rng(0)
     prefixes, free = Prefixes(memory), list(range(batch.rows))
     warm_up(batch.decoder)
     began_s = time.perf_counter()
@@ -94,17 +115,7 @@ def run(
     for slot in range(batch.rows):  # as the batch does before anybody gets what has ended
         memory.release(slot)
     sound.decode(engine.checkpoint, engine.checkpoint.codec(), np.abs(voices[0].codes))  # for its memory
-    return PeerRun(
-        name=f"this engine, {precision}, {tracks} × {variations // tracks}",
-        variations=variations,
-        rows=2 * variations,
-        prefill_s=prefill_s,
-        untouched=untouched,
-        points=tuple(points),
-        left_out=(),
-        load_s=load_s,
-        peak_bytes=0,
-    )
+    return prefill_s, untouched, tuple(points)
 
 
 def warm_up(decoder: Any) -> None:

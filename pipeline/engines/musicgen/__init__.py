@@ -74,13 +74,15 @@ def license_of(model: str | None) -> str:
 
 
 def last_check(state_dir: Path) -> str | None:
-    """What the last start found out about int8; None if there was none."""
-    from pipeline.engines.musicgen import precision
+    """What the last start found out about int8, and what a kill left in memory; None if there is neither."""
+    from pipeline.engines.musicgen import precision, shm
 
-    check = precision.last_check(state_dir / FOLDER)
-    if check is None:
-        return None
-    return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
+    said = []
+    if check := precision.last_check(state_dir / FOLDER):
+        said.append(f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used")
+    if taken := shm.left_bytes(state_dir / FOLDER):
+        said.append(f"{shm.folder_of(state_dir / FOLDER)} holds {taken / 1e6:.0f} MB of keys and values")
+    return "; ".join(said) or None
 
 
 def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:

@@ -106,6 +106,7 @@ class Files:
         if left is None or left.steps < wanted.steps or left.prefix_steps < wanted.prefix_steps:
             _empty(self.folder)
             return wanted
+        log.info("musicgen: goes on with the keys and values of a run that was killed")
         return Sizes(
             max(left.rows, wanted.rows), left.steps, max(left.prefixes, wanted.prefixes), left.prefix_steps
         )
