@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from pipeline.alarm import Alarm
 from pipeline.app import App
+from pipeline.engines import cards
 from pipeline.errors import DiskFull, FolderUnusable
 from pipeline.health import Health
 from pipeline.mounts import mount_of
@@ -28,7 +30,7 @@ from pipeline.report import Reporter, WatchedReporter, reporter_for
 from pipeline.retry import take_over
 from pipeline.service import Crew
 from pipeline.store import Store
-from pipeline.workplace import Workplace
+from pipeline.workplace import ENGINES_FOLDER, Workplace
 
 LOG_BYTES, LOG_FILES = 5_000_000, 3
 START_PAUSE_S = 10.0  # between tries of `watch` to start up on a full disk
@@ -65,12 +67,15 @@ def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterat
         try:
             _see_the_outbox(app, store)
             given_up = _pick_up(app, store)
+            if store.next_due() is None:  # nobody is left to go on
+                _clear_up(app)
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
             with alarm.on_signals(hangup_reloads=is_watching), reporter:
                 crew = app.crew(store, root, reporter, alarm)
                 crew.runner.outcome.failed += given_up
                 yield Office(app, store, crew, alarm, health, notifier, reporter)
         finally:
+            _clear_up(app)
             health.close()
             store.close()
 
@@ -139,6 +144,13 @@ def _pick_up(app: App, store: Store) -> int:
     ):
         log.warning("%s: %s", finding.where, finding.text)
     return given_up
+
+
+def _clear_up(app: App) -> None:
+    """Remove what engines of a killed run left outside of the home."""
+    for card in cards().values():
+        for folder in card.leftovers(app.workplace.state / ENGINES_FOLDER):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _leave_at_once(database: Path, signum: int, *, is_watching: bool) -> None:

@@ -8,6 +8,7 @@ is finished is recorded at once, unit by unit, so a killed run goes on where it 
 from __future__ import annotations
 
 import sqlite3
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -219,6 +220,7 @@ class Runner:
         if not jobs:
             return
         if failure := self._generate_together(jobs):
+            traceback.clear_frames(failure.__traceback__)  # they hold the memory of the whole batch
             unfinished = [job for job in jobs if not job.over]
             if len(jobs) == 1:
                 self.attempts.fail(jobs[0], failure)

@@ -248,6 +248,10 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
         yield "note" if missing else "ok", f"{card.stage} engine {card.name}", text
         if found := card.last_check(app.workplace.state / ENGINES_FOLDER):
             yield "ok", f"{card.name} at its last start", found
+        for folder in card.leftovers(app.workplace.state / ENGINES_FOLDER):
+            size = sum(512 * path.lstat().st_blocks for path in folder.iterdir())
+            text = f"{folder} has {size / 1e6:.0f} MB of a killed run, for the next to go on with or remove"
+            yield "note", f"{card.name} left behind", text
     try:
         for stage, choice in zip(("embed", "generate"), app.choices(), strict=True):
             where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,16 @@ class TogetherFails(Answers):
     """Can't take more than one track at a time, and never the one whose hash is `bad`."""
 
     bad: str = ""
+    memory: Any = lambda: None  # a reference to what its last call had in memory
+    was_held: bool = False  # by others, when it was called again
 
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation | Failure]:
         tracks = {request.track_id for request in requests}
+        self.was_held |= self.memory() is not None
+        large = np.zeros(1000)
+        self.memory = weakref.ref(large)
         if len(tracks) > 1 or self.bad in tracks:
             self.calls.append([request.track_id for request in requests])
             raise RuntimeError("out of memory")
@@ -104,6 +110,7 @@ def test_a_batch_that_the_engine_raises_on_is_tried_track_by_track(works: Works)
     assert [len(set(call)) for call in generator.calls] == [3, 1, 1, 1]
     assert works.states(hashes) == [("done", 0), ("failed", 1), ("done", 0)]
     assert works.track(hashes[1]).error == "RuntimeError: out of memory"
+    assert not generator.was_held
 
 
 def test_a_track_alone_gives_the_same_files_as_in_a_batch(tmp_path: Path) -> None:

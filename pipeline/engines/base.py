@@ -116,6 +116,8 @@ class EngineCard:
     companions: tuple[tuple[str, Layout], ...] = ()  # hub models it loads besides, if a request needs them
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of what it makes
     last_check: Callable[[Path], str | None] = lambda state_dir: None  # of its own, for `doctor`
+    # Folders outside the home that a killed run left for the next, if nobody uses them now.
+    leftovers: Callable[[Path], Sequence[Path]] = lambda state_dir: ()
     # MissingPackage or MissingWeights if what a variation's parameters ask for isn't on this machine.
     check_params: Callable[[Mapping[str, Any], EngineSettings], None] = lambda params, settings: None
     rank: int = 0  # `auto` takes the usable engine of the highest rank; below 0: never

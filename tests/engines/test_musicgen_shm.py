@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
+import mmap
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,9 @@ from pipeline.engines.musicgen.savepoints import Savepoints
 from pipeline.engines.musicgen.shm import FACTS, Files, Shelf, Sizes
 from pipeline.errors import Stopped
 from pipeline.records import Failure, VariationRequest
+
+if not hasattr(os, "posix_fallocate") or not hasattr(mmap, "MADV_REMOVE"):
+    pytest.skip("nothing outlives a kill on this system", allow_module_level=True)
 
 GIGABYTE = 10**9
 
@@ -78,6 +84,15 @@ def int8_home(musicgen: Any, tmp_path: Path) -> Home:
     return Home(musicgen.checkpoint, "int8", tmp_path)
 
 
+@pytest.fixture
+def tmpfs_home(musicgen: Any) -> Iterator[Home]:
+    """In real memory: other file systems may give room to neighbours of what is written."""
+    if not shm._is_memory(shm.ROOT):
+        pytest.skip(f"no file system in memory at {shm.ROOT}")
+    with TemporaryDirectory(dir=shm.ROOT) as folder:
+        yield Home(musicgen.checkpoint, "int8", Path(folder))
+
+
 def assert_same(found: dict[str, Any], whole: dict[str, Any]) -> None:
     assert found.keys() == whole.keys()
     for name, result in whole.items():
@@ -126,6 +141,42 @@ def test_of_a_batch_whoever_was_under_way_goes_on_and_others_may_have_joined(
     assert_same(made(engine, new[0], two[1], new[1], two[0]), whole)
     assert decoder.prefills == 1  # of the other track; all others were there
     assert decoder.steps == 103  # the longest of all that was left: 303 - 200, and e's 103
+
+
+def most_held(engine: Any, requests: Sequence[VariationRequest]) -> tuple[dict[str, Any], int]:
+    """Results, and the bytes in memory files at most."""
+    held: list[int] = []
+    results = engine.generate(
+        requests, progress=lambda *_: held.append(engine.shelf.held_bytes), should_stop=never
+    )
+    return {result.request_id: result for result in results}, max(held)
+
+
+def test_fewer_rows_than_were_left_take_no_more_memory_than_without(
+    tmpfs_home: Home, request_for: RequestFn
+) -> None:
+    """Two of four go on, two rows at once: what the others held is given back at once."""
+    requests = [request_for(name, duration_s=3.0, seed=seed) for seed, name in enumerate("abcd")]
+    engine, _ = tmpfs_home.engine(max_memory_gb=0.001)
+    whole, least = most_held(engine, requests[2:])
+    tmpfs_home.kill(requests, lambda name, done: name == "d" and done == 120)
+    engine, decoder = tmpfs_home.engine(max_memory_gb=0.001)
+    found, most = most_held(engine, requests[2:])
+    assert_same(found, whole)
+    assert max(decoder.rows) == 2
+    assert decoder.steps == 153 - 100 + 153  # the one's rows were kept, the other's given back
+    assert most < least + 20 * mmap.PAGESIZE  # of files whose rows don't end at a page
+
+
+def test_longer_rows_that_were_left_are_not_used_for_short_ones(
+    tmpfs_home: Home, request_for: RequestFn
+) -> None:
+    long, short = request_for("long", duration_s=12.0, guidance=1.0), request_for("s", guidance=1.0)
+    whole, least = most_held(tmpfs_home.engine()[0], [short])
+    tmpfs_home.kill([long], lambda name, done: done == 120)
+    found, most = most_held(tmpfs_home.engine()[0], [short])
+    assert_same(found, whole)
+    assert most == least
 
 
 def test_fewer_may_come_back(int8_home: Home, request_for: RequestFn) -> None:
@@ -222,10 +273,11 @@ def test_of_another_precision_version_or_length_it_is_not_used(
     from pipeline.engines.musicgen import engine as module
 
     def again(**change: Any) -> int:
-        engine, decoder = Home(int8_home.checkpoint, change.pop("kind", "int8"), int8_home.folder).engine(
-            **change
-        )
-        made(engine, request_for("new", duration_s=change.pop("duration_s", 0.2)))
+        kind = change.pop("kind", "int8")
+        engine, decoder = Home(
+            change.pop("checkpoint", int8_home.checkpoint), kind, int8_home.folder
+        ).engine()
+        made(engine, request_for("new", **{"duration_s": 3.0, **change}))
         return decoder.prefills
 
     killed = request_for(duration_s=3.0)
@@ -238,15 +290,17 @@ def test_of_another_precision_version_or_length_it_is_not_used(
     kill()
     assert again(kind="float32") == 2
     kill()
-    assert again(max_memory_gb=100.0) == 2
+    checkpoint = int8_home.checkpoint
+    another = replace(checkpoint, weights=replace(checkpoint.weights, revision="another"))
+    assert again(checkpoint=another) == 2
     kill()
     with monkeypatch.context() as other:
         other.setattr(module, "VERSION", "another")
         assert again() == 2
-    int8_home.kill([killed], lambda name, done: done == 120)
-    engine, decoder = int8_home.engine()
-    made(engine, request_for("longer", duration_s=4.0))
-    assert decoder.prefills == 2
+    kill()
+    assert again(duration_s=6.0) == 2
+    kill()
+    assert again(prompt=" ".join(["slow piano"] * 12)) == 2  # a longer prefix
 
 
 def test_a_step_or_prefix_that_was_cut_off_is_not_held(
@@ -283,6 +337,34 @@ def test_a_step_or_prefix_that_was_cut_off_is_not_held(
     assert again.take_row(key, tokens, [0, 1]) == (slot, 2)
 
 
+def test_a_row_counts_as_held_once_its_tokens_are_written(musicgen: Any) -> None:
+    from pipeline.engines.musicgen.decoder import Feed
+
+    class Cut(np.ndarray):
+        def __setitem__(self, *_: Any) -> None:
+            raise Killed
+
+    memory, tokens = decoder_of(musicgen.checkpoint, "int8").memory(1, 20, 1, 8), np.arange(8).reshape(2, 4)
+    memory.take_row(b"k" * 32, tokens, [0])
+    memory.held.tokens = memory.held.tokens.view(Cut)
+    with pytest.raises(Killed):
+        memory.advance([Feed(0, 0, 0, tokens)])
+    assert memory.held.steps[0] == 0
+
+
+@pytest.mark.parametrize("how", ["release", "leave_row"])
+def test_a_row_that_was_given_back_or_left_holds_nothing(musicgen: Any, how: str) -> None:
+    from pipeline.engines.musicgen.decoder import Feed
+
+    memory, key = decoder_of(musicgen.checkpoint, "int8").memory(1, 20, 1, 8), b"k" * 32
+    tokens = np.arange(8).reshape(2, 4)
+    memory.take_row(key, tokens, [0])
+    memory.advance([Feed(0, 0, 0, tokens)])
+    assert memory.held.common(0, key, tokens) == 2
+    getattr(memory, how)(0)
+    assert memory.take_row(key, tokens, [0]) == (0, 0)
+
+
 def test_a_row_that_skipped_steps_holds_none_of_them(musicgen: Any) -> None:
     from pipeline.engines.musicgen.decoder import Feed
 
@@ -300,16 +382,41 @@ def test_a_row_that_skipped_steps_holds_none_of_them(musicgen: Any) -> None:
 
 def test_files_grow_by_slots_and_keep_what_is_there(tmp_path: Path) -> None:
     files = Files(tmp_path, {"version": "1"})
-    assert files.fit(Sizes(2, 100, 1, 10)) == Sizes(2, 100, 1, 10)
+    assert files.fit(Sizes(2, 256, 1, 128)) == Sizes(2, 256, 1, 128)
     files.pages("numbers", 8000).array(np.int64)[:] = 7
-    files.describe(Sizes(2, 100, 1, 10))
+    files.describe(Sizes(2, 256, 1, 128))
     more = Files(tmp_path, {"version": "1"})
-    assert more.fit(Sizes(4, 80, 1, 10)) == Sizes(4, 100, 1, 10)
+    assert more.fit(Sizes(4, 256, 1, 128)) == Sizes(4, 256, 1, 128)
     numbers = more.pages("numbers", 16000).array(np.int64)
     assert (numbers[:1000] == 7).all()
     assert (numbers[1000:] == 0).all()
-    assert Files(tmp_path, {"version": "1"}).fit(Sizes(1, 101, 1, 10)) == Sizes(1, 101, 1, 10)
+    assert more.fit(Sizes(1, 256, 3, 128)) == Sizes(2, 256, 3, 128)
+
+
+@pytest.mark.parametrize("wanted", [(2, 384, 1, 128), (2, 128, 1, 128), (2, 256, 1, 256)], ids=str)
+def test_files_with_slots_of_another_length_are_removed(tmp_path: Path, wanted: tuple) -> None:
+    files = Files(tmp_path, {})
+    files.pages("numbers", 8000)
+    files.describe(Sizes(2, 256, 1, 128))
+    assert files.fit(Sizes(*wanted)) == Sizes(*wanted)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_facts_are_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is left when removing is cut off isn't taken for anything."""
+    files, unlink, removed = Files(tmp_path, {}), Path.unlink, list[str]()
+    for name in ("a", "z"):
+        files.pages(name, 100)
+    files.describe(Sizes(1, 128, 1, 128))
+
+    def note(self: Path, missing_ok: bool = False) -> None:
+        removed.append(self.name)
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", note)
+    files.fit(Sizes(1, 256, 1, 128))
+    assert removed[0] == FACTS
+    assert sorted(removed) == ["a", FACTS, "z"]
 
 
 def test_pages_of_a_file_are_given_back_and_can_be_used_again(tmp_path: Path) -> None:
@@ -342,6 +449,70 @@ def test_no_room_for_a_row_fails_its_variation_alone(
     assert isinstance(failure, Failure)
     assert "no room for keys and values" in str(failure.error)
     assert_same(found, whole)
+
+
+def test_no_room_for_a_prefix_fails_its_variations_alone(
+    int8_home: Home, request_for: RequestFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.engines.musicgen.keys_values import Cache
+
+    reserve = Cache.reserve
+
+    def one_prefix(self: Cache, slot: int) -> None:
+        if self.slots == 2 and slot == 1 and self.arrays[0].shape[0] == cache_rows["prefixes"]:
+            raise MemoryError("no room for keys and values")
+        reserve(self, slot)
+
+    a, b = request_for("a", guidance=1.0), request_for("b", guidance=1.0, prompt="slow piano")
+    c = request_for("c", guidance=1.0, seed=9)
+    whole = made(generator_with(int8_home.checkpoint, "int8"), a, c)
+    shape = int8_home.checkpoint.layers.shape
+    cache_rows = {"prefixes": 2 * shape.layers * shape.heads}
+    monkeypatch.setattr(Cache, "reserve", one_prefix)
+    engine, _ = int8_home.engine()
+    found = made(engine, a, b, c)
+    failure = found.pop("b")
+    assert isinstance(failure, Failure)
+    assert "no room for keys and values" in str(failure.error)
+    assert_same(found, whole)
+
+
+@pytest.mark.parametrize("what", ["link", "no room", "folder"])
+def test_files_that_cannot_be_made_are_told_and_done_without(
+    int8_home: Home,
+    request_for: RequestFn,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    request = request_for()
+    whole = made(generator_with(int8_home.checkpoint, "int8"), request)
+    shelf, victim = int8_home.folder / "shelf", int8_home.folder / "victim"
+    victim.write_bytes(b"mine")
+    fit = Files.fit
+
+    def in_the_way(self: Files, wanted: Sizes) -> Sizes:
+        found = fit(self, wanted)
+        (self.folder / "row-keys").symlink_to(victim)
+        return found
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if what == "link":
+        monkeypatch.setattr(Files, "fit", in_the_way)
+    elif what == "no room":
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:
+        (shelf / "sub").mkdir(mode=0o700, parents=True)
+        shelf.chmod(0o700)
+    engine, _ = int8_home.engine()
+    assert_same(made(engine, request), whole)
+    if what == "folder":
+        assert not shelf.exists()
+    else:
+        assert "can't be used" in caplog.text
+    assert victim.read_bytes() == b"mine"
 
 
 # -- the shelf ----------------------------------------------------------------------------------------
@@ -439,6 +610,71 @@ def test_more_than_the_file_system_has_is_not_tried(tmp_path: Path, caplog: pyte
     assert not opened(Shelf(tmp_path / "shelf", "shm"), 1 << 60)
     assert "has no room" in caplog.text
     assert not (tmp_path / "shelf").exists()
+
+
+def test_a_folder_removed_while_it_is_locked_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may end between our opening the folder and our locking it."""
+    flock = fcntl.flock
+
+    def too_late(handle: int, how: int) -> None:
+        (tmp_path / "shelf").rmdir()
+        (tmp_path / "shelf").mkdir(mode=0o700)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    assert not opened(Shelf(tmp_path / "shelf", "shm"))
+
+
+def test_any_umask_will_do(tmp_path: Path) -> None:
+    before = os.umask(0o777)
+    try:
+        with Shelf(tmp_path / "shelf", "shm").open({}, 1000) as files:
+            assert files is not None
+            assert files.folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("whose", ["another's", "a link's", "open to others"])
+def test_what_is_not_ours_counts_as_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """Everybody can make names in /dev/shm; believing them would take memory that isn't there."""
+    folder = tmp_path / "shelf"
+    folder.mkdir(mode=0o700)
+    (tmp_path / "large").write_bytes(bytes(1 << 20))
+    (folder / "it").symlink_to(tmp_path / "large")
+    assert Shelf(folder).held_bytes < 1 << 13
+    (folder / "it").unlink()
+    (folder / "it").write_bytes(bytes(1 << 20))
+    assert Shelf(folder).held_bytes >= 1 << 20
+    if whose == "another's":
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    elif whose == "a link's":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.chmod(0o750)
+    assert Shelf(folder).held_bytes == 0
+
+
+@pytest.mark.parametrize("mode", ["private", "auto"])
+def test_what_was_left_is_removed_where_it_will_not_be_used(shm_root: Path, mode: str) -> None:
+    kind = "tmpfs" if mode == "private" else "ext4"
+    (shm_root / "mounts").write_text(f"it {shm_root} {kind} rw 0 0\n")
+    left = shm.folder_of(shm_root / "state")
+    left.mkdir(mode=0o700)
+    (left / "it").touch()
+    assert shm.leftovers(shm_root / "state") == [left]
+    with Shelf(left, "shm").open({}, 10):
+        assert shm.leftovers(shm_root / "state") == []
+        shm.shelf(shm_root / "state", mode)
+        assert left.exists()
+    left.mkdir(mode=0o700)
+    shm.shelf(shm_root / "state", mode)
+    assert not left.exists()
 
 
 def test_what_other_homes_left_is_removed_after_a_day(shm_root: Path) -> None:

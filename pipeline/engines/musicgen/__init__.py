@@ -74,15 +74,20 @@ def license_of(model: str | None) -> str:
 
 
 def last_check(state_dir: Path) -> str | None:
-    """What the last start found out about int8, and what a kill left in memory; None if there is neither."""
-    from pipeline.engines.musicgen import precision, shm
+    """What the last start found out about int8; None if there was none."""
+    from pipeline.engines.musicgen import precision
 
-    said = []
-    if check := precision.last_check(state_dir / FOLDER):
-        said.append(f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used")
-    if taken := shm.left_bytes(state_dir / FOLDER):
-        said.append(f"{shm.folder_of(state_dir / FOLDER)} holds {taken / 1e6:.0f} MB of keys and values")
-    return "; ".join(said) or None
+    check = precision.last_check(state_dir / FOLDER)
+    if check is None:
+        return None
+    return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
+
+
+def leftovers(state_dir: Path) -> list[Path]:
+    """See `EngineCard`: keys and values, in memory."""
+    from pipeline.engines.musicgen import shm
+
+    return shm.leftovers(state_dir / FOLDER)
 
 
 def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:
@@ -113,7 +118,7 @@ def _load(settings: EngineSettings) -> Generator:
         opened,
         max_memory_gb=settings.max_memory_gb,
         saved=Savepoints(None if kept is None else kept / UNFINISHED),
-        shelf=shm.shelf(kept if checkpoint.device == "cpu" else None, settings.kv_cache),
+        shelf=shm.shelf(kept, settings.kv_cache if checkpoint.device == "cpu" else "private"),
         cache_dir=settings.cache_dir,
     )
 
@@ -130,6 +135,7 @@ ENGINE = EngineCard(
     default_model=DEFAULT_MODEL,
     license_of=license_of,
     last_check=last_check,
+    leftovers=leftovers,
     check_params=check_params,
     rank=10,
 )

@@ -10,6 +10,7 @@ what one track with eight does. Prefixes are run once and shared by all rows tha
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,8 @@ from pipeline.engines.musicgen.shm import Files
 from pipeline.engines.musicgen.windows import UNKNOWN, Delayed, Window
 from pipeline.errors import PipelineError, Stopped
 from pipeline.records import Samples
+
+log = logging.getLogger("pipeline")
 
 # Of one request; torch says RuntimeError for no memory left.
 BREAKING = (PipelineError, RuntimeError, ValueError, MemoryError)
@@ -74,10 +77,6 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def _rows(voices: Sequence[Voice]) -> int:
-    return sum(voice.n_rows for voice in voices)
-
-
 def distinct_prefixes(voices: Sequence[Voice], frames_per_s: float) -> int:
     """How many prefixes there are in all: no more are ever needed at once."""
     keys = (
@@ -122,11 +121,11 @@ class Prefixes:
         """A place nobody uses; the one that was filled longest ago makes room."""
         for key, place in self.places.items():
             if not self.users.get(place):
-                if len(self.places) == self.memory.n_prefixes:
+                if len(self.places) == len(self.memory.places):
                     del self.places[key]
                     return place
                 break
-        return next(place for place in range(self.memory.n_prefixes) if place not in self.places.values())
+        return next(place for place in self.memory.places if place not in self.places.values())
 
 
 @dataclass(eq=False)
@@ -150,14 +149,21 @@ class Batch:
             yield from self._run(voices, self.memory(files))
 
     def memory(self, files: Files | None = None) -> Memory:
-        return self.decoder.memory(self.rows, self.steps, self.n_prefixes, self.prefix_steps, files)
+        """Room for all rows, in files if they can be used."""
+        sizes = self.rows, self.steps, self.n_prefixes, self.prefix_steps
+        if files is not None:
+            try:
+                return self.decoder.memory(*sizes, files)
+            except (OSError, MemoryError) as error:
+                files.give_up(error)
+        return self.decoder.memory(*sizes)
 
     def _run(self, voices: Sequence[Voice], memory: Memory) -> Iterator[Ended]:
         prefixes = Prefixes(memory)
         waiting, active = deque(sorted(voices, key=lambda voice: not voice.known_frames)), list[Voice]()
-        free = list(range(memory.n_rows))
+        free = memory.choose_rows([row for voice in waiting for row in self._known(voice)])
         while waiting or active:
-            while waiting and _rows(active) + waiting[0].n_rows <= self.rows:
+            while waiting and len(free) >= waiting[0].n_rows:
                 voice = waiting.popleft()
                 window = voice.next_window()
                 if window is None:
@@ -189,10 +195,23 @@ class Batch:
 
     @staticmethod
     def _leave(voice: Voice, free: list[int], prefixes: Prefixes) -> None:
+        for slot in voice.slots:
+            prefixes.memory.leave_row(slot)
         free += voice.slots
         for place in voice.prefixes:
             prefixes.give_back(place)
         voice.slots, voice.prefixes = [], []
+
+    def _known(self, voice: Voice) -> list[tuple[bytes, Tokens]]:
+        """Of each row that is to go on: its prefix, and what is told the steps that are known."""
+        window = voice.next_window() if voice.known_frames else None
+        if window is None:
+            return []
+        told = self._delayed(voice, window).known
+        return [(key, told) for key in voice.prefix_keys(window, self.frames_per_s)]
+
+    def _delayed(self, voice: Voice, window: Window) -> Delayed:
+        return Delayed(voice.codes, window, self.lags, self.decoder.shape.vocabulary)
 
     def begin(
         self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes, free: list[int]
@@ -200,9 +219,9 @@ class Batch:
         """Take rows, run a window's prefixes, and all steps but one of what is known and not held already."""
         self.check_stop()
         conditions = voice.conditions
-        voice.delayed = Delayed(voice.codes, window, self.lags, self.decoder.shape.vocabulary)
-        voice.position = last = voice.delayed.known_steps
-        known = voice.delayed.told(0, last)
+        voice.delayed = self._delayed(voice, window)
+        known = voice.delayed.known
+        voice.position = last = len(known)
         start_s = window.start / self.frames_per_s
         inputs = (lambda: conditions.told(conditions.window(start_s)), conditions.nothing)
         for key, its_inputs in zip(voice.prefix_keys(window, self.frames_per_s), inputs, strict=False):
@@ -211,6 +230,8 @@ class Batch:
             voice.slots.append(slot)
             voice.position = min(voice.position, held)
             voice.prefixes.append(prefixes.take(key, its_inputs))
+        if voice.position:
+            log.info("musicgen: keys and values of a killed run: goes on at step %d", voice.position)
         while voice.position < last:
             self.check_stop()
             upto = min(voice.position + STEPS_AT_ONCE, last)

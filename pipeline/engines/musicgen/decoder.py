@@ -65,11 +65,17 @@ class Feed:
 class Memory(Protocol):
     """Keys and values of a decoder's rows and prefixes, and the way to add to them."""
 
-    n_rows: int  # those asked for, or more
-    n_prefixes: int
+    places: Sequence[int]  # of prefixes
 
     def held_prefixes(self) -> dict[bytes, int]:
         """The places of prefixes that are there from the beginning, by key."""
+        ...
+
+    def choose_rows(self, known: Sequence[tuple[bytes, Tokens]]) -> list[int]:
+        """The slots to use, as many as were asked for, those first that hold what is known already.
+
+        `known`: of each row that is to go on, its prefix's key and what its steps are told.
+        """
         ...
 
     def take_row(self, key: bytes, tokens: Tokens, free: Sequence[int]) -> tuple[int, int]:
@@ -80,6 +86,10 @@ class Memory(Protocol):
         Raises:
             MemoryError: there is no room for it.
         """
+        ...
+
+    def leave_row(self, slot: int) -> None:
+        """Nobody will go on with what a row holds."""
         ...
 
     def prefill(self, prefix: int, inputs: Samples, key: bytes = NAMELESS) -> None:

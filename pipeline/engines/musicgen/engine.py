@@ -165,7 +165,6 @@ class MusicgenGenerator:
             "version": VERSION,
             "revision": self.checkpoint.weights.revision,
             "precision": self.decoder.precision,
-            "max_memory_gb": self.max_memory_gb,  # less than before: what was left may be too much
         }
         return Batch(
             decoder=self.decoder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ class Cache:
     """Keys and values of a number of slots, as the kernels want them."""
 
     def __init__(self, decoder: CpuDecoder, slots: int, steps: int, pages: PagesFn) -> None:
-        shape, steps = decoder.shape, whole_units(steps)
+        """`steps`: whole units."""
+        shape = decoder.shape
         quantized = decoder.precision == "int8"
         self.layers, self.heads = shape.layers, shape.heads
         places, dim = slots * shape.layers * shape.heads, shape.hidden // shape.heads
@@ -151,14 +152,31 @@ class CpuMemory:
         def pages(kind: str, name: str, n_bytes: int) -> Pages:
             return Pages(n_bytes) if files is None else files.pages(f"{kind}{name}", n_bytes)
 
+        wanted = replace(
+            wanted, steps=whole_units(wanted.steps), prefix_steps=whole_units(wanted.prefix_steps)
+        )
         sizes = wanted if files is None else files.fit(wanted)
-        self.decoder = decoder
-        self.n_rows, self.n_prefixes = sizes.rows, sizes.prefixes
+        self.decoder, self.n_rows = decoder, wanted.rows
         self.rows = Cache(decoder, sizes.rows, sizes.steps, partial(pages, "row-"))
         self.prefixes = Cache(decoder, sizes.prefixes, sizes.prefix_steps, partial(pages, "prefix-"))
         self.held = Held(sizes, decoder.shape.codebooks, partial(pages, "held-"))
         if files is not None:
             files.describe(sizes)
+        named = (self.held.prefix_keys != 0).any(axis=1)
+        self.places: Sequence[int] = np.argsort(~named, kind="stable").tolist()[: wanted.prefixes]
+        for place in set(range(sizes.prefixes)) - set(self.places):  # left by a larger batch
+            self.held.drop_prefix(place)
+            self.prefixes.release(place)
+
+    def choose_rows(self, known: Sequence[tuple[bytes, Tokens]]) -> list[int]:
+        slots = list(range(self.rows.slots))
+        for n, (key, tokens) in enumerate(known[: self.n_rows]):
+            steps = [self.held.common(slot, key, tokens) for slot in slots[n:]]
+            best = n + int(np.argmax(steps))
+            slots[n], slots[best] = slots[best], slots[n]
+        for slot in slots[self.n_rows :]:  # left by a larger batch
+            self.release(slot)
+        return slots[: self.n_rows]
 
     def held_prefixes(self) -> dict[bytes, int]:
         return self.held.prefixes()
@@ -169,6 +187,9 @@ class CpuMemory:
         self.rows.reserve(slot)
         self.held.give(slot, key, steps[slot])
         return slot, steps[slot]
+
+    def leave_row(self, slot: int) -> None:
+        self.held.give(slot, NAMELESS, 0)
 
     def prefill(self, prefix: int, inputs: Samples, key: bytes = NAMELESS) -> None:
         positions = np.arange(len(inputs), dtype=np.int64)
@@ -195,7 +216,7 @@ class CpuMemory:
         return self.decoder.logits(x[np.cumsum(counts) - 1])
 
     def release(self, slot: int) -> None:
-        self.held.give(slot, NAMELESS, 0)
+        self.leave_row(slot)
         self.rows.release(slot)
 
     def run(self, x: Samples) -> None:

@@ -1,7 +1,8 @@
 """Tokens of unfinished variations, kept on the disk so that a killed run goes on where it was.
 
 A file per request, a few kilobytes, written whole every few seconds of audio. Only tokens are
-kept: noise is a function of the step, and keys and values are made again from the tokens.
+kept: noise is a function of the step, and keys and values outlive a kill in memory (`shm`) or are made
+again from the tokens.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A killed run's tokens are on the disk. To go on from them the model needs the keys and values of all
 of them, and to calculate those again takes a third of the time that making the tokens took. So they
-are kept in files below /dev/shm (tmpfs): the pages are the system's, a kill leaves them as they are,
-and nothing is ever written to a disk. The next run maps them again. After any end but a kill, an
-error or a stop, the files are removed: memory is never held for nobody.
+are kept in files below /dev/shm (tmpfs): the pages are the system's, and a kill leaves them as they
+are. The next run maps them again. An orderly end, that of an error or a stop as well, removes the
+files: memory isn't held for nobody.
 
 What the files hold is written in them as well, see `keys_values.Held`.
 """
@@ -17,11 +17,13 @@ import json
 import logging
 import mmap
 import os
+import shutil
+import stat
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +46,14 @@ class Pages:
     """Memory that is the system's until it is written to; of the process, or of a file."""
 
     def __init__(self, n_bytes: int, file: int | None = None) -> None:
-        """`file`: a descriptor, which is closed with the last use of the memory."""
+        """`file`: a descriptor, closed with the last use of the memory; the file is made long enough."""
         self.n_bytes, self._file = n_bytes, file
-        if file is None:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        else:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        if file is not None:
             weakref.finalize(self, os.close, file)
             flags = mmap.MAP_SHARED
+            if os.fstat(file).st_size < n_bytes:
+                os.ftruncate(file, n_bytes)
         self._memory = mmap.mmap(-1 if file is None else file, max(n_bytes, 1), flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a system that has none
@@ -76,12 +79,13 @@ class Pages:
         first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
         how = getattr(mmap, "MADV_DONTNEED" if self._file is None else "MADV_REMOVE", None)
         if last > first and how is not None:
-            self._memory.madvise(how, first, last - first)
+            with suppress(OSError):  # a system that can't
+                self._memory.madvise(how, first, last - first)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a memory."""
+    """Of a memory; steps in whole units."""
 
     rows: int
     steps: int
@@ -98,27 +102,23 @@ class Files:
     _mapped: dict[str, list[int]] = field(default_factory=dict, compare=False)  # inode and bytes by name
 
     def fit(self, wanted: Sizes) -> Sizes:
-        """The sizes to use, so that what a killed run left can be used: never less than wanted.
+        """The sizes to use, so that what a killed run left can be used: as many slots as either has.
 
-        What can't be used is removed.
+        What can't be used, because its slots are of another length, is removed.
         """
         left = self._left()
-        if left is None or left.steps < wanted.steps or left.prefix_steps < wanted.prefix_steps:
+        if left is None or (left.steps, left.prefix_steps) != (wanted.steps, wanted.prefix_steps):
             _empty(self.folder)
             return wanted
-        log.info("musicgen: goes on with the keys and values of a run that was killed")
-        return Sizes(
-            max(left.rows, wanted.rows), left.steps, max(left.prefixes, wanted.prefixes), left.prefix_steps
-        )
+        return replace(wanted, rows=max(left.rows, wanted.rows), prefixes=max(left.prefixes, wanted.prefixes))
 
     def pages(self, name: str, n_bytes: int) -> Pages:
         """What is in the file of that name, and zeros after it."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        if n_bytes == 0:  # an empty file can't be mapped
+            return Pages(0)
         file = os.open(self.folder / name, flags, 0o600)
-        found = os.fstat(file)
-        if found.st_size < max(n_bytes, 1):  # an empty file can't be mapped
-            os.ftruncate(file, max(n_bytes, 1))
-        self._mapped[name] = [found.st_ino, n_bytes]
+        self._mapped[name] = [os.fstat(file).st_ino, n_bytes]
         return Pages(n_bytes, file)
 
     def describe(self, sizes: Sizes) -> None:
@@ -127,6 +127,13 @@ class Files:
         told = {"facts": self.facts, "sizes": asdict(sizes), "files": self._mapped}
         temporary.write_text(json.dumps(told))
         temporary.replace(self.folder / FACTS)
+
+    def give_up(self, error: Exception) -> None:
+        """They can't be used."""
+        log.warning(
+            "musicgen: %s can't be used (%s): keys and values won't outlive a kill", self.folder, error
+        )
+        _empty(self.folder)
 
     def _left(self) -> Sizes | None:
         """The sizes of what a killed run left, if it is whole and of the same facts."""
@@ -157,34 +164,24 @@ class Shelf:
     @contextmanager
     def open(self, facts: Mapping[str, Any], n_bytes: int) -> Iterator[Files | None]:
         """Files for a memory of so many bytes, removed at the end; None: the process's own is to be used."""
-        if self.folder is None:
-            yield None
-            return
-        lock = self._lock(self.folder)
-        if lock is None:
-            yield None
-            return
-        try:
-            _sweep(self.folder)
-            if self._fits(self.folder, n_bytes):
-                yield Files(self.folder, {**facts, "boot": _boot_id()})
-            else:
-                _empty(self.folder)
-                yield None
-        finally:
-            with suppress(OSError):
-                _empty(self.folder)
-                self.folder.rmdir()
-            os.close(lock)
+        with ExitStack() as stack:
+            fits = self.folder is not None and self._begin(self.folder, n_bytes, stack)
+            yield Files(self.folder, {**facts, "boot": _boot_id()}) if self.folder and fits else None
 
-    def _lock(self, folder: Path) -> int | None:
-        """The folder, made if need be, for this process alone."""
+    def _begin(self, folder: Path, n_bytes: int, stack: ExitStack) -> bool:
+        """Take the folder, made if need be, for this batch alone; whether it can be used."""
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            return _locked(folder)
+            _make(folder)
+            stack.enter_context(_locked(folder))
+            stack.callback(_remove, folder)
+            _sweep(folder)
+            fits = self._fits(folder, n_bytes)
+            if not fits:
+                _empty(folder)
         except OSError as error:
             self._tell(f"{folder} can't be used ({error})")
-            return None
+            return False
+        return fits
 
     def _fits(self, folder: Path, n_bytes: int) -> bool:
         """Whether so much may be held; what is held already is part of it."""
@@ -209,23 +206,32 @@ class Shelf:
 
 
 def shelf(state: Path | None, mode: str) -> Shelf:
-    """Of the home whose engine keeps its things in `state`; mode as `generate.kv_cache`."""
-    if state is None or mode == "private" or not _is_memory(ROOT):
-        if state is not None and mode == "shm":
+    """Of the home whose engine keeps its things in `state`; mode as `generate.kv_cache`.
+
+    Where it isn't used, what a killed run left there is removed.
+    """
+    if state is None:
+        return Shelf(None)
+    if mode == "private" or not _is_memory(ROOT):
+        if mode == "shm":
             log.warning("generate.kv_cache: %s is no file system in memory here; private is used", ROOT)
+        for folder in leftovers(state):
+            _remove(folder)
         return Shelf(None)
     return Shelf(folder_of(state), mode)
+
+
+def leftovers(state: Path) -> list[Path]:
+    """What a killed run of this home left in memory, unless another one has it now."""
+    with suppress(OSError), _locked(folder_of(state)):
+        return [folder_of(state)]
+    return []
 
 
 def folder_of(state: Path) -> Path:
     """One per user and home."""
     digest = hashlib.sha256(os.fsencode(state.resolve())).hexdigest()[:16]
     return ROOT / f"{_prefix()}{digest}"
-
-
-def left_bytes(state: Path) -> int:
-    """What a killed run of this home left in memory, for `doctor`."""
-    return _bytes_in(folder_of(state))
 
 
 def _prefix() -> str:
@@ -246,45 +252,63 @@ def _boot_id() -> str:
     return ""
 
 
-def _locked(folder: Path) -> int:
-    """A descriptor of a folder that nobody else uses; to be closed.
+def _make(folder: Path) -> None:
+    with suppress(FileExistsError):
+        folder.mkdir()
+        folder.chmod(0o700)  # whatever the umask is
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A folder that nobody else uses meanwhile.
 
     Raises:
-        OSError: somebody does, or it isn't a folder of this user's alone.
+        OSError: somebody does, or it isn't a folder of this user's alone, or there is none.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        found = os.fstat(handle)
-        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        if not _is_ours(os.fstat(handle)):
             raise PermissionError("it is not this user's alone")
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if folder.lstat().st_ino != os.fstat(handle).st_ino:
+            raise FileNotFoundError("another run has just removed it")
+        yield
+    finally:
         os.close(handle)
-        raise
-    return handle
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Whether it is a folder of this user's alone: everybody can make one in `ROOT`."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
 
 
 def _sweep(own: Path) -> None:
     """Remove what killed runs of other homes left long ago."""
     for folder in own.parent.glob(f"{_prefix()}*"):
         with suppress(OSError):
-            if folder != own and time.time() - folder.stat().st_mtime > FORGOTTEN_S:
-                handle = _locked(folder)
-                try:
-                    _empty(folder)
-                    folder.rmdir()
-                finally:
-                    os.close(handle)
+            if folder != own and time.time() - folder.lstat().st_mtime > FORGOTTEN_S:
+                with _locked(folder):
+                    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        _empty(folder)
+        folder.rmdir()
 
 
 def _empty(folder: Path) -> None:
-    for path in sorted(folder.iterdir(), key=lambda path: path.name != FACTS):  # the facts go first
-        path.unlink()
+    """The facts go first: without them nobody takes the rest for anything."""
+    (folder / FACTS).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _bytes_in(folder: Path) -> int:
-    total = 0
     with suppress(OSError):
-        for path in folder.iterdir():
-            total += path.stat().st_blocks * 512
-    return total
+        if _is_ours(folder.lstat()):
+            return sum(512 * path.lstat().st_blocks for path in folder.iterdir())
+    return 0

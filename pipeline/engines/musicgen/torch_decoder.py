@@ -99,7 +99,8 @@ class TorchMemory:
             return torch.zeros(size, dtype=decoder.kind, device=decoder.device)
 
         self.decoder = decoder
-        self.n_rows, self.n_prefixes = rows, prefixes
+        self.n_rows = rows
+        self.places: Sequence[int] = range(prefixes)
         self.rows = room(rows + 1, steps)  # the last is the padding's
         self.prefixes = room(prefixes, prefix_steps)
         self.lengths = np.zeros(prefixes, np.int64)
@@ -107,9 +108,15 @@ class TorchMemory:
     def held_prefixes(self) -> dict[bytes, int]:
         return {}
 
+    def choose_rows(self, known: Sequence[tuple[bytes, Tokens]]) -> list[int]:
+        return list(range(self.n_rows))
+
     def take_row(self, key: bytes, tokens: Tokens, free: Sequence[int]) -> tuple[int, int]:
         """All rows are there, and none holds anything."""
         return free[-1], 0
+
+    def leave_row(self, slot: int) -> None:
+        """It holds nothing for anybody."""
 
     def prefill(self, prefix: int, inputs: Samples, key: bytes = NAMELESS) -> None:
         import torch

@@ -60,6 +60,11 @@ class Delayed:
         unfinished = known < frames
         return int((known + self.lags)[unfinished].min()) if unfinished.any() else self.steps
 
+    @property
+    def known(self) -> Tokens:
+        """What those steps are told, (steps, codebooks)."""
+        return self.told(0, self.known_steps)
+
     def told(self, first: int, last: int) -> Tokens:
         """What steps `first` to `last`, without it, are told: (steps, codebooks)."""
         frames = np.arange(first, last)[:, None] - 1 - self.lags
