@@ -101,6 +101,16 @@ def test_rows_that_are_free_are_given_to_the_next_at_once(musicgen: Any) -> None
     assert decoder.rows == [2] * (13 + 23) + [1] * (43 - 13 - 23)
 
 
+def test_those_that_were_begun_go_first(musicgen: Any) -> None:
+    """Others would take the rows that hold what they go on from."""
+    new, begun = (voice(musicgen.checkpoint, name, frames=20, guidance=1.0) for name in ("new", "begun"))
+    begun.codes[:, :10] = 5
+    ended = [
+        its.voice.request_id for its in run_batch(musicgen.checkpoint, musicgen.decoder, [new, begun], 1)
+    ]
+    assert ended == ["begun", "new"]
+
+
 # -- prefixes ----------------------------------------------------------------------------------------
 
 
