@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from rich.console import Console
 from pipeline.alarm import Alarm
 from pipeline.app import App
 from pipeline.engines import cards
+from pipeline.engines.base import EngineCard
 from pipeline.errors import DiskFull, FolderUnusable
 from pipeline.health import Health
 from pipeline.mounts import mount_of
@@ -67,15 +67,16 @@ def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterat
         try:
             _see_the_outbox(app, store)
             given_up = _pick_up(app, store)
-            if store.next_due() is None:  # nobody is left to go on
-                _clear_up(app)
+            _clear_up(app, but=None if store.next_due() is None else app.recipe.generator.card)
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
             with alarm.on_signals(hangup_reloads=is_watching), reporter:
                 crew = app.crew(store, root, reporter, alarm)
                 crew.runner.outcome.failed += given_up
-                yield Office(app, store, crew, alarm, health, notifier, reporter)
+                try:
+                    yield Office(app, store, crew, alarm, health, notifier, reporter)
+                finally:
+                    _clear_up(app)
         finally:
-            _clear_up(app)
             health.close()
             store.close()
 
@@ -146,11 +147,11 @@ def _pick_up(app: App, store: Store) -> int:
     return given_up
 
 
-def _clear_up(app: App) -> None:
-    """Remove what engines of a killed run left outside of the home."""
+def _clear_up(app: App, but: EngineCard | None = None) -> None:
+    """Remove what engines of a killed run left outside of the home, but for the one that is to go on."""
     for card in cards().values():
-        for folder in card.leftovers(app.workplace.state / ENGINES_FOLDER):
-            shutil.rmtree(folder, ignore_errors=True)
+        if card is not but:
+            card.clear_up(app.workplace.state / ENGINES_FOLDER)
 
 
 def _leave_at_once(database: Path, signum: int, *, is_watching: bool) -> None:

@@ -220,7 +220,7 @@ class Runner:
         if not jobs:
             return
         if failure := self._generate_together(jobs):
-            traceback.clear_frames(failure.__traceback__)  # they hold the memory of the whole batch
+            _let_go(failure)
             unfinished = [job for job in jobs if not job.over]
             if len(jobs) == 1:
                 self.attempts.fail(jobs[0], failure)
@@ -370,6 +370,14 @@ class Runner:
         self.store.finish_unit(
             key, sha256=job.track.sha256, stage=stage, result=record, seconds=seconds, now=self.clock()
         )
+
+
+def _let_go(failure: BaseException) -> None:
+    """Of what the frames of a failure hold, that is the memory of the whole batch; its lines stay."""
+    chain: BaseException | None = failure
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
 
 
 def _save(embedding: Embedding, out: BinaryIO) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +250,10 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
         if found := card.last_check(app.workplace.state / ENGINES_FOLDER):
             yield "ok", f"{card.name} at its last start", found
         for folder in card.leftovers(app.workplace.state / ENGINES_FOLDER):
-            size = sum(512 * path.lstat().st_blocks for path in folder.iterdir())
-            text = f"{folder} has {size / 1e6:.0f} MB of a killed run, for the next to go on with or remove"
-            yield "note", f"{card.name} left behind", text
+            with suppress(OSError):  # a run that has just begun removes it
+                size = sum(512 * path.lstat().st_blocks for path in folder.iterdir())
+                text = f"{folder} has {size / 1e6:.0f} MB of a killed run, for the next to use or remove"
+                yield "note", f"{card.name} left behind", text
     try:
         for stage, choice in zip(("embed", "generate"), app.choices(), strict=True):
             where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""

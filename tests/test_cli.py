@@ -137,7 +137,12 @@ def test_what_a_killed_run_left_in_memory_is_told_and_removed_once_nobody_goes_o
     left.mkdir(mode=0o700)
     (left / "row-keys").write_bytes(bytes(2_000_000))
     assert f"{left} has 2 MB of a killed run" in " ".join(pipeline("doctor").out.split())
+    handle = os.open(left, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # a run has it
+    assert "killed run" not in pipeline("doctor").out
+    assert pipeline("once").code == 0
     assert left.exists()
+    os.close(handle)
     assert pipeline("once").code == 0
     assert not left.exists()
     assert "killed run" not in pipeline("doctor").out

@@ -118,6 +118,7 @@ class EngineCard:
     last_check: Callable[[Path], str | None] = lambda state_dir: None  # of its own, for `doctor`
     # Folders outside the home that a killed run left for the next, if nobody uses them now.
     leftovers: Callable[[Path], Sequence[Path]] = lambda state_dir: ()
+    clear_up: Callable[[Path], None] = lambda state_dir: None  # removes them
     # MissingPackage or MissingWeights if what a variation's parameters ask for isn't on this machine.
     check_params: Callable[[Mapping[str, Any], EngineSettings], None] = lambda params, settings: None
     rank: int = 0  # `auto` takes the usable engine of the highest rank; below 0: never

@@ -201,6 +201,30 @@ def test_in_the_second_window_as_well(short_musicgen: Any, request_for: RequestF
     assert decoder.steps == 53 + 73
 
 
+def test_at_the_end_of_a_window_all_of_it_is_saved(
+    short_musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """Its rows are the next window's by then: 155 frames are 5 more than the first window has."""
+    request, home = request_for(duration_s=5.0), Home(short_musicgen.checkpoint, "int8", tmp_path)
+    whole = made(generator_with(home.checkpoint, "int8"), request)
+    home.kill([request], lambda name, done: done == 155)
+    engine, decoder = home.engine()
+    assert_same(made(engine, request), whole)
+    assert decoder.prefills == 1
+    assert decoder.steps == 153 - 60 + 73  # step 60 picks the first frame that is not of the first window
+
+
+def test_those_that_end_together_are_all_saved_before_there_is_sound(
+    int8_home: Home, request_for: RequestFn
+) -> None:
+    requests = [request_for(name, seed=seed) for seed, name in enumerate("abc")]
+    whole = made(generator_with(int8_home.checkpoint, "int8"), *requests)
+    assert int8_home.kill(requests, lambda name, done: done > 25) == []
+    engine, decoder = int8_home.engine()
+    assert_same(made(engine, *requests), whole)
+    assert decoder.steps == 0
+
+
 def test_what_was_never_saved_begins_anew(int8_home: Home, request_for: RequestFn) -> None:
     request = request_for(duration_s=1.0)
     whole = made(generator_with(int8_home.checkpoint, "int8"), request)
@@ -350,6 +374,19 @@ def test_a_row_counts_as_held_once_its_tokens_are_written(musicgen: Any) -> None
     with pytest.raises(Killed):
         memory.advance([Feed(0, 0, 0, tokens)])
     assert memory.held.steps[0] == 0
+
+
+def test_a_row_of_another_is_not_known_by_its_first_step(musicgen: Any) -> None:
+    """Which is the same for all: nothing was picked before it."""
+    from pipeline.engines.musicgen.decoder import Feed
+
+    memory, key = decoder_of(musicgen.checkpoint, "int8").memory(2, 20, 1, 8), b"k" * 32
+    tokens = np.arange(16).reshape(4, 4)
+    memory.take_row(key, tokens[:0], [0])
+    memory.advance([Feed(0, 0, 0, tokens)])
+    ours = np.concatenate([tokens[:1], tokens[:1]])
+    assert memory.take_row(key, ours, [0, 1]) == (1, 0)
+    assert memory.take_row(key, tokens[:2], [0]) == (0, 2)
 
 
 @pytest.mark.parametrize("how", ["release", "leave_row"])

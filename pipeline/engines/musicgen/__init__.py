@@ -90,6 +90,13 @@ def leftovers(state_dir: Path) -> list[Path]:
     return shm.leftovers(state_dir / FOLDER)
 
 
+def clear_up(state_dir: Path) -> None:
+    """See `EngineCard`."""
+    from pipeline.engines.musicgen import shm
+
+    shm.clear_up(state_dir / FOLDER)
+
+
 def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:
     """See `EngineCard`: a variation can ask for demucs, and neither it nor its weights come by themselves."""
     if params["melody"] == "demucs":
@@ -136,6 +143,7 @@ ENGINE = EngineCard(
     license_of=license_of,
     last_check=last_check,
     leftovers=leftovers,
+    clear_up=clear_up,
     check_params=check_params,
     rank=10,
 )

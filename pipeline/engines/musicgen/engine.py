@@ -114,7 +114,8 @@ class MusicgenGenerator:
             frames = voice.codes.shape[1]
             made = min(voice.delayed.window.start + voice.position, frames)
             progress(voice.request_id, made, frames + self._pieces(voice))
-            if new and voice.position % round(SAVE_EVERY_S * self.frames_per_s) == 0:
+            is_due = voice.position % round(SAVE_EVERY_S * self.frames_per_s) == 0
+            if new and (is_due or voice.position == voice.delayed.steps):  # then its rows are given away
                 self.saved.save(voice.identity, voice.codes)
 
         going = list(voices)

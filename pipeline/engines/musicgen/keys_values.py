@@ -110,12 +110,16 @@ class Held:
         self.lengths[place] = 0
 
     def common(self, slot: int, key: bytes, tokens: Tokens) -> int:
-        """How many of these steps, from the first, a row holds after that prefix."""
+        """How many of these steps, from the first, a row holds after that prefix; 0 if it is another's.
+
+        All rows are told the same at their first step, nothing.
+        """
         if self.row_keys[slot].tobytes() != key:
             return 0
         n = min(len(tokens), int(self.steps[slot]))
         other = (self.tokens[slot, :n] != tokens[:n]).any(axis=1)
-        return int(other.argmax()) if other.any() else n
+        same = int(other.argmax()) if other.any() else n
+        return same if same > 1 else 0
 
     def give(self, slot: int, key: bytes, steps: int) -> None:
         """A row is to go on from a step, after that prefix."""

@@ -4,7 +4,7 @@ A killed run's tokens are on the disk. To go on from them the model needs the ke
 of them, and to calculate those again takes a third of the time that making the tokens took. So they
 are kept in files below /dev/shm (tmpfs): the pages are the system's, and a kill leaves them as they
 are. The next run maps them again. An orderly end, that of an error or a stop as well, removes the
-files: memory isn't held for nobody.
+files: memory isn't held for nobody. A stop that doesn't come to its next step in time is no orderly end.
 
 What the files hold is written in them as well, see `keys_values.Held`.
 """
@@ -39,6 +39,7 @@ MOUNTS = Path("/proc/mounts")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 FACTS = "facts.json"
 SHARE_OF_FREE = 1 / 3  # of the system's memory: more isn't put where a kill would leave it taken
+LOCK_TRIES, LOCK_PAUSE_S = 5, 0.05
 FORGOTTEN_S = 86400.0  # what a killed run of another home left is removed after so long
 
 
@@ -104,7 +105,8 @@ class Files:
     def fit(self, wanted: Sizes) -> Sizes:
         """The sizes to use, so that what a killed run left can be used: as many slots as either has.
 
-        What can't be used, because its slots are of another length, is removed.
+        What can't be used, because it isn't whole, is of other facts or has slots of another length, is
+        removed.
         """
         left = self._left()
         if left is None or (left.steps, left.prefix_steps) != (wanted.steps, wanted.prefix_steps):
@@ -133,7 +135,8 @@ class Files:
         log.warning(
             "musicgen: %s can't be used (%s): keys and values won't outlive a kill", self.folder, error
         )
-        _empty(self.folder)
+        with suppress(OSError):  # it may be what is wrong
+            _empty(self.folder)
 
     def _left(self) -> Sizes | None:
         """The sizes of what a killed run left, if it is whole and of the same facts."""
@@ -215,8 +218,7 @@ def shelf(state: Path | None, mode: str) -> Shelf:
     if mode == "private" or not _is_memory(ROOT):
         if mode == "shm":
             log.warning("generate.kv_cache: %s is no file system in memory here; private is used", ROOT)
-        for folder in leftovers(state):
-            _remove(folder)
+        clear_up(state)
         return Shelf(None)
     return Shelf(folder_of(state), mode)
 
@@ -226,6 +228,13 @@ def leftovers(state: Path) -> list[Path]:
     with suppress(OSError), _locked(folder_of(state)):
         return [folder_of(state)]
     return []
+
+
+def clear_up(state: Path) -> None:
+    """Remove it."""
+    folder = folder_of(state)
+    with suppress(OSError), _locked(folder):
+        _remove(folder)
 
 
 def folder_of(state: Path) -> Path:
@@ -254,7 +263,7 @@ def _boot_id() -> str:
 
 def _make(folder: Path) -> None:
     with suppress(FileExistsError):
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         folder.chmod(0o700)  # whatever the umask is
 
 
@@ -269,12 +278,21 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         if not _is_ours(os.fstat(handle)):
             raise PermissionError("it is not this user's alone")
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(handle)
         if folder.lstat().st_ino != os.fstat(handle).st_ino:
             raise FileNotFoundError("another run has just removed it")
         yield
     finally:
         os.close(handle)
+
+
+def _flock(handle: int) -> None:
+    """Lock, trying for a moment: `leftovers` of another process holds it for one."""
+    for _ in range(LOCK_TRIES - 1):
+        with suppress(BlockingIOError):
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(LOCK_PAUSE_S)
+    return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_ours(found: os.stat_result) -> bool:
