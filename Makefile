@@ -18,7 +18,7 @@ demo: $(VENV)/core
 
 # In two processes, as much of it waits; a file's tests stay together, they share what they make.
 test: $(VENV)/full
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 # The long part of the fault harness: about an hour.
 torture: $(VENV)/full
