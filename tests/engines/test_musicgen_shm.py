@@ -188,30 +188,23 @@ def test_fewer_may_come_back(int8_home: Home, request_for: RequestFn) -> None:
     assert (decoder.prefills, decoder.steps) == (0, 153 - 100)
 
 
-def test_in_the_second_window_as_well(short_musicgen: Any, request_for: RequestFn, tmp_path: Path) -> None:
-    """Windows of 3 s, each going on 1.8 s after the one before: 250 frames are 90 to 240 in the second."""
-    request, home = request_for(duration_s=5.0), Home(short_musicgen.checkpoint, "int8", tmp_path)
-    whole = made(generator_with(home.checkpoint, "int8"), request)
-    home.kill([request], lambda name, done: done == 215)
-    engine, decoder = home.engine()
-    assert_same(made(engine, request), whole)
-    # saved at the 100th step of the second window, so 53 are left of it; the third has 70 frames
-    # and 3 steps of lags, of which 60 are known and read in one block.
-    assert decoder.prefills == 1
-    assert decoder.steps == 53 + 73
-
-
-def test_at_the_end_of_a_window_all_of_it_is_saved(
-    short_musicgen: Any, request_for: RequestFn, tmp_path: Path
+@pytest.mark.parametrize(("frames", "steps_left"), [(215, 53), (155, 153 - 60)], ids=["later", "at once"])
+def test_in_the_second_window_as_well(
+    short_musicgen: Any, request_for: RequestFn, tmp_path: Path, frames: int, steps_left: int
 ) -> None:
-    """Its rows are the next window's by then: 155 frames are 5 more than the first window has."""
+    """Windows of 3 s, each going on 1.8 s after the one before: the second is frames 90 to 240.
+
+    Killed after 215 frames, its 100th step was saved. After 155, five more than the first has, that one
+    was saved as a whole when it ended, and step 60 picks the first frame that isn't of it.
+    """
     request, home = request_for(duration_s=5.0), Home(short_musicgen.checkpoint, "int8", tmp_path)
     whole = made(generator_with(home.checkpoint, "int8"), request)
-    home.kill([request], lambda name, done: done == 155)
+    home.kill([request], lambda name, done: done == frames)
     engine, decoder = home.engine()
     assert_same(made(engine, request), whole)
     assert decoder.prefills == 1
-    assert decoder.steps == 153 - 60 + 73  # step 60 picks the first frame that is not of the first window
+    # The third has 70 frames and 3 steps of lags, of which 60 are known and read in one block.
+    assert decoder.steps == steps_left + 73
 
 
 def test_those_that_end_together_are_all_saved_before_there_is_sound(
