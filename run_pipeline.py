@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 try:
-    from pipeline.cli import main
+    from pipeline.cli.commands import main
 except ModuleNotFoundError as e:
     if (e.name or "").split(".")[0] == "pipeline":
         raise

@@ -77,8 +77,8 @@ def measure(
     engine: Any, batch: Any, memory: Any, voices: list[Any], timed: int
 ) -> tuple[float, Point, tuple[Point, ...]]:
     """Seconds of the prefill, the first steps' times, and those at `OWN_STEPS`."""
-    from pipeline.engines.musicgen import sound
-    from pipeline.engines.musicgen.batch import Prefixes
+    from pipeline.engines.musicgen import codec
+    from pipeline.engines.musicgen.scheduler import Prefixes
 
     rng = np.random.default_rng(0)
     prefixes, free = Prefixes(memory), list(range(batch.rows))
@@ -114,7 +114,7 @@ def measure(
         points.append(timed_steps())
     for slot in range(batch.rows):  # as the batch does before anybody gets what has ended
         memory.release(slot)
-    sound.decode(engine.checkpoint, engine.checkpoint.codec(), np.abs(voices[0].codes))  # for its memory
+    codec.decode(engine.checkpoint, engine.checkpoint.codec(), np.abs(voices[0].codes))  # for its memory
     return prefill_s, untouched, tuple(points)
 
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
 from drive import RATE_HZ, counts, make_small, register, small, small_and_free, start  # noqa: E402
-from homes import Home  # noqa: E402
+from home_folder import Home  # noqa: E402
 
 from pipeline import audio, stages  # noqa: E402
 from pipeline.config import load_config  # noqa: E402

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline import weights
-from pipeline.alarm import Alarm
-from pipeline.arrivals import Arrivals
-from pipeline.choice import Choice, choose
 from pipeline.config import Config, Embed, Generate, load_config
-from pipeline.engine_room import Engines, LoadedEngines
 from pipeline.engines.base import EngineSettings
+from pipeline.engines.loading import Engines, LoadedEngines
+from pipeline.engines.selection import Choice, choose
 from pipeline.errors import ConfigError
-from pipeline.intake import Rules, Scanner, Settling
-from pipeline.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
-from pipeline.outbox import Outbox
+from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
+from pipeline.intake.ingest import Arrivals
+from pipeline.intake.scanner import Rules, Scanner, Settling
+from pipeline.intake.watcher import Watcher
+from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe, plan_variations
-from pipeline.report import Reporter
-from pipeline.runner import Runner
-from pipeline.service import Crew
-from pipeline.store import Store
-from pipeline.watcher import Watcher
-from pipeline.workplace import ENGINES_FOLDER, Workplace
+from pipeline.progress import Reporter
+from pipeline.runner.runner import Runner
+from pipeline.service.loop import Crew
+from pipeline.service.signals import Alarm
+from pipeline.store.store import Store
+from pipeline.weights import hub
+from pipeline.workspace import ENGINES_FOLDER, Workplace
 
 log = logging.getLogger("pipeline")
 
@@ -106,7 +106,7 @@ class App:
         for choice, revision in zip(choices, revisions, strict=True):
             if choice.needs_weights and choice.model is not None:
                 log.info("fetching the weights of %s (%s)", choice.model, choice.license)
-                weights.fetch(choice.model, revision, layout=choice.card.layout)
+                hub.fetch(choice.model, revision, layout=choice.card.layout)
 
     def reopened(self) -> App:
         """The same home with its configuration read again.

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline import complaints
+from pipeline import config_errors
 from pipeline.errors import ConfigError
 
 Duration = Annotated[float, Field(ge=0.1, le=3600)] | Literal["source"]
@@ -174,14 +174,14 @@ def load_config(path: Path | None, *, env: Mapping[str, str] = os.environ) -> Co
     try:
         config = Config.model_validate(raw)
     except ValidationError as e:
-        problems = complaints.of_validation(e, Config)
+        problems = config_errors.of_validation(e, Config)
         if device:
             problems = [
                 f"{problem} (from the variable DEVICE)" if problem.startswith("device:") else problem
                 for problem in problems
             ]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from e
-    if problems := complaints.of_engines(
+    if problems := config_errors.of_engines(
         {"embed": config.embed.engine, "generate": config.generate.engine},
         variations=[spec.model_extra or {} for spec in config.generate.variations],
         own_keys=set(VariationSpec.model_fields),
@@ -223,5 +223,5 @@ def _read(path: Path) -> dict[str, Any]:
         line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         raise ConfigError(f"{path}:{line} {getattr(e, 'problem', None) or 'is not YAML'}") from e
     if not isinstance(raw, dict | None):
-        raise ConfigError(f"{path}: must be a mapping of keys, not {complaints.shown(raw)}")
+        raise ConfigError(f"{path}: must be a mapping of keys, not {config_errors.shown(raw)}")
     return raw or {}

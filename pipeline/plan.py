@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from pipeline.choice import Choice
 from pipeline.config import Config, Generate, VariationSpec
 from pipeline.engines.base import EngineCard
+from pipeline.engines.selection import Choice
 from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSION
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}

@@ -8,8 +8,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-from homes import ROOT, Home
-from works import Works
+from home_folder import ROOT, Home
+from runner_setup import Works
 
 # Two processes that fill numba's cache at once can mix its entries up: each of xdist's has its own.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from homes import FAR, NEAR, Home, Ran, contents, run, sha256_of, write_music
+from home_folder import FAR, NEAR, Home, Ran, contents, run, sha256_of, write_music
 
 Once = Callable[..., Ran]
 

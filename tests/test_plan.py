@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.choice import Choice
 from pipeline.config import Config
 from pipeline.engines import cards
+from pipeline.engines.selection import Choice
 from pipeline.plan import Recipe, TrackPlan, VariationUnit, plan_variations
 
 SHA256, OTHER_SHA256 = "a" * 64, "b" * 64

@@ -19,8 +19,8 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import Stopped
-from pipeline.model_folder import TRANSFORMERS, Layout
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
+from pipeline.weights.layout import TRANSFORMERS, Layout
 
 UNFINISHED = "unfinished"  # folder in an engine's own, of what `gc` may remove when it is old
 

@@ -18,7 +18,7 @@ from pipeline.engines import pretrained
 from pipeline.engines.base import Embedder, EngineCard, EngineSettings, NoParams, StopFn, check_stop
 from pipeline.errors import BadCheckpoint, EngineFailure
 from pipeline.records import Audio, Embedding, Samples
-from pipeline.weights import Weights
+from pipeline.weights.hub import Weights
 
 VERSION = "1"
 MODEL_TYPE = "clap"
@@ -125,11 +125,11 @@ def license_of(model: str | None) -> str:
 
 
 def _load(settings: EngineSettings) -> Embedder:
-    from pipeline import weights
+    from pipeline.weights import hub
 
     model = settings.model or DEFAULT_MODEL
-    found = weights.locate(model, settings.revision, settings.cache_dir)
-    found = found or weights.fetch(model, settings.revision, settings.cache_dir)
+    found = hub.locate(model, settings.revision, settings.cache_dir)
+    found = found or hub.fetch(model, settings.revision, settings.cache_dir)
     return load_clap(found, settings.device, settings.threads)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadCheckpoint, ConfigError, MissingPackage
-from pipeline.model_folder import PREPROCESSORS
-from pipeline.weights import INSTALL_COMMAND
+from pipeline.weights.hub import INSTALL_COMMAND
+from pipeline.weights.layout import PREPROCESSORS
 
 
 def check_folder(folder: Path, model_type: str, example: str) -> dict[str, Any]:

@@ -9,10 +9,20 @@ library would, so that a random model's choices depend on what it is told.
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+BuildFn = Callable[..., Path]  # takes a name and the options of `build_musicgen`
 PROMPT_WORDS = ("warm", "analog", "synths", "slow", "piano", "fast", "drums")
+
+
+def need_models() -> None:
+    """Skip the test where the models' packages are not installed."""
+    for package in ("torch", "torchaudio", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not in the core install")
 
 
 def build_musicgen(

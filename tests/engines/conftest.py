@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from musicgen_runs import DECODERS, generator_with, load_musicgen
+from checkpoints import BuildFn, need_models
+from musicgen_setup import DECODERS, generator_with, load_musicgen
 from tones import RequestFn, tones
 
 from pipeline.engines.base import EngineSettings
 from pipeline.records import VariationRequest
-
-
-def need_models() -> None:
-    for package in ("torch", "torchaudio", "transformers"):
-        pytest.importorskip(package, reason=f"{package} is not in the core install")
-
-
-BuildFn = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")

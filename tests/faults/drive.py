@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from homes import Home
+from home_folder import Home
 
 from pipeline.engines import cards
 from pipeline.engines.base import EngineCard, EngineSettings, NoParams, ProgressFn, StopFn
@@ -272,7 +272,7 @@ def log_of(home: Home) -> str:
 
 
 if __name__ == "__main__":
-    from pipeline.cli import main
+    from pipeline.cli.commands import main
 
     register()
     sys.exit(main(default_home=ROOT))

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from homes import ROOT, Home, write_music
+from home_folder import ROOT, Home, write_music
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 120.0  # for one life; ends a test that would hang

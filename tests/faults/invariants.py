@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import soundfile
 from harness import KILLED, TRACEBACK, Life, Operation, Zygote, copy_of, new_home
-from homes import Home, contents, sha256_of
+from home_folder import Home, contents, sha256_of
 
 SILENT = 1e-4
 UNIT_ENDINGS = (".npy", ".npz", ".wav")  # normalize, embed, generate: each ends in a rename to such a name

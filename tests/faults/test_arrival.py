@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 from drive import Child, counts, start, stop, wait_until
-from homes import NEAR, Home, sha256_of
+from home_folder import NEAR, Home, sha256_of
 from writers import HABITS, INTAKE, Habit, Writer, marks_after_all, marks_at_once, never_marks
 
 

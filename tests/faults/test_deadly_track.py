@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import KILLED, Life, Zygote, new_home
-from homes import Home, sha256_of
+from home_folder import Home, sha256_of
 from invariants import Reference, check_finished, inputs_of
 
 TRACKS, ATTEMPTS = 10, 3

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from harness import PATIENCE_S, Fault, Kind, Life, Zygote
-from homes import Home
+from home_folder import Home
 from invariants import Case, check_finished, check_nothing_false, states, tracks
 
 LOOK_EVERY_S = 0.1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from drive import counts, is_idle, log_of, start, status, stop, wait_until
-from homes import NEAR, Home
+from home_folder import NEAR, Home
 from writers import INTAKE, SETTLE_S, encoded
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness import KILLED, PATIENCE_S, Life, Zygote
-from homes import Home
+from home_folder import Home
 from invariants import Case, check_finished, check_redone, kills
 
 FILES = 40

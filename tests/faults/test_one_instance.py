@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import Zygote
-from homes import Home
+from home_folder import Home
 from invariants import Case, check_finished, check_redone
 
 FILES = 20

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from drive import counts, is_idle, make_small, small_and_free, start, stop, wait_until
-from homes import Home, sha256_of
+from home_folder import Home, sha256_of
 
 
 def looks_that_found_files(home: Home) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import yaml
 from drive import AT_ONCE, STUCK_AT, Child, counts, is_idle, log_of, start, stop, wait_until
-from homes import FAR, NEAR, Home, contents, write_music
+from home_folder import FAR, NEAR, Home, contents, write_music
 
 INTAKE = {"settle_s": 0.2, "rescan_s": 1.0, "poll_s": 0.3}
 TWO = ({"name": "one"}, {"name": "two"})

@@ -20,7 +20,7 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
-from homes import SAMPLE_RATE
+from home_folder import SAMPLE_RATE
 
 SETTLE_S = 0.4
 SHORT_S, LONG_S = 0.3 * SETTLE_S, (1.4 * SETTLE_S, 2.5 * SETTLE_S)  # pauses: within settle_s, and beyond it

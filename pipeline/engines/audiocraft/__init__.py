@@ -14,7 +14,7 @@ from pydantic import Field
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, T5_BASE
 from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
 from pipeline.engines.musicgen import DEFAULT_MODEL, license_of
-from pipeline.model_folder import TEXT_ENCODER
+from pipeline.weights.layout import TEXT_ENCODER
 
 VERSION = "1"
 INSTALL_COMMAND = "pip install -r requirements-audiocraft.txt && pip install --no-deps audiocraft==1.3.0"
@@ -52,13 +52,13 @@ class AudiocraftParams(Params):
 
 
 def _load(settings: EngineSettings) -> Generator:
-    from pipeline import weights
     from pipeline.engines.audiocraft.engine import AudiocraftGenerator
     from pipeline.engines.audiocraft.loader import load_checkpoint
+    from pipeline.weights import hub
 
     model = settings.model or DEFAULT_MODEL
     where = (model, settings.revision, settings.cache_dir)
-    found = weights.locate(*where, layout=AUDIOCRAFT) or weights.fetch(*where, layout=AUDIOCRAFT)
+    found = hub.locate(*where, layout=AUDIOCRAFT) or hub.fetch(*where, layout=AUDIOCRAFT)
     return AudiocraftGenerator(
         load_checkpoint(found, settings.device, settings.threads, cache_dir=settings.cache_dir)
     )

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import weights
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import BadCheckpoint
-from pipeline.model_folder import Layout
+from pipeline.weights import hub
+from pipeline.weights.layout import Layout
 
 LANGUAGE_MODEL, ENCODEC = "state_dict.bin", "compression_state_dict.bin"
 FILES = (LANGUAGE_MODEL, ENCODEC)
@@ -112,11 +112,11 @@ def companion(folder: Path, name: str, layout: Layout, cache_dir: Path | None) -
         BadCheckpoint: it is there but can't be used.
     """
     if (folder / name).is_dir():
-        found = weights.locate(str(folder / name), layout=layout)
+        found = hub.locate(str(folder / name), layout=layout)
         assert found is not None  # a folder is usable or raises
         return found.folder
     hub_name = HUB_NAMES.get(name, name)
     for known in dict.fromkeys((hub_name, name)):
-        if found := weights.locate(known, cache_dir=cache_dir, layout=layout):
+        if found := hub.locate(known, cache_dir=cache_dir, layout=layout):
             return found.folder
-    return weights.fetch(hub_name, cache_dir=cache_dir, layout=layout).folder
+    return hub.fetch(hub_name, cache_dir=cache_dir, layout=layout).folder

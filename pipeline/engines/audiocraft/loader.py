@@ -23,8 +23,8 @@ from pipeline.engines.audiocraft.checkpoint import (
     read,
 )
 from pipeline.errors import BadCheckpoint, MissingPackage
-from pipeline.model_folder import TEXT_ENCODER, TRANSFORMERS
-from pipeline.weights import Weights
+from pipeline.weights.hub import Weights
+from pipeline.weights.layout import TEXT_ENCODER, TRANSFORMERS
 
 CONDITIONERS = {"self_wav": "chroma_stem", "description": "t5"}  # those of MusicGen-Melody
 PROMPT_WEIGHTS = "condition_provider.conditioners.description.output_proj.weight"

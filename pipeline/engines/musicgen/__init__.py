@@ -100,26 +100,26 @@ def clear_up(state_dir: Path) -> None:
 def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:
     """See `EngineCard`: a variation can ask for demucs, and neither it nor its weights come by themselves."""
     if params["melody"] == "demucs":
-        from pipeline.engines.musicgen import separation
+        from pipeline.engines.musicgen import demucs
 
-        separation.find(settings.cache_dir)
+        demucs.find(settings.cache_dir)
 
 
 def _load(settings: EngineSettings) -> Generator:
-    from pipeline import weights
-    from pipeline.engines.musicgen import room, shm
+    from pipeline.engines.musicgen import memory_budget, shm
+    from pipeline.engines.musicgen.checkpoint import load_checkpoint
     from pipeline.engines.musicgen.engine import MusicgenGenerator
-    from pipeline.engines.musicgen.loader import load_checkpoint
     from pipeline.engines.musicgen.precision import open_decoder
     from pipeline.engines.musicgen.savepoints import Savepoints
+    from pipeline.weights import hub
 
     model = settings.model or DEFAULT_MODEL
-    found = weights.locate(model, settings.revision, settings.cache_dir)
-    found = found or weights.fetch(model, settings.revision, settings.cache_dir)
+    found = hub.locate(model, settings.revision, settings.cache_dir)
+    found = found or hub.fetch(model, settings.revision, settings.cache_dir)
     checkpoint = load_checkpoint(found, settings.device, settings.threads)
     kept = settings.state_dir / FOLDER if settings.state_dir is not None else None
     opened = open_decoder(checkpoint, settings.precision, settings.threads, kept)
-    room.tidy()
+    memory_budget.tidy()
     return MusicgenGenerator(
         checkpoint,
         opened,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.audio import resample
-from pipeline.engines.musicgen.loader import Checkpoint
+from pipeline.engines.musicgen.checkpoint import Checkpoint
 from pipeline.records import Audio, Samples
 
 

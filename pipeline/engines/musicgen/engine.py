@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
-from pipeline.engines.musicgen import VERSION, MusicgenParams, conditioning, room, savepoints, sound, stems
-from pipeline.engines.musicgen.batch import BREAKING, Batch, Ended, Voice, distinct_prefixes
-from pipeline.engines.musicgen.loader import Checkpoint
+from pipeline.engines.musicgen import (
+    VERSION,
+    MusicgenParams,
+    codec,
+    conditioning,
+    melody,
+    memory_budget,
+    savepoints,
+)
+from pipeline.engines.musicgen.checkpoint import Checkpoint
+from pipeline.engines.musicgen.melody import Heard, Melody
 from pipeline.engines.musicgen.precision import Opened
 from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
 from pipeline.engines.musicgen.savepoints import Savepoints
+from pipeline.engines.musicgen.scheduler import BREAKING, Batch, Ended, Voice, distinct_prefixes
 from pipeline.engines.musicgen.shm import Shelf
-from pipeline.engines.musicgen.stems import Heard, Melody
 from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, windows
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import EngineFailure, PipelineError, Stopped
@@ -155,11 +163,11 @@ class MusicgenGenerator:
         def needs(rows: int) -> int:
             return rows * row_bytes + min(rows, n_prefixes) * prefix_bytes
 
-        rows = room.rows_at_once(
+        rows = memory_budget.rows_at_once(
             needs,
             sum(voice.n_rows for voice in voices),
             self.max_memory_gb,
-            sound.decoding_bytes(self.checkpoint, max(voice.codes.shape[1] for voice in voices)),
+            codec.decoding_bytes(self.checkpoint, max(voice.codes.shape[1] for voice in voices)),
             self.shelf.held_bytes,
         )
         facts = {
@@ -221,7 +229,7 @@ class MusicgenGenerator:
             check_stop(should_stop, self.name)
 
         check_stop(should_stop, self.name)
-        samples = sound.decode(self.checkpoint, sounding.codec, voice.codes, on_piece)
+        samples = codec.decode(self.checkpoint, sounding.codec, voice.codes, on_piece)
         samples = np.ascontiguousarray(samples[:, : self._n_samples(request)])
         if not np.isfinite(samples).all() or not samples.any():
             raise EngineFailure("musicgen made silence or NaN.")
@@ -252,7 +260,7 @@ class MusicgenGenerator:
         )
 
     def _pieces(self, voice: Voice) -> int:
-        return len(sound.pieces(self.checkpoint, voice.codes.shape[1]))
+        return len(codec.pieces(self.checkpoint, voice.codes.shape[1]))
 
     def _n_samples(self, request: VariationRequest) -> int:
         return round(request.duration_s * self.sample_rate)
@@ -275,7 +283,7 @@ class Ears:
     def heard(self, request: VariationRequest, how: Melody) -> Heard:
         key = (id(request.audio), how)
         if key not in self._heard:
-            self._heard[key] = stems.listen(
+            self._heard[key] = melody.listen(
                 request.audio,
                 how,
                 should_stop=self.should_stop,
@@ -302,7 +310,7 @@ class Ears:
         self._chroma.clear()
         self._texts.clear()
         if self.__dict__.pop("_text_encoder", None) is not None:
-            room.tidy()
+            memory_budget.tidy()
 
     @cached_property
     def _text_encoder(self) -> Any:
@@ -321,7 +329,7 @@ class Sounding:
 
     def close(self) -> None:
         if self.__dict__.pop("codec", None) is not None:
-            room.tidy()
+            memory_budget.tidy()
 
 
 def _failure(error: Exception) -> PipelineError:

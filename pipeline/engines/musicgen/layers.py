@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline.engines.musicgen.decoder import Shape
 from pipeline.errors import BadCheckpoint
-from pipeline.model_folder import INDEX, WEIGHTS
 from pipeline.records import Samples
+from pipeline.weights.layout import INDEX, WEIGHTS
 
 Precision = Literal["float32", "int8"]
 Array = NDArray[Any]

@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.durable import replacing
+from pipeline.engines.musicgen.checkpoint import Checkpoint
 from pipeline.engines.musicgen.conditioning import project_chroma
 from pipeline.engines.musicgen.decoder import Decoder, Ends, Feed, Shape, Tokens
 from pipeline.engines.musicgen.layers import Array, Stack, check_shape, layout
-from pipeline.engines.musicgen.loader import Checkpoint
 from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
 from pipeline.errors import ConfigError
+from pipeline.fs.atomic import replacing
 from pipeline.records import Samples
 
 log = logging.getLogger("pipeline")
@@ -91,7 +91,7 @@ def open_decoder(checkpoint: Checkpoint, precision: str, threads: int | None, fo
     """
     if checkpoint.device != "cpu":
         return Opened(_on_device(checkpoint, precision))
-    from pipeline.engines.musicgen.cpu import CpuDecoder
+    from pipeline.engines.musicgen.cpu_decoder import CpuDecoder
 
     check_shape(checkpoint.layers.shape)
     ends = checkpoint.ends()
@@ -109,7 +109,7 @@ def _quantized(
     checkpoint: Checkpoint, ends: Ends, threads: int | None, folder: Path | None
 ) -> tuple[Decoder, Check]:
     """The int8 decoder, from what was kept or made anew, and how near it is."""
-    from pipeline.engines.musicgen.cpu import CpuDecoder
+    from pipeline.engines.musicgen.cpu_decoder import CpuDecoder
 
     kept = Kept(folder, checkpoint.weights.revision) if folder is not None else None
     old_stack = kept.stack(checkpoint.layers.shape) if kept is not None else None
@@ -293,7 +293,7 @@ def _by_layer(
     checkpoint: Checkpoint, ends: Ends, prefix: Samples, told: Tokens, threads: int | None
 ) -> Samples:
     """Logits of the float32 layers after each step, with one layer in memory at a time."""
-    from pipeline.engines.musicgen.cpu import CpuDecoder
+    from pipeline.engines.musicgen.cpu_decoder import CpuDecoder
 
     files = checkpoint.layers
     single = Stack.empty(replace(files.shape, layers=1), "float32")

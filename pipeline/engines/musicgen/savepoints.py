@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.durable import write_whole
 from pipeline.engines.musicgen.decoder import Tokens
+from pipeline.fs.atomic import write_whole
 
 log = logging.getLogger("pipeline")
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engines.musicgen import room
+from pipeline.engines.musicgen import memory_budget
 
 log = logging.getLogger("pipeline")
 
@@ -192,7 +192,7 @@ class Shelf:
         if n_bytes > held + system.f_bavail * system.f_frsize:
             self._tell(f"{ROOT} has no room for {n_bytes / 1e9:.1f} GB")
             return False
-        if self.mode == "auto" and n_bytes > SHARE_OF_FREE * (held + room.available_bytes()):
+        if self.mode == "auto" and n_bytes > SHARE_OF_FREE * (held + memory_budget.available_bytes()):
             self._tell(f"{n_bytes / 1e9:.1f} GB are more than a third of the free memory")
             return False
         return True

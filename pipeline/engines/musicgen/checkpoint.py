@@ -1,0 +1,152 @@
+"""Opening a MusicGen-Melody checkpoint: a folder in the library's format, checked before it is used.
+
+The library loads what it runs for us, each part when it is needed: the text encoder when there is a
+prompt, the language model's two ends when it is opened, EnCodec when there is sound to make. That
+keeps half a gigabyte free while tokens are made. The language model's layers, nine tenths of the
+weights, are left in their files (see `layers`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.engines import pretrained
+from pipeline.engines.musicgen.decoder import Ends, shape_of
+from pipeline.engines.musicgen.layers import LayerFiles
+from pipeline.errors import BadCheckpoint
+from pipeline.weights.hub import Weights
+
+MODEL_TYPE = "musicgen_melody"
+MAX_POSITIONS = 4096  # of a prefix and a window: 235 + 500 characters of prompt + 1503, with room
+PACKAGES = ("torch", "torchaudio", "transformers")  # the chroma extractor needs torchaudio
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A loaded model, with what of its configuration the engine uses."""
+
+    weights: Weights  # where it was loaded from
+    config: Any  # transformers.MusicgenMelodyConfig
+    feature_extractor: Any  # transformers.MusicgenMelodyFeatureExtractor
+    tokenizer: Any  # transformers.T5Tokenizer
+    device: str
+    layers: LayerFiles  # where the decoder's layers are
+    chroma_projection: Any  # torch.nn.Linear: chroma to the decoder's inputs
+    text_projection: Any  # the same for the text encoder's outputs; None: they are taken as they are
+
+    def text_encoder(self) -> Any:
+        """transformers.T5EncoderModel, float32, read anew: let go of it soon.
+
+        Raises:
+            BadCheckpoint: as `load_checkpoint`.
+        """
+        return _open(self.weights.folder, self.device).text_encoder
+
+    def codec(self) -> Any:
+        """transformers.EncodecModel, float32, read anew. Raises as `text_encoder`."""
+        return _open(self.weights.folder, self.device).audio_encoder
+
+    def ends(self) -> Ends:
+        """The decoder's two ends, on the CPU, read anew. Raises as `text_encoder`."""
+        return _ends(_open(self.weights.folder, "cpu").decoder)
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz, of the sound it makes."""
+        return int(self.config.audio_encoder.sampling_rate)
+
+    @property
+    def hop_samples(self) -> int:
+        """Samples per frame of tokens."""
+        return math.prod(self.config.audio_encoder.upsampling_ratios)
+
+    @property
+    def channels(self) -> int:
+        return int(self.config.decoder.audio_channels)
+
+    @property
+    def codebooks(self) -> int:
+        """Of all channels together."""
+        return int(self.config.decoder.num_codebooks)
+
+    @property
+    def chroma_length(self) -> int:
+        """Frames of chroma that a window is told."""
+        return int(self.config.chroma_length)
+
+    @property
+    def window_s(self) -> float:
+        """Seconds that the model was trained on, and the most it makes at once."""
+        return float(self.feature_extractor.chunk_length)
+
+
+def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None = None) -> Checkpoint:
+    """Load a checkpoint in float32. `threads` is torch's, for the whole process; None leaves it.
+
+    Raises:
+        BadCheckpoint: another kind of model, or files are missing or damaged.
+        MissingPackage: torch, torchaudio or transformers isn't installed.
+        ConfigError: there is no such device.
+    """
+    pretrained.check_folder(weights.folder, MODEL_TYPE, "facebook/musicgen-melody")
+    pretrained.require_any(weights.folder, ("tokenizer.json", "spiece.model"), "tokenizer")
+    pretrained.import_packages("musicgen", *PACKAGES)
+    import transformers
+
+    pretrained.prepare(device, threads)
+    processor = pretrained.load_part(transformers.MusicgenMelodyProcessor, weights.folder)
+    config = pretrained.load_part(transformers.MusicgenMelodyConfig, weights.folder)
+    if config.decoder.activation_function != "gelu":
+        raise BadCheckpoint(
+            f"{weights.folder} has the activation {config.decoder.activation_function!r}; "
+            f"only 'gelu' is supported."
+        )
+    shape = shape_of(config.decoder)
+    model = _open(weights.folder, device)
+    projected = config.text_encoder.hidden_size != config.decoder.hidden_size
+    return Checkpoint(
+        weights=weights,
+        config=config,
+        feature_extractor=processor.feature_extractor,
+        tokenizer=processor.tokenizer,
+        device=device,
+        layers=LayerFiles(weights.folder, shape),
+        chroma_projection=_kept(model.audio_enc_to_dec_proj),
+        text_projection=_kept(model.enc_to_dec_proj) if projected else None,
+    )
+
+
+def _open(folder: Path, device: str) -> Any:
+    """transformers.MusicgenMelodyForConditionalGeneration, float32, without the decoder's layers."""
+    import transformers
+
+    config = pretrained.load_part(transformers.MusicgenMelodyConfig, folder)
+    config.decoder.num_hidden_layers = 0
+    model_class = transformers.MusicgenMelodyForConditionalGeneration
+    return pretrained.load_model(model_class, folder, device, config=config)
+
+
+def _kept(module: Any) -> Any:
+    """The module in memory of its own: the library maps weights from the file, all or nothing of it."""
+    return module._apply(lambda tensor: tensor.clone())
+
+
+def _ends(decoder: Any) -> Ends:
+    """Of a transformers.MusicgenMelodyForCausalLM."""
+    inner = decoder.model.decoder
+    norm = inner.layer_norm
+
+    def stacked(weights: list[Any]) -> Any:
+        return np.stack([weight.detach().cpu().numpy() for weight in weights])
+
+    return Ends(
+        embeddings=stacked([embedding.weight for embedding in inner.embed_tokens]),
+        heads=np.concatenate([head.weight.detach().cpu().numpy() for head in decoder.lm_heads]),
+        norm=stacked([norm.weight, norm.bias]),
+        positions=inner.embed_positions.get_embedding(MAX_POSITIONS, norm.weight.shape[0]).numpy(),
+    )

@@ -1,0 +1,121 @@
+"""What is said of results: the units' records, the manifest made of them, the tags in each WAV."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline import __version__, audio
+from pipeline.engines.base import Embedder, Generator
+from pipeline.engines.selection import Choice
+from pipeline.outbox.outbox import Published
+from pipeline.plan import VariationUnit
+from pipeline.records import Audio, SourceInfo
+from pipeline.stages import Finished
+
+SCHEMA = 1
+SOFTWARE = f"instrumental-variations {__version__}"
+
+Json = dict[str, Any]
+
+
+def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
+    """What the file was, and what became of it."""
+    return {
+        "source": {
+            "duration_s": round(source.duration_s, 6),
+            "sample_rate": source.sample_rate,
+            "channels": source.channels,
+            "codec": source.codec,
+        },
+        "duration_s": normalized.duration_s,
+        "sample_rate": normalized.sample_rate,
+        "channels": normalized.channels,
+        "loudness_lufs": round(audio.loudness_lufs(normalized), 2),
+        "true_peak_dbtp": round(audio.true_peak_dbtp(normalized), 2),
+    }
+
+
+def embedding_record(published: Published, embedder: Embedder, choice: Choice) -> Json:
+    return {
+        "file": published.file,
+        "sha256": published.sha256,
+        "bytes": published.bytes,
+        "engine": embedder.name,
+        "model": choice.model,
+        "revision": choice.revision,
+        "version": embedder.version,
+        "dim": embedder.dim,
+    }
+
+
+def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -> Json:
+    """How a variation is made: all that is needed to make the same bits again."""
+    return {
+        "name": unit.name,
+        "seed": unit.seed,
+        "params": dict(unit.params),
+        "engine": generator.name,
+        "model": choice.model,
+        "revision": choice.revision,
+        "version": generator.version,
+        "license": choice.license,
+    }
+
+
+def variation_record(published: Published, facts: Json, finished: Finished) -> Json:
+    return {
+        "file": published.file,
+        "sha256": published.sha256,
+        "bytes": published.bytes,
+        **facts,
+        "duration_s": finished.audio.duration_s,
+        "sample_rate": finished.audio.sample_rate,
+        "channels": finished.audio.channels,
+        "peak_dbfs": round(finished.peak_dbfs, 2),
+        "loudness_lufs": round(finished.loudness_lufs, 2),
+        "details": dict(finished.details),
+    }
+
+
+def wav_tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
+    """The facts, short, for the WAV itself; no dates: the same request gives the same bytes."""
+    comment = {"source_sha256": sha256, **facts}
+    return {
+        "title": f"{name} ({facts['name']})",
+        "copyright": str(facts["license"]),
+        "software": SOFTWARE,
+        "comment": json.dumps(comment, sort_keys=True, ensure_ascii=False),
+    }
+
+
+def manifest(
+    *,
+    name: str,
+    names: Sequence[str],
+    sha256: str,
+    n_bytes: int,
+    normalized: Mapping[str, Any],
+    embedding: Json,
+    variations: Sequence[Json],
+    config_sha256: str,
+    now: float,
+) -> Json:
+    return {
+        "schema": SCHEMA,
+        "source": {
+            "name": name,
+            "names": list(names),
+            "sha256": sha256,
+            "bytes": n_bytes,
+            **normalized["source"],
+        },
+        "normalized": {key: value for key, value in normalized.items() if key != "source"},
+        "embedding": embedding,
+        "variations": list(variations),
+        "config_sha256": config_sha256,
+        "pipeline_version": __version__,
+        "created_at": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
+    }

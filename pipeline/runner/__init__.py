@@ -1,0 +1,1 @@
+"""Takes claimed tracks from the queue through the stages and engines to the outbox."""

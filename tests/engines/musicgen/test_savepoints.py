@@ -1,0 +1,280 @@
+"""An interrupted variation goes on where it was, and comes out the same."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from musicgen_setup import generator_with, made, never
+from tones import RequestFn
+
+from pipeline.engines.musicgen.savepoints import Savepoints
+from pipeline.errors import Stopped
+from pipeline.records import Failure, VariationRequest
+
+
+def interrupted(engine: Any, request: VariationRequest, steps: int) -> None:
+    """Stop a request after so many steps."""
+    seen: list[int] = []
+    results = engine.generate(
+        [request], progress=lambda *step: seen.append(step[1]), should_stop=lambda: len(seen) >= steps
+    )
+    with pytest.raises(Stopped):
+        next(results)
+
+
+def picks(done: list[int]) -> int:
+    """Of the calls of `progress`, those of steps that picked something.
+
+    The others: blocks of what was known, each of more than one frame, and the sound at the end.
+    """
+    return sum(now - before <= 1 for before, now in pairwise([0, *done[:-1]]))
+
+
+def resumed(engine: Any, request: VariationRequest) -> tuple[np.ndarray, int]:
+    """The samples, and how many steps were made for them."""
+    seen: list[int] = []
+    (result,) = engine.generate([request], progress=lambda *step: seen.append(step[1]), should_stop=never)
+    return result.audio.samples, picks(seen)
+
+
+@pytest.fixture(scope="module", params=["int8", "float32"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_stopped_request_is_resumed_and_comes_out_the_same(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str, guidance: float
+) -> None:
+    request = request_for(duration_s=2.0, guidance=guidance)
+    (whole,) = made(generator_with(musicgen.checkpoint, kind), request).values()
+    interrupted(generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path)), request, 60)
+    assert len(list(tmp_path.iterdir())) == 1
+    again = generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path))
+    samples, steps = resumed(again, request)
+    assert steps == 103 - 60
+    assert samples.tobytes() == whole.audio.samples.tobytes()
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_the_second_window_as_well(short_musicgen: Any, request_for: RequestFn, tmp_path: Path) -> None:
+    """Windows of 3 s, each going on 1.8 s after the one before."""
+    checkpoint, request = short_musicgen.checkpoint, request_for(duration_s=5.0, guidance=1.0)
+    (whole,) = made(generator_with(checkpoint, "int8"), request).values()
+    interrupted(generator_with(checkpoint, "int8", saved=Savepoints(tmp_path)), request, 180)
+    samples, steps = resumed(generator_with(checkpoint, "int8", saved=Savepoints(tmp_path)), request)
+    assert steps < 100
+    assert samples.tobytes() == whole.audio.samples.tobytes()
+
+
+def test_a_kill_costs_what_came_after_the_last_saving(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """A copy of the file as it stands after 470 steps: what a kill would leave."""
+    request, left = request_for(duration_s=12.0, guidance=1.0), tmp_path / "left"
+    left.mkdir()
+    (tmp_path / "live").mkdir()
+
+    def progress(request_id: str, done: int, total: int) -> None:
+        if done == 470:
+            for path in (tmp_path / "live").iterdir():
+                shutil.copy(path, left)
+
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path / "live"))
+    (whole,) = engine.generate([request], progress=progress, should_stop=never)
+    samples, steps = resumed(generator_with(musicgen.checkpoint, "int8", saved=Savepoints(left)), request)
+    assert steps == 603 - 400  # saved every 2 s, 100 steps
+    assert samples.tobytes() == whole.audio.samples.tobytes()
+
+
+def test_of_a_stopped_batch_all_that_was_begun_is_kept_and_what_was_delivered_is_not(
+    any_musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """Two rows: the first is delivered, the second stopped on its way, the third never begun."""
+    checkpoint, decoder = any_musicgen.checkpoint, any_musicgen.decoder
+    requests = [request_for("a"), request_for("b", duration_s=0.7), request_for("c")]
+    whole = made(any_musicgen, *requests)
+    seen: dict[str, list[int]] = {name: [] for name in "abc"}
+
+    def progress(request_id: str, done: int, total: int) -> None:
+        seen[request_id].append(done)
+
+    def run(should_stop: Any) -> Any:
+        engine = generator_with(checkpoint, decoder, saved=Savepoints(tmp_path), max_memory_gb=0.001)
+        return engine.generate(requests, progress=progress, should_stop=should_stop)
+
+    results = run(lambda: len(seen["b"]) >= 10)
+    first = next(results)
+    assert first.request_id == "a"
+    with pytest.raises(Stopped):
+        next(results)
+    assert len(list(tmp_path.iterdir())) == 1
+    for its in seen.values():
+        its.clear()
+    again = {result.request_id: result for result in run(never)}
+    assert [picks(seen[name]) for name in "abc"] == [28, 38 - 10, 28]
+    for name, result in again.items():
+        assert result.audio.samples.tobytes() == whole[name].audio.samples.tobytes()
+
+
+def test_tokens_are_kept_until_the_result_was_taken(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """Whoever dies between getting a result and publishing it doesn't wait for it again."""
+    request = request_for(duration_s=5.2, guidance=1.0)
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
+    results = engine.generate([request], progress=lambda *step: None, should_stop=never)
+    next(results)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert next(results, None) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_folder_nothing_is_kept(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    interrupted(generator_with(musicgen.checkpoint, "int8"), request_for(), 10)
+    assert not list(tmp_path.iterdir())
+    assert resumed(generator_with(musicgen.checkpoint, "int8"), request_for())[1] == 28
+
+
+@pytest.mark.parametrize("change", [{"seed": 8}, {"temperature": 0.5}, {"prompt": "slow piano"}], ids=str)
+def test_tokens_of_another_request_are_not_taken(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, change: dict
+) -> None:
+    interrupted(generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path)), request_for(), 10)
+    _, steps = resumed(
+        generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path)), request_for(**change)
+    )
+    assert steps == 28
+
+
+def test_tokens_of_another_precision_are_not_taken(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    interrupted(generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path)), request_for(), 10)
+    _, steps = resumed(
+        generator_with(musicgen.checkpoint, "float32", saved=Savepoints(tmp_path)), request_for()
+    )
+    assert steps == 28
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 cut off", b"no archive"], ids=["empty", "cut", "other"]
+)
+def test_a_damaged_file_is_begun_anew(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, content: bytes
+) -> None:
+    saved = Savepoints(tmp_path)
+    interrupted(generator_with(musicgen.checkpoint, "int8", saved=saved), request_for(), 10)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(content)
+    _, steps = resumed(generator_with(musicgen.checkpoint, "int8", saved=saved), request_for())
+    assert steps == 28
+
+
+def test_no_flipped_byte_and_no_cut_is_ever_taken_for_tokens(tmp_path: Path) -> None:
+    saved, codes = Savepoints(tmp_path), np.arange(80).reshape(4, 20)
+    saved.save("it", codes)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    damaged = [whole[:at] for at in range(len(whole))]
+    damaged += [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(len(whole))]
+    for content in damaged:
+        path.write_bytes(content)
+        found = saved.load("it", (4, 20))
+        assert found is None or np.array_equal(found, codes)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(saved.load("it", (4, 20)), codes)
+    assert saved.load("it", (4, 21)) is None
+
+
+# -- what is complete ---------------------------------------------------------------------------------
+
+
+def test_tokens_outlive_a_failure_to_make_sound(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.engines.musicgen import codec
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
+    with monkeypatch.context() as broken:
+        broken.setattr(codec, "decode", fail)
+        (failure,) = made(engine, request_for()).values()
+    assert isinstance(failure, Failure)
+    assert resumed(engine, request_for())[1] == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["int8", "torch"])
+def test_requests_with_all_their_tokens_go_straight_to_sound(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str
+) -> None:
+    """More of them than rows, beside one that has none yet."""
+    engine = generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path), max_memory_gb=0.001)
+    requests = [request_for(name) for name in "abc"]
+    whole = made(engine, *requests)
+    for request in requests:
+        for _ in engine.run([request], lambda *step: None, never):
+            break  # its tokens are kept, nobody took the result
+    steps: list[str] = []
+    again = {
+        result.request_id: result
+        for result in engine.generate(
+            [*requests, request_for("d")], progress=lambda *step: steps.append(step[0]), should_stop=never
+        )
+    }
+    assert [steps.count(name) for name in "abcd"] == [1, 1, 1, 29]
+    for request in requests:
+        name = request.request_id
+        assert again[name].audio.samples.tobytes() == whole[name].audio.samples.tobytes()
+
+
+def test_whoever_stops_asking_loses_nothing(musicgen: Any, request_for: RequestFn, tmp_path: Path) -> None:
+    """Two at once; the generator is closed when the shorter one is there."""
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
+    results = engine.generate(
+        [request_for("a"), request_for("b", duration_s=1.0)], progress=lambda *step: None, should_stop=never
+    )
+    assert next(results).request_id == "a"
+    results.close()
+    assert resumed(engine, request_for("b", duration_s=1.0))[1] == 53 - 28
+
+
+def test_tokens_under_another_ones_name_are_not_taken(tmp_path: Path) -> None:
+    saved, codes = Savepoints(tmp_path), np.arange(80).reshape(4, 20)
+    saved.save("one", codes)
+    (path,) = tmp_path.iterdir()
+    path.rename(tmp_path / path.name.replace("one", "other"))
+    assert saved.load("other", (4, 20)) is None
+
+
+def test_a_folder_that_cannot_be_used_is_told_once(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path / "file" / "unfinished"))
+    results = made(engine, request_for("a"), request_for("b", duration_s=4.2))
+    assert not any(isinstance(result, Failure) for result in results.values())
+    assert caplog.text.count("can't be kept") == 1
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        Savepoints(tmp_path).save("it", np.zeros((4, 2), np.int64))

@@ -1,0 +1,214 @@
+"""What a remix sounds like, in numbers: tempo, beats across joins, clicks, level, likeness at the joins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.signal
+import soundfile
+import synth
+from numpy.typing import NDArray
+
+from pipeline.engines.base import EngineSettings
+from pipeline.engines.remix import ENGINE
+from pipeline.engines.remix.analysis import Analysis, analyse
+from pipeline.records import Audio, Variation, VariationRequest
+
+Doubles = NDArray[np.float64]
+
+CROSSFADE_S = 0.04  # the default
+REAL = sorted((Path(__file__).parents[4] / "shared" / "audio").glob("*.ogg"))
+
+
+def remixes(audio: Audio, seconds: float, seeds: Sequence[int] = range(4), **params: Any) -> list[Variation]:
+    generator: Any = ENGINE.load(EngineSettings(sample_rate=audio.sample_rate))
+    wanted = [VariationRequest(str(seed), "t", audio, seconds, seed, params) for seed in seeds]
+    results = list(generator.generate(wanted, progress=lambda *_: None, should_stop=lambda: False))
+    assert all(isinstance(result, Variation) for result in results), results
+    return results
+
+
+def around_joins(
+    audio: Audio, variation: Variation, before_s: float, until_s: float
+) -> list[tuple[Doubles, Doubles, Doubles]]:
+    """Per join: the result, and the source where it was left and where it was entered; mono."""
+    rate = audio.sample_rate
+    first, last = round(before_s * rate), round(until_s * rate)
+    result, source = variation.audio.mono().astype(float), audio.mono().astype(float)
+    out = []
+    for join in variation.details["joins"]:
+        at = [round(join[key] * rate) for key in ("out_s", "from_s", "to_s")]
+        if min(at) >= first and at[0] + last <= result.size and max(at[1:]) + last <= source.size:
+            cut = [x[k - first : k + last] for x, k in zip((result, source, source), at, strict=True)]
+            out.append((cut[0], cut[1], cut[2]))
+    return out
+
+
+def burst_db(sounds: tuple[Doubles, Doubles, Doubles]) -> float:
+    """By how much the brightest millisecond of the result exceeds both sides' (second difference)."""
+    peak = [np.abs(np.diff(sound, 2)).max() for sound in sounds]
+    return float(20 * np.log10(max(peak[0], 1e-6) / max(*peak[1:], 1e-6)))
+
+
+def level_step_db(sounds: tuple[Doubles, Doubles, Doubles]) -> float:
+    """How far the level of the result lies outside of the levels of the two sides."""
+    result, left, entered = (10 * np.log10((sound**2).mean() + 1e-12) for sound in sounds)
+    return float(max(0.0, min(left, entered) - result, result - max(left, entered)))
+
+
+@pytest.mark.parametrize("bpm", [84.0, 97.3, 120.0, 150.0])
+@pytest.mark.parametrize("meter", [3, 4, 7])
+def test_beats_are_found_to_the_millisecond(bpm: float, meter: int) -> None:
+    piece = synth.play(bpm, "verse chorus", meter=meter)
+    track = analyse(piece.audio)
+    assert track.tempo_bpm == pytest.approx(bpm, rel=0.002)
+    assert track.meter == meter
+    off_s = (track.edges_s / piece.beat_s - np.round(track.edges_s / piece.beat_s)) * piece.beat_s
+    assert np.abs(off_s).max() < 0.004
+
+
+def drifting(piece: synth.Piece, depth: float) -> tuple[Audio, Doubles, Doubles]:
+    """The piece with a tempo that swings by +-depth over 6 s; times, and the piece's time at each."""
+    rate = piece.audio.sample_rate
+    time_s = np.arange(piece.audio.n_samples) / rate
+    piece_s = time_s + depth * 6 / (2 * np.pi) * np.sin(2 * np.pi * time_s / 6)
+    warped = [np.interp(piece_s, time_s, channel) for channel in piece.audio.samples]
+    return Audio(np.array(warped, np.float32), rate), time_s, piece_s
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.01, 0.03])
+def test_beats_go_on_across_joins(depth: float) -> None:
+    piece = synth.play(112, "verse chorus verse chorus")
+    audio, time_s, piece_s = drifting(piece, depth)
+    skips = []
+    for variation in remixes(audio, 60.0):
+        for join in variation.details["joins"]:
+            left, entered = np.interp([join["from_s"], join["to_s"]], time_s, piece_s)
+            skips.append((left - entered) / piece.beat_s)
+    off_s = np.abs(np.array(skips) - np.round(skips)) * piece.beat_s
+    assert off_s.size >= 8 and off_s.max() < (0.015 if depth > 0.02 else 0.005)
+
+
+def test_bars_keep_their_phase_across_joins() -> None:
+    piece = synth.play(112, "verse chorus verse chorus", meter=3)
+    for variation in remixes(piece.audio, 60.0):
+        for join in variation.details["joins"]:
+            assert round((join["from_s"] - join["to_s"]) / piece.beat_s) % 3 == 0
+
+
+def test_impulses_stay_on_their_grid() -> None:
+    audio = synth.impulses(12.0, bpm=120)
+    for variation in remixes(audio, 30.0, temperature=2.0):
+        assert variation.details["joins"]
+        samples = variation.audio.samples[0, : -5 * 44100]  # the last seconds are faded
+        heard_s = np.flatnonzero(samples > 0.5) / 44100
+        np.testing.assert_allclose(np.diff(heard_s), 0.5, atol=0.0001)
+
+
+@pytest.mark.parametrize("bpm", [90.0, 128.0])
+def test_the_tempo_of_the_result_is_the_sources(bpm: float) -> None:
+    """Independent of the engine: the strongest lag of the autocorrelated rise of energy, near eight beats."""
+    piece = synth.play(bpm, "verse chorus verse")
+    for variation in remixes(piece.audio, 40.0, seeds=[0, 1], temperature=1.5):
+        frames = variation.audio.mono()[: 35 * 44100].reshape(-1, 441)
+        rise = np.maximum(0.0, np.diff(np.log10((frames.astype(float) ** 2).mean(axis=1) + 1e-6)))
+        power = scipy.signal.correlate(rise - rise.mean(), rise - rise.mean())[rise.size - 1 :]
+        lags = np.arange(power.size)
+        near = (lags * 0.01 > 7.6 * piece.beat_s) & (
+            lags * 0.01 < 8.4 * piece.beat_s
+        )  # eight beats: 1 in 400
+        assert lags[near][np.argmax(power[near])] * 0.01 / 8 == pytest.approx(piece.beat_s, rel=0.01)
+
+
+PIECES = {
+    "music": lambda: synth.play(100).audio,
+    "at 8 kHz": lambda: synth.play(sample_rate=8000, channels=1).audio,
+    "pads": lambda: synth.pads(24.0),
+    "drone": lambda: synth.drone(12.0),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_joins_do_not_click(name: str) -> None:
+    """Up to the beat the fastest change lies within 1 dB of that of the two sides, which go on untouched."""
+    audio = PIECES[name]()
+    beatless = name in {"pads", "drone"}
+    before_s, until_s = (0.2, 0.2) if beatless else (CROSSFADE_S + 0.02, -0.002)
+    bursts = [burst_db(s) for v in remixes(audio, 60.0) for s in around_joins(audio, v, before_s, until_s)]
+    assert len(bursts) >= 8 and max(bursts) < 1.0
+
+
+def test_a_join_without_a_crossfade_would_be_heard_as_a_click() -> None:
+    """The measure of the test above sees what it is for."""
+    audio = PIECES["drone"]()
+    (variation,) = remixes(audio, 40.0, seeds=[0])
+    bursts = []
+    for _, left, entered in around_joins(audio, variation, 0.2, 0.2):
+        cut = np.concatenate([left[: left.size // 2], np.roll(entered, 150)[left.size // 2 :]])
+        bursts.append(burst_db((cut, left, entered)))
+    assert min(bursts) > 6
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_joins_keep_the_level(name: str) -> None:
+    audio = PIECES[name]()
+    before_s, until_s = (0.125, 0.125) if name in {"pads", "drone"} else (CROSSFADE_S + 0.005, -0.005)
+    steps = [
+        level_step_db(s) for v in remixes(audio, 60.0) for s in around_joins(audio, v, before_s, until_s)
+    ]
+    assert len(steps) >= 8 and max(steps) < 1.5
+
+
+def likeness(track: Analysis, variations: Sequence[Variation]) -> tuple[float, float]:
+    """Mean score of the joins made, and of random ones on the same beat of the bar."""
+    made = [join["score"] for variation in variations for join in variation.details["joins"]]
+    edges = np.arange(1, track.n_beats - 1)
+    leave, enter = np.meshgrid(edges, edges)
+    allowed = ((leave - enter) % track.meter == 0) & (leave != enter)
+    return float(np.mean(made)), float(track.similarities[leave[allowed], enter[allowed]].mean())
+
+
+def test_joins_are_far_better_than_random_ones() -> None:
+    audio = synth.play(sections="verse verse chorus verse chorus").audio
+    made, random = likeness(analyse(audio), remixes(audio, 30.0))
+    assert made > 0.5 and made > random + 0.3
+
+
+def test_an_ending_is_played_to_its_end() -> None:
+    """The last second is the source's last second, a fade and up to 0.4 s of silence aside."""
+    piece = synth.play(120, "verse chorus verse chorus")
+    for variation in remixes(piece.audio, 50.0, temperature=1.0):
+        assert variation.details["ending"] == "own"
+        tail = variation.audio.mono()[-2 * 44100 :].astype(float)
+        found = scipy.signal.correlate(piece.audio.mono()[-3 * 44100 :].astype(float), tail, method="fft")
+        norms = np.sqrt((tail**2).sum() * (piece.audio.mono()[-3 * 44100 :].astype(float) ** 2).sum())
+        assert found.max() / norms > 0.5
+        assert np.abs(tail[-441:]).max() < 0.02
+
+
+def test_what_is_cut_off_ends_in_a_fade() -> None:
+    audio = synth.play(sections="verse verse chorus", ending=False).audio
+    for variation in remixes(audio, 12.0):
+        assert variation.details["ending"] == "fade"
+        mono = variation.audio.mono().astype(float)
+        level = [float(np.sqrt((mono[-k : -k + 4410] ** 2).mean())) for k in (30000, 10000, 4411)]
+        assert level[0] > level[1] > level[2]
+        assert abs(mono[-1]) < 1e-4
+
+
+@pytest.mark.skipif(not REAL, reason="the real tracks are not here")
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_real_tracks_are_joined_without_clicks_and_better_than_at_random(path: Path) -> None:
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    audio = Audio(np.ascontiguousarray(samples.T), rate)
+    variations = remixes(audio, 30.0)
+    joins = [s for v in variations for s in around_joins(audio, v, CROSSFADE_S + 0.02, -0.002)]
+    assert len(joins) >= 2
+    assert max(burst_db(s) for s in joins) < 1.0
+    assert max(level_step_db(s) for s in joins) < 2.0
+    made, random = likeness(analyse(audio), variations)
+    assert made > random + 0.2

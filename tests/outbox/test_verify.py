@@ -1,0 +1,128 @@
+"""What a result must be before it counts: each verifier refuses what it is there to refuse."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import audio
+from pipeline.errors import EngineFailure
+from pipeline.outbox import verify
+from pipeline.records import Audio
+
+RATE, N = 22050, 22051  # an odd length: the data chunk is padded
+TONE = Audio(0.5 * np.sin(np.arange(2 * N, dtype=np.float32).reshape(2, N) / 20), RATE)
+
+
+def written(sound: Audio, bit_depth: Any = 24) -> io.BytesIO:
+    file = io.BytesIO()
+    audio.write_wav(file, sound, bit_depth=bit_depth, tags={"title": "t"})
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("bit_depth", [16, 24, "float"])
+def test_a_wav_as_it_is_written_is_accepted(bit_depth: Any) -> None:
+    verify.wav(N, RATE, 2)(written(TONE, bit_depth))
+
+
+@pytest.mark.parametrize(
+    ("meant", "why"),
+    [((N - 1, RATE, 2), "samples"), ((N, RATE + 1, 2), "Hz"), ((N, RATE, 1), "channels")],
+)
+def test_a_wav_of_another_form_is_refused(meant: tuple[int, int, int], why: str) -> None:
+    with pytest.raises(EngineFailure, match=why):
+        verify.wav(*meant)(written(TONE))
+
+
+def test_a_wav_that_is_cut_off_is_refused_whatever_its_header_says() -> None:
+    with pytest.raises(EngineFailure, match="samples"):
+        verify.wav(N, RATE, 2)(io.BytesIO(written(TONE).getvalue()[:-7]))
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF", b"no sound" * 100])
+def test_what_is_no_wav_is_refused(content: bytes) -> None:
+    with pytest.raises(EngineFailure, match="decoded"):
+        verify.wav(N, RATE, 2)(io.BytesIO(content))
+
+
+def test_a_silent_wav_is_refused_and_a_click_is_not() -> None:
+    silent = np.zeros((2, N), np.float32)
+    with pytest.raises(EngineFailure, match="silent"):
+        verify.wav(N, RATE, 2)(written(Audio(silent, RATE)))
+    silent[1, -1] = -0.01
+    verify.wav(N, RATE, 2)(written(Audio(silent, RATE)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_wav_with_a_sample_that_is_not_finite_is_refused(bad: float) -> None:
+    content = bytearray(written(TONE, "float").getvalue())
+    content[-8:-4] = struct.pack("<f", bad)
+    with pytest.raises(EngineFailure, match="finite"):
+        verify.wav(N, RATE, 2)(io.BytesIO(content))
+
+
+def test_not_finite_samples_are_seen_in_every_block_of_a_long_file() -> None:
+    long = Audio(np.tile(TONE.samples, (1, 10)), RATE)
+    content = bytearray(written(long, "float").getvalue())
+    content[-8 * 5 * N : -8 * 5 * N + 4] = struct.pack("<f", np.nan)
+    with pytest.raises(EngineFailure, match="finite"):
+        verify.wav(10 * N, RATE, 2)(io.BytesIO(content))
+
+
+def vectors(**changes: Any) -> io.BytesIO:
+    unit = np.eye(3, 4, dtype=np.float32)
+    arrays = {"track": unit[0], "windows": unit[:2], "times_s": np.array([[0, 10], [10, 12]], np.float32)}
+    file = io.BytesIO()
+    np.savez(file, **{name: array for name, array in {**arrays, **changes}.items() if array is not None})
+    file.seek(0)
+    return file
+
+
+def test_an_embedding_as_it_is_written_is_accepted() -> None:
+    verify.embedding(4, 2)(vectors())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"track": None}, "holds"),
+        ({"more": np.zeros(1, np.float32)}, "holds"),
+        ({"track": np.eye(1, 5, dtype=np.float32)[0]}, "track as"),
+        ({"windows": np.eye(3, 4, dtype=np.float32)}, "windows as"),
+        ({"times_s": np.zeros((2, 2))}, "times_s as float64"),
+        ({"times_s": np.full((2, 2), np.nan, np.float32)}, "finite"),
+        ({"track": np.full(4, np.nan, np.float32)}, "finite"),
+        ({"windows": np.full((2, 4), 0.6, np.float32)}, "unit length"),
+        ({"track": np.zeros(4, np.float32)}, "unit length"),
+        ({"track": np.array([{}] * 4, dtype=object)}, "read"),
+    ],
+)
+def test_an_embedding_that_is_not_what_was_meant_is_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(EngineFailure, match=why):
+        verify.embedding(4, 2)(vectors(**changes))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 300])
+def test_an_embedding_that_is_cut_off_is_refused(cut: int) -> None:
+    with pytest.raises(EngineFailure, match="read"):
+        verify.embedding(4, 2)(io.BytesIO(vectors().getvalue()[:cut]))
+
+
+def test_a_bare_array_is_no_embedding() -> None:
+    file = io.BytesIO()
+    np.save(file, np.zeros(4, np.float32))
+    file.seek(0)
+    with pytest.raises(EngineFailure, match="read"):
+        verify.embedding(4, 2)(file)
+
+
+def test_a_manifest_must_read_back_as_it_was_meant() -> None:
+    verify.manifest({"a": [1, 0.1, None, "é"]})(io.BytesIO('{"a": [1, 0.1, null, "é"]}'.encode()))
+    for content in (b'{"a": 2}', b"", b"\xff", b'{"a": '):
+        with pytest.raises(EngineFailure, match="manifest"):
+            verify.manifest({"a": 1})(io.BytesIO(content))

@@ -1,0 +1,174 @@
+"""A runner's surroundings without engines: real folders, a real database, a clock that tests set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from home_folder import SAMPLE_RATE, contents, sha256_of, write_music
+
+from pipeline.config import Config
+from pipeline.engines import cards
+from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.engines.selection import Choice
+from pipeline.errors import Stopped
+from pipeline.intake.ingest import Arrivals, Look
+from pipeline.intake.scanner import Rules, Scanner, Settling
+from pipeline.outbox.outbox import Outbox
+from pipeline.plan import Recipe
+from pipeline.progress import LogReporter
+from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
+from pipeline.runner.runner import Runner
+from pipeline.store.schema import Track
+from pipeline.store.store import Store
+from pipeline.workspace import Workplace
+
+START_S, BACKOFF_S = 1000.0, 10.0
+Answer = Callable[[VariationRequest], Variation | Failure]
+
+
+def noise(request: VariationRequest) -> Variation:
+    """A quarter of a second of noise, of the request's seed."""
+    samples = np.random.default_rng(request.seed).standard_normal(
+        (1, round(request.duration_s * SAMPLE_RATE))
+    )
+    return Variation(request.request_id, Audio((0.1 * samples).astype(np.float32), SAMPLE_RATE))
+
+
+@dataclass
+class Answers:
+    """A generator that answers each request as it is told, and remembers what it was asked for."""
+
+    answer: Answer = noise
+    name: str = "answers"
+    version: str = "1"
+    sample_rate: int = SAMPLE_RATE
+    calls: list[list[str]] = field(default_factory=list)  # hashes of the tracks, per call
+
+    def generate(
+        self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
+    ) -> Iterator[Variation | Failure]:
+        self.calls.append([request.track_id for request in requests])
+        for request in requests:
+            if should_stop():
+                raise Stopped("asked to stop")
+            result = self.answer(request)
+            progress(request.request_id, 1, 1)
+            yield result
+
+
+@dataclass
+class OneVector:
+    """An embedder for which all tracks are alike."""
+
+    name: str = "one-vector"
+    version: str = "1"
+    dim: int = 4
+
+    def embed(self, audio: Audio, *, should_stop: StopFn) -> Embedding:
+        unit = np.array([1, 0, 0, 0], dtype=np.float32)
+        return Embedding(unit, unit[None], np.array([[0, audio.duration_s]], dtype=np.float32))
+
+
+@dataclass
+class Engines:
+    made_by: Answers
+
+    def embedder(self) -> OneVector:
+        return OneVector()
+
+    def generator(self) -> Answers:
+        return self.made_by
+
+
+@dataclass
+class Works:
+    """A runner's surroundings: real folders and a real database, and a clock that tests set."""
+
+    workplace: Workplace
+    config: Config
+    recipe: Recipe
+    store: Store
+    now: float = START_S
+    stop: bool = False
+
+    @classmethod
+    def at(cls, home: Path, *, count: int = 2, max_attempts: int = 1, **intake: Any) -> Works:
+        sections = {
+            "intake": intake,
+            "normalize": {"sample_rate": SAMPLE_RATE},
+            "generate": {"duration_s": 0.5, "variations": [{"name": "v", "count": count}]},
+            "retry": {"max_attempts": max_attempts, "backoff_s": BACKOFF_S},
+        }
+        config = Config.model_validate(sections)
+        recipe = Recipe(
+            config,
+            Choice(cards()["descriptors"], None, None, "test"),
+            Choice(cards()["remix"], None, None, "test"),
+        )
+        workplace = Workplace.of(home, config.folders)
+        workplace.prepare()
+        return cls(workplace, config, recipe, Store(workplace.database))
+
+    def bring(self, *names: str) -> list[str]:
+        """Put a sound of its own under each name in the inbox and queue it; returns their hashes."""
+        paths = [self.workplace.inbox / name for name in names]
+        hashes = [sha256_of(write_music(path, seed=n, seconds=1.5)) for n, path in enumerate(paths)]
+        assert self.arrivals(settle_s=0).look(should_stop=lambda: False).queued == len(names)
+        return hashes
+
+    def arrivals(self, *, settle_s: float | None = None, trust_times: bool = True) -> Arrivals:
+        intake = self.config.intake
+        settle_s = intake.settle_s if settle_s is None else settle_s
+        return Arrivals(
+            root=self.workplace.inbox,
+            is_inbox=True,
+            settings=intake,
+            disk=self.config.disk,
+            recipe=self.recipe,
+            store=self.store,
+            outbox=Outbox(self.workplace.outbox),
+            workplace=self.workplace,
+            scanner=Scanner(
+                self.workplace.inbox, Rules(intake.ignore, intake.marker, intake.follow_symlinks)
+            ),
+            settling=Settling(settle_s, trust_times=trust_times),
+            clock=lambda: self.now,
+        )
+
+    def look(self) -> Look:
+        return self.arrivals().look(should_stop=lambda: False)
+
+    def runner(self, generator: Answers, *, outbox: Outbox | None = None) -> Runner:
+        return Runner(
+            recipe=self.recipe,
+            workplace=self.workplace,
+            store=self.store,
+            outbox=outbox or Outbox(self.workplace.outbox),
+            engines=Engines(generator),
+            reporter=LogReporter(),
+            clock=lambda: self.now,
+            should_stop=lambda: self.stop,
+        )
+
+    def track(self, sha256: str) -> Track:
+        track = self.store.track(sha256)
+        assert track is not None
+        return track
+
+    def states(self, hashes: Sequence[str]) -> list[tuple[str, int]]:
+        """State and counted attempts of each."""
+        return [(self.track(one).state, self.track(one).attempts) for one in hashes]
+
+    def files(self, sha256: str) -> dict[str, str]:
+        return contents(self.workplace.outbox / self.track(sha256).folder)
+
+    def outcomes(self, sha256: str) -> list[tuple[str, str | None]]:
+        return [(attempt.stage, attempt.outcome) for attempt in self.store.attempts(sha256)]
+
+
+def but_for(bad: str, error: Any) -> Answer:
+    return lambda request: Failure(request.request_id, error) if request.track_id == bad else noise(request)

@@ -1,0 +1,136 @@
+"""A store, an outbox and an inbox with tracks that are finished, failed or queued, made without engines."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+from pipeline.config import Folders
+from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
+from pipeline.store.schema import SourceFile
+from pipeline.store.store import Store
+from pipeline.workspace import Workplace
+
+
+def trust(_file: BinaryIO) -> None:
+    """A verifier for bytes that mean nothing."""
+
+
+@dataclass(frozen=True)
+class World:
+    store: Store
+    outbox: Outbox
+    workplace: Workplace
+
+    @classmethod
+    def new(cls, home: Path) -> World:
+        workplace = Workplace.of(home, Folders())
+        workplace.prepare()
+        return cls(Store(workplace.database), Outbox(workplace.outbox), workplace)
+
+    def arrived(self, name: str, content: bytes, *, now: float) -> str:
+        """A source in the inbox, queued; returns its hash."""
+        path = self.workplace.inbox / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        found = path.lstat()
+        below = PurePath(name).parent
+        file = SourceFile(
+            path=path,
+            sha256=sha256,
+            root=self.workplace.inbox,
+            display=name,
+            size=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+            inode=found.st_ino,
+            state="waiting",
+        )
+        folder = Outbox.folder_name(path, sha256, below=below)
+        self.store.add(file, name=path.name, folder=folder, now=now)
+        return sha256
+
+    def finished(self, name: str, content: bytes, *, now: float, wav_bytes: int = 100) -> str:
+        """A source with results, done at `now` and moved to the archive; returns its hash."""
+        sha256 = self.arrived(name, content, now=now)
+        track = self.store.track(sha256)
+        assert track is not None
+        files = [EMBEDDING, "variations/01-near.wav", "variations/02-far.wav"]
+        made = [self.made(sha256, file, n, now=now, n_bytes=wav_bytes) for n, file in enumerate(files)]
+        self.outbox.publish_manifest(track.folder, a_manifest(sha256, made))
+        self.store.claim(100, now=now)
+        self.store.finish(sha256, plan_key="plan", source={"codec": "flac"}, now=now)
+        self.put_away(name, "done")
+        return sha256
+
+    def made(self, sha256: str, file: str, n: int, *, now: float, n_bytes: int) -> Published:
+        """One finished unit of work."""
+        track = self.store.track(sha256)
+        assert track is not None
+        content = hashlib.sha256(f"{sha256}{file}".encode()).digest() * (n_bytes // 32 + 1)
+        path = self.outbox.root / track.folder / file
+        published = self.outbox.publish(
+            track.folder, file, lambda out: out.write(content[:n_bytes]), verify=trust
+        )
+        os.utime(path, (now, now))
+        record = {"file": file, "sha256": published.sha256, "bytes": published.bytes}
+        stage = "embed" if file == EMBEDDING else "generate"
+        self.store.finish_unit(
+            f"{n}-{sha256}", sha256=sha256, stage=stage, result=record, seconds=1.0, now=now
+        )
+        return published
+
+    def failed(self, name: str, content: bytes, *, now: float) -> str:
+        """A source that failed at `now` and lies in the archive with its error beside it."""
+        sha256 = self.arrived(name, content, now=now)
+        self.store.claim(100, now=now)
+        self.store.fail(sha256, stage="normalize", error="is silent", now=now, retry_at=None)
+        there = self.put_away(name, "failed")
+        there.with_name(f"{there.name}.error.txt").write_text("is silent\n")
+        return sha256
+
+    def put_away(self, name: str, archive: str) -> Path:
+        path, target = self.workplace.inbox / name, self.workplace.inbox / archive / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        state = "settled" if archive == "done" else "aside"
+        self.store.settle_file(path, state=state, moved_to=target)
+        return target
+
+    def desk(self, sha256: str, *, age_s: float = 0.0, now: float = 0.0) -> Path:
+        """A working copy, last written to `age_s` before `now`."""
+        folder = self.workplace.desk(sha256).folder
+        folder.mkdir(parents=True)
+        (folder / "source").write_bytes(b"x" * 10)
+        for path in (folder / "source", folder):
+            os.utime(path, (now - age_s, now - age_s))
+        return folder
+
+    def folder(self, sha256: str) -> Path:
+        track = self.store.track(sha256)
+        assert track is not None
+        return self.outbox.root / track.folder
+
+    def state(self, sha256: str) -> str:
+        track = self.store.track(sha256)
+        assert track is not None
+        return track.state
+
+
+def a_manifest(sha256: str, made: list[Published]) -> dict[str, Any]:
+    entries = [{"file": one.file, "sha256": one.sha256, "bytes": one.bytes} for one in made]
+    return {"source": {"sha256": sha256, "names": []}, "embedding": entries[0], "variations": entries[1:]}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files below a folder and what is in them; folders that are empty as their name with a slash."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+        elif not any(path.iterdir()):
+            found[f"{path.relative_to(folder)}/"] = b""
+    return found
