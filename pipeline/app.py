@@ -11,21 +11,21 @@ from pathlib import Path
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.loading import Engines, LoadedEngines
-from pipeline.engines.selection import Choice, choose
+from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
 from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
-from pipeline.intake.ingest import Arrivals
+from pipeline.intake.ingest import Ingest
 from pipeline.intake.scanner import Rules, Scanner, Settling
 from pipeline.intake.watcher import Watcher
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe, plan_variations
 from pipeline.progress import Reporter
 from pipeline.runner.runner import Runner
-from pipeline.service.loop import Crew
-from pipeline.service.signals import Alarm
+from pipeline.service.loop import Processor
+from pipeline.service.signals import Signals
 from pipeline.store.store import Store
 from pipeline.weights import hub
-from pipeline.workspace import ENGINES_FOLDER, Workplace
+from pipeline.workspace import ENGINES_FOLDER, Workspace
 
 log = logging.getLogger("pipeline")
 
@@ -39,7 +39,7 @@ class App:
     home: Path
     config: Config
     config_path: Path | None  # None: built in
-    workplace: Workplace
+    workspace: Workspace
 
     @classmethod
     def open(cls, home: Path, config_path: Path | None) -> App:
@@ -51,7 +51,7 @@ class App:
         if config_path is None and (home / DEFAULT_CONFIG).exists():
             config_path = home / DEFAULT_CONFIG
         config = load_config(config_path)
-        return cls(home, config, config_path, Workplace.of(home, config.folders))
+        return cls(home, config, config_path, Workspace.of(home, config.folders))
 
     def settings(self, section: Embed | Generate) -> EngineSettings:
         model = section.model
@@ -66,15 +66,15 @@ class App:
             max_memory_gb=getattr(section, "max_memory_gb", None),
             precision=getattr(section, "precision", "auto"),
             kv_cache=getattr(section, "kv_cache", "auto"),
-            state_dir=self.workplace.state / ENGINES_FOLDER,
+            state_dir=self.workspace.state / ENGINES_FOLDER,
         )
 
     def choices(self) -> tuple[Choice, Choice]:
         """The embedder and the generator, chosen without loading or fetching anything."""
         embed, generate = self.config.embed, self.config.generate
         return (
-            choose("embed", embed.engine, self.settings(embed)),
-            choose("generate", generate.engine, self.settings(generate)),
+            select_engine("embed", embed.engine, self.settings(embed)),
+            select_engine("generate", generate.engine, self.settings(generate)),
         )
 
     def check_variations(self, generator: Choice) -> None:
@@ -115,7 +115,7 @@ class App:
             ConfigError: it is wrong, or asks for other folders, which takes a new start.
         """
         fresh = App.open(self.home, self.config_path)
-        if fresh.workplace != self.workplace:
+        if fresh.workspace != self.workspace:
             raise ConfigError(f"{fresh.config_path}: other folders need a restart")
         return fresh
 
@@ -137,28 +137,28 @@ class App:
 
     def store(self, *, read_only: bool = False) -> Store | None:
         """The database; None if it is to be read only and isn't there yet."""
-        if read_only and not self.workplace.database.exists():
+        if read_only and not self.workspace.database.exists():
             return None
-        return Store(self.workplace.database, read_only=read_only)
+        return Store(self.workspace.database, read_only=read_only)
 
-    def crew(
+    def processor(
         self,
         store: Store,
         root: Path | None,
         reporter: Reporter,
-        alarm: Alarm,
+        signals: Signals,
         *,
         earlier: Runner | None = None,
-    ) -> Crew:
+    ) -> Processor:
         """What works by this configuration; `root` is a folder other than the inbox.
 
         `earlier` is the runner of the configuration before: what it has loaded and seen is kept.
         """
         store.remember_config(self.config.sha256, self.config.canonical())
-        outbox = Outbox(self.workplace.outbox)
-        folder = self.workplace.inbox if root is None else root
+        outbox = Outbox(self.workspace.outbox)
+        folder = self.workspace.inbox if root is None else root
         intake = self.config.intake
-        arrivals = Arrivals(
+        ingest = Ingest(
             root=folder,
             is_inbox=root is None,
             settings=intake,
@@ -166,36 +166,36 @@ class App:
             recipe=self.recipe,
             store=store,
             outbox=outbox,
-            workplace=self.workplace,
+            workspace=self.workspace,
             scanner=self.scanner(root),
             settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder)))),
         )
         runner = Runner(
             recipe=self.recipe,
-            workplace=self.workplace,
+            workspace=self.workspace,
             store=store,
             outbox=outbox,
             engines=self.engines(None if earlier is None else earlier.engines),
             reporter=reporter,
             clock=time.time,
-            should_stop=alarm.is_stopped,
-            outbox_device=self.workplace.outbox.stat().st_dev if earlier is None else earlier.outbox_device,
+            should_stop=signals.is_stopped,
+            outbox_device=self.workspace.outbox.stat().st_dev if earlier is None else earlier.outbox_device,
         )
-        return Crew(arrivals, runner)
+        return Processor(ingest, runner)
 
     def scanner(self, root: Path | None) -> Scanner:
         intake = self.config.intake
         rules = Rules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=root is None)
-        return Scanner(self.workplace.inbox if root is None else root, rules)
+        return Scanner(self.workspace.inbox if root is None else root, rules)
 
-    def watcher(self, alarm: Alarm) -> tuple[Watcher, str]:
+    def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """What watches the inbox, and in which mode and why."""
         wanted = self.config.intake.watch
-        reasons = map(needs_polling, _mounts(self.workplace.inbox) if wanted == "auto" else ())
+        reasons = map(needs_polling, _mounts(self.workspace.inbox) if wanted == "auto" else ())
         reason = next(filter(None, reasons), None)
         polling = wanted == "polling" or reason is not None
         why = reason or ("named in the configuration" if wanted != "auto" else "a local file system")
-        return Watcher(self.workplace.inbox, alarm.ring, polling=polling), (
+        return Watcher(self.workspace.inbox, signals.wake, polling=polling), (
             f"{'polling' if polling else 'events'} ({why})"
         )
 

@@ -20,17 +20,17 @@ from pipeline.engines import cards
 from pipeline.engines.base import EngineCard
 from pipeline.errors import DiskFull, FolderUnusable
 from pipeline.fs.mounts import mount_of
-from pipeline.intake.archive import finish_moves, put_away
+from pipeline.intake.archive import archive_files, finish_moves
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import Reporter, WatchedReporter, reporter_for
 from pipeline.runner.retry import take_over
 from pipeline.service.health import Health
-from pipeline.service.loop import Crew
+from pipeline.service.loop import Processor
 from pipeline.service.sd_notify import Notifier
-from pipeline.service.signals import Alarm
+from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, Workplace
+from pipeline.workspace import ENGINES_FOLDER, Workspace
 
 LOG_BYTES, LOG_FILES = 5_000_000, 3
 START_PAUSE_S = 10.0  # between tries of `watch` to start up on a full disk
@@ -40,40 +40,40 @@ log = logging.getLogger("pipeline")
 
 
 @dataclass(frozen=True)
-class Office:
+class Session:
     """What a working verb works with."""
 
     app: App
     store: Store
-    crew: Crew
-    alarm: Alarm
+    processor: Processor
+    signals: Signals
     health: Health
     notifier: Notifier
     reporter: Reporter
 
 
 @contextmanager
-def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterator[Office]:
+def open_session(app: App, root: Path | None, *, is_watching: bool = False) -> Iterator[Session]:
     """Everything a working verb needs, as the only instance, with signals turned into a stop."""
-    console, alarm, notifier = Console(stderr=True), Alarm(), Notifier.from_env()
-    _prepare(app.workplace)
-    with app.workplace.locked(), _logged(app.workplace.log, console):
-        health = Health(app.workplace.health)
+    console, signals, notifier = Console(stderr=True), Signals(), Notifier.from_env()
+    _prepare(app.workspace)
+    with app.workspace.locked(), _logged(app.workspace.log, console):
+        health = Health(app.workspace.health)
         health.open()
         app.fetch_missing()
         store = app.store()
         assert store is not None
-        alarm.overdue = partial(_leave_at_once, app.workplace.database, is_watching=is_watching)
+        signals.overdue = partial(_leave_at_once, app.workspace.database, is_watching=is_watching)
         try:
             _see_the_outbox(app, store)
             given_up = _pick_up(app, store)
             _clear_up(app, but=None if store.next_due() is None else app.recipe.generator.card)
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
-            with alarm.on_signals(hangup_reloads=is_watching), reporter:
-                crew = app.crew(store, root, reporter, alarm)
-                crew.runner.outcome.failed += given_up
+            with signals.on_signals(hangup_reloads=is_watching), reporter:
+                processor = app.processor(store, root, reporter, signals)
+                processor.runner.outcome.failed += given_up
                 try:
-                    yield Office(app, store, crew, alarm, health, notifier, reporter)
+                    yield Session(app, store, processor, signals, health, notifier, reporter)
                 finally:
                     _clear_up(app)
         finally:
@@ -81,28 +81,28 @@ def at_work(app: App, root: Path | None, *, is_watching: bool = False) -> Iterat
             store.close()
 
 
-def _prepare(workplace: Workplace) -> None:
+def _prepare(workspace: Workspace) -> None:
     """Make and try the folders; a disk that is full of our own intermediate files is no reason to give up."""
     try:
-        workplace.prepare()
+        workspace.prepare()
     except DiskFull:
-        if workplace.state.is_dir():
-            with workplace.locked():
-                workplace.drop_normalized()
-        workplace.prepare()
+        if workspace.state.is_dir():
+            with workspace.locked():
+                workspace.drop_normalized()
+        workspace.prepare()
 
 
 def wait_for_room(app: App, full: DiskFull) -> bool:
     """Wait a while before `watch` starts up anew on a full disk; False if it was asked to stop."""
-    alarm, health = Alarm(), Health(app.workplace.health)
-    here = app.workplace.state.is_dir()
-    with app.workplace.locked() if here else nullcontext(), alarm.on_signals(hangup_reloads=True):
+    signals, health = Signals(), Health(app.workspace.health)
+    here = app.workspace.state.is_dir()
+    with app.workspace.locked() if here else nullcontext(), signals.on_signals(hangup_reloads=True):
         if here:
             health.open()
             health.degraded("disk", str(full))
         log.warning("%s; tried again in %.0f s", full, START_PAUSE_S)
-        alarm.wait(START_PAUSE_S)
-    return not alarm.is_stopped()
+        signals.wait(START_PAUSE_S)
+    return not signals.is_stopped()
 
 
 def _see_the_outbox(app: App, store: Store) -> None:
@@ -111,12 +111,12 @@ def _see_the_outbox(app: App, store: Store) -> None:
     Raises:
         FolderUnusable: it was on a mount of its own, and is an empty folder below that mount now.
     """
-    mount = mount_of(app.workplace.outbox)
+    mount = mount_of(app.workspace.outbox)
     if mount is None:
         return
     before, now = store.fact("outbox mount"), str(mount.mount_point)
-    was_deeper = before is not None and len(before) > len(now) and app.workplace.outbox.is_relative_to(before)
-    if was_deeper and not any(app.workplace.outbox.iterdir()):
+    was_deeper = before is not None and len(before) > len(now) and app.workspace.outbox.is_relative_to(before)
+    if was_deeper and not any(app.workspace.outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
     if before != now:
         store.note_fact("outbox mount", now)
@@ -124,7 +124,7 @@ def _see_the_outbox(app: App, store: Store) -> None:
 
 def _pick_up(app: App, store: Store) -> int:
     """Put in order what a killed instance left, before anything else; returns how many tracks that failed."""
-    config, inbox = app.config, app.workplace.inbox
+    config, inbox = app.config, app.workspace.inbox
     given_up = 0
     for crashed in take_over(store, config.retry, now=time.time()):
         track, then = crashed.track, "given up" if crashed.given_up else "goes on"
@@ -132,12 +132,12 @@ def _pick_up(app: App, store: Store) -> int:
         if crashed.given_up:
             given_up += 1
             files = store.files_of(track.sha256)
-            put_away(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
+            archive_files(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
     finish_moves(store, inbox)
     for finding in reconcile(
         store,
-        Outbox(app.workplace.outbox),
-        app.workplace,
+        Outbox(app.workspace.outbox),
+        app.workspace,
         thorough=False,
         repair=True,
         redo_missing=config.retention.redo_missing,
@@ -151,7 +151,7 @@ def _clear_up(app: App, but: EngineCard | None = None) -> None:
     """Remove what engines of a killed run left outside of the home, but for the one that is to go on."""
     for card in cards().values():
         if card is not but:
-            card.clear_up(app.workplace.state / ENGINES_FOLDER)
+            card.clear_up(app.workspace.state / ENGINES_FOLDER)
 
 
 def _leave_at_once(database: Path, signum: int, *, is_watching: bool) -> None:

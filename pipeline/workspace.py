@@ -18,14 +18,14 @@ import numpy as np
 
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable
-from pipeline.fs.disk import machines_fault
+from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
 
 ENGINES_FOLDER = "engines"  # in the state folder: what engines keep
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Workspace:
     """The three folders, absolute."""
 
     home: Path
@@ -34,7 +34,7 @@ class Workplace:
     state: Path
 
     @classmethod
-    def of(cls, home: Path, folders: Folders) -> Workplace:
+    def of(cls, home: Path, folders: Folders) -> Workspace:
         """Resolve the configured folders in `home`.
 
         Raises:
@@ -77,7 +77,7 @@ class Workplace:
                 with tempfile.TemporaryFile(dir=folder) as probe:  # without a name: a kill leaves nothing
                     probe.write(b"x")
             except OSError as e:
-                kind = type(machines_fault(e) or FolderUnusable())
+                kind = type(environment_error(e) or FolderUnusable())
                 raise kind(f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}") from e
 
     @contextmanager
@@ -120,8 +120,8 @@ class Workplace:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f".incoming-{os.getpid()}"
 
-    def desk(self, sha256: str) -> Desk:
-        return Desk(self.state / "work" / sha256)
+    def scratch(self, sha256: str) -> Scratch:
+        return Scratch(self.state / "work" / sha256)
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def _take(file: IO[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class Desk:
+class Scratch:
     """One track's folder below `state/work`: the working copy and the normalized audio."""
 
     folder: Path

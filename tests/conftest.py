@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from home_folder import ROOT, Home
-from runner_setup import Works
+from runner_setup import RunnerSetup
 
 # Two processes that fill numba's cache at once can mix its entries up: each of xdist's has its own.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -52,5 +52,5 @@ def home(tmp_path: Path) -> Home:
 
 
 @pytest.fixture
-def works(tmp_path: Path) -> Works:
-    return Works.at(tmp_path)
+def setup(tmp_path: Path) -> RunnerSetup:
+    return RunnerSetup.at(tmp_path)

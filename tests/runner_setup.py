@@ -15,7 +15,7 @@ from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
 from pipeline.errors import Stopped
-from pipeline.intake.ingest import Arrivals, Look
+from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.scanner import Rules, Scanner, Settling
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
@@ -24,7 +24,7 @@ from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequ
 from pipeline.runner.runner import Runner
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workplace
+from pipeline.workspace import Workspace
 
 START_S, BACKOFF_S = 1000.0, 10.0
 Answer = Callable[[VariationRequest], Variation | Failure]
@@ -85,10 +85,10 @@ class Engines:
 
 
 @dataclass
-class Works:
+class RunnerSetup:
     """A runner's surroundings: real folders and a real database, and a clock that tests set."""
 
-    workplace: Workplace
+    workspace: Workspace
     config: Config
     recipe: Recipe
     store: Store
@@ -96,7 +96,7 @@ class Works:
     stop: bool = False
 
     @classmethod
-    def at(cls, home: Path, *, count: int = 2, max_attempts: int = 1, **intake: Any) -> Works:
+    def at(cls, home: Path, *, count: int = 2, max_attempts: int = 1, **intake: Any) -> RunnerSetup:
         sections = {
             "intake": intake,
             "normalize": {"sample_rate": SAMPLE_RATE},
@@ -109,45 +109,45 @@ class Works:
             Choice(cards()["descriptors"], None, None, "test"),
             Choice(cards()["remix"], None, None, "test"),
         )
-        workplace = Workplace.of(home, config.folders)
-        workplace.prepare()
-        return cls(workplace, config, recipe, Store(workplace.database))
+        workspace = Workspace.of(home, config.folders)
+        workspace.prepare()
+        return cls(workspace, config, recipe, Store(workspace.database))
 
     def bring(self, *names: str) -> list[str]:
         """Put a sound of its own under each name in the inbox and queue it; returns their hashes."""
-        paths = [self.workplace.inbox / name for name in names]
+        paths = [self.workspace.inbox / name for name in names]
         hashes = [sha256_of(write_music(path, seed=n, seconds=1.5)) for n, path in enumerate(paths)]
-        assert self.arrivals(settle_s=0).look(should_stop=lambda: False).queued == len(names)
+        assert self.ingest(settle_s=0).scan(should_stop=lambda: False).queued == len(names)
         return hashes
 
-    def arrivals(self, *, settle_s: float | None = None, trust_times: bool = True) -> Arrivals:
+    def ingest(self, *, settle_s: float | None = None, trust_times: bool = True) -> Ingest:
         intake = self.config.intake
         settle_s = intake.settle_s if settle_s is None else settle_s
-        return Arrivals(
-            root=self.workplace.inbox,
+        return Ingest(
+            root=self.workspace.inbox,
             is_inbox=True,
             settings=intake,
             disk=self.config.disk,
             recipe=self.recipe,
             store=self.store,
-            outbox=Outbox(self.workplace.outbox),
-            workplace=self.workplace,
+            outbox=Outbox(self.workspace.outbox),
+            workspace=self.workspace,
             scanner=Scanner(
-                self.workplace.inbox, Rules(intake.ignore, intake.marker, intake.follow_symlinks)
+                self.workspace.inbox, Rules(intake.ignore, intake.marker, intake.follow_symlinks)
             ),
             settling=Settling(settle_s, trust_times=trust_times),
             clock=lambda: self.now,
         )
 
-    def look(self) -> Look:
-        return self.arrivals().look(should_stop=lambda: False)
+    def scan(self) -> ScanResult:
+        return self.ingest().scan(should_stop=lambda: False)
 
     def runner(self, generator: Answers, *, outbox: Outbox | None = None) -> Runner:
         return Runner(
             recipe=self.recipe,
-            workplace=self.workplace,
+            workspace=self.workspace,
             store=self.store,
-            outbox=outbox or Outbox(self.workplace.outbox),
+            outbox=outbox or Outbox(self.workspace.outbox),
             engines=Engines(generator),
             reporter=LogReporter(),
             clock=lambda: self.now,
@@ -164,7 +164,7 @@ class Works:
         return [(self.track(one).state, self.track(one).attempts) for one in hashes]
 
     def files(self, sha256: str) -> dict[str, str]:
-        return contents(self.workplace.outbox / self.track(sha256).folder)
+        return contents(self.workspace.outbox / self.track(sha256).folder)
 
     def outcomes(self, sha256: str) -> list[tuple[str, str | None]]:
         return [(attempt.stage, attempt.outcome) for attempt in self.store.attempts(sha256)]

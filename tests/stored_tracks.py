@@ -12,7 +12,7 @@ from pipeline.config import Folders
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
 from pipeline.store.schema import SourceFile
 from pipeline.store.store import Store
-from pipeline.workspace import Workplace
+from pipeline.workspace import Workspace
 
 
 def trust(_file: BinaryIO) -> None:
@@ -20,20 +20,20 @@ def trust(_file: BinaryIO) -> None:
 
 
 @dataclass(frozen=True)
-class World:
+class StoredTracks:
     store: Store
     outbox: Outbox
-    workplace: Workplace
+    workspace: Workspace
 
     @classmethod
-    def new(cls, home: Path) -> World:
-        workplace = Workplace.of(home, Folders())
-        workplace.prepare()
-        return cls(Store(workplace.database), Outbox(workplace.outbox), workplace)
+    def new(cls, home: Path) -> StoredTracks:
+        workspace = Workspace.of(home, Folders())
+        workspace.prepare()
+        return cls(Store(workspace.database), Outbox(workspace.outbox), workspace)
 
     def arrived(self, name: str, content: bytes, *, now: float) -> str:
         """A source in the inbox, queued; returns its hash."""
-        path = self.workplace.inbox / name
+        path = self.workspace.inbox / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
@@ -42,7 +42,7 @@ class World:
         file = SourceFile(
             path=path,
             sha256=sha256,
-            root=self.workplace.inbox,
+            root=self.workspace.inbox,
             display=name,
             size=found.st_size,
             mtime_ns=found.st_mtime_ns,
@@ -63,7 +63,7 @@ class World:
         self.outbox.publish_manifest(track.folder, a_manifest(sha256, made))
         self.store.claim(100, now=now)
         self.store.finish(sha256, plan_key="plan", source={"codec": "flac"}, now=now)
-        self.put_away(name, "done")
+        self.archive_files(name, "done")
         return sha256
 
     def made(self, sha256: str, file: str, n: int, *, now: float, n_bytes: int) -> Published:
@@ -88,21 +88,21 @@ class World:
         sha256 = self.arrived(name, content, now=now)
         self.store.claim(100, now=now)
         self.store.fail(sha256, stage="normalize", error="is silent", now=now, retry_at=None)
-        there = self.put_away(name, "failed")
+        there = self.archive_files(name, "failed")
         there.with_name(f"{there.name}.error.txt").write_text("is silent\n")
         return sha256
 
-    def put_away(self, name: str, archive: str) -> Path:
-        path, target = self.workplace.inbox / name, self.workplace.inbox / archive / name
+    def archive_files(self, name: str, archive: str) -> Path:
+        path, target = self.workspace.inbox / name, self.workspace.inbox / archive / name
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
         state = "settled" if archive == "done" else "aside"
         self.store.settle_file(path, state=state, moved_to=target)
         return target
 
-    def desk(self, sha256: str, *, age_s: float = 0.0, now: float = 0.0) -> Path:
+    def scratch(self, sha256: str, *, age_s: float = 0.0, now: float = 0.0) -> Path:
         """A working copy, last written to `age_s` before `now`."""
-        folder = self.workplace.desk(sha256).folder
+        folder = self.workspace.scratch(sha256).folder
         folder.mkdir(parents=True)
         (folder / "source").write_bytes(b"x" * 10)
         for path in (folder / "source", folder):

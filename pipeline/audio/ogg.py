@@ -40,7 +40,7 @@ class _Page:
 
 
 def walk(file: BinaryIO, size: int) -> Pages:
-    """Look at every page header.
+    """ScanResult at every page header.
 
     Raises:
         BadAudio: streams follow one another, of which decoders read the first one only.

@@ -36,7 +36,7 @@ class Found:
 
 
 def inspect(file: BinaryIO, size: int) -> Found:
-    """Look at an open file of `size` bytes; reads its headers, its end or its frame headers only."""
+    """ScanResult at an open file of `size` bytes; reads its headers, its end or its frame headers only."""
     kind = kind_of(_read(file, 0, _HEAD_BYTES))
     start = 0
     if kind == "id3":

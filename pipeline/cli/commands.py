@@ -14,13 +14,13 @@ import typer
 from pipeline.app import App
 from pipeline.cli import views
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
-from pipeline.fs.disk import outside_of_tracks
+from pipeline.fs.disk import environment_error_outside_tracks
 from pipeline.fs.names import printable
-from pipeline.intake.archive import bring_back
+from pipeline.intake.archive import restore_to_inbox
 from pipeline.intake.watcher import Watcher
 from pipeline.maintenance.retention import collect
-from pipeline.service.loop import Crew, Watch, run_once
-from pipeline.session import Office, at_work, wait_for_room
+from pipeline.service.loop import Processor, Watch, run_once
+from pipeline.session import Session, open_session, wait_for_room
 from pipeline.stages import STAGES
 from pipeline.store.schema import UNREADABLE
 
@@ -45,7 +45,7 @@ def main(default_home: Path) -> int:
         if hasattr(e, "exit_code") and hasattr(e, "show"):
             e.show()  # click's own usage errors
             return BAD_USAGE
-        error = outside_of_tracks(e) or e
+        error = environment_error_outside_tracks(e) or e
         if not isinstance(error, PipelineError):
             raise
         typer.echo(str(error), err=True)
@@ -89,15 +89,19 @@ def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all that is ready, then end."""
     app = _app(context)
     root = _root(app, folder)
-    with at_work(app, root) as office:
+    with open_session(app, root) as session:
         try:
-            look = run_once(office.crew, office.alarm, office.health)
+            scan_result = run_once(session.processor, session.signals, session.health)
         except Stopped:
             log.info("stopped; what was under way is queued again")
-            return 128 + (office.alarm.stopped_by or signal.SIGINT)
-        outcome = office.crew.runner.outcome
-    typer.echo(views.summary(outcome, look, app.workplace.outbox))
-    return SOME_FAILED if outcome.failed or look.failed or look.unreadable or look.troubled else ALL_DONE
+            return 128 + (session.signals.stopped_by or signal.SIGINT)
+        outcome = session.processor.runner.outcome
+    typer.echo(views.summary(outcome, scan_result, app.workspace.outbox))
+    return (
+        SOME_FAILED
+        if outcome.failed or scan_result.failed or scan_result.unreadable or scan_result.troubled
+        else ALL_DONE
+    )
 
 
 @cli.command()
@@ -106,8 +110,8 @@ def watch(context: typer.Context) -> int:
     app = _app(context)
     while True:
         try:
-            with at_work(app, None, is_watching=True) as office:
-                _watch(office)
+            with open_session(app, None, is_watching=True) as session:
+                _watch(session)
             return ALL_DONE
         except DiskFull as e:  # at start-up; later it is waited out with everything open
             if not wait_for_room(app, e):
@@ -116,25 +120,27 @@ def watch(context: typer.Context) -> int:
                 app = app.reopened()
 
 
-def _watch(office: Office) -> None:
-    watcher, mode = office.app.watcher(office.alarm)
-    office.health.note(mode=mode)
+def _watch(session: Session) -> None:
+    watcher, mode = session.app.watcher(session.signals)
+    session.health.note(mode=mode)
     log.info("the inbox is watched by %s", mode)
-    app = office.app
+    app = session.app
 
-    def reload(crew: Crew) -> tuple[Crew, Watcher | None]:
+    def reload(processor: Processor) -> tuple[Processor, Watcher | None]:
         nonlocal app
         fresh = app.reopened()
         fresh.fetch_missing()
-        crew = fresh.crew(office.store, None, office.reporter, office.alarm, earlier=crew.runner)
+        processor = fresh.processor(
+            session.store, None, session.reporter, session.signals, earlier=processor.runner
+        )
         before, app = app.config.intake.watch, fresh
         if app.config.intake.watch == before:
-            return crew, None
-        watcher, mode = app.watcher(office.alarm)
-        office.health.note(mode=mode)
-        return crew, watcher
+            return processor, None
+        watcher, mode = app.watcher(session.signals)
+        session.health.note(mode=mode)
+        return processor, watcher
 
-    Watch(office.crew, watcher, office.alarm, office.health, office.notifier, reload).run()
+    Watch(session.processor, watcher, session.signals, session.health, session.notifier, reload).run()
     log.info("stopped")
 
 
@@ -171,7 +177,7 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
     found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
     for track in found:
         if track.state == "failed" and track.stage == UNREADABLE and not store.units_of(track.sha256):
-            bring_back(store, track)
+            restore_to_inbox(store, track)
             typer.echo(f"{track.name}: is read again at the next look")
         elif track.state == "failed":
             store.requeue(track.sha256, now=views.now())
@@ -215,7 +221,7 @@ def doctor(
     """Check the configuration, folders, disk, decoders, engines, database and outbox."""
     app = _app(context)
     worst = ALL_DONE
-    with app.workplace.locked() if repair else nullcontext():
+    with app.workspace.locked() if repair else nullcontext():
         for mark, what, text in views.doctor(app, repair=repair):
             typer.echo(f"{mark:<5} {what}: {text}")
             worst = max(worst, SOME_FAILED if mark == "bad" else ALL_DONE)
@@ -231,7 +237,7 @@ def gc(
     app = _app(context)
     store = app.store()
     assert store is not None
-    removals = collect(store, app.workplace, app.config.retention, now=views.now(), dry_run=dry_run)
+    removals = collect(store, app.workspace, app.config.retention, now=views.now(), dry_run=dry_run)
     for removal in removals:
         size = f"{removal.bytes / 1e6:.1f} MB"
         typer.echo(f"{removal.what}: {printable(removal.path)} ({size}): {removal.why}")
@@ -275,11 +281,11 @@ def models_path(context: typer.Context, name: str) -> int:
 
 def _root(app: App, folder: Path | None) -> Path | None:
     """The folder to scan; None is the inbox, also when it is named: its `done` is no input."""
-    if folder is None or folder.resolve() == app.workplace.inbox:
+    if folder is None or folder.resolve() == app.workspace.inbox:
         return None
     if not folder.is_dir():
         raise typer.BadParameter(f"{printable(folder)} is not a folder", param_hint="DIR")
-    for ours in (app.workplace.outbox, app.workplace.state):  # results would be taken for sources
+    for ours in (app.workspace.outbox, app.workspace.state):  # results would be taken for sources
         if ours.is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(ours):
             raise typer.BadParameter(f"{printable(folder)} and {ours} lie in one another", param_hint="DIR")
     return folder.resolve()

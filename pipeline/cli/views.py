@@ -22,7 +22,7 @@ from pipeline.errors import (
     UnknownTrack,
 )
 from pipeline.intake import scanner
-from pipeline.intake.ingest import Look
+from pipeline.intake.ingest import ScanResult
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.runner.attempts import Outcome
@@ -40,17 +40,17 @@ LICENSE_UNKNOWN = "licence: see its page on the hub"
 now = time.time
 
 
-def summary(outcome: Outcome, look: Look, outbox: Path) -> str:
+def summary(outcome: Outcome, scan_result: ScanResult, outbox: Path) -> str:
     """The last line of `once`."""
-    parts = [f"{outcome.done} done", f"{outcome.failed + look.unreadable} failed"]
-    if look.up_to_date:
-        parts.append(f"{look.up_to_date} up to date")
-    if look.failed:
-        parts.append(f"{len(look.failed)} failed before (see `status`, `retry`)")
-    if look.troubled:
-        parts.append(f"{look.troubled} can't be read now, left for the next run")
-    if look.unsettled:
-        parts.append(f"{look.unsettled} still being written, left for the next run")
+    parts = [f"{outcome.done} done", f"{outcome.failed + scan_result.unreadable} failed"]
+    if scan_result.up_to_date:
+        parts.append(f"{scan_result.up_to_date} up to date")
+    if scan_result.failed:
+        parts.append(f"{len(scan_result.failed)} failed before (see `status`, `retry`)")
+    if scan_result.troubled:
+        parts.append(f"{scan_result.troubled} can't be read now, left for the next run")
+    if scan_result.unsettled:
+        parts.append(f"{scan_result.unsettled} still being written, left for the next run")
     return f"{', '.join(parts)}; results are in {outbox}"
 
 
@@ -63,12 +63,12 @@ def plan(app: App, root: Path | None) -> Iterator[str]:
     names = ", ".join(Path(unit.file).name for unit in variations)
     yield f"each track: {len(variations)} variations: {names}"
     store = app.store(read_only=True)
-    folder = app.workplace.inbox if root is None else root
+    folder = app.workspace.inbox if root is None else root
     n = 0
     try:
-        for sighting in app.scanner(root).scan():
+        for scanned in app.scanner(root).scan():
             n += 1
-            yield f"{sighting.display}: {_what(store, sighting, recipe)}"
+            yield f"{scanned.display}: {_what(store, scanned, recipe)}"
     except OSError as e:
         raise FolderUnusable(f"{folder} can't be read: {(e.strerror or str(e)).lower()}") from e
     queued = store.tracks("queued") if store and root is None else []
@@ -78,15 +78,15 @@ def plan(app: App, root: Path | None) -> Iterator[str]:
         yield "nothing to do"
 
 
-def _what(store: Store | None, sighting: scanner.Sighting, recipe: Any) -> str:
-    known = store.file_at(sighting.path) if store else None
+def _what(store: Store | None, scanned: scanner.ScannedFile, recipe: Any) -> str:
+    known = store.file_at(scanned.path) if store else None
     same = known is not None and (known.size, known.mtime_ns, known.inode) == (
-        sighting.size,
-        sighting.mtime_ns,
-        sighting.inode,
+        scanned.size,
+        scanned.mtime_ns,
+        scanned.inode,
     )
     if store is None or known is None or not same or known.moved_to is not None:
-        return "new: normalize, embed, generate" if sighting.marked else "waits for its marker"
+        return "new: normalize, embed, generate" if scanned.marked else "waits for its marker"
     track = store.track(known.sha256)
     if track is None or track.state != "done":
         error = f" ({track.error})" if track and track.error else ""
@@ -103,8 +103,8 @@ def _what(store: Store | None, sighting: scanner.Sighting, recipe: Any) -> str:
 
 def status(app: App) -> dict[str, Any]:
     """What `status --json` prints."""
-    instance = app.workplace.is_locked()
-    said = (read_health(app.workplace.health) or {}) if instance else {}
+    instance = app.workspace.is_locked()
+    said = (read_health(app.workspace.health) or {}) if instance else {}
     facts = {
         "instance": instance,
         "mode": said.get("mode"),
@@ -184,7 +184,7 @@ def show(app: App, wanted: str) -> dict[str, Any]:
         "sha256": track.sha256,
         "state": track.state,
         "error": track.error,
-        "outbox": str(app.workplace.outbox / track.folder),
+        "outbox": str(app.workspace.outbox / track.folder),
         "source": track.source,
         "files": [{"file": f.display, "state": f.state} for f in store.files_of(track.sha256)],
         "units": [
@@ -222,9 +222,9 @@ def doctor(app: App, *, repair: bool = False) -> Iterator[tuple[str, str, str]]:
     """
     yield "ok", "configuration", str(app.config_path or "built in")
     try:
-        app.workplace.prepare()
-        yield "ok", "folders", f"{app.workplace.inbox}, {app.workplace.outbox}, {app.workplace.state}"
-        free = shutil.disk_usage(app.workplace.outbox).free
+        app.workspace.prepare()
+        yield "ok", "folders", f"{app.workspace.inbox}, {app.workspace.outbox}, {app.workspace.state}"
+        free = shutil.disk_usage(app.workspace.outbox).free
         yield "bad" if free < LOW_DISK_BYTES else "ok", "disk", f"{free / 1e9:.1f} GB free for the outbox"
     except PipelineError as e:
         yield "bad", "folders", str(e)
@@ -248,9 +248,9 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
         missing = missing_packages(card)
         text = f"needs {', '.join(missing)}: {card.install}" if missing else card.summary
         yield "note" if missing else "ok", f"{card.stage} engine {card.name}", text
-        if found := card.last_check(app.workplace.state / ENGINES_FOLDER):
+        if found := card.last_check(app.workspace.state / ENGINES_FOLDER):
             yield "ok", f"{card.name} at its last start", found
-        for folder in card.leftovers(app.workplace.state / ENGINES_FOLDER):
+        for folder in card.leftovers(app.workspace.state / ENGINES_FOLDER):
             with suppress(OSError):  # a run that has just begun removes it
                 size = sum(512 * path.lstat().st_blocks for path in folder.iterdir())
                 text = f"{folder} has {size / 1e6:.0f} MB of a killed run, for the next to use or remove"
@@ -279,12 +279,12 @@ def _database(app: App, *, repair: bool) -> Iterator[tuple[str, str, str]]:
     yield "bad" if problems else "ok", "database", "; ".join(problems) or f"sound, {store.counts()}"
     if problems:
         return
-    outbox = Outbox(app.workplace.outbox)
+    outbox = Outbox(app.workspace.outbox)
     redo = repair or app.config.retention.redo_missing  # who asks for it gets it
     found = reconcile(
-        store, outbox, app.workplace, thorough=True, repair=repair, redo_missing=redo, now=now()
+        store, outbox, app.workspace, thorough=True, repair=repair, redo_missing=redo, now=now()
     )
-    if app.workplace.is_locked() and not repair:  # what it writes just now looks like what a kill leaves
+    if app.workspace.is_locked() and not repair:  # what it writes just now looks like what a kill leaves
         found = [finding for finding in found if finding.kind != "leftover"]
     for finding in found:
         harmless = finding.mended or finding.kind == "stranger"

@@ -196,7 +196,7 @@ def ducking(n: int, starts: list[int], depth: float) -> Signal:
 
 
 def limited(bus: Signal, ceiling: float, window_s: float = 0.006) -> Signal:
-    """Look-ahead limiting of the true peak, read on the signal oversampled four times (BS.1770-4)."""
+    """ScanResult-ahead limiting of the true peak, read on the signal oversampled four times (BS.1770-4)."""
     peaks = np.abs(signal.resample_poly(bus, 4, 1, axis=1)).max(axis=0).reshape(-1, 4).max(axis=1)
     size = 2 * round(window_s * RATE / 2) + 1
     needed = ndimage.minimum_filter1d(ceiling / np.maximum(peaks, ceiling), size)

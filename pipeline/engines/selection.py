@@ -36,7 +36,7 @@ class Choice:
         return self.model is not None and self.folder is None
 
 
-def choose(stage: str, engine: str, settings: EngineSettings) -> Choice:
+def select_engine(stage: str, engine: str, settings: EngineSettings) -> Choice:
     """The engine for a stage; `settings.model` and `.revision` are what the configuration names.
 
     Raises:

@@ -14,7 +14,7 @@ FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 CLOSED_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
-def machines_fault(error: BaseException) -> FolderUnusable | None:
+def environment_error(error: BaseException) -> FolderUnusable | None:
     """The error as the machine's, if it is: a full disk, a closed folder, a database that can't be written.
 
     A device error (EIO) while a track's files are read or written is not among them: it may be one
@@ -33,12 +33,12 @@ def machines_fault(error: BaseException) -> FolderUnusable | None:
     return None
 
 
-def outside_of_tracks(error: BaseException) -> FolderUnusable | None:
-    """As `machines_fault`, but with no track worked on any OSError is the machine's."""
-    if isinstance(error, OSError) and machines_fault(error) is None:
+def environment_error_outside_tracks(error: BaseException) -> FolderUnusable | None:
+    """As `environment_error`, but with no track worked on any OSError is the machine's."""
+    if isinstance(error, OSError) and environment_error(error) is None:
         where = f" ({error.filename})" if error.filename else ""
         return FolderUnusable(f"{(error.strerror or str(error)).lower()}{where}")
-    return machines_fault(error)
+    return environment_error(error)
 
 
 def free_bytes(folders: Iterable[Path]) -> float:

@@ -10,7 +10,7 @@ from pipeline.config import Intake
 from pipeline.fs import copying
 from pipeline.fs.copying import Identity
 from pipeline.intake import scanner
-from pipeline.intake.scanner import Sighting
+from pipeline.intake.scanner import ScannedFile
 from pipeline.store.schema import SourceFile, Track
 from pipeline.store.store import Store
 
@@ -21,7 +21,7 @@ log = logging.getLogger("pipeline")
 WAITING, SETTLED, ASIDE, LOST = "waiting", "settled", "aside", "lost"
 
 
-def put_away(
+def archive_files(
     store: Store, found: list[SourceFile], inbox: Path | None, settings: Intake, *, error: str | None
 ) -> None:
     """Do with a finished or failed track's files what the configuration says; only those of the inbox move.
@@ -78,7 +78,7 @@ def drop_stale_error(path: Path) -> None:
         copying.error_file(path).unlink(missing_ok=True)
 
 
-def bring_back(store: Store, track: Track) -> None:
+def restore_to_inbox(store: Store, track: Track) -> None:
     """Put a file that couldn't be read back in the inbox, to be taken in as if it had just come.
 
     There is no hash of what couldn't be read, so nothing of its record is worth keeping.
@@ -141,5 +141,5 @@ def _dispose(file: SourceFile, here: Path, settings: Intake, error: str | None) 
     return None
 
 
-def is_same(file: SourceFile, seen: Sighting | Identity) -> bool:
+def is_same(file: SourceFile, seen: ScannedFile | Identity) -> bool:
     return (file.size, file.mtime_ns, file.inode) == (seen.size, seen.mtime_ns, seen.inode)

@@ -14,7 +14,7 @@ from fnmatch import translate
 
 PREFIXES = (
     ".",  # dotfiles; AppleDouble (._*), rsync (.name.XXXXXX), .syncthing.*, .stversions, .dropbox.cache, …
-    "~$",  # Office's owner files
+    "~$",  # Session's owner files
     "~syncthing~",  # Syncthing on Windows
 )
 SUFFIXES = (

@@ -14,16 +14,16 @@ from pipeline.config import Disk, Intake
 from pipeline.errors import BadAudio, DiskFull, FolderUnusable
 from pipeline.fs import copying
 from pipeline.fs.copying import Changed, Identity, WriteFailed
-from pipeline.fs.disk import machines_fault, outside_of_tracks, room_for
+from pipeline.fs.disk import environment_error, environment_error_outside_tracks, room_for
 from pipeline.fs.names import printable
 from pipeline.intake import scanner
-from pipeline.intake.archive import ASIDE, LOST, SETTLED, WAITING, drop_stale_error, is_same, put_away
-from pipeline.intake.scanner import Scanner, Settling, Sighting
+from pipeline.intake.archive import ASIDE, LOST, SETTLED, WAITING, archive_files, drop_stale_error, is_same
+from pipeline.intake.scanner import ScannedFile, Scanner, Settling
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.store.schema import UNREADABLE, SourceFile, Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workplace
+from pipeline.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
@@ -34,7 +34,7 @@ READ_PATIENCE_S = 30.0  # a file whose device fails is tried again for so long
 
 
 @dataclass
-class Look:
+class ScanResult:
     """What one look at a folder found."""
 
     queued: int = 0  # new tracks, or finished ones that the configuration now wants otherwise
@@ -52,7 +52,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Arrivals:
+class Ingest:
     """Looks at one folder and keeps the store in step with it."""
 
     root: Path
@@ -62,7 +62,7 @@ class Arrivals:
     recipe: Recipe
     store: Store
     outbox: Outbox
-    workplace: Workplace
+    workspace: Workspace
     scanner: Scanner
     settling: Settling
     clock: Callable[[], float] = time.time
@@ -74,7 +74,7 @@ class Arrivals:
     def inbox(self) -> Path | None:
         return self.root if self.is_inbox else None
 
-    def look(self, *, should_stop: Callable[[], bool]) -> Look:
+    def scan(self, *, should_stop: Callable[[], bool]) -> ScanResult:
         """Take in what is new, queue what has to be made again.
 
         A look that takes in much ends after `LONGEST_S`, so that what is queued gets to work.
@@ -82,22 +82,22 @@ class Arrivals:
         Raises:
             FolderUnusable: the folder can't be listed.
         """
-        found = Look()
+        found = ScanResult()
         try:
-            sightings = list(self.scanner.scan())
+            scanned_files = list(self.scanner.scan())
         except OSError as e:
             raise FolderUnusable(f"{self.root} can't be read: {(e.strerror or str(e)).lower()}") from e
-        paths = {sighting.path for sighting in sightings}
+        paths = {scanned.path for scanned in scanned_files}
         self.settling.keep_only(paths)
         for gone in self._trouble.keys() - paths:
             del self._trouble[gone]
-        new = self._news(sightings, found, should_stop)
-        taken: list[tuple[Sighting, str]] = []
+        new = self._news(scanned_files, found, should_stop)
+        taken: list[tuple[ScannedFile, str]] = []
         recorded_at = self.clock()
         try:
-            for sighting in new:
-                if (sha256 := self._take_in(sighting, found, should_stop)) is not None:
-                    taken.append((sighting, sha256))
+            for scanned in new:
+                if (sha256 := self._take_in(scanned, found, should_stop)) is not None:
+                    taken.append((scanned, sha256))
                 if len(taken) >= TOGETHER or self.clock() - recorded_at > TOGETHER_S:
                     full, taken = taken, []
                     self._record(full, found)
@@ -109,55 +109,57 @@ class Arrivals:
         return found
 
     def _news(
-        self, sightings: Iterable[Sighting], found: Look, should_stop: Callable[[], bool]
-    ) -> Iterable[Sighting]:
+        self, scanned_files: Iterable[ScannedFile], found: ScanResult, should_stop: Callable[[], bool]
+    ) -> Iterable[ScannedFile]:
         """What is ready and not known yet, as long as there is room for it."""
         spooled, limit = self.store.spooled_bytes(self.root), self.settings.spool_gb * 1e9
         until = self.clock() + LONGEST_S
-        for sighting in sightings:
+        for scanned in scanned_files:
             if should_stop():
                 return
-            known = self.store.known(sighting.path)
-            if known is not None and self._is_dealt_with(known[0], sighting):
+            known = self.store.known(scanned.path)
+            if known is not None and self._is_dealt_with(known[0], scanned):
                 self._seen_before(*known, found)
-            elif not sighting.marked:
+            elif not scanned.marked:
                 found.unmarked += 1
-            elif self.settings.marker is None and not self._is_ready(sighting):
+            elif self.settings.marker is None and not self._is_ready(scanned):
                 found.unsettled += 1
-            elif spooled and spooled + sighting.size > limit:
+            elif spooled and spooled + scanned.size > limit:
                 found.waiting += 1
             elif self.clock() > until:
                 found.waiting += 1
                 found.is_cut_short = True
             else:
-                spooled += sighting.size
-                yield sighting
+                spooled += scanned.size
+                yield scanned
 
-    def _is_dealt_with(self, file: SourceFile, sighting: Sighting) -> bool:
+    def _is_dealt_with(self, file: SourceFile, scanned: ScannedFile) -> bool:
         """Whether this very file was taken in from this folder, and wasn't moved since."""
-        return file.moved_to is None and file.root == self.root and is_same(file, sighting)
+        return file.moved_to is None and file.root == self.root and is_same(file, scanned)
 
-    def _is_ready(self, sighting: Sighting) -> bool:
-        return self.settling.is_settled(sighting, self.clock()) and not scanner.has_writer(sighting.to_open)
+    def _is_ready(self, scanned: ScannedFile) -> bool:
+        return self.settling.is_settled(scanned, self.clock()) and not scanner.has_writer(scanned.to_open)
 
-    def _take_in(self, sighting: Sighting, found: Look, should_stop: Callable[[], bool]) -> str | None:
+    def _take_in(
+        self, scanned: ScannedFile, found: ScanResult, should_stop: Callable[[], bool]
+    ) -> str | None:
         """Make the working copy; returns its hash, or None if there is nothing to record."""
         reserve = self.disk.min_free_mb * 1e6 + self.recipe.result_bytes  # copies must not stop the work
-        room_for([self.workplace.state], each_bytes=sighting.size, reserve_bytes=reserve)
-        incoming = self.workplace.incoming()
-        expected = Identity(sighting.size, sighting.mtime_ns, sighting.inode)
+        room_for([self.workspace.state], each_bytes=scanned.size, reserve_bytes=reserve)
+        incoming = self.workspace.incoming()
+        expected = Identity(scanned.size, scanned.mtime_ns, scanned.inode)
         try:
-            sha256 = copying.copy_in(sighting.to_open, incoming, expected=expected, should_stop=should_stop)
+            sha256 = copying.copy_in(scanned.to_open, incoming, expected=expected, should_stop=should_stop)
             if sha256 is not None:
                 self._keep(sha256, incoming)
-            self._trouble.pop(sighting.path, None)
+            self._trouble.pop(scanned.path, None)
         except Changed:
             found.unsettled += 1
         except BadAudio as e:
-            if sighting.path.exists():
-                self._unreadable(sighting, str(e), found)
+            if scanned.path.exists():
+                self._unreadable(scanned, str(e), found)
         except OSError as e:
-            self._could_not_be_read(sighting, e, found)
+            self._could_not_be_read(scanned, e, found)
         else:
             return sha256
         finally:
@@ -166,52 +168,52 @@ class Arrivals:
 
     def _keep(self, sha256: str, incoming: Path) -> None:
         try:
-            self.workplace.desk(sha256).adopt(incoming)
+            self.workspace.scratch(sha256).adopt(incoming)
         except OSError as e:
             raise WriteFailed(e.errno, e.strerror, str(incoming)) from e
 
-    def _could_not_be_read(self, sighting: Sighting, error: OSError, found: Look) -> None:
+    def _could_not_be_read(self, scanned: ScannedFile, error: OSError, found: ScanResult) -> None:
         """A device error may pass; one that stays is that file's failure."""
         if isinstance(error, WriteFailed):
-            raise outside_of_tracks(error) or error from error
-        if fault := machines_fault(error):
+            raise environment_error_outside_tracks(error) or error from error
+        if fault := environment_error(error):
             raise fault from error
         text = f"can't be read: {(error.strerror or str(error)).lower()}"
-        if sighting.path not in self._trouble:
-            self._trouble[sighting.path] = self.clock()
-            log.warning("%s %s; it is looked at again", sighting.display, text)
-        if self.clock() - self._trouble[sighting.path] >= READ_PATIENCE_S:
-            self._unreadable(sighting, text, found)
+        if scanned.path not in self._trouble:
+            self._trouble[scanned.path] = self.clock()
+            log.warning("%s %s; it is looked at again", scanned.display, text)
+        if self.clock() - self._trouble[scanned.path] >= READ_PATIENCE_S:
+            self._unreadable(scanned, text, found)
         else:
             found.troubled += 1
 
-    def _record(self, taken: list[tuple[Sighting, str]], found: Look) -> None:
+    def _record(self, taken: list[tuple[ScannedFile, str]], found: ScanResult) -> None:
         """Note what was taken in, in one transaction; what is moved is moved after it."""
         known: list[Track] = []
         with self.store.together():
-            for sighting, sha256 in taken:
-                track = self._arrived(sighting, sha256, found)
+            for scanned, sha256 in taken:
+                track = self._arrived(scanned, sha256, found)
                 if track is not None:
                     known.append(track)
         for track in known:
             self._known(track, found)
             now = self.store.track(track.sha256)
             if now is not None and now.state == "done":
-                self.workplace.desk(track.sha256).clear()
+                self.workspace.scratch(track.sha256).clear()
 
-    def _arrived(self, sighting: Sighting, sha256: str, found: Look) -> Track | None:
+    def _arrived(self, scanned: ScannedFile, sha256: str, found: ScanResult) -> Track | None:
         """New here: bytes nobody has seen, or a file put back; else the track they are another name of."""
-        below = sighting.path.parent.relative_to(self.root) if self.settings.subfolders == "keep" else None
-        folder = Outbox.folder_name(sighting.path, sha256, below=below)
-        name = printable(sighting.path.name)
-        before = self.store.file_at(sighting.path)
-        new = self.store.add(self._file(sighting, sha256), name=name, folder=folder, now=self.clock())
+        below = scanned.path.parent.relative_to(self.root) if self.settings.subfolders == "keep" else None
+        folder = Outbox.folder_name(scanned.path, sha256, below=below)
+        name = printable(scanned.path.name)
+        before = self.store.file_at(scanned.path)
+        new = self.store.add(self._file(scanned, sha256), name=name, folder=folder, now=self.clock())
         track = self.store.track(sha256)
         assert track is not None
         if before is not None and before.state == ASIDE and before.moved_to is not None:
             drop_stale_error(before.moved_to)
         if new:
-            log.info("%s: queued", sighting.display)
+            log.info("%s: queued", scanned.display)
             found.queued += 1
         elif track.state == "failed":  # whoever puts it here again wants it tried again
             self.store.requeue(sha256, now=self.clock())
@@ -220,29 +222,31 @@ class Arrivals:
             return track
         return None
 
-    def _seen_before(self, file: SourceFile, track: Track, found: Look) -> None:
+    def _seen_before(self, file: SourceFile, track: Track, found: ScanResult) -> None:
         if track.state == "failed":
             found.failed.append(track.sha256)
             if file.state == WAITING:  # a kill came before it could be moved
-                put_away(self.store, [file], self.inbox, self.settings, error=f"{track.name}: {track.error}")
+                archive_files(
+                    self.store, [file], self.inbox, self.settings, error=f"{track.name}: {track.error}"
+                )
         else:
             self._known(track, found, file)
 
-    def _known(self, track: Track, found: Look, file: SourceFile | None = None) -> None:
+    def _known(self, track: Track, found: ScanResult, file: SourceFile | None = None) -> None:
         """What a finished track's file means; trouble with that track's results stops no other file."""
         if track.state != "done":
             return
         try:
             self._finished(track, found, file)
         except OSError as e:
-            if isinstance(machines_fault(e), DiskFull):
+            if isinstance(environment_error(e), DiskFull):
                 raise
             if track.sha256 not in self._told:
                 reason = (e.strerror or str(e)).lower()
                 log.warning("%s: its results can't be looked at: %s", track.name, reason)
             self._told.add(track.sha256)
 
-    def _finished(self, track: Track, found: Look, file: SourceFile | None) -> None:
+    def _finished(self, track: Track, found: ScanResult, file: SourceFile | None) -> None:
         if track.plan_key != self._plan_key(track.sha256) and track.collected_at is None:
             self.store.requeue(track.sha256, now=self.clock())
             found.queued += 1
@@ -264,30 +268,30 @@ class Arrivals:
         """Finished before this file came, or was dealt with: note its name and put it with the others."""
         found = self.store.files_of(track.sha256)
         self.outbox.add_names(track.folder, [file.display for file in found])
-        put_away(self.store, found, self.inbox, self.settings, error=None)
+        archive_files(self.store, found, self.inbox, self.settings, error=None)
 
-    def _unreadable(self, sighting: Sighting, error: str, found: Look) -> None:
+    def _unreadable(self, scanned: ScannedFile, error: str, found: ScanResult) -> None:
         """Without bytes there is no content hash: the failure is recorded under a hash of the path."""
-        sha256 = hashlib.sha256(b"unreadable:" + os.fsencode(sighting.path)).hexdigest()
-        file = self._file(sighting, sha256)
-        name = printable(sighting.path.name)
+        sha256 = hashlib.sha256(b"unreadable:" + os.fsencode(scanned.path)).hexdigest()
+        file = self._file(scanned, sha256)
+        name = printable(scanned.path.name)
         with self.store.together():
-            folder = Outbox.folder_name(sighting.path, sha256)
+            folder = Outbox.folder_name(scanned.path, sha256)
             self.store.add(file, name=name, folder=folder, now=self.clock())
             self.store.fail(sha256, stage=UNREADABLE, error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
         found.unreadable += 1
-        put_away(self.store, [file], self.inbox, self.settings, error=f"{name} {error}")
+        archive_files(self.store, [file], self.inbox, self.settings, error=f"{name} {error}")
 
-    def _file(self, sighting: Sighting, sha256: str) -> SourceFile:
+    def _file(self, scanned: ScannedFile, sha256: str) -> SourceFile:
         return SourceFile(
-            path=sighting.path,
+            path=scanned.path,
             sha256=sha256,
             root=self.root,
-            display=sighting.display,
-            size=sighting.size,
-            mtime_ns=sighting.mtime_ns,
-            inode=sighting.inode,
+            display=scanned.display,
+            size=scanned.size,
+            mtime_ns=scanned.mtime_ns,
+            inode=scanned.inode,
             state=WAITING,
         )
 

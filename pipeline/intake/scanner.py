@@ -41,7 +41,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Sighting:
+class ScannedFile:
     """A regular file as a scan saw it."""
 
     path: Path
@@ -69,7 +69,7 @@ class Sighting:
         """How much later than that it may have been; times without a fraction come from a coarse clock."""
         return COARSE_S if self.mtime_ns % NS_PER_S == 0 == self.ctime_ns % NS_PER_S else 0.0
 
-    def same_as(self, other: Sighting) -> bool:
+    def same_as(self, other: ScannedFile) -> bool:
         """Unchanged. ctime doesn't count: indexers, backups and other hard links change it all the time."""
         return self._identity() == other._identity()
 
@@ -83,17 +83,17 @@ class Settling:
 
     settle_s: float
     trust_times: bool = True  # the files' times are of the clock that `now` is of
-    _seen: dict[Path, tuple[Sighting, float]] = field(default_factory=dict)
+    _seen: dict[Path, tuple[ScannedFile, float]] = field(default_factory=dict)
 
-    def is_settled(self, sighting: Sighting, now: float) -> bool:
+    def is_settled(self, scanned: ScannedFile, now: float) -> bool:
         """Whether nobody has written to it for `settle_s`; `now` in seconds since the epoch."""
-        wait_s = self.settle_s + sighting.granularity_s if self.settle_s > 0 else 0.0
-        if self.trust_times and sighting.changed_s <= now - wait_s:
+        wait_s = self.settle_s + scanned.granularity_s if self.settle_s > 0 else 0.0
+        if self.trust_times and scanned.changed_s <= now - wait_s:
             return True
-        before, since = self._seen.get(sighting.path, (None, now))
-        if before is None or not before.same_as(sighting) or now < since:  # a clock set back starts anew
+        before, since = self._seen.get(scanned.path, (None, now))
+        if before is None or not before.same_as(scanned) or now < since:  # a clock set back starts anew
             since = now
-            self._seen[sighting.path] = sighting, since
+            self._seen[scanned.path] = scanned, since
         return now - since >= wait_s
 
     def keep_only(self, paths: set[Path]) -> None:
@@ -110,7 +110,7 @@ class Scanner:
         self._ignore = Ignore(rules.ignore)
         self._told: set[str] = set()
 
-    def scan(self) -> Iterator[Sighting]:
+    def scan(self) -> Iterator[ScannedFile]:
         """Every regular file below the folder that may be a track, in the order of the names.
 
         Of a folder that isn't the inbox, only what begins or ends like audio is seen. What symbolic
@@ -138,10 +138,10 @@ class Scanner:
             return False
         return self.rules.is_inbox or _may_be_audio(name, folder_fd)
 
-    def _sighting(self, found: Found, problems: set[str]) -> Sighting:
+    def _sighting(self, found: Found, problems: set[str]) -> ScannedFile:
         place, stat = found.place, found.stat
         real = "/".join(place.real)
-        return Sighting(
+        return ScannedFile(
             path=self.root / place.shown,
             display=printable(place.shown),
             size=stat.st_size,

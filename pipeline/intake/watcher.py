@@ -1,6 +1,6 @@
 """Rings when something changes below a folder, and says when it can't.
 
-Events are hints and a rescan is the truth, so all that matters here is to ring too often rather than
+Events are hints and a rescan is the truth, so all that matters here is to wake too often rather than
 too seldom, and never to be silently deaf: whoever loops calls `check` and hears what is wrong. Whenever
 watching begins anew it rings, for what came before was not seen.
 """
@@ -33,8 +33,8 @@ LIMITS = {  # what to raise when the system refuses
 class FolderEvents:
     """watchdog on one folder and all below it; `watch` may be called again and again."""
 
-    def __init__(self, ring: Callable[[], None]) -> None:
-        self._ring = ring
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
         self._feed: Feed | None = None  # Linux only
         self._observer: BaseObserver | None = None
 
@@ -44,7 +44,7 @@ class FolderEvents:
         real = os.path.realpath(root)  # inotify would watch a link itself
         observer = self._new_observer(real)
         try:
-            _schedule(observer, real, self._ring)
+            _schedule(observer, real, self._wake)
             observer.start()
         except BaseException:
             observer.stop()
@@ -103,13 +103,13 @@ class FolderEvents:
         return observer_on(self._feed)
 
 
-def _schedule(observer: BaseObserver, root: str, ring: Callable[[], None]) -> None:
-    """Have `ring` called for every kind of change. That a file was opened or read is none: we do that."""
+def _schedule(observer: BaseObserver, root: str, wake: Callable[[], None]) -> None:
+    """Have `wake` called for every kind of change. That a file was opened or read is none: we do that."""
     from watchdog import events
 
     class Ring(events.FileSystemEventHandler):
         def dispatch(self, event: events.FileSystemEvent) -> None:
-            ring()
+            wake()
 
     changes = [
         getattr(events, kind + change)
@@ -125,18 +125,18 @@ class Watcher:
     def __init__(
         self,
         root: Path,
-        ring: Callable[[], None],
+        wake: Callable[[], None],
         *,
         polling: bool,
         clock: Callable[[], float] = time.monotonic,
         events: FolderEvents | None = None,
     ) -> None:
-        """`polling`: no events at all, only see whether `root` is there. `ring` is called from any thread."""
+        """`polling`: no events at all, only see whether `root` is there. `wake` is called from any thread."""
         self.root = root
-        self._ring = ring
+        self._wake = wake
         self._without_events = polling
         self._clock = clock
-        self._events = events or FolderEvents(ring)
+        self._events = events or FolderEvents(wake)
         self._identity: tuple[int, int] | None = None  # of the folder last seen there
         self._refused: str | None = None
         self._retry_at = 0.0  # counts while refused
@@ -164,7 +164,7 @@ class Watcher:
         if lost is not None or self._identity is None:
             self._events.release()
             self._refused = None
-            self._ring()
+            self._wake()
         self._identity = identity
         refused = None if self._without_events else self._watch()
         return refused or lost
@@ -174,7 +174,7 @@ class Watcher:
 
     def _lose_root(self) -> None:
         if self._identity is not None:
-            self._ring()
+            self._wake()
         self._events.release()
         self._identity = self._refused = None
 
@@ -202,7 +202,7 @@ class Watcher:
             reason = LIMITS.get(getattr(e, "errno", None) or 0, str(e))
             log.debug("no events from %s", self.root, exc_info=True)
             return f"{self.root} gives no events and is polled instead: {reason}"
-        self._ring()
+        self._wake()
         if self._events.is_partial:
             reason = LIMITS[errno.ENOSPC]
             return f"some subfolders of {self.root} give no events and are polled instead: {reason}"

@@ -22,7 +22,7 @@ from pipeline.maintenance import retention
 from pipeline.outbox.outbox import TMP_SUFFIX, Outbox, Published, listed
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workplace
+from pipeline.workspace import Workspace
 
 MTIME_SLACK_S = 2.0  # between the file's own time and the clock's when the unit was recorded
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -50,7 +50,7 @@ class Damage:
 def reconcile(
     store: Store,
     outbox: Outbox,
-    workplace: Workplace,
+    workspace: Workspace,
     *,
     thorough: bool,
     repair: bool,
@@ -68,21 +68,21 @@ def reconcile(
         OSError: the outbox itself can't be read.
     """
     if repair:
-        retention.finish_cut_off(store, workplace)
+        retention.finish_cut_off(store, workspace)
     tracks = store.tracks()
     findings = list(_folders(outbox, tracks, repair=repair))
     found = [
         (track, finding)
         for track in tracks
         if track.state == "done" and track.collected_at is None
-        if (finding := _result(track, store, outbox, workplace, thorough=thorough)) is not None
+        if (finding := _result(track, store, outbox, workspace, thorough=thorough)) is not None
     ]
     broken = [(track, finding) for track, finding in found if finding.kind == "result"]
     if broken and repair and redo_missing:
         found = [(track, finding) for track, finding in found if finding.kind != "result"]
         findings += _queue_again(store, broken, now=now)
     findings += [finding for _, finding in found]
-    findings += _desks(store, workplace, repair=repair)
+    findings += _scratch(store, workspace, repair=repair)
     return findings
 
 
@@ -134,7 +134,7 @@ def _unreadable(folder: str, error: OSError) -> Finding:
 
 
 def _result(
-    track: Track, store: Store, outbox: Outbox, workplace: Workplace, *, thorough: bool
+    track: Track, store: Store, outbox: Outbox, workspace: Workspace, *, thorough: bool
 ) -> Finding | None:
     """What is wrong with a finished track's results; of the kind "result" if they can be made again."""
     try:
@@ -144,7 +144,7 @@ def _result(
     if damage is None:
         return None
     where = printable(track.folder)
-    if damage.needs_source and not _source_at_hand(track, store, workplace):
+    if damage.needs_source and not _source_at_hand(track, store, workspace):
         return Finding("lost", where, f"{damage.text}; it can't be made again: its source is gone")
     return Finding("result", where, damage.text)
 
@@ -207,10 +207,10 @@ def _problem(
     return None if outbox.holds(track.folder, entry) else "is altered"
 
 
-def _source_at_hand(track: Track, store: Store, workplace: Workplace) -> bool:
+def _source_at_hand(track: Track, store: Store, workspace: Workspace) -> bool:
     """Whether the bytes seem to be there still; the runner checks their hash before it uses them."""
     places = [file.moved_to or file.path for file in store.files_of(track.sha256)]
-    for path in (workplace.desk(track.sha256).source, *places):
+    for path in (workspace.scratch(track.sha256).source, *places):
         with suppress(OSError):
             if path.is_file() and path.stat().st_size == track.bytes:
                 return True
@@ -220,10 +220,10 @@ def _source_at_hand(track: Track, store: Store, workplace: Workplace) -> bool:
 # -- working copies --------------------------------------------------------------------------------
 
 
-def _desks(store: Store, workplace: Workplace, *, repair: bool) -> Iterator[Finding]:
+def _scratch(store: Store, workspace: Workspace, *, repair: bool) -> Iterator[Finding]:
     """Working copies that nobody works on, and copies that were cut off."""
     states = {track.sha256: track.state for track in store.tracks()}
-    folder = workplace.state / "work"
+    folder = workspace.state / "work"
     entries = sorted(folder.iterdir(), key=os.fsencode) if folder.is_dir() else []
     for path in entries:
         state = states.get(path.name)

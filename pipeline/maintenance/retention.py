@@ -25,7 +25,7 @@ from pipeline.fs.names import printable
 from pipeline.outbox.outbox import MANIFEST, Outbox
 from pipeline.store.schema import SourceFile, Track
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, Workplace
+from pipeline.workspace import ENGINES_FOLDER, Workspace
 
 log = logging.getLogger("pipeline")
 
@@ -60,23 +60,23 @@ class Candidate:
 
 
 def collect(
-    store: Store, workplace: Workplace, settings: Retention, *, now: float, dry_run: bool
+    store: Store, workspace: Workspace, settings: Retention, *, now: float, dry_run: bool
 ) -> list[Removal]:
     """Remove what the settings no longer want kept, the oldest first; `dry_run` only says what.
 
     What can't be removed is logged and left out of the list.
     """
-    outbox = Outbox(workplace.outbox)
+    outbox = Outbox(workspace.outbox)
     if not dry_run:
-        finish_cut_off(store, workplace)
+        finish_cut_off(store, workspace)
     tracks = {track.sha256: track for track in store.tracks()}
     removed: list[Removal] = []
     if settings.work_days is not None:
-        copies = list(_working_copies(store, workplace, tracks))
-        copies += _unfinished(workplace)
+        copies = list(_working_copies(store, workspace, tracks))
+        copies += _unfinished(workspace)
         removed += _thin_out(copies, 0, settings.work_days, None, now=now, dry_run=dry_run)
     if settings.archive_days is not None or settings.archive_gb is not None:
-        archived, kept_bytes = _archived(store, workplace, tracks)
+        archived, kept_bytes = _archived(store, workspace, tracks)
         limits = settings.archive_days, settings.archive_gb
         removed += _thin_out(archived, kept_bytes, *limits, now=now, dry_run=dry_run)
     if settings.outbox_days is not None or settings.outbox_gb is not None:
@@ -86,10 +86,10 @@ def collect(
     return removed
 
 
-def finish_cut_off(store: Store, workplace: Workplace) -> None:
+def finish_cut_off(store: Store, workspace: Workspace) -> None:
     """Complete or undo what a killed `gc` left between its move and its commit or its deletion."""
-    outbox = Outbox(workplace.outbox)
-    for aside in _entries(workplace.outbox):
+    outbox = Outbox(workspace.outbox)
+    for aside in _entries(workspace.outbox):
         sha256 = aside.name.removeprefix(ASIDE_PREFIX)
         if not aside.name.startswith(ASIDE_PREFIX) or not _SHA256.fullmatch(sha256):
             continue
@@ -98,9 +98,9 @@ def finish_cut_off(store: Store, workplace: Workplace) -> None:
                 continue
             if track.collected_at is None and outbox.manifest(track.folder) is None:
                 # Not committed, and not made again since. Complete it is only if it counts as done.
-                _put_back(aside, workplace.outbox / track.folder, with_manifest=track.state == "done")
+                _put_back(aside, workspace.outbox / track.folder, with_manifest=track.state == "done")
         shutil.rmtree(aside, ignore_errors=True)
-    for entry in _entries(workplace.state / "work"):
+    for entry in _entries(workspace.state / "work"):
         if entry.name.startswith(ASIDE_PREFIX):
             shutil.rmtree(entry, ignore_errors=True)
 
@@ -139,9 +139,9 @@ def _thin_out(
 # -- working copies --------------------------------------------------------------------------------
 
 
-def _unfinished(workplace: Workplace) -> Iterator[Candidate]:
+def _unfinished(workspace: Workspace) -> Iterator[Candidate]:
     """What engines keep of variations that were never finished."""
-    for path in sorted((workplace.state / ENGINES_FOLDER).glob(f"*/{UNFINISHED}/*")):
+    for path in sorted((workspace.state / ENGINES_FOLDER).glob(f"*/{UNFINISHED}/*")):
         with suppress(OSError):  # it was finished meanwhile
             stat = path.stat()
             yield Candidate("unfinished", path, stat.st_size, stat.st_mtime, partial(_unlink, path))
@@ -152,9 +152,9 @@ def _unlink(path: Path) -> bool:
     return True
 
 
-def _working_copies(store: Store, workplace: Workplace, tracks: dict[str, Track]) -> Iterator[Candidate]:
+def _working_copies(store: Store, workspace: Workspace, tracks: dict[str, Track]) -> Iterator[Candidate]:
     """Those of finished tracks and of none, and copies that were cut off."""
-    for path in _entries(workplace.state / "work"):
+    for path in _entries(workspace.state / "work"):
         is_desk = _SHA256.fullmatch(path.name) is not None
         if not is_desk and not path.name.startswith(".incoming-") and path.suffix != ".part":
             continue
@@ -195,11 +195,11 @@ def _size_and_time(path: Path) -> tuple[int, float]:
 # -- archive ---------------------------------------------------------------------------------------
 
 
-def _archived(store: Store, workplace: Workplace, tracks: dict[str, Track]) -> tuple[list[Candidate], int]:
+def _archived(store: Store, workspace: Workspace, tracks: dict[str, Track]) -> tuple[list[Candidate], int]:
     """Sources in `done` and `failed` that the store moved there, and the bytes of those to be kept."""
     found, kept_bytes = [], 0
-    for file in store.files_below(workplace.inbox):
-        top = _archive_of(file, workplace.inbox)
+    for file in store.files_below(workspace.inbox):
+        top = _archive_of(file, workspace.inbox)
         if file.moved_to is None or top is None:
             continue
         try:

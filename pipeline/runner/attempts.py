@@ -21,8 +21,8 @@ from pipeline.errors import (
     SourceGone,
     Stopped,
 )
-from pipeline.fs.disk import machines_fault
-from pipeline.intake.archive import put_away
+from pipeline.fs.disk import environment_error
+from pipeline.intake.archive import archive_files
 from pipeline.intake.ingest import still_arriving
 from pipeline.plan import TrackPlan, VariationUnit
 from pipeline.progress import Reporter
@@ -31,7 +31,7 @@ from pipeline.runner.retry import backoff_s
 from pipeline.stages import STAGES
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
-from pipeline.workspace import Desk, Workplace
+from pipeline.workspace import Scratch, Workspace
 
 log = logging.getLogger("pipeline")
 
@@ -44,7 +44,7 @@ class Job:
 
     track: Track
     plan: TrackPlan
-    desk: Desk
+    scratch: Scratch
     normalized: dict[str, Any] = field(default_factory=dict)  # the records of what is finished
     embedding: dict[str, Any] = field(default_factory=dict)
     variations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by unit key
@@ -58,7 +58,7 @@ class Job:
 
     def audio(self) -> Audio:
         """The normalized audio, mapped from the state folder."""
-        loaded = self.desk.load_normalized(self.plan.normalize_key, self.normalized["sample_rate"])
+        loaded = self.scratch.load_normalized(self.plan.normalize_key, self.normalized["sample_rate"])
         if loaded is None:
             raise EngineFailure("the normalized audio is gone from the state folder")
         return loaded
@@ -87,7 +87,7 @@ class Attempts:
     """Begins, ends and counts the attempts of claimed tracks."""
 
     config: Config
-    workplace: Workplace
+    workspace: Workspace
     store: Store
     reporter: Reporter
     clock: Callable[[], float]
@@ -102,7 +102,7 @@ class Attempts:
         except Stopped:
             raise
         except Exception as e:
-            if (fault := machines_fault(e)) and not self._is_tracks_own(e):
+            if (fault := environment_error(e)) and not self._is_tracks_own(e):
                 raise fault from e
             if isinstance(e, sqlite3.Error):
                 raise
@@ -113,7 +113,7 @@ class Attempts:
         if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM):
             return False
         try:
-            self.workplace.prepare()
+            self.workspace.prepare()
         except FolderUnusable:
             return False
         return True
@@ -170,8 +170,8 @@ class Attempts:
         self.reporter.failed(track.name, text)
         sentence = f"{track.name} {text}" if isinstance(error, BadAudio) else f"{track.name}: {text}"
         files = self.store.files_of(track.sha256)
-        put_away(self.store, files, self.workplace.inbox, self.config.intake, error=sentence)
-        job.desk.clear()
+        archive_files(self.store, files, self.workspace.inbox, self.config.intake, error=sentence)
+        job.scratch.clear()
 
     def _wait_for_the_rest(self, job: Job, error: Exception) -> bool:
         """Whether bytes that can't be used may be the beginning of a file that is still being written."""
@@ -190,7 +190,7 @@ class Attempts:
         job.over = True
         if until == -float("inf"):
             log.info("%s: gone or changed by now; the bytes taken in %s", track.name, words(error))
-            job.desk.clear()
+            job.scratch.clear()
         else:
             log.info("%s: %s; it is new, so it is looked at again", track.name, words(error))
         return True

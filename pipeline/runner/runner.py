@@ -23,8 +23,8 @@ from pipeline.engines.base import Generator, ProgressFn
 from pipeline.engines.loading import Engines
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone, Stopped
 from pipeline.fs import copying
-from pipeline.fs.disk import machines_fault, room_for
-from pipeline.intake.archive import is_there, put_away
+from pipeline.fs.disk import environment_error, room_for
+from pipeline.intake.archive import archive_files, is_there
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
@@ -34,7 +34,7 @@ from pipeline.records import Embedding, Failure, Variation, VariationRequest
 from pipeline.runner.attempts import Attempts, Job, Outcome
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workplace
+from pipeline.workspace import Workspace
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Runner:
     """Works the queue off. All it depends on is handed in."""
 
     recipe: Recipe
-    workplace: Workplace
+    workspace: Workspace
     store: Store
     outbox: Outbox
     engines: Engines
@@ -55,7 +55,7 @@ class Runner:
     @cached_property
     def attempts(self) -> Attempts:
         return Attempts(
-            self.recipe.config, self.workplace, self.store, self.reporter, self.clock, self.should_stop
+            self.recipe.config, self.workspace, self.store, self.reporter, self.clock, self.should_stop
         )
 
     @property
@@ -92,36 +92,37 @@ class Runner:
             self.make_room()
             return self.next_batch(root=root)
         except sqlite3.Error as e:
-            raise machines_fault(e) or e from e
+            raise environment_error(e) or e from e
         self._is_cramped = False
         return bool(tracks)
 
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages."""
         jobs = [
-            Job(track, self.recipe.plan(track.sha256), self.workplace.desk(track.sha256)) for track in tracks
+            Job(track, self.recipe.plan(track.sha256), self.workspace.scratch(track.sha256))
+            for track in tracks
         ]
         try:
             for stage in (self._take_stock, *map(self._stage, stages.STAGES)):
                 stage([job for job in jobs if not job.over])
         except BaseException as e:
             self.attempts.put_back(jobs)
-            if (fault := machines_fault(e)) and fault is not e:
+            if (fault := environment_error(e)) and fault is not e:
                 raise fault from e
             raise
 
     def _see_the_outbox(self) -> None:
         """Nothing is written into the folder below a mount that has gone meanwhile."""
-        device = self.workplace.outbox.stat().st_dev
+        device = self.workspace.outbox.stat().st_dev
         if self.outbox_device is not None and device != self.outbox_device:
             raise FolderUnusable(
-                f"{self.workplace.outbox} is on another disk than it was: is its own mounted?"
+                f"{self.workspace.outbox} is on another disk than it was: is its own mounted?"
             )
 
     def _batch_size(self) -> int:
         """As many tracks as go together and have room for their results; one, after the disk was full."""
         config = self.recipe.config
-        folders = [self.workplace.outbox, self.workplace.state]
+        folders = [self.workspace.outbox, self.workspace.state]
         reserve = config.disk.min_free_mb * 1e6
         room = room_for(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
         return 1 if self._is_cramped else min(config.generate.batch_tracks, room)
@@ -131,10 +132,10 @@ class Runner:
 
         That is normalized audio, and working copies of files that are still where they were.
         """
-        self.workplace.drop_normalized()
+        self.workspace.drop_normalized()
         for track in [*self.store.tracks("queued"), *self.store.tracks("running")]:
             if any(is_there(file) for file in self.store.files_of(track.sha256)):
-                self.workplace.desk(track.sha256).clear()
+                self.workspace.scratch(track.sha256).clear()
         self.store.release_all(now=self.clock())
 
     def _stage(self, name: str) -> Callable[[Sequence[Job]], None]:
@@ -183,7 +184,7 @@ class Runner:
             key = job.plan.normalize_key
             job.normalized = self.store.unit(key) or {}
             needed = not job.embedding or job.missing
-            if job.normalized and (not needed or job.desk.load_normalized(key, settings.sample_rate)):
+            if job.normalized and (not needed or job.scratch.load_normalized(key, settings.sample_rate)):
                 continue
             with self.attempts.attempt(job, "normalize"):
                 start = self.clock()
@@ -191,7 +192,7 @@ class Runner:
                     self._working_copy(job), sample_rate=settings.sample_rate, limits=_limits(settings)
                 )
                 normalized = stages.normalize(decoded, settings)
-                job.desk.save_normalized(key, normalized)
+                job.scratch.save_normalized(key, normalized)
                 job.normalized = manifest.normalized_record(source, normalized)
                 self._record(job, key, "normalize", job.normalized, self.clock() - start)
 
@@ -253,7 +254,7 @@ class Runner:
                     self._take(job, unit, by_id[unit.key], result, generator, seconds=self.clock() - last)
                 last = self.clock()
         except Exception as e:
-            if isinstance(e, Stopped | sqlite3.Error) or machines_fault(e):
+            if isinstance(e, Stopped | sqlite3.Error) or environment_error(e):
                 raise
             return e
         for job in jobs:
@@ -316,8 +317,8 @@ class Runner:
                 track.sha256, plan_key=job.plan.key, source=job.normalized["source"], now=self.clock()
             )
         job.over = True
-        put_away(self.store, came_as, self.workplace.inbox, self.recipe.config.intake, error=None)
-        job.desk.clear()
+        archive_files(self.store, came_as, self.workspace.inbox, self.recipe.config.intake, error=None)
+        job.scratch.clear()
         self.outcome.done += 1
         self.reporter.finished(track.name, f"{len(variations)} variations in {folder}")
 
@@ -325,7 +326,7 @@ class Runner:
 
     def _working_copy(self, job: Job) -> Path:
         """The track's bytes, copied from wherever they lie and checked, safe from what people do there."""
-        target, sha256 = job.desk.source, job.track.sha256
+        target, sha256 = job.scratch.source, job.track.sha256
         if target.exists() and copying.hash_file(target) == sha256:
             return target
         trouble: OSError | None = None
@@ -335,22 +336,22 @@ class Runner:
                 if self._copied(job, file.moved_to or file.path):
                     return target
             except OSError as e:
-                if machines_fault(e):
+                if environment_error(e):
                     raise
                 trouble = e
         if trouble is not None:
             raise trouble
-        if any(file.root == self.workplace.inbox for file in sources) and not self.workplace.inbox.is_dir():
+        if any(file.root == self.workspace.inbox for file in sources) and not self.workspace.inbox.is_dir():
             raise SourceAway("can't be had while the inbox is away")
         raise SourceGone("was removed or changed since it was taken in: put it in the inbox again")
 
     def _copied(self, job: Job, source: Path) -> bool:
-        incoming = self.workplace.incoming()
+        incoming = self.workspace.incoming()
         try:
             follow = self.recipe.config.intake.follow_symlinks
             if copying.copy_in(source, incoming, follow=follow) != job.track.sha256:
                 return False
-            job.desk.adopt(incoming)
+            job.scratch.adopt(incoming)
         except (BadAudio, copying.Changed):
             return False
         finally:

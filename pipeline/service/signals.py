@@ -23,36 +23,36 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
-class Alarm:
+class Signals:
     """Tells a service to stop or to read its configuration again, and wakes it."""
 
     stopped_by: int | None = None  # the signal's number
     deadline_s: float = DEADLINE_S
     overdue: Callable[[int], None] | None = None  # called with the signal's number when the time is up
     _reload: threading.Event = field(default_factory=threading.Event)
-    _bell: threading.Event = field(default_factory=threading.Event)
+    _woken: threading.Event = field(default_factory=threading.Event)
     _halt: threading.Event = field(default_factory=threading.Event)
 
-    def ring(self) -> None:
-        self._bell.set()
+    def wake(self) -> None:
+        self._woken.set()
 
-    def take_ring(self) -> bool:
+    def take_wake(self) -> bool:
         """Whether something rang; asking answers it."""
-        rang = self._bell.is_set()
-        self._bell.clear()
+        rang = self._woken.is_set()
+        self._woken.clear()
         return rang
 
     def stop(self, signum: int) -> None:
         self.stopped_by = signum
         self._halt.set()
-        self._bell.set()
+        self._woken.set()
 
     def is_stopped(self) -> bool:
         return self.stopped_by is not None
 
     def reload(self) -> None:
         self._reload.set()
-        self._bell.set()
+        self._woken.set()
 
     def take_reload(self) -> bool:
         """Whether the configuration is to be read again; asking answers it."""
@@ -63,7 +63,7 @@ class Alarm:
     def wait(self, seconds: float) -> None:
         """Until it rings or the time is up, but not less than `SHORTEST_WAIT_S`, however often it rings."""
         if not self._halt.wait(max(0.0, min(seconds, SHORTEST_WAIT_S))):
-            self._bell.wait(max(0.0, seconds - SHORTEST_WAIT_S))
+            self._woken.wait(max(0.0, seconds - SHORTEST_WAIT_S))
 
     @contextmanager
     def on_signals(self, *, hangup_reloads: bool = False) -> Iterator[None]:

@@ -101,7 +101,7 @@ class SourceFile:
     size: int
     mtime_ns: int
     inode: int
-    state: str  # waiting | settled | aside | lost: see pipeline/arrivals.py
+    state: str  # waiting | settled | aside | lost: see pipeline/ingest.py
     moved_to: Path | None = None
 
 

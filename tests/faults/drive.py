@@ -190,7 +190,7 @@ def stop(child: Child) -> int:
 def wait_until(
     condition: Callable[[], object], what: str, *, tries: int = 1200, child: Child | None = None
 ) -> None:
-    """Look until the condition holds, at most `tries` times; a minute of patience by default."""
+    """ScanResult until the condition holds, at most `tries` times; a minute of patience by default."""
     for _ in range(tries):
         is_over = child is not None and not child.is_alive()
         if condition():

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.fs.walk import MAX_DEPTH
-from pipeline.intake.scanner import Rules, Scanner, Settling, Sighting, has_writer
+from pipeline.intake.scanner import Rules, ScannedFile, Scanner, Settling, has_writer
 
 WAV_HEAD = b"RIFF\x24\x00\x00\x00WAVEfmt "
 ROOT = Path(__file__).parents[2]
@@ -153,11 +153,11 @@ def test_a_folder_that_vanishes_during_a_scan_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path, "a.wav", "b/1.wav", "c.wav")
-    sightings = Scanner(tmp_path, Rules()).scan()
-    found = [next(sightings).display]
+    scanned_files = Scanner(tmp_path, Rules()).scan()
+    found = [next(scanned_files).display]
     shutil.rmtree(tmp_path / "b")
 
-    assert found + [sighting.display for sighting in sightings] == ["a.wav", "c.wav"]
+    assert found + [scanned.display for scanned in scanned_files] == ["a.wav", "c.wav"]
     assert caplog.records == []
 
 
@@ -432,11 +432,11 @@ def test_a_folder_swapped_for_a_link_in_the_middle_of_a_scan_leads_nowhere(tmp_p
     put(inbox, "a/0.wav", "a/b/1.wav", "c.wav")
 
     for rules in (Rules(), Rules(follow_symlinks=True)):
-        sightings = Scanner(inbox, rules).scan()
-        found = [next(sightings).display]
+        scanned_files = Scanner(inbox, rules).scan()
+        found = [next(scanned_files).display]
         (inbox / "a").rename(tmp_path / "was")
         (inbox / "a").symlink_to(tmp_path / "elsewhere")
-        assert found + [sighting.display for sighting in sightings] == ["a/0.wav", "c.wav"]
+        assert found + [scanned.display for scanned in scanned_files] == ["a/0.wav", "c.wav"]
         (inbox / "a").unlink()
         (tmp_path / "was").rename(inbox / "a")
 
@@ -444,39 +444,39 @@ def test_a_folder_swapped_for_a_link_in_the_middle_of_a_scan_leads_nowhere(tmp_p
 # -- settling ----------------------------------------------------------------------------------------
 
 
-def sighting(*, mtime_s: float = 0.5, ctime_s: float = 0.5, size: int = 10) -> Sighting:
-    return Sighting(Path("/in/a.wav"), "a.wav", size, int(mtime_s * 1e9), int(ctime_s * 1e9), 7, 1)
+def scanned(*, mtime_s: float = 0.5, ctime_s: float = 0.5, size: int = 10) -> ScannedFile:
+    return ScannedFile(Path("/in/a.wav"), "a.wav", size, int(mtime_s * 1e9), int(ctime_s * 1e9), 7, 1)
 
 
 def test_a_file_is_ready_once_its_times_are_old_enough() -> None:
     settling = Settling(settle_s=2.0)
-    written = sighting(mtime_s=100.5, ctime_s=100.5)
+    written = scanned(mtime_s=100.5, ctime_s=100.5)
 
     assert not settling.is_settled(written, 102.4)
     assert settling.is_settled(written, 102.5)
 
 
 def test_an_old_file_is_ready_at_the_first_look() -> None:
-    assert Settling(settle_s=2.0).is_settled(sighting(mtime_s=5.5, ctime_s=5.5), 1000.0)
+    assert Settling(settle_s=2.0).is_settled(scanned(mtime_s=5.5, ctime_s=5.5), 1000.0)
 
 
 def test_a_copy_with_its_old_mtime_is_as_young_as_its_ctime() -> None:
-    copied = sighting(mtime_s=5.5, ctime_s=100.5)
+    copied = scanned(mtime_s=5.5, ctime_s=100.5)
     assert not Settling(settle_s=2.0).is_settled(copied, 101.5)
     assert Settling(settle_s=2.0).is_settled(copied, 102.5)
 
 
 def test_where_times_are_coarse_two_seconds_more_are_waited_for() -> None:
-    coarse = sighting(mtime_s=100.0, ctime_s=100.0)  # may have been written to at 101.9
+    coarse = scanned(mtime_s=100.0, ctime_s=100.0)  # may have been written to at 101.9
     assert not Settling(settle_s=2.0).is_settled(coarse, 103.9)
     assert Settling(settle_s=2.0).is_settled(coarse, 104.0)
-    copied = sighting(mtime_s=100.0, ctime_s=100.5)  # its mtime was set by whoever copied it
+    copied = scanned(mtime_s=100.0, ctime_s=100.5)  # its mtime was set by whoever copied it
     assert Settling(settle_s=2.0).is_settled(copied, 102.5)
 
 
 def test_a_file_from_the_future_is_ready_when_two_looks_agree() -> None:
     settling = Settling(settle_s=2.0)
-    future = sighting(mtime_s=1e6 + 0.5, ctime_s=100.5)
+    future = scanned(mtime_s=1e6 + 0.5, ctime_s=100.5)
 
     assert not settling.is_settled(future, 100.0)
     assert not settling.is_settled(future, 101.9)
@@ -490,7 +490,7 @@ def test_a_file_from_the_future_is_ready_when_two_looks_agree() -> None:
 )
 def test_what_changes_between_two_looks_is_waited_for_again(change: dict[str, int]) -> None:
     settling = Settling(settle_s=2.0, trust_times=False)
-    first = sighting()
+    first = scanned()
     settling.is_settled(first, 100.0)
     changed = replace(first, **change)
 
@@ -501,7 +501,7 @@ def test_what_changes_between_two_looks_is_waited_for_again(change: dict[str, in
 
 def test_times_of_another_clock_prove_nothing() -> None:
     settling = Settling(settle_s=2.0, trust_times=False)
-    old = sighting(mtime_s=5.5, ctime_s=5.5)
+    old = scanned(mtime_s=5.5, ctime_s=5.5)
 
     assert not settling.is_settled(old, 1000.0)
     assert not settling.is_settled(old, 1001.9)
@@ -512,14 +512,14 @@ def test_times_of_another_clock_prove_nothing() -> None:
 def test_a_file_whose_ctime_alone_keeps_changing_is_not_starved(trust_times: bool) -> None:
     settling = Settling(settle_s=2.0, trust_times=trust_times)
     looks = [
-        settling.is_settled(sighting(mtime_s=5.5, ctime_s=now), now) for now in (100.5, 101.5, 102.5, 103.5)
+        settling.is_settled(scanned(mtime_s=5.5, ctime_s=now), now) for now in (100.5, 101.5, 102.5, 103.5)
     ]
     assert looks == [False, False, True, True]
 
 
 def test_a_clock_set_back_delays_a_file_by_one_settling_time() -> None:
     settling = Settling(settle_s=2.0)
-    future = sighting(mtime_s=1e6 + 0.5, ctime_s=1e6 + 0.5)
+    future = scanned(mtime_s=1e6 + 0.5, ctime_s=1e6 + 0.5)
 
     assert not settling.is_settled(future, 1e6 + 0.6)
     assert not settling.is_settled(future, 100.0)
@@ -528,13 +528,13 @@ def test_a_clock_set_back_delays_a_file_by_one_settling_time() -> None:
 
 def test_a_ready_file_that_is_not_taken_stays_ready() -> None:
     settling = Settling(settle_s=2.0, trust_times=False)
-    settling.is_settled(sighting(), 100.0)
-    assert [settling.is_settled(sighting(), now) for now in (102.0, 102.1, 103.0)] == [True, True, True]
+    settling.is_settled(scanned(), 100.0)
+    assert [settling.is_settled(scanned(), now) for now in (102.0, 102.1, 103.0)] == [True, True, True]
 
 
 def test_what_is_gone_is_forgotten() -> None:
     settling = Settling(settle_s=2.0)
-    future = sighting(mtime_s=1e6 + 0.5)
+    future = scanned(mtime_s=1e6 + 0.5)
 
     settling.is_settled(future, 100.0)
     settling.keep_only(set())
@@ -547,8 +547,8 @@ def test_what_is_gone_is_forgotten() -> None:
 @pytest.mark.parametrize("mtime_s", [100.0, 1e6])
 def test_without_a_settling_time_every_file_is_ready(mtime_s: float, trust_times: bool) -> None:
     settling = Settling(settle_s=0, trust_times=trust_times)
-    assert settling.is_settled(sighting(mtime_s=mtime_s), 100.0)
-    assert settling.is_settled(sighting(mtime_s=mtime_s), 100.0)
+    assert settling.is_settled(scanned(mtime_s=mtime_s), 100.0)
+    assert settling.is_settled(scanned(mtime_s=mtime_s), 100.0)
 
 
 @pytest.mark.parametrize("trust_times", [True, False])

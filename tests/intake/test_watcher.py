@@ -29,7 +29,7 @@ class Bell:
         self.rings = 0
         self._event = threading.Event()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         self.rings += 1
         self._event.set()
 
@@ -75,7 +75,7 @@ def bell() -> Bell:
 
 @pytest.fixture
 def watcher(root: Path, bell: Bell) -> Iterator[Watcher]:
-    made = Watcher(root, bell.ring, polling=False)
+    made = Watcher(root, bell.wake, polling=False)
     made.start()
     bell.quiet()
     yield made
@@ -125,7 +125,7 @@ def test_any_change_rings(tmp_path: Path, root: Path, bell: Bell, change: Callab
     (root / "old.wav").write_bytes(b"old")
     (tmp_path / "outside.wav").write_bytes(b"outside")
     (tmp_path / "album" / "disc 1").mkdir(parents=True)
-    watcher = Watcher(root, bell.ring, polling=False)
+    watcher = Watcher(root, bell.wake, polling=False)
     watcher.start()
     try:
         bell.quiet()
@@ -160,7 +160,7 @@ def test_reading_a_file_and_looking_through_the_folder_does_not_ring(
 
 
 def test_it_rings_when_it_begins_for_what_came_before(root: Path, bell: Bell) -> None:
-    watcher = Watcher(root, bell.ring, polling=False)
+    watcher = Watcher(root, bell.wake, polling=False)
     watcher.start()
     try:
         assert bell.rings > 0
@@ -170,7 +170,7 @@ def test_it_rings_when_it_begins_for_what_came_before(root: Path, bell: Bell) ->
 
 def test_a_root_that_is_a_link_is_watched_where_it_leads(tmp_path: Path, root: Path, bell: Bell) -> None:
     (tmp_path / "link").symlink_to(root)
-    watcher = Watcher(tmp_path / "link", bell.ring, polling=False)
+    watcher = Watcher(tmp_path / "link", bell.wake, polling=False)
     watcher.start()
     try:
         bell.quiet()
@@ -184,7 +184,7 @@ def test_a_root_that_is_a_link_is_watched_where_it_leads(tmp_path: Path, root: P
 
 
 def test_a_missing_root_is_degraded_until_it_is_there(tmp_path: Path, bell: Bell) -> None:
-    watcher = Watcher(tmp_path / "inbox", bell.ring, polling=False)
+    watcher = Watcher(tmp_path / "inbox", bell.wake, polling=False)
     watcher.start()
     try:
         assert watcher.check() == f"{tmp_path / 'inbox'} can't be watched: no such file or directory"
@@ -266,7 +266,7 @@ def test_an_unreadable_root_is_degraded_until_it_can_be_read(
 
 def test_polling_has_no_threads_but_sees_the_root_go_and_come(root: Path, bell: Bell) -> None:
     before = threading.active_count()
-    watcher = Watcher(root, bell.ring, polling=True)
+    watcher = Watcher(root, bell.wake, polling=True)
     watcher.start()
     assert threading.active_count() == before
     assert (watcher.check(), watcher.polling) == (None, True)
@@ -377,7 +377,7 @@ def test_two_hundred_cycles_of_healing_leave_no_thread_and_no_descriptor(
 def test_a_stopped_watcher_leaves_nothing(root: Path, bell: Bell) -> None:
     before = threading.active_count(), descriptors()
     for _ in range(20):
-        watcher = Watcher(root, bell.ring, polling=False)
+        watcher = Watcher(root, bell.wake, polling=False)
         watcher.start()
         assert threading.active_count() > before[0]
         write(root)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stored_tracks import World, a_manifest, tree, trust
+from stored_tracks import StoredTracks, a_manifest, tree, trust
 
 from pipeline.maintenance.reconcile import Finding, reconcile
 from pipeline.maintenance.retention import ASIDE_PREFIX
@@ -20,19 +20,19 @@ NEAR, FAR = "variations/01-near.wav", "variations/02-far.wav"
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World.new(tmp_path)
+def stored(tmp_path: Path) -> Iterator[StoredTracks]:
+    made = StoredTracks.new(tmp_path)
     yield made
     made.store.close()
 
 
 def check(
-    world: World, *, thorough: bool = False, repair: bool = True, redo_missing: bool = True
+    stored: StoredTracks, *, thorough: bool = False, repair: bool = True, redo_missing: bool = True
 ) -> list[Finding]:
     return reconcile(
-        world.store,
-        world.outbox,
-        world.workplace,
+        stored.store,
+        stored.outbox,
+        stored.workspace,
         thorough=thorough,
         repair=repair,
         redo_missing=redo_missing,
@@ -46,17 +46,17 @@ def kinds(findings: list[Finding]) -> list[str]:
 
 @pytest.mark.parametrize("thorough", [False, True])
 def test_where_all_is_as_recorded_there_is_nothing_to_say_and_nothing_to_do(
-    world: World, thorough: bool
+    stored: StoredTracks, thorough: bool
 ) -> None:
-    world.finished("a.wav", b"a", now=NOW)
-    world.finished("album/b.wav", b"b", now=NOW)
-    world.failed("c.wav", b"c", now=NOW)
-    world.arrived("d.wav", b"d", now=NOW)
-    before = tree(world.workplace.outbox)
+    stored.finished("a.wav", b"a", now=NOW)
+    stored.finished("album/b.wav", b"b", now=NOW)
+    stored.failed("c.wav", b"c", now=NOW)
+    stored.arrived("d.wav", b"d", now=NOW)
+    before = tree(stored.workspace.outbox)
 
-    assert check(world, thorough=thorough) == []
-    assert tree(world.workplace.outbox) == before
-    assert world.store.counts() == {"queued": 1, "running": 0, "done": 2, "failed": 1}
+    assert check(stored, thorough=thorough) == []
+    assert tree(stored.workspace.outbox) == before
+    assert stored.store.counts() == {"queued": 1, "running": 0, "done": 2, "failed": 1}
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -64,274 +64,278 @@ def test_where_all_is_as_recorded_there_is_nothing_to_say_and_nothing_to_do(
 
 @pytest.mark.parametrize("thorough", [False, True])
 @pytest.mark.parametrize("file", [EMBEDDING, NEAR, FAR, MANIFEST])
-def test_a_missing_file_is_found_and_its_track_queued_again(world: World, file: str, thorough: bool) -> None:
-    sha256, other = world.finished("a.wav", b"a", now=NOW), world.finished("b.wav", b"b", now=NOW)
-    (world.folder(sha256) / file).unlink()
+def test_a_missing_file_is_found_and_its_track_queued_again(
+    stored: StoredTracks, file: str, thorough: bool
+) -> None:
+    sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
+    (stored.folder(sha256) / file).unlink()
 
-    [finding] = check(world, thorough=thorough)
+    [finding] = check(stored, thorough=thorough)
     assert (finding.kind, finding.mended) == ("result", True)
     assert file in finding.text
-    assert (world.state(sha256), world.state(other)) == ("queued", "done")
-    assert check(world, thorough=thorough) == []
+    assert (stored.state(sha256), stored.state(other)) == ("queued", "done")
+    assert check(stored, thorough=thorough) == []
 
 
-def test_a_folder_that_is_gone_is_queued_again(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    shutil.rmtree(world.folder(sha256))
-    assert kinds(check(world)) == ["result"]
-    assert world.state(sha256) == "queued"
+def test_a_folder_that_is_gone_is_queued_again(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    shutil.rmtree(stored.folder(sha256))
+    assert kinds(check(stored)) == ["result"]
+    assert stored.state(sha256) == "queued"
 
 
-def test_a_result_of_another_size_is_found_at_every_start(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    path = world.folder(sha256) / NEAR
+def test_a_result_of_another_size_is_found_at_every_start(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    path = stored.folder(sha256) / NEAR
     path.write_bytes(path.read_bytes()[:-1])
     os.utime(path, (NOW, NOW))
-    assert kinds(check(world)) == ["result"]
+    assert kinds(check(stored)) == ["result"]
 
 
-def test_a_result_written_to_since_is_read_at_every_start(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    path = world.folder(sha256) / NEAR
+def test_a_result_written_to_since_is_read_at_every_start(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    path = stored.folder(sha256) / NEAR
     content = path.read_bytes()
     path.write_bytes(content)  # only its time is new
-    assert check(world) == []
+    assert check(stored) == []
 
     path.write_bytes(content[:-1] + b"?")
-    [finding] = check(world)
+    [finding] = check(stored)
     assert f"{NEAR} is altered" in finding.text
-    assert world.state(sha256) == "queued"
+    assert stored.state(sha256) == "queued"
 
 
-def test_a_byte_changed_behind_the_clocks_back_is_found_by_a_thorough_check_only(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    path = world.folder(sha256) / NEAR
+def test_a_byte_changed_behind_the_clocks_back_is_found_by_a_thorough_check_only(
+    stored: StoredTracks,
+) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    path = stored.folder(sha256) / NEAR
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     os.utime(path, (NOW, NOW))
 
-    assert check(world) == []
-    assert kinds(check(world, thorough=True)) == ["result"]
-    assert world.state(sha256) == "queued"
+    assert check(stored) == []
+    assert kinds(check(stored, thorough=True)) == ["result"]
+    assert stored.state(sha256) == "queued"
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b'{"embedding": ', json.dumps({"source": None, "embedding": {}}).encode()]
 )
-def test_a_damaged_manifest_is_made_again(world: World, content: bytes) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    (world.folder(sha256) / MANIFEST).write_bytes(content)
-    assert kinds(check(world)) == ["result"]
-    assert world.state(sha256) == "queued"
+def test_a_damaged_manifest_is_made_again(stored: StoredTracks, content: bytes) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.folder(sha256) / MANIFEST).write_bytes(content)
+    assert kinds(check(stored)) == ["result"]
+    assert stored.state(sha256) == "queued"
 
 
-def test_a_manifest_of_another_track_or_with_other_files_is_made_again(world: World) -> None:
-    sha256, other = world.finished("a.wav", b"a", now=NOW), world.finished("b.wav", b"b", now=NOW)
-    (world.folder(sha256) / MANIFEST).write_bytes((world.folder(other) / MANIFEST).read_bytes())
-    manifest = world.outbox.manifest(world.folder(other).name)
+def test_a_manifest_of_another_track_or_with_other_files_is_made_again(stored: StoredTracks) -> None:
+    sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
+    (stored.folder(sha256) / MANIFEST).write_bytes((stored.folder(other) / MANIFEST).read_bytes())
+    manifest = stored.outbox.manifest(stored.folder(other).name)
     assert manifest is not None
     manifest["variations"][0]["sha256"] = "0" * 64
-    (world.folder(other) / MANIFEST).write_text(json.dumps(manifest))
+    (stored.folder(other) / MANIFEST).write_text(json.dumps(manifest))
 
-    assert kinds(check(world)) == ["result", "result"]
-    assert world.store.counts()["queued"] == 2
+    assert kinds(check(stored)) == ["result", "result"]
+    assert stored.store.counts()["queued"] == 2
 
 
-def test_without_repair_nothing_is_changed(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    (world.folder(sha256) / NEAR).unlink()
-    (world.folder(sha256) / ".embedding.npz.part").write_bytes(b"x")
-    world.desk(sha256)
-    before = tree(world.workplace.outbox)
+def test_without_repair_nothing_is_changed(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.folder(sha256) / NEAR).unlink()
+    (stored.folder(sha256) / ".embedding.npz.part").write_bytes(b"x")
+    stored.scratch(sha256)
+    before = tree(stored.workspace.outbox)
 
-    findings = check(world, thorough=True, repair=False)
+    findings = check(stored, thorough=True, repair=False)
     assert kinds(findings) == ["leftover", "leftover", "result"]
     assert not any(finding.mended for finding in findings)
-    assert tree(world.workplace.outbox) == before
-    assert world.workplace.desk(sha256).source.exists()
-    assert world.state(sha256) == "done"
+    assert tree(stored.workspace.outbox) == before
+    assert stored.workspace.scratch(sha256).source.exists()
+    assert stored.state(sha256) == "done"
 
 
-def test_results_are_not_made_again_where_that_is_not_wanted(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    (world.folder(sha256) / NEAR).unlink()
-    [finding] = check(world, redo_missing=False)
+def test_results_are_not_made_again_where_that_is_not_wanted(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.folder(sha256) / NEAR).unlink()
+    [finding] = check(stored, redo_missing=False)
     assert (finding.kind, finding.mended) == ("result", False)
-    assert world.state(sha256) == "done"
+    assert stored.state(sha256) == "done"
 
 
-def test_a_result_whose_source_is_gone_is_reported_and_what_is_left_of_it_stays(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    (world.folder(sha256) / NEAR).unlink()
-    (world.workplace.inbox / "done" / "a.wav").unlink()
-    before = tree(world.workplace.outbox)
+def test_a_result_whose_source_is_gone_is_reported_and_what_is_left_of_it_stays(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.folder(sha256) / NEAR).unlink()
+    (stored.workspace.inbox / "done" / "a.wav").unlink()
+    before = tree(stored.workspace.outbox)
 
-    [finding] = check(world)
+    [finding] = check(stored)
     assert (finding.kind, finding.mended) == ("lost", False)
     assert "source is gone" in finding.text
-    assert world.state(sha256) == "done"
-    assert tree(world.workplace.outbox) == before
+    assert stored.state(sha256) == "done"
+    assert tree(stored.workspace.outbox) == before
 
 
-def test_a_source_overwritten_by_something_of_another_size_is_gone(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    (world.folder(sha256) / NEAR).unlink()
-    (world.workplace.inbox / "done" / "a.wav").write_bytes(b"something else")
-    assert kinds(check(world)) == ["lost"]
+def test_a_source_overwritten_by_something_of_another_size_is_gone(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.folder(sha256) / NEAR).unlink()
+    (stored.workspace.inbox / "done" / "a.wav").write_bytes(b"something else")
+    assert kinds(check(stored)) == ["lost"]
 
 
-def test_a_working_copy_is_source_enough_and_stays_for_the_work(world: World) -> None:
-    sha256 = world.finished("a.wav", b"0123456789", now=NOW)
-    (world.folder(sha256) / NEAR).unlink()
-    (world.workplace.inbox / "done" / "a.wav").unlink()
-    desk = world.desk(sha256)
+def test_a_working_copy_is_source_enough_and_stays_for_the_work(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"0123456789", now=NOW)
+    (stored.folder(sha256) / NEAR).unlink()
+    (stored.workspace.inbox / "done" / "a.wav").unlink()
+    scratch = stored.scratch(sha256)
 
-    assert kinds(check(world)) == ["result"]
-    assert world.state(sha256) == "queued"
-    assert (desk / "source").exists()
-
-
-def test_a_manifest_alone_needs_no_source_to_be_made_again(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    (world.workplace.inbox / "done" / "a.wav").unlink()
-    (world.folder(sha256) / MANIFEST).unlink()
-    assert kinds(check(world)) == ["result"]
-    assert world.state(sha256) == "queued"
+    assert kinds(check(stored)) == ["result"]
+    assert stored.state(sha256) == "queued"
+    assert (scratch / "source").exists()
 
 
-def test_a_manifest_and_a_result_missing_together_need_the_source(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    (world.workplace.inbox / "done" / "a.wav").unlink()
-    (world.folder(sha256) / MANIFEST).unlink()
-    (world.folder(sha256) / FAR).unlink()
-    assert kinds(check(world)) == ["lost"]
+def test_a_manifest_alone_needs_no_source_to_be_made_again(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.workspace.inbox / "done" / "a.wav").unlink()
+    (stored.folder(sha256) / MANIFEST).unlink()
+    assert kinds(check(stored)) == ["result"]
+    assert stored.state(sha256) == "queued"
 
 
-def test_results_removed_on_purpose_are_not_missed(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    shutil.rmtree(world.folder(sha256))
-    assert world.store.collect(sha256, lambda: None, now=NOW)
-    assert check(world, thorough=True) == []
-    assert world.state(sha256) == "done"
+def test_a_manifest_and_a_result_missing_together_need_the_source(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.workspace.inbox / "done" / "a.wav").unlink()
+    (stored.folder(sha256) / MANIFEST).unlink()
+    (stored.folder(sha256) / FAR).unlink()
+    assert kinds(check(stored)) == ["lost"]
+
+
+def test_results_removed_on_purpose_are_not_missed(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    shutil.rmtree(stored.folder(sha256))
+    assert stored.store.collect(sha256, lambda: None, now=NOW)
+    assert check(stored, thorough=True) == []
+    assert stored.state(sha256) == "done"
 
 
 def test_what_can_be_seen_but_not_read_is_reported_and_left(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sha256, other = world.finished("a.wav", b"a", now=NOW), world.finished("b.wav", b"b", now=NOW)
-    (world.folder(other) / NEAR).unlink()
-    closed, real = world.folder(sha256).name, world.outbox.manifest
+    sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
+    (stored.folder(other) / NEAR).unlink()
+    closed, real = stored.folder(sha256).name, stored.outbox.manifest
 
     def manifest(folder: str) -> object:
         if folder == closed:
             raise PermissionError(13, "Permission denied")
         return real(folder)
 
-    monkeypatch.setattr(world.outbox, "manifest", manifest)  # root may read everything
-    findings = check(world)
+    monkeypatch.setattr(stored.outbox, "manifest", manifest)  # root may read everything
+    findings = check(stored)
     assert kinds(findings) == ["result", "unreadable"]
-    assert (world.state(sha256), world.state(other)) == ("done", "queued")
+    assert (stored.state(sha256), stored.state(other)) == ("done", "queued")
 
 
 # -- leftovers -------------------------------------------------------------------------------------
 
 
-def test_temporary_files_of_a_killed_run_are_removed_and_a_persons_files_stay(world: World) -> None:
-    done, queued = world.finished("a.wav", b"a", now=NOW), world.arrived("album/b.wav", b"b", now=NOW)
-    world.made(queued, NEAR, 1, now=NOW, n_bytes=10)
+def test_temporary_files_of_a_killed_run_are_removed_and_a_persons_files_stay(stored: StoredTracks) -> None:
+    done, queued = stored.finished("a.wav", b"a", now=NOW), stored.arrived("album/b.wav", b"b", now=NOW)
+    stored.made(queued, NEAR, 1, now=NOW, n_bytes=10)
     ours = [
-        world.folder(done) / ".manifest.json.part",
-        world.folder(done) / "variations" / ".02-far.wav.part",
-        world.folder(queued) / "variations" / ".02-far.wav.part",
+        stored.folder(done) / ".manifest.json.part",
+        stored.folder(done) / "variations" / ".02-far.wav.part",
+        stored.folder(queued) / "variations" / ".02-far.wav.part",
     ]
     theirs = [
-        world.folder(done) / ".mix.part",
-        world.folder(done) / "variations" / "notes.part",
-        world.outbox.root / ".embedding.npz.part",
-        world.outbox.root / "album" / ".01-x.wav.part",
+        stored.folder(done) / ".mix.part",
+        stored.folder(done) / "variations" / "notes.part",
+        stored.outbox.root / ".embedding.npz.part",
+        stored.outbox.root / "album" / ".01-x.wav.part",
     ]
     for path in (*ours, *theirs):
         path.write_bytes(b"x")
 
-    findings = check(world)
+    findings = check(stored)
     assert kinds(findings) == ["leftover"] * 3
     assert not any(path.exists() for path in ours)
     assert all(path.exists() for path in theirs)
-    assert (world.state(done), world.state(queued)) == ("done", "queued")
+    assert (stored.state(done), stored.state(queued)) == ("done", "queued")
 
 
-def test_a_file_between_two_names_stays_while_its_track_is_not_done(world: World) -> None:
-    done, queued = world.finished("a.wav", b"a", now=NOW), world.arrived("b.wav", b"b", now=NOW)
-    world.made(queued, NEAR, 1, now=NOW, n_bytes=10)
+def test_a_file_between_two_names_stays_while_its_track_is_not_done(stored: StoredTracks) -> None:
+    done, queued = stored.finished("a.wav", b"a", now=NOW), stored.arrived("b.wav", b"b", now=NOW)
+    stored.made(queued, NEAR, 1, now=NOW, n_bytes=10)
     for sha256 in (done, queued):
-        (world.folder(sha256) / "variations" / ".02-far.wav.move").write_bytes(b"x")
+        (stored.folder(sha256) / "variations" / ".02-far.wav.move").write_bytes(b"x")
 
-    assert kinds(check(world)) == ["leftover"]
-    assert not (world.folder(done) / "variations" / ".02-far.wav.move").exists()
-    assert (world.folder(queued) / "variations" / ".02-far.wav.move").exists()
-
-
-def test_nothing_of_a_running_track_is_touched(world: World) -> None:
-    sha256 = world.arrived("a.wav", b"a", now=NOW)
-    world.made(sha256, NEAR, 1, now=NOW, n_bytes=10)
-    world.store.claim(1, now=NOW)
-    (world.folder(sha256) / "variations" / ".02-far.wav.part").write_bytes(b"x")
-    (world.desk(sha256) / "normalized.part").write_bytes(b"x")
-    before = tree(world.workplace.outbox), tree(world.workplace.state / "work")
-
-    assert check(world) == []
-    assert (tree(world.workplace.outbox), tree(world.workplace.state / "work")) == before
+    assert kinds(check(stored)) == ["leftover"]
+    assert not (stored.folder(done) / "variations" / ".02-far.wav.move").exists()
+    assert (stored.folder(queued) / "variations" / ".02-far.wav.move").exists()
 
 
-def test_a_folder_that_no_track_knows_is_reported_and_never_removed(world: World) -> None:
+def test_nothing_of_a_running_track_is_touched(stored: StoredTracks) -> None:
+    sha256 = stored.arrived("a.wav", b"a", now=NOW)
+    stored.made(sha256, NEAR, 1, now=NOW, n_bytes=10)
+    stored.store.claim(1, now=NOW)
+    (stored.folder(sha256) / "variations" / ".02-far.wav.part").write_bytes(b"x")
+    (stored.scratch(sha256) / "normalized.part").write_bytes(b"x")
+    before = tree(stored.workspace.outbox), tree(stored.workspace.state / "work")
+
+    assert check(stored) == []
+    assert (tree(stored.workspace.outbox), tree(stored.workspace.state / "work")) == before
+
+
+def test_a_folder_that_no_track_knows_is_reported_and_never_removed(stored: StoredTracks) -> None:
     folder = "album/old--01234567"
-    published = world.outbox.publish(folder, EMBEDDING, lambda out: out.write(b"x"), verify=trust)
-    world.outbox.publish_manifest(folder, a_manifest("0" * 64, [published]))
-    (world.outbox.root / "empty--89abcdef").mkdir()
-    (world.outbox.root / "not ours").mkdir()
-    before = tree(world.workplace.outbox)
+    published = stored.outbox.publish(folder, EMBEDDING, lambda out: out.write(b"x"), verify=trust)
+    stored.outbox.publish_manifest(folder, a_manifest("0" * 64, [published]))
+    (stored.outbox.root / "empty--89abcdef").mkdir()
+    (stored.outbox.root / "not ours").mkdir()
+    before = tree(stored.workspace.outbox)
 
-    [finding] = check(world)
+    [finding] = check(stored)
     assert (finding.kind, finding.where, finding.mended) == ("stranger", folder, False)
-    assert tree(world.workplace.outbox) == before
+    assert tree(stored.workspace.outbox) == before
 
 
-def test_working_copies_that_nothing_needs_are_removed(world: World) -> None:
-    done, failed = world.finished("a.wav", b"a", now=NOW), world.failed("b.wav", b"b", now=NOW)
-    queued = world.arrived("c.wav", b"c", now=NOW)
+def test_working_copies_that_nothing_needs_are_removed(stored: StoredTracks) -> None:
+    done, failed = stored.finished("a.wav", b"a", now=NOW), stored.failed("b.wav", b"b", now=NOW)
+    queued = stored.arrived("c.wav", b"c", now=NOW)
     for sha256 in (done, failed, queued, "f" * 64):
-        world.desk(sha256)
-    work = world.workplace.state / "work"
+        stored.scratch(sha256)
+    work = stored.workspace.state / "work"
     (work / queued / "normalized.part").write_bytes(b"x")
     (work / ".incoming-77").write_bytes(b"x")
     (work / "somebody's").mkdir()
     (work / "somebody's" / "notes").write_bytes(b"x")
 
-    assert kinds(check(world)) == ["leftover"] * 5
+    assert kinds(check(stored)) == ["leftover"] * 5
     assert tree(work) == {f"{queued}/source": b"x" * 10, "somebody's/notes": b"x"}
-    assert check(world) == []
+    assert check(stored) == []
 
 
 def test_a_leftover_that_cannot_be_removed_keeps_nothing_from_starting(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    world.desk(sha256)
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    stored.scratch(sha256)
 
     def refuse(path: Path) -> None:
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    [finding] = check(world)
+    [finding] = check(stored)
     assert (finding.kind, finding.mended) == ("leftover", False)
     assert "input/output error" in finding.text
 
 
-def test_a_gc_that_was_killed_before_its_commit_is_undone(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=NOW)
-    before = tree(world.workplace.outbox)
-    aside = world.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    world.folder(sha256).rename(aside)
+def test_a_gc_that_was_killed_before_its_commit_is_undone(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    before = tree(stored.workspace.outbox)
+    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
+    stored.folder(sha256).rename(aside)
 
-    assert check(world, thorough=True) == []
-    assert tree(world.workplace.outbox) == before
-    assert world.state(sha256) == "done"
+    assert check(stored, thorough=True) == []
+    assert tree(stored.workspace.outbox) == before
+    assert stored.state(sha256) == "done"

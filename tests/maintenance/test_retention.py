@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_tracks import World, tree
+from stored_tracks import StoredTracks, tree
 
 from pipeline.config import Retention
 from pipeline.maintenance import retention
@@ -23,136 +23,136 @@ OLD, YOUNG = NOW - 40 * DAY_S, NOW - 10 * DAY_S
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World.new(tmp_path)
+def stored(tmp_path: Path) -> Iterator[StoredTracks]:
+    made = StoredTracks.new(tmp_path)
     yield made
     made.store.close()
 
 
-def gc(world: World, *, dry_run: bool = False, now: float = NOW, **settings: Any) -> list[Removal]:
+def gc(stored: StoredTracks, *, dry_run: bool = False, now: float = NOW, **settings: Any) -> list[Removal]:
     wanted = Retention.model_validate({"work_days": None, **settings})
-    return collect(world.store, world.workplace, wanted, now=now, dry_run=dry_run)
+    return collect(stored.store, stored.workspace, wanted, now=now, dry_run=dry_run)
 
 
 def names(removals: list[Removal]) -> list[str]:
     return [removal.path.name for removal in removals]
 
 
-def everything(world: World) -> dict[str, bytes]:
-    database = world.workplace.database.name
+def everything(stored: StoredTracks) -> dict[str, bytes]:
+    database = stored.workspace.database.name
     return {
-        name: c for name, c in tree(world.workplace.home).items() if not name.startswith(f"state/{database}")
+        name: c for name, c in tree(stored.workspace.home).items() if not name.startswith(f"state/{database}")
     }
 
 
 ALL = {"work_days": 0.0, "archive_days": 0.0, "archive_gb": 0.0, "outbox_days": 0.0, "outbox_gb": 0.0}
 
 
-def test_by_default_only_working_copies_are_ever_removed(world: World) -> None:
-    done = world.finished("a.wav", b"a", now=OLD)
-    world.failed("b.wav", b"b", now=OLD)
-    before = everything(world)
-    world.desk(done, age_s=8 * DAY_S, now=NOW)
+def test_by_default_only_working_copies_are_ever_removed(stored: StoredTracks) -> None:
+    done = stored.finished("a.wav", b"a", now=OLD)
+    stored.failed("b.wav", b"b", now=OLD)
+    before = everything(stored)
+    stored.scratch(done, age_s=8 * DAY_S, now=NOW)
 
-    removals = collect(world.store, world.workplace, Retention(), now=NOW, dry_run=False)
+    removals = collect(stored.store, stored.workspace, Retention(), now=NOW, dry_run=False)
     assert [removal.what for removal in removals] == ["working copy"]
-    assert set(everything(world)) - set(before) <= {"state/work/"}
-    assert before.items() <= everything(world).items()
+    assert set(everything(stored)) - set(before) <= {"state/work/"}
+    assert before.items() <= everything(stored).items()
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_what_is_queued_or_running_is_never_touched(world: World, dry_run: bool) -> None:
-    running = world.finished("a.wav", b"a", now=OLD)
-    world.store.requeue(running, now=OLD)
-    world.store.claim(1, now=NOW)
-    queued = world.failed("b.wav", b"b", now=OLD)
-    world.store.requeue(queued, now=OLD)
-    world.arrived("c.wav", b"c", now=OLD)
+def test_what_is_queued_or_running_is_never_touched(stored: StoredTracks, dry_run: bool) -> None:
+    running = stored.finished("a.wav", b"a", now=OLD)
+    stored.store.requeue(running, now=OLD)
+    stored.store.claim(1, now=NOW)
+    queued = stored.failed("b.wav", b"b", now=OLD)
+    stored.store.requeue(queued, now=OLD)
+    stored.arrived("c.wav", b"c", now=OLD)
     for sha256 in (running, queued):
-        world.desk(sha256, age_s=100 * DAY_S, now=NOW)
-    before = everything(world)
+        stored.scratch(sha256, age_s=100 * DAY_S, now=NOW)
+    before = everything(stored)
 
-    assert gc(world, dry_run=dry_run, **ALL) == []
-    assert everything(world) == before
+    assert gc(stored, dry_run=dry_run, **ALL) == []
+    assert everything(stored) == before
 
 
-def test_a_dry_run_says_what_would_be_done_and_changes_nothing(world: World) -> None:
-    done, failed = world.finished("a.wav", b"a", now=OLD), world.failed("b.wav", b"b", now=OLD)
-    world.desk(done, age_s=DAY_S, now=NOW)
-    world.desk(failed, age_s=DAY_S, now=NOW)
-    before = everything(world)
+def test_a_dry_run_says_what_would_be_done_and_changes_nothing(stored: StoredTracks) -> None:
+    done, failed = stored.finished("a.wav", b"a", now=OLD), stored.failed("b.wav", b"b", now=OLD)
+    stored.scratch(done, age_s=DAY_S, now=NOW)
+    stored.scratch(failed, age_s=DAY_S, now=NOW)
+    before = everything(stored)
 
-    said = gc(world, dry_run=True, **ALL)
-    assert everything(world) == before
+    said = gc(stored, dry_run=True, **ALL)
+    assert everything(stored) == before
     assert sorted({removal.what for removal in said}) == ["archive", "outbox", "working copy"]
-    assert gc(world, **ALL) == said
-    assert tree(world.workplace.inbox) == {"done/": b"", "failed/": b""}
-    assert tree(world.workplace.outbox) == {}
-    assert tree(world.workplace.state / "work") == {}
-    assert gc(world, **ALL) == []
+    assert gc(stored, **ALL) == said
+    assert tree(stored.workspace.inbox) == {"done/": b"", "failed/": b""}
+    assert tree(stored.workspace.outbox) == {}
+    assert tree(stored.workspace.state / "work") == {}
+    assert gc(stored, **ALL) == []
 
 
 # -- the outbox ------------------------------------------------------------------------------------
 
 
-def test_results_go_by_age(world: World) -> None:
-    old, young = world.finished("old.wav", b"o", now=OLD), world.finished("young.wav", b"y", now=YOUNG)
-    folder = world.folder(old)
+def test_results_go_by_age(stored: StoredTracks) -> None:
+    old, young = stored.finished("old.wav", b"o", now=OLD), stored.finished("young.wav", b"y", now=YOUNG)
+    folder = stored.folder(old)
 
-    [removal] = gc(world, outbox_days=30.0)
+    [removal] = gc(stored, outbox_days=30.0)
     assert (removal.what, removal.path, removal.why) == ("outbox", folder, "older than 30 days")
     assert removal.bytes > 300
     assert not folder.exists()
-    assert world.folder(young).exists()
-    collected = [world.store.track(sha256).collected_at for sha256 in (old, young)]  # type: ignore[union-attr]
+    assert stored.folder(young).exists()
+    collected = [stored.store.track(sha256).collected_at for sha256 in (old, young)]  # type: ignore[union-attr]
     assert collected == [NOW, None]
-    assert world.state(old) == "done"
+    assert stored.state(old) == "done"
 
 
-def test_results_go_by_size_oldest_first_until_it_is_enough(world: World) -> None:
-    made = [world.finished(f"{n}.wav", b"%d" % n, now=OLD + n, wav_bytes=1_000_000) for n in (3, 1, 2, 0)]
-    removals = gc(world, outbox_gb=0.0065)  # four tracks of 3 MB and little more
+def test_results_go_by_size_oldest_first_until_it_is_enough(stored: StoredTracks) -> None:
+    made = [stored.finished(f"{n}.wav", b"%d" % n, now=OLD + n, wav_bytes=1_000_000) for n in (3, 1, 2, 0)]
+    removals = gc(stored, outbox_gb=0.0065)  # four tracks of 3 MB and little more
 
     assert [removal.path.name[:1] for removal in removals] == ["0", "1"]
     assert all(removal.why == "the oldest beyond 0.0065 GB" for removal in removals)
-    assert [world.folder(sha256).exists() for sha256 in made] == [True, False, True, False]
+    assert [stored.folder(sha256).exists() for sha256 in made] == [True, False, True, False]
 
 
-def test_what_may_not_be_removed_counts_towards_the_size(world: World) -> None:
-    queued = world.finished("q.wav", b"q", now=OLD, wav_bytes=1_000_000)
-    world.store.requeue(queued, now=NOW)
-    world.finished("a.wav", b"a", now=OLD, wav_bytes=1_000_000)
-    assert len(gc(world, outbox_gb=0.004)) == 1
-    assert world.folder(queued).exists()
+def test_what_may_not_be_removed_counts_towards_the_size(stored: StoredTracks) -> None:
+    queued = stored.finished("q.wav", b"q", now=OLD, wav_bytes=1_000_000)
+    stored.store.requeue(queued, now=NOW)
+    stored.finished("a.wav", b"a", now=OLD, wav_bytes=1_000_000)
+    assert len(gc(stored, outbox_gb=0.004)) == 1
+    assert stored.folder(queued).exists()
 
 
-def test_a_persons_files_in_a_tracks_folder_stay(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=OLD)
-    notes = world.folder(sha256) / "variations" / "notes.txt"
+def test_a_persons_files_in_a_tracks_folder_stay(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    notes = stored.folder(sha256) / "variations" / "notes.txt"
     notes.write_bytes(b"mine")
-    assert len(gc(world, outbox_days=30.0)) == 1
-    assert tree(world.workplace.outbox) == {f"{world.folder(sha256).name}/variations/notes.txt": b"mine"}
+    assert len(gc(stored, outbox_days=30.0)) == 1
+    assert tree(stored.workspace.outbox) == {f"{stored.folder(sha256).name}/variations/notes.txt": b"mine"}
 
 
-def test_folders_of_albums_go_when_they_are_empty_and_not_before(world: World) -> None:
-    world.finished("x/y/a.wav", b"a", now=OLD)
-    world.finished("x/b.wav", b"b", now=YOUNG)
-    assert len(gc(world, outbox_days=30.0)) == 1
-    assert not (world.outbox.root / "x" / "y").exists()
-    assert (world.outbox.root / "x").exists()
+def test_folders_of_albums_go_when_they_are_empty_and_not_before(stored: StoredTracks) -> None:
+    stored.finished("x/y/a.wav", b"a", now=OLD)
+    stored.finished("x/b.wav", b"b", now=YOUNG)
+    assert len(gc(stored, outbox_days=30.0)) == 1
+    assert not (stored.outbox.root / "x" / "y").exists()
+    assert (stored.outbox.root / "x").exists()
 
-    assert len(gc(world, outbox_days=5.0)) == 1
-    assert tree(world.workplace.outbox) == {}
+    assert len(gc(stored, outbox_days=5.0)) == 1
+    assert tree(stored.workspace.outbox) == {}
 
 
 def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requeued, again = world.finished("a.wav", b"a", now=OLD), world.finished("b.wav", b"b", now=OLD)
-    before, real = everything(world), retention._thin_out
+    requeued, again = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD)
+    before, real = everything(stored), retention._thin_out
 
     def meanwhile(*args: Any, **kwargs: Any) -> list[Removal]:
-        other = Store(world.workplace.database)  # somebody else's process
+        other = Store(stored.workspace.database)  # somebody else's process
         other.requeue(requeued, now=NOW)
         other.requeue(again, now=NOW - 1)
         other.claim(1, now=NOW)
@@ -161,28 +161,28 @@ def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(retention, "_thin_out", meanwhile)
-    assert gc(world, outbox_days=30.0) == []
-    assert everything(world) == before
-    assert (world.state(requeued), world.state(again)) == ("queued", "done")
+    assert gc(stored, outbox_days=30.0) == []
+    assert everything(stored) == before
+    assert (stored.state(requeued), stored.state(again)) == ("queued", "done")
 
 
 def test_results_that_cannot_be_moved_stay_whole_and_the_others_go(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    stored: StoredTracks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stuck, other = world.finished("a.wav", b"a", now=OLD), world.finished("b.wav", b"b", now=OLD + 1)
-    before, real = tree(world.folder(stuck)), Path.rename
+    stuck, other = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD + 1)
+    before, real = tree(stored.folder(stuck)), Path.rename
     moved: list[str] = []
 
     def rename(path: Path, target: Path) -> Path:
-        if path.name == "01-near.wav" and world.folder(stuck) in path.parents:
+        if path.name == "01-near.wav" and stored.folder(stuck) in path.parents:
             raise OSError(5, "Input/output error", str(path))
         moved.append(path.name)
         return real(path, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    [removal] = gc(world, outbox_days=30.0)
-    assert removal.path == world.folder(other)
-    assert tree(world.folder(stuck)) == before
+    [removal] = gc(stored, outbox_days=30.0)
+    assert removal.path == stored.folder(other)
+    assert tree(stored.folder(stuck)) == before
     assert moved[:4] == [
         MANIFEST,
         EMBEDDING,
@@ -190,208 +190,214 @@ def test_results_that_cannot_be_moved_stay_whole_and_the_others_go(
         MANIFEST,
     ]  # out first and back last: never incomplete
     assert "can't be removed" in caplog.text
-    assert world.store.track(stuck).collected_at is None  # type: ignore[union-attr]
+    assert stored.store.track(stuck).collected_at is None  # type: ignore[union-attr]
 
 
-def test_a_commit_that_fails_puts_the_results_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    sha256 = world.finished("a.wav", b"a", now=OLD)
-    before, real = tree(world.workplace.outbox), world.store.collect
+def test_a_commit_that_fails_puts_the_results_back(
+    stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    before, real = tree(stored.workspace.outbox), stored.store.collect
 
     def collect_and_fail(sha256: str, move: Any, *, now: float) -> bool:
         def move_and_fail() -> None:
             move()
-            assert tree(world.workplace.outbox) != before
+            assert tree(stored.workspace.outbox) != before
             raise OSError(28, "No space left on device")
 
         return real(sha256, move_and_fail, now=now)
 
-    monkeypatch.setattr(world.store, "collect", collect_and_fail)
-    assert gc(world, outbox_days=30.0) == []
-    assert tree(world.workplace.outbox) == before
-    assert world.store.track(sha256).collected_at is None  # type: ignore[union-attr]
+    monkeypatch.setattr(stored.store, "collect", collect_and_fail)
+    assert gc(stored, outbox_days=30.0) == []
+    assert tree(stored.workspace.outbox) == before
+    assert stored.store.track(sha256).collected_at is None  # type: ignore[union-attr]
 
 
 # A `gc` that is killed leaves one of these.
 
 
-def test_killed_between_move_and_commit_it_is_undone_and_done_again(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=OLD)
-    before, folder = tree(world.workplace.outbox), world.folder(sha256)
-    aside = world.outbox.root / f"{ASIDE_PREFIX}{sha256}"
+def test_killed_between_move_and_commit_it_is_undone_and_done_again(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    before, folder = tree(stored.workspace.outbox), stored.folder(sha256)
+    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
     aside.mkdir()
     (folder / MANIFEST).rename(aside / MANIFEST)  # the first of its renames
-    assert gc(world) == []
-    assert tree(world.workplace.outbox) == before
+    assert gc(stored) == []
+    assert tree(stored.workspace.outbox) == before
 
     folder.rename(aside)  # all of them
-    assert gc(world, dry_run=True, outbox_days=30.0) == []
+    assert gc(stored, dry_run=True, outbox_days=30.0) == []
     assert aside.exists()
-    assert len(gc(world, outbox_days=30.0)) == 1
-    assert tree(world.workplace.outbox) == {}
+    assert len(gc(stored, outbox_days=30.0)) == 1
+    assert tree(stored.workspace.outbox) == {}
 
 
-def test_killed_before_the_deletion_it_is_completed(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=OLD)
-    aside = world.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    folder = world.folder(sha256)
-    assert world.store.collect(sha256, lambda: folder.rename(aside) and None, now=NOW)
-    assert gc(world) == []
-    assert tree(world.workplace.outbox) == {}
+def test_killed_before_the_deletion_it_is_completed(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
+    folder = stored.folder(sha256)
+    assert stored.store.collect(sha256, lambda: folder.rename(aside) and None, now=NOW)
+    assert gc(stored) == []
+    assert tree(stored.workspace.outbox) == {}
 
 
-def test_killed_and_the_track_made_again_since_the_new_results_stay(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=OLD)
-    before = tree(world.workplace.outbox)
-    aside = world.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    shutil.copytree(world.folder(sha256), aside)
+def test_killed_and_the_track_made_again_since_the_new_results_stay(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    before = tree(stored.workspace.outbox)
+    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
+    shutil.copytree(stored.folder(sha256), aside)
     (aside / "variations" / "03-older.wav").write_bytes(b"x")
-    assert gc(world) == []
-    assert tree(world.workplace.outbox) == before
+    assert gc(stored) == []
+    assert tree(stored.workspace.outbox) == before
 
 
-def test_killed_and_the_track_queued_since_its_results_come_back_without_the_manifest(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=OLD)
-    whole = tree(world.folder(sha256))
-    world.folder(sha256).rename(world.outbox.root / f"{ASIDE_PREFIX}{sha256}")
-    world.store.requeue(sha256, now=NOW)
-    assert gc(world) == []
+def test_killed_and_the_track_queued_since_its_results_come_back_without_the_manifest(
+    stored: StoredTracks,
+) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    whole = tree(stored.folder(sha256))
+    stored.folder(sha256).rename(stored.outbox.root / f"{ASIDE_PREFIX}{sha256}")
+    stored.store.requeue(sha256, now=NOW)
+    assert gc(stored) == []
     del whole[MANIFEST]
-    assert tree(world.folder(sha256)) == whole
+    assert tree(stored.folder(sha256)) == whole
     assert EMBEDDING in whole
 
 
-def test_what_is_aside_and_belongs_to_no_track_is_left_alone(world: World) -> None:
+def test_what_is_aside_and_belongs_to_no_track_is_left_alone(stored: StoredTracks) -> None:
     for name in (f"{ASIDE_PREFIX}{'f' * 64}", f"{ASIDE_PREFIX}notes"):
-        (world.outbox.root / name).mkdir()
-        (world.outbox.root / name / MANIFEST).write_bytes(b"x")
-    before = tree(world.workplace.outbox)
-    assert gc(world, **ALL) == []
-    assert tree(world.workplace.outbox) == before
+        (stored.outbox.root / name).mkdir()
+        (stored.outbox.root / name / MANIFEST).write_bytes(b"x")
+    before = tree(stored.workspace.outbox)
+    assert gc(stored, **ALL) == []
+    assert tree(stored.workspace.outbox) == before
 
 
 # -- the archive -----------------------------------------------------------------------------------
 
 
-def test_sources_in_the_archive_go_by_age_with_what_is_said_of_them(world: World) -> None:
-    world.finished("album/old.wav", b"o", now=OLD)
-    world.failed("album/bad.wav", b"bb", now=OLD)
-    world.finished("young.wav", b"y", now=YOUNG)
-    outbox = tree(world.workplace.outbox)
+def test_sources_in_the_archive_go_by_age_with_what_is_said_of_them(stored: StoredTracks) -> None:
+    stored.finished("album/old.wav", b"o", now=OLD)
+    stored.failed("album/bad.wav", b"bb", now=OLD)
+    stored.finished("young.wav", b"y", now=YOUNG)
+    outbox = tree(stored.workspace.outbox)
 
-    removals = gc(world, archive_days=30.0)
+    removals = gc(stored, archive_days=30.0)
     assert sorted(names(removals)) == ["bad.wav", "old.wav"]
     assert {removal.path.name: removal.bytes for removal in removals} == {"old.wav": 1, "bad.wav": 2 + 10}
-    assert tree(world.workplace.inbox / "done") == {"young.wav": b"y"}
-    assert tree(world.workplace.inbox / "failed") == {}
-    assert tree(world.workplace.outbox) == outbox
+    assert tree(stored.workspace.inbox / "done") == {"young.wav": b"y"}
+    assert tree(stored.workspace.inbox / "failed") == {}
+    assert tree(stored.workspace.outbox) == outbox
 
 
-def test_sources_in_the_archive_go_by_size_oldest_first(world: World) -> None:
+def test_sources_in_the_archive_go_by_size_oldest_first(stored: StoredTracks) -> None:
     for n in (2, 0, 1):
-        world.finished(f"{n}.wav", b"%d" % n * 1000, now=OLD + n)
-    assert names(gc(world, archive_gb=2.5e-6)) == ["0.wav"]
-    assert names(gc(world, archive_gb=0.0)) == ["1.wav", "2.wav"]
+        stored.finished(f"{n}.wav", b"%d" % n * 1000, now=OLD + n)
+    assert names(gc(stored, archive_gb=2.5e-6)) == ["0.wav"]
+    assert names(gc(stored, archive_gb=0.0)) == ["1.wav", "2.wav"]
 
 
-def test_a_copy_that_came_late_is_as_old_as_its_coming(world: World) -> None:
-    world.finished("a.wav", b"a", now=1000.0)  # finished long ago, moved there just now
-    assert gc(world, now=time.time(), archive_days=30.0) == []
-    assert len(gc(world, archive_days=30.0)) == 1
+def test_a_copy_that_came_late_is_as_old_as_its_coming(stored: StoredTracks) -> None:
+    stored.finished("a.wav", b"a", now=1000.0)  # finished long ago, moved there just now
+    assert gc(stored, now=time.time(), archive_days=30.0) == []
+    assert len(gc(stored, archive_days=30.0)) == 1
 
 
-def test_files_that_the_store_does_not_know_are_left_alone(world: World) -> None:
-    world.finished("a.wav", b"a", now=OLD)
+def test_files_that_the_store_does_not_know_are_left_alone(stored: StoredTracks) -> None:
+    stored.finished("a.wav", b"a", now=OLD)
     theirs = [
-        world.workplace.inbox / "done" / "mine.wav",
-        world.workplace.inbox / "failed" / "a.wav.error.txt",
-        world.workplace.inbox / "new.wav",
+        stored.workspace.inbox / "done" / "mine.wav",
+        stored.workspace.inbox / "failed" / "a.wav.error.txt",
+        stored.workspace.inbox / "new.wav",
     ]
     for path in theirs:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
-    assert names(gc(world, archive_days=0.0, archive_gb=0.0)) == ["a.wav"]
+    assert names(gc(stored, archive_days=0.0, archive_gb=0.0)) == ["a.wav"]
     assert all(path.exists() for path in theirs)
 
 
-def test_a_source_that_stayed_in_the_inbox_is_no_archive(world: World) -> None:
-    sha256 = world.arrived("kept.wav", b"k", now=OLD)
-    world.store.claim(1, now=OLD)
-    world.store.finish(sha256, plan_key="plan", source={}, now=OLD)
-    world.store.settle_file(world.workplace.inbox / "kept.wav", state="settled")
-    assert gc(world, archive_days=0.0, archive_gb=0.0) == []
-    assert (world.workplace.inbox / "kept.wav").exists()
+def test_a_source_that_stayed_in_the_inbox_is_no_archive(stored: StoredTracks) -> None:
+    sha256 = stored.arrived("kept.wav", b"k", now=OLD)
+    stored.store.claim(1, now=OLD)
+    stored.store.finish(sha256, plan_key="plan", source={}, now=OLD)
+    stored.store.settle_file(stored.workspace.inbox / "kept.wav", state="settled")
+    assert gc(stored, archive_days=0.0, archive_gb=0.0) == []
+    assert (stored.workspace.inbox / "kept.wav").exists()
 
 
 @pytest.mark.parametrize("content", [b"other", b"b"])
-def test_another_file_under_an_archived_name_is_left_alone(world: World, content: bytes) -> None:
-    world.finished("a.wav", b"a", now=OLD)
-    path = world.workplace.inbox / "done" / "a.wav"
+def test_another_file_under_an_archived_name_is_left_alone(stored: StoredTracks, content: bytes) -> None:
+    stored.finished("a.wav", b"a", now=OLD)
+    path = stored.workspace.inbox / "done" / "a.wav"
     path.write_bytes(content)
     os.utime(path, (OLD, OLD))
-    assert gc(world, archive_days=0.0) == []
+    assert gc(stored, archive_days=0.0) == []
     assert path.exists()
 
 
-def test_an_archive_behind_a_link_is_left_alone(world: World, tmp_path: Path) -> None:
-    world.finished("album/a.wav", b"a", now=OLD)
-    album, elsewhere = world.workplace.inbox / "done" / "album", tmp_path / "elsewhere"
+def test_an_archive_behind_a_link_is_left_alone(stored: StoredTracks, tmp_path: Path) -> None:
+    stored.finished("album/a.wav", b"a", now=OLD)
+    album, elsewhere = stored.workspace.inbox / "done" / "album", tmp_path / "elsewhere"
     album.rename(elsewhere)
     album.symlink_to(elsewhere)
-    assert gc(world, archive_days=0.0) == []
+    assert gc(stored, archive_days=0.0) == []
     assert (elsewhere / "a.wav").exists()
 
 
-def test_a_source_queued_since_it_was_looked_at_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    sha256, other = world.failed("a.wav", b"a", now=OLD), world.failed("b.wav", b"b", now=OLD)
+def test_a_source_queued_since_it_was_looked_at_stays(
+    stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256, other = stored.failed("a.wav", b"a", now=OLD), stored.failed("b.wav", b"b", now=OLD)
     real = retention._thin_out
 
     def meanwhile(*args: Any, **kwargs: Any) -> list[Removal]:
-        elsewhere = Store(world.workplace.database)
+        elsewhere = Store(stored.workspace.database)
         elsewhere.requeue(sha256, now=NOW)
         elsewhere.close()
         return real(*args, **kwargs)
 
     monkeypatch.setattr(retention, "_thin_out", meanwhile)
-    assert names(gc(world, archive_days=30.0)) == ["b.wav"]
-    assert (world.workplace.inbox / "failed" / "a.wav").exists()
-    assert (world.workplace.inbox / "failed" / "a.wav.error.txt").exists()
-    assert world.state(other) == "failed"
+    assert names(gc(stored, archive_days=30.0)) == ["b.wav"]
+    assert (stored.workspace.inbox / "failed" / "a.wav").exists()
+    assert (stored.workspace.inbox / "failed" / "a.wav.error.txt").exists()
+    assert stored.state(other) == "failed"
 
 
 # -- working copies --------------------------------------------------------------------------------
 
 
-def test_working_copies_that_belong_to_nothing_go_by_age(world: World) -> None:
-    done, failed = world.finished("a.wav", b"a", now=OLD), world.failed("b.wav", b"b", now=OLD)
-    world.desk(done, age_s=8 * DAY_S, now=NOW)
-    world.desk(failed, age_s=6 * DAY_S, now=NOW)
-    world.desk("f" * 64, age_s=9 * DAY_S, now=NOW)
+def test_working_copies_that_belong_to_nothing_go_by_age(stored: StoredTracks) -> None:
+    done, failed = stored.finished("a.wav", b"a", now=OLD), stored.failed("b.wav", b"b", now=OLD)
+    stored.scratch(done, age_s=8 * DAY_S, now=NOW)
+    stored.scratch(failed, age_s=6 * DAY_S, now=NOW)
+    stored.scratch("f" * 64, age_s=9 * DAY_S, now=NOW)
 
-    removals = gc(world, work_days=7.0)
+    removals = gc(stored, work_days=7.0)
     assert names(removals) == ["f" * 64, done]
     assert [removal.bytes for removal in removals] == [10, 10]
-    assert tree(world.workplace.state / "work") == {f"{failed}/source": b"x" * 10}
+    assert tree(stored.workspace.state / "work") == {f"{failed}/source": b"x" * 10}
 
 
-def test_a_working_copy_being_made_is_left_to_who_makes_it(world: World) -> None:
-    work = world.workplace.state / "work"
-    world.desk("f" * 64, age_s=0.5 * DAY_S, now=NOW)
+def test_a_working_copy_being_made_is_left_to_who_makes_it(stored: StoredTracks) -> None:
+    work = stored.workspace.state / "work"
+    stored.scratch("f" * 64, age_s=0.5 * DAY_S, now=NOW)
     for name, age_s in ((".incoming-1", 0.5 * DAY_S), (".incoming-2", 2 * DAY_S), ("notes", 99 * DAY_S)):
         (work / name).write_bytes(b"x")
         os.utime(work / name, (NOW - age_s, NOW - age_s))
-    assert names(gc(world, work_days=0.0)) == [".incoming-2"]
+    assert names(gc(stored, work_days=0.0)) == [".incoming-2"]
     assert sorted(path.name for path in work.iterdir()) == [".incoming-1", "f" * 64, "notes"]
 
 
-def test_a_desk_is_as_young_as_its_youngest_file(world: World) -> None:
-    sha256 = world.finished("a.wav", b"a", now=OLD)
-    desk = world.desk(sha256, age_s=90 * DAY_S, now=NOW)
-    os.utime(desk / "source", (NOW - DAY_S, NOW - DAY_S))
-    assert gc(world, work_days=7.0) == []
+def test_a_desk_is_as_young_as_its_youngest_file(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    scratch = stored.scratch(sha256, age_s=90 * DAY_S, now=NOW)
+    os.utime(scratch / "source", (NOW - DAY_S, NOW - DAY_S))
+    assert gc(stored, work_days=7.0) == []
 
 
-def test_a_desk_left_half_deleted_is_deleted(world: World) -> None:
-    work = world.workplace.state / "work"
-    world.desk("f" * 64).rename(work / f"{ASIDE_PREFIX}{'f' * 64}-77")
-    assert gc(world) == []
+def test_a_desk_left_half_deleted_is_deleted(stored: StoredTracks) -> None:
+    work = stored.workspace.state / "work"
+    stored.scratch("f" * 64).rename(work / f"{ASIDE_PREFIX}{'f' * 64}-77")
+    assert gc(stored) == []
     assert tree(work) == {}

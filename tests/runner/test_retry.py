@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runner_setup import Answers, Works
+from runner_setup import Answers, RunnerSetup
 
 from pipeline.config import Retry
 from pipeline.runner.retry import JITTER, backoff_s, take_over
@@ -13,11 +13,11 @@ from pipeline.runner.retry import JITTER, backoff_s, take_over
 SETTINGS = Retry(max_attempts=3, backoff_s=10.0, max_backoff_s=100.0)
 
 
-def crash(works: Works, stage: str = "generate", *, limit: int = 8) -> list[str]:
+def crash(setup: RunnerSetup, stage: str = "generate", *, limit: int = 8) -> list[str]:
     """Claim and begin as the runner does, then be gone; returns the hashes of what was under way."""
-    tracks = works.store.claim(limit, now=works.now)
+    tracks = setup.store.claim(limit, now=setup.now)
     for track in tracks:
-        works.store.begin(track.sha256, stage, now=works.now)
+        setup.store.begin(track.sha256, stage, now=setup.now)
     return [track.sha256 for track in tracks]
 
 
@@ -29,79 +29,79 @@ def test_waits_double_up_to_a_limit_give_or_take_a_quarter() -> None:
 
 
 def test_what_kills_the_process_alone_fails_after_so_many_attempts(tmp_path: Path) -> None:
-    works = Works.at(tmp_path, max_attempts=3)
-    [sha256] = works.bring("a.wav")
+    setup = RunnerSetup.at(tmp_path, max_attempts=3)
+    [sha256] = setup.bring("a.wav")
     for n in (1, 2, 3):
-        works.now += 1000
-        assert crash(works) == [sha256]
-        [found] = take_over(works.store, works.config.retry, now=works.now)
+        setup.now += 1000
+        assert crash(setup) == [sha256]
+        [found] = take_over(setup.store, setup.config.retry, now=setup.now)
         assert (found.stage, found.given_up) == ("generate", n == 3)
 
-    assert works.states([sha256]) == [("failed", 3)]
-    assert "killed or crashed during generate" in (works.track(sha256).error or "")
-    assert works.outcomes(sha256) == [("generate", "crashed")] * 3
+    assert setup.states([sha256]) == [("failed", 3)]
+    assert "killed or crashed during generate" in (setup.track(sha256).error or "")
+    assert setup.outcomes(sha256) == [("generate", "crashed")] * 3
 
 
 def test_nobody_fails_for_a_crash_it_may_not_have_caused(tmp_path: Path) -> None:
-    works = Works.at(tmp_path, max_attempts=3)
-    hashes = works.bring("a.wav", "b.wav", "c.wav")
+    setup = RunnerSetup.at(tmp_path, max_attempts=3)
+    hashes = setup.bring("a.wav", "b.wav", "c.wav")
     for _ in range(2):
-        works.now += 1000
-        assert sorted(crash(works)) == sorted(hashes)  # together, since it is mostly no track's fault
-        take_over(works.store, works.config.retry, now=works.now)
-    works.now += 1000
+        setup.now += 1000
+        assert sorted(crash(setup)) == sorted(hashes)  # together, since it is mostly no track's fault
+        take_over(setup.store, setup.config.retry, now=setup.now)
+    setup.now += 1000
 
-    [alone] = crash(works)  # but not before the last attempt
-    take_over(works.store, works.config.retry, now=works.now)
+    [alone] = crash(setup)  # but not before the last attempt
+    take_over(setup.store, setup.config.retry, now=setup.now)
 
-    assert works.states([alone]) == [("failed", 3)]
+    assert setup.states([alone]) == [("failed", 3)]
     others = [sha256 for sha256 in hashes if sha256 != alone]
-    works.runner(Answers()).drain()
-    assert works.states(others) == [("done", 0)] * 2
+    setup.runner(Answers()).drain()
+    assert setup.states(others) == [("done", 0)] * 2
 
 
 def test_with_a_single_attempt_a_track_is_still_not_blamed_for_its_batch(tmp_path: Path) -> None:
-    works = Works.at(tmp_path, max_attempts=1)
-    hashes = works.bring("a.wav", "b.wav")
-    crash(works)
-    assert not any(found.given_up for found in take_over(works.store, works.config.retry, now=works.now))
+    setup = RunnerSetup.at(tmp_path, max_attempts=1)
+    hashes = setup.bring("a.wav", "b.wav")
+    crash(setup)
+    assert not any(found.given_up for found in take_over(setup.store, setup.config.retry, now=setup.now))
 
-    [alone] = crash(works)
-    assert [found.given_up for found in take_over(works.store, works.config.retry, now=works.now)] == [True]
-    works.runner(Answers()).drain()
-    assert sorted(works.states(hashes)) == [("done", 0), ("failed", 1)]
-    assert works.track(alone).state == "failed"
+    [alone] = crash(setup)
+    assert [found.given_up for found in take_over(setup.store, setup.config.retry, now=setup.now)] == [True]
+    setup.runner(Answers()).drain()
+    assert sorted(setup.states(hashes)) == [("done", 0), ("failed", 1)]
+    assert setup.track(alone).state == "failed"
 
 
 def test_a_first_crash_costs_no_wait_but_its_place_in_the_queue(tmp_path: Path) -> None:
-    works = Works.at(tmp_path, max_attempts=3)
-    first, second = works.bring("a.wav", "b.wav")
-    [crashed] = crash(works, limit=1)
-    works.now += 1
-    take_over(works.store, works.config.retry, now=works.now)
+    setup = RunnerSetup.at(tmp_path, max_attempts=3)
+    first, second = setup.bring("a.wav", "b.wav")
+    [crashed] = crash(setup, limit=1)
+    setup.now += 1
+    take_over(setup.store, setup.config.retry, now=setup.now)
 
-    claimed = [track.sha256 for track in works.store.claim(8, now=works.now)]
+    claimed = [track.sha256 for track in setup.store.claim(8, now=setup.now)]
     assert claimed == [second if crashed == first else first, crashed]
 
 
 def test_progress_forgives_earlier_crashes(tmp_path: Path) -> None:
-    works = Works.at(tmp_path, max_attempts=3)
-    [sha256] = works.bring("a.wav")
+    setup = RunnerSetup.at(tmp_path, max_attempts=3)
+    [sha256] = setup.bring("a.wav")
     for n in range(6):
-        works.now += 1000
-        crash(works)
-        works.store.finish_unit(str(n), sha256=sha256, stage="generate", result={}, seconds=0, now=works.now)
-        take_over(works.store, works.config.retry, now=works.now)
-        assert works.states([sha256]) == [("queued", 1)]
+        setup.now += 1000
+        crash(setup)
+        setup.store.finish_unit(str(n), sha256=sha256, stage="generate", result={}, seconds=0, now=setup.now)
+        take_over(setup.store, setup.config.retry, now=setup.now)
+        assert setup.states([sha256]) == [("queued", 1)]
 
 
 @pytest.mark.parametrize("stage", ["normalize", "embed", "generate"])
 def test_a_stop_is_no_attempt(tmp_path: Path, stage: str) -> None:
-    works = Works.at(tmp_path, max_attempts=1)
-    [sha256] = works.bring("a.wav")
-    crash(works, stage)
-    works.store.release_all(now=works.now)
+    setup = RunnerSetup.at(tmp_path, max_attempts=1)
+    [sha256] = setup.bring("a.wav")
+    crash(setup, stage)
+    setup.store.release_all(now=setup.now)
 
-    assert take_over(works.store, works.config.retry, now=works.now) == []
-    assert works.states([sha256]) == [("queued", 0)]
-    assert works.outcomes(sha256) == [(stage, "stopped")]
+    assert take_over(setup.store, setup.config.retry, now=setup.now) == []
+    assert setup.states([sha256]) == [("queued", 0)]
+    assert setup.outcomes(sha256) == [(stage, "stopped")]

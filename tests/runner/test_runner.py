@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from home_folder import SAMPLE_RATE
-from runner_setup import BACKOFF_S, Answers, Works, but_for, noise
+from runner_setup import BACKOFF_S, Answers, RunnerSetup, but_for, noise
 
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, Stopped
@@ -53,29 +53,29 @@ class TogetherFails(Answers):
         yield from super().generate(requests, progress=progress, should_stop=should_stop)
 
 
-def test_all_variations_of_all_tracks_are_asked_for_in_one_call(works: Works) -> None:
-    hashes, generator = works.bring("a.wav", "b.wav"), Answers()
+def test_all_variations_of_all_tracks_are_asked_for_in_one_call(setup: RunnerSetup) -> None:
+    hashes, generator = setup.bring("a.wav", "b.wav"), Answers()
 
-    runner = works.runner(generator)
+    runner = setup.runner(generator)
     runner.drain()
 
     assert [sorted(call) for call in generator.calls] == [sorted([*hashes, *hashes])]
     assert (runner.outcome.done, runner.outcome.failed) == (2, 0)
-    assert works.states(hashes) == [("done", 0), ("done", 0)]
+    assert setup.states(hashes) == [("done", 0), ("done", 0)]
 
 
-def test_a_failure_fails_its_track_and_no_other(works: Works) -> None:
-    good, bad = works.bring("good.wav", "bad.wav")
+def test_a_failure_fails_its_track_and_no_other(setup: RunnerSetup) -> None:
+    good, bad = setup.bring("good.wav", "bad.wav")
 
-    runner = works.runner(Answers(but_for(bad, BadAudio("has no beat"))))
+    runner = setup.runner(Answers(but_for(bad, BadAudio("has no beat"))))
     runner.drain()
 
-    assert works.states([good, bad]) == [("done", 0), ("failed", 1)]
-    assert (works.track(bad).stage, works.track(bad).error) == ("generate", "has no beat")
-    failed = works.workplace.inbox / "failed"
+    assert setup.states([good, bad]) == [("done", 0), ("failed", 1)]
+    assert (setup.track(bad).stage, setup.track(bad).error) == ("generate", "has no beat")
+    failed = setup.workspace.inbox / "failed"
     assert (failed / "bad.wav.error.txt").read_text() == "bad.wav has no beat\n"
-    assert (works.workplace.inbox / "done" / "good.wav").exists()
-    assert not (works.workplace.outbox / works.track(bad).folder / "manifest.json").exists()
+    assert (setup.workspace.inbox / "done" / "good.wav").exists()
+    assert not (setup.workspace.outbox / setup.track(bad).folder / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -87,34 +87,34 @@ def test_a_failure_fails_its_track_and_no_other(works: Works) -> None:
     ],
 )
 def test_a_result_that_is_not_what_was_asked_for_is_not_published(
-    works: Works, spoil: Callable[[Any], Any], says: str
+    setup: RunnerSetup, spoil: Callable[[Any], Any], says: str
 ) -> None:
-    [sha256] = works.bring("a.wav")
+    [sha256] = setup.bring("a.wav")
 
     def answer(request: VariationRequest) -> Variation:
         return Variation(request.request_id, Audio(spoil(noise(request).audio.samples), SAMPLE_RATE))
 
-    works.runner(Answers(answer)).drain()
+    setup.runner(Answers(answer)).drain()
 
-    assert works.states([sha256]) == [("failed", 1)]
-    assert says in (works.track(sha256).error or "")
-    assert list(works.files(sha256)) == ["embedding.npz"]
+    assert setup.states([sha256]) == [("failed", 1)]
+    assert says in (setup.track(sha256).error or "")
+    assert list(setup.files(sha256)) == ["embedding.npz"]
 
 
-def test_a_batch_that_the_engine_raises_on_is_tried_track_by_track(works: Works) -> None:
-    hashes = works.bring("a.wav", "b.wav", "c.wav")
+def test_a_batch_that_the_engine_raises_on_is_tried_track_by_track(setup: RunnerSetup) -> None:
+    hashes = setup.bring("a.wav", "b.wav", "c.wav")
     generator = TogetherFails(bad=hashes[1])
 
-    works.runner(generator).drain()
+    setup.runner(generator).drain()
 
     assert [len(set(call)) for call in generator.calls] == [3, 1, 1, 1]
-    assert works.states(hashes) == [("done", 0), ("failed", 1), ("done", 0)]
-    assert works.track(hashes[1]).error == "RuntimeError: out of memory"
+    assert setup.states(hashes) == [("done", 0), ("failed", 1), ("done", 0)]
+    assert setup.track(hashes[1]).error == "RuntimeError: out of memory"
     assert not generator.was_held
 
 
 def test_a_track_alone_gives_the_same_files_as_in_a_batch(tmp_path: Path) -> None:
-    together, alone = Works.at(tmp_path / "together"), Works.at(tmp_path / "alone")
+    together, alone = RunnerSetup.at(tmp_path / "together"), RunnerSetup.at(tmp_path / "alone")
     first, _ = together.bring("a.wav", "b.wav")
     alone.bring("a.wav")
 
@@ -124,209 +124,211 @@ def test_a_track_alone_gives_the_same_files_as_in_a_batch(tmp_path: Path) -> Non
     assert together.files(first) == alone.files(first)
 
 
-def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(works: Works) -> None:
-    [sha256] = works.bring("a.wav")
+def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(setup: RunnerSetup) -> None:
+    [sha256] = setup.bring("a.wav")
 
     def last_one(request: VariationRequest) -> Variation:
-        works.stop = True
+        setup.stop = True
         return noise(request)
 
     with pytest.raises(Stopped):
-        works.runner(Answers(last_one)).drain()
+        setup.runner(Answers(last_one)).drain()
 
-    assert works.states([sha256]) == [("queued", 0)]
-    assert works.outcomes(sha256) == [("normalize", "done"), ("embed", "done"), ("generate", "stopped")]
-    assert works.store.open_attempts() == []
-    published = works.files(sha256)
+    assert setup.states([sha256]) == [("queued", 0)]
+    assert setup.outcomes(sha256) == [("normalize", "done"), ("embed", "done"), ("generate", "stopped")]
+    assert setup.store.open_attempts() == []
+    published = setup.files(sha256)
     assert sorted(published) == ["embedding.npz", "variations/01-v.wav"]
 
-    works.stop, generator = False, Answers()
-    works.runner(generator).drain()
+    setup.stop, generator = False, Answers()
+    setup.runner(generator).drain()
 
     assert generator.calls == [[sha256]]  # one request: the variation that was missing
-    assert works.states([sha256]) == [("done", 0)]
-    assert works.files(sha256).items() > published.items()
+    assert setup.states([sha256]) == [("done", 0)]
+    assert setup.files(sha256).items() > published.items()
 
 
 def test_a_failure_in_passing_is_tried_again_after_a_doubling_wait_and_then_for_good(tmp_path: Path) -> None:
-    works = Works.at(tmp_path, max_attempts=3)
-    [sha256] = works.bring("a.wav")
+    setup = RunnerSetup.at(tmp_path, max_attempts=3)
+    [sha256] = setup.bring("a.wav")
     generator = Answers(but_for(sha256, EngineFailure("made silence")))
-    runner = works.runner(generator)
+    runner = setup.runner(generator)
 
     for attempts, wait_s in ((1, BACKOFF_S), (2, 2 * BACKOFF_S)):
         runner.drain()
-        assert works.states([sha256]) == [("queued", attempts)]
-        due = works.track(sha256).not_before
-        assert due == works.now + backoff_s(sha256, attempts, works.config.retry)
-        assert abs(due - works.now - wait_s) <= JITTER * wait_s
-        works.now = due - 0.1
+        assert setup.states([sha256]) == [("queued", attempts)]
+        due = setup.track(sha256).not_before
+        assert due == setup.now + backoff_s(sha256, attempts, setup.config.retry)
+        assert abs(due - setup.now - wait_s) <= JITTER * wait_s
+        setup.now = due - 0.1
         runner.drain()
         assert len(generator.calls) == attempts  # not due yet
-        works.now = due
-    assert (works.workplace.inbox / "a.wav").exists()
+        setup.now = due
+    assert (setup.workspace.inbox / "a.wav").exists()
     runner.drain()
 
-    assert works.states([sha256]) == [("failed", 3)]
+    assert setup.states([sha256]) == [("failed", 3)]
     assert (runner.outcome.done, runner.outcome.failed) == (0, 1)
-    assert [outcome for stage, outcome in works.outcomes(sha256) if stage == "generate"] == ["failed"] * 3
-    assert (works.workplace.inbox / "failed" / "a.wav").exists()
+    assert [outcome for stage, outcome in setup.outcomes(sha256) if stage == "generate"] == ["failed"] * 3
+    assert (setup.workspace.inbox / "failed" / "a.wav").exists()
 
 
 def test_a_failure_that_passes_ends_in_a_finished_track(tmp_path: Path) -> None:
-    works = Works.at(tmp_path, max_attempts=2)
-    [sha256] = works.bring("a.wav")
-    works.runner(Answers(but_for(sha256, EngineFailure("made silence")))).drain()
+    setup = RunnerSetup.at(tmp_path, max_attempts=2)
+    [sha256] = setup.bring("a.wav")
+    setup.runner(Answers(but_for(sha256, EngineFailure("made silence")))).drain()
 
-    works.now += (1 + JITTER) * BACKOFF_S
-    works.runner(Answers()).drain()
+    setup.now += (1 + JITTER) * BACKOFF_S
+    setup.runner(Answers()).drain()
 
-    assert works.track(sha256).state == "done"
-    assert works.track(sha256).error is None
+    assert setup.track(sha256).state == "done"
+    assert setup.track(sha256).error is None
 
 
-def test_a_full_disk_ends_the_run_and_fails_no_track(works: Works) -> None:
-    hashes = works.bring("a.wav", "b.wav")
+def test_a_full_disk_ends_the_run_and_fails_no_track(setup: RunnerSetup) -> None:
+    hashes = setup.bring("a.wav", "b.wav")
 
     with pytest.raises(FolderUnusable, match="no space left"):
-        works.runner(Answers(), outbox=FullDisk(works.workplace.outbox)).drain()
+        setup.runner(Answers(), outbox=FullDisk(setup.workspace.outbox)).drain()
 
-    assert works.states(hashes) == [("queued", 0), ("queued", 0)]
-    assert works.store.open_attempts() == []
-    assert sorted(p.name for p in works.workplace.inbox.glob("*.wav")) == ["a.wav", "b.wav"]
+    assert setup.states(hashes) == [("queued", 0), ("queued", 0)]
+    assert setup.store.open_attempts() == []
+    assert sorted(p.name for p in setup.workspace.inbox.glob("*.wav")) == ["a.wav", "b.wav"]
 
-    works.runner(Answers()).drain()
-    assert works.states(hashes) == [("done", 0), ("done", 0)]
+    setup.runner(Answers()).drain()
+    assert setup.states(hashes) == [("done", 0), ("done", 0)]
 
 
-def test_too_few_results_are_a_failure_of_the_engine(works: Works) -> None:
-    [sha256] = works.bring("a.wav")
+def test_too_few_results_are_a_failure_of_the_engine(setup: RunnerSetup) -> None:
+    [sha256] = setup.bring("a.wav")
 
     class Lazy(Answers):
         def generate(self, requests: Sequence[VariationRequest], **how: Any) -> Iterator[Variation | Failure]:
             return super().generate(requests[:1], **how)
 
-    works.runner(Lazy()).drain()
+    setup.runner(Lazy()).drain()
 
-    assert works.track(sha256).state == "failed"
-    assert "too few" in (works.track(sha256).error or "")
-
-
-def test_what_happens_to_a_source_after_it_was_taken_in_is_harmless(works: Works) -> None:
-    hashes = works.bring("gone.wav", "other.wav", "elsewhere.wav")
-    (works.workplace.inbox / "gone.wav").unlink()
-    (works.workplace.inbox / "other.wav").write_bytes(b"other bytes")
-    (works.workplace.inbox / "elsewhere.wav").rename(works.workplace.home / "elsewhere.wav")
-
-    works.runner(Answers()).drain()
-
-    assert works.states(hashes) == [("done", 0)] * 3
-    assert (works.workplace.inbox / "other.wav").read_bytes() == b"other bytes"
+    assert setup.track(sha256).state == "failed"
+    assert "too few" in (setup.track(sha256).error or "")
 
 
-def test_a_working_copy_that_was_damaged_is_made_again_from_the_source(works: Works) -> None:
-    [sha256] = works.bring("a.wav")
-    works.workplace.desk(sha256).source.write_bytes(b"torn")
+def test_what_happens_to_a_source_after_it_was_taken_in_is_harmless(setup: RunnerSetup) -> None:
+    hashes = setup.bring("gone.wav", "other.wav", "elsewhere.wav")
+    (setup.workspace.inbox / "gone.wav").unlink()
+    (setup.workspace.inbox / "other.wav").write_bytes(b"other bytes")
+    (setup.workspace.inbox / "elsewhere.wav").rename(setup.workspace.home / "elsewhere.wav")
 
-    works.runner(Answers()).drain()
+    setup.runner(Answers()).drain()
 
-    assert works.states([sha256]) == [("done", 0)]
+    assert setup.states(hashes) == [("done", 0)] * 3
+    assert (setup.workspace.inbox / "other.wav").read_bytes() == b"other bytes"
+
+
+def test_a_working_copy_that_was_damaged_is_made_again_from_the_source(setup: RunnerSetup) -> None:
+    [sha256] = setup.bring("a.wav")
+    setup.workspace.scratch(sha256).source.write_bytes(b"torn")
+
+    setup.runner(Answers()).drain()
+
+    assert setup.states([sha256]) == [("done", 0)]
 
 
 def test_a_source_that_went_away_with_its_working_copy_fails_for_good_at_once(tmp_path: Path) -> None:
-    works = Works.at(tmp_path, max_attempts=3)
-    gone, here = works.bring("gone.wav", "here.wav")
-    (works.workplace.inbox / "gone.wav").unlink()
-    works.workplace.desk(gone).clear()
+    setup = RunnerSetup.at(tmp_path, max_attempts=3)
+    gone, here = setup.bring("gone.wav", "here.wav")
+    (setup.workspace.inbox / "gone.wav").unlink()
+    setup.workspace.scratch(gone).clear()
 
-    works.runner(Answers()).drain()
+    setup.runner(Answers()).drain()
 
-    assert works.states([gone, here]) == [("failed", 1), ("done", 0)]
-    assert "was removed or changed" in (works.track(gone).error or "")
+    assert setup.states([gone, here]) == [("failed", 1), ("done", 0)]
+    assert "was removed or changed" in (setup.track(gone).error or "")
 
 
-def test_a_finished_track_leaves_no_working_files(works: Works) -> None:
-    works.bring("a.wav")
-    works.runner(Answers()).drain()
-    assert list((works.workplace.state / "work").iterdir()) == []
+def test_a_finished_track_leaves_no_working_files(setup: RunnerSetup) -> None:
+    setup.bring("a.wav")
+    setup.runner(Answers()).drain()
+    assert list((setup.workspace.state / "work").iterdir()) == []
 
 
 @pytest.mark.parametrize(("tracks_of_room", "claimed"), [(9, 3), (2.5, 2), (1, 1)])
 def test_no_more_tracks_are_claimed_than_their_results_have_room_for(
-    works: Works, monkeypatch: pytest.MonkeyPatch, tracks_of_room: float, claimed: int
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch, tracks_of_room: float, claimed: int
 ) -> None:
-    works.bring("a.wav", "b.wav", "c.wav")
+    setup.bring("a.wav", "b.wav", "c.wav")
     per_track = 2 * 0.5 * SAMPLE_RATE * 2 * 3  # two stereo variations of half a second, 24 bit
-    free = works.config.disk.min_free_mb * 1e6 + tracks_of_room * per_track
+    free = setup.config.disk.min_free_mb * 1e6 + tracks_of_room * per_track
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     generator = Answers()
 
-    works.runner(generator).next_batch()
+    setup.runner(generator).next_batch()
 
     assert [len(set(call)) for call in generator.calls] == [claimed]
 
 
-def test_without_room_for_one_track_nothing_is_claimed(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = works.bring("a.wav")
+def test_without_room_for_one_track_nothing_is_claimed(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = setup.bring("a.wav")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
 
     with pytest.raises(DiskFull, match="are free"):
-        works.runner(Answers()).next_batch()
+        setup.runner(Answers()).next_batch()
 
-    assert works.states(hashes) == [("queued", 0)]
+    assert setup.states(hashes) == [("queued", 0)]
 
 
 def test_a_full_disk_gives_back_what_can_be_made_again_and_goes_on_with_one_track(
-    works: Works, monkeypatch: pytest.MonkeyPatch
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashes = works.bring("a.wav", "b.wav")
+    hashes = setup.bring("a.wav", "b.wav")
     generator = Answers()
-    runner = works.runner(generator)
+    runner = setup.runner(generator)
     asked = iter([1000, 10**12, 10**12])  # bytes free
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(asked, 10**12)))
 
     assert runner.next_batch()
 
     assert [len(set(call)) for call in generator.calls] == [1]
-    assert not all(works.workplace.desk(sha256).source.exists() for sha256 in hashes)
-    assert sorted(works.states(hashes)) == [("done", 0), ("queued", 0)]
+    assert not all(setup.workspace.scratch(sha256).source.exists() for sha256 in hashes)
+    assert sorted(setup.states(hashes)) == [("done", 0), ("queued", 0)]
 
 
-def test_a_source_whose_inbox_is_away_is_waited_for_without_an_attempt(works: Works) -> None:
-    [sha256] = works.bring("a.wav")
-    works.workplace.desk(sha256).clear()
-    away = works.workplace.inbox.rename(works.workplace.home / "away")
-    works.runner(Answers()).drain()
-    assert works.states([sha256]) == [("queued", 0)]
+def test_a_source_whose_inbox_is_away_is_waited_for_without_an_attempt(setup: RunnerSetup) -> None:
+    [sha256] = setup.bring("a.wav")
+    setup.workspace.scratch(sha256).clear()
+    away = setup.workspace.inbox.rename(setup.workspace.home / "away")
+    setup.runner(Answers()).drain()
+    assert setup.states([sha256]) == [("queued", 0)]
 
-    away.rename(works.workplace.inbox)
-    works.now = works.track(sha256).not_before
-    works.runner(Answers()).drain()
+    away.rename(setup.workspace.inbox)
+    setup.now = setup.track(sha256).not_before
+    setup.runner(Answers()).drain()
 
-    assert works.states([sha256]) == [("done", 0)]
+    assert setup.states([sha256]) == [("done", 0)]
 
 
 def test_a_closed_folder_of_one_track_stops_no_other(tmp_path: Path) -> None:
-    works = Works.at(tmp_path)
-    shut, other = works.bring("a.wav", "b.wav")
+    setup = RunnerSetup.at(tmp_path)
+    shut, other = setup.bring("a.wav", "b.wav")
 
     class OneShut(Outbox):
         def open_for_work(self, folder: str) -> None:
-            if folder == works.track(shut).folder:
+            if folder == setup.track(shut).folder:
                 raise PermissionError(errno.EACCES, "Permission denied", folder)
             super().open_for_work(folder)
 
-    works.runner(Answers(), outbox=OneShut(works.workplace.outbox)).drain()
+    setup.runner(Answers(), outbox=OneShut(setup.workspace.outbox)).drain()
 
-    assert works.states([shut, other]) == [("failed", 1), ("done", 0)]
+    assert setup.states([shut, other]) == [("failed", 1), ("done", 0)]
 
 
-def test_nothing_is_written_below_an_outbox_whose_disk_has_gone(works: Works) -> None:
-    hashes = works.bring("a.wav")
-    runner = works.runner(Answers())
-    runner.outbox_device = works.workplace.outbox.stat().st_dev + 1
+def test_nothing_is_written_below_an_outbox_whose_disk_has_gone(setup: RunnerSetup) -> None:
+    hashes = setup.bring("a.wav")
+    runner = setup.runner(Answers())
+    runner.outbox_device = setup.workspace.outbox.stat().st_dev + 1
 
     with pytest.raises(FolderUnusable, match="another disk"):
         runner.next_batch()
 
-    assert works.states(hashes) == [("queued", 0)]
+    assert setup.states(hashes) == [("queued", 0)]

@@ -9,35 +9,35 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.service.signals import Alarm
+from pipeline.service.signals import Signals
 
 
-def arrived(alarm: Alarm) -> None:
-    """Wait until the thread that listens has passed a signal on; the alarm rings then."""
-    assert alarm._bell.wait(10)
+def arrived(signals: Signals) -> None:
+    """Wait until the thread that listens has passed a signal on; the signals rings then."""
+    assert signals._woken.wait(10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_asks_to_stop(number: signal.Signals) -> None:
-    alarm = Alarm()
-    with alarm.on_signals():
+    signals = Signals()
+    with signals.on_signals():
         os.kill(os.getpid(), number)
-        arrived(alarm)
-        assert alarm.stopped_by == number
+        arrived(signals)
+        assert signals.stopped_by == number
 
 
 def test_a_hangup_asks_a_daemon_to_read_its_configuration_and_nothing_else() -> None:
-    alarm = Alarm()
-    with alarm.on_signals(hangup_reloads=True):
+    signals = Signals()
+    with signals.on_signals(hangup_reloads=True):
         os.kill(os.getpid(), signal.SIGHUP)
-        arrived(alarm)
-        assert not alarm.is_stopped()
-        assert [alarm.take_reload(), alarm.take_reload()] == [True, False]
+        arrived(signals)
+        assert not signals.is_stopped()
+        assert [signals.take_reload(), signals.take_reload()] == [True, False]
 
 
 def test_a_signal_while_handlers_are_set_up_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes as soon as Python's own handling of it is replaced."""
-    alarm, set_handler = Alarm(), signal.signal
+    signals, set_handler = Signals(), signal.signal
 
     def set_and_send(number: int, handler: object) -> object:
         before = set_handler(number, handler)  # type: ignore[arg-type]
@@ -47,9 +47,9 @@ def test_a_signal_while_handlers_are_set_up_is_not_lost(monkeypatch: pytest.Monk
         return before
 
     monkeypatch.setattr(signal, "signal", set_and_send)
-    with alarm.on_signals():
-        arrived(alarm)
-        assert alarm.stopped_by == signal.SIGTERM
+    with signals.on_signals():
+        arrived(signals)
+        assert signals.stopped_by == signal.SIGTERM
 
 
 def test_a_signal_while_handlers_are_taken_off_goes_to_the_one_before(
@@ -58,7 +58,7 @@ def test_a_signal_while_handlers_are_taken_off_goes_to_the_one_before(
     noted: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
     try:
-        with Alarm().on_signals():
+        with Signals().on_signals():
             take_off = signal.set_wakeup_fd
 
             def take_off_and_send(*arguments: int) -> int:
@@ -82,7 +82,7 @@ def test_handlers_and_threads_are_gone_afterwards() -> None:
     before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
     descriptors = open_descriptors()
     for _ in range(50):
-        with Alarm().on_signals():
+        with Signals().on_signals():
             pass
     assert signal.getsignal(signal.SIGTERM) is before
     assert threading.active_count() == threads
@@ -91,40 +91,40 @@ def test_handlers_and_threads_are_gone_afterwards() -> None:
 
 def test_what_does_not_stop_in_time_is_ended_by_force() -> None:
     overdue = threading.Event()
-    alarm = Alarm(deadline_s=0.01, overdue=lambda number: overdue.set())
-    with alarm.on_signals():
+    signals = Signals(deadline_s=0.01, overdue=lambda number: overdue.set())
+    with signals.on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         assert overdue.wait(10)
 
 
 def test_what_stops_in_time_is_not() -> None:
     overdue = threading.Event()
-    alarm = Alarm(deadline_s=1000, overdue=lambda number: overdue.set())
-    with alarm.on_signals():
+    signals = Signals(deadline_s=1000, overdue=lambda number: overdue.set())
+    with signals.on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
-        arrived(alarm)
+        arrived(signals)
     assert not overdue.is_set()
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
     overdue = threading.Event()
-    alarm = Alarm(deadline_s=1000, overdue=lambda number: overdue.set())
-    with alarm.on_signals():
+    signals = Signals(deadline_s=1000, overdue=lambda number: overdue.set())
+    with signals.on_signals():
         os.kill(os.getpid(), signal.SIGINT)
-        arrived(alarm)
+        arrived(signals)
         os.kill(os.getpid(), signal.SIGINT)
         assert overdue.wait(10)
 
 
 def test_waiting_ends_when_it_rings_and_asking_quiets_the_bell() -> None:
-    alarm = Alarm()
-    alarm.ring()
-    alarm.wait(1000)
-    assert [alarm.take_ring(), alarm.take_ring()] == [True, False]
+    signals = Signals()
+    signals.wake()
+    signals.wait(1000)
+    assert [signals.take_wake(), signals.take_wake()] == [True, False]
 
 
 def test_waiting_ends_at_a_stop_even_if_its_bell_was_quieted() -> None:
-    alarm = Alarm()
-    alarm.stop(signal.SIGTERM)
-    alarm.wait(1000)
-    assert alarm.is_stopped()
+    signals = Signals()
+    signals.stop(signal.SIGTERM)
+    signals.wait(1000)
+    assert signals.is_stopped()

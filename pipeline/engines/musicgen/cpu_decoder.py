@@ -65,7 +65,7 @@ class CpuDecoder:
             np.empty((entries, shape.hidden), np.float32),
             np.empty((entries, shape.wide), np.float32),
             NO_NORM,
-            self._desks(entries, shape.hidden // shape.heads),
+            self._scratch(entries, shape.hidden // shape.heads),
         )
         self._share(
             kernels.run_layers,
@@ -102,7 +102,7 @@ class CpuDecoder:
             out,
             kernels.STORE,
             amx(),
-            self._desks(rows, kernels.LANES),
+            self._scratch(rows, kernels.LANES),
         )
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
@@ -123,8 +123,8 @@ class CpuDecoder:
                 other.result()
         self._compiled.add(kernel)
 
-    def _desks(self, entries: int, dim: int) -> Samples:
-        return aligned((self.threads, kernels.desk_size(entries, dim)), np.float32)
+    def _scratch(self, entries: int, dim: int) -> Samples:
+        return aligned((self.threads, kernels.scratch_size(entries, dim)), np.float32)
 
 
 def cores() -> int:

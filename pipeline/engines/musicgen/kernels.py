@@ -1096,15 +1096,15 @@ def _prefetch_scales(cache, place, position, n):
 
 
 @njit(**_OPTIONS)
-def _attend_to(cache, place, lengths, more, entry, rows, next_cache, next_place, desk):
-    """Let entries `entry` to `entry + rows` of a desk see positions of a place, by e to their scores.
+def _attend_to(cache, place, lengths, more, entry, rows, next_cache, next_place, scratch):
+    """Let entries `entry` to `entry + rows` of a scratch see positions of a place, by e to their scores.
 
     Each sees the first `lengths[entry] + more`, no fewer than the one before it. Block by block, so that
     keys and values are read in one go (Milakov and Gimelshein 2018, "Online normalizer calculation for
     softmax"). `next_cache` and `next_place` are what will be read after this.
     """
     keys, _, values, _ = cache
-    state, query, scores, words, mixed, room = desk
+    state, query, scores, words, mixed, room = scratch
     together, dim = mixed.shape[1], mixed.shape[0] * LANES
     units = dim // 2 if keys.itemsize == 1 else dim
     longest = lengths[entry + rows - 1] + more
@@ -1148,23 +1148,23 @@ def _alike(places, others, first, last):
 
 
 @njit(**_OPTIONS)
-def _see(cache, places, lengths, more, others, head, rows, after, after_place, desk):
-    """`_attend_to` for all entries of a desk, those together that have the same place, and other number."""
+def _see(cache, places, lengths, more, others, head, rows, after, after_place, scratch):
+    """`_attend_to` for all entries, those together that have the same place, and other number."""
     first = np.int64(0)
     while first < rows:
         last = _alike(places, others, first, rows)
         place, count = places[first] + head, last - first
         if last < rows:
-            _attend_to(cache, place, lengths, more, first, count, cache, places[last] + head, desk)
+            _attend_to(cache, place, lengths, more, first, count, cache, places[last] + head, scratch)
         else:
-            _attend_to(cache, place, lengths, more, first, count, after, after_place, desk)
+            _attend_to(cache, place, lengths, more, first, count, after, after_place, scratch)
         first = last
 
 
 @njit(**_OPTIONS)
-def _pack_query(qkv, m, start, r, quantized, desk):
+def _pack_query(qkv, m, start, r, quantized, scratch):
     """Lay the query of one head of an entry out for `_score`, as row r."""
-    state, query, _, _, mixed, room = desk
+    state, query, _, _, mixed, room = scratch
     dim = mixed.shape[0] * LANES
     for d in range(dim):
         room[_at(d)] = qkv[_at(m), _at(start + d)]
@@ -1184,28 +1184,28 @@ _WITH_ITSELF, _ALL_BEFORE = np.int64(1), np.int64(0)
 
 @njit(**_OPTIONS)
 def _attend(
-    qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, desk, out
+    qkv, begin, end, head, cache, own, positions, prefixes, before, prefix_lengths, following, scratch, out
 ):
     """One head of entries `begin` to `end`, `_TOGETHER` at most: over their own steps, then over a prefix.
 
     Entries side by side that have the same keys see them together. `own` and `before` are the places
     of the first head; `following` is the place of what comes next.
     """
-    state, _, _, _, mixed, _ = desk
+    state, _, _, _, mixed, _ = scratch
     rows, start = end - begin, head * mixed.shape[0] * LANES
     own, positions = own[begin:end], positions[begin:end]
     before, prefix_lengths = before[begin:end], prefix_lengths[begin:end]
     for r in range(rows):
-        _pack_query(qkv, begin + r, start, r, cache[0].itemsize == 1, desk)
+        _pack_query(qkv, begin + r, start, r, cache[0].itemsize == 1, scratch)
         state[_at(r), _at(_TOP)], state[_at(r), _at(_SUM)] = -np.inf, _ZERO
         for block in range(mixed.shape[0]):
             for k in range(LANES):
                 mixed[_at(block), _at(r), _at(k)] = _ZERO
     if prefix_lengths[0] > 0:
-        _see(cache, own, positions, _WITH_ITSELF, before, head, rows, prefixes, before[0] + head, desk)
+        _see(cache, own, positions, _WITH_ITSELF, before, head, rows, prefixes, before[0] + head, scratch)
     else:
-        _see(cache, own, positions, _WITH_ITSELF, before, head, rows, cache, following, desk)
-    _see(prefixes, before, prefix_lengths, _ALL_BEFORE, prefix_lengths, head, rows, cache, following, desk)
+        _see(cache, own, positions, _WITH_ITSELF, before, head, rows, cache, following, scratch)
+    _see(prefixes, before, prefix_lengths, _ALL_BEFORE, prefix_lengths, head, rows, cache, following, scratch)
     for r in range(rows):
         inverse = _ONE / state[_at(r), _at(_SUM)]
         for block in range(mixed.shape[0]):
@@ -1295,7 +1295,7 @@ def _await(counters, phase, pieces):
 _BLOCKS_AT_ONCE = 8  # of 16 outputs, in a piece of a product
 
 
-def desk_size(entries: int, dim: int) -> int:
+def scratch_size(entries: int, dim: int) -> int:
     """Numbers that a thread needs room for: see `_desk`."""
     used = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES + _AMX_ROOM + 2 * max(_BLOCK, dim)
     used += _TOGETHER * (_STATE + 2 * dim + 2 * _BLOCK) + 2 * entries
@@ -1303,7 +1303,7 @@ def desk_size(entries: int, dim: int) -> int:
 
 
 @njit(**_OPTIONS)
-def _desk(desk, dim, entries):
+def _desk(scratch, dim, entries):
     """A thread's working arrays: for products sums, AMX's, room and statistics; those of `_attend`."""
     at_amx = _BLOCKS_AT_ONCE * ROW_BLOCK * LANES
     at_query = at_amx + _AMX_ROOM
@@ -1313,18 +1313,18 @@ def _desk(desk, dim, entries):
     at_state = at_words + _TOGETHER * _BLOCK
     at_room = at_state + _TOGETHER * _STATE
     at_statistics = at_room + 2 * max(_BLOCK, dim)
-    room = desk[at_room:at_statistics]
+    room = scratch[at_room:at_statistics]
     return (
-        desk[:at_amx].reshape(_BLOCKS_AT_ONCE, ROW_BLOCK, LANES),
-        desk[at_amx:at_query],
+        scratch[:at_amx].reshape(_BLOCKS_AT_ONCE, ROW_BLOCK, LANES),
+        scratch[at_amx:at_query],
         room,
-        desk[at_statistics : at_statistics + 2 * entries].reshape(entries, 2),
+        scratch[at_statistics : at_statistics + 2 * entries].reshape(entries, 2),
     ), (
-        desk[at_state:at_room].reshape(_TOGETHER, _STATE),
-        desk[at_query:at_mixed],
-        desk[at_scores:at_words],
-        desk[at_words:at_state],
-        desk[at_mixed:at_scores].reshape(dim // LANES, _TOGETHER, LANES),
+        scratch[at_state:at_room].reshape(_TOGETHER, _STATE),
+        scratch[at_query:at_mixed],
+        scratch[at_scores:at_words],
+        scratch[at_words:at_state],
+        scratch[at_mixed:at_scores].reshape(dim // LANES, _TOGETHER, LANES),
         room,
     )
 
@@ -1333,10 +1333,10 @@ _FEW = 8  # entries of a head in a piece of attention, if there aren't many: so 
 
 
 @njit(**_OPTIONS)
-def _product(counters, phase, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desk):
+def _product(counters, phase, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, scratch):
     """Two phases: lay x out, then multiply. The number of the next phase."""
     rows, blocks = x.shape[0], weights.shape[0]
-    sums, amx_room, room, statistics = desk  # each thread finds its own statistics: they are quickly found
+    sums, amx_room, room, statistics = scratch  # each thread finds its own statistics: they are quickly found
     by_amx = amx.shape[0] > 0 and weights.itemsize == 1 and rows >= _AMX_LEAST_ROWS
     by_amx = by_amx and group % _AMX_INPUTS == 0 and blocks % 2 == 0
     if norm.shape[0] > 0:
@@ -1375,7 +1375,7 @@ def _product(counters, phase, weights, weight_scales, x, norm, group, words, sca
 
 @njit(**_OPTIONS)
 def _attention(
-    counters, phase, qkv, heads, cache, own, prefixes, before, positions, prefix_lengths, out, desk
+    counters, phase, qkv, heads, cache, own, prefixes, before, positions, prefix_lengths, out, scratch
 ):
     """Two phases: keep keys and values, then attend. The number of the next phase."""
     entries, hidden = out.shape
@@ -1415,7 +1415,7 @@ def _attention(
             before,
             prefix_lengths,
             following,
-            desk,
+            scratch,
             out,
         )
         _done(counters, phase)
@@ -1475,7 +1475,7 @@ def run_layers(
         amx: `AMX` where the system allows this process its use, an empty array otherwise.
         room: working arrays: words int32 (entries * most inputs,), scales float32 (entries, 2 *
             groups) for hidden and for feed-forward inputs, float32 (entries, 3 * hidden), (entries,
-            hidden), (entries, wide), (0, 0), (threads, `desk_size`).
+            hidden), (entries, wide), (0, 0), (threads, `scratch_size`).
     """
     weights_1, scales_1 = _borrowed(matrices[0]), _borrowed(matrices[1])
     weights_2, scales_2 = _borrowed(matrices[2]), _borrowed(matrices[3])
@@ -1535,16 +1535,16 @@ def run_layers(
 
 @njit(nogil=True, **_OPTIONS)
 def run_product(
-    thread, counters, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desks
+    thread, counters, weights, weight_scales, x, norm, group, words, scales, out, mode, amx, scratch
 ):
     """out (rows, outputs) of x (rows, inputs), normalized first.
 
-    `thread` as for `run_layers`, and `amx`; `counters`: int64 zeros, four of them; `desks` float32,
-    (threads, `desk_size`) for heads of 16.
+    `thread` as for `run_layers`, and `amx`; `counters`: int64 zeros, four of them; `scratch` float32,
+    (threads, `scratch_size`) for heads of 16.
     """
-    desk, _ = _desk(desks[thread], LANES, x.shape[0])
+    scratch, _ = _desk(scratch[thread], LANES, x.shape[0])
     _product(
-        counters, np.int64(0), weights, weight_scales, x, norm, group, words, scales, out, mode, amx, desk
+        counters, np.int64(0), weights, weight_scales, x, norm, group, words, scales, out, mode, amx, scratch
     )
 
 

@@ -30,7 +30,7 @@ from pipeline.engines.audiocraft.engine import Window, windows
 from pipeline.engines.audiocraft.loader import import_packages
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import MusicgenParams
-from pipeline.engines.selection import choose, missing_packages
+from pipeline.engines.selection import missing_packages
 from pipeline.errors import BadCheckpoint, EngineFailure, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 from pipeline.weights import hub
@@ -60,7 +60,7 @@ def made(engine: Any, *requests: VariationRequest) -> dict[str, Any]:
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "find_spec", lambda name: None if name == "audiocraft" else object())
     with pytest.raises(MissingPackage) as caught:
-        choose("generate", "audiocraft", EngineSettings())
+        selection.select_engine("generate", "audiocraft", EngineSettings())
     assert str(caught.value) == f"generate.engine audiocraft needs audiocraft: {INSTALL_COMMAND}"
 
 
@@ -91,8 +91,8 @@ def test_auto_never_means_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     write(snapshot, archives())
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
-    assert choose("generate", "auto", settings).card.name == "remix"
-    named = choose("generate", "audiocraft", settings)
+    assert selection.select_engine("generate", "auto", settings).card.name == "remix"
+    named = selection.select_engine("generate", "audiocraft", settings)
     assert (named.model, named.revision, named.folder) == (MODEL, COMMIT, snapshot)
     assert named.license == "CC-BY-NC-4.0 (MusicGen weights)"
     assert cards()["audiocraft"] is ENGINE

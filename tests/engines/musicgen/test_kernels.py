@@ -90,7 +90,7 @@ def multiplied(
         out,
         getattr(kernels, mode),
         amx() if by_amx else np.empty(0, np.uint8),
-        np.empty((threads, kernels.desk_size(rows, kernels.LANES)), np.float32),
+        np.empty((threads, kernels.scratch_size(rows, kernels.LANES)), np.float32),
     )
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda thread: kernels.run_product(thread, *shared), range(threads)))
