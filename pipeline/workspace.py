@@ -25,6 +25,14 @@ ENGINES_FOLDER = "engines"  # in the state folder: what engines keep
 
 
 @dataclass(frozen=True)
+class InputFolder:
+    """The folder that a command takes tracks from: the inbox, or the DIR of `once DIR`."""
+
+    path: Path
+    is_inbox: bool  # files are moved to the archive afterwards; those of another folder stay in place
+
+
+@dataclass(frozen=True)
 class Workspace:
     """The three folders, absolute."""
 

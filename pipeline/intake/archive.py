@@ -11,14 +11,10 @@ from pipeline.fs import copying
 from pipeline.fs.copying import Identity
 from pipeline.intake import scanner
 from pipeline.intake.scanner import ScannedFile
-from pipeline.store.schema import SourceFile, Track
+from pipeline.store.schema import FileState, SourceFile, Track
 from pipeline.store.store import Store
 
 log = logging.getLogger("pipeline")
-
-# What became of a file: not dealt with yet; moved, deleted or left in place as the configuration
-# says; moved to `failed`; not there any more when it was to be moved.
-WAITING, SETTLED, ASIDE, LOST = "waiting", "settled", "aside", "lost"
 
 
 def archive_files(
@@ -31,10 +27,10 @@ def archive_files(
     """
     for file in found:
         here = file.moved_to or file.path
-        if file.state == SETTLED or (file.state == ASIDE and error is not None):
+        if file.state == FileState.SETTLED or (file.state == FileState.FAILED and error is not None):
             continue
         if file.root != inbox or here.is_symlink():  # a link stays: moved, it may lead nowhere
-            store.settle_file(file.path, state=SETTLED)
+            store.settle_file(file.path, state=FileState.SETTLED)
             continue
         try:
             if not is_same(file, Identity.of(here.lstat())):
@@ -44,11 +40,11 @@ def archive_files(
             inode = None if moved_to is None else moved_to.lstat().st_ino
         except FileNotFoundError:
             if inbox.is_dir():
-                store.settle_file(file.path, state=LOST)
+                store.settle_file(file.path, state=FileState.LOST)
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
         else:
-            state = SETTLED if error is None else ASIDE
+            state = FileState.SETTLED if error is None else FileState.FAILED
             store.settle_file(file.path, state=state, moved_to=moved_to, inode=inode)
 
 
@@ -99,7 +95,9 @@ def finish_moves(store: Store, inbox: Path) -> int:
         (file, track)
         for file, track in store.unsettled_below(inbox)
         if not is_there(file)
-        and not (file.state == ASIDE and os.path.lexists(file.path))  # brought back: the next look takes it
+        and not (
+            file.state == FileState.FAILED and os.path.lexists(file.path)
+        )  # brought back: the next look takes it
     ]
     if not cut_off:
         return 0
@@ -113,13 +111,14 @@ def finish_moves(store: Store, inbox: Path) -> int:
         path = there.get(Identity(file.size, file.mtime_ns, file.inode))
         if path is None:
             if inbox.is_dir() and not os.path.lexists(file.path):
-                store.settle_file(file.path, state=LOST)
+                store.settle_file(file.path, state=FileState.LOST)
             continue
         n += 1
         failed = path.is_relative_to(inbox / scanner.FAILED)
         if failed and not copying.error_file(path).exists():
             copying.write_error(path, f"{track.name}: {track.error}")
-        store.settle_file(file.path, state=ASIDE if failed else SETTLED, moved_to=path)
+        state = FileState.FAILED if failed else FileState.SETTLED
+        store.settle_file(file.path, state=state, moved_to=path)
     return n
 
 
@@ -129,13 +128,13 @@ def _dispose(file: SourceFile, here: Path, settings: Intake, error: str | None) 
         moved_to = copying.move_aside(here, file.root / scanner.FAILED / _below_the_inbox(file))
         copying.write_error(moved_to, error)
         return moved_to
-    if file.state == ASIDE:
+    if file.state == FileState.FAILED:
         copying.error_file(here).unlink(missing_ok=True)
     if settings.after == "move":
         return copying.move_aside(here, file.root / scanner.DONE / _below_the_inbox(file))
     if settings.after == "delete":
         here.unlink()
-    elif file.state == ASIDE:
+    elif file.state == FileState.FAILED:
         back = copying.move_aside(here, file.root / _below_the_inbox(file))
         return None if back == file.path else back
     return None

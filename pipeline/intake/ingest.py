@@ -17,11 +17,11 @@ from pipeline.fs.copying import Changed, Identity, WriteFailed
 from pipeline.fs.disk import environment_error, environment_error_outside_tracks, room_for
 from pipeline.fs.names import printable
 from pipeline.intake import scanner
-from pipeline.intake.archive import ASIDE, LOST, SETTLED, WAITING, archive_files, drop_stale_error, is_same
+from pipeline.intake.archive import archive_files, drop_stale_error, is_same
 from pipeline.intake.scanner import ScannedFile, Scanner, Settling
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
-from pipeline.store.schema import UNREADABLE, SourceFile, Track
+from pipeline.store.schema import UNREADABLE, FileState, SourceFile, Track
 from pipeline.store.store import Store
 from pipeline.workspace import Workspace
 
@@ -210,7 +210,7 @@ class Ingest:
         new = self.store.add(self._file(scanned, sha256), name=name, folder=folder, now=self.clock())
         track = self.store.track(sha256)
         assert track is not None
-        if before is not None and before.state == ASIDE and before.moved_to is not None:
+        if before is not None and before.state == FileState.FAILED and before.moved_to is not None:
             drop_stale_error(before.moved_to)
         if new:
             log.info("%s: queued", scanned.display)
@@ -225,7 +225,7 @@ class Ingest:
     def _seen_before(self, file: SourceFile, track: Track, found: ScanResult) -> None:
         if track.state == "failed":
             found.failed.append(track.sha256)
-            if file.state == WAITING:  # a kill came before it could be moved
+            if file.state == FileState.WAITING:  # a kill came before it could be moved
                 archive_files(
                     self.store, [file], self.inbox, self.settings, error=f"{track.name}: {track.error}"
                 )
@@ -251,7 +251,7 @@ class Ingest:
             self.store.requeue(track.sha256, now=self.clock())
             found.queued += 1
             return
-        if file is None or file.state in (WAITING, LOST):  # it has just come
+        if file is None or file.state in (FileState.WAITING, FileState.LOST):  # it has just come
             if not self.outbox.is_whole(track.folder):  # its results were removed: it is wanted again
                 self.store.requeue(track.sha256, now=self.clock())
                 found.queued += 1
@@ -292,7 +292,7 @@ class Ingest:
             size=scanned.size,
             mtime_ns=scanned.mtime_ns,
             inode=scanned.inode,
-            state=WAITING,
+            state=FileState.WAITING,
         )
 
 
@@ -307,7 +307,7 @@ def still_arriving(store: Store, sha256: str, settings: Intake, *, now: float) -
     if patience_s == 0 or settings.marker is not None:
         return None
     found = store.files_of(sha256)
-    if any(file.state in (SETTLED, ASIDE) for file in found):  # was dealt with before
+    if any(file.state in (FileState.SETTLED, FileState.FAILED) for file in found):  # was dealt with before
         return None
     latest = -float("inf")
     for file in found:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,40 @@ UNREADABLE = "intake"  # the stage of tracks that stand for a file that can't be
 MIGRATIONS = (m001_first.__name__, m002_suspects_and_retention.__name__)
 
 
+class TrackState(StrEnum):
+    """Where a track is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class FileState(StrEnum):
+    """What became of a source file."""
+
+    WAITING = "waiting"  # nothing yet: its track is not finished
+    SETTLED = "settled"  # moved to the archive, deleted or left in place, as the configuration says
+    FAILED = "aside"  # moved to the inbox's `failed` folder
+    LOST = "lost"  # gone when it was to be moved
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"  # on request, or because of an environment error: not counted
+    CRASHED = "crashed"  # the process was killed or crashed
+
+
 @dataclass(frozen=True)
 class Track:
     """One input, by content."""
 
     sha256: str
     name: str  # the first file's name, made printable
-    state: str  # one of STATES
+    state: TrackState
     bytes: int
     queued_at: float
     not_before: float  # it is not claimed earlier
@@ -101,7 +129,7 @@ class SourceFile:
     size: int
     mtime_ns: int
     inode: int
-    state: str  # waiting | settled | aside | lost: see pipeline/ingest.py
+    state: FileState
     moved_to: Path | None = None
 
 
@@ -113,7 +141,7 @@ class Attempt:
     stage: str
     started_at: float
     ended_at: float | None
-    outcome: str | None  # done | failed | stopped | crashed; None while it runs
+    outcome: AttemptOutcome | None  # None while it runs
     error: str | None
 
 
@@ -122,7 +150,7 @@ TRACK_COLUMNS = [field.name for field in fields(Track)]
 
 def track_of(row: Mapping[str, Any]) -> Track:
     source = json.loads(row["source"]) if row["source"] else None
-    return Track(**{**row, "source": source, "solo": bool(row["solo"])})
+    return Track(**{**row, "state": TrackState(row["state"]), "source": source, "solo": bool(row["solo"])})
 
 
 def file_of(row: Mapping[str, Any]) -> SourceFile:
@@ -134,7 +162,7 @@ def file_of(row: Mapping[str, Any]) -> SourceFile:
         size=row["size"],
         mtime_ns=row["mtime_ns"],
         inode=row["inode"],
-        state=row["state"],
+        state=FileState(row["state"]),
         moved_to=Path(os.fsdecode(row["moved_to"])) if row["moved_to"] is not None else None,
     )
 
