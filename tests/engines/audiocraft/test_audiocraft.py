@@ -128,9 +128,11 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 def test_of_the_hub_only_its_two_files_are_downloaded(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     others = {"config.json": b"{}", "model.safetensors": b"-", "preprocessor_config.json": b"{ }"}
-    with serve(MODEL, COMMIT, {**archives(), **others}) as hub:
-        found = hub.fetch(MODEL, cache_dir=tmp_path, layout=AUDIOCRAFT, endpoint=hub.endpoint, progress=False)
-    assert hub.downloaded == set(FILES)
+    with serve(MODEL, COMMIT, {**archives(), **others}) as server:
+        found = hub.fetch(
+            MODEL, cache_dir=tmp_path, layout=AUDIOCRAFT, endpoint=server.endpoint, progress=False
+        )
+    assert server.downloaded == set(FILES)
     assert hub.locate(MODEL, cache_dir=tmp_path, layout=AUDIOCRAFT) == found
     assert hub.locate(MODEL, cache_dir=tmp_path) is None
     (found.folder / FILES[1]).unlink()
