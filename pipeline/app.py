@@ -15,7 +15,8 @@ from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
 from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
 from pipeline.intake.ingest import Ingest
-from pipeline.intake.scanner import Rules, Scanner, Settling
+from pipeline.intake.scanner import Scanner, ScanRules
+from pipeline.intake.settling import Settling
 from pipeline.intake.watcher import Watcher
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe, plan_variations
@@ -185,7 +186,7 @@ class App:
 
     def scanner(self, root: Path | None) -> Scanner:
         intake = self.config.intake
-        rules = Rules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=root is None)
+        rules = ScanRules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=root is None)
         return Scanner(self.workspace.inbox if root is None else root, rules)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:

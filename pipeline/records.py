@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from pipeline.errors import PipelineError
 
 Samples = NDArray[np.float32]
+SILENT_BELOW_DBFS = -80.0  # a variation with a lower peak counts as silent
+UNIT_LENGTH_TOLERANCE = 1e-4  # of an embedding vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,16 @@ class Variation:
     details: Mapping[str, Any] = field(
         default_factory=dict
     )  # JSON values for the manifest: join scores, tempo, ...
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A variation ready to be written, with its measured levels."""
+
+    audio: Audio
+    peak_dbfs: float
+    loudness_lufs: float
+    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pipeline.engines import cards
 from pipeline.engines.base import EngineCard
 from pipeline.errors import DiskFull, FolderUnusable
 from pipeline.fs.mounts import mount_of
-from pipeline.intake.archive import archive_files, finish_moves
+from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import Reporter, WatchedReporter, reporter_for
@@ -119,7 +119,7 @@ def _see_the_outbox(app: App, store: Store) -> None:
     if was_deeper and not any(app.workspace.outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
     if before != now:
-        store.note_fact("outbox mount", now)
+        store.set_fact("outbox mount", now)
 
 
 def _pick_up(app: App, store: Store) -> int:
@@ -133,7 +133,7 @@ def _pick_up(app: App, store: Store) -> int:
             given_up += 1
             files = store.files_of(track.sha256)
             archive_files(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
-    finish_moves(store, inbox)
+    recover_moves(store, inbox)
     for finding in reconcile(
         store,
         Outbox(app.workspace.outbox),

@@ -22,6 +22,7 @@ from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
 
 ENGINES_FOLDER = "engines"  # in the state folder: what engines keep
+DONE, FAILED = "done", "failed"  # the archive's folders in the inbox, which are never scanned
 
 
 @dataclass(frozen=True)

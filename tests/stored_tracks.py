@@ -50,7 +50,7 @@ class StoredTracks:
             state="waiting",
         )
         folder = Outbox.folder_name(path, sha256, below=below)
-        self.store.add(file, name=path.name, folder=folder, now=now)
+        self.store.add_file(file, name=path.name, folder=folder, now=now)
         return sha256
 
     def finished(self, name: str, content: bytes, *, now: float, wav_bytes: int = 100) -> str:
@@ -97,7 +97,7 @@ class StoredTracks:
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
         state = "settled" if archive == "done" else "aside"
-        self.store.settle_file(path, state=state, moved_to=target)
+        self.store.set_file_state(path, state=state, moved_to=target)
         return target
 
     def scratch(self, sha256: str, *, age_s: float = 0.0, now: float = 0.0) -> Path:

@@ -22,7 +22,7 @@ from pipeline.maintenance.retention import collect
 from pipeline.service.loop import Processor, Watch, run_once
 from pipeline.session import Session, open_session, wait_for_room
 from pipeline.stages import STAGES
-from pipeline.store.schema import UNREADABLE
+from pipeline.store.schema import UNREADABLE, TrackState
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 
@@ -99,7 +99,7 @@ def once(context: typer.Context, folder: Folder = None) -> int:
     typer.echo(views.summary(outcome, scan_result, app.workspace.outbox))
     return (
         SOME_FAILED
-        if outcome.failed or scan_result.failed or scan_result.unreadable or scan_result.troubled
+        if outcome.failed or scan_result.failed or scan_result.unreadable or scan_result.read_errors
         else ALL_DONE
     )
 
@@ -174,7 +174,7 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
     """Queue failed tracks again."""
     store = _app(context).store()
     assert store is not None
-    found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
+    found = [store.find(name) for name in tracks] if tracks else store.tracks(TrackState.FAILED)
     for track in found:
         if track.state == "failed" and track.stage == UNREADABLE and not store.units_of(track.sha256):
             restore_to_inbox(store, track)

@@ -27,7 +27,8 @@ from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.runner.attempts import Outcome
 from pipeline.service.health import read_health
-from pipeline.store.store import STATES, Store
+from pipeline.store.schema import TrackState
+from pipeline.store.store import Store
 from pipeline.weights import hub
 from pipeline.weights.layout import TRANSFORMERS, Layout
 from pipeline.workspace import ENGINES_FOLDER
@@ -47,8 +48,8 @@ def summary(outcome: Outcome, scan_result: ScanResult, outbox: Path) -> str:
         parts.append(f"{scan_result.up_to_date} up to date")
     if scan_result.failed:
         parts.append(f"{len(scan_result.failed)} failed before (see `status`, `retry`)")
-    if scan_result.troubled:
-        parts.append(f"{scan_result.troubled} can't be read now, left for the next run")
+    if scan_result.read_errors:
+        parts.append(f"{scan_result.read_errors} can't be read now, left for the next run")
     if scan_result.unsettled:
         parts.append(f"{scan_result.unsettled} still being written, left for the next run")
     return f"{', '.join(parts)}; results are in {outbox}"
@@ -71,7 +72,7 @@ def plan(app: App, root: Path | None) -> Iterator[str]:
             yield f"{scanned.display}: {_what(store, scanned, recipe)}"
     except OSError as e:
         raise FolderUnusable(f"{folder} can't be read: {(e.strerror or str(e)).lower()}") from e
-    queued = store.tracks("queued") if store and root is None else []
+    queued = store.tracks(TrackState.QUEUED) if store and root is None else []
     for track in queued:
         yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
     if not n and not queued:
@@ -80,11 +81,7 @@ def plan(app: App, root: Path | None) -> Iterator[str]:
 
 def _what(store: Store | None, scanned: scanner.ScannedFile, recipe: Any) -> str:
     known = store.file_at(scanned.path) if store else None
-    same = known is not None and (known.size, known.mtime_ns, known.inode) == (
-        scanned.size,
-        scanned.mtime_ns,
-        scanned.inode,
-    )
+    same = known is not None and known.identity == scanned.identity
     if store is None or known is None or not same or known.moved_to is not None:
         return "new: normalize, embed, generate" if scanned.marked else "waits for its marker"
     track = store.track(known.sha256)
@@ -113,8 +110,8 @@ def status(app: App) -> dict[str, Any]:
     }
     store = app.store(read_only=True)
     if store is None:
-        return {"tracks": dict.fromkeys(STATES, 0), **facts, "running": [], "queue": [], "failures": []}
-    names = {track.sha256: track.name for track in store.tracks("running")}
+        return {"tracks": dict.fromkeys(TrackState, 0), **facts, "running": [], "queue": [], "failures": []}
+    names = {track.sha256: track.name for track in store.tracks(TrackState.RUNNING)}
     counts = store.counts()
     if not instance:  # what a killed instance left goes on with the next
         counts = {**counts, "queued": counts["queued"] + counts["running"], "running": 0}
@@ -132,7 +129,7 @@ def status(app: App) -> dict[str, Any]:
         ],
         "queue": [
             *(names.values() if not instance else ()),
-            *(track.name for track in store.tracks("queued", limit=LAST_FAILURES)),
+            *(track.name for track in store.tracks(TrackState.QUEUED, limit=LAST_FAILURES)),
         ],
         "failures": [
             {
@@ -143,7 +140,7 @@ def status(app: App) -> dict[str, Any]:
                 "error": track.error,
                 "attempts": track.attempts,
             }
-            for track in store.tracks("failed", limit=LAST_FAILURES)
+            for track in store.tracks(TrackState.FAILED, limit=LAST_FAILURES)
         ],
     }
 
@@ -152,7 +149,7 @@ def _path_of(store: Store, sha256: str) -> str | None:
     from pipeline.fs.names import printable
 
     files = store.files_of(sha256)
-    return printable(files[-1].moved_to or files[-1].path) if files else None
+    return printable(files[-1].current_path) if files else None
 
 
 def status_text(facts: dict[str, Any]) -> str:
@@ -287,7 +284,7 @@ def _database(app: App, *, repair: bool) -> Iterator[tuple[str, str, str]]:
     if app.workspace.is_locked() and not repair:  # what it writes just now looks like what a kill leaves
         found = [finding for finding in found if finding.kind != "leftover"]
     for finding in found:
-        harmless = finding.mended or finding.kind == "stranger"
+        harmless = finding.mended or finding.kind == "unknown"
         yield "note" if harmless else "bad", finding.where, finding.text
     if not found:
         yield "ok", "outbox", "as recorded"

@@ -1,4 +1,4 @@
-"""Whose fault an error is, and whether there is room: what the disk does is never a track's attempt."""
+"""Errors of the machine as opposed to those of a track, and free disk space."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CLOSED_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 def environment_error(error: BaseException) -> FolderUnusable | None:
-    """The error as the machine's, if it is: a full disk, a closed folder, a database that can't be written.
+    """The error as one of the machine, not of a track: a full disk, a folder or database that can't be used.
 
-    A device error (EIO) while a track's files are read or written is not among them: it may be one
-    bad sector, so it counts as an attempt and passes, or ends in that track's failure.
+    None for any other error. A device error (EIO) while a track's files are read or written is one of
+    the track: it may be a single bad sector, so it counts as an attempt.
     """
     if isinstance(error, FolderUnusable):
         return error
@@ -34,7 +34,7 @@ def environment_error(error: BaseException) -> FolderUnusable | None:
 
 
 def environment_error_outside_tracks(error: BaseException) -> FolderUnusable | None:
-    """As `environment_error`, but with no track worked on any OSError is the machine's."""
+    """As `environment_error`, but any OSError counts, for code that does not work on a track."""
     if isinstance(error, OSError) and environment_error(error) is None:
         where = f" ({error.filename})" if error.filename else ""
         return FolderUnusable(f"{(error.strerror or str(error)).lower()}{where}")
@@ -45,7 +45,7 @@ def free_bytes(folders: Iterable[Path]) -> float:
     """Free space on the fullest of the folders' disks.
 
     Raises:
-        FolderUnusable: one of them isn't there.
+        FolderUnusable: one of them does not exist.
     """
     free = float("inf")
     for folder in folders:
@@ -56,11 +56,11 @@ def free_bytes(folders: Iterable[Path]) -> float:
     return free
 
 
-def room_for(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
-    """How many things of that size have room beside the reserve.
+def count_that_fit(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
+    """How many things of that size fit on the folders' disks, with the reserve left free.
 
     Raises:
-        DiskFull: not even one.
+        DiskFull: not even one fits.
     """
     free = free_bytes(folders)
     if free < each_bytes + reserve_bytes:

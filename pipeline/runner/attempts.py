@@ -23,13 +23,13 @@ from pipeline.errors import (
 )
 from pipeline.fs.disk import environment_error
 from pipeline.intake.archive import archive_files
-from pipeline.intake.ingest import still_arriving
+from pipeline.intake.ingest import recheck_time
 from pipeline.plan import TrackPlan, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, VariationRequest
 from pipeline.runner.retry import backoff_s
 from pipeline.stages import STAGES
-from pipeline.store.schema import Track
+from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
 from pipeline.workspace import Scratch, Workspace
 
@@ -133,13 +133,15 @@ class Attempts:
     def begin(self, job: Job, stage: str) -> None:
         self.check_stop()
         job.stage = stage
-        job.attempt = self.store.begin(job.track.sha256, stage, now=self.clock())
+        job.attempt = self.store.begin_attempt(job.track.sha256, stage, now=self.clock())
 
     def end(self, job: Job, outcome: str, *, error: Exception | None = None) -> None:
         if job.attempt is not None:
             trace = None if error is None else "".join(traceback.format_exception(error))
             text = None if error is None else words(error)
-            self.store.end(job.attempt, outcome=outcome, now=self.clock(), error=text, traceback=trace)
+            self.store.end_attempt(
+                job.attempt, outcome=AttemptOutcome(outcome), now=self.clock(), error=text, traceback=trace
+            )
             job.attempt = None
 
     def fail(self, job: Job, error: Exception) -> None:
@@ -153,7 +155,7 @@ class Attempts:
         final = permanent or attempts >= self.config.retry.max_attempts
         wait = backoff_s(track.sha256, attempts, self.config.retry)
         log.debug("%s: %s failed", track.name, job.stage, exc_info=error)
-        with self.store.together():
+        with self.store.transaction():
             self.end(job, "failed", error=error)
             self.store.fail(
                 track.sha256, stage=job.stage, error=text, now=now, retry_at=None if final else now + wait
@@ -178,10 +180,10 @@ class Attempts:
         if not isinstance(error, BadAudio) or isinstance(error, SourceGone) or job.stage != STAGES[0]:
             return False
         track = job.track
-        until = still_arriving(self.store, track.sha256, self.config.intake, now=self.clock())
+        until = recheck_time(self.store, track.sha256, self.config.intake, now=self.clock())
         if until is None:
             return False
-        with self.store.together():
+        with self.store.transaction():
             self.end(job, "stopped", error=error)
             if until == -float("inf"):
                 self.store.forget(track.sha256)
@@ -198,7 +200,7 @@ class Attempts:
     def _wait_for_the_inbox(self, job: Job, error: Exception) -> bool:
         if not isinstance(error, SourceAway):
             return False
-        with self.store.together():
+        with self.store.transaction():
             self.end(job, "stopped", error=error)
             self.store.release(job.track.sha256, not_before=self.clock() + AWAY_S)
         job.over = True

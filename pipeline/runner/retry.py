@@ -38,7 +38,7 @@ def take_over(store: Store, settings: Retry, *, now: float) -> list[Crashed]:
     track goes behind all others, so that they get done whatever it does.
     """
     crashed = []
-    with store.together():
+    with store.transaction():
         found = store.recover(now=now)
         for track, stage in found:
             attempts = track.attempts + 1
@@ -50,7 +50,7 @@ def take_over(store: Store, settings: Retry, *, now: float) -> list[Crashed]:
             else:
                 wait = backoff_s(track.sha256, attempts, settings) if attempts > 1 else 0.0
                 solo = attempts >= settings.max_attempts - 1
-                store.suspect(
+                store.record_crash(
                     track.sha256, attempts=attempts, solo=solo, error=error, now=now, retry_at=now + wait
                 )
             crashed.append(Crashed(track, stage, error, given_up))

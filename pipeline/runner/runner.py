@@ -23,8 +23,8 @@ from pipeline.engines.base import Generator, ProgressFn
 from pipeline.engines.loading import Engines
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone, Stopped
 from pipeline.fs import copying
-from pipeline.fs.disk import environment_error, room_for
-from pipeline.intake.archive import archive_files, is_there
+from pipeline.fs.disk import count_that_fit, environment_error
+from pipeline.intake.archive import archive_files, is_in_place
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
@@ -32,7 +32,7 @@ from pipeline.plan import Recipe, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Embedding, Failure, Variation, VariationRequest
 from pipeline.runner.attempts import Attempts, Job, Outcome
-from pipeline.store.schema import Track
+from pipeline.store.schema import Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import Workspace
 
@@ -124,7 +124,7 @@ class Runner:
         config = self.recipe.config
         folders = [self.workspace.outbox, self.workspace.state]
         reserve = config.disk.min_free_mb * 1e6
-        room = room_for(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
+        room = count_that_fit(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
         return 1 if self._is_cramped else min(config.generate.batch_tracks, room)
 
     def make_room(self) -> None:
@@ -133,8 +133,8 @@ class Runner:
         That is normalized audio, and working copies of files that are still where they were.
         """
         self.workspace.drop_normalized()
-        for track in [*self.store.tracks("queued"), *self.store.tracks("running")]:
-            if any(is_there(file) for file in self.store.files_of(track.sha256)):
+        for track in [*self.store.tracks(TrackState.QUEUED), *self.store.tracks(TrackState.RUNNING)]:
+            if any(is_in_place(file) for file in self.store.files_of(track.sha256)):
                 self.workspace.scratch(track.sha256).clear()
         self.store.release_all(now=self.clock())
 
@@ -151,15 +151,15 @@ class Runner:
                 folder = job.track.folder
                 wanted = [job.plan.embed_key, *(unit.key for unit in job.plan.variations)]
                 recorded = {key: record for key in wanted if (record := self.store.unit(key)) is not None}
-                held = self.outbox.held(folder, {key: _published(recorded[key]) for key in recorded})
+                held = self.outbox.find_intact(folder, {key: _published(recorded[key]) for key in recorded})
                 is_complete = len(held) == len(wanted)
                 if is_complete and self._is_published(job, held):
                     job.embedding = recorded.pop(job.plan.embed_key)
                     job.variations = recorded
                     continue
-                if not is_complete and self.outbox.manifest(folder) is not None:
+                if not is_complete and self.outbox.read_manifest(folder) is not None:
                     self._working_copy(job)  # a result that stands is not opened for work that can't be done
-                self.outbox.open_for_work(folder)
+                self.outbox.remove_manifest(folder)
                 self._take_over(job, recorded, held)
 
     def _is_published(self, job: Job, held: Mapping[str, Published]) -> bool:
@@ -311,7 +311,7 @@ class Runner:
                 now=self.clock(),
             ),
         )
-        with self.store.together():
+        with self.store.transaction():
             self.attempts.end(job, "done")
             self.store.finish(
                 track.sha256, plan_key=job.plan.key, source=job.normalized["source"], now=self.clock()
@@ -333,7 +333,7 @@ class Runner:
         sources = self.store.files_of(sha256)
         for file in sources:
             try:
-                if self._copied(job, file.moved_to or file.path):
+                if self._copied(job, file.current_path):
                     return target
             except OSError as e:
                 if environment_error(e):
@@ -352,7 +352,7 @@ class Runner:
             if copying.copy_in(source, incoming, follow=follow) != job.track.sha256:
                 return False
             job.scratch.adopt(incoming)
-        except (BadAudio, copying.Changed):
+        except (BadAudio, copying.FileChanged):
             return False
         finally:
             incoming.unlink(missing_ok=True)

@@ -55,11 +55,11 @@ def run_once(processor: Processor, signals: Signals, health: Health) -> ScanResu
         due = runner.store.next_due(root=root)
         if signals.is_stopped():
             raise Stopped("asked to stop")
-        if scan_result.is_cut_short or (worked and (scan_result.waiting or scan_result.no_room)):
+        if scan_result.is_cut_short or (worked and (scan_result.waiting or scan_result.disk_full)):
             continue
-        if scan_result.no_room:
-            raise scan_result.no_room
-        if (scan_result.unsettled or scan_result.troubled) and patience_s > 0:
+        if scan_result.disk_full:
+            raise scan_result.disk_full
+        if (scan_result.unsettled or scan_result.read_errors) and patience_s > 0:
             pause_s = min(ingest.settings.settle_s / 2, patience_s)
             patience_s -= max(pause_s, SHORTEST_WAIT_S)
             signals.wait(max(pause_s, SHORTEST_WAIT_S))
@@ -146,10 +146,10 @@ class Watch:
             self._scan_at = self.clock() + self.processor.ingest.settings.poll_s
             return
         self.health.well("inbox")
-        if self._scan_result.no_room is None:
+        if self._scan_result.disk_full is None:
             self.health.well("room")
         else:
-            self.health.degraded("room", f"nothing more is taken in: {self._scan_result.no_room}")
+            self.health.degraded("room", f"nothing more is taken in: {self._scan_result.disk_full}")
         _note(self.health, self._scan_result)
         self._scan_s = self.clock() - now
         self._scan_at = self.clock() + (0.0 if self._scan_result.is_cut_short else self._rest_s())
@@ -164,11 +164,11 @@ class Watch:
         """How long after a look the next one is due if nothing rings."""
         settings = self.processor.ingest.settings
         rests = [settings.poll_s if self.watcher.polling else settings.rescan_s]
-        if self._scan_result.unsettled or self._scan_result.troubled:
+        if self._scan_result.unsettled or self._scan_result.read_errors:
             rests.append(max(settings.settle_s / 2, SHORTEST_WAIT_S))
         if self._scan_result.waiting:
             rests.append(min(REFILL_S, settings.poll_s))
-        if self._scan_result.no_room:
+        if self._scan_result.disk_full:
             rests.append(settings.poll_s)
         return max(min(rests), self._scan_s / LOOK_SHARE)
 

@@ -131,7 +131,7 @@ def test_a_damaged_manifest_is_made_again(stored: StoredTracks, content: bytes) 
 def test_a_manifest_of_another_track_or_with_other_files_is_made_again(stored: StoredTracks) -> None:
     sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
     (stored.folder(sha256) / MANIFEST).write_bytes((stored.folder(other) / MANIFEST).read_bytes())
-    manifest = stored.outbox.manifest(stored.folder(other).name)
+    manifest = stored.outbox.read_manifest(stored.folder(other).name)
     assert manifest is not None
     manifest["variations"][0]["sha256"] = "0" * 64
     (stored.folder(other) / MANIFEST).write_text(json.dumps(manifest))

@@ -321,7 +321,7 @@ def test_a_source_that_stayed_in_the_inbox_is_no_archive(stored: StoredTracks) -
     sha256 = stored.arrived("kept.wav", b"k", now=OLD)
     stored.store.claim(1, now=OLD)
     stored.store.finish(sha256, plan_key="plan", source={}, now=OLD)
-    stored.store.settle_file(stored.workspace.inbox / "kept.wav", state="settled")
+    stored.store.set_file_state(stored.workspace.inbox / "kept.wav", state="settled")
     assert gc(stored, archive_days=0.0, archive_gb=0.0) == []
     assert (stored.workspace.inbox / "kept.wav").exists()
 

@@ -12,7 +12,7 @@ from runner_setup import Answers, RunnerSetup
 
 from pipeline.errors import ConfigError, DiskFull, PipelineError
 from pipeline.intake.ingest import ScanResult
-from pipeline.intake.scanner import Rules, Scanner
+from pipeline.intake.scanner import Scanner, ScanRules
 from pipeline.intake.watcher import Watcher
 from pipeline.outbox.outbox import Outbox
 from pipeline.service.health import Health
@@ -195,7 +195,7 @@ def test_working_copies_without_room_do_not_keep_the_queue_from_work(setup: Runn
         settings = setup.config.intake
 
         def scan(self, **_: object) -> ScanResult:
-            return ScanResult(no_room=DiskFull("1 MB are free"))
+            return ScanResult(disk_full=DiskFull("1 MB are free"))
 
     daemon.watch.processor = Processor(Full(), daemon.processor.runner)  # type: ignore[arg-type]
     daemon.turn()
@@ -222,7 +222,7 @@ def test_once_ends_when_what_waits_cannot_get_room(setup: RunnerSetup) -> None:
         settings, is_inbox, root = setup.config.intake, True, setup.workspace.inbox
 
         def scan(self, **_: object) -> ScanResult:
-            return ScanResult(no_room=DiskFull("1 MB are free"))
+            return ScanResult(disk_full=DiskFull("1 MB are free"))
 
     with pytest.raises(DiskFull):
         run_once(Processor(Full(), daemon.processor.runner), daemon.signals, daemon.health)  # type: ignore[arg-type]
@@ -235,7 +235,7 @@ def test_once_of_a_folder_is_not_held_up_by_the_queue_of_another(tmp_path: Path)
     write_music(other / "b.wav", seed=3, seconds=1.5)
     daemon = Daemon(setup)
     ingest = replace(
-        setup.ingest(), root=other, is_inbox=False, scanner=Scanner(other, Rules(is_inbox=False))
+        setup.ingest(), root=other, is_inbox=False, scanner=Scanner(other, ScanRules(is_inbox=False))
     )
 
     run_once(Processor(ingest, daemon.processor.runner), daemon.signals, daemon.health)
