@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 
 from pipeline.config import Folders
-from pipeline.errors import AlreadyRunning, FolderUnusable
+from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
 from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
 
@@ -86,7 +86,7 @@ class Workspace:
                     probe.write(b"x")
             except OSError as e:
                 kind = type(environment_error(e) or FolderUnusable())
-                raise kind(f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}") from e
+                raise kind(f"the {name} {folder} can't be used: {os_reason(e)}") from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from pipeline.errors import (
     MissingWeights,
     PipelineError,
     UnknownTrack,
+    os_reason,
 )
 from pipeline.intake import scanner
 from pipeline.intake.ingest import ScanResult
@@ -70,7 +71,7 @@ def plan(app: App, root: Path | None) -> Iterator[str]:
             n += 1
             yield f"{scanned.display}: {_what(store, scanned, recipe)}"
     except OSError as e:
-        raise FolderUnusable(f"{folder} can't be read: {(e.strerror or str(e)).lower()}") from e
+        raise FolderUnusable(f"{folder} can't be read: {os_reason(e)}") from e
     queued = store.tracks("queued") if store and root is None else []
     for track in queued:
         yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"

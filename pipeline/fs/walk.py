@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.errors import os_reason
+
 MAX_FOLDER_BYTES = 4096 - 256 - 32  # of a path, so that a name below it, and in `failed`, still fits
 MAX_DEPTH = 200  # folders in folders; deeper ones are a mistake, and beyond what pathlib can make
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # removed, or another thing put in its place
@@ -176,7 +178,7 @@ class Walk:
 
     def _unreadable(self, shown: str, error: OSError) -> None:
         if error.errno not in GONE:  # one closed folder must not hide the others
-            self.tell(shown, f"can't be read: {(error.strerror or str(error)).lower()}")
+            self.tell(shown, f"can't be read: {os_reason(error)}")
 
 
 @contextmanager

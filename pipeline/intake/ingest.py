@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import Disk, Intake
-from pipeline.errors import BadAudio, DiskFull, FolderUnusable
+from pipeline.errors import BadAudio, DiskFull, FolderUnusable, os_reason
 from pipeline.fs import copying
 from pipeline.fs.copying import Changed, Identity, WriteFailed
 from pipeline.fs.disk import environment_error, environment_error_outside_tracks, room_for
@@ -86,7 +86,7 @@ class Ingest:
         try:
             scanned_files = list(self.scanner.scan())
         except OSError as e:
-            raise FolderUnusable(f"{self.root} can't be read: {(e.strerror or str(e)).lower()}") from e
+            raise FolderUnusable(f"{self.root} can't be read: {os_reason(e)}") from e
         paths = {scanned.path for scanned in scanned_files}
         self.settling.keep_only(paths)
         for gone in self._trouble.keys() - paths:
@@ -178,7 +178,7 @@ class Ingest:
             raise environment_error_outside_tracks(error) or error from error
         if fault := environment_error(error):
             raise fault from error
-        text = f"can't be read: {(error.strerror or str(error)).lower()}"
+        text = f"can't be read: {os_reason(error)}"
         if scanned.path not in self._trouble:
             self._trouble[scanned.path] = self.clock()
             log.warning("%s %s; it is looked at again", scanned.display, text)
@@ -242,8 +242,7 @@ class Ingest:
             if isinstance(environment_error(e), DiskFull):
                 raise
             if track.sha256 not in self._told:
-                reason = (e.strerror or str(e)).lower()
-                log.warning("%s: its results can't be looked at: %s", track.name, reason)
+                log.warning("%s: its results can't be read: %s", track.name, os_reason(e))
             self._told.add(track.sha256)
 
     def _finished(self, track: Track, found: ScanResult, file: SourceFile | None) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import os_reason
+
 if TYPE_CHECKING:
     from watchdog.observers.api import BaseObserver
 
@@ -159,7 +161,7 @@ class Watcher:
             identity = _identity(self.root)
         except OSError as e:
             self._lose_root()
-            return f"{self.root} can't be watched: {(e.strerror or str(e)).lower()}"
+            return f"{self.root} can't be watched: {os_reason(e)}"
         lost = self._lost(identity)
         if lost is not None or self._identity is None:
             self._events.release()

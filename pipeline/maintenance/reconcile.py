@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.errors import os_reason
 from pipeline.fs.names import printable
 from pipeline.maintenance import retention
 from pipeline.outbox.outbox import TMP_SUFFIX, Outbox, Published, listed
@@ -121,13 +122,12 @@ def _leftover(path: Path, text: str, *, repair: bool) -> Finding:
         else:
             path.unlink(missing_ok=True)
     except OSError as e:  # of no harm to anything: no reason not to start
-        return Finding("leftover", where, f"{text}, and can't be removed: {(e.strerror or str(e)).lower()}")
+        return Finding("leftover", where, f"{text}, and can't be removed: {os_reason(e)}")
     return Finding("leftover", where, f"{text}: removed", mended=True)
 
 
 def _unreadable(folder: str, error: OSError) -> Finding:
-    reason = (error.strerror or str(error)).lower()
-    return Finding("unreadable", printable(folder), f"can't be read: {reason}")
+    return Finding("unreadable", printable(folder), f"can't be read: {os_reason(error)}")
 
 
 # -- results ---------------------------------------------------------------------------------------
