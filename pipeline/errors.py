@@ -70,3 +70,8 @@ class Stopped(PipelineError):
     """The work was asked to stop; it is not an attempt and is queued again."""
 
     permanent = False
+
+
+def os_reason(error: OSError) -> str:
+    """The operating system's own words for an error, as the end of a sentence: "no space left on device"."""
+    return (error.strerror or str(error)).lower()

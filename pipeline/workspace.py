@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 
 from pipeline.config import Folders
-from pipeline.errors import AlreadyRunning, FolderUnusable
+from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
 from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
 
@@ -61,6 +61,11 @@ class Workspace:
                 )
         return cls(home, inbox, outbox, state)
 
+    @property
+    def input_folder(self) -> InputFolder:
+        """The inbox, as the folder that a command takes tracks from."""
+        return InputFolder(self.inbox, is_inbox=True)
+
     def drop_normalized(self) -> None:
         """Remove all normalized audio, and copies that were cut off: they are made again when needed."""
         for path in [*self.state.glob("work/*/normalized*"), *self.state.glob("work/.incoming-*")]:
@@ -87,7 +92,7 @@ class Workspace:
                     probe.write(b"x")
             except OSError as e:
                 kind = type(environment_error(e) or FolderUnusable())
-                raise kind(f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}") from e
+                raise kind(f"the {name} {folder} can't be used: {os_reason(e)}") from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:

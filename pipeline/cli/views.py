@@ -20,6 +20,7 @@ from pipeline.errors import (
     MissingWeights,
     PipelineError,
     UnknownTrack,
+    os_reason,
 )
 from pipeline.intake import scanner
 from pipeline.intake.ingest import ScanResult
@@ -31,7 +32,7 @@ from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
 from pipeline.weights import hub
 from pipeline.weights.layout import TRANSFORMERS, Layout
-from pipeline.workspace import ENGINES_FOLDER
+from pipeline.workspace import ENGINES_FOLDER, InputFolder
 
 LAST_FAILURES = 20
 LOW_DISK_BYTES = 2 << 30
@@ -55,7 +56,7 @@ def summary(outcome: Outcome, scan_result: ScanResult, outbox: Path) -> str:
     return f"{', '.join(parts)}; results are in {outbox}"
 
 
-def plan(app: App, root: Path | None) -> Iterator[str]:
+def plan(app: App, folder: InputFolder) -> Iterator[str]:
     recipe = app.recipe
     for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
         to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
@@ -63,16 +64,15 @@ def plan(app: App, root: Path | None) -> Iterator[str]:
     variations = recipe.plan("").variations
     names = ", ".join(Path(unit.file).name for unit in variations)
     yield f"each track: {len(variations)} variations: {names}"
-    store = app.store(read_only=True)
-    folder = app.workspace.inbox if root is None else root
+    store = app.read_store()
     n = 0
     try:
-        for scanned in app.scanner(root).scan():
+        for scanned in app.scanner(folder).scan():
             n += 1
             yield f"{scanned.display}: {_what(store, scanned, recipe)}"
     except OSError as e:
-        raise FolderUnusable(f"{folder} can't be read: {(e.strerror or str(e)).lower()}") from e
-    queued = store.tracks(TrackState.QUEUED) if store and root is None else []
+        raise FolderUnusable(f"{folder.path} can't be read: {os_reason(e)}") from e
+    queued = store.tracks(TrackState.QUEUED) if store and folder.is_inbox else []
     for track in queued:
         yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
     if not n and not queued:
@@ -108,7 +108,7 @@ def status(app: App) -> dict[str, Any]:
         "inbox": said.get("inbox"),
         "degraded": said.get("conditions", []),
     }
-    store = app.store(read_only=True)
+    store = app.read_store()
     if store is None:
         return {"tracks": dict.fromkeys(TrackState, 0), **facts, "running": [], "queue": [], "failures": []}
     names = {track.sha256: track.name for track in store.tracks(TrackState.RUNNING)}
@@ -172,7 +172,7 @@ def status_text(facts: dict[str, Any]) -> str:
 
 
 def show(app: App, wanted: str) -> dict[str, Any]:
-    store = app.store(read_only=True)
+    store = app.read_store()
     if store is None:
         raise UnknownTrack("nothing has been processed yet")
     track = store.find(wanted)
@@ -265,7 +265,7 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
 
 
 def _database(app: App, *, repair: bool) -> Iterator[tuple[str, str, str]]:
-    store = app.store(read_only=not repair)
+    store = app.open_store() if repair else app.read_store()
     if store is None:
         yield "ok", "database", "not made yet"
         return

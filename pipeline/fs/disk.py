@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.errors import DiskFull, FolderUnusable
+from pipeline.errors import DiskFull, FolderUnusable, os_reason
 
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 CLOSED_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -29,7 +29,7 @@ def environment_error(error: BaseException) -> FolderUnusable | None:
     if isinstance(error, OSError) and error.errno in (*FULL_ERRORS, *CLOSED_ERRORS):
         kind = DiskFull if error.errno in FULL_ERRORS else FolderUnusable
         where = f" ({error.filename})" if error.filename else ""
-        return kind(f"{(error.strerror or str(error)).lower()}{where}")
+        return kind(f"{os_reason(error)}{where}")
     return None
 
 
@@ -37,7 +37,7 @@ def environment_error_outside_tracks(error: BaseException) -> FolderUnusable | N
     """As `environment_error`, but any OSError counts, for code that does not work on a track."""
     if isinstance(error, OSError) and environment_error(error) is None:
         where = f" ({error.filename})" if error.filename else ""
-        return FolderUnusable(f"{(error.strerror or str(error)).lower()}{where}")
+        return FolderUnusable(f"{os_reason(error)}{where}")
     return environment_error(error)
 
 
@@ -52,7 +52,7 @@ def free_bytes(folders: Iterable[Path]) -> float:
         try:
             free = min(free, shutil.disk_usage(folder).free)
         except OSError as e:
-            raise FolderUnusable(f"{folder} can't be used: {(e.strerror or str(e)).lower()}") from e
+            raise FolderUnusable(f"{folder} can't be used: {os_reason(e)}") from e
     return free
 
 

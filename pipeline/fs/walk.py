@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.errors import os_reason
+
 MAX_FOLDER_BYTES = 4096 - 256 - 32  # of a path, so that a file's path below it, or in `failed`, still fits
 MAX_DEPTH = 200  # nested folders; pathlib can't make much deeper ones
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # removed, or replaced by something else
@@ -170,7 +172,7 @@ class Walk:
 
     def _unreadable(self, shown: str, error: OSError) -> None:
         if error.errno not in GONE:
-            self.report(shown, f"can't be read: {(error.strerror or str(error)).lower()}")
+            self.report(shown, f"can't be read: {os_reason(error)}")
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import Disk, Intake
-from pipeline.errors import BadAudio, DiskFull, FolderUnusable
-from pipeline.fs.copying import FileChanged, FileIdentity, WriteFailed, copy_in, error_path
+from pipeline.errors import BadAudio, DiskFull, FolderUnusable, os_reason
+from pipeline.fs import copying
+from pipeline.fs.copying import FileChanged, FileIdentity, WriteFailed, error_path
 from pipeline.fs.disk import count_that_fit, environment_error, environment_error_outside_tracks
 from pipeline.fs.names import printable
 from pipeline.intake.archive import archive_files
@@ -22,7 +23,7 @@ from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.store.schema import UNREADABLE, FileState, SourceFile, Track, TrackState
 from pipeline.store.store import Store
-from pipeline.workspace import Workspace
+from pipeline.workspace import InputFolder, Workspace
 
 log = logging.getLogger("pipeline")
 
@@ -52,8 +53,7 @@ class ScanResult:
 class Ingest:
     """Scans one folder and updates the store."""
 
-    root: Path
-    is_inbox: bool
+    folder: InputFolder
     settings: Intake
     disk: Disk
     recipe: Recipe
@@ -69,7 +69,7 @@ class Ingest:
 
     @property
     def inbox(self) -> Path | None:
-        return self.root if self.is_inbox else None
+        return self.folder.path if self.folder.is_inbox else None
 
     def scan(self, *, should_stop: Callable[[], bool]) -> ScanResult:
         """Take in the new files, and queue tracks whose results have to be made again.
@@ -81,7 +81,7 @@ class Ingest:
         try:
             scanned_files = list(self.scanner.scan())
         except OSError as e:
-            raise FolderUnusable(f"{self.root} can't be read: {(e.strerror or str(e)).lower()}") from e
+            raise FolderUnusable(f"{self.folder.path} can't be read: {os_reason(e)}") from e
         paths = {scanned.path for scanned in scanned_files}
         self.settling.keep_only(paths)
         for gone in self._failing_since.keys() - paths:
@@ -106,7 +106,7 @@ class Ingest:
         self, scanned_files: Iterable[ScannedFile], result: ScanResult, should_stop: Callable[[], bool]
     ) -> Iterator[ScannedFile]:
         """The new files that are ready, as long as the working copies stay below their limit."""
-        spooled, limit = self.store.spooled_bytes(self.root), self.settings.spool_gb * 1e9
+        spooled, limit = self.store.spooled_bytes(self.folder.path), self.settings.spool_gb * 1e9
         until = self.clock() + MAX_SCAN_S
         for scanned in scanned_files:
             if should_stop():
@@ -129,7 +129,7 @@ class Ingest:
 
     def _is_unchanged(self, file: SourceFile, scanned: ScannedFile) -> bool:
         """Whether this very file was taken in from this folder and has not been moved since."""
-        return file.moved_to is None and file.root == self.root and file.identity == scanned.identity
+        return file.moved_to is None and file.root == self.folder.path and file.identity == scanned.identity
 
     def _is_ready(self, scanned: ScannedFile) -> bool:
         return self.settling.is_settled(scanned, self.clock()) and not has_writer(scanned.real_path)
@@ -142,7 +142,9 @@ class Ingest:
         count_that_fit([self.workspace.state], each_bytes=scanned.size, reserve_bytes=reserve)
         incoming = self.workspace.incoming()
         try:
-            sha256 = copy_in(scanned.real_path, incoming, expected=scanned.identity, should_stop=should_stop)
+            sha256 = copying.copy_in(
+                scanned.real_path, incoming, expected=scanned.identity, should_stop=should_stop
+            )
             if sha256 is not None:
                 self._adopt(incoming, sha256)
             self._failing_since.pop(scanned.path, None)
@@ -170,7 +172,7 @@ class Ingest:
             raise environment_error_outside_tracks(error) or error from error
         if fault := environment_error(error):
             raise fault from error
-        text = f"can't be read: {(error.strerror or str(error)).lower()}"
+        text = f"can't be read: {os_reason(error)}"
         if scanned.path not in self._failing_since:
             self._failing_since[scanned.path] = self.clock()
             log.warning("%s %s; it is tried again", scanned.display, text)
@@ -204,7 +206,9 @@ class Ingest:
 
     def _add(self, scanned: ScannedFile, sha256: str, result: ScanResult) -> Track | None:
         """Add a file; returns its track if that was not queued by this."""
-        below = scanned.path.parent.relative_to(self.root) if self.settings.subfolders == "keep" else None
+        below = (
+            scanned.path.parent.relative_to(self.folder.path) if self.settings.subfolders == "keep" else None
+        )
         folder = Outbox.folder_name(scanned.path, sha256, below=below)
         name = printable(scanned.path.name)
         before = self.store.file_at(scanned.path)
@@ -227,7 +231,7 @@ class Ingest:
         return SourceFile(
             path=scanned.path,
             sha256=sha256,
-            root=self.root,
+            root=self.folder.path,
             display=scanned.display,
             size=scanned.size,
             mtime_ns=scanned.mtime_ns,
@@ -265,7 +269,7 @@ class Ingest:
             if isinstance(environment_error(e), DiskFull):
                 raise
             if track.sha256 not in self._logged:
-                reason = (e.strerror or str(e)).lower()
+                reason = os_reason(e)
                 log.warning("%s: its results can't be read: %s", track.name, reason)
             self._logged.add(track.sha256)
 

@@ -40,6 +40,7 @@ class FolderEvents:
         self._wake = wake
         self._observer: BaseObserver | None = None
         self._overflow = _OverflowHandler()
+        self.is_on = False
 
     def watch(self, root: Path) -> None:
         """Begin to watch. Raises OSError or RuntimeError if the system refuses; then nothing is watched."""
@@ -51,10 +52,7 @@ class FolderEvents:
         self._overflow.occurred = False
         # The real path, as inotify would watch a link itself.
         _schedule(self._observer, os.path.realpath(root), self._wake)
-
-    @property
-    def is_on(self) -> bool:
-        return self._observer is not None and bool(self._observer.emitters)
+        self.is_on = True
 
     def missed(self) -> str | None:
         """Why events may have been missed since `watch`, or None."""
@@ -62,16 +60,19 @@ class FolderEvents:
             return None
         if self._overflow.occurred:
             return "more changed at once than the system could report"
-        if not all(thread.is_alive() for thread in (self._observer, *self._observer.emitters)):
-            return "a thread of the observer has ended"
-        return None
+        emitters = self._observer.emitters
+        if self._observer.is_alive() and emitters and all(emitter.is_alive() for emitter in emitters):
+            return None
+        return "a thread of the observer has ended"
 
     def release(self) -> None:
         """Remove the watches."""
+        self.is_on = False
         if self._observer is not None:
             self._observer.unschedule_all()
 
     def close(self) -> None:
+        self.is_on = False
         if self._observer is not None:
             logging.getLogger("watchdog").removeHandler(self._overflow)
             self._observer.stop()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -203,7 +204,7 @@ class Outbox:
         """Whether there is a manifest that names exactly these files with these hashes."""
         manifest = self.read_manifest(folder)
         files = None if manifest is None else listed_files(manifest)
-        return files is not None and set(files) == set(published)
+        return files is not None and Counter(files) == Counter(published)
 
     def is_complete(self, folder: str) -> bool:
         """Whether there is a manifest, and all files that it lists have their size."""

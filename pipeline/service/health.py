@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import os_reason
+
 log = logging.getLogger("pipeline")
 
 SIZE_BYTES = 4096
@@ -98,7 +100,7 @@ class Health:
                 os.pwrite(self._file, page, 0)
         except OSError as e:
             if not self._is_failing:
-                log.warning("%s can't be written: %s", self.path, (e.strerror or str(e)).lower())
+                log.warning("%s can't be written: %s", self.path, os_reason(e))
             self._is_failing = True
         else:
             self._is_failing = False

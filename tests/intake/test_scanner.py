@@ -73,7 +73,7 @@ def test_a_sighting_has_the_files_own_figures(tmp_path: Path) -> None:
     found = path.stat()
 
     (sighted,) = Scanner(tmp_path, ScanRules()).scan()
-    assert (sighted.path, sighted.to_open, sighted.linked) == (path, path, None)
+    assert (sighted.path, sighted.real_path, sighted.link_target) == (path, path, None)
     assert (sighted.size, sighted.inode, sighted.device) == (5, found.st_ino, found.st_dev)
     assert (sighted.mtime_ns, sighted.ctime_ns) == (found.st_mtime_ns, found.st_ctime_ns)
     assert sighted.marked
@@ -398,8 +398,8 @@ def test_a_followed_link_shows_its_own_name_and_where_the_file_is(tmp_path: Path
     found = {each.display: each for each in Scanner(inbox, ScanRules(follow_symlinks=True)).scan()}
     assert list(found) == ["real.wav", "album/t.wav", "song.wav"]
     assert found["song.wav"].path == inbox / "song.wav"
-    assert found["song.wav"].to_open == inbox / ".store" / "s.wav"
-    assert found["album/t.wav"].to_open == inbox / ".store" / "more" / "t.wav"
+    assert found["song.wav"].real_path == inbox / ".store" / "s.wav"
+    assert found["album/t.wav"].real_path == inbox / ".store" / "more" / "t.wav"
     assert found["song.wav"].inode == (inbox / ".store" / "s.wav").stat().st_ino
 
 
