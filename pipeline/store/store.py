@@ -417,7 +417,7 @@ class Store:
     def counts(self) -> dict[str, int]:
         """The number of tracks per state; every state is there."""
         found = dict(self._db.execute("SELECT state, count(*) FROM tracks GROUP BY state").fetchall())
-        return {state: found.get(state, 0) for state in TrackState}
+        return {state.value: found.get(state, 0) for state in TrackState}
 
     def find(self, wanted: str) -> Track:
         """The one track with that name, file name or hash prefix.
