@@ -15,17 +15,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import sqlite_utils
-from sqlite_utils.migrations import Migrations
-
 from pipeline.fs.copying import FileIdentity
 
-migrations = Migrations("pipeline")
+UNREADABLE = "intake"  # the stage of a track that stands for a file that can't be read and has no hash
 
-
-@migrations()  # type: ignore[untyped-decorator]
-def m001_first(db: sqlite_utils.Database) -> None:
-    for statement in (
+APPLIED_MIGRATIONS = """CREATE TABLE IF NOT EXISTS _sqlite_migrations (
+    id INTEGER PRIMARY KEY, migration_set TEXT, name TEXT, applied_at TEXT
+)"""
+MIGRATIONS = {  # statements by name, in their order
+    "m001_first": (
         """CREATE TABLE tracks (
             sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, bytes INTEGER NOT NULL,
             queued_at REAL NOT NULL, not_before REAL NOT NULL DEFAULT 0, finished_at REAL,
@@ -51,25 +49,15 @@ def m001_first(db: sqlite_utils.Database) -> None:
         "CREATE INDEX attempts_track ON attempts (sha256)",
         "CREATE INDEX attempts_open ON attempts (sha256) WHERE ended_at IS NULL",
         "CREATE TABLE configs (sha256 TEXT PRIMARY KEY, config TEXT NOT NULL) STRICT",
-    ):
-        db.execute(statement)
-
-
-@migrations()  # type: ignore[untyped-decorator]
-def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
-    for statement in (
+    ),
+    "m002_suspects_and_retention": (
         "ALTER TABLE tracks ADD COLUMN solo INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE tracks ADD COLUMN collected_at REAL",
         "CREATE INDEX tracks_due ON tracks (state, not_before)",
         "CREATE INDEX files_root ON files (root)",
         "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
-    ):
-        db.execute(statement)
-
-
-UNREADABLE = "intake"  # the stage of a track that stands for a file that can't be read and has no hash
-
-MIGRATIONS = (m001_first.__name__, m002_suspects_and_retention.__name__)
+    ),
+}
 
 
 class TrackState(StrEnum):
