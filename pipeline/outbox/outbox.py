@@ -121,12 +121,18 @@ class Outbox:
         A kill in the middle loses nothing: `find_intact` finds a file by its content.
         """
         base = self.root / folder
-        changed = {base / old: base / new for old, new in moves.items() if old != new}
-        for old, new in changed.items():
-            old.replace(_beside(new, MOVING_SUFFIX))
-        for new in changed.values():
-            _beside(new, MOVING_SUFFIX).replace(new)
-        for parent in {new.parent for new in changed.values()}:
+        pending = {old: new for old, new in moves.items() if old != new}
+        parents = {(base / new).parent for new in pending.values()}
+        while pending:
+            free = [old for old, new in pending.items() if new not in pending]
+            if free:
+                (base / free[0]).replace(base / pending.pop(free[0]))
+            else:  # the renames form a cycle
+                old = next(iter(pending))
+                between = _beside(base / old, MOVING_SUFFIX)
+                (base / old).replace(between)
+                pending[str(between.relative_to(base))] = pending.pop(old)
+        for parent in parents:
             atomic.sync_folder(parent)
 
     def _flush_names(self, folder: str) -> None:
