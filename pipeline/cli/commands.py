@@ -14,7 +14,7 @@ import typer
 from pipeline.app import App
 from pipeline.cli import views
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
-from pipeline.fs.disk import environment_error_outside_tracks
+from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
 from pipeline.intake.archive import restore_to_inbox
 from pipeline.maintenance.retention import collect
@@ -45,7 +45,7 @@ def main(default_home: Path) -> int:
         if hasattr(e, "exit_code") and hasattr(e, "show"):
             e.show()  # click's own usage errors
             return BAD_USAGE
-        error = environment_error_outside_tracks(e) or e
+        error = environment_error(e, in_track=False) or e
         if not isinstance(error, PipelineError):
             raise
         typer.echo(str(error), err=True)

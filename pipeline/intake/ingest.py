@@ -14,7 +14,7 @@ from pipeline.config import Disk, Intake
 from pipeline.errors import BadAudio, DiskFull, FolderUnusable, os_reason
 from pipeline.fs import copying
 from pipeline.fs.copying import Changed, Identity, WriteFailed
-from pipeline.fs.disk import environment_error, environment_error_outside_tracks, room_for
+from pipeline.fs.disk import environment_error, room_for
 from pipeline.fs.names import printable
 from pipeline.intake import scanner
 from pipeline.intake.archive import archive_files, drop_stale_error, is_same
@@ -174,7 +174,7 @@ class Ingest:
     def _could_not_be_read(self, scanned: ScannedFile, error: OSError, found: ScanResult) -> None:
         """A device error may pass; one that stays is that file's failure."""
         if isinstance(error, WriteFailed):
-            raise environment_error_outside_tracks(error) or error from error
+            raise environment_error(error, in_track=False) or error from error
         if fault := environment_error(error):
             raise fault from error
         text = f"can't be read: {os_reason(error)}"

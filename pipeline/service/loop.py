@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from pipeline.errors import DiskFull, FolderUnusable, PipelineError, Stopped
-from pipeline.fs.disk import environment_error_outside_tracks
+from pipeline.fs.disk import environment_error
 from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.watcher import Watcher
 from pipeline.progress import Reporter
@@ -159,7 +159,7 @@ class Watch:
         except Stopped:
             raise
         except Exception as e:
-            fault = environment_error_outside_tracks(e)
+            fault = environment_error(e, in_track=False)
             if fault is None:
                 raise
             return self._wait_out(fault)
