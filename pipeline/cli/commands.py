@@ -14,14 +14,13 @@ import typer
 from pipeline.app import App
 from pipeline.cli import views
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
-from pipeline.fs.disk import environment_error_outside_tracks
+from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
 from pipeline.intake.archive import restore_to_inbox
-from pipeline.intake.watcher import Watcher
 from pipeline.maintenance.retention import collect
-from pipeline.service.loop import Processor, Watch, run_once
-from pipeline.session import Session, open_session, wait_for_room
-from pipeline.stages import STAGES
+from pipeline.records import Stage
+from pipeline.service.loop import Watch, run_once
+from pipeline.session import open_session, wait_for_space
 from pipeline.store.schema import UNREADABLE, TrackState
 from pipeline.workspace import InputFolder
 
@@ -46,7 +45,7 @@ def main(default_home: Path) -> int:
         if hasattr(e, "exit_code") and hasattr(e, "show"):
             e.show()  # click's own usage errors
             return BAD_USAGE
-        error = environment_error_outside_tracks(e) or e
+        error = environment_error(e, in_track=False) or e
         if not isinstance(error, PipelineError):
             raise
         typer.echo(str(error), err=True)
@@ -91,15 +90,15 @@ def once(context: typer.Context, folder: Folder = None) -> int:
     app = _app(context)
     with open_session(app, _input_folder(app, folder)) as session:
         try:
-            scan_result = run_once(session.processor, session.signals, session.health)
+            scan_result = run_once(session)
         except Stopped:
             log.info("stopped; what was under way is queued again")
             return 128 + (session.signals.stopped_by or signal.SIGINT)
-        outcome = session.processor.runner.outcome
-    typer.echo(views.summary(outcome, scan_result, app.workspace.outbox))
+        result = session.processor.runner.result
+    typer.echo(views.summary(result, scan_result, app.workspace.outbox))
     return (
         SOME_FAILED
-        if outcome.failed or scan_result.failed or scan_result.unreadable or scan_result.read_errors
+        if result.failed or scan_result.failed or scan_result.unreadable or scan_result.read_errors
         else ALL_DONE
     )
 
@@ -111,41 +110,14 @@ def watch(context: typer.Context) -> int:
     while True:
         try:
             with open_session(app, app.workspace.input_folder, is_watching=True) as session:
-                _watch(session)
+                Watch(session).run()
+                log.info("stopped")
             return ALL_DONE
         except DiskFull as e:  # at start-up; later it is waited out with everything open
-            if not wait_for_room(app, e):
+            if not wait_for_space(app, e):
                 return ALL_DONE
             with suppress(PipelineError):  # a SIGHUP may have come meanwhile
                 app = app.reopened()
-
-
-def _watch(session: Session) -> None:
-    watcher, mode = session.app.watcher(session.signals)
-    session.health.note(mode=mode)
-    log.info("the inbox is watched by %s", mode)
-    app = session.app
-
-    def reload(processor: Processor) -> tuple[Processor, Watcher | None]:
-        nonlocal app
-        fresh = app.reopened()
-        fresh.fetch_missing()
-        processor = fresh.processor(
-            session.store,
-            app.workspace.input_folder,
-            session.reporter,
-            session.signals,
-            earlier=processor.runner,
-        )
-        before, app = app.config.intake.watch, fresh
-        if app.config.intake.watch == before:
-            return processor, None
-        watcher, mode = app.watcher(session.signals)
-        session.health.note(mode=mode)
-        return processor, watcher
-
-    Watch(session.processor, watcher, session.signals, session.health, session.notifier, reload).run()
-    log.info("stopped")
 
 
 @cli.command()
@@ -197,15 +169,15 @@ def requeue(
     context: typer.Context,
     track: str,
     stage: Annotated[
-        str | None, typer.Option(help=f"Make again from this stage on: {', '.join(STAGES)}.")
+        str | None, typer.Option(help=f"Make again from this stage on: {', '.join(Stage)}.")
     ] = None,
 ) -> int:
     """Make a finished track again: what its configuration now wants otherwise, or from a stage on."""
-    if stage is not None and stage not in STAGES:
-        raise typer.BadParameter(f"must be one of {', '.join(STAGES)}", param_hint="--stage")
+    if stage is not None and stage not in list(Stage):
+        raise typer.BadParameter(f"must be one of {', '.join(Stage)}", param_hint="--stage")
     store = _app(context).open_store()
     found = store.find(track)
-    stages = {"embed": ["embed"], "generate": ["generate"]}.get(stage or "", STAGES if stage else [])
+    stages = [Stage(stage)] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
     if not store.requeue(found.sha256, now=views.now(), stages=stages):
         typer.echo(f"{found.name}: is being worked on; requeue it when it is done", err=True)
         return SOME_FAILED

@@ -26,7 +26,7 @@ from pipeline.intake import scanner
 from pipeline.intake.ingest import ScanResult
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
-from pipeline.runner.attempts import Outcome
+from pipeline.runner.attempts import RunResult
 from pipeline.service.health import read_health
 from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
@@ -42,9 +42,9 @@ LICENSE_UNKNOWN = "licence: see its page on the hub"
 now = time.time
 
 
-def summary(outcome: Outcome, scan_result: ScanResult, outbox: Path) -> str:
+def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
     """The last line of `once`."""
-    parts = [f"{outcome.done} done", f"{outcome.failed + scan_result.unreadable} failed"]
+    parts = [f"{len(result.done)} done", f"{len(result.failed) + scan_result.unreadable} failed"]
     if scan_result.up_to_date:
         parts.append(f"{scan_result.up_to_date} up to date")
     if scan_result.failed:
