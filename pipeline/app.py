@@ -26,7 +26,7 @@ from pipeline.service.loop import Processor
 from pipeline.service.signals import Signals
 from pipeline.store.store import Store
 from pipeline.weights import hub
-from pipeline.workspace import ENGINES_FOLDER, Workspace
+from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
 
 log = logging.getLogger("pipeline")
 
@@ -136,44 +136,46 @@ class App:
             engines.take_over(earlier)
         return engines
 
-    def store(self, *, read_only: bool = False) -> Store | None:
-        """The database; None if it is to be read only and isn't there yet."""
-        if read_only and not self.workspace.database.exists():
-            return None
-        return Store(self.workspace.database, read_only=read_only)
+    def open_store(self) -> Store:
+        """The database for reading and writing; it is made if there is none."""
+        return Store(self.workspace.database)
+
+    def read_store(self) -> Store | None:
+        """The database for reading; None if there is none yet."""
+        return Store(self.workspace.database, read_only=True) if self.workspace.database.exists() else None
 
     def processor(
         self,
         store: Store,
-        root: Path | None,
+        folder: InputFolder,
         reporter: Reporter,
         signals: Signals,
         *,
         earlier: Runner | None = None,
     ) -> Processor:
-        """What works by this configuration; `root` is a folder other than the inbox.
+        """The ingest and the runner of this configuration.
 
-        `earlier` is the runner of the configuration before: what it has loaded and seen is kept.
+        `earlier` is the runner of the configuration before: its engines are kept where nothing about
+        them has changed.
         """
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox)
-        folder = self.workspace.inbox if root is None else root
         intake = self.config.intake
         ingest = Ingest(
-            root=folder,
-            is_inbox=root is None,
+            folder=folder,
             settings=intake,
             disk=self.config.disk,
             recipe=self.recipe,
             store=store,
             outbox=outbox,
             workspace=self.workspace,
-            scanner=self.scanner(root),
-            settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder)))),
+            scanner=self.scanner(folder),
+            settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder.path)))),
         )
         runner = Runner(
             recipe=self.recipe,
             workspace=self.workspace,
+            folder=folder,
             store=store,
             outbox=outbox,
             engines=self.engines(None if earlier is None else earlier.engines),
@@ -184,10 +186,10 @@ class App:
         )
         return Processor(ingest, runner)
 
-    def scanner(self, root: Path | None) -> Scanner:
+    def scanner(self, folder: InputFolder) -> Scanner:
         intake = self.config.intake
-        rules = Rules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=root is None)
-        return Scanner(self.workspace.inbox if root is None else root, rules)
+        rules = Rules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
+        return Scanner(folder.path, rules)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """What watches the inbox, and in which mode and why."""

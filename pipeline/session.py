@@ -30,7 +30,7 @@ from pipeline.service.loop import Processor
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, Workspace
+from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
 
 LOG_BYTES, LOG_FILES = 5_000_000, 3
 START_PAUSE_S = 10.0  # between tries of `watch` to start up on a full disk
@@ -53,7 +53,7 @@ class Session:
 
 
 @contextmanager
-def open_session(app: App, root: Path | None, *, is_watching: bool = False) -> Iterator[Session]:
+def open_session(app: App, folder: InputFolder, *, is_watching: bool = False) -> Iterator[Session]:
     """Everything a working verb needs, as the only instance, with signals turned into a stop."""
     console, signals, notifier = Console(stderr=True), Signals(), Notifier.from_env()
     _prepare(app.workspace)
@@ -61,16 +61,18 @@ def open_session(app: App, root: Path | None, *, is_watching: bool = False) -> I
         health = Health(app.workspace.health)
         health.open()
         app.fetch_missing()
-        store = app.store()
-        assert store is not None
+        store = app.open_store()
         signals.overdue = partial(_leave_at_once, app.workspace.database, is_watching=is_watching)
         try:
             _see_the_outbox(app, store)
             given_up = _pick_up(app, store)
-            _clear_up(app, but=None if store.next_due() is None else app.recipe.generator.card)
+            _clear_up(
+                app,
+                but=None if store.next_due(app.workspace.input_folder) is None else app.recipe.generator.card,
+            )
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
             with signals.on_signals(hangup_reloads=is_watching), reporter:
-                processor = app.processor(store, root, reporter, signals)
+                processor = app.processor(store, folder, reporter, signals)
                 processor.runner.outcome.failed += given_up
                 try:
                     yield Session(app, store, processor, signals, health, notifier, reporter)

@@ -60,6 +60,11 @@ class Workspace:
                 )
         return cls(home, inbox, outbox, state)
 
+    @property
+    def input_folder(self) -> InputFolder:
+        """The inbox, as the folder that a command takes tracks from."""
+        return InputFolder(self.inbox, is_inbox=True)
+
     def drop_normalized(self) -> None:
         """Remove all normalized audio, and copies that were cut off: they are made again when needed."""
         for path in [*self.state.glob("work/*/normalized*"), *self.state.glob("work/.incoming-*")]:

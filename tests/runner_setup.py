@@ -124,8 +124,7 @@ class RunnerSetup:
         intake = self.config.intake
         settle_s = intake.settle_s if settle_s is None else settle_s
         return Ingest(
-            root=self.workspace.inbox,
-            is_inbox=True,
+            folder=self.workspace.input_folder,
             settings=intake,
             disk=self.config.disk,
             recipe=self.recipe,
@@ -146,6 +145,7 @@ class RunnerSetup:
         return Runner(
             recipe=self.recipe,
             workspace=self.workspace,
+            folder=self.workspace.input_folder,
             store=self.store,
             outbox=outbox or Outbox(self.workspace.outbox),
             engines=Engines(generator),

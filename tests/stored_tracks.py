@@ -10,9 +10,16 @@ from typing import Any, BinaryIO
 
 from pipeline.config import Folders
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
-from pipeline.store.schema import SourceFile
+from pipeline.store.schema import SourceFile, Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workspace
+from pipeline.workspace import InputFolder, Workspace
+
+WHOLE_QUEUE = InputFolder(Path("/home/inbox"), is_inbox=True)
+
+
+def claim_due(store: Store, limit: int, *, now: float) -> list[Track]:
+    """Claim as the runner does."""
+    return store.claim(store.due(limit, WHOLE_QUEUE, now=now))
 
 
 def trust(_file: BinaryIO) -> None:
@@ -61,7 +68,7 @@ class StoredTracks:
         files = [EMBEDDING, "variations/01-near.wav", "variations/02-far.wav"]
         made = [self.made(sha256, file, n, now=now, n_bytes=wav_bytes) for n, file in enumerate(files)]
         self.outbox.publish_manifest(track.folder, a_manifest(sha256, made))
-        self.store.claim(100, now=now)
+        claim_due(self.store, 100, now=now)
         self.store.finish(sha256, plan_key="plan", source={"codec": "flac"}, now=now)
         self.archive_files(name, "done")
         return sha256
@@ -86,7 +93,7 @@ class StoredTracks:
     def failed(self, name: str, content: bytes, *, now: float) -> str:
         """A source that failed at `now` and lies in the archive with its error beside it."""
         sha256 = self.arrived(name, content, now=now)
-        self.store.claim(100, now=now)
+        claim_due(self.store, 100, now=now)
         self.store.fail(sha256, stage="normalize", error="is silent", now=now, retry_at=None)
         there = self.archive_files(name, "failed")
         there.with_name(f"{there.name}.error.txt").write_text("is silent\n")

@@ -29,6 +29,7 @@ from pipeline.service.loop import Processor, Watch, run_once
 from pipeline.session import Session, open_session, wait_for_room
 from pipeline.stages import STAGES
 from pipeline.store.schema import UNREADABLE
+from pipeline.workspace import InputFolder
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 
@@ -98,8 +99,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other progr
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all tracks that are ready, then end."""
     app = _app(context)
-    root = _root(app, folder)
-    with open_session(app, root) as session:
+    with open_session(app, _input_folder(app, folder)) as session:
         try:
             scan_result = run_once(session.processor, session.signals, session.health)
         except Stopped:
@@ -120,7 +120,7 @@ def watch(context: typer.Context) -> int:
     app = _app(context)
     while True:
         try:
-            with open_session(app, None, is_watching=True) as session:
+            with open_session(app, app.workspace.input_folder, is_watching=True) as session:
                 _watch(session)
             return ALL_DONE
         except DiskFull as e:  # at start-up; once the session is open, the loop itself waits
@@ -141,7 +141,11 @@ def _watch(session: Session) -> None:
         fresh = app.reopened()
         fresh.fetch_missing()
         processor = fresh.processor(
-            session.store, None, session.reporter, session.signals, earlier=processor.runner
+            session.store,
+            app.workspace.input_folder,
+            session.reporter,
+            session.signals,
+            earlier=processor.runner,
         )
         before, app = app.config.intake.watch, fresh
         if app.config.intake.watch == before:
@@ -158,7 +162,7 @@ def _watch(session: Session) -> None:
 def plan(context: typer.Context, folder: Folder = None) -> int:
     """Show what `once` would do now and why, without doing it."""
     app = _app(context)
-    for line in plan_lines(app, _root(app, folder)):
+    for line in plan_lines(app, _input_folder(app, folder)):
         typer.echo(line)
     return ALL_DONE
 
@@ -182,8 +186,7 @@ def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
 @cli.command()
 def retry(context: typer.Context, tracks: Tracks = None) -> int:
     """Queue failed tracks again."""
-    store = _app(context).store()
-    assert store is not None
+    store = _app(context).open_store()
     found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
     for track in found:
         if track.state == "failed" and track.stage == UNREADABLE and not store.units_of(track.sha256):
@@ -208,8 +211,7 @@ def requeue(
     """Process a finished track again: what the configuration has changed, or everything from a stage on."""
     if stage is not None and stage not in STAGES:
         raise typer.BadParameter(f"must be one of {', '.join(STAGES)}", param_hint="--stage")
-    store = _app(context).store()
-    assert store is not None
+    store = _app(context).open_store()
     found = store.find(track)
     stages = {"embed": ["embed"], "generate": ["generate"]}.get(stage or "", STAGES if stage else [])
     if not store.requeue(found.sha256, now=time.time(), stages=stages):
@@ -243,8 +245,7 @@ def gc(
 ) -> int:
     """Remove old working copies, sources and results as `retention` in the configuration says."""
     app = _app(context)
-    store = app.store()
-    assert store is not None
+    store = app.open_store()
     removals = collect(store, app.workspace, app.config.retention, now=time.time(), dry_run=dry_run)
     for removal in removals:
         size = f"{removal.bytes / 1e6:.1f} MB"
@@ -291,10 +292,10 @@ def _json(facts: dict[str, Any]) -> str:
     return json.dumps(facts, indent=2, ensure_ascii=False)
 
 
-def _root(app: App, folder: Path | None) -> Path | None:
-    """The folder to scan; None is the inbox, also if DIR names it, since its `done` folder is not input."""
+def _input_folder(app: App, folder: Path | None) -> InputFolder:
+    """The folder to scan: the inbox, also when it is given by its path, or another one."""
     if folder is None or folder.resolve() == app.workspace.inbox:
-        return None
+        return app.workspace.input_folder
     if not folder.is_dir():
         raise typer.BadParameter(f"{printable(folder)} is not a folder", param_hint="DIR")
     for ours in (app.workspace.outbox, app.workspace.state):  # otherwise results would be taken for sources
@@ -302,4 +303,4 @@ def _root(app: App, folder: Path | None) -> Path | None:
             raise typer.BadParameter(
                 f"{printable(folder)} and {ours} must not lie in one another", param_hint="DIR"
             )
-    return folder.resolve()
+    return InputFolder(folder.resolve(), is_inbox=False)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.intake.scanner import ScannedFile
     from pipeline.plan import Recipe
     from pipeline.runner.attempts import Outcome
+    from pipeline.workspace import InputFolder
 
 LISTED = 20  # entries of the queue and failures that `status` lists
 
@@ -36,7 +37,7 @@ def summary(outcome: Outcome, scan_result: ScanResult, outbox: Path) -> str:
     return f"{', '.join(parts)}; results are in {outbox}"
 
 
-def plan_lines(app: App, root: Path | None) -> Iterator[str]:
+def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     """What `once` would do: the engines, the variations, and one line per file or queued track.
 
     Raises:
@@ -49,16 +50,15 @@ def plan_lines(app: App, root: Path | None) -> Iterator[str]:
     variations = recipe.plan("").variations
     names = ", ".join(Path(unit.file).name for unit in variations)
     yield f"each track: {len(variations)} variations: {names}"
-    store = app.store(read_only=True)
-    folder = app.workspace.inbox if root is None else root
+    store = app.read_store()
     is_idle = True
     try:
-        for scanned in app.scanner(root).scan():
+        for scanned in app.scanner(folder).scan():
             is_idle = False
             yield f"{scanned.display}: {_planned(store, scanned, recipe)}"
     except OSError as e:
-        raise FolderUnusable(f"{folder} can't be read: {os_reason(e)}") from e
-    for track in store.tracks("queued") if store and root is None else []:
+        raise FolderUnusable(f"{folder.path} can't be read: {os_reason(e)}") from e
+    for track in store.tracks("queued") if store and folder.is_inbox else []:
         is_idle = False
         yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
     if is_idle:
@@ -103,7 +103,7 @@ def status_facts(app: App) -> dict[str, Any]:
         "queue": [],
         "failures": [],
     }
-    store = app.store(read_only=True)
+    store = app.read_store()
     return facts if store is None else {**facts, **_queue_facts(store, is_running=is_running)}
 
 
@@ -174,7 +174,7 @@ def show_facts(app: App, wanted: str) -> dict[str, Any]:
     Raises:
         UnknownTrack: no track, or more than one, has that name.
     """
-    store = app.store(read_only=True)
+    store = app.read_store()
     if store is None:
         raise UnknownTrack("nothing has been processed yet")
     track = store.find(wanted)

@@ -23,7 +23,7 @@ from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.store.schema import UNREADABLE, FileState, SourceFile, Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workspace
+from pipeline.workspace import InputFolder, Workspace
 
 log = logging.getLogger("pipeline")
 
@@ -55,8 +55,7 @@ class ScanResult:
 class Ingest:
     """Looks at one folder and keeps the store in step with it."""
 
-    root: Path
-    is_inbox: bool
+    folder: InputFolder
     settings: Intake
     disk: Disk
     recipe: Recipe
@@ -72,7 +71,7 @@ class Ingest:
 
     @property
     def inbox(self) -> Path | None:
-        return self.root if self.is_inbox else None
+        return self.folder.path if self.folder.is_inbox else None
 
     def scan(self, *, should_stop: Callable[[], bool]) -> ScanResult:
         """Take in what is new, queue what has to be made again.
@@ -86,7 +85,7 @@ class Ingest:
         try:
             scanned_files = list(self.scanner.scan())
         except OSError as e:
-            raise FolderUnusable(f"{self.root} can't be read: {os_reason(e)}") from e
+            raise FolderUnusable(f"{self.folder.path} can't be read: {os_reason(e)}") from e
         paths = {scanned.path for scanned in scanned_files}
         self.settling.keep_only(paths)
         for gone in self._trouble.keys() - paths:
@@ -112,7 +111,7 @@ class Ingest:
         self, scanned_files: Iterable[ScannedFile], found: ScanResult, should_stop: Callable[[], bool]
     ) -> Iterable[ScannedFile]:
         """What is ready and not known yet, as long as there is room for it."""
-        spooled, limit = self.store.spooled_bytes(self.root), self.settings.spool_gb * 1e9
+        spooled, limit = self.store.spooled_bytes(self.folder.path), self.settings.spool_gb * 1e9
         until = self.clock() + LONGEST_S
         for scanned in scanned_files:
             if should_stop():
@@ -135,7 +134,7 @@ class Ingest:
 
     def _is_dealt_with(self, file: SourceFile, scanned: ScannedFile) -> bool:
         """Whether this very file was taken in from this folder, and wasn't moved since."""
-        return file.moved_to is None and file.root == self.root and is_same(file, scanned)
+        return file.moved_to is None and file.root == self.folder.path and is_same(file, scanned)
 
     def _is_ready(self, scanned: ScannedFile) -> bool:
         return self.settling.is_settled(scanned, self.clock()) and not scanner.has_writer(scanned.to_open)
@@ -203,7 +202,9 @@ class Ingest:
 
     def _arrived(self, scanned: ScannedFile, sha256: str, found: ScanResult) -> Track | None:
         """New here: bytes nobody has seen, or a file put back; else the track they are another name of."""
-        below = scanned.path.parent.relative_to(self.root) if self.settings.subfolders == "keep" else None
+        below = (
+            scanned.path.parent.relative_to(self.folder.path) if self.settings.subfolders == "keep" else None
+        )
         folder = Outbox.folder_name(scanned.path, sha256, below=below)
         name = printable(scanned.path.name)
         before = self.store.file_at(scanned.path)
@@ -286,7 +287,7 @@ class Ingest:
         return SourceFile(
             path=scanned.path,
             sha256=sha256,
-            root=self.root,
+            root=self.folder.path,
             display=scanned.display,
             size=scanned.size,
             mtime_ns=scanned.mtime_ns,

@@ -34,7 +34,7 @@ from pipeline.records import Embedding, Failure, Variation, VariationRequest
 from pipeline.runner.attempts import Attempts, Job, Outcome
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workspace
+from pipeline.workspace import InputFolder, Workspace
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Runner:
 
     recipe: Recipe
     workspace: Workspace
+    folder: InputFolder  # whose tracks are processed; the inbox stands for the whole queue
     store: Store
     outbox: Outbox
     engines: Engines
@@ -62,8 +63,12 @@ class Runner:
     def outcome(self) -> Outcome:
         return self.attempts.outcome
 
-    def drain(self, *, root: Path | None = None) -> bool:
-        """Process all queued tracks that are due; those of the folder `root` only, if given.
+    def next_due(self) -> float | None:
+        """When the next queued track may be processed; None if none is queued."""
+        return self.store.next_due(self.folder)
+
+    def drain(self) -> bool:
+        """Process all queued tracks that are due.
 
         Returns:
             Whether there were any.
@@ -73,24 +78,24 @@ class Runner:
             FolderUnusable: the disk is full or a folder can't be written; the same.
         """
         worked = False
-        while self.next_batch(root=root):
+        while self.next_batch():
             worked = True
         return worked
 
-    def next_batch(self, *, root: Path | None = None) -> bool:
+    def next_batch(self) -> bool:
         """Process the next batch of the queue; False if nothing was due. Raises as `drain`."""
         try:
-            if (due := self.store.next_due(root=root)) is None or due > self.clock():
+            if (due := self.next_due()) is None or due > self.clock():
                 return False
             self._see_the_outbox()
-            tracks = self.store.claim(self._batch_size(), now=self.clock(), root=root)
+            tracks = self.store.claim(self.store.due(self._batch_size(), self.folder, now=self.clock()))
             self.process(tracks)
         except DiskFull:
             if self._is_cramped:
                 raise
             self._is_cramped = True
             self.make_room()
-            return self.next_batch(root=root)
+            return self.next_batch()
         except sqlite3.Error as e:
             raise environment_error(e) or e from e
         self._is_cramped = False

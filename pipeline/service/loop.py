@@ -44,15 +44,14 @@ def run_once(processor: Processor, signals: Signals, health: Health) -> ScanResu
         The last look at the folder, with the queued tracks of all looks.
     """
     ingest, runner = processor.ingest, processor.runner
-    root = None if ingest.is_inbox else ingest.root
     queued, unreadable, patience_s = 0, 0, 2 * ingest.settings.settle_s + 1.0
     while True:
         scan_result = ingest.scan(should_stop=signals.is_stopped)
         queued, unreadable = queued + scan_result.queued, unreadable + scan_result.unreadable
         _note(health, scan_result)
         runner.reporter.queued(runner.store.counts()["queued"] + runner.outcome.done + runner.outcome.failed)
-        worked = runner.drain(root=root)
-        due = runner.store.next_due(root=root)
+        worked = runner.drain()
+        due = runner.next_due()
         if signals.is_stopped():
             raise Stopped("asked to stop")
         if scan_result.is_cut_short or (worked and (scan_result.waiting or scan_result.no_room)):
@@ -90,7 +89,7 @@ class Watch:
     def run(self) -> None:
         """Work until a signal says stop."""
         self.watcher.start()
-        log.info("watching %s", self.processor.ingest.root)
+        log.info("watching %s", self.processor.ingest.folder.path)
         self.notifier.ready()
         try:
             while not self.signals.is_stopped():
@@ -175,7 +174,7 @@ class Watch:
     def _until_next(self) -> float:
         waits = [self._scan_at - self.clock()]
         runner = self.processor.runner
-        if (due := runner.store.next_due()) is not None:
+        if (due := runner.next_due()) is not None:
             waits.append(max(due - runner.clock(), SHORTEST_WAIT_S))
         if self.notifier.watchdog_s is not None:
             waits.append(self.notifier.watchdog_s / 3)

@@ -29,9 +29,12 @@ from pipeline.store.schema import (
     row_of,
     track_of,
 )
+from pipeline.workspace import InputFolder
 
 STATES = ("queued", "running", "done", "failed")
-_BELOW = " AND EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root)"
+_OF_FOLDER = (
+    " AND (:is_inbox OR EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root))"
+)
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
@@ -186,34 +189,37 @@ class Store:
 
     # -- the queue -------------------------------------------------------------------------------
 
-    def claim(self, limit: int, *, now: float, root: Path | None = None) -> list[Track]:
-        """Take up to `limit` queued tracks that are due, oldest first; only those below `root` if given.
+    def due(self, limit: int, folder: InputFolder, *, now: float) -> list[Track]:
+        """Up to `limit` queued tracks that may be claimed, oldest first.
 
-        A track that may have killed the process comes alone.
+        The inbox stands for the whole queue; of another folder, only its own tracks are returned. A
+        track that may have killed the process is returned alone.
         """
-        below = "" if root is None else _BELOW
-        arguments = {"now": now, "limit": limit, "root": b"" if root is None else os.fsencode(root)}
-        with self._writing() as db:
-            rows = db.execute(
-                f"SELECT sha256, solo FROM tracks WHERE state = 'queued' AND not_before <= :now{below}"
-                " ORDER BY queued_at, sha256 LIMIT :limit",
-                arguments,
-            ).fetchall()
-            alone = bool(rows) and bool(rows[0][1])
-            chosen = [sha256 for sha256, solo in (rows[:1] if alone else rows) if bool(solo) == alone]
-            taken = db.query(
-                "UPDATE tracks SET state = 'running' WHERE sha256 IN (SELECT value FROM json_each(?))"
-                " RETURNING *",
-                [json.dumps(chosen)],
-            )
-            tracks = list(map(track_of, taken))
-        return sorted(tracks, key=lambda track: (track.queued_at, track.sha256))
+        rows = self._db.query(
+            f"SELECT * FROM tracks WHERE state = 'queued' AND not_before <= :now{_OF_FOLDER}"
+            " ORDER BY queued_at, sha256 LIMIT :limit",
+            {**_arguments(folder), "now": now, "limit": limit},
+        )
+        tracks = list(map(track_of, rows))
+        if tracks and tracks[0].solo:
+            return tracks[:1]
+        return [track for track in tracks if not track.solo]
 
-    def next_due(self, *, root: Path | None = None) -> float | None:
-        """When the next queued track may be claimed; None if none is queued."""
-        below = "" if root is None else _BELOW
-        sql = f"SELECT min(not_before) FROM tracks WHERE state = 'queued'{below}"
-        row = self._db.execute(sql, {"root": b"" if root is None else os.fsencode(root)}).fetchone()
+    def claim(self, tracks: Iterable[Track]) -> list[Track]:
+        """Mark those of the tracks that are still queued as running, and return them in the same order."""
+        wanted = [track.sha256 for track in tracks]
+        with self._writing() as db:
+            taken = db.query(
+                "UPDATE tracks SET state = 'running' WHERE state = 'queued'"
+                " AND sha256 IN (SELECT value FROM json_each(?)) RETURNING *",
+                [json.dumps(wanted)],
+            )
+            return sorted(map(track_of, taken), key=lambda track: wanted.index(track.sha256))
+
+    def next_due(self, folder: InputFolder) -> float | None:
+        """When the next queued track of the folder may be claimed (see `due`); None if none is queued."""
+        sql = f"SELECT min(not_before) FROM tracks WHERE state = 'queued'{_OF_FOLDER}"
+        row = self._db.execute(sql, _arguments(folder)).fetchone()
         return None if row[0] is None else float(row[0])
 
     def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
@@ -471,3 +477,7 @@ class Store:
         except sqlite3.DatabaseError as e:  # damaged so badly that the check itself can't go on
             return [str(e)]
         return [] if rows == ["ok"] else rows
+
+
+def _arguments(folder: InputFolder) -> dict[str, Any]:
+    return {"is_inbox": folder.is_inbox, "root": os.fsencode(folder.path)}

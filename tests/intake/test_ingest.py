@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from home_folder import sha256_of, write_music
 from runner_setup import Answers, RunnerSetup
+from stored_tracks import claim_due
 
 from pipeline.errors import BadAudio, DiskFull, FolderUnusable
 from pipeline.fs import copying
@@ -203,7 +204,7 @@ def test_a_move_that_was_made_but_not_recorded_is_found_at_the_next_start(
     setup: RunnerSetup, ending: str
 ) -> None:
     [sha256] = setup.bring("album/a.wav")
-    setup.store.claim(1, now=setup.now)
+    claim_due(setup.store, 1, now=setup.now)
     if ending == "done":
         setup.store.finish(sha256, plan_key="p", source={}, now=setup.now)
     else:
@@ -229,7 +230,7 @@ def test_a_record_that_was_made_before_the_move_is_followed_by_it(setup: RunnerS
         (setup.workspace.inbox / "done" / "a.wav").rename(path)
         setup.store.settle_file(path, state="waiting")
     else:
-        setup.store.claim(1, now=setup.now)
+        claim_due(setup.store, 1, now=setup.now)
         setup.store.fail(sha256, stage="normalize", error="is silent", now=setup.now, retry_at=None)
 
     setup.scan()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stored_tracks import StoredTracks, a_manifest, tree, trust
+from stored_tracks import StoredTracks, a_manifest, claim_due, tree, trust
 
 from pipeline.maintenance.reconcile import Finding, reconcile
 from pipeline.maintenance.retention import ASIDE_PREFIX
@@ -277,7 +277,7 @@ def test_a_file_between_two_names_stays_while_its_track_is_not_done(stored: Stor
 def test_nothing_of_a_running_track_is_touched(stored: StoredTracks) -> None:
     sha256 = stored.arrived("a.wav", b"a", now=NOW)
     stored.made(sha256, NEAR, 1, now=NOW, n_bytes=10)
-    stored.store.claim(1, now=NOW)
+    claim_due(stored.store, 1, now=NOW)
     (stored.folder(sha256) / "variations" / ".02-far.wav.part").write_bytes(b"x")
     (stored.scratch(sha256) / "normalized.part").write_bytes(b"x")
     before = tree(stored.workspace.outbox), tree(stored.workspace.state / "work")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_tracks import StoredTracks, tree
+from stored_tracks import StoredTracks, claim_due, tree
 
 from pipeline.config import Retention
 from pipeline.maintenance import retention
@@ -64,7 +64,7 @@ def test_by_default_only_working_copies_are_ever_removed(stored: StoredTracks) -
 def test_what_is_queued_or_running_is_never_touched(stored: StoredTracks, dry_run: bool) -> None:
     running = stored.finished("a.wav", b"a", now=OLD)
     stored.store.requeue(running, now=OLD)
-    stored.store.claim(1, now=NOW)
+    claim_due(stored.store, 1, now=NOW)
     queued = stored.failed("b.wav", b"b", now=OLD)
     stored.store.requeue(queued, now=OLD)
     stored.arrived("c.wav", b"c", now=OLD)
@@ -155,7 +155,7 @@ def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
         other = Store(stored.workspace.database)  # somebody else's process
         other.requeue(requeued, now=NOW)
         other.requeue(again, now=NOW - 1)
-        other.claim(1, now=NOW)
+        claim_due(other, 1, now=NOW)
         other.finish(again, plan_key="plan", source={}, now=NOW)
         other.close()
         return real(*args, **kwargs)
@@ -319,7 +319,7 @@ def test_files_that_the_store_does_not_know_are_left_alone(stored: StoredTracks)
 
 def test_a_source_that_stayed_in_the_inbox_is_no_archive(stored: StoredTracks) -> None:
     sha256 = stored.arrived("kept.wav", b"k", now=OLD)
-    stored.store.claim(1, now=OLD)
+    claim_due(stored.store, 1, now=OLD)
     stored.store.finish(sha256, plan_key="plan", source={}, now=OLD)
     stored.store.settle_file(stored.workspace.inbox / "kept.wav", state="settled")
     assert gc(stored, archive_days=0.0, archive_gb=0.0) == []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from runner_setup import Answers, RunnerSetup
+from stored_tracks import claim_due
 
 from pipeline.config import Retry
 from pipeline.runner.retry import JITTER, backoff_s, take_over
@@ -15,7 +16,7 @@ SETTINGS = Retry(max_attempts=3, backoff_s=10.0, max_backoff_s=100.0)
 
 def crash(setup: RunnerSetup, stage: str = "generate", *, limit: int = 8) -> list[str]:
     """Claim and begin as the runner does, then be gone; returns the hashes of what was under way."""
-    tracks = setup.store.claim(limit, now=setup.now)
+    tracks = claim_due(setup.store, limit, now=setup.now)
     for track in tracks:
         setup.store.begin(track.sha256, stage, now=setup.now)
     return [track.sha256 for track in tracks]
@@ -80,7 +81,7 @@ def test_a_first_crash_costs_no_wait_but_its_place_in_the_queue(tmp_path: Path) 
     setup.now += 1
     take_over(setup.store, setup.config.retry, now=setup.now)
 
-    claimed = [track.sha256 for track in setup.store.claim(8, now=setup.now)]
+    claimed = [track.sha256 for track in claim_due(setup.store, 8, now=setup.now)]
     assert claimed == [second if crashed == first else first, crashed]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from home_folder import write_music
 from runner_setup import Answers, RunnerSetup
+from stored_tracks import claim_due
 
 from pipeline.errors import ConfigError, DiskFull, PipelineError
 from pipeline.intake.ingest import ScanResult
@@ -19,6 +20,7 @@ from pipeline.service.health import Health
 from pipeline.service.loop import Processor, Watch, run_once
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
+from pipeline.workspace import InputFolder
 
 
 class FullDisk(Outbox):
@@ -219,7 +221,7 @@ def test_once_ends_when_what_waits_cannot_get_room(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
 
     class Full:
-        settings, is_inbox, root = setup.config.intake, True, setup.workspace.inbox
+        settings, folder = setup.config.intake, setup.workspace.input_folder
 
         def scan(self, **_: object) -> ScanResult:
             return ScanResult(no_room=DiskFull("1 MB are free"))
@@ -234,11 +236,12 @@ def test_once_of_a_folder_is_not_held_up_by_the_queue_of_another(tmp_path: Path)
     other = tmp_path / "other"
     write_music(other / "b.wav", seed=3, seconds=1.5)
     daemon = Daemon(setup)
-    ingest = replace(
-        setup.ingest(), root=other, is_inbox=False, scanner=Scanner(other, Rules(is_inbox=False))
-    )
+    folder = InputFolder(other, is_inbox=False)
+    ingest = replace(setup.ingest(), folder=folder, scanner=Scanner(other, Rules(is_inbox=False)))
 
-    run_once(Processor(ingest, daemon.processor.runner), daemon.signals, daemon.health)
+    run_once(
+        Processor(ingest, replace(setup.runner(Answers()), folder=folder)), daemon.signals, daemon.health
+    )
 
     assert sorted(daemon.states()) == ["done", "queued"]
 
@@ -255,7 +258,7 @@ def test_files_that_wait_for_room_behind_a_queue_in_backoff_are_not_looked_at_wi
 ) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0, spool_gb=1e-6, poll_s=5)
     [sha256] = setup.bring("a.wav")
-    setup.store.claim(1, now=setup.now)
+    claim_due(setup.store, 1, now=setup.now)
     setup.store.release(sha256, not_before=setup.now + 1000)
     write_music(setup.workspace.inbox / "b.wav", seed=5)
     daemon = Daemon(setup)

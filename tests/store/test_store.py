@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import sqlite_utils
+from stored_tracks import WHOLE_QUEUE, claim_due
 
 from pipeline.errors import FolderUnusable, UnknownTrack
 from pipeline.store.schema import SourceFile, migrations
 from pipeline.store.store import Store
+from pipeline.workspace import InputFolder
 
 INBOX, ELSEWHERE = Path("/home/inbox"), Path("/music")
 SOURCE = {"duration_s": 3.5, "sample_rate": 44100, "channels": 2, "codec": "flac"}
@@ -44,8 +46,10 @@ def add(
     return store.add(file, name=f"song {letter}", folder=f"{letter}--{letter * 8}", now=now)
 
 
-def claimed(store: Store, limit: int = 10, *, now: float = 1000.0, root: Path | None = None) -> list[str]:
-    return [track.sha256[0] for track in store.claim(limit, now=now, root=root)]
+def claimed(
+    store: Store, limit: int = 10, *, now: float = 1000.0, folder: InputFolder = WHOLE_QUEUE
+) -> list[str]:
+    return [track.sha256[0] for track in store.claim(store.due(limit, folder, now=now))]
 
 
 def state_of(store: Store, letter: str = "a") -> str:
@@ -99,7 +103,7 @@ def test_other_bytes_at_a_known_path_take_the_path_over(store: Store) -> None:
 
 def test_a_finished_track_is_not_queued_by_its_bytes_coming_again(store: Store) -> None:
     add(store)
-    store.claim(1, now=200.0)
+    claim_due(store, 1, now=200.0)
     store.finish(sha("a"), plan_key="k", source=SOURCE, now=300.0)
 
     assert not add(store, name="again.wav")
@@ -124,7 +128,7 @@ def test_a_path_that_is_not_utf8_comes_back_byte_for_byte(store: Store) -> None:
     assert os.fsencode(found.path) == raw
     assert found.moved_to is not None
     assert os.fsencode(found.moved_to) == b"/in\xff/\xfe.wav"
-    assert claimed(store, root=path.parent) == ["a"]
+    assert claimed(store, folder=InputFolder(path.parent, is_inbox=False)) == ["a"]
 
 
 def test_settling_a_file_touches_no_other(store: Store) -> None:
@@ -160,11 +164,12 @@ def test_tracks_of_one_moment_are_claimed_in_the_order_of_their_hashes(store: St
 def test_a_claim_below_a_folder_takes_only_what_was_seen_there(store: Store) -> None:
     add(store, "a", root=INBOX)
     add(store, "b", root=ELSEWHERE)
+    other = InputFolder(ELSEWHERE, is_inbox=False)
 
-    assert claimed(store, root=ELSEWHERE) == ["b"]
-    assert claimed(store, root=ELSEWHERE) == []
-    assert store.next_due(root=ELSEWHERE) is None
-    assert store.next_due(root=INBOX) == 0
+    assert claimed(store, folder=other) == ["b"]
+    assert claimed(store, folder=other) == []
+    assert store.next_due(other) is None
+    assert store.next_due(WHOLE_QUEUE) == 0
     assert claimed(store) == ["a"]
 
 
@@ -181,7 +186,7 @@ def test_two_connections_never_claim_the_same_track(store: Store, database: Path
 def test_a_finished_track_has_its_result_and_no_error(store: Store) -> None:
     add(store)
     store.fail(sha("a"), stage="embed", error="oh", now=150.0, retry_at=160.0)
-    store.claim(1, now=200.0)
+    claim_due(store, 1, now=200.0)
     store.finish(sha("a"), plan_key="key", source=SOURCE, now=300.0)
 
     track = store.track(sha("a"))
@@ -193,33 +198,33 @@ def test_a_finished_track_has_its_result_and_no_error(store: Store) -> None:
 
 def test_a_failure_that_is_retried_waits_until_it_is_due(store: Store) -> None:
     add(store)
-    store.claim(1, now=100.0)
+    claim_due(store, 1, now=100.0)
     store.fail(sha("a"), stage="generate", error="no luck", now=110.0, retry_at=120.0)
 
     track = store.track(sha("a"))
     assert track is not None
     assert (track.state, track.attempts, track.stage, track.error) == ("queued", 1, "generate", "no luck")
-    assert store.next_due() == 120.0
+    assert store.next_due(WHOLE_QUEUE) == 120.0
     assert claimed(store, now=119.9) == []
     assert claimed(store, now=120.0) == ["a"]
 
 
 def test_a_failure_for_good_is_not_claimed_again(store: Store) -> None:
     add(store)
-    store.claim(1, now=100.0)
+    claim_due(store, 1, now=100.0)
     store.fail(sha("a"), stage="normalize", error="silent", now=110.0, retry_at=None)
 
     track = store.track(sha("a"))
     assert track is not None
     assert (track.state, track.attempts, track.finished_at) == ("failed", 1, 110.0)
-    assert store.next_due() is None
+    assert store.next_due(WHOLE_QUEUE) is None
     assert claimed(store, now=1e9) == []
 
 
 def test_a_released_track_is_queued_in_its_old_place_and_has_no_attempt(store: Store) -> None:
     add(store, "a", now=1.0)
     add(store, "b", now=2.0)
-    store.claim(1, now=10.0)
+    claim_due(store, 1, now=10.0)
     store.release(sha("a"))
 
     assert [(track.sha256[0], track.attempts) for track in store.tracks("queued")] == [("a", 0), ("b", 0)]
@@ -234,7 +239,7 @@ def test_releasing_leaves_a_finished_track_finished(store: Store) -> None:
 
 def test_requeueing_forgives_the_attempts_and_keeps_the_work(store: Store) -> None:
     add(store)
-    store.claim(1, now=100.0)
+    claim_due(store, 1, now=100.0)
     store.finish_unit("n", sha256=sha("a"), stage="normalize", result={}, seconds=1.0, now=101.0)
     store.fail(sha("a"), stage="embed", error="oh", now=110.0, retry_at=None)
     store.requeue(sha("a"), now=500.0)
@@ -258,7 +263,7 @@ def test_requeueing_a_stage_forgets_that_stage_of_that_track_alone(store: Store)
 
 def test_requeueing_leaves_what_runs_running(store: Store) -> None:
     add(store)
-    store.claim(1, now=100.0)
+    claim_due(store, 1, now=100.0)
     store.requeue(sha("a"), now=200.0)
     assert state_of(store) == "running"
 
@@ -268,7 +273,7 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
 ) -> None:
     for letter in "abc":
         add(store, letter)
-    store.claim(2, now=200.0)
+    claim_due(store, 2, now=200.0)
     store.end(store.begin(sha("a"), "normalize", now=201.0), outcome="done", now=202.0)
     store.begin(sha("a"), "generate", now=203.0)
     store.close()
@@ -457,7 +462,7 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path: Path, read_only: boo
 
 def test_a_running_track_is_not_queued_again_and_keeps_its_units(store: Store) -> None:
     add(store)
-    store.claim(1, now=1.0)
+    claim_due(store, 1, now=1.0)
     store.finish_unit("k", sha256=sha("a"), stage="generate", result={}, seconds=0.0, now=2.0)
 
     assert not store.requeue(sha("a"), now=3.0, stages=["generate"])
