@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings
@@ -72,11 +73,11 @@ class App:
 
     def choices(self) -> tuple[Choice, Choice]:
         """The embedder and the generator, chosen without loading or fetching anything."""
-        embed, generate = self.config.embed, self.config.generate
-        return (
-            select_engine("embed", embed.engine, self.settings(embed)),
-            select_engine("generate", generate.engine, self.settings(generate)),
-        )
+        return self.choice("embed"), self.choice("generate")
+
+    def choice(self, stage: Literal["embed", "generate"]) -> Choice:
+        section = self.config.embed if stage == "embed" else self.config.generate
+        return select_engine(stage, section.engine, self.settings(section))
 
     def check_variations(self, generator: Choice) -> None:
         """Check that this machine has what the variations' parameters need.
