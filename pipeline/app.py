@@ -1,4 +1,4 @@
-"""Puts the parts together for the command line: configuration, folders, engines, store."""
+"""Puts the parts together for the commands: configuration, folders, engines, store, ingest and runner."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings
@@ -35,11 +36,11 @@ DEFAULT_CONFIG = Path("config/default.yaml")
 
 @dataclass(frozen=True)
 class App:
-    """One configuration in one home."""
+    """One configuration and the folders of one home."""
 
     home: Path
     config: Config
-    config_path: Path | None  # None: built in
+    config_path: Path | None  # None: the built-in configuration
     workspace: Workspace
 
     @classmethod
@@ -47,7 +48,7 @@ class App:
         """Load the given configuration, or the home's own, or the built-in one.
 
         Raises:
-            ConfigError, FolderUnusable: as the loaders say.
+            ConfigError, FolderUnusable: see `load_config` and `Workspace.of`.
         """
         if config_path is None and (home / DEFAULT_CONFIG).exists():
             config_path = home / DEFAULT_CONFIG
@@ -72,17 +73,17 @@ class App:
 
     def choices(self) -> tuple[Choice, Choice]:
         """The embedder and the generator, chosen without loading or fetching anything."""
-        embed, generate = self.config.embed, self.config.generate
-        return (
-            select_engine("embed", embed.engine, self.settings(embed)),
-            select_engine("generate", generate.engine, self.settings(generate)),
-        )
+        return self.choice("embed"), self.choice("generate")
+
+    def choice(self, stage: Literal["embed", "generate"]) -> Choice:
+        section = self.config.embed if stage == "embed" else self.config.generate
+        return select_engine(stage, section.engine, self.settings(section))
 
     def check_variations(self, generator: Choice) -> None:
-        """See that what the variations ask for is on this machine.
+        """Check that this machine has what the variations' parameters need.
 
         Raises:
-            MissingPackage, MissingWeights: it isn't.
+            MissingPackage, MissingWeights: it does not.
         """
         settings = self.settings(self.config.generate)
         for planned in plan_variations(self.config.generate, generator.card):
@@ -98,8 +99,8 @@ class App:
         """Download the weights of named engines that are not on this machine yet.
 
         Raises:
-            MissingWeights: they can't be had now.
-            MissingPackage, MissingWeights: as `check_variations` says, before anything is downloaded.
+            MissingWeights: they can't be downloaded now.
+            MissingPackage, MissingWeights: see `check_variations`, which comes before any download.
         """
         choices = self.choices()
         self.check_variations(choices[1])
@@ -113,7 +114,7 @@ class App:
         """The same home with its configuration read again.
 
         Raises:
-            ConfigError: it is wrong, or asks for other folders, which takes a new start.
+            ConfigError: it is wrong, or names other folders, which needs a restart.
         """
         fresh = App.open(self.home, self.config_path)
         if fresh.workspace != self.workspace:
@@ -121,7 +122,7 @@ class App:
         return fresh
 
     def engines(self, earlier: Engines | None = None) -> Engines:
-        """The chosen engines; those loaded earlier are kept if nothing about them has changed."""
+        """The chosen engines; those that are loaded already stay if nothing about them has changed."""
         recipe = self.recipe
         for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
             model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
@@ -155,8 +156,7 @@ class App:
     ) -> Processor:
         """The ingest and the runner of this configuration.
 
-        `earlier` is the runner of the configuration before: its engines are kept where nothing about
-        them has changed.
+        `earlier` is the runner of the configuration before: it passes its loaded engines on.
         """
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox)
@@ -192,7 +192,7 @@ class App:
         return Scanner(folder.path, rules)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
-        """What watches the inbox, and in which mode and why."""
+        """The watcher of the inbox, and its mode with the reason for it."""
         wanted = self.config.intake.watch
         reasons = map(needs_polling, _mounts(self.workspace.inbox) if wanted == "auto" else ())
         reason = next(filter(None, reasons), None)
@@ -204,5 +204,5 @@ class App:
 
 
 def _mounts(folder: Path) -> list[Mount | None]:
-    """The file system a folder is on, and those mounted inside it."""
+    """The file system that a folder is on, and those mounted inside it."""
     return [mount_of(folder), *mounts_below(folder)]

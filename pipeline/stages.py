@@ -21,7 +21,6 @@ from pipeline.records import (
     VariationRequest,
 )
 
-STAGES = ("normalize", "embed", "generate")  # their order
 NORMALIZE_VERSION = "1"  # raised when the same bytes would be normalized to other samples
 OUTPUT_VERSION = "1"  # raised when the same variation would be written as other bytes
 

@@ -14,7 +14,7 @@ from pipeline.config import Disk, Intake
 from pipeline.errors import BadAudio, DiskFull, FolderUnusable, os_reason
 from pipeline.fs import copying
 from pipeline.fs.copying import FileChanged, FileIdentity, WriteFailed, error_path
-from pipeline.fs.disk import count_that_fit, environment_error, environment_error_outside_tracks
+from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.names import printable
 from pipeline.intake.archive import archive_files
 from pipeline.intake.scanner import ScannedFile, Scanner
@@ -169,7 +169,7 @@ class Ingest:
     def _handle_read_error(self, scanned: ScannedFile, error: OSError, result: ScanResult) -> None:
         """A device error may be temporary; one that lasts fails the file."""
         if isinstance(error, WriteFailed):
-            raise environment_error_outside_tracks(error) or error from error
+            raise environment_error(error, in_track=False) or error from error
         if fault := environment_error(error):
             raise fault from error
         text = f"can't be read: {os_reason(error)}"
