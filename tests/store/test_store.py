@@ -1,4 +1,4 @@
-"""The store, on real SQLite files: the queue, the record of attempts, and what is found again."""
+"""The store, on real SQLite files: the queue, the attempts and the units of work."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_path_that_is_not_utf8_comes_back_byte_for_byte(store: Store) -> None:
     assert claimed(store, folder=InputFolder(path.parent, is_inbox=False)) == ["a"]
 
 
-def test_settling_a_file_touches_no_other(store: Store) -> None:
+def test_setting_the_state_of_a_file_changes_no_other(store: Store) -> None:
     add(store, name="one.wav")
     add(store, name="two.wav")
     store.set_file_state(INBOX / "one.wav", FileState.SETTLED)
@@ -160,7 +160,7 @@ def test_tracks_of_one_moment_are_claimed_in_the_order_of_their_hashes(store: St
     assert [*claimed(store, 1), *claimed(store, 2)] == ["a", "b", "c"]
 
 
-def test_a_claim_below_a_folder_takes_only_what_was_seen_there(store: Store) -> None:
+def test_a_claim_below_a_folder_takes_only_tracks_found_there(store: Store) -> None:
     add(store, "a", root=INBOX)
     add(store, "b", root=ELSEWHERE)
     other = InputFolder(ELSEWHERE, is_inbox=False)
@@ -236,7 +236,7 @@ def test_releasing_leaves_a_finished_track_finished(store: Store) -> None:
     assert state_of(store) == "done"
 
 
-def test_requeueing_forgives_the_attempts_and_keeps_the_work(store: Store) -> None:
+def test_requeueing_resets_the_attempts_and_keeps_the_units(store: Store) -> None:
     add(store)
     claim_due(store, 1, now=100.0)
     store.finish_unit("n", sha256=sha("a"), stage="normalize", result={}, seconds=1.0, now=101.0)
@@ -250,7 +250,7 @@ def test_requeueing_forgives_the_attempts_and_keeps_the_work(store: Store) -> No
     assert store.unit("n") == {}
 
 
-def test_requeueing_a_stage_forgets_that_stage_of_that_track_alone(store: Store) -> None:
+def test_requeueing_a_stage_deletes_the_units_of_that_stage_and_track_only(store: Store) -> None:
     add(store, "a")
     add(store, "b")
     for key, letter, stage in (("n", "a", "normalize"), ("g", "a", "generate"), ("other", "b", "generate")):
@@ -291,7 +291,7 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
     reopened.close()
 
 
-def test_recovery_blames_no_track_that_was_not_running(store: Store) -> None:
+def test_recovery_returns_no_track_that_was_not_running(store: Store) -> None:
     add(store)
     store.begin_attempt(sha("a"), "generate", now=201.0)
     store.finish(sha("a"), plan_key="k", source=SOURCE, now=202.0)
@@ -347,7 +347,7 @@ def test_a_config_is_remembered_once(store: Store, database: Path) -> None:
     plain.close()
 
 
-# -- questions ---------------------------------------------------------------------------------------
+# -- queries -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted", ["song a", "a--aaaaaaaa", "aaaa", "AAAA", "a" * 64, "sub/a.wav"])
@@ -424,7 +424,7 @@ def test_a_sound_database_passes_its_check_and_a_damaged_one_does_not(store: Sto
     damaged.close()
 
 
-def test_a_database_whose_making_was_cut_off_can_be_read(tmp_path: Path) -> None:
+def test_a_database_that_was_not_completely_made_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "pipeline.db").touch()
     store = Store(tmp_path / "pipeline.db", read_only=True)
     assert store.counts() == dict.fromkeys(("queued", "running", "done", "failed"), 0)
