@@ -125,8 +125,8 @@ def test_a_moved_in_tree_is_found_by_the_next_scan(tmp_path: Path) -> None:
     assert [found.display for found in scanner.scan()] == ["c.wav", "tree/1/2/3/a.wav", "tree/1/b.wav"]
 
 
-def test_ten_thousand_files_are_each_seen_once(tmp_path: Path) -> None:
-    names = [f"{n:05}.wav" for n in range(10_000)]
+def test_every_one_of_many_files_is_found_once(tmp_path: Path) -> None:
+    names = [f"{n:05}.wav" for n in range(1000)]
     for name in names:
         (tmp_path / name).touch()
     assert found_names(tmp_path) == names

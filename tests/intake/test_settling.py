@@ -271,7 +271,7 @@ ASKER = """
 import sys
 from pathlib import Path
 from pipeline.intake.settling import has_writer
-answers = [has_writer(Path(sys.argv[1])) for _ in range(20_000)]
+answers = [has_writer(Path(sys.argv[1])) for _ in range(3_000)]
 print(sum(answers))
 """
 OPENER = """
