@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from pipeline.errors import FolderUnusable, UnknownTrack
+from pipeline.errors import DatabaseDamaged, DiskFull, FolderUnusable, UnknownTrack
 from pipeline.store.schema import (
     MIGRATIONS,
     TRACK_COLUMNS,
@@ -46,16 +46,46 @@ class Store:
     def __init__(
         self, path: Path, *, read_only: bool = False, busy_timeout_s: float = BUSY_TIMEOUT_S
     ) -> None:
+        """Open the database, and check it quickly if it is to be written.
+
+        Raises:
+            DatabaseDamaged, DiskFull, FolderUnusable: it can't be opened.
+        """
         self._path, self._read_only, self._busy_timeout_s = path, read_only, busy_timeout_s
-        self._db = self._connect()
-        if not read_only:
-            self._migrate()
-        elif self._is_readable() and MIGRATIONS.keys() - self._applied():
-            # Made by an older version, or a kill came before its first table.
-            Store(path, busy_timeout_s=busy_timeout_s).close()
+        try:
+            self._refuse_lost_file()
+            self._db = self._connect()
+            if not read_only:
+                self._refuse_damage("quick_check(1)")
+                self._migrate()
+            elif self._is_readable() and MIGRATIONS.keys() - self._applied():
+                # Made by an older version, or a kill came before its first table.
+                Store(path, busy_timeout_s=busy_timeout_s).close()
+        except sqlite3.Error as e:
+            raise self._opening_error(e) from e
         if unknown := self._applied() - MIGRATIONS.keys():
             self.close()
             raise FolderUnusable(f"{path} was made by a newer version of this program ({max(unknown)})")
+
+    def _refuse_lost_file(self) -> None:
+        """SQLite would take an empty file for a new database and delete the write-ahead log beside it."""
+        log = self._path.with_name(f"{self._path.name}-wal")
+        if self._path.is_dir():
+            raise DatabaseDamaged(self._path, "a folder is in its place")
+        if self._path.exists() and not self._path.stat().st_size and log.exists() and log.stat().st_size:
+            raise DatabaseDamaged(self._path, "it is empty, but its write-ahead log is not")
+
+    def _refuse_damage(self, pragma: str) -> None:
+        found = [row[0] for row in self._db.execute(f"PRAGMA {pragma}")]
+        if found != ["ok"]:
+            raise DatabaseDamaged(self._path, "; ".join(" ".join(text.split()) for text in found[:3]))
+
+    def _opening_error(self, error: sqlite3.Error) -> FolderUnusable:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without the extended part
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return DatabaseDamaged(self._path, str(error))
+        kind = DiskFull if code == sqlite3.SQLITE_FULL else FolderUnusable
+        return kind(f"the database {self._path} can't be used: {error}")
 
     def _migrate(self) -> None:
         from pipeline.store.migrations import migrations
@@ -456,13 +486,16 @@ class Store:
         rows = self._db.execute("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
         return [{**row, "result": json.loads(row["result"])} for row in rows]
 
-    def check(self) -> list[str]:
-        """The problems that SQLite's integrity check finds."""
+    def check(self) -> None:
+        """Run SQLite's integrity check, which reads the whole file.
+
+        Raises:
+            DatabaseDamaged: it found something.
+        """
         try:
-            rows = [row[0] for row in self._db.execute("PRAGMA integrity_check").fetchall()]
+            self._refuse_damage("integrity_check")
         except sqlite3.DatabaseError as e:  # too damaged for the check itself
-            return [str(e)]
-        return [] if rows == ["ok"] else rows
+            raise DatabaseDamaged(self._path, str(e)) from e
 
 
 def _arguments(folder: InputFolder) -> dict[str, Any]:

@@ -400,6 +400,23 @@ def test_gc_says_what_it_would_remove_and_removes_just_that(home: Home, pipeline
     assert pipeline("once").out.startswith("0 done")  # what was removed on purpose is not made again
 
 
+def test_with_a_damaged_database_nothing_is_processed_and_doctor_says_what_to_do(
+    worked: Home, pipeline: Pipeline
+) -> None:
+    write_music(worked.inbox / "new.wav", seed=7)
+    (worked.folder / "state" / "pipeline.db").write_bytes(b"this is no database " * 1000)
+
+    for command in ("once", "status"):
+        ran = pipeline(command)
+        assert (ran.code, ran.err.count("\n")) == (4, 1)
+        assert "pipeline.db is damaged" in ran.err
+    doctor = pipeline("doctor")
+    assert doctor.code == 1
+    assert "bad   database: the database" in doctor.out
+    assert "ok    decoders" in doctor.out
+    assert (worked.inbox / "new.wav").exists()
+
+
 def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
     lines = pipeline("doctor").out.splitlines()
     assert "ok    generate uses: remix: named in the configuration" in lines

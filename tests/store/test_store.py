@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 import sqlite_utils
 from stored_tracks import WHOLE_QUEUE, claim_due
 
-from pipeline.errors import FolderUnusable, UnknownTrack
+from pipeline.errors import DatabaseDamaged, FolderUnusable, UnknownTrack
 from pipeline.store.migrations import migrations
 from pipeline.store.schema import FileState, SourceFile
 from pipeline.store.store import Store
@@ -406,24 +406,62 @@ def test_a_reader_sees_what_is_written_meanwhile_and_can_write_nothing(store: St
     reader.close()
 
 
-def test_a_sound_database_passes_its_check_and_a_damaged_one_does_not(store: Store, database: Path) -> None:
-    for n in range(300):
-        store.add_file(
-            replace(a_file(name=f"{n}.wav"), sha256=f"{n:064d}"),
-            name=f"song {n}",
-            folder=str(n),
-            now=float(n),
-        )
-    assert store.check() == []
+def garbage_header(path: Path) -> None:
+    path.write_bytes(b"this is no database " * 1000)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zeroed_page(path: Path) -> None:
+    with path.open("r+b") as raw:
+        raw.seek(path.stat().st_size // 2 // 4096 * 4096)
+        raw.write(bytes(4096))
+
+
+def empty_beside_its_log(path: Path) -> None:
+    os.truncate(path, 0)
+    path.with_name(f"{path.name}-wal").write_bytes(b"x" * 5000)
+
+
+def replaced_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [garbage_header, truncated, zeroed_page, empty_beside_its_log, replaced_by_a_folder]
+)
+def test_a_damaged_database_is_refused_with_what_to_do(
+    store: Store, database: Path, damage: Callable[[Path], None]
+) -> None:
+    for n in range(100):
+        file = replace(a_file(name=f"{n}.wav"), sha256=f"{n:064d}")
+        store.add_file(file, name=f"song {n}", folder=str(n), now=float(n))
+    store.check()
+    store.close()
+    damage(database)
+
+    with pytest.raises(DatabaseDamaged, match=r"pipeline\.db is damaged .*: stop the program, then restore"):
+        Store(database)
+    with pytest.raises(DatabaseDamaged):
+        Store(database, read_only=True).check()
+
+
+def test_a_database_that_may_not_be_written_is_named(
+    store: Store, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.close()
 
-    size = database.stat().st_size
-    with database.open("r+b") as raw:
-        raw.seek(size // 2)
-        raw.write(b"\x55" * 8192)
-    damaged = Store(database, read_only=True)
-    assert damaged.check() != []
-    damaged.close()
+    def refused(*_: object) -> None:
+        error = sqlite3.OperationalError("attempt to write a readonly database")
+        error.sqlite_errorcode = sqlite3.SQLITE_READONLY
+        raise error
+
+    monkeypatch.setattr(Store, "_migrate", refused)  # root may write everything
+    with pytest.raises(FolderUnusable, match=r"pipeline\.db can't be used: attempt to write a readonly"):
+        Store(database)
 
 
 def test_a_database_that_was_not_completely_made_can_be_read(tmp_path: Path) -> None:
