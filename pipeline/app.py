@@ -7,26 +7,26 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings
-from pipeline.engines.loading import Engines, LoadedEngines
 from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
 from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
-from pipeline.intake.ingest import Ingest
-from pipeline.intake.scanner import Rules, Scanner, Settling
-from pipeline.intake.watcher import Watcher
-from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe, plan_variations
-from pipeline.progress import Reporter
-from pipeline.runner.runner import Runner
-from pipeline.service.loop import Processor
-from pipeline.service.signals import Signals
 from pipeline.store.store import Store
 from pipeline.weights import hub
 from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
+
+if TYPE_CHECKING:
+    from pipeline.engines.loading import Engines
+    from pipeline.intake.scanner import Scanner
+    from pipeline.intake.watcher import Watcher
+    from pipeline.progress import Reporter
+    from pipeline.runner.runner import Runner
+    from pipeline.service.loop import Processor
+    from pipeline.service.signals import Signals
 
 log = logging.getLogger("pipeline")
 
@@ -122,6 +122,8 @@ class App:
 
     def engines(self, earlier: Engines | None = None) -> Engines:
         """The chosen engines; those loaded earlier are kept if nothing about them has changed."""
+        from pipeline.engines.loading import LoadedEngines
+
         recipe = self.recipe
         for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
             model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
@@ -158,6 +160,12 @@ class App:
         `earlier` is the runner of the configuration before: its engines are kept where nothing about
         them has changed.
         """
+        from pipeline.intake.ingest import Ingest
+        from pipeline.intake.scanner import Settling
+        from pipeline.outbox.outbox import Outbox
+        from pipeline.runner.runner import Runner
+        from pipeline.service.loop import Processor
+
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox)
         intake = self.config.intake
@@ -187,12 +195,16 @@ class App:
         return Processor(ingest, runner)
 
     def scanner(self, folder: InputFolder) -> Scanner:
+        from pipeline.intake.scanner import Rules, Scanner
+
         intake = self.config.intake
         rules = Rules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
         return Scanner(folder.path, rules)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """What watches the inbox, and in which mode and why."""
+        from pipeline.intake.watcher import Watcher
+
         wanted = self.config.intake.watch
         reasons = map(needs_polling, _mounts(self.workspace.inbox) if wanted == "auto" else ())
         reason = next(filter(None, reasons), None)

@@ -24,7 +24,7 @@ Duration = Annotated[float, Field(ge=0.1, le=3600)] | Literal["source"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class Folders(Section):
@@ -76,7 +76,7 @@ class Embed(Section):
 class VariationSpec(BaseModel):
     """One entry of `generate.variations`; the engine's own parameters are the extra fields."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
     name: Annotated[
         str, Field(min_length=1, max_length=60, pattern=r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$")
@@ -96,8 +96,8 @@ class Generate(Section):
     precision: Literal["auto", "float32", "int8"] = "auto"
     kv_cache: Literal["auto", "shm", "private"] = "auto"
     variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1)] = (
-        VariationSpec.model_validate({"name": "faithful", "temperature": 0.6, "count": 2}),
-        VariationSpec.model_validate({"name": "bold", "temperature": [1.0, 1.2]}),
+        VariationSpec.model_construct(name="faithful", temperature=0.6, count=2),
+        VariationSpec.model_construct(name="bold", temperature=[1.0, 1.2]),
     )
 
     @field_validator("variations", mode="before")
@@ -140,17 +140,18 @@ class Retention(Section):
 class Config(Section):
     """All of it."""
 
+    # model_construct: validating the defaults would build each section's schema at import.
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    folders: Folders = Folders()
-    intake: Intake = Intake()
-    normalize: Normalize = Normalize()
-    embed: Embed = Embed()
-    generate: Generate = Generate()
-    output: Output = Output()
-    retry: Retry = Retry()
-    disk: Disk = Disk()
-    retention: Retention = Retention()
+    folders: Folders = Folders.model_construct()
+    intake: Intake = Intake.model_construct()
+    normalize: Normalize = Normalize.model_construct()
+    embed: Embed = Embed.model_construct()
+    generate: Generate = Generate.model_construct()
+    output: Output = Output.model_construct()
+    retry: Retry = Retry.model_construct()
+    disk: Disk = Disk.model_construct()
+    retention: Retention = Retention.model_construct()
 
     def canonical(self) -> str:
         """The effective configuration as canonical JSON."""

@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pipeline import audio
 from pipeline.config import Normalize, Output
 from pipeline.engines.base import Embedder, StopFn
 from pipeline.errors import BadAudio, EngineFailure
@@ -40,6 +37,8 @@ def normalize(decoded: Audio, settings: Normalize) -> Audio:
     Raises:
         BadAudio: it is silent, or too short once its silence is gone.
     """
+    from pipeline import audio
+
     trimmed = decoded
     if settings.trim_silence:
         trimmed = audio.trim_silence(decoded, threshold_dbfs=settings.trim_below_dbfs)
@@ -59,6 +58,8 @@ def embed(normalized: Audio, embedder: Embedder, *, should_stop: StopFn) -> Embe
     Raises:
         EngineFailure: the vectors are not finite, not of unit length or not of the engine's size.
     """
+    import numpy as np
+
     result = embedder.embed(normalized, should_stop=should_stop)
     vectors = np.vstack([result.track[None], result.windows])
     if vectors.shape[1] != embedder.dim or len(result.times_s) != len(result.windows):
@@ -74,6 +75,10 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
     Raises:
         EngineFailure: it is not what was asked for: length, NaN or infinity, silence.
     """
+    import numpy as np
+
+    from pipeline import audio
+
     made = variation.audio
     expected = round(request.duration_s * made.sample_rate)
     if made.n_samples != expected:

@@ -11,31 +11,31 @@ import signal
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.app import App
-from pipeline.cli.doctor import run_checks
-from pipeline.cli.models import model_lines, wanted_models
-from pipeline.cli.status import plan_lines, show_facts, show_text, status_facts, status_text, summary
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error_outside_tracks
 from pipeline.fs.names import printable
-from pipeline.intake.archive import restore_to_inbox
-from pipeline.intake.watcher import Watcher
-from pipeline.maintenance.retention import collect
-from pipeline.service.loop import Processor, Watch, run_once
-from pipeline.session import Session, open_session, wait_for_room
 from pipeline.stages import STAGES
-from pipeline.store.schema import UNREADABLE
 from pipeline.workspace import InputFolder
+
+if TYPE_CHECKING:
+    from pipeline.intake.watcher import Watcher
+    from pipeline.service.loop import Processor
+    from pipeline.session import Session
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 
 log = logging.getLogger("pipeline")
-cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-models = typer.Typer(no_args_is_help=True, help="List and download the models' weights.")
+cli = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+models = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List and download the models' weights."
+)
 cli.add_typer(models, name="models")
 
 
@@ -98,6 +98,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other progr
 @cli.command()
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all tracks that are ready, then end."""
+    from pipeline.cli.status import summary
+    from pipeline.service.loop import run_once
+    from pipeline.session import open_session
+
     app = _app(context)
     with open_session(app, _input_folder(app, folder)) as session:
         try:
@@ -117,6 +121,8 @@ def once(context: typer.Context, folder: Folder = None) -> int:
 @cli.command()
 def watch(context: typer.Context) -> int:
     """Keep running and process each track that arrives in the inbox."""
+    from pipeline.session import open_session, wait_for_room
+
     app = _app(context)
     while True:
         try:
@@ -131,6 +137,8 @@ def watch(context: typer.Context) -> int:
 
 
 def _watch(session: Session) -> None:
+    from pipeline.service.loop import Watch
+
     watcher, mode = session.app.watcher(session.signals)
     session.health.note(mode=mode)
     log.info("the inbox is watched by %s", mode)
@@ -161,6 +169,8 @@ def _watch(session: Session) -> None:
 @cli.command()
 def plan(context: typer.Context, folder: Folder = None) -> int:
     """Show what `once` would do now and why, without doing it."""
+    from pipeline.cli.status import plan_lines
+
     app = _app(context)
     for line in plan_lines(app, _input_folder(app, folder)):
         typer.echo(line)
@@ -170,6 +180,8 @@ def plan(context: typer.Context, folder: Folder = None) -> int:
 @cli.command()
 def status(context: typer.Context, as_json: AsJson = False) -> int:
     """Show how many tracks are in each state, what is running, the queue and the last failures."""
+    from pipeline.cli.status import status_facts, status_text
+
     facts = status_facts(_app(context))
     typer.echo(_json(facts) if as_json else status_text(facts))
     return ALL_DONE
@@ -178,6 +190,8 @@ def status(context: typer.Context, as_json: AsJson = False) -> int:
 @cli.command()
 def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
     """Show one track: its stages, attempts, errors and files."""
+    from pipeline.cli.status import show_facts, show_text
+
     facts = show_facts(_app(context), track)
     typer.echo(_json(facts) if as_json else show_text(facts))
     return ALL_DONE
@@ -186,6 +200,9 @@ def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
 @cli.command()
 def retry(context: typer.Context, tracks: Tracks = None) -> int:
     """Queue failed tracks again."""
+    from pipeline.intake.archive import restore_to_inbox
+    from pipeline.store.schema import UNREADABLE
+
     store = _app(context).open_store()
     found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
     for track in found:
@@ -229,6 +246,8 @@ def doctor(
     ] = False,
 ) -> int:
     """Check the configuration, folders, disk, decoders, engines, database and outbox."""
+    from pipeline.cli.doctor import run_checks
+
     app = _app(context)
     worst = ALL_DONE
     with app.workspace.locked() if repair else nullcontext():
@@ -244,6 +263,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option(help="List what would be removed, and remove nothing.")] = False,
 ) -> int:
     """Remove old working copies, sources and results as `retention` in the configuration says."""
+    from pipeline.maintenance.retention import collect
+
     app = _app(context)
     store = app.open_store()
     removals = collect(store, app.workspace, app.config.retention, now=time.time(), dry_run=dry_run)
@@ -258,6 +279,8 @@ def gc(
 @models.command("list")
 def models_list(context: typer.Context) -> int:
     """List the models whose weights are on this machine."""
+    from pipeline.cli.models import model_lines
+
     for line in model_lines(_app(context)):
         typer.echo(line)
     return ALL_DONE
@@ -266,6 +289,7 @@ def models_list(context: typer.Context) -> int:
 @models.command("fetch")
 def models_fetch(context: typer.Context, names: Annotated[list[str] | None, typer.Argument()] = None) -> int:
     """Download weights ahead of time; default: those that the configuration can use."""
+    from pipeline.cli.models import wanted_models
     from pipeline.weights import hub
 
     for model, revision, terms, layout in wanted_models(_app(context), names):

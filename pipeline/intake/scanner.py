@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import audio
 from pipeline.fs.names import printable
 from pipeline.fs.walk import Found, Walk
 from pipeline.intake.ignore import Ignore, still_downloading
@@ -199,6 +198,8 @@ def has_writer(path: Path) -> bool:
 
 def _may_be_audio(name: str, folder_fd: int) -> bool:
     """By its ending or by its first bytes."""
+    from pipeline import audio
+
     if audio.looks_like_audio(b"", name):
         return True
     try:

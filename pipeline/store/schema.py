@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sqlite_utils
-from sqlite_utils.migrations import Migrations
+if TYPE_CHECKING:
+    import sqlite_utils
+    from sqlite_utils.migrations import Migrations
 
-migrations = Migrations("pipeline")
+MIGRATION_SET = "pipeline"
 
 
-@migrations()  # type: ignore[untyped-decorator]
 def m001_first(db: sqlite_utils.Database) -> None:
     for statement in (
         """CREATE TABLE tracks (
@@ -53,7 +55,6 @@ def m001_first(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
-@migrations()  # type: ignore[untyped-decorator]
 def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
     for statement in (
         "ALTER TABLE tracks ADD COLUMN solo INTEGER NOT NULL DEFAULT 0",
@@ -67,7 +68,26 @@ def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
 
 UNREADABLE = "intake"  # the stage of tracks that stand for a file that can't be read: there is no hash of it
 
-MIGRATIONS = (m001_first.__name__, m002_suspects_and_retention.__name__)
+MIGRATIONS = (m001_first, m002_suspects_and_retention)
+
+
+@cache
+def migrations() -> Migrations:
+    """All migrations, for writing: reading does without sqlite_utils, whose import takes long."""
+    from sqlite_utils.migrations import Migrations
+
+    found = Migrations(MIGRATION_SET)
+    for migration in MIGRATIONS:
+        found()(migration)
+    return found
+
+
+def applied_migrations(conn: sqlite3.Connection) -> list[str]:
+    """The names of the migrations that a database has, oldest first."""
+    if not conn.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone():
+        return []
+    sql = "SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid"
+    return [name for (name,) in conn.execute(sql, [MIGRATION_SET])]
 
 
 class TrackState(StrEnum):

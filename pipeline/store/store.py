@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-import sqlite_utils
 
 from pipeline.errors import FolderUnusable, UnknownTrack
 from pipeline.store.schema import (
@@ -24,6 +23,7 @@ from pipeline.store.schema import (
     Attempt,
     SourceFile,
     Track,
+    applied_migrations,
     file_of,
     migrations,
     row_of,
@@ -38,6 +38,30 @@ _OF_FOLDER = (
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
+@dataclass(frozen=True)
+class Reader:
+    """The part of sqlite_utils.Database that reading needs; the library itself takes long to import."""
+
+    conn: sqlite3.Connection
+
+    def execute(self, sql: str, arguments: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
+        return self.conn.execute(sql, arguments)
+
+    def query(self, sql: str, arguments: Sequence[Any] | Mapping[str, Any] = ()) -> Iterator[dict[str, Any]]:
+        cursor = self.execute(sql, arguments)
+        names = [column[0] for column in cursor.description]
+        return (dict(zip(names, row, strict=True)) for row in cursor)
+
+    def close(self) -> None:
+        self.conn.close()
+
+
+def _database(conn: sqlite3.Connection) -> Any:
+    import sqlite_utils
+
+    return sqlite_utils.Database(conn)
+
+
 class Store:
     """One connection; every writing method is one transaction."""
 
@@ -48,20 +72,20 @@ class Store:
         self._db = self._connect()
         if not read_only:
             with self.together():  # two versions of the program must not both find the same one missing
-                migrations.apply(self._db)
-        elif self._is_readable() and migrations.pending(
-            self._db
-        ):  # of an older version, or a kill came before its first table
+                migrations().apply(self._db)
+        elif self._is_readable() and len(applied_migrations(self._db.conn)) < len(MIGRATIONS):
+            # The database is of an older version, or a kill came before its first table.
             Store(path, busy_timeout_s=busy_timeout_s).close()
         self._refuse_newer()
 
     def _refuse_newer(self) -> None:
-        unknown = [one.name for one in migrations.applied(self._db) if one.name not in MIGRATIONS]
+        known = [migration.__name__ for migration in MIGRATIONS]
+        unknown = [name for name in applied_migrations(self._db.conn) if name not in known]
         if unknown:
             self.close()
             raise FolderUnusable(f"{self._path} was made by a newer version of this program ({unknown[-1]})")
 
-    def _connect(self) -> sqlite_utils.Database:
+    def _connect(self) -> Any:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         conn = sqlite3.connect(self._path, isolation_level=None, timeout=self._busy_timeout_s)
         try:
@@ -75,7 +99,7 @@ class Store:
         except BaseException:
             conn.close()
             raise
-        return sqlite_utils.Database(conn)
+        return Reader(conn) if self._read_only else _database(conn)
 
     def _is_readable(self) -> bool:
         """Whether it can be read beside a writer; if not (a full or closed disk), it is read as it lies."""
@@ -84,7 +108,7 @@ class Store:
         except sqlite3.OperationalError:
             self._db.close()
             uri = f"file:{quote(str(self._path))}?mode=ro&immutable=1"
-            self._db = sqlite_utils.Database(sqlite3.connect(uri, uri=True, isolation_level=None))
+            self._db = Reader(sqlite3.connect(uri, uri=True, isolation_level=None))
             return False
         return True
 
@@ -105,7 +129,7 @@ class Store:
             yield
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite_utils.Database]:
+    def _writing(self) -> Iterator[Any]:
         """A transaction that holds the write lock from its start, so it can't fail half-way as busy."""
         if self._db.conn.in_transaction:  # part of a larger one
             yield self._db

@@ -434,7 +434,7 @@ def test_a_database_whose_making_was_cut_off_can_be_read(tmp_path: Path) -> None
 
 def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_path: Path) -> None:
     db = sqlite_utils.Database(tmp_path / "pipeline.db")
-    migrations.apply(db, stop_before="m002_suspects_and_retention")
+    migrations().apply(db, stop_before="m002_suspects_and_retention")
     db.execute(
         "INSERT INTO tracks (sha256, name, folder, state, bytes, queued_at) VALUES"
         " ('a', 'a.wav', 'a', 'done', 1, 1)"
