@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings
-from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
-from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
-from pipeline.plan import Recipe, plan_variations
 from pipeline.store.store import Store
-from pipeline.weights import hub
 from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
 
 if TYPE_CHECKING:
     from pipeline.engines.loading import Engines
+    from pipeline.engines.selection import Choice
+    from pipeline.fs.mounts import Mount
     from pipeline.intake.scanner import Scanner
     from pipeline.intake.watcher import Watcher
+    from pipeline.plan import Recipe
     from pipeline.progress import Reporter
     from pipeline.runner.runner import Runner
     from pipeline.service.loop import Processor
@@ -75,6 +74,8 @@ class App:
         return self.choice("embed"), self.choice("generate")
 
     def choice(self, stage: Literal["embed", "generate"]) -> Choice:
+        from pipeline.engines.selection import select_engine
+
         section = self.config.embed if stage == "embed" else self.config.generate
         return select_engine(stage, section.engine, self.settings(section))
 
@@ -84,12 +85,16 @@ class App:
         Raises:
             MissingPackage, MissingWeights: it isn't.
         """
+        from pipeline.plan import plan_variations
+
         settings = self.settings(self.config.generate)
         for planned in plan_variations(self.config.generate, generator.card):
             generator.card.check_params(planned.params, settings)
 
     @cached_property
     def recipe(self) -> Recipe:
+        from pipeline.plan import Recipe
+
         embedder, generator = self.choices()
         self.check_variations(generator)
         return Recipe(self.config, embedder, generator)
@@ -101,6 +106,8 @@ class App:
             MissingWeights: they can't be had now.
             MissingPackage, MissingWeights: as `check_variations` says, before anything is downloaded.
         """
+        from pipeline.weights import hub
+
         choices = self.choices()
         self.check_variations(choices[1])
         revisions = (self.config.embed.revision, self.config.generate.revision)
@@ -160,6 +167,7 @@ class App:
         `earlier` is the runner of the configuration before: its engines are kept where nothing about
         them has changed.
         """
+        from pipeline.fs.mounts import clock_is_ours
         from pipeline.intake.ingest import Ingest
         from pipeline.intake.scanner import Settling
         from pipeline.outbox.outbox import Outbox
@@ -203,6 +211,7 @@ class App:
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """What watches the inbox, and in which mode and why."""
+        from pipeline.fs.mounts import needs_polling
         from pipeline.intake.watcher import Watcher
 
         wanted = self.config.intake.watch
@@ -217,4 +226,6 @@ class App:
 
 def _mounts(folder: Path) -> list[Mount | None]:
     """The file system a folder is on, and those mounted inside it."""
+    from pipeline.fs.mounts import mount_of, mounts_below
+
     return [mount_of(folder), *mounts_below(folder)]

@@ -39,7 +39,7 @@ models = typer.Typer(
 cli.add_typer(models, name="models")
 
 
-def main(default_home: Path) -> int:
+def main(default_home: Path | None) -> int:
     """Run a command; returns the exit code of the contract (README, "Exit codes")."""
     try:
         result = cli(standalone_mode=False, obj={"default_home": default_home}, prog_name="run_pipeline.py")
