@@ -1,4 +1,4 @@
-"""Puts the parts together for the command line: configuration, folders, engines, store."""
+"""Puts the parts together for the commands: configuration, folders, engines, store, ingest and runner."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ DEFAULT_CONFIG = Path("config/default.yaml")
 
 @dataclass(frozen=True)
 class App:
-    """One configuration in one home."""
+    """One configuration and the folders of one home."""
 
     home: Path
     config: Config
-    config_path: Path | None  # None: built in
+    config_path: Path | None  # None: the built-in configuration
     workspace: Workspace
 
     @classmethod
@@ -46,7 +46,7 @@ class App:
         """Load the given configuration, or the home's own, or the built-in one.
 
         Raises:
-            ConfigError, FolderUnusable: as the loaders say.
+            ConfigError, FolderUnusable: see `load_config` and `Workspace.of`.
         """
         if config_path is None and (home / DEFAULT_CONFIG).exists():
             config_path = home / DEFAULT_CONFIG
@@ -80,10 +80,10 @@ class App:
         return select_engine(stage, section.engine, self.settings(section))
 
     def check_variations(self, generator: Choice) -> None:
-        """See that what the variations ask for is on this machine.
+        """Check that this machine has what the variations' parameters need.
 
         Raises:
-            MissingPackage, MissingWeights: it isn't.
+            MissingPackage, MissingWeights: it does not.
         """
         from pipeline.plan import plan_variations
 
@@ -103,8 +103,8 @@ class App:
         """Download the weights of named engines that are not on this machine yet.
 
         Raises:
-            MissingWeights: they can't be had now.
-            MissingPackage, MissingWeights: as `check_variations` says, before anything is downloaded.
+            MissingWeights: they can't be downloaded now.
+            MissingPackage, MissingWeights: see `check_variations`, which comes before any download.
         """
         from pipeline.weights import hub
 
@@ -120,7 +120,7 @@ class App:
         """The same home with its configuration read again.
 
         Raises:
-            ConfigError: it is wrong, or asks for other folders, which takes a new start.
+            ConfigError: it is wrong, or names other folders, which needs a restart.
         """
         fresh = App.open(self.home, self.config_path)
         if fresh.workspace != self.workspace:
@@ -128,7 +128,7 @@ class App:
         return fresh
 
     def engines(self, earlier: Engines | None = None) -> Engines:
-        """The chosen engines; those loaded earlier are kept if nothing about them has changed."""
+        """The chosen engines; those that are loaded already stay if nothing about them has changed."""
         from pipeline.engines.loading import LoadedEngines
 
         recipe = self.recipe
@@ -164,12 +164,11 @@ class App:
     ) -> Processor:
         """The ingest and the runner of this configuration.
 
-        `earlier` is the runner of the configuration before: its engines are kept where nothing about
-        them has changed.
+        `earlier` is the runner of the configuration before: it passes its loaded engines on.
         """
         from pipeline.fs.mounts import clock_is_ours
         from pipeline.intake.ingest import Ingest
-        from pipeline.intake.scanner import Settling
+        from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
         from pipeline.runner.runner import Runner
         from pipeline.service.loop import Processor
@@ -203,14 +202,14 @@ class App:
         return Processor(ingest, runner)
 
     def scanner(self, folder: InputFolder) -> Scanner:
-        from pipeline.intake.scanner import Rules, Scanner
+        from pipeline.intake.scanner import Scanner, ScanRules
 
         intake = self.config.intake
-        rules = Rules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
+        rules = ScanRules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
         return Scanner(folder.path, rules)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
-        """What watches the inbox, and in which mode and why."""
+        """The watcher of the inbox, and its mode with the reason for it."""
         from pipeline.fs.mounts import needs_polling
         from pipeline.intake.watcher import Watcher
 
@@ -225,7 +224,7 @@ class App:
 
 
 def _mounts(folder: Path) -> list[Mount | None]:
-    """The file system a folder is on, and those mounted inside it."""
+    """The file system that a folder is on, and those mounted inside it."""
     from pipeline.fs.mounts import mount_of, mounts_below
 
     return [mount_of(folder), *mounts_below(folder)]

@@ -11,21 +11,16 @@ import signal
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.app import App
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
-from pipeline.fs.disk import environment_error_outside_tracks
+from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
-from pipeline.stages import STAGES
+from pipeline.records import Stage
 from pipeline.workspace import InputFolder
-
-if TYPE_CHECKING:
-    from pipeline.intake.watcher import Watcher
-    from pipeline.service.loop import Processor
-    from pipeline.session import Session
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 
@@ -52,7 +47,7 @@ def main(default_home: Path | None) -> int:
         if hasattr(e, "exit_code") and hasattr(e, "show"):
             e.show()  # click's own usage errors
             return BAD_USAGE
-        error = environment_error_outside_tracks(e) or e
+        error = environment_error(e, in_track=False) or e
         if not isinstance(error, PipelineError):
             raise
         typer.echo(str(error), err=True)
@@ -105,15 +100,15 @@ def once(context: typer.Context, folder: Folder = None) -> int:
     app = _app(context)
     with open_session(app, _input_folder(app, folder)) as session:
         try:
-            scan_result = run_once(session.processor, session.signals, session.health)
+            scan_result = run_once(session)
         except Stopped:
             log.info("stopped; unfinished tracks are queued again")
             return 128 + (session.signals.stopped_by or signal.SIGINT)
-        outcome = session.processor.runner.outcome
-    typer.echo(summary(outcome, scan_result, app.workspace.outbox))
+        result = session.processor.runner.result
+    typer.echo(summary(result, scan_result, app.workspace.outbox))
     return (
         SOME_FAILED
-        if outcome.failed or scan_result.failed or scan_result.unreadable or scan_result.troubled
+        if result.failed or scan_result.failed or scan_result.unreadable or scan_result.read_errors
         else ALL_DONE
     )
 
@@ -121,49 +116,21 @@ def once(context: typer.Context, folder: Folder = None) -> int:
 @cli.command()
 def watch(context: typer.Context) -> int:
     """Keep running and process each track that arrives in the inbox."""
-    from pipeline.session import open_session, wait_for_room
+    from pipeline.service.loop import Watch
+    from pipeline.session import open_session, wait_for_space
 
     app = _app(context)
     while True:
         try:
             with open_session(app, app.workspace.input_folder, is_watching=True) as session:
-                _watch(session)
+                Watch(session).run()
+                log.info("stopped")
             return ALL_DONE
         except DiskFull as e:  # at start-up; once the session is open, the loop itself waits
-            if not wait_for_room(app, e):
+            if not wait_for_space(app, e):
                 return ALL_DONE
             with suppress(PipelineError):  # a SIGHUP may have arrived during the wait
                 app = app.reopened()
-
-
-def _watch(session: Session) -> None:
-    from pipeline.service.loop import Watch
-
-    watcher, mode = session.app.watcher(session.signals)
-    session.health.note(mode=mode)
-    log.info("the inbox is watched by %s", mode)
-    app = session.app
-
-    def reload(processor: Processor) -> tuple[Processor, Watcher | None]:
-        nonlocal app
-        fresh = app.reopened()
-        fresh.fetch_missing()
-        processor = fresh.processor(
-            session.store,
-            app.workspace.input_folder,
-            session.reporter,
-            session.signals,
-            earlier=processor.runner,
-        )
-        before, app = app.config.intake.watch, fresh
-        if app.config.intake.watch == before:
-            return processor, None
-        watcher, mode = app.watcher(session.signals)
-        session.health.note(mode=mode)
-        return processor, watcher
-
-    Watch(session.processor, watcher, session.signals, session.health, session.notifier, reload).run()
-    log.info("stopped")
 
 
 @cli.command()
@@ -201,10 +168,10 @@ def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
 def retry(context: typer.Context, tracks: Tracks = None) -> int:
     """Queue failed tracks again."""
     from pipeline.intake.archive import restore_to_inbox
-    from pipeline.store.schema import UNREADABLE
+    from pipeline.store.schema import UNREADABLE, TrackState
 
     store = _app(context).open_store()
-    found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
+    found = [store.find(name) for name in tracks] if tracks else store.tracks(TrackState.FAILED)
     for track in found:
         if track.state == "failed" and track.stage == UNREADABLE and not store.units_of(track.sha256):
             restore_to_inbox(store, track)
@@ -223,14 +190,14 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
 def requeue(
     context: typer.Context,
     track: str,
-    stage: Annotated[str | None, typer.Option(help=f"First stage to repeat: {', '.join(STAGES)}.")] = None,
+    stage: Annotated[str | None, typer.Option(help=f"First stage to repeat: {', '.join(Stage)}.")] = None,
 ) -> int:
     """Process a finished track again: what the configuration has changed, or everything from a stage on."""
-    if stage is not None and stage not in STAGES:
-        raise typer.BadParameter(f"must be one of {', '.join(STAGES)}", param_hint="--stage")
+    if stage is not None and stage not in list(Stage):
+        raise typer.BadParameter(f"must be one of {', '.join(Stage)}", param_hint="--stage")
     store = _app(context).open_store()
     found = store.find(track)
-    stages = {"embed": ["embed"], "generate": ["generate"]}.get(stage or "", STAGES if stage else [])
+    stages = [Stage(stage)] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):
         typer.echo(f"{found.name}: is being processed; requeue it when it is done", err=True)
         return SOME_FAILED

@@ -157,4 +157,4 @@ def _outbox(app: App, store: Store, *, repair: bool) -> Iterator[Check]:
 
 
 def _is_harmless(finding: Finding) -> bool:
-    return finding.mended or finding.kind == "stranger"
+    return finding.mended or finding.kind == "unknown"

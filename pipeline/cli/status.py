@@ -11,27 +11,28 @@ from pipeline.app import App
 from pipeline.errors import FolderUnusable, UnknownTrack, os_reason
 from pipeline.fs.names import printable
 from pipeline.service.health import read_health
-from pipeline.store.store import STATES, Store
+from pipeline.store.schema import TrackState
+from pipeline.store.store import Store
 
 if TYPE_CHECKING:
     from pipeline.intake.ingest import ScanResult
     from pipeline.intake.scanner import ScannedFile
     from pipeline.plan import Recipe
-    from pipeline.runner.attempts import Outcome
+    from pipeline.runner.attempts import RunResult
     from pipeline.workspace import InputFolder
 
 LISTED = 20  # entries of the queue and failures that `status` lists
 
 
-def summary(outcome: Outcome, scan_result: ScanResult, outbox: Path) -> str:
+def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
     """The last line of `once`."""
-    parts = [f"{outcome.done} done", f"{outcome.failed + scan_result.unreadable} failed"]
+    parts = [f"{len(result.done)} done", f"{len(result.failed) + scan_result.unreadable} failed"]
     if scan_result.up_to_date:
         parts.append(f"{scan_result.up_to_date} up to date")
     if scan_result.failed:
         parts.append(f"{len(scan_result.failed)} failed before (see `status`, `retry`)")
-    if scan_result.troubled:
-        parts.append(f"{scan_result.troubled} can't be read now and are left for the next run")
+    if scan_result.read_errors:
+        parts.append(f"{scan_result.read_errors} can't be read now and are left for the next run")
     if scan_result.unsettled:
         parts.append(f"{scan_result.unsettled} are still being written and are left for the next run")
     return f"{', '.join(parts)}; results are in {outbox}"
@@ -58,7 +59,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
             yield f"{scanned.display}: {_planned(store, scanned, recipe)}"
     except OSError as e:
         raise FolderUnusable(f"{folder.path} can't be read: {os_reason(e)}") from e
-    for track in store.tracks("queued") if store and folder.is_inbox else []:
+    for track in store.tracks(TrackState.QUEUED) if store and folder.is_inbox else []:
         is_idle = False
         yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
     if is_idle:
@@ -68,11 +69,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
 def _planned(store: Store | None, scanned: ScannedFile, recipe: Recipe) -> str:
     """What `once` would do with one file, and why."""
     known = store.file_at(scanned.path) if store else None
-    is_same = known is not None and (known.size, known.mtime_ns, known.inode) == (
-        scanned.size,
-        scanned.mtime_ns,
-        scanned.inode,
-    )
+    is_same = known is not None and known.identity == scanned.identity
     if store is None or known is None or not is_same or known.moved_to is not None:
         return "new: normalize, embed, generate" if scanned.marked else "waits for its marker file"
     track = store.track(known.sha256)
@@ -94,7 +91,7 @@ def status_facts(app: App) -> dict[str, Any]:
     is_running = app.workspace.is_locked()
     health = (read_health(app.workspace.health) or {}) if is_running else {}
     facts = {
-        "tracks": dict.fromkeys(STATES, 0),
+        "tracks": dict.fromkeys(TrackState, 0),
         "instance": is_running,
         "mode": health.get("mode"),
         "inbox": health.get("inbox"),
@@ -109,8 +106,8 @@ def status_facts(app: App) -> dict[str, Any]:
 
 def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
     counts = store.counts()
-    names = {track.sha256: track.name for track in store.tracks("running")}
-    queue = [track.name for track in store.tracks("queued", limit=LISTED)]
+    names = {track.sha256: track.name for track in store.tracks(TrackState.RUNNING)}
+    queue = [track.name for track in store.tracks(TrackState.QUEUED, limit=LISTED)]
     if not is_running:  # the next instance continues with what a killed one was working on
         counts = {**counts, "queued": counts["queued"] + counts["running"], "running": 0}
         queue = [*names.values(), *queue]
@@ -135,7 +132,7 @@ def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
                 "error": track.error,
                 "attempts": track.attempts,
             }
-            for track in store.tracks("failed", limit=LISTED)
+            for track in store.tracks(TrackState.FAILED, limit=LISTED)
         ],
     }
 
@@ -143,7 +140,7 @@ def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
 def _path_of(store: Store, sha256: str) -> str | None:
     """Where the newest file of a track is now."""
     files = store.files_of(sha256)
-    return printable(files[-1].moved_to or files[-1].path) if files else None
+    return printable(files[-1].current_path) if files else None
 
 
 def status_text(facts: dict[str, Any]) -> str:
