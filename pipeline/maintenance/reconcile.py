@@ -81,11 +81,12 @@ def reconcile(
                 broken.append((track, finding))
             elif finding is not None:
                 findings.append(finding)
-    with store.transaction():
-        for track, finding in broken:
-            if store.track(track.sha256) == track:  # no other process has queued or collected it since
-                store.requeue(track.sha256, now=now)
-                findings.append(replace(finding, text=f"{finding.text}: queued again", mended=True))
+    if broken:
+        with store.transaction():
+            for track, finding in broken:
+                if store.track(track.sha256) == track:  # no other process has queued or collected it since
+                    store.requeue(track.sha256, now=now)
+                    findings.append(replace(finding, text=f"{finding.text}: queued again", mended=True))
     findings += _check_working_copies(store, workspace, repair=repair)
     return findings
 

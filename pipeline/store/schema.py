@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.fs.copying import FileIdentity
 
-if TYPE_CHECKING:
-    import sqlite_utils
-    from sqlite_utils.migrations import Migrations
+UNREADABLE = "intake"  # the stage of a track that stands for a file that can't be read and has no hash
 
-MIGRATION_SET = "pipeline"
-
-
-def m001_first(db: sqlite_utils.Database) -> None:
-    for statement in (
+APPLIED_MIGRATIONS = """CREATE TABLE IF NOT EXISTS _sqlite_migrations (
+    id INTEGER PRIMARY KEY, migration_set TEXT, name TEXT, applied_at TEXT
+)"""
+MIGRATIONS = {  # statements by name, in their order
+    "m001_first": (
         """CREATE TABLE tracks (
             sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, bytes INTEGER NOT NULL,
             queued_at REAL NOT NULL, not_before REAL NOT NULL DEFAULT 0, finished_at REAL,
@@ -53,43 +49,15 @@ def m001_first(db: sqlite_utils.Database) -> None:
         "CREATE INDEX attempts_track ON attempts (sha256)",
         "CREATE INDEX attempts_open ON attempts (sha256) WHERE ended_at IS NULL",
         "CREATE TABLE configs (sha256 TEXT PRIMARY KEY, config TEXT NOT NULL) STRICT",
-    ):
-        db.execute(statement)
-
-
-def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
-    for statement in (
+    ),
+    "m002_suspects_and_retention": (
         "ALTER TABLE tracks ADD COLUMN solo INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE tracks ADD COLUMN collected_at REAL",
         "CREATE INDEX tracks_due ON tracks (state, not_before)",
         "CREATE INDEX files_root ON files (root)",
         "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
-    ):
-        db.execute(statement)
-
-
-UNREADABLE = "intake"  # the stage of a track that stands for a file that can't be read and has no hash
-
-MIGRATIONS = (m001_first, m002_suspects_and_retention)
-
-
-@cache
-def migrations() -> Migrations:
-    """All migrations, for writing. Reading does without sqlite_utils, whose import takes long."""
-    from sqlite_utils.migrations import Migrations
-
-    found = Migrations(MIGRATION_SET)
-    for migration in MIGRATIONS:
-        found()(migration)
-    return found
-
-
-def applied_migrations(conn: sqlite3.Connection) -> list[str]:
-    """The names of the migrations that a database has, oldest first."""
-    if not conn.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone():
-        return []
-    sql = "SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid"
-    return [name for (name,) in conn.execute(sql, [MIGRATION_SET])]
+    ),
+}
 
 
 class TrackState(StrEnum):

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import FolderUnusable, UnknownTrack
 from pipeline.store.schema import (
+    APPLIED_MIGRATIONS,
     MIGRATIONS,
     TRACK_COLUMNS,
     Attempt,
@@ -26,9 +27,7 @@ from pipeline.store.schema import (
     SourceFile,
     Track,
     TrackState,
-    applied_migrations,
     file_of,
-    migrations,
     row_of,
     track_of,
 )
@@ -40,24 +39,6 @@ _OF_FOLDER = (
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
-@dataclass(frozen=True)
-class Reader:
-    """The part of sqlite_utils.Database that reading needs; the library itself takes long to import."""
-
-    conn: sqlite3.Connection
-
-    def execute(self, sql: str, arguments: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
-        return self.conn.execute(sql, arguments)
-
-    def query(self, sql: str, arguments: Sequence[Any] | Mapping[str, Any] = ()) -> Iterator[dict[str, Any]]:
-        cursor = self.execute(sql, arguments)
-        names = [column[0] for column in cursor.description]
-        return (dict(zip(names, row, strict=True)) for row in cursor)
-
-    def close(self) -> None:
-        self.conn.close()
-
-
 class Store:
     """One connection; every writing method is one transaction."""
 
@@ -67,21 +48,32 @@ class Store:
         self._path, self._read_only, self._busy_timeout_s = path, read_only, busy_timeout_s
         self._db = self._connect()
         if not read_only:
-            with self.transaction():  # two processes must not apply the same migration
-                migrations().apply(self._db)
-        elif self._is_readable() and len(applied_migrations(self._db.conn)) < len(MIGRATIONS):
-            # The database was made by an older version, or its creation was cut off by a kill.
-            Store(path, busy_timeout_s=busy_timeout_s).close()
-        self._refuse_newer()
-
-    def _refuse_newer(self) -> None:
-        known = [migration.__name__ for migration in MIGRATIONS]
-        unknown = [name for name in applied_migrations(self._db.conn) if name not in known]
-        if unknown:
+            self._migrate()
+        elif self._is_readable() and MIGRATIONS.keys() - self._applied():
+            Store(
+                path, busy_timeout_s=busy_timeout_s
+            ).close()  # made by an older version, or cut off by a kill
+        if unknown := self._applied() - MIGRATIONS.keys():
             self.close()
-            raise FolderUnusable(f"{self._path} was made by a newer version of this program ({unknown[-1]})")
+            raise FolderUnusable(f"{path} was made by a newer version of this program ({max(unknown)})")
 
-    def _connect(self) -> Any:
+    def _migrate(self) -> None:
+        with self.transaction():  # two processes must not apply the same migration
+            self._db.execute(APPLIED_MIGRATIONS)
+            for name in [name for name in MIGRATIONS if name not in self._applied()]:
+                for statement in MIGRATIONS[name]:
+                    self._db.execute(statement)
+                row = {"migration_set": "pipeline", "name": name, "applied_at": str(datetime.now(UTC))}
+                self._insert("_sqlite_migrations", row)
+
+    def _applied(self) -> set[str]:
+        """The names of the migrations that were applied."""
+        found = "SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'"
+        if self._db.execute(found).fetchone() is None:
+            return set()
+        return {row["name"] for row in self._db.execute("SELECT name FROM _sqlite_migrations")}
+
+    def _connect(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         conn = sqlite3.connect(self._path, isolation_level=None, timeout=self._busy_timeout_s)
         try:
@@ -95,11 +87,8 @@ class Store:
         except BaseException:
             conn.close()
             raise
-        if self._read_only:
-            return Reader(conn)
-        import sqlite_utils
-
-        return sqlite_utils.Database(conn)
+        conn.row_factory = sqlite3.Row
+        return conn
 
     def _is_readable(self) -> bool:
         """Whether the WAL can be read too; if not (full or read-only disk), open the file without its WAL."""
@@ -108,7 +97,8 @@ class Store:
         except sqlite3.OperationalError:
             self._db.close()
             uri = f"file:{quote(str(self._path))}?mode=ro&immutable=1"
-            self._db = Reader(sqlite3.connect(uri, uri=True, isolation_level=None))
+            self._db = sqlite3.connect(uri, uri=True, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
             return False
         return True
 
@@ -128,21 +118,27 @@ class Store:
 
         The write lock is held from the start, so that no statement in the middle can fail as busy.
         """
-        if self._db.conn.in_transaction:
+        if self._db.in_transaction:
             yield
             return
-        self._db.conn.execute("BEGIN IMMEDIATE")
+        self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
-            self._db.conn.execute("COMMIT")
+            self._db.execute("COMMIT")
         except BaseException:
             self._roll_back()
             raise
 
+    def _insert(self, table: str, row: Mapping[str, Any]) -> int:
+        """Insert a complete row, in place of one with the same key; returns its rowid."""
+        columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+        sql = f"INSERT OR REPLACE INTO {table} ({columns}) VALUES ({values})"
+        return self._db.execute(sql, row).lastrowid or 0
+
     def _roll_back(self) -> None:
-        if self._db.conn.in_transaction:  # SQLite has rolled back by itself after some errors
+        if self._db.in_transaction:  # SQLite has rolled back by itself after some errors
             with suppress(sqlite3.Error):
-                self._db.conn.execute("ROLLBACK")
+                self._db.execute("ROLLBACK")
 
     # -- arrival ---------------------------------------------------------------------------------
 
@@ -161,19 +157,19 @@ class Store:
                 " AND moved_to IS NOT NULL",
                 [os.fsencode(file.path), file.sha256],
             )
-            self._db["files"].upsert(row_of(file, now), pk="path")
+            self._insert("files", row_of(file, now))
         return new
 
     def file_at(self, path: Path) -> SourceFile | None:
-        rows = self._db.query("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
+        rows = self._db.execute("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
         return next(map(file_of, rows), None)
 
     def files_of(self, sha256: str) -> list[SourceFile]:
-        rows = self._db.query("SELECT * FROM files WHERE sha256 = ? ORDER BY seen_at, path", [sha256])
+        rows = self._db.execute("SELECT * FROM files WHERE sha256 = ? ORDER BY seen_at, path", [sha256])
         return [file_of(row) for row in rows]
 
     def files_below(self, root: Path) -> list[SourceFile]:
-        rows = self._db.query("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
+        rows = self._db.execute("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
         return [file_of(row) for row in rows]
 
     def file_and_track(self, path: Path) -> tuple[SourceFile, Track] | None:
@@ -191,7 +187,7 @@ class Store:
         sql = f"SELECT f.*, {columns} FROM files f JOIN tracks t USING (sha256) WHERE {where}"
         return [
             (file_of(row), track_of({name: row[f"t_{name}"] for name in TRACK_COLUMNS}))
-            for row in self._db.query(sql, [value])
+            for row in self._db.execute(sql, [value])
         ]
 
     def set_file_state(
@@ -212,7 +208,7 @@ class Store:
         The inbox stands for the whole queue; of another folder, only its own tracks are returned. A
         track that may have killed the process is returned alone.
         """
-        rows = self._db.query(
+        rows = self._db.execute(
             f"SELECT * FROM tracks WHERE state = 'queued' AND not_before <= :now{_OF_FOLDER}"
             " ORDER BY queued_at, sha256 LIMIT :limit",
             {**_arguments(folder), "now": now, "limit": limit},
@@ -226,7 +222,7 @@ class Store:
         """Mark those of the tracks that are still queued as running, and return them in the same order."""
         wanted = [track.sha256 for track in tracks]
         with self.transaction():
-            taken = self._db.query(
+            taken = self._db.execute(
                 "UPDATE tracks SET state = 'running' WHERE state = 'queued'"
                 " AND sha256 IN (SELECT value FROM json_each(?)) RETURNING *",
                 [json.dumps(wanted)],
@@ -241,16 +237,10 @@ class Store:
 
     def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
         with self.transaction():
-            self._db["tracks"].update(
-                sha256,
-                {
-                    "state": TrackState.DONE,
-                    "finished_at": now,
-                    "stage": None,
-                    "error": None,
-                    "plan_key": plan_key,
-                    "source": json.dumps(source),
-                },
+            self._db.execute(
+                "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"
+                " source = ? WHERE sha256 = ?",
+                [now, plan_key, json.dumps(source), sha256],
             )
 
     def fail(self, sha256: str, *, stage: str, error: str, now: float, retry_at: float | None) -> None:
@@ -318,19 +308,15 @@ class Store:
             attempt, in the same transaction.
         """
         with self.transaction():
-            rows = list(
-                self._db.query(
-                    "SELECT t.*, a.stage AS open_stage FROM attempts a JOIN tracks t USING (sha256)"
-                    " WHERE a.ended_at IS NULL AND t.state = 'running' GROUP BY t.sha256"
-                )
-            )
+            rows = self._db.execute(
+                "SELECT t.*, a.stage AS open_stage FROM attempts a JOIN tracks t USING (sha256)"
+                " WHERE a.ended_at IS NULL AND t.state = 'running' GROUP BY t.sha256"
+            ).fetchall()
             self._db.execute(
                 "UPDATE attempts SET ended_at = ?, outcome = 'crashed' WHERE ended_at IS NULL", [now]
             )
             self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
-        return [
-            (track_of({k: v for k, v in row.items() if k != "open_stage"}), row["open_stage"]) for row in rows
-        ]
+        return [(track_of({name: row[name] for name in TRACK_COLUMNS}), row["open_stage"]) for row in rows]
 
     def record_crash(
         self, sha256: str, *, attempts: int, solo: bool, error: str, now: float, retry_at: float
@@ -361,8 +347,7 @@ class Store:
     def begin_attempt(self, sha256: str, stage: str, *, now: float) -> int:
         """Record the start of an attempt at a stage; returns its id."""
         with self.transaction():
-            row = {"sha256": sha256, "stage": stage, "started_at": now}
-            return int(self._db["attempts"].insert(row).last_pk)
+            return self._insert("attempts", {"sha256": sha256, "stage": stage, "started_at": now})
 
     def end_attempt(
         self,
@@ -374,8 +359,10 @@ class Store:
         traceback: str | None = None,
     ) -> None:
         with self.transaction():
-            row = {"ended_at": now, "outcome": outcome, "error": error, "traceback": traceback}
-            self._db["attempts"].update(attempt, row)
+            self._db.execute(
+                "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, traceback = ? WHERE id = ?",
+                [now, outcome, error, traceback, attempt],
+            )
 
     def unit(self, key: str) -> dict[str, Any] | None:
         """The result of a finished unit of work, or None."""
@@ -392,17 +379,8 @@ class Store:
                 " AND (attempts OR solo)",
                 [sha256],
             )
-            self._db["units"].upsert(
-                {
-                    "key": key,
-                    "sha256": sha256,
-                    "stage": stage,
-                    "result": json.dumps(result),
-                    "seconds": seconds,
-                    "finished_at": now,
-                },
-                pk="key",
-            )
+            unit = {"key": key, "sha256": sha256, "stage": stage, "result": json.dumps(result)}
+            self._insert("units", {**unit, "seconds": seconds, "finished_at": now})
 
     def remember_config(self, sha256: str, config: str) -> None:
         with self.transaction():
@@ -414,12 +392,12 @@ class Store:
 
     def set_fact(self, name: str, value: str) -> None:
         with self.transaction():
-            self._db["facts"].upsert({"name": name, "value": value}, pk="name")
+            self._insert("facts", {"name": name, "value": value})
 
     # -- queries -------------------------------------------------------------------------------
 
     def track(self, sha256: str) -> Track | None:
-        rows = self._db.query("SELECT * FROM tracks WHERE sha256 = ?", [sha256])
+        rows = self._db.execute("SELECT * FROM tracks WHERE sha256 = ?", [sha256])
         return next(map(track_of, rows), None)
 
     def tracks(self, state: TrackState | None = None, *, limit: int = -1) -> list[Track]:
@@ -428,7 +406,7 @@ class Store:
         order = "finished_at DESC, sha256" if newest_first else "queued_at, sha256"
         where = "" if state is None else "WHERE state = :state "
         sql = f"SELECT * FROM tracks {where}ORDER BY {order} LIMIT :limit"
-        return [track_of(row) for row in self._db.query(sql, {"state": state, "limit": limit})]
+        return [track_of(row) for row in self._db.execute(sql, {"state": state, "limit": limit})]
 
     def spooled_bytes(self, root: Path) -> int:
         """Size of the working copies of a folder's queued and running tracks, at most."""
@@ -439,7 +417,7 @@ class Store:
     def counts(self) -> dict[str, int]:
         """The number of tracks per state; every state is there."""
         found = dict(self._db.execute("SELECT state, count(*) FROM tracks GROUP BY state").fetchall())
-        return {state: found.get(state, 0) for state in TrackState}
+        return {state.value: found.get(state, 0) for state in TrackState}
 
     def find(self, wanted: str) -> Track:
         """The one track with that name, file name or hash prefix.
@@ -447,7 +425,7 @@ class Store:
         Raises:
             UnknownTrack: there is none, or more than one.
         """
-        rows = self._db.query(
+        rows = self._db.execute(
             "SELECT * FROM tracks WHERE name = :w"
             " OR (length(:w) >= 4 AND substr(sha256, 1, length(:w)) = lower(:w))"
             " OR folder IN (:w, :w || '--' || substr(sha256, 1, 8))"
@@ -470,12 +448,12 @@ class Store:
 
     def _attempts(self, where: str, *values: str) -> list[Attempt]:
         columns = "sha256, stage, started_at, ended_at, outcome, error"
-        rows = self._db.query(f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id", values)
+        rows = self._db.execute(f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id", values)
         return [Attempt(**row) for row in rows]
 
     def units_of(self, sha256: str) -> list[dict[str, Any]]:
         """Finished units of a track: key, stage, result, seconds, finished_at."""
-        rows = self._db.query("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
+        rows = self._db.execute("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
         return [{**row, "result": json.loads(row["result"])} for row in rows]
 
     def check(self) -> list[str]:

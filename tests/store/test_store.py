@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sqlite_utils
 from stored_tracks import WHOLE_QUEUE, claim_due
 
 from pipeline.errors import FolderUnusable, UnknownTrack
-from pipeline.store.schema import FileState, SourceFile, migrations
+from pipeline.store.schema import APPLIED_MIGRATIONS, MIGRATIONS, FileState, SourceFile
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder
 
@@ -433,13 +432,16 @@ def test_a_database_whose_making_was_cut_off_can_be_read(tmp_path: Path) -> None
 
 
 def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_path: Path) -> None:
-    db = sqlite_utils.Database(tmp_path / "pipeline.db")
-    migrations().apply(db, stop_before="m002_suspects_and_retention")
-    db.execute(
+    db = sqlite3.connect(tmp_path / "pipeline.db")
+    for statement in (
+        APPLIED_MIGRATIONS,
+        *MIGRATIONS["m001_first"],
+        "INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('pipeline', 'm001_first')",
         "INSERT INTO tracks (sha256, name, folder, state, bytes, queued_at) VALUES"
-        " ('a', 'a.wav', 'a', 'done', 1, 1)"
-    )
-    db.conn.commit()
+        " ('a', 'a.wav', 'a', 'done', 1, 1)",
+    ):
+        db.execute(statement)
+    db.commit()
     db.close()
 
     store = Store(tmp_path / "pipeline.db", read_only=True)
@@ -452,8 +454,9 @@ def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_pa
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path, read_only: bool) -> None:
     Store(tmp_path / "pipeline.db").close()
-    db = sqlite_utils.Database(tmp_path / "pipeline.db")
-    db["_sqlite_migrations"].insert({"migration_set": "pipeline", "name": "m999", "applied_at": "later"})
+    db = sqlite3.connect(tmp_path / "pipeline.db")
+    db.execute("INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('pipeline', 'm999')")
+    db.commit()
     db.close()
 
     with pytest.raises(FolderUnusable, match="newer version"):
