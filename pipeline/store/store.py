@@ -190,6 +190,15 @@ class Store:
             self._insert("files", row_of(file, now))
         return new
 
+    def rename_track(self, sha256: str, *, name: str, folder: str) -> bool:
+        """Rename a queued track, unless an attempt was made at it; returns whether it was renamed."""
+        with self.transaction():
+            sql = (
+                "UPDATE tracks SET name = ?, folder = ? WHERE sha256 = ? AND state = 'queued'"
+                " AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.sha256 = tracks.sha256)"
+            )
+            return bool(self._db.execute(sql, [name, folder, sha256]).rowcount)
+
     def file_at(self, path: Path) -> SourceFile | None:
         rows = self._db.execute("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
         return next(map(file_of, rows), None)

@@ -333,6 +333,61 @@ def test_a_marker_goes_before_its_file_so_that_it_releases_no_other_file(tmp_pat
     assert not path.with_name("a.wav.ok").exists()
 
 
+# -- equal bytes under several names ------------------------------------------------------------------
+
+
+def scanned_names(setup: RunnerSetup, *names: str, content_seed: int = 0) -> list[str]:
+    """Put the same bytes under all names and scan; returns the names of all tracks."""
+    for name in names:
+        write_music(setup.workspace.inbox / name, seed=content_seed, seconds=1.5)
+    setup.ingest(settle_s=0).scan(should_stop=lambda: False)
+    return sorted(track.name for track in setup.store.tracks())
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "song (conflicted copy 2024-01-01).wav",
+        "song copy.wav",
+        "song (1).wav",
+        "Copy of song.wav",
+        "song.sync-conflict-20240101-123456-ABCDEFG.wav",
+        "zz copy.wav",
+    ],
+)
+def test_of_equal_files_the_track_has_the_plainest_name(setup: RunnerSetup, copy: str) -> None:
+    assert scanned_names(setup, copy, "song.wav") == ["song.wav"]
+    [track] = setup.store.tracks()
+    assert track.folder == f"song--{track.sha256[:8]}"
+
+    setup.runner(Answers()).drain()
+    manifest = Outbox(setup.workspace.outbox).read_manifest(track.folder)
+    assert manifest is not None
+    assert (manifest["source"]["name"], sorted(manifest["source"]["names"])) == (
+        "song.wav",
+        sorted([copy, "song.wav"]),
+    )
+
+
+def test_a_plainer_name_that_comes_before_the_work_names_the_track(setup: RunnerSetup) -> None:
+    assert scanned_names(setup, "song copy.wav") == ["song copy.wav"]
+    assert scanned_names(setup, "song.wav") == ["song.wav"]
+    assert scanned_names(setup, "song (2).wav") == ["song.wav"]
+
+
+def test_a_plainer_name_that_comes_after_an_attempt_changes_nothing(setup: RunnerSetup) -> None:
+    scanned_names(setup, "song copy.wav")
+    [track] = setup.store.tracks()
+    setup.store.begin_attempt(track.sha256, "normalize", now=setup.now)
+    assert scanned_names(setup, "song.wav") == ["song copy.wav"]
+
+
+def test_a_conflict_copy_with_other_bytes_is_a_track_of_its_own(setup: RunnerSetup) -> None:
+    scanned_names(setup, "song.wav")
+    conflict = "song (conflicted copy 2024-01-01).wav"
+    assert scanned_names(setup, conflict, content_seed=1) == [conflict, "song.wav"]
+
+
 # -- reading and writing that fails ------------------------------------------------------------------
 
 
@@ -340,10 +395,12 @@ class Failing:
     """A device on which one operation fails while a test wants it to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, setup: RunnerSetup) -> None:
-        self.reading = self.writing = False
+        self.reading = self.writing = self.closed = False
         real = copying.copy_in
 
         def copy_in(path: Path, target: Path, **how: Any) -> str | None:
+            if self.closed:
+                raise BadAudio("can't be read: permission denied")
             if self.reading:
                 raise OSError(errno.EIO, "Input/output error", str(path))
             if self.writing:
@@ -367,6 +424,32 @@ def test_a_source_whose_device_fails_is_tried_again_for_a_while_and_then_fails_v
     assert ingest.scan(should_stop=lambda: False).unreadable == 1
 
     assert (setup.workspace.inbox / "failed" / "a.wav").exists()
+
+
+def test_a_file_that_may_not_be_read_yet_is_tried_again_while_it_is_new(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, device = write_music(setup.workspace.inbox / "a.wav"), Failing(monkeypatch, setup)
+    ingest, device.closed = setup.ingest(), True
+    settled_now(setup, path)
+    assert ingest.scan(should_stop=lambda: False).read_errors == 1
+    setup.now = path.lstat().st_ctime + 5 * setup.config.intake.settle_s - 0.1
+    assert ingest.scan(should_stop=lambda: False).read_errors == 1
+
+    device.closed = False
+    assert ingest.scan(should_stop=lambda: False).queued == 1
+
+
+def test_a_file_that_may_not_be_read_and_is_not_new_fails(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, device = write_music(setup.workspace.inbox / "a.wav"), Failing(monkeypatch, setup)
+    device.closed = True
+    setup.now = path.lstat().st_ctime + 5 * setup.config.intake.settle_s + 0.1
+    assert setup.scan().unreadable == 1
+
+    error = setup.workspace.inbox / "failed" / "a.wav.error.txt"
+    assert error.read_text() == "a.wav can't be read: permission denied\n"
 
 
 def test_a_working_copy_that_cannot_be_written_is_not_the_sources_fault(
