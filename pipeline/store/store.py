@@ -41,7 +41,7 @@ BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) ma
 
 
 class Store:
-    """One connection; every writing method is one transaction."""
+    """One connection; every method that writes is atomic, or part of an enclosing `transaction`."""
 
     def __init__(
         self, path: Path, *, read_only: bool = False, busy_timeout_s: float = BUSY_TIMEOUT_S
@@ -192,12 +192,11 @@ class Store:
 
     def rename_track(self, sha256: str, *, name: str, folder: str) -> bool:
         """Rename a queued track, unless an attempt was made at it; returns whether it was renamed."""
-        with self.transaction():
-            sql = (
-                "UPDATE tracks SET name = ?, folder = ? WHERE sha256 = ? AND state = 'queued'"
-                " AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.sha256 = tracks.sha256)"
-            )
-            return bool(self._db.execute(sql, [name, folder, sha256]).rowcount)
+        sql = (
+            "UPDATE tracks SET name = ?, folder = ? WHERE sha256 = ? AND state = 'queued'"
+            " AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.sha256 = tracks.sha256)"
+        )
+        return bool(self._db.execute(sql, [name, folder, sha256]).rowcount)
 
     def file_at(self, path: Path) -> SourceFile | None:
         rows = self._db.execute("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
@@ -233,11 +232,10 @@ class Store:
         self, path: Path, state: FileState, *, moved_to: Path | None = None, inode: int | None = None
     ) -> None:
         """Record what became of a file; `inode` is given if the file got another one by the move."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode) WHERE path = ?",
-                [state, None if moved_to is None else os.fsencode(moved_to), inode, os.fsencode(path)],
-            )
+        self._db.execute(
+            "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode) WHERE path = ?",
+            [state, None if moved_to is None else os.fsencode(moved_to), inode, os.fsencode(path)],
+        )
 
     # -- the queue -------------------------------------------------------------------------------
 
@@ -275,44 +273,33 @@ class Store:
         return None if row[0] is None else float(row[0])
 
     def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"
-                " source = ? WHERE sha256 = ?",
-                [now, plan_key, json.dumps(source), sha256],
-            )
+        self._db.execute(
+            "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"
+            " source = ? WHERE sha256 = ?",
+            [now, plan_key, json.dumps(source), sha256],
+        )
 
     def fail(self, sha256: str, *, stage: str, error: str, now: float, retry_at: float | None) -> None:
         """Count a failed attempt; the track is queued again for `retry_at`, or failed if that is None."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET state = ?, attempts = attempts + 1, stage = ?, error = ?, not_before = ?,"
-                " finished_at = ? WHERE sha256 = ?",
-                [
-                    TrackState.FAILED if retry_at is None else TrackState.QUEUED,
-                    stage,
-                    error,
-                    0 if retry_at is None else retry_at,
-                    now if retry_at is None else None,
-                    sha256,
-                ],
-            )
+        state, not_before, finished_at = (
+            (TrackState.FAILED, 0.0, now) if retry_at is None else (TrackState.QUEUED, retry_at, None)
+        )
+        self._db.execute(
+            "UPDATE tracks SET state = ?, attempts = attempts + 1, stage = ?, error = ?, not_before = ?,"
+            " finished_at = ? WHERE sha256 = ?",
+            [state, stage, error, not_before, finished_at, sha256],
+        )
 
     def release(self, sha256: str, *, not_before: float = 0.0) -> None:
         """Queue a claimed track again without counting an attempt."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET state = 'queued', not_before = ? WHERE sha256 = ? AND state = 'running'",
-                [not_before, sha256],
-            )
+        self._db.execute(
+            "UPDATE tracks SET state = 'queued', not_before = ? WHERE sha256 = ? AND state = 'running'",
+            [not_before, sha256],
+        )
 
     def release_all(self, *, now: float) -> None:
         """Queue all running tracks again, uncounted. Only for the holder of the instance lock."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE attempts SET ended_at = ?, outcome = 'stopped' WHERE ended_at IS NULL", [now]
-            )
-            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
+        self._close_attempts(AttemptOutcome.STOPPED, now)
 
     def forget(self, sha256: str) -> None:
         """Delete all rows of a track, such as one made of bytes that were only part of a file."""
@@ -351,22 +338,24 @@ class Store:
                 "SELECT t.*, a.stage AS open_stage FROM attempts a JOIN tracks t USING (sha256)"
                 " WHERE a.ended_at IS NULL AND t.state = 'running' GROUP BY t.sha256"
             ).fetchall()
-            self._db.execute(
-                "UPDATE attempts SET ended_at = ?, outcome = 'crashed' WHERE ended_at IS NULL", [now]
-            )
-            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
+            self._close_attempts(AttemptOutcome.CRASHED, now)
         return [(track_of({name: row[name] for name in TRACK_COLUMNS}), row["open_stage"]) for row in rows]
+
+    def _close_attempts(self, outcome: AttemptOutcome, now: float) -> None:
+        with self.transaction():
+            sql = "UPDATE attempts SET ended_at = ?, outcome = ? WHERE ended_at IS NULL"
+            self._db.execute(sql, [now, outcome])
+            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
 
     def record_crash(
         self, sha256: str, *, attempts: int, solo: bool, error: str, now: float, retry_at: float
     ) -> None:
         """Count a crash and queue the track again, behind all others."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET attempts = ?, solo = ?, error = ?, queued_at = ?, not_before = ?"
-                " WHERE sha256 = ?",
-                [attempts, solo, error, now, retry_at, sha256],
-            )
+        sql = (
+            "UPDATE tracks SET attempts = ?, solo = ?, error = ?, queued_at = ?, not_before = ?"
+            " WHERE sha256 = ?"
+        )
+        self._db.execute(sql, [attempts, solo, error, now, retry_at, sha256])
 
     # -- retention -------------------------------------------------------------------------------
 
@@ -378,8 +367,7 @@ class Store:
 
     def set_collected(self, sha256: str, *, now: float) -> None:
         """Record that the track's outputs were removed on purpose."""
-        with self.transaction():
-            self._db.execute("UPDATE tracks SET collected_at = ? WHERE sha256 = ?", [now, sha256])
+        self._db.execute("UPDATE tracks SET collected_at = ? WHERE sha256 = ?", [now, sha256])
 
     # -- work ------------------------------------------------------------------------------------
 
@@ -397,11 +385,8 @@ class Store:
         error: str | None = None,
         traceback: str | None = None,
     ) -> None:
-        with self.transaction():
-            self._db.execute(
-                "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, traceback = ? WHERE id = ?",
-                [now, outcome, error, traceback, attempt],
-            )
+        sql = "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, traceback = ? WHERE id = ?"
+        self._db.execute(sql, [now, outcome, error, traceback, attempt])
 
     def unit(self, key: str) -> dict[str, Any] | None:
         """The result of a finished unit of work, or None."""
@@ -422,8 +407,7 @@ class Store:
             self._insert("units", {**unit, "seconds": seconds, "finished_at": now})
 
     def remember_config(self, sha256: str, config: str) -> None:
-        with self.transaction():
-            self._db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
+        self._db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
 
     def fact(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
