@@ -243,11 +243,12 @@ def test_a_result_stands_when_its_source_is_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
 ) -> None:
     home = Home(tmp_path)
-    home.configure(intake={"settle_s": 0, "after": "delete"})
+    home.configure()
     write_music(home.inbox / "gone.wav")
     assert run(capsys, monkeypatch, home, "once").code == 0
     before = contents(home.outbox)
     assert run(capsys, monkeypatch, home, "requeue", "gone", "--stage", "generate").code == 0
+    (home.inbox / "done" / "gone.wav").unlink()
     ran = run(capsys, monkeypatch, home, "once")
     assert ran.code == 1
     assert "put it in the inbox again" in ran.err

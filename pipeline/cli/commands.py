@@ -201,7 +201,7 @@ def requeue(
     store = app.open_store()
     found = store.find(track)
     if not has_source(found, store, app.workspace):
-        typer.echo(f"{found.name}: its source is gone, so it can't be processed again", err=True)
+        typer.echo(f"{found.name}: its source is gone: put it in the inbox first", err=True)
         return SOME_FAILED
     stages = [Stage(stage)] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):
