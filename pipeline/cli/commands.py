@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -39,7 +40,8 @@ def main(default_home: Path | None = None) -> int:
     `default_home` is used without --home and PIPELINE_HOME; None: the current folder.
     """
     try:
-        result = cli(standalone_mode=False, obj={"default_home": default_home})
+        name = Path(sys.argv[0]).name
+        result = cli(standalone_mode=False, obj={"default_home": default_home}, prog_name=name)
         return int(result or ALL_DONE)
     except typer.Exit as e:
         return e.exit_code
