@@ -65,7 +65,6 @@ class App:
             threads=self.config.threads,
             max_memory_gb=getattr(section, "max_memory_gb", None),
             precision=getattr(section, "precision", "auto"),
-            kv_cache=getattr(section, "kv_cache", "auto"),
             state_dir=self.workspace.state / ENGINES_FOLDER,
         )
 

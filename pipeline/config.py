@@ -94,7 +94,6 @@ class Generate(Section):
     batch_tracks: Annotated[int, Field(ge=1, le=64)] = 8
     max_memory_gb: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["auto", "float32", "int8"] = "auto"
-    kv_cache: Literal["auto", "shm", "private"] = "auto"
     variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1)] = (
         VariationSpec.model_validate({"name": "faithful", "temperature": 0.6, "count": 2}),
         VariationSpec.model_validate({"name": "bold", "temperature": [1.0, 1.2]}),

@@ -16,8 +16,6 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.app import App
-from pipeline.engines import cards
-from pipeline.engines.base import EngineCard
 from pipeline.errors import DiskFull, FolderUnusable
 from pipeline.fs.mounts import mount_of
 from pipeline.intake.archive import archive_files, finish_moves
@@ -30,7 +28,7 @@ from pipeline.service.loop import Processor
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, Workspace
+from pipeline.workspace import Workspace
 
 LOG_BYTES, LOG_FILES = 5_000_000, 3
 START_PAUSE_S = 10.0  # between tries of `watch` to start up on a full disk
@@ -67,15 +65,11 @@ def open_session(app: App, root: Path | None, *, is_watching: bool = False) -> I
         try:
             _see_the_outbox(app, store)
             given_up = _pick_up(app, store)
-            _clear_up(app, but=None if store.next_due() is None else app.recipe.generator.card)
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
             with signals.on_signals(hangup_reloads=is_watching), reporter:
                 processor = app.processor(store, root, reporter, signals)
                 processor.runner.outcome.failed += given_up
-                try:
-                    yield Session(app, store, processor, signals, health, notifier, reporter)
-                finally:
-                    _clear_up(app)
+                yield Session(app, store, processor, signals, health, notifier, reporter)
         finally:
             health.close()
             store.close()
@@ -145,13 +139,6 @@ def _pick_up(app: App, store: Store) -> int:
     ):
         log.warning("%s: %s", finding.where, finding.text)
     return given_up
-
-
-def _clear_up(app: App, but: EngineCard | None = None) -> None:
-    """Remove what engines of a killed run left outside of the home, but for the one that is to go on."""
-    for card in cards().values():
-        if card is not but:
-            card.clear_up(app.workspace.state / ENGINES_FOLDER)
 
 
 def _leave_at_once(database: Path, signum: int, *, is_watching: bool) -> None:

@@ -6,7 +6,6 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,11 +249,6 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
         yield "note" if missing else "ok", f"{card.stage} engine {card.name}", text
         if found := card.last_check(app.workspace.state / ENGINES_FOLDER):
             yield "ok", f"{card.name} at its last start", found
-        for folder in card.leftovers(app.workspace.state / ENGINES_FOLDER):
-            with suppress(OSError):  # a run that has just begun removes it
-                size = sum(512 * path.lstat().st_blocks for path in folder.iterdir())
-                text = f"{folder} has {size / 1e6:.0f} MB of a killed run, for the next to use or remove"
-                yield "note", f"{card.name} left behind", text
     try:
         for stage, choice in zip(("embed", "generate"), app.choices(), strict=True):
             where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""

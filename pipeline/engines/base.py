@@ -95,7 +95,6 @@ class EngineSettings:
     cache_dir: Path | None = None  # the hub's cache; None: the library's own default
     max_memory_gb: float | None = None  # for engines that size their batch by it
     precision: str = "auto"  # "auto", "float32" or "int8", for engines that can choose
-    kv_cache: str = "auto"  # "auto", "shm" or "private": whether keys and values outlive a kill, if they can
     state_dir: Path | None = None  # where an engine may keep what saves it work; None: nowhere
 
 
@@ -116,9 +115,6 @@ class EngineCard:
     companions: tuple[tuple[str, Layout], ...] = ()  # hub models it loads besides, if a request needs them
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of what it makes
     last_check: Callable[[Path], str | None] = lambda state_dir: None  # of its own, for `doctor`
-    # Folders outside the home that a killed run left for the next, if nobody uses them now.
-    leftovers: Callable[[Path], Sequence[Path]] = lambda state_dir: ()
-    clear_up: Callable[[Path], None] = lambda state_dir: None  # removes them
     # MissingPackage or MissingWeights if what a variation's parameters ask for isn't on this machine.
     check_params: Callable[[Mapping[str, Any], EngineSettings], None] = lambda params, settings: None
     rank: int = 0  # `auto` takes the usable engine of the highest rank; below 0: never

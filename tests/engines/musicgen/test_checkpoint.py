@@ -150,7 +150,9 @@ def test_shards_are_the_same_model(musicgen: Any, copy: Path) -> None:
     assert_same(ours.codec(), theirs.codec())
     assert_same(ours.text_encoder(), theirs.text_encoder())
     for ends in ("embeddings", "heads", "norm", "positions"):
-        np.testing.assert_array_equal(getattr(ours.ends(), ends), getattr(theirs.ends(), ends))
+        np.testing.assert_array_equal(
+            getattr(ours.embedding_and_head(), ends), getattr(theirs.embedding_and_head(), ends)
+        )
     for one, other in zip(ours.layers.layers(), theirs.layers.layers(), strict=True):
         for name in other:
             np.testing.assert_array_equal(one[name], other[name])

@@ -62,11 +62,14 @@ def case(request: pytest.FixtureRequest, musicgen_checkpoint: BuildFn) -> Case:
     tokens[0] = 2048  # pads, as the delay pattern begins
     for step in range(1, 4):
         tokens[step, step * checkpoint.channels :] = 2048
-    chroma = conditioning.listen(checkpoint, tones(440.0, 554.37), 30.0)
+    chroma = conditioning.track_chroma(checkpoint, tones(440.0, 554.37), 30.0)
     conditions = conditioning.Conditions(
-        chroma, conditioning.chroma_rate(checkpoint), conditioning.text(checkpoint, PROMPT), checkpoint
+        chroma,
+        conditioning.chroma_rate(checkpoint),
+        conditioning.encode_prompt(checkpoint, PROMPT),
+        checkpoint,
     )
-    melodies = np.stack([conditions.window(0.0), np.eye(1, 12, dtype=np.float32).repeat(235, 0)])
+    melodies = np.stack([conditions.chroma_at(0.0), np.eye(1, 12, dtype=np.float32).repeat(235, 0)])
     text = checkpoint.tokenizer([PROMPT, PROMPT], return_tensors="pt")
     text["attention_mask"][1] = 0  # the null condition: no text, a steady C
     with torch.inference_mode():
@@ -85,13 +88,13 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def stepwise(decoder: Any, case: Case, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
     """Logits after each step, told the condition and told nothing, both rows in one batch."""
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    memory = decoder.memory(2, STEPS, 2, 256)
-    memory.prefill(0, case.conditions.told(case.conditions.window(0.0)))
-    memory.prefill(1, case.conditions.nothing())
+    cache = decoder.new_cache(2, STEPS, 2, 256)
+    decoder.prefill(cache, 0, case.conditions.conditional(case.conditions.chroma_at(0.0)))
+    decoder.prefill(cache, 1, case.conditions.unconditional())
     found = [
-        memory.advance([Feed(row, row, step, case.tokens[step : step + 1]) for row in (0, 1)])
+        decoder.advance(cache, [StepInput(row, row, step, case.tokens[step : step + 1]) for row in (0, 1)])
         for step in range(steps)
     ]
     told, nothing = np.stack(found, axis=1)
@@ -150,7 +153,7 @@ def test_greedy_tokens_are_those_of_generate(
     with torch.inference_mode():
         case.full.generate(
             **case.checkpoint.tokenizer([PROMPT], return_tensors="pt"),
-            input_features=torch.from_numpy(case.conditions.window(0.0)[None]),
+            input_features=torch.from_numpy(case.conditions.chroma_at(0.0)[None]),
             do_sample=False,
             guidance_scale=guidance,
             max_length=25 + 4,
@@ -179,12 +182,14 @@ def spoken(seed: int, steps: int) -> np.ndarray:
 
 def alone(decoder: Any, prefix: np.ndarray, tokens: np.ndarray) -> list[bytes]:
     """The bits of the logits after each step of a row that has a memory for itself."""
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    memory = decoder.memory(1, len(tokens), 1, len(prefix))
-    memory.prefill(0, prefix)
+    cache = decoder.new_cache(1, len(tokens), 1, len(prefix))
+    decoder.prefill(cache, 0, prefix)
     steps = range(len(tokens))
-    return [memory.advance([Feed(0, 0, step, tokens[step : step + 1])]).tobytes() for step in steps]
+    return [
+        decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])]).tobytes() for step in steps
+    ]
 
 
 def assert_same(decoder: Any, found: list[bytes], expected: list[bytes]) -> None:
@@ -201,33 +206,33 @@ def assert_same(decoder: Any, found: list[bytes], expected: list[bytes]) -> None
 
 def test_a_row_is_the_same_among_seven_others(decoder: Any) -> None:
     """Others in other slots, with other prefixes, of other lengths, at other positions, in any order."""
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
     prefix, tokens = inputs(0, 239), spoken(0, 20)
-    memory = decoder.memory(9, 160, 9, 256)
+    cache = decoder.new_cache(9, 160, 9, 256)
     lead = {slot: 1 + 19 * slot for slot in range(8) if slot != 5}  # how far the others are
     for slot, steps in lead.items():
-        memory.prefill(slot, inputs(slot + 1, 240 - 7 * slot))
-        memory.advance([Feed(slot, slot, 0, spoken(slot + 1, steps))])
-    memory.prefill(8, prefix)
+        decoder.prefill(cache, slot, inputs(slot + 1, 240 - 7 * slot))
+        decoder.advance(cache, [StepInput(slot, slot, 0, spoken(slot + 1, steps))])
+    decoder.prefill(cache, 8, prefix)
     found = []
     for step in range(len(tokens)):
-        feeds = [Feed(slot, slot, at + step, spoken(slot * 100 + step, 1)) for slot, at in lead.items()]
-        feeds.insert(step % 8, Feed(5, 8, step, tokens[step : step + 1]))
-        found.append(memory.advance(feeds)[step % 8].tobytes())
+        feeds = [StepInput(slot, slot, at + step, spoken(slot * 100 + step, 1)) for slot, at in lead.items()]
+        feeds.insert(step % 8, StepInput(5, 8, step, tokens[step : step + 1]))
+        found.append(decoder.advance(cache, feeds)[step % 8].tobytes())
     assert_same(decoder, found, alone(decoder, prefix, tokens))
 
 
 def test_rows_that_share_a_prefix_are_each_as_if_they_were_alone(decoder: Any) -> None:
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
     prefix, told = inputs(0, 100), [spoken(seed, 5) for seed in range(6)]
-    memory = decoder.memory(6, 8, 1, 100)
-    memory.prefill(0, prefix)
+    cache = decoder.new_cache(6, 8, 1, 100)
+    decoder.prefill(cache, 0, prefix)
     found: list[list[bytes]] = [[] for _ in told]
     for step in range(5):
-        feeds = [Feed(slot, 0, step, tokens[step : step + 1]) for slot, tokens in enumerate(told)]
-        for slot, logits in enumerate(memory.advance(feeds)):
+        feeds = [StepInput(slot, 0, step, tokens[step : step + 1]) for slot, tokens in enumerate(told)]
+        for slot, logits in enumerate(decoder.advance(cache, feeds)):
             found[slot].append(logits.tobytes())
     for its, tokens in zip(found, told, strict=True):
         assert_same(decoder, its, alone(decoder, prefix, tokens))
@@ -236,35 +241,41 @@ def test_rows_that_share_a_prefix_are_each_as_if_they_were_alone(decoder: Any) -
 @pytest.mark.parametrize("cuts", [(1,), (64, 128), (7, 16, 17, 129)], ids=str)
 def test_steps_told_at_once_are_the_steps_one_by_one(decoder: Any, cuts: tuple[int, ...]) -> None:
     """How an interrupted run gets its keys and values back; with a neighbour told less at a time."""
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
     prefix, tokens, others = inputs(0, 50), spoken(0, STEPS), spoken(1, STEPS)
     one_by_one = alone(decoder, prefix, tokens)
-    memory = decoder.memory(2, STEPS, 1, 50)
-    memory.prefill(0, prefix)
+    cache = decoder.new_cache(2, STEPS, 1, 50)
+    decoder.prefill(cache, 0, prefix)
     for number, (first, last) in enumerate(zip((0, *cuts), (*cuts, STEPS), strict=True)):
-        feeds = [Feed(0, 0, first, tokens[first:last]), Feed(1, 0, number, others[number : number + 1])]
-        assert_same(decoder, [memory.advance(feeds)[0].tobytes()], [one_by_one[last - 1]])
+        feeds = [
+            StepInput(0, 0, first, tokens[first:last]),
+            StepInput(1, 0, number, others[number : number + 1]),
+        ]
+        assert_same(decoder, [decoder.advance(cache, feeds)[0].tobytes()], [one_by_one[last - 1]])
 
 
 def test_a_place_keeps_nothing_of_who_was_there_before(decoder: Any) -> None:
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    memory = decoder.memory(1, STEPS, 1, 239)
-    memory.prefill(0, 30 * inputs(1, 239))
-    memory.advance([Feed(0, 0, 0, spoken(1, STEPS))])
+    cache = decoder.new_cache(1, STEPS, 1, 239)
+    decoder.prefill(cache, 0, 30 * inputs(1, 239))
+    decoder.advance(cache, [StepInput(0, 0, 0, spoken(1, STEPS))])
     prefix, tokens = inputs(0, 21), spoken(0, 18)
-    memory.prefill(0, prefix)
-    found = [memory.advance([Feed(0, 0, step, tokens[step : step + 1])]).tobytes() for step in range(18)]
+    decoder.prefill(cache, 0, prefix)
+    found = [
+        decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])]).tobytes()
+        for step in range(18)
+    ]
     assert_same(decoder, found, alone(decoder, prefix, tokens))
 
 
 def test_more_rows_than_a_step_of_torch_takes_go_in_parts(decoder: Any) -> None:
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    memory = decoder.memory(40, 4, 1, 10)
-    memory.prefill(0, inputs(0, 10))
-    logits = memory.advance([Feed(slot, 0, 0, spoken(slot, 1)) for slot in range(40)])
+    cache = decoder.new_cache(40, 4, 1, 10)
+    decoder.prefill(cache, 0, inputs(0, 10))
+    logits = decoder.advance(cache, [StepInput(slot, 0, 0, spoken(slot, 1)) for slot in range(40)])
     for slot in (0, 31, 32, 39):
         assert_same(decoder, [logits[slot].tobytes()], alone(decoder, inputs(0, 10), spoken(slot, 1)))
 
@@ -272,14 +283,14 @@ def test_more_rows_than_a_step_of_torch_takes_go_in_parts(decoder: Any) -> None:
 @pytest.mark.parametrize("kind", ["int8", "float32"])
 def test_the_number_of_threads_changes_no_bit(case: Case, kind: str) -> None:
     """Small models use one thread by themselves."""
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
     decoder, found = decoder_of(case.checkpoint, kind), []
     for threads in (1, 2, 3):
         decoder.threads = threads
-        memory = decoder.memory(3, 40, 1, 256)
-        memory.prefill(0, case.conditions.told(case.conditions.window(0.0)))
-        last = memory.advance([Feed(row, 0, 0, case.tokens[: 40 - row]) for row in range(3)])
+        cache = decoder.new_cache(3, 40, 1, 256)
+        decoder.prefill(cache, 0, case.conditions.conditional(case.conditions.chroma_at(0.0)))
+        last = decoder.advance(cache, [StepInput(row, 0, 0, case.tokens[: 40 - row]) for row in range(3)])
         found.append(last.tobytes())
     assert found[0] == found[1] == found[2]
 

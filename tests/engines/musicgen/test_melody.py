@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tones import tones
 
 from pipeline.engines.musicgen import hpss, melody
-from pipeline.engines.musicgen.melody import Heard, Melody, listen
+from pipeline.engines.musicgen.melody import Melody, MelodySource, listen
 from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio
 
@@ -34,7 +34,7 @@ def never() -> bool:
     return False
 
 
-def hear(audio: Audio, how: Melody, **options: Any) -> Heard:
+def hear(audio: Audio, how: Melody, **options: Any) -> MelodySource:
     return listen(audio, how, should_stop=never, **options)
 
 
@@ -134,7 +134,7 @@ def test_hardly_anything_of_a_melody_is_lost(pitch_classes: Any) -> None:
 def test_length_rate_and_type_are_kept(sample_rate: int) -> None:
     audio = tones(440.0, 660.0, seconds=1.0137, sample_rate=sample_rate)
     heard = hear(audio, "harmonic")
-    assert heard.how == "harmonic"
+    assert heard.source == "harmonic"
     assert heard.audio.sample_rate == sample_rate
     assert heard.audio.samples.shape == (1, audio.n_samples)
     assert heard.audio.samples.dtype == np.float32
@@ -157,10 +157,10 @@ def test_the_mask_is_that_of_librosa() -> None:
     audio = of(tune(3.0), drums(3.0))
     grid = hpss._grid(audio, hpss.OVERLAP)
     magnitudes = np.abs(hpss._spectra(audio, grid, 0, grid.n_frames))
-    mask = hpss._stroke_mask(magnitudes, grid, hpss.TONE_S)
+    mask = hpss._percussive_mask(magnitudes, grid, hpss.HARMONIC_S)
     sizes = (
-        hpss._odd(hpss.TONE_S * RATE_HZ / grid.hop),
-        hpss._odd(hpss.STROKE_HZ * grid.fft / RATE_HZ),
+        hpss._odd(hpss.HARMONIC_S * RATE_HZ / grid.hop),
+        hpss._odd(hpss.PERCUSSIVE_HZ * grid.fft / RATE_HZ),
     )
     tones_of_librosa, _ = librosa_hpss(magnitudes.T, kernel_size=sizes, mask=True)
     np.testing.assert_allclose(1 - mask.T, tones_of_librosa, atol=1e-5)
@@ -180,7 +180,7 @@ def test_blocks_leave_no_trace() -> None:
 def test_the_same_audio_gives_the_same_bits() -> None:
     audio = of(tune(3.0), drums(3.0))
     before = audio.samples.copy()
-    audio.samples.flags.writeable = False
+    audio.samples.fdelays.writeable = False
     first, again = hear(audio, "harmonic"), hear(audio, "harmonic")
     np.testing.assert_array_equal(first.audio.samples, again.audio.samples)
     np.testing.assert_array_equal(audio.samples, before)
@@ -217,7 +217,7 @@ def test_a_stop_is_heeded() -> None:
 def test_what_is_melodic_is_left_alone(melodic: Audio, gain: float) -> None:
     audio = Audio(melodic.samples * np.float32(gain), melodic.sample_rate)
     heard = hear(audio, "auto")
-    assert heard.how == "mix"
+    assert heard.source == "mix"
     assert heard.audio is audio
     assert heard.percussive_share is not None
     assert heard.percussive_share < 0.5 * melody.MELODIC
@@ -226,26 +226,26 @@ def test_what_is_melodic_is_left_alone(melodic: Audio, gain: float) -> None:
 @pytest.mark.parametrize("drum_level", [0.5, 1.0, 4.0])
 def test_drums_are_noticed(without_demucs: None, drum_level: float) -> None:
     heard = hear(of(tune(), drum_level * drums()), "auto")
-    assert heard.how == "harmonic"
+    assert heard.source == "harmonic"
     assert heard.percussive_share is not None
     assert heard.percussive_share > 1.2 * melody.MELODIC
 
 
 def test_drums_are_noticed_beside_a_strong_bass(without_demucs: None) -> None:
-    assert hear(of(tune(), 2.0 * drums(), 2.0 * bass()), "auto").how == "harmonic"
+    assert hear(of(tune(), 2.0 * drums(), 2.0 * bass()), "auto").source == "harmonic"
 
 
 @pytest.mark.parametrize("channel", [0, 1])
 def test_drums_are_noticed_in_either_half_of_a_track(without_demucs: None, channel: int) -> None:
     silent = np.zeros(20 * RATE_HZ)
     halves = [drums(20.0), silent] if channel == 0 else [silent, drums(20.0)]
-    assert hear(of(tune(40.0), np.concatenate(halves)), "auto").how == "harmonic"
+    assert hear(of(tune(40.0), np.concatenate(halves)), "auto").source == "harmonic"
 
 
 def test_silence_is_left_alone() -> None:
     silence = Audio(np.zeros((2, RATE_HZ), np.float32), RATE_HZ)
     heard = hear(silence, "auto")
-    assert (heard.how, heard.percussive_share) == ("mix", None)
+    assert (heard.source, heard.percussive_share) == ("mix", None)
     assert not hear(silence, "harmonic").audio.samples.any()
 
 
@@ -338,7 +338,7 @@ def test_demucs_keeps_vocals_and_other(caches: Path, save: Any) -> None:
     save(caches, model)
     audio = tones(440.0, 554.37, 659.26, 880.0, seconds=2.3, sample_rate=16000)
     heard = hear(audio, "demucs")
-    assert heard.how == "demucs"
+    assert heard.source == "demucs"
     stems_of = apply_model(model, torch.from_numpy(audio.samples)[None], shifts=0, split=True)[0]
     expected = (stems_of[2] + stems_of[3]).mean(dim=0).numpy()
     assert heard.audio.samples.shape == (1, audio.n_samples)
@@ -370,10 +370,10 @@ def test_demucs_heeds_a_stop(caches: Path) -> None:
 
 
 def test_auto_takes_demucs_for_mixed_material_only(caches: Path) -> None:
-    assert hear(of(tune(3.0), drums(3.0)), "auto").how == "harmonic"
+    assert hear(of(tune(3.0), drums(3.0)), "auto").source == "harmonic"
     as_safetensors(caches, tiny_demucs())
-    assert hear(of(tune(3.0), drums(3.0)), "auto").how == "demucs"
-    assert hear(of(tune(3.0)), "auto").how == "mix"
+    assert hear(of(tune(3.0), drums(3.0)), "auto").source == "demucs"
+    assert hear(of(tune(3.0)), "auto").source == "mix"
 
 
 def test_missing_weights_are_an_error_with_the_command(caches: Path) -> None:
@@ -392,7 +392,7 @@ def test_damaged_weights_are_an_error_but_not_for_auto(
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BadCheckpoint, match="delete it and run hf download"):
         hear(of(drums(1.0)), "demucs")
-    assert hear(of(tune(1.0), drums(1.0)), "auto").how == "harmonic"
+    assert hear(of(tune(1.0), drums(1.0)), "auto").source == "harmonic"
     assert path.name in caplog.text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from musicgen_setup import codes, generator_with, made, never, silent
+from musicgen_setup import codes, generator_with, never, no_progress, results_of
 from pydantic import ValidationError
 from tones import RequestFn
 
@@ -61,9 +61,9 @@ def test_a_request_gives_the_same_bits_alone_in_a_batch_and_in_any_order(
         request_for("b", pitches_hz=A_MINOR, prompt="warm synths", guidance=1.0),
         request_for("c", seed=0, temperature=1.4, duration_s=0.7),
     ]
-    together, reversed_ = made(musicgen, *requests), made(musicgen, *reversed(requests))
+    together, reversed_ = results_of(musicgen, *requests), results_of(musicgen, *reversed(requests))
     for wanted in requests:
-        (alone,) = made(musicgen, wanted).values()
+        (alone,) = results_of(musicgen, wanted).values()
         for other in (together[wanted.request_id], reversed_[wanted.request_id]):
             assert alone.audio.samples.tobytes() == other.audio.samples.tobytes()
 
@@ -81,27 +81,27 @@ def test_other_users_of_the_global_random_state_notice_nothing(musicgen: Any, re
 def test_asked_seconds_are_delivered_seconds(
     musicgen: Any, request_for: RequestFn, duration_s: float
 ) -> None:
-    (result,) = made(musicgen, request_for(duration_s=duration_s)).values()
+    (result,) = results_of(musicgen, request_for(duration_s=duration_s)).values()
     assert result.audio.samples.shape == (1, round(duration_s * 32000))
     assert result.audio.samples.dtype == np.float32
     assert result.audio.sample_rate == musicgen.sample_rate == 32000
 
 
 def test_the_whole_window_of_30_s_can_be_asked_for(musicgen: Any, request_for: RequestFn) -> None:
-    (result,) = made(musicgen, request_for(duration_s=30.0, guidance=1.0)).values()
+    (result,) = results_of(musicgen, request_for(duration_s=30.0, guidance=1.0)).values()
     assert result.audio.n_samples == 960_000
     assert result.details["frames"] == 1500
 
 
 def test_more_than_the_window_is_made_in_windows(musicgen: Any, request_for: RequestFn) -> None:
-    (result,) = made(musicgen, request_for(duration_s=50.01, guidance=1.0)).values()
+    (result,) = results_of(musicgen, request_for(duration_s=50.01, guidance=1.0)).values()
     assert result.audio.n_samples == round(50.01 * 32000)
     assert result.details["frames"] == 2501
     assert result.details["windows"] == 3
 
 
 def test_stereo_checkpoints_make_two_different_channels(stereo_musicgen: Any, request_for: RequestFn) -> None:
-    (result,) = made(stereo_musicgen, request_for(duration_s=1.013)).values()
+    (result,) = results_of(stereo_musicgen, request_for(duration_s=1.013)).values()
     left, right = result.audio.samples
     assert result.audio.samples.shape == (2, round(1.013 * 32000))
     assert not np.array_equal(left, right)
@@ -122,7 +122,7 @@ def test_the_sound_is_encodecs_of_the_tokens(
         decode = generator.checkpoint.codec().decode
         parts = [torch.from_numpy(tokens[channel::channels])[None, None] for channel in range(channels)]
         expected = torch.cat([decode(part, audio_scales=[None]).audio_values[0] for part in parts])
-    (result,) = made(generator, request_for()).values()
+    (result,) = results_of(generator, request_for()).values()
     np.testing.assert_array_equal(result.audio.samples, expected.numpy())
 
 
@@ -142,12 +142,12 @@ def test_without_chance_it_is_the_librarys_greedy_search(
     with torch.inference_mode():
         expected = model.eval().generate(
             **checkpoint.tokenizer(["warm piano"], return_tensors="pt"),
-            input_features=torch.from_numpy(conditioning.listen(checkpoint, wanted.audio, 30.0))[None],
+            input_features=torch.from_numpy(conditioning.track_chroma(checkpoint, wanted.audio, 30.0))[None],
             do_sample=False,
             guidance_scale=guidance,
             max_length=25 + 4,
         )
-    (result,) = made(generator, wanted).values()
+    (result,) = results_of(generator, wanted).values()
     np.testing.assert_array_equal(result.audio.samples, expected[0].numpy())
 
 
@@ -211,7 +211,7 @@ def test_it_stops_within_one_step(musicgen: Any, request_for: RequestFn) -> None
 
 def test_it_does_not_start_when_already_asked_to_stop(musicgen: Any, request_for: RequestFn) -> None:
     with pytest.raises(Stopped):
-        next(musicgen.generate([request_for()], progress=silent, should_stop=lambda: True))
+        next(musicgen.generate([request_for()], progress=no_progress, should_stop=lambda: True))
 
 
 def silence(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_a_model_that_breaks_is_a_failure_of_each_request(
 
     with torch.no_grad():
         damage(broken.checkpoint, monkeypatch)
-    results = made(broken, request_for("a", prompt="warm"), request_for("b", prompt="warm"))
+    results = results_of(broken, request_for("a", prompt="warm"), request_for("b", prompt="warm"))
     assert [type(result.error) for result in results.values()] == [EngineFailure, EngineFailure]
     assert sentence in str(results["a"].error)
 

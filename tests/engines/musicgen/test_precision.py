@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from musicgen_setup import made, never
+from musicgen_setup import never, results_of
 from tones import RequestFn
 
 from pipeline.engines.base import EngineSettings
@@ -30,7 +30,7 @@ def test_int8_is_checked_and_its_figures_are_told(
     assert engine.decoder.precision == "int8"
     assert "int8 against float32 over 48 steps: KL 0.0" in caplog.text
     assert "int8 is used" in (last_check(tmp_path) or "")
-    (result,) = made(engine, request_for()).values()
+    (result,) = results_of(engine, request_for()).values()
     assert result.details["precision"] == "int8"
     facts = result.details["int8_check"]
     assert len(facts["kl_nats"]) == len(facts["top1"]) == 4
@@ -41,7 +41,7 @@ def test_int8_is_checked_and_its_figures_are_told(
 def test_float32_is_not_checked(musicgen_folder: Path, tmp_path: Path, request_for: RequestFn) -> None:
     engine = load(musicgen_folder, tmp_path, "float32")
     assert engine.decoder.precision == "float32"
-    (result,) = made(engine, request_for()).values()
+    (result,) = results_of(engine, request_for()).values()
     assert "int8_check" not in result.details
     assert last_check(tmp_path) is None
 
@@ -95,23 +95,23 @@ def test_a_checkpoint_that_does_not_survive_quantizing_is_used_in_float32(
     assert not report.passed
     assert max(report.kl) > precision.MAX_KL
     assert report == engine.check
-    (result,) = made(engine, request_for()).values()
+    (result,) = results_of(engine, request_for()).values()
     assert result.details["precision"] == "float32"
     assert result.details["int8_check"] == engine.check.facts
-    (expected,) = made(same, request_for()).values()
+    (expected,) = results_of(same, request_for()).values()
     assert result.audio.samples.shape == expected.audio.samples.shape
 
 
 def test_a_second_start_reads_what_the_first_one_kept(
     musicgen_folder: Path, tmp_path: Path, request_for: RequestFn, monkeypatch: Any
 ) -> None:
-    (first,) = made(load(musicgen_folder, tmp_path), request_for()).values()
+    (first,) = results_of(load(musicgen_folder, tmp_path), request_for()).values()
 
     def nobody_reads(self: LayerFiles) -> Any:
         raise AssertionError("the float32 layers were read again")
 
     monkeypatch.setattr(LayerFiles, "layers", nobody_reads)
-    (second,) = made(load(musicgen_folder, tmp_path), request_for()).values()
+    (second,) = results_of(load(musicgen_folder, tmp_path), request_for()).values()
     assert first.audio.samples.tobytes() == second.audio.samples.tobytes()
 
 
@@ -129,11 +129,11 @@ def test_a_second_start_reads_what_the_first_one_kept(
 def test_what_is_damaged_on_the_disk_is_made_anew(
     musicgen_folder: Path, tmp_path: Path, request_for: RequestFn, damage: Any
 ) -> None:
-    (first,) = made(load(musicgen_folder, tmp_path), request_for()).values()
+    (first,) = results_of(load(musicgen_folder, tmp_path), request_for()).values()
     (layers,) = (tmp_path / "musicgen").glob("*.int8")
     whole = layers.read_bytes()
     layers.write_bytes(damage(whole))
-    (second,) = made(load(musicgen_folder, tmp_path), request_for()).values()
+    (second,) = results_of(load(musicgen_folder, tmp_path), request_for()).values()
     assert first.audio.samples.tobytes() == second.audio.samples.tobytes()
     assert layers.read_bytes() == whole
 
@@ -220,11 +220,12 @@ def test_on_another_device_auto_is_half_precision(musicgen: Any) -> None:
     import torch
 
     elsewhere = replace(musicgen.checkpoint, device="meta")
-    opened = precision.open_decoder(elsewhere, "auto", None, None)
-    assert opened.decoder.precision in {"float16", "bfloat16"}
-    assert opened.decoder.heads.device == torch.device("meta")
-    assert opened.check is None
-    assert precision.open_decoder(elsewhere, "float32", None, None).decoder.precision == "float32"
+    decoder, check = precision.open_decoder(elsewhere, "auto", None, None)
+    assert decoder.precision in {"float16", "bfloat16"}
+    assert decoder.heads.device == torch.device("meta")
+    assert check is None
+    exact, _ = precision.open_decoder(elsewhere, "float32", None, None)
+    assert exact.precision == "float32"
 
 
 def test_int8_is_for_the_cpu(musicgen: Any) -> None:

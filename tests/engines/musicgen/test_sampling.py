@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.engines.musicgen.sampling import Sampler, SamplingParams, draw, gumbel, log_chances
+from pipeline.engines.musicgen.sampling import Sampler, SamplingParams, draw, gumbel, log_probabilities
 from pipeline.errors import EngineFailure
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (4, 2048))
@@ -13,7 +13,7 @@ LOGITS = np.random.default_rng(0).normal(0, 3, (4, 2048))
 
 def chances(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     """What draws follow: the softmax."""
-    weights = np.exp(log_chances(logits, params))
+    weights = np.exp(log_probabilities(logits, params))
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
@@ -89,7 +89,7 @@ def test_cutting_the_tail_moves_no_other_tokens_luck() -> None:
     for step in range(50):
         free = Sampler(SamplingParams(top_k=0), 3).pick(step, LOGITS, None)
         cut = Sampler(SamplingParams(top_k=250), 3).pick(step, LOGITS, None)
-        kept = np.isfinite(log_chances(LOGITS, SamplingParams(top_k=250)))[np.arange(4), free]
+        kept = np.isfinite(log_probabilities(LOGITS, SamplingParams(top_k=250)))[np.arange(4), free]
         assert (cut[kept] == free[kept]).all()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from musicgen_setup import generator_with, made, never
+from musicgen_setup import generator_with, never, results_of
 from tones import RequestFn
 
 from pipeline.engines.musicgen.savepoints import Savepoints
@@ -52,7 +52,7 @@ def test_a_stopped_request_is_resumed_and_comes_out_the_same(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str, guidance: float
 ) -> None:
     request = request_for(duration_s=2.0, guidance=guidance)
-    (whole,) = made(generator_with(musicgen.checkpoint, kind), request).values()
+    (whole,) = results_of(generator_with(musicgen.checkpoint, kind), request).values()
     interrupted(generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path)), request, 60)
     assert len(list(tmp_path.iterdir())) == 1
     again = generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path))
@@ -65,7 +65,7 @@ def test_a_stopped_request_is_resumed_and_comes_out_the_same(
 def test_in_the_second_window_as_well(short_musicgen: Any, request_for: RequestFn, tmp_path: Path) -> None:
     """Windows of 3 s, each going on 1.8 s after the one before."""
     checkpoint, request = short_musicgen.checkpoint, request_for(duration_s=5.0, guidance=1.0)
-    (whole,) = made(generator_with(checkpoint, "int8"), request).values()
+    (whole,) = results_of(generator_with(checkpoint, "int8"), request).values()
     interrupted(generator_with(checkpoint, "int8", saved=Savepoints(tmp_path)), request, 180)
     samples, steps = resumed(generator_with(checkpoint, "int8", saved=Savepoints(tmp_path)), request)
     assert steps < 100
@@ -98,7 +98,7 @@ def test_of_a_stopped_batch_all_that_was_begun_is_kept_and_what_was_delivered_is
     """Two rows: the first is delivered, the second stopped on its way, the third never begun."""
     checkpoint, decoder = any_musicgen.checkpoint, any_musicgen.decoder
     requests = [request_for("a"), request_for("b", duration_s=0.7), request_for("c")]
-    whole = made(any_musicgen, *requests)
+    whole = results_of(any_musicgen, *requests)
     seen: dict[str, list[int]] = {name: [] for name in "abc"}
 
     def progress(request_id: str, done: int, total: int) -> None:
@@ -209,7 +209,7 @@ def test_tokens_outlive_a_failure_to_make_sound(
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
     with monkeypatch.context() as broken:
         broken.setattr(codec, "decode", fail)
-        (failure,) = made(engine, request_for()).values()
+        (failure,) = results_of(engine, request_for()).values()
     assert isinstance(failure, Failure)
     assert resumed(engine, request_for())[1] == 0
     assert not list(tmp_path.iterdir())
@@ -222,7 +222,7 @@ def test_requests_with_all_their_tokens_go_straight_to_sound(
     """More of them than rows, beside one that has none yet."""
     engine = generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path), max_memory_gb=0.001)
     requests = [request_for(name) for name in "abc"]
-    whole = made(engine, *requests)
+    whole = results_of(engine, *requests)
     for request in requests:
         for _ in engine.run([request], lambda *step: None, never):
             break  # its tokens are kept, nobody took the result
@@ -263,7 +263,7 @@ def test_a_folder_that_cannot_be_used_is_told_once(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path / "file" / "unfinished"))
-    results = made(engine, request_for("a"), request_for("b", duration_s=4.2))
+    results = results_of(engine, request_for("a"), request_for("b", duration_s=4.2))
     assert not any(isinstance(result, Failure) for result in results.values())
     assert caplog.text.count("can't be kept") == 1
 

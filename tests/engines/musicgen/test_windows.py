@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from musicgen_setup import codes, made, run_batch, voice
+from musicgen_setup import codes, request_state, results_of, run_requests
 from tones import RequestFn, tones
 
-from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, Delayed, Window, windows
+from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, DelayedWindow, Window, windows
 from pipeline.records import Audio, VariationRequest
 
-LAGS = {"mono": np.arange(4), "stereo": np.arange(8) // 2}
+DELAYS = {"mono": np.arange(4), "stereo": np.arange(8) // 2}
 PAD = 2048
 
 SHORT, SHORT_STRIDE = 150, 90  # frames of the short checkpoint's windows of 3 s
@@ -51,13 +51,13 @@ def test_every_plan_covers_all_and_each_window_begins_with_what_the_one_before_m
 # -- the delay pattern -------------------------------------------------------------------------------
 
 
-def told_plainly(codes: np.ndarray, lags: np.ndarray) -> np.ndarray:
+def told_plainly(codes: np.ndarray, delays: np.ndarray) -> np.ndarray:
     """The delay pattern as a table, (steps + 1, codebooks): row i is what step i is told."""
     books, frames = codes.shape
-    table = np.full((frames + int(lags.max()) + 1, books), PAD)
+    table = np.full((frames + int(delays.max()) + 1, books), PAD)
     for book in range(books):
         for frame in range(frames):
-            table[1 + frame + lags[book], book] = codes[book, frame]
+            table[1 + frame + delays[book], book] = codes[book, frame]
     return table
 
 
@@ -65,51 +65,53 @@ def music(books: int, frames: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 2048, (books, frames))
 
 
-@pytest.mark.parametrize("lags", LAGS.values(), ids=LAGS)
-def test_each_step_is_told_what_the_one_before_picked(lags: np.ndarray) -> None:
-    whole = music(len(lags), 50)
-    delayed = Delayed(whole, Window(20, 12), lags, PAD)
+@pytest.mark.parametrize("delays", DELAYS.values(), ids=DELAYS)
+def test_each_step_is_told_what_the_one_before_picked(delays: np.ndarray) -> None:
+    whole = music(len(delays), 50)
+    delayed = DelayedWindow(whole, Window(20, 12), delays, PAD)
     assert delayed.steps == 15
-    np.testing.assert_array_equal(delayed.told(0, 16), told_plainly(whole[:, 20:32], lags))
-    np.testing.assert_array_equal(delayed.told(4, 9), told_plainly(whole[:, 20:32], lags)[4:9])
+    np.testing.assert_array_equal(delayed.inputs(0, 16), told_plainly(whole[:, 20:32], delays))
+    np.testing.assert_array_equal(delayed.inputs(4, 9), told_plainly(whole[:, 20:32], delays)[4:9])
 
 
-@pytest.mark.parametrize("lags", LAGS.values(), ids=LAGS)
-def test_what_the_steps_put_is_the_music(lags: np.ndarray) -> None:
+@pytest.mark.parametrize("delays", DELAYS.values(), ids=DELAYS)
+def test_what_the_steps_put_is_the_music(delays: np.ndarray) -> None:
     """Each step picks the next row of the table; only what lies within is kept."""
-    whole, made_codes = music(len(lags), 20), np.full((len(lags), 20), UNKNOWN)
-    delayed = Delayed(made_codes, Window(0, 20), lags, PAD)
-    table = told_plainly(whole, lags)
+    whole, made_codes = music(len(delays), 20), np.full((len(delays), 20), UNKNOWN)
+    delayed = DelayedWindow(made_codes, Window(0, 20), delays, PAD)
+    table = told_plainly(whole, delays)
     for step in range(delayed.steps):
         assert delayed.known_steps == step
-        np.testing.assert_array_equal(delayed.told(step, step + 1)[0], table[step])
-        delayed.put(step, table[step + 1])
+        np.testing.assert_array_equal(delayed.inputs(step, step + 1)[0], table[step])
+        delayed.store(step, table[step + 1])
     assert delayed.known_steps == delayed.steps == 23
     np.testing.assert_array_equal(made_codes, whole)
 
 
-@pytest.mark.parametrize("lags", LAGS.values(), ids=LAGS)
+@pytest.mark.parametrize("delays", DELAYS.values(), ids=DELAYS)
 @pytest.mark.parametrize("stopped_after", [0, 1, 2, 3, 4, 11, 13])
-def test_an_interrupted_window_goes_on_where_its_staircase_ends(lags: np.ndarray, stopped_after: int) -> None:
+def test_an_interrupted_window_goes_on_where_its_staircase_ends(
+    delays: np.ndarray, stopped_after: int
+) -> None:
     """The kept beginning of a later window, 10 frames, then so many steps beyond it."""
-    whole, made_codes = music(len(lags), 40), np.full((len(lags), 40), UNKNOWN)
+    whole, made_codes = music(len(delays), 40), np.full((len(delays), 40), UNKNOWN)
     made_codes[:, :30] = whole[:, :30]
-    delayed = Delayed(made_codes, Window(20, 12), lags, PAD)
-    table = told_plainly(whole[:, 20:32], lags)
+    delayed = DelayedWindow(made_codes, Window(20, 12), delays, PAD)
+    table = told_plainly(whole[:, 20:32], delays)
     for step in range(min(stopped_after, delayed.steps)):
-        delayed.put(step, table[step + 1])
+        delayed.store(step, table[step + 1])
     expected = max(10, stopped_after)
-    assert Delayed(made_codes, Window(20, 12), lags, PAD).known_steps == expected
-    np.testing.assert_array_equal(delayed.told(0, expected + 1), table[: expected + 1])
+    assert DelayedWindow(made_codes, Window(20, 12), delays, PAD).known_steps == expected
+    np.testing.assert_array_equal(delayed.inputs(0, expected + 1), table[: expected + 1])
 
 
 def test_what_is_known_is_never_replaced() -> None:
     kept = music(4, 12)
     made_codes = kept.copy()
     made_codes[:, 8:] = UNKNOWN
-    delayed = Delayed(made_codes, Window(0, 12), LAGS["mono"], PAD)
+    delayed = DelayedWindow(made_codes, Window(0, 12), DELAYS["mono"], PAD)
     for step in range(delayed.steps):
-        delayed.put(step, np.full(4, 5))
+        delayed.store(step, np.full(4, 5))
     np.testing.assert_array_equal(made_codes[:, :8], kept[:, :8])
     assert (made_codes[:, 8:] == 5).all()
 
@@ -121,7 +123,7 @@ def test_65_s_are_made_in_three_windows_without_a_seam_in_level(
     musicgen: Any, request_for: RequestFn
 ) -> None:
     """RMS of half a second on either side of a join: no further apart than elsewhere, and 3 dB at most."""
-    (result,) = made(musicgen, request_for(duration_s=65.0, guidance=1.0)).values()
+    (result,) = results_of(musicgen, request_for(duration_s=65.0, guidance=1.0)).values()
     assert result.audio.samples.shape == (1, 65 * 32000)
     assert (result.details["frames"], result.details["windows"]) == (3250, 3)
     levels_db = 10 * np.log10((result.audio.samples.reshape(130, 16000) ** 2).mean(axis=1, dtype=np.float64))
@@ -168,7 +170,7 @@ def test_what_a_window_begins_with_is_what_the_one_before_made(short_musicgen: A
     checkpoint, decoder = short_musicgen.checkpoint, short_musicgen.decoder
     # As long as the track is heard to the same end, pieces differ in nothing but their windows.
     pieces = [
-        voice(
+        request_state(
             checkpoint, str(n), frames=n, guidance=guidance, window_frames=SHORT, stride_frames=SHORT_STRIDE
         )
         for n in (SHORT, SHORT + SHORT_STRIDE, SHORT + 2 * SHORT_STRIDE)
@@ -176,7 +178,7 @@ def test_what_a_window_begins_with_is_what_the_one_before_made(short_musicgen: A
     for piece in pieces[:-1]:
         piece.conditions = pieces[-1].conditions
     short, longer, longest = [
-        next(run_batch(checkpoint, decoder, [piece], 2)).voice.codes for piece in pieces
+        next(run_requests(checkpoint, decoder, [piece], 2)).state.codes for piece in pieces
     ]
     np.testing.assert_array_equal(longer[:, :SHORT], short)
     np.testing.assert_array_equal(longest[:, : SHORT + SHORT_STRIDE], longer)
@@ -199,13 +201,13 @@ def test_no_noise_is_drawn_twice(short_musicgen: Any) -> None:
     from pipeline.engines.musicgen.sampling import SamplingParams
 
     sampler = Counting(SamplingParams(guidance=1.0))
-    piece = voice(
+    piece = request_state(
         short_musicgen.checkpoint,
         frames=300,
         sampler=sampler,
         window_frames=SHORT,
         stride_frames=SHORT_STRIDE,
     )
-    (ended,) = run_batch(short_musicgen.checkpoint, short_musicgen.decoder, [piece], 2)
-    np.testing.assert_array_equal(ended.voice.codes, np.arange(300) + np.arange(4)[:, None])
+    (ended,) = run_requests(short_musicgen.checkpoint, short_musicgen.decoder, [piece], 2)
+    np.testing.assert_array_equal(ended.state.codes, np.arange(300) + np.arange(4)[:, None])
     assert len(sampler.steps) == 300 + 3 * len(piece.windows)  # nothing known is picked again
