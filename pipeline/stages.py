@@ -5,33 +5,24 @@ normalize → embed → generate, and the finish that every variation gets befor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
 from pipeline import audio
 from pipeline.config import Normalize, Output
 from pipeline.engines.base import Embedder, StopFn
 from pipeline.errors import BadAudio, EngineFailure
-from pipeline.records import Audio, Embedding, Variation, VariationRequest
+from pipeline.records import (
+    SILENT_BELOW_DBFS,
+    UNIT_LENGTH_TOLERANCE,
+    Audio,
+    Embedding,
+    Finished,
+    Variation,
+    VariationRequest,
+)
 
-STAGES = ("normalize", "embed", "generate")  # their order
 NORMALIZE_VERSION = "1"  # raised when the same bytes would be normalized to other samples
 OUTPUT_VERSION = "1"  # raised when the same variation would be written as other bytes
-SILENT_BELOW_DBFS = -80.0  # a variation whose peak is lower has nothing in it
-UNIT_LENGTH_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """A variation ready to be written, with what was measured of it."""
-
-    audio: Audio
-    peak_dbfs: float
-    loudness_lufs: float
-    details: Mapping[str, Any]
 
 
 def normalize(decoded: Audio, settings: Normalize) -> Audio:
