@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from child import total_bytes
@@ -24,7 +24,7 @@ PROMPT = "warm piano"
 
 
 def run(
-    precision: str,
+    precision: Literal["float32", "int8"],
     variations: int,
     tracks: int = 1,
     *,
@@ -34,15 +34,14 @@ def run(
 ) -> PeerRun:
     """So many variations, `variations / tracks` of each of so many tracks, all at once."""
     from pipeline.engines.base import EngineSettings
-    from pipeline.engines.musicgen import ENGINE
+    from pipeline.engines.musicgen import ENGINE, MusicgenSection
     from pipeline.records import Audio, VariationRequest
 
-    began_s = time.perf_counter()
+    began_s, memory_gb = time.perf_counter(), MOST_OF_MEMORY * total_bytes() / 1e9
     settings = EngineSettings(
         model=str(folder),
-        precision=precision,
         state_dir=state,
-        max_memory_gb=MOST_OF_MEMORY * total_bytes() / 1e9,
+        sections={ENGINE.name: MusicgenSection(precision=precision, max_memory_gb=memory_gb)},
     )
     engine: Any = ENGINE.load(settings)
     load_s = time.perf_counter() - began_s

@@ -65,9 +65,8 @@ class App:
             revision=section.revision,
             device=self.config.device,
             threads=self.config.threads,
-            max_memory_gb=getattr(section, "max_memory_gb", None),
-            precision=getattr(section, "precision", "auto"),
             state_dir=self.workspace.state / ENGINES_FOLDER,
+            sections=section.sections,
         )
 
     def choices(self) -> tuple[Choice, Choice]:
@@ -85,8 +84,9 @@ class App:
             MissingPackage, MissingWeights: it does not.
         """
         settings = self.settings(self.config.generate)
-        for planned in plan_variations(self.config.generate, generator.card):
-            generator.card.check_params(planned.params, settings)
+        if upkeep := generator.card.upkeep:
+            for planned in plan_variations(self.config.generate, generator.card):
+                upkeep.check_params(planned.params, settings)
 
     @cached_property
     def recipe(self) -> Recipe:

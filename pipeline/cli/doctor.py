@@ -84,7 +84,7 @@ def _engines(app: App) -> Iterator[Check]:
             yield Check("note", f"{card.stage} engine {card.name}", text)
         else:
             yield Check("ok", f"{card.stage} engine {card.name}", card.summary)
-        if found := card.last_check(folder):
+        if card.upkeep and (found := card.upkeep.last_start(folder)):
             yield Check("ok", f"{card.name} at its last start", found)
 
 

@@ -26,7 +26,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.engines.base import UNFINISHED, EngineCard, EngineSettings, Generator, Params
+from pipeline.engines.base import (
+    UNFINISHED,
+    EngineCard,
+    EngineSection,
+    EngineSettings,
+    Generator,
+    Params,
+)
 
 VERSION = "6"
 DEFAULT_MODEL = "facebook/musicgen-melody"
@@ -69,6 +76,20 @@ class MusicgenParams(Params):
     )
 
 
+class MusicgenSection(EngineSection):
+    """The section `generate.musicgen` of the configuration."""
+
+    precision: Literal["auto", "float32", "int8"] = Field(
+        default="auto",
+        description="auto: int8 on a CPU, if it passes its check, and half precision on a GPU",
+    )
+    max_memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="memory of the whole process, by which the batch is sized; null: 60 % of what is free",
+    )
+
+
 def license_of(model: str | None) -> str:
     """The licence that the weights put on what is made with them, as far as it is known."""
     if model is None or model.startswith("facebook/musicgen"):
@@ -77,22 +98,23 @@ def license_of(model: str | None) -> str:
     return f"that of the checkpoint in {name}; MusicGen's published weights are CC-BY-NC-4.0"
 
 
-def last_check(state_dir: Path) -> str | None:
-    """What the last start found out about int8; None if there was none."""
-    from pipeline.engines.musicgen import quantized_store
+class MusicgenUpkeep:
+    """See `Upkeep`."""
 
-    check = quantized_store.last_check(state_dir / FOLDER)
-    if check is None:
-        return None
-    return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
+    def last_start(self, state_dir: Path) -> str | None:
+        from pipeline.engines.musicgen import quantized_store
 
+        check = quantized_store.last_check(state_dir / FOLDER)
+        if check is None:
+            return None
+        return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
 
-def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:
-    """See `EngineCard`: demucs and its weights are not installed with the engine."""
-    if params["melody"] == "demucs":
-        from pipeline.engines.musicgen import demucs
+    def check_params(self, params: Mapping[str, Any], settings: EngineSettings) -> None:
+        """Demucs and its weights are not installed with the engine."""
+        if params["melody"] == "demucs":
+            from pipeline.engines.musicgen import demucs
 
-        demucs.find(settings.cache_dir)
+            demucs.find(settings.cache_dir)
 
 
 def _load(settings: EngineSettings) -> Generator:
@@ -103,18 +125,20 @@ def _load(settings: EngineSettings) -> Generator:
     from pipeline.engines.musicgen.savepoints import Savepoints
     from pipeline.weights import hub
 
+    section = settings.sections.get(ENGINE.name, MusicgenSection())
+    assert isinstance(section, MusicgenSection)
     model = settings.model or DEFAULT_MODEL
     weights = hub.locate(model, settings.revision, settings.cache_dir)
     weights = weights or hub.fetch(model, settings.revision, settings.cache_dir)
     checkpoint = load_checkpoint(weights, settings.device, settings.threads)
     folder = settings.state_dir / FOLDER if settings.state_dir is not None else None
-    decoder, check = open_decoder(checkpoint, settings.precision, settings.threads, folder)
+    decoder, check = open_decoder(checkpoint, section.precision, settings.threads, folder)
     memory_budget.return_unused()
     return MusicgenGenerator(
         checkpoint,
         decoder,
         check,
-        max_memory_gb=settings.max_memory_gb,
+        max_memory_gb=section.max_memory_gb,
         saved=Savepoints(None if folder is None else folder / UNFINISHED),
         cache_dir=settings.cache_dir,
     )
@@ -131,7 +155,7 @@ ENGINE = EngineCard(
     install="pip install -r requirements.txt",
     default_model=DEFAULT_MODEL,
     license_of=license_of,
-    last_check=last_check,
-    check_params=check_params,
+    section=MusicgenSection,
+    upkeep=MusicgenUpkeep(),
     rank=10,
 )

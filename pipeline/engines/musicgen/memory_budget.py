@@ -35,7 +35,7 @@ def rows_at_once(
     least = bytes_of_rows(LEAST_ROWS)
     if max_memory_gb is not None and free < least:
         log.warning(
-            "generate.max_memory_gb: %.1f GB are not enough; one variation at a time takes %.1f GB",
+            "generate.musicgen.max_memory_gb: %.1f GB are not enough; one variation at a time takes %.1f GB",
             max_memory_gb,
             max_memory_gb + (least - free) / 1e9,
         )

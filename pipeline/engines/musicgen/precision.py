@@ -81,7 +81,7 @@ def _torch_decoder(checkpoint: Checkpoint, precision: str) -> Decoder[Any]:
 
     if precision == "int8":
         raise ConfigError(
-            f"generate.precision: int8 is for the CPU; use auto or float32 on {checkpoint.device}."
+            f"generate.musicgen.precision: int8 is for the CPU; use auto or float32 on {checkpoint.device}."
         )
     if precision == "auto":
         has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
