@@ -1,4 +1,4 @@
-"""What the model is told of melody and prompt."""
+"""The conditions made of melody and prompt."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_chroma_is_the_feature_extractors_of_the_same_sound(musicgen: Any) -> No
     ("pitch_hz", "pitch_class"), [(261.63, 0), (329.63, 4), (440.0, 9), (466.16, 10), (987.77, 11)]
 )
 @pytest.mark.parametrize("sample_rate", [32000, 44100])
-def test_a_tone_lights_its_own_pitch_class_alone(
+def test_a_tone_has_its_own_pitch_class_alone(
     musicgen: Any, pitch_hz: float, pitch_class: int, sample_rate: int
 ) -> None:
     chroma = chroma_of(musicgen, tones(pitch_hz, seconds=31.0, sample_rate=sample_rate))
@@ -49,8 +49,8 @@ def test_a_short_source_is_repeated_not_padded(musicgen: Any) -> None:
     assert set(chroma_of(musicgen, melody).argmax(axis=-1)) == {9, 4}
 
 
-def test_a_later_window_is_told_its_own_part_of_the_track(musicgen: Any) -> None:
-    """A for 20 s, then E: the window from 18 s hears A for 2 s, frames of 0.128 s, then E."""
+def test_a_later_window_has_the_chroma_of_its_own_part_of_the_track(musicgen: Any) -> None:
+    """A for 20 s, then E: the window from 18 s has A for 2 s, in frames of 0.128 s, then E."""
     checkpoint = musicgen.checkpoint
     first, second = (
         tones(pitch, seconds=s, sample_rate=RATE_HZ) for pitch, s in ((440.0, 20.0), (659.26, 30.0))
@@ -69,7 +69,7 @@ def test_a_later_window_is_told_its_own_part_of_the_track(musicgen: Any) -> None
     )
 
 
-def test_a_long_source_is_heard_from_its_beginning() -> None:
+def test_a_long_source_is_used_from_its_beginning() -> None:
     melody = tones(440.0, 659.26, seconds=80.0, sample_rate=RATE_HZ)
     window = conditioning.repeated_mono(melody, RATE_HZ, WINDOW)
     np.testing.assert_array_equal(window, melody.samples[0, :WINDOW])
@@ -97,7 +97,7 @@ def test_no_prompt_is_the_models_null_condition(musicgen: Any, prompt: str) -> N
     np.testing.assert_array_equal(conditioning.encode_prompt(checkpoint, prompt), np.zeros((1, 32)))
 
 
-def test_a_prompt_is_told_with_its_end_token(musicgen: Any) -> None:
+def test_a_prompt_is_encoded_with_its_end_token(musicgen: Any) -> None:
     """Reference: the library's text encoder and projection on the tokens and the end token."""
     import torch
 
@@ -106,5 +106,5 @@ def test_a_prompt_is_told_with_its_end_token(musicgen: Any) -> None:
     with torch.inference_mode():
         hidden = checkpoint.text_encoder()(input_ids=torch.tensor([tokens])).last_hidden_state
         expected = checkpoint.text_projection(hidden)[0].numpy()
-    told = conditioning.encode_prompt(checkpoint, " warm analog synths ")
-    np.testing.assert_allclose(told, expected, atol=1e-6)
+    found = conditioning.encode_prompt(checkpoint, " warm analog synths ")
+    np.testing.assert_allclose(found, expected, atol=1e-6)

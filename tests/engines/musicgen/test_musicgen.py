@@ -36,14 +36,12 @@ C_MAJOR, A_MINOR = (261.63, 329.63, 392.0), (220.0, 261.63, 329.63)
     ],
     ids=str,
 )
-def test_whatever_is_asked_for_changes_the_tokens(
-    musicgen: Any, request_for: RequestFn, change: dict
-) -> None:
+def test_every_parameter_changes_the_tokens(musicgen: Any, request_for: RequestFn, change: dict) -> None:
     assert not np.array_equal(codes(musicgen, request_for()), codes(musicgen, request_for(**change)))
 
 
 @pytest.mark.parametrize("change", [{"pitches_hz": C_MAJOR}, {"prompt": "fast drums"}], ids=str)
-def test_melody_and_prompt_count_without_chance_or_guidance(
+def test_melody_and_prompt_change_the_tokens_without_chance_or_guidance(
     musicgen: Any, request_for: RequestFn, change: dict
 ) -> None:
     plain = {"temperature": 0.0, "guidance": 1.0}
@@ -68,7 +66,7 @@ def test_a_request_gives_the_same_bits_alone_in_a_batch_and_in_any_order(
             assert alone.audio.samples.tobytes() == other.audio.samples.tobytes()
 
 
-def test_other_users_of_the_global_random_state_notice_nothing(musicgen: Any, request_for: RequestFn) -> None:
+def test_the_global_random_state_is_not_used(musicgen: Any, request_for: RequestFn) -> None:
     import torch
 
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -78,9 +76,7 @@ def test_other_users_of_the_global_random_state_notice_nothing(musicgen: Any, re
 
 
 @pytest.mark.parametrize("duration_s", [0.05, 1.0, 1.013, 2.5])
-def test_asked_seconds_are_delivered_seconds(
-    musicgen: Any, request_for: RequestFn, duration_s: float
-) -> None:
+def test_the_result_has_the_asked_length(musicgen: Any, request_for: RequestFn, duration_s: float) -> None:
     (result,) = results_of(musicgen, request_for(duration_s=duration_s)).values()
     assert result.audio.samples.shape == (1, round(duration_s * 32000))
     assert result.audio.samples.dtype == np.float32
@@ -108,7 +104,7 @@ def test_stereo_checkpoints_make_two_different_channels(stereo_musicgen: Any, re
 
 
 @pytest.mark.parametrize("engine", ["musicgen", "stereo_musicgen"])
-def test_the_sound_is_encodecs_of_the_tokens(
+def test_the_sound_is_encodecs_decoding_of_the_tokens(
     engine: str, request_for: RequestFn, request: pytest.FixtureRequest
 ) -> None:
     """Reference: the bare audio encoder on the reported tokens, bit for bit."""
@@ -127,7 +123,7 @@ def test_the_sound_is_encodecs_of_the_tokens(
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("engine", ["exact_musicgen", "exact_stereo_musicgen"])
-def test_without_chance_it_is_the_librarys_greedy_search(
+def test_at_temperature_0_the_tokens_are_those_of_the_librarys_greedy_search(
     engine: str, request_for: RequestFn, guidance: float, request: pytest.FixtureRequest
 ) -> None:
     """Reference: transformers' generate() with its own guidance and greedy search, bit for bit."""
@@ -156,8 +152,8 @@ def test_progress_counts_every_frame_to_the_last(musicgen: Any, request_for: Req
     list(musicgen.generate(requests, progress=lambda *step: seen.append(step), should_stop=never))
     steps = [*range(1, 26), 25, 25, 25]  # frames of half a second, and the lag of the last of 4 codebooks
     for name in "ab":
-        its = [(done, total) for which, done, total in seen if which == name]
-        assert its == [(n, 26) for n in [*steps, 26]]  # the last is the sound
+        counted = [(done, total) for which, done, total in seen if which == name]
+        assert counted == [(n, 26) for n in [*steps, 26]]  # the last is the sound
 
 
 def test_progress_counts_each_decoded_piece_and_a_stop_between_them_keeps_the_tokens(

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from home_folder import ROOT, Home, contents, write_music
 
 PATIENCE_S = 300.0  # ends a test that would hang
@@ -44,6 +45,7 @@ def sounds(home: Home) -> dict[str, str]:
     return {name: digest for name, digest in contents(folder).items() if name.endswith(".wav")}
 
 
+@pytest.mark.long
 def test_a_killed_run_is_resumed_and_gives_the_same_files(musicgen_folder: Any, tmp_path: Path) -> None:
     whole, home = (configured(tmp_path / name, musicgen_folder) for name in ("whole", "killed"))
     ended = whole.in_child("once")
