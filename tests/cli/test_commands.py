@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from home_folder import FAR, NEAR, ROOT, Home, Ran, contents, run, sha256_of, wr
 import pipeline as pipeline_package
 from pipeline.cli.commands import main
 from pipeline.config import load_config
-from pipeline.engines.musicgen import shm
 
 Pipeline = Callable[..., Ran]
 PATIENCE_S = 60.0  # for a child that is at work; ends a test that would hang
@@ -158,26 +156,6 @@ def test_weights_of_demucs_are_looked_for_without_importing_anything(
     assert any("generate uses: musicgen" in line for line in said)
     assert any(line.startswith("bad") and "hf download" in line for line in said)
     assert any("database" in line for line in said)
-
-
-def test_what_a_killed_run_left_in_memory_is_told_and_removed_once_nobody_goes_on_with_it(
-    home: Home, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shm, "ROOT", tmp_path)
-    write_music(home.inbox / "song.wav")
-    left = shm.folder_of(home.folder / "state" / "engines" / "musicgen")
-    left.mkdir(mode=0o700)
-    (left / "row-keys").write_bytes(bytes(2_000_000))
-    assert f"{left} has 2 MB of a killed run" in " ".join(pipeline("doctor").out.split())
-    handle = os.open(left, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)  # a run has it
-    assert "killed run" not in pipeline("doctor").out
-    assert pipeline("once").code == 0
-    assert left.exists()
-    os.close(handle)
-    assert pipeline("once").code == 0
-    assert not left.exists()
-    assert "killed run" not in pipeline("doctor").out
 
 
 @pytest.mark.parametrize("verb", ["once", "watch"])
