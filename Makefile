@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test torture bench lint clean
+.PHONY: demo test test-all torture bench lint clean
 
 demo: $(VENV)/core
 	@echo "One batch over the bundled instrumental:"
@@ -17,8 +17,14 @@ demo: $(VENV)/core
 	@echo "    $(BIN)/pip install -r requirements.txt && $(BIN)/python run_pipeline.py models fetch"
 
 # In two processes, as much of it waits; a file's tests stay together, they share what they make.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/full
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(PYTEST)
+
+# With the tests that are long by nature, and with the coverage that is asked for.
+test-all: $(VENV)/full
+	$(PYTEST) -m "not torture" --cov --cov-report=term
 
 # The long part of the fault harness: about an hour.
 torture: $(VENV)/full

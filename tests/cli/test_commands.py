@@ -212,7 +212,7 @@ def test_status_tells_of_failures(worked: Home, pipeline: Pipeline) -> None:
 
 
 def test_status_knows_whether_an_instance_is_at_work(worked: Home, pipeline: Pipeline) -> None:
-    assert "no instance is at work" in pipeline("status").out
+    assert "no instance is running" in pipeline("status").out
     with (worked.folder / "state" / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert json.loads(pipeline("status", "--json").out)["instance"] is True
@@ -241,6 +241,14 @@ def test_plan_knows_what_is_done_and_what_a_change_makes_new(
     assert "song.wav: up to date" in pipeline("plan", folder).out
     home.configure(NEAR, {**FAR, "temperature": 1.5})
     assert "song.wav: the configuration has changed: 1 variations" in pipeline("plan", folder).out
+
+
+def test_plan_names_the_conflict_copies_of_sync_tools(home: Home, pipeline: Pipeline) -> None:
+    write_music(home.inbox / "song (conflicted copy 2024-01-01).wav", seed=1)
+    write_music(home.inbox / "song.wav")
+    planned = {line.split(": ")[0]: line for line in pipeline("plan").out.splitlines()}
+    assert "a track of its own" in planned["song (conflicted copy 2024-01-01).wav"]
+    assert "a track of its own" not in planned["song.wav"]
 
 
 def test_show_tells_all_of_one_track_by_name_or_hash(worked: Home, pipeline: Pipeline) -> None:
@@ -335,12 +343,21 @@ def test_requeue_of_a_stage_makes_it_again_alone_with_the_same_bytes(
 # -- doctor and models -----------------------------------------------------------------------------
 
 
+def test_requeue_of_a_track_without_its_source_is_refused(worked: Home, pipeline: Pipeline) -> None:
+    (worked.inbox / "done" / "song.wav").unlink()
+    for words in (["requeue", "song.wav"], ["requeue", "song.wav", "--stage", "generate"]):
+        ended = pipeline(*words)
+        assert (ended.code, ended.out) == (1, "")
+        assert ended.err == "song.wav: its source is gone, so it can't be processed again\n"
+    assert "1 done" in pipeline("status").out
+
+
 def test_doctor_finds_an_altered_file_and_requeue_mends_it(worked: Home, pipeline: Pipeline) -> None:
     [folder] = [path for path in worked.folders if path.name.startswith("song--")]
     wav = folder / "variations" / "01-near.wav"
     sound, before = pipeline("doctor"), sha256_of(wav)
-    assert "ok    outbox: as recorded" in sound.out
-    assert "ok    database: sound" in sound.out
+    assert "ok    outbox: all results are as recorded" in sound.out
+    assert "ok    database: intact" in sound.out
 
     data = bytearray(wav.read_bytes())
     data[-100] ^= 1
@@ -351,7 +368,7 @@ def test_doctor_finds_an_altered_file_and_requeue_mends_it(worked: Home, pipelin
 
     pipeline("requeue", "song.wav")
     pipeline("once")
-    assert "ok    outbox: as recorded" in pipeline("doctor").out
+    assert "ok    outbox: all results are as recorded" in pipeline("doctor").out
     assert sha256_of(wav) == before
 
 
@@ -400,6 +417,23 @@ def test_gc_says_what_it_would_remove_and_removes_just_that(home: Home, pipeline
     assert pipeline("once").out.startswith("0 done")  # what was removed on purpose is not made again
 
 
+def test_with_a_damaged_database_nothing_is_processed_and_doctor_says_what_to_do(
+    worked: Home, pipeline: Pipeline
+) -> None:
+    write_music(worked.inbox / "new.wav", seed=7)
+    (worked.folder / "state" / "pipeline.db").write_bytes(b"this is no database " * 1000)
+
+    for command in ("once", "status"):
+        ran = pipeline(command)
+        assert (ran.code, ran.err.count("\n")) == (4, 1)
+        assert "pipeline.db is damaged" in ran.err
+    doctor = pipeline("doctor")
+    assert doctor.code == 1
+    assert "bad   database: the database" in doctor.out
+    assert "ok    decoders" in doctor.out
+    assert (worked.inbox / "new.wav").exists()
+
+
 def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
     lines = pipeline("doctor").out.splitlines()
     assert "ok    generate uses: remix: named in the configuration" in lines
@@ -415,7 +449,7 @@ def test_models_says_what_is_not_here_and_how_to_get_it(home: Home) -> None:
     path = home.in_child("models", "path", "facebook/musicgen-melody", env=nothing_here)
 
     assert listed.code == 0, listed.err
-    assert listed.out.startswith("facebook/musicgen-melody: not here; ")
+    assert listed.out.startswith("facebook/musicgen-melody: not on this machine; ")
     assert (path.code, path.out) == (1, "")
     assert "models fetch facebook/musicgen-melody" in path.err
 

@@ -54,7 +54,7 @@ def unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def window_edges(n_samples: int) -> list[tuple[int, int]]:
-    """First and last sample (exclusive) of each window; the package's text has the rule for the tail."""
+    """First and last sample (exclusive) of each window at RATE_HZ; see the package for the tail."""
     size, shortest = round(WINDOW_S * RATE_HZ), round(SHORTEST_S * RATE_HZ)
     starts = list(range(0, max(1, n_samples - shortest + 1), size))
     return list(zip(starts, [*starts[1:], n_samples], strict=True))
