@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,13 +83,8 @@ def _engines(app: App) -> Iterator[Check]:
             yield Check("note", f"{card.stage} engine {card.name}", text)
         else:
             yield Check("ok", f"{card.stage} engine {card.name}", card.summary)
-        if found := card.last_check(folder):
+        if card.upkeep and (found := card.upkeep.last_start(folder)):
             yield Check("ok", f"{card.name} at its last start", found)
-        for leftover in card.leftovers(folder):
-            with suppress(OSError):  # a run that has just begun removes it
-                size = sum(512 * path.lstat().st_blocks for path in leftover.iterdir())
-                text = f"{leftover} has {size / 1e6:.0f} MB of a killed run, for the next to use or remove"
-                yield Check("note", f"{card.name} left behind", text)
 
 
 def _choice(app: App, stage: Literal["embed", "generate"]) -> Iterator[Check]:
