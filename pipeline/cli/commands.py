@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +13,15 @@ import typer
 
 from pipeline.app import App
 from pipeline.cli import views
-from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
+from pipeline.errors import AlreadyRunning, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
 from pipeline.intake.archive import restore_to_inbox
 from pipeline.maintenance.retention import collect
 from pipeline.records import Stage
-from pipeline.service.loop import Watch, run_once
-from pipeline.session import open_session, wait_for_space
+from pipeline.service.loop import run_once
+from pipeline.service.signals import Signals
+from pipeline.session import open_session, watch_inbox
 from pipeline.store.schema import UNREADABLE
 from pipeline.workspace import InputFolder
 
@@ -88,7 +89,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all that is ready, then end."""
     app = _app(context)
-    with open_session(app, _input_folder(app, folder)) as session:
+    with open_session(app, _input_folder(app, folder), Signals()) as session, session.signals.on_signals():
         try:
             scan_result = run_once(session)
         except Stopped:
@@ -98,7 +99,7 @@ def once(context: typer.Context, folder: Folder = None) -> int:
     typer.echo(views.summary(result, scan_result, app.workspace.outbox))
     return (
         SOME_FAILED
-        if result.failed or scan_result.failed or scan_result.unreadable or scan_result.troubled
+        if result.failed or scan_result.failed or scan_result.troubled or result.postponed_until is not None
         else ALL_DONE
     )
 
@@ -106,18 +107,10 @@ def once(context: typer.Context, folder: Folder = None) -> int:
 @cli.command()
 def watch(context: typer.Context) -> int:
     """Stay and process what arrives in the inbox."""
-    app = _app(context)
-    while True:
-        try:
-            with open_session(app, app.workspace.input_folder, is_watching=True) as session:
-                Watch(session).run()
-                log.info("stopped")
-            return ALL_DONE
-        except DiskFull as e:  # at start-up; later it is waited out with everything open
-            if not wait_for_space(app, e):
-                return ALL_DONE
-            with suppress(PipelineError):  # a SIGHUP may have come meanwhile
-                app = app.reopened()
+    signals = Signals()
+    with signals.on_signals(hangup_reloads=True):  # first, so that an early SIGHUP does not end the process
+        watch_inbox(_app(context), signals)
+    return ALL_DONE
 
 
 @cli.command()

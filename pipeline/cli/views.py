@@ -12,20 +12,14 @@ from typing import Any
 
 from pipeline.app import App
 from pipeline.engines import cards
+from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
-from pipeline.errors import (
-    BadCheckpoint,
-    FolderUnusable,
-    MissingPackage,
-    MissingWeights,
-    PipelineError,
-    UnknownTrack,
-    os_reason,
-)
+from pipeline.errors import EngineUnusable, FolderUnusable, PipelineError, UnknownTrack, os_reason
 from pipeline.intake import scanner
 from pipeline.intake.ingest import ScanResult
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
+from pipeline.progress import local_time
 from pipeline.runner.attempts import RunResult
 from pipeline.service.health import read_health
 from pipeline.store.store import STATES, Store
@@ -43,11 +37,13 @@ now = time.time
 
 def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
     """The last line of `once`."""
-    parts = [f"{len(result.done)} done", f"{len(result.failed) + scan_result.unreadable} failed"]
+    parts = [f"{len(result.done)} done", f"{len(result.failed)} failed"]
     if scan_result.up_to_date:
-        parts.append(f"{scan_result.up_to_date} up to date")
+        parts.append(f"{len(scan_result.up_to_date)} up to date")
     if scan_result.failed:
         parts.append(f"{len(scan_result.failed)} failed before (see `status`, `retry`)")
+    if result.postponed_until is not None:
+        parts.append(f"a retry is due at {local_time(result.postponed_until)}, left for the next run")
     if scan_result.troubled:
         parts.append(f"{scan_result.troubled} can't be read now, left for the next run")
     if scan_result.unsettled:
@@ -113,7 +109,14 @@ def status(app: App) -> dict[str, Any]:
     }
     store = app.read_store()
     if store is None:
-        return {"tracks": dict.fromkeys(STATES, 0), **facts, "running": [], "queue": [], "failures": []}
+        return {
+            "tracks": dict.fromkeys(STATES, 0),
+            **facts,
+            "running": [],
+            "waiting": [],
+            "queue": [],
+            "failures": [],
+        }
     names = {track.sha256: track.name for track in store.tracks("running")}
     counts = store.counts()
     if not instance:  # what a killed instance left goes on with the next
@@ -130,6 +133,11 @@ def status(app: App) -> dict[str, Any]:
             }
             for attempt in (store.open_attempts() if instance else ())
         ],
+        "waiting": [
+            {"track": track.name, "until": track.not_before, "error": track.error}
+            for track in store.tracks("queued")
+            if track.not_before > now()
+        ][:LAST_FAILURES],
         "queue": [
             *(names.values() if not instance else ()),
             *(track.name for track in store.tracks("queued", limit=LAST_FAILURES)),
@@ -166,6 +174,10 @@ def status_text(facts: dict[str, Any]) -> str:
     held = [f"{n} {arriving[what]}" for what, n in (facts["inbox"] or {}).items() if n and what in arriving]
     lines += [f"in the inbox: {', '.join(held)}"] if held else []
     lines += [f"now: {one['track']}: {one['stage']} for {one['since_s']:.0f} s" for one in facts["running"]]
+    lines += [
+        f"waits until {local_time(one['until'])}: {one['track']}{': ' + one['error'] if one['error'] else ''}"
+        for one in facts["waiting"]
+    ]
     lines += [f"next: {name}" for name in facts["queue"]]
     lines += [
         f"failed: {one['track']} in {one['stage']} after {one['attempts']} attempts: {one['error']}"
@@ -259,11 +271,13 @@ def _engines(app: App) -> Iterator[tuple[str, str, str]]:
         for stage, choice in zip(("embed", "generate"), app.choices(), strict=True):
             where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""
             yield "ok", f"{stage} uses", f"{choice.card.name}: {choice.why}{where}"
+            if "torch" in choice.card.packages:
+                check_device(app.config.device)
             if choice.needs_weights:
                 yield "note", f"{stage} weights", f"{choice.model} is not here yet: {hub.FETCH_COMMAND}"
             if stage == "generate":
                 app.check_variations(choice)
-    except (MissingPackage, MissingWeights, BadCheckpoint) as e:
+    except EngineUnusable as e:
         yield "bad", "engines", str(e)
 
 

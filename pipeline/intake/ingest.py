@@ -38,16 +38,14 @@ class ScanResult:
     """What one look at a folder found."""
 
     queued: int = 0  # new tracks, or finished ones that the configuration now wants otherwise
-    up_to_date: int = 0
-    failed: list[str] = field(
-        default_factory=list
-    )  # hashes of files that failed before and lie there unchanged
+    up_to_date: set[str] = field(default_factory=set)  # hashes of finished tracks
+    failed: set[str] = field(default_factory=set)  # hashes of tracks that failed before, files unchanged
     unsettled: int = 0  # somebody may still be writing them
     unmarked: int = 0  # their marker isn't there yet
     waiting: int = 0  # ready, but there are working copies enough for now
     is_cut_short: bool = False  # it took long enough; there is more to take in
     troubled: int = 0  # their device fails; they are tried again
-    unreadable: int = 0  # failed just now, since they can't be read
+    unreadable: set[str] = field(default_factory=set)  # failed just now, since they can't be read
     no_room: DiskFull | None = None  # why it ended early
 
 
@@ -225,7 +223,7 @@ class Ingest:
 
     def _seen_before(self, file: SourceFile, track: Track, found: ScanResult) -> None:
         if track.state == "failed":
-            found.failed.append(track.sha256)
+            found.failed.add(track.sha256)
             if file.state == FileState.WAITING:  # a kill came before it could be moved
                 archive_files(
                     self.store, [file], self.inbox, self.settings, error=f"{track.name}: {track.error}"
@@ -257,7 +255,7 @@ class Ingest:
                 found.queued += 1
                 return
             self._settle(track)
-        found.up_to_date += 1
+        found.up_to_date.add(track.sha256)
 
     def _plan_key(self, sha256: str) -> str:
         if sha256 not in self._plan_keys:
@@ -280,7 +278,7 @@ class Ingest:
             self.store.add(file, name=name, folder=folder, now=self.clock())
             self.store.fail(sha256, stage=UNREADABLE, error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
-        found.unreadable += 1
+        found.unreadable.add(sha256)
         archive_files(self.store, [file], self.inbox, self.settings, error=f"{name} {error}")
 
     def _file(self, scanned: ScannedFile, sha256: str) -> SourceFile:

@@ -29,10 +29,11 @@ NO_SUCH_FILE = -float("inf")  # from `still_arriving`: no file has these bytes a
 
 @dataclass
 class RunResult:
-    """The tracks that a run has finished and those that it has given up, by hash."""
+    """The tracks that a run has finished and those that have failed for good, by hash."""
 
     done: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
+    postponed_until: float | None = None  # the next try is due then, too late for this run to wait for
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE
 from pipeline.engines.pretrained import import_packages
-from pipeline.errors import BadCheckpoint, ConfigError, MissingPackage
+from pipeline.errors import BadCheckpoint, EngineUnusable, MissingPackage
 from pipeline.weights import hub
 
 
@@ -193,5 +193,5 @@ def test_a_device_that_isnt_there_is_told(musicgen_folder: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match="device: cuda can't be used"):
+    with pytest.raises(EngineUnusable, match="device: cuda can't be used"):
         load(musicgen_folder, device="cuda")
