@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -158,11 +157,6 @@ class WatchedReporter:
 
     def __exit__(self, *error: Any) -> None:
         self._reporter.__exit__(*error)
-
-
-def local_time(when: float) -> str:
-    """Seconds since 1970 as date and time of this machine's time zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
 
 
 def reporter_for(console: Console) -> Reporter:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pipeline.errors import PipelineError
 
-Samples = NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Samples: TypeAlias = "NDArray[np.float32]"
+SILENT_BELOW_DBFS = -80.0  # a variation with a lower peak counts as silent
+UNIT_LENGTH_TOLERANCE = 1e-4  # of an embedding vector
 
 
 class Stage(StrEnum):
@@ -44,6 +47,8 @@ class Audio:
 
     def mono(self) -> Samples:
         """The mean of the channels, float32, (samples,)."""
+        import numpy as np
+
         if self.channels == 1:
             return np.asarray(self.samples[0])
         return np.asarray(self.samples.mean(axis=0, dtype=np.float32))
@@ -78,6 +83,16 @@ class Variation:
     request_id: str
     audio: Audio
     details: Mapping[str, Any] = field(default_factory=dict)  # JSON values for the manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A variation ready to be written, with its measured levels."""
+
+    audio: Audio
+    peak_dbfs: float
+    loudness_lufs: float
+    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipeline.engines import cards
 from pipeline.engines.base import EngineCard
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError
 from pipeline.fs.mounts import mount_of
-from pipeline.intake.archive import archive_files, finish_moves
+from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
@@ -122,7 +122,7 @@ def _check_outbox_mount(workspace: Workspace, store: Store) -> None:
     if was_deeper and not any(workspace.outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
     if before != now:
-        store.note_fact("outbox mount", now)
+        store.set_fact("outbox mount", now)
 
 
 def _recover(app: App, store: Store) -> set[str]:
@@ -136,7 +136,7 @@ def _recover(app: App, store: Store) -> set[str]:
             given_up.add(track.sha256)
             files = store.files_of(track.sha256)
             archive_files(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
-    finish_moves(store, inbox)
+    recover_moves(store, inbox)
     for finding in reconcile(
         store,
         Outbox(app.workspace.outbox),

@@ -16,7 +16,8 @@ from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
 from pipeline.errors import Stopped
 from pipeline.intake.ingest import Ingest, ScanResult
-from pipeline.intake.scanner import Rules, Scanner, Settling
+from pipeline.intake.scanner import Scanner, ScanRules
+from pipeline.intake.settling import Settling
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.progress import LogReporter
@@ -144,7 +145,7 @@ class RunnerSetup:
             outbox=Outbox(self.workspace.outbox),
             workspace=self.workspace,
             scanner=Scanner(
-                self.workspace.inbox, Rules(intake.ignore, intake.marker, intake.follow_symlinks)
+                self.workspace.inbox, ScanRules(intake.ignore, intake.marker, intake.follow_symlinks)
             ),
             settling=Settling(settle_s, trust_times=trust_times),
             clock=lambda: self.now,

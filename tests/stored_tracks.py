@@ -1,4 +1,4 @@
-"""A store, an outbox and an inbox with tracks that are finished, failed or queued, made without engines."""
+"""A store, an outbox and an inbox with finished, failed or queued tracks, made without engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from pipeline.config import Folders
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
-from pipeline.store.schema import SourceFile, Track
+from pipeline.store.schema import FileState, SourceFile, Track
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
 
@@ -23,7 +23,7 @@ def claim_due(store: Store, limit: int, *, now: float) -> list[Track]:
 
 
 def trust(_file: BinaryIO) -> None:
-    """A verifier for bytes that mean nothing."""
+    """A verifier that accepts any bytes."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class StoredTracks:
             size=found.st_size,
             mtime_ns=found.st_mtime_ns,
             inode=found.st_ino,
-            state="waiting",
+            state=FileState.WAITING,
         )
         folder = Outbox.folder_name(path, sha256, below=below)
-        self.store.add(file, name=path.name, folder=folder, now=now)
+        self.store.add_file(file, name=path.name, folder=folder, now=now)
         return sha256
 
     def finished(self, name: str, content: bytes, *, now: float, wav_bytes: int = 100) -> str:
@@ -103,8 +103,8 @@ class StoredTracks:
         path, target = self.workspace.inbox / name, self.workspace.inbox / archive / name
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
-        state = "settled" if archive == "done" else "aside"
-        self.store.settle_file(path, state=state, moved_to=target)
+        state = FileState.SETTLED if archive == "done" else FileState.FAILED
+        self.store.set_file_state(path, state, moved_to=target)
         return target
 
     def scratch(self, sha256: str, *, age_s: float = 0.0, now: float = 0.0) -> Path:

@@ -55,11 +55,11 @@ def free_bytes(folders: Iterable[Path]) -> float:
     return free
 
 
-def room_for(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
+def count_that_fit(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
     """How many things of that size fit on the disk and leave the reserve free.
 
     Raises:
-        DiskFull: not even one.
+        DiskFull: not even one fits.
     """
     free = free_bytes(folders)
     if free < each_bytes + reserve_bytes:

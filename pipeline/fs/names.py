@@ -1,4 +1,4 @@
-"""File names as people see them, and as folder names. A name on disk is bytes and can hold anything."""
+"""File names for display and for folders in the outbox. A name on disk may be any bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def file_safe(name: str) -> str:
 
 
 def track_name(path: Path) -> str:
-    """The file's name without its ending, fit for a folder's name on any file system.
+    """The file's name without its ending, as a folder name that is valid on any file system.
 
     Never empty, no separators or control characters, no leading dot or dash, at most
     `MAX_NAME_BYTES` of UTF-8.

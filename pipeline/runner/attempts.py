@@ -24,7 +24,7 @@ from pipeline.workspace import Workspace
 log = logging.getLogger("pipeline")
 
 MISSING_INBOX_PAUSE_S = 30.0  # between tries to read a source whose inbox is missing
-NO_SUCH_FILE = -float("inf")  # from `still_arriving`: no file has these bytes any more
+NO_SUCH_FILE = -float("inf")  # from `recheck_time`: no file has these bytes any more
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Attempts:
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
     archive: Callable[[Track, str | None], None]  # the track's files; the text is why it failed
-    still_arriving: Callable[[str], float | None]  # see `pipeline.intake.ingest.still_arriving`
+    recheck_time: Callable[[str], float | None]  # see `pipeline.intake.ingest.recheck_time`
     result: RunResult = field(default_factory=RunResult)
 
     @contextmanager
@@ -90,13 +90,15 @@ class Attempts:
     def begin(self, job: Job, stage: Stage) -> None:
         self.check_stop()
         job.stage = stage
-        job.attempt = self.store.begin(job.track.sha256, stage, now=self.clock())
+        job.attempt = self.store.begin_attempt(job.track.sha256, stage, now=self.clock())
 
     def end(self, job: Job, outcome: AttemptOutcome, *, error: Exception | None = None) -> None:
         if job.attempt is not None:
             trace = None if error is None else "".join(traceback.format_exception(error))
             text = None if error is None else error_text(error)
-            self.store.end(job.attempt, outcome=outcome, now=self.clock(), error=text, traceback=trace)
+            self.store.end_attempt(
+                job.attempt, outcome=outcome, now=self.clock(), error=text, traceback=trace
+            )
             job.attempt = None
 
     def fail(self, job: Job, error: Exception) -> None:
@@ -114,7 +116,7 @@ class Attempts:
         final = permanent or attempts >= self.retry.max_attempts
         wait_s = backoff_s(track.sha256, attempts, self.retry)
         log.debug("%s: %s failed", track.name, job.stage, exc_info=error)
-        with self.store.together():
+        with self.store.transaction():
             self.end(job, AttemptOutcome.FAILED, error=error)
             self.store.fail(
                 track.sha256, stage=job.stage, error=text, now=now, retry_at=None if final else now + wait_s
@@ -141,11 +143,11 @@ class Attempts:
         if not isinstance(error, BadAudio) or isinstance(error, SourceGone) or job.stage != Stage.NORMALIZE:
             return False
         track = job.track
-        until = self.still_arriving(track.sha256)
+        until = self.recheck_time(track.sha256)
         if until is None:
             return False
         if until == NO_SUCH_FILE:
-            with self.store.together():
+            with self.store.transaction():
                 self.end(job, AttemptOutcome.STOPPED, error=error)
                 self.store.forget(track.sha256)
             job.over = True
@@ -167,7 +169,7 @@ class Attempts:
 
     def _put_off(self, job: Job, error: Exception, *, until: float) -> None:
         """Queue the track again for a later time without counting an attempt."""
-        with self.store.together():
+        with self.store.transaction():
             self.end(job, AttemptOutcome.STOPPED, error=error)
             self.store.release(job.track.sha256, not_before=until)
         job.over = True

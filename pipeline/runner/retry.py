@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 
 from pipeline.config import Retry
@@ -43,7 +44,7 @@ def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Crashe
     tracks are finished whatever it does.
     """
     crashed = []
-    with store.together():
+    with store.transaction():
         found = store.recover(now=now)
         for track, stage in found:
             attempts = track.attempts + 1
@@ -55,8 +56,13 @@ def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Crashe
             else:
                 wait = backoff_s(track.sha256, attempts, settings) if attempts > 1 else 0.0
                 solo = attempts >= settings.max_attempts - 1
-                store.suspect(
+                store.record_crash(
                     track.sha256, attempts=attempts, solo=solo, error=error, now=now, retry_at=now + wait
                 )
             crashed.append(Crashed(track, stage, error, given_up))
     return crashed
+
+
+def local_time(when: float) -> str:
+    """Seconds since 1970 as date and time of this machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))

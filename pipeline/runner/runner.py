@@ -24,18 +24,18 @@ from pipeline.engines.base import Generator, ProgressFn
 from pipeline.engines.loading import Engines
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone, Stopped
 from pipeline.fs import copying
-from pipeline.fs.disk import environment_error, room_for
-from pipeline.intake.archive import archive_files, is_there
-from pipeline.intake.ingest import PATIENCE, still_arriving
+from pipeline.fs.disk import count_that_fit, environment_error
+from pipeline.intake.archive import archive_files, is_in_place
+from pipeline.intake.ingest import PATIENCE, recheck_time
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
 from pipeline.plan import Recipe, VariationUnit
-from pipeline.progress import Reporter, local_time
+from pipeline.progress import Reporter
 from pipeline.records import Embedding, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.attempts import MISSING_INBOX_PAUSE_S, Attempts, RunResult
 from pipeline.runner.job import Job
-from pipeline.runner.retry import longest_backoff_s
+from pipeline.runner.retry import local_time, longest_backoff_s
 from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
@@ -78,7 +78,7 @@ class Runner:
             self.clock,
             self.should_stop,
             archive=self._archive,
-            still_arriving=lambda sha256: still_arriving(
+            recheck_time=lambda sha256: recheck_time(
                 self.store, sha256, self.recipe.config.intake, now=self.clock()
             ),
         )
@@ -189,7 +189,7 @@ class Runner:
         config = self.recipe.config
         folders = [self.workspace.outbox, self.workspace.state]
         reserve = config.disk.min_free_mb * 1e6
-        fitting = room_for(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
+        fitting = count_that_fit(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
         return 1 if self._was_disk_full else min(config.generate.batch_tracks, fitting)
 
     def free_space(self) -> None:
@@ -199,7 +199,7 @@ class Runner:
         """
         self.workspace.drop_normalized()
         for track in [*self.store.tracks(TrackState.QUEUED), *self.store.tracks(TrackState.RUNNING)]:
-            if any(is_there(file) for file in self.store.files_of(track.sha256)):
+            if any(is_in_place(file) for file in self.store.files_of(track.sha256)):
                 self.workspace.scratch(track.sha256).clear()
         self.store.release_all(now=self.clock())
 
@@ -215,15 +215,17 @@ class Runner:
     def _find_results_of(self, job: Job) -> None:
         folder, wanted = job.track.folder, job.plan.keys
         recorded = {key: record for key in wanted if (record := self.store.unit(key)) is not None}
-        present = self.outbox.held(folder, {key: _published(record) for key, record in recorded.items()})
+        present = self.outbox.find_intact(
+            folder, {key: _published(record) for key, record in recorded.items()}
+        )
         is_complete = len(present) == len(wanted)
         if is_complete and self._is_published(job, present):
             job.embedding = recorded.pop(job.plan.embed_key)
             job.variations = recorded
             return
-        if not is_complete and self.outbox.manifest(folder) is not None:
+        if not is_complete and self.outbox.read_manifest(folder) is not None:
             self._working_copy(job)  # raises if the source is gone: then the published results stay
-        self.outbox.open_for_work(folder)
+        self.outbox.remove_manifest(folder)
         self._adopt(job, recorded, present)
 
     def _is_published(self, job: Job, present: Mapping[str, Published]) -> bool:
@@ -386,7 +388,7 @@ class Runner:
                 now=self.clock(),
             ),
         )
-        with self.store.together():
+        with self.store.transaction():
             self.attempts.end(job, AttemptOutcome.DONE)
             self.store.finish(
                 track.sha256, plan_key=job.plan.key, source=job.normalized["source"], now=self.clock()
@@ -412,7 +414,7 @@ class Runner:
         sources = self.store.files_of(sha256)
         for file in sources:
             try:
-                if self._copied(job, file.moved_to or file.path):
+                if self._copied(job, file.current_path):
                     return target
             except OSError as e:
                 if environment_error(e):
@@ -431,7 +433,7 @@ class Runner:
             if copying.copy_in(source, incoming, follow=follow) != job.track.sha256:
                 return False
             job.scratch.adopt(incoming)
-        except (BadAudio, copying.Changed):
+        except (BadAudio, copying.FileChanged):
             return False
         finally:
             incoming.unlink(missing_ok=True)

@@ -14,7 +14,8 @@ from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineEr
 from pipeline.fs.disk import environment_error
 from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.watcher import Watcher
-from pipeline.progress import Reporter, local_time
+from pipeline.progress import Reporter
+from pipeline.runner.retry import local_time
 from pipeline.runner.runner import Runner
 from pipeline.service.health import Health
 from pipeline.service.sd_notify import Notifier
@@ -92,12 +93,12 @@ def run_once(session: Session) -> ScanResult:
         worked = runner.drain()
         if signals.is_stopped():
             raise Stopped("asked to stop")
-        has_more = scan.is_cut_short or (worked and (scan.waiting or scan.no_room))
+        has_more = scan.is_cut_short or (worked and (scan.waiting or scan.disk_full))
         if has_more:
             continue
-        if scan.no_room:
-            raise scan.no_room
-        if (scan.unsettled or scan.troubled) and patience_s > 0:
+        if scan.disk_full:
+            raise scan.disk_full
+        if (scan.unsettled or scan.read_errors) and patience_s > 0:
             pause_s = max(min(ingest.settings.settle_s / 2, patience_s), SHORTEST_WAIT_S)
             patience_s -= pause_s
         elif (due := runner.next_due()) is not None and due <= runner.clock() + RETRY_PATIENCE_S:
@@ -193,10 +194,10 @@ class Watch:
             self._scan_at = self.clock() + self.ingest.settings.poll_s
             return
         health.well("inbox")
-        if self._scan.no_room is None:
+        if self._scan.disk_full is None:
             health.well("room")
         else:
-            health.degraded("room", f"no more files are taken in: {self._scan.no_room}")
+            health.degraded("room", f"no more files are taken in: {self._scan.disk_full}")
         _report_inbox(health, self._scan)
         self._scan_s = self.clock() - now
         self._scan_at = self.clock() + (0.0 if self._scan.is_cut_short else self._until_rescan())
@@ -220,11 +221,11 @@ class Watch:
         """How long after a scan the next one is due if no event comes, in seconds."""
         settings, scan = self.ingest.settings, self._scan
         rests = [settings.poll_s if self._watcher.polling else settings.rescan_s]
-        if scan.unsettled or scan.troubled:
+        if scan.unsettled or scan.read_errors:
             rests.append(max(settings.settle_s / 2, SHORTEST_WAIT_S))
         if scan.waiting:
             rests.append(min(REFILL_S, settings.poll_s))
-        if scan.no_room:
+        if scan.disk_full:
             rests.append(settings.poll_s)
         return max(min(rests), self._scan_s / SCAN_SHARE)
 

@@ -212,7 +212,7 @@ def test_status_tells_of_failures(worked: Home, pipeline: Pipeline) -> None:
 
 
 def test_status_knows_whether_an_instance_is_at_work(worked: Home, pipeline: Pipeline) -> None:
-    assert "no instance is at work" in pipeline("status").out
+    assert "no instance is running" in pipeline("status").out
     with (worked.folder / "state" / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert json.loads(pipeline("status", "--json").out)["instance"] is True
@@ -339,8 +339,8 @@ def test_doctor_finds_an_altered_file_and_requeue_mends_it(worked: Home, pipelin
     [folder] = [path for path in worked.folders if path.name.startswith("song--")]
     wav = folder / "variations" / "01-near.wav"
     sound, before = pipeline("doctor"), sha256_of(wav)
-    assert "ok    outbox: as recorded" in sound.out
-    assert "ok    database: sound" in sound.out
+    assert "ok    outbox: all results are as recorded" in sound.out
+    assert "ok    database: intact" in sound.out
 
     data = bytearray(wav.read_bytes())
     data[-100] ^= 1
@@ -351,7 +351,7 @@ def test_doctor_finds_an_altered_file_and_requeue_mends_it(worked: Home, pipelin
 
     pipeline("requeue", "song.wav")
     pipeline("once")
-    assert "ok    outbox: as recorded" in pipeline("doctor").out
+    assert "ok    outbox: all results are as recorded" in pipeline("doctor").out
     assert sha256_of(wav) == before
 
 
@@ -415,7 +415,7 @@ def test_models_says_what_is_not_here_and_how_to_get_it(home: Home) -> None:
     path = home.in_child("models", "path", "facebook/musicgen-melody", env=nothing_here)
 
     assert listed.code == 0, listed.err
-    assert listed.out.startswith("facebook/musicgen-melody: not here; ")
+    assert listed.out.startswith("facebook/musicgen-melody: not on this machine; ")
     assert (path.code, path.out) == (1, "")
     assert "models fetch facebook/musicgen-melody" in path.err
 

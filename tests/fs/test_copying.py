@@ -11,14 +11,14 @@ import pytest
 from pipeline.errors import BadAudio
 from pipeline.fs.copying import (
     READ_BYTES,
-    Changed,
-    Identity,
+    FileChanged,
+    FileIdentity,
     WriteFailed,
     copy_in,
-    error_file,
+    error_path,
     free_name,
     hash_file,
-    move_aside,
+    move_to_free_name,
     write_error,
 )
 
@@ -54,10 +54,10 @@ def test_copying_ends_when_it_is_told_to_stop(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_the_expected_one_any_more_is_not_taken(tmp_path: Path) -> None:
     put(tmp_path, "a.wav", "b.wav")
-    expected = Identity.of((tmp_path / "a.wav").stat())
+    expected = FileIdentity.of((tmp_path / "a.wav").stat())
     (tmp_path / "b.wav").replace(tmp_path / "a.wav")
 
-    with pytest.raises(Changed):
+    with pytest.raises(FileChanged):
         copy_in(tmp_path / "a.wav", tmp_path / "copy", expected=expected)
 
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_written_to_while_it_is_copied_is_not_taken(tmp_path: Pat
             file.write(b"more")
         return False
 
-    with pytest.raises(Changed):
+    with pytest.raises(FileChanged):
         copy_in(tmp_path / "a.wav", tmp_path / "copy", should_stop=writes)
 
 
@@ -97,7 +97,7 @@ def test_a_link_is_not_followed_unless_asked(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_file_and_nobody_waits_for_its_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.wav")
-    with pytest.raises(Changed):
+    with pytest.raises(FileChanged):
         copy_in(tmp_path / "a.wav", tmp_path / "copy")
 
 
@@ -147,7 +147,8 @@ def test_moving_aside_never_overwrites(tmp_path: Path) -> None:
     for n in (2, 3):
         put(tmp_path, "a.wav", content=b"new %d" % n)
         assert (
-            move_aside(tmp_path / "a.wav", tmp_path / "done" / "a.wav") == tmp_path / "done" / f"a ({n}).wav"
+            move_to_free_name(tmp_path / "a.wav", tmp_path / "done" / "a.wav")
+            == tmp_path / "done" / f"a ({n}).wav"
         )
 
     assert (tmp_path / "done" / "a.wav").read_bytes() == b"old"
@@ -157,7 +158,7 @@ def test_moving_aside_never_overwrites(tmp_path: Path) -> None:
 
 def test_moving_aside_makes_the_folders_it_needs(tmp_path: Path) -> None:
     put(tmp_path, "album/a.wav", content=b"music")
-    moved = move_aside(tmp_path / "album" / "a.wav", tmp_path / "done" / "album" / "a.wav")
+    moved = move_to_free_name(tmp_path / "album" / "a.wav", tmp_path / "done" / "album" / "a.wav")
     assert moved.read_bytes() == b"music"
 
 
@@ -171,6 +172,6 @@ def test_the_reason_of_the_longest_name_still_fits(tmp_path: Path, raw: bytes) -
     path = tmp_path / os.fsdecode(raw)
     write_error(path, "why")
 
-    assert error_file(path).read_text() == "why\n"
-    assert os.fsencode(error_file(path).name).endswith(b".error.txt")
-    assert len(os.fsencode(error_file(path).name)) <= 255
+    assert error_path(path).read_text() == "why\n"
+    assert os.fsencode(error_path(path).name).endswith(b".error.txt")
+    assert len(os.fsencode(error_path(path).name)) <= 255

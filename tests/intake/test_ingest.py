@@ -16,9 +16,10 @@ from stored_tracks import claim_due
 from pipeline.errors import BadAudio, DiskFull, FolderUnusable
 from pipeline.fs import copying
 from pipeline.fs.copying import WriteFailed
-from pipeline.intake.archive import archive_files, finish_moves, restore_to_inbox
+from pipeline.intake.archive import archive_files, recover_moves, restore_to_inbox
 from pipeline.outbox.outbox import Outbox
 from pipeline.records import Failure
+from pipeline.store.schema import FileState
 
 LATER_S = 100.0
 
@@ -88,7 +89,7 @@ def test_nothing_is_taken_when_the_disk_is_nearly_full(tmp_path: Path) -> None:
     all_of_it = setup.config.disk.model_copy(update={"min_free_mb": 1e12})
     setup.config = setup.config.model_copy(update={"disk": all_of_it})
 
-    assert isinstance(setup.scan().no_room, DiskFull)
+    assert isinstance(setup.scan().disk_full, DiskFull)
 
     assert setup.store.tracks() == []
     assert not (setup.workspace.state / "work").exists() or not list(
@@ -213,12 +214,13 @@ def test_a_move_that_was_made_but_not_recorded_is_found_at_the_next_start(
     target.parent.mkdir(parents=True)
     (setup.workspace.inbox / "album" / "a.wav").rename(target)
 
-    assert finish_moves(setup.store, setup.workspace.inbox) == 1
+    recover_moves(setup.store, setup.workspace.inbox)
 
     [file] = setup.store.files_of(sha256)
     assert (file.state, file.moved_to) == ("settled" if ending == "done" else "aside", target)
     assert target.with_name("a.wav.error.txt").exists() == (ending == "failed")
-    assert finish_moves(setup.store, setup.workspace.inbox) == 0
+    recover_moves(setup.store, setup.workspace.inbox)
+    assert setup.store.files_of(sha256) == [file]
 
 
 @pytest.mark.parametrize("ending", ["done", "failed"])
@@ -228,7 +230,7 @@ def test_a_record_that_was_made_before_the_move_is_followed_by_it(setup: RunnerS
     if ending == "done":
         setup.runner(Answers()).drain()
         (setup.workspace.inbox / "done" / "a.wav").rename(path)
-        setup.store.settle_file(path, state="waiting")
+        setup.store.set_file_state(path, FileState.WAITING)
     else:
         claim_due(setup.store, 1, now=setup.now)
         setup.store.fail(sha256, stage="normalize", error="is silent", now=setup.now, retry_at=None)
@@ -298,7 +300,7 @@ def test_a_file_brought_back_from_failed_is_tried_again(setup: RunnerSetup) -> N
     failed = setup.workspace.inbox / "failed" / "a.wav"
     failed.rename(setup.workspace.inbox / "a.wav")
 
-    assert finish_moves(setup.store, setup.workspace.inbox) == 0
+    recover_moves(setup.store, setup.workspace.inbox)
     assert setup.ingest(settle_s=0).scan(should_stop=lambda: False).queued == 1
     setup.runner(Answers()).drain()
 
@@ -359,10 +361,10 @@ def test_a_source_whose_device_fails_is_tried_again_for_a_while_and_then_fails_v
     path, device = write_music(setup.workspace.inbox / "a.wav"), Failing(monkeypatch, setup)
     settled_now(setup, path)
     ingest, device.reading = setup.ingest(), True
-    assert ingest.scan(should_stop=lambda: False).troubled == 1
+    assert ingest.scan(should_stop=lambda: False).read_errors == 1
 
     setup.now += 29
-    assert ingest.scan(should_stop=lambda: False).troubled == 1
+    assert ingest.scan(should_stop=lambda: False).read_errors == 1
     setup.now += 2
     assert len(ingest.scan(should_stop=lambda: False).unreadable) == 1
 
@@ -452,6 +454,6 @@ def test_a_closed_folder_of_a_finished_track_keeps_no_new_file_out(
     def closed(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Outbox, "add_names", closed)
+    monkeypatch.setattr(Outbox, "set_source_names", closed)
 
     assert setup.scan().queued == 1

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.fs.walk import MAX_DEPTH
-from pipeline.intake.scanner import Rules, ScannedFile, Scanner, Settling, has_writer
+from pipeline.intake.scanner import ScannedFile, Scanner, ScanRules
+from pipeline.intake.settling import Settling, has_writer
 
 WAV_HEAD = b"RIFF\x24\x00\x00\x00WAVEfmt "
 ROOT = Path(__file__).parents[2]
@@ -32,15 +33,15 @@ def put(root: Path, *names: str, content: bytes = WAV_HEAD) -> None:
 
 
 def seen(root: Path, *ignore: str, is_inbox: bool = True) -> list[str]:
-    return [found.display for found in Scanner(root, Rules(ignore=ignore, is_inbox=is_inbox)).scan()]
+    return [found.display for found in Scanner(root, ScanRules(ignore=ignore, is_inbox=is_inbox)).scan()]
 
 
 def marked(root: Path, marker: str | None = ".done") -> dict[str, bool]:
-    return {found.display: found.marked for found in Scanner(root, Rules(marker=marker)).scan()}
+    return {found.display: found.marked for found in Scanner(root, ScanRules(marker=marker)).scan()}
 
 
 def followed(root: Path) -> list[str]:
-    return [found.display for found in Scanner(root, Rules(follow_symlinks=True)).scan()]
+    return [found.display for found in Scanner(root, ScanRules(follow_symlinks=True)).scan()]
 
 
 @contextmanager
@@ -71,8 +72,8 @@ def test_a_sighting_has_the_files_own_figures(tmp_path: Path) -> None:
     path = tmp_path / "album" / "a.wav"
     found = path.stat()
 
-    (sighted,) = Scanner(tmp_path, Rules()).scan()
-    assert (sighted.path, sighted.to_open, sighted.linked) == (path, path, None)
+    (sighted,) = Scanner(tmp_path, ScanRules()).scan()
+    assert (sighted.path, sighted.real_path, sighted.link_target) == (path, path, None)
     assert (sighted.size, sighted.inode, sighted.device) == (5, found.st_ino, found.st_dev)
     assert (sighted.mtime_ns, sighted.ctime_ns) == (found.st_mtime_ns, found.st_ctime_ns)
     assert sighted.marked
@@ -116,7 +117,7 @@ def test_a_name_that_is_not_text_is_seen_and_shown_in_one_line(tmp_path: Path) -
     raw = b"caf\xe9\n\xf0\x9f\x8e\xb5 'q\".wav"
     put(tmp_path, os.fsdecode(raw))
 
-    (found,) = Scanner(tmp_path, Rules()).scan()
+    (found,) = Scanner(tmp_path, ScanRules()).scan()
     assert os.fsencode(found.path.name) == raw
     assert found.path.exists()
     assert found.display == "caf\\xe9\\n🎵 'q\".wav"
@@ -132,7 +133,7 @@ def test_a_moved_in_tree_is_seen_whole_at_the_next_look(tmp_path: Path) -> None:
     put(tmp_path / "elsewhere", "1/2/3/a.wav", "1/b.wav")
     inbox = tmp_path / "inbox"
     put(inbox, "c.wav")
-    scanner = Scanner(inbox, Rules())
+    scanner = Scanner(inbox, ScanRules())
     assert [found.display for found in scanner.scan()] == ["c.wav"]
     (tmp_path / "elsewhere").rename(inbox / "tree")
 
@@ -153,7 +154,7 @@ def test_a_folder_that_vanishes_during_a_scan_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path, "a.wav", "b/1.wav", "c.wav")
-    scanned_files = Scanner(tmp_path, Rules()).scan()
+    scanned_files = Scanner(tmp_path, ScanRules()).scan()
     found = [next(scanned_files).display]
     shutil.rmtree(tmp_path / "b")
 
@@ -166,7 +167,7 @@ def test_a_folder_that_cannot_be_read_does_not_hide_the_others(
 ) -> None:
     put(tmp_path, "a.wav", "closed/1.wav", "z.wav")
     (tmp_path / "closed").chmod(0)
-    scanner = Scanner(Path(), Rules())
+    scanner = Scanner(Path(), ScanRules())
 
     with not_as_root(tmp_path, monkeypatch):
         for _ in range(2):
@@ -203,7 +204,7 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 def test_a_scan_leaves_no_descriptor_open(tmp_path: Path) -> None:
     put(tmp_path, "a/b/c/d.wav", "a/e.wav", "f.wav")
     (tmp_path / "g").symlink_to("a/b")
-    scanner = Scanner(tmp_path, Rules(follow_symlinks=True))
+    scanner = Scanner(tmp_path, ScanRules(follow_symlinks=True))
     before = sorted(os.listdir("/dev/fd"))  # noqa: PTH208
     list(scanner.scan())
     half = scanner.scan()
@@ -225,7 +226,7 @@ def test_folders_too_deep_for_their_files_to_be_opened_are_told_of(
 
     assert seen(tmp_path) == ["z.wav"]
     (message,) = caplog.messages
-    assert message.endswith("lies too deep in folders, what is in it is left alone")
+    assert message.endswith("is nested too deeply, so its files are left alone")
 
 
 def test_folders_are_scanned_two_hundred_levels_deep(
@@ -312,7 +313,7 @@ def test_a_folder_named_like_a_marker_is_scanned_into(tmp_path: Path) -> None:
 
 def test_a_marker_marks_even_if_its_ending_is_ignored(tmp_path: Path) -> None:
     put(tmp_path, "a.wav", "a.wav.txt", "b.wav")
-    rules = Rules(ignore=("*.txt",), marker=".txt")
+    rules = ScanRules(ignore=("*.txt",), marker=".txt")
     assert [(found.display, found.marked) for found in Scanner(tmp_path, rules).scan()] == [
         ("a.wav", True),
         ("b.wav", False),
@@ -328,7 +329,7 @@ def test_a_file_that_a_download_tool_fills_in_place_waits_until_its_own_file_is_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path, "a.wav", "a.wav.aria2", "b.wav")
-    scanner = Scanner(tmp_path, Rules())
+    scanner = Scanner(tmp_path, ScanRules())
     for _ in range(2):
         assert {found.display: found.marked for found in scanner.scan()} == {"a.wav": False, "b.wav": True}
     assert caplog.messages == ["a.wav: left alone while a.wav.aria2 says that it is being written"]
@@ -360,7 +361,7 @@ def links(tmp_path: Path) -> Path:
 
 def test_links_are_left_alone_and_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     inbox = links(tmp_path)
-    scanner = Scanner(inbox, Rules())
+    scanner = Scanner(inbox, ScanRules())
     for _ in range(3):
         assert [found.display for found in scanner.scan()] == ["real.wav"]
     assert [message.partition(",")[0] for message in caplog.messages] == [
@@ -385,8 +386,8 @@ def test_followed_links_never_lead_outside(tmp_path: Path, caplog: pytest.LogCap
     put(tmp_path / "inbox-2", "b.wav")
 
     assert followed(inbox) == ["real.wav"]
-    assert sum(message.endswith("leads outside, left alone") for message in caplog.messages) == 5
-    assert "dangling.wav: is a symbolic link to nothing that can be read" in caplog.messages
+    assert sum(message.endswith("leads out of the folder, left alone") for message in caplog.messages) == 5
+    assert "dangling.wav: is a symbolic link whose target can't be read" in caplog.messages
 
 
 def test_a_followed_link_shows_its_own_name_and_where_the_file_is(tmp_path: Path) -> None:
@@ -394,11 +395,11 @@ def test_a_followed_link_shows_its_own_name_and_where_the_file_is(tmp_path: Path
     (inbox / "song.wav").symlink_to(".store/s.wav")
     (inbox / "album").symlink_to(".store/more")
 
-    found = {each.display: each for each in Scanner(inbox, Rules(follow_symlinks=True)).scan()}
+    found = {each.display: each for each in Scanner(inbox, ScanRules(follow_symlinks=True)).scan()}
     assert list(found) == ["real.wav", "album/t.wav", "song.wav"]
     assert found["song.wav"].path == inbox / "song.wav"
-    assert found["song.wav"].to_open == inbox / ".store" / "s.wav"
-    assert found["album/t.wav"].to_open == inbox / ".store" / "more" / "t.wav"
+    assert found["song.wav"].real_path == inbox / ".store" / "s.wav"
+    assert found["album/t.wav"].real_path == inbox / ".store" / "more" / "t.wav"
     assert found["song.wav"].inode == (inbox / ".store" / "s.wav").stat().st_ino
 
 
@@ -431,7 +432,7 @@ def test_a_folder_swapped_for_a_link_in_the_middle_of_a_scan_leads_nowhere(tmp_p
     inbox = tmp_path / "inbox"
     put(inbox, "a/0.wav", "a/b/1.wav", "c.wav")
 
-    for rules in (Rules(), Rules(follow_symlinks=True)):
+    for rules in (ScanRules(), ScanRules(follow_symlinks=True)):
         scanned_files = Scanner(inbox, rules).scan()
         found = [next(scanned_files).display]
         (inbox / "a").rename(tmp_path / "was")
@@ -557,7 +558,7 @@ def test_a_file_that_was_written_to_and_rests_is_ready_by_its_real_times(
 ) -> None:
     put(tmp_path, "a.wav")
     settling = Settling(settle_s=60.0, trust_times=trust_times)
-    scanner = Scanner(tmp_path, Rules())
+    scanner = Scanner(tmp_path, ScanRules())
     now = time.time()
 
     def is_ready(now: float) -> bool:
@@ -692,7 +693,7 @@ def test_a_writer_can_open_a_file_that_was_asked_about(tmp_path: Path) -> None:
 ASKER = """
 import sys
 from pathlib import Path
-from pipeline.intake.scanner import has_writer
+from pipeline.intake.settling import has_writer
 answers = [has_writer(Path(sys.argv[1])) for _ in range(20_000)]
 print(sum(answers))
 """

@@ -12,7 +12,6 @@ import pytest
 from stored_tracks import StoredTracks, a_manifest, claim_due, tree, trust
 
 from pipeline.maintenance.reconcile import Finding, reconcile
-from pipeline.maintenance.retention import ASIDE_PREFIX
 from pipeline.outbox.outbox import EMBEDDING, MANIFEST
 
 NOW = 1_700_000_000.0
@@ -131,7 +130,7 @@ def test_a_damaged_manifest_is_made_again(stored: StoredTracks, content: bytes) 
 def test_a_manifest_of_another_track_or_with_other_files_is_made_again(stored: StoredTracks) -> None:
     sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
     (stored.folder(sha256) / MANIFEST).write_bytes((stored.folder(other) / MANIFEST).read_bytes())
-    manifest = stored.outbox.manifest(stored.folder(other).name)
+    manifest = stored.outbox.read_manifest(stored.folder(other).name)
     assert manifest is not None
     manifest["variations"][0]["sha256"] = "0" * 64
     (stored.folder(other) / MANIFEST).write_text(json.dumps(manifest))
@@ -213,7 +212,7 @@ def test_a_manifest_and_a_result_missing_together_need_the_source(stored: Stored
 def test_results_removed_on_purpose_are_not_missed(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
     shutil.rmtree(stored.folder(sha256))
-    assert stored.store.collect(sha256, lambda: None, now=NOW)
+    stored.store.set_collected(sha256, now=NOW)
     assert check(stored, thorough=True) == []
     assert stored.state(sha256) == "done"
 
@@ -223,14 +222,14 @@ def test_what_can_be_seen_but_not_read_is_reported_and_left(
 ) -> None:
     sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
     (stored.folder(other) / NEAR).unlink()
-    closed, real = stored.folder(sha256).name, stored.outbox.manifest
+    closed, real = stored.folder(sha256).name, stored.outbox.read_manifest
 
     def manifest(folder: str) -> object:
         if folder == closed:
             raise PermissionError(13, "Permission denied")
         return real(folder)
 
-    monkeypatch.setattr(stored.outbox, "manifest", manifest)  # root may read everything
+    monkeypatch.setattr(stored.outbox, "read_manifest", manifest)  # root may read everything
     findings = check(stored)
     assert kinds(findings) == ["result", "unreadable"]
     assert (stored.state(sha256), stored.state(other)) == ("done", "queued")
@@ -295,7 +294,7 @@ def test_a_folder_that_no_track_knows_is_reported_and_never_removed(stored: Stor
     before = tree(stored.workspace.outbox)
 
     [finding] = check(stored)
-    assert (finding.kind, finding.where, finding.mended) == ("stranger", folder, False)
+    assert (finding.kind, finding.where, finding.mended) == ("unknown", folder, False)
     assert tree(stored.workspace.outbox) == before
 
 
@@ -330,12 +329,22 @@ def test_a_leftover_that_cannot_be_removed_keeps_nothing_from_starting(
     assert "input/output error" in finding.text
 
 
-def test_a_gc_that_was_killed_before_its_commit_is_undone(stored: StoredTracks) -> None:
+def test_a_gc_that_was_killed_before_its_commit_costs_only_the_manifest(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.workspace.inbox / "done" / "a.wav").unlink()
+    stored.outbox.remove_manifest(stored.folder(sha256).name)
     before = tree(stored.workspace.outbox)
-    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    stored.folder(sha256).rename(aside)
+
+    assert kinds(check(stored, thorough=True)) == ["result"]
+    assert tree(stored.workspace.outbox) == before
+    assert stored.state(sha256) == "queued"  # to have the manifest written, which needs no source
+
+
+def test_a_gc_that_was_killed_after_its_commit_is_completed(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    stored.store.set_collected(sha256, now=NOW)
+    stored.outbox.remove_manifest(stored.folder(sha256).name)
 
     assert check(stored, thorough=True) == []
-    assert tree(stored.workspace.outbox) == before
+    assert tree(stored.workspace.outbox) == {}
     assert stored.state(sha256) == "done"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ from stored_tracks import StoredTracks, claim_due, tree
 
 from pipeline.config import Retention
 from pipeline.maintenance import retention
-from pipeline.maintenance.retention import ASIDE_PREFIX, DAY_S, Removal, collect
-from pipeline.outbox.outbox import EMBEDDING, MANIFEST
+from pipeline.maintenance.retention import DAY_S, Removal, collect
+from pipeline.outbox.outbox import MANIFEST, Outbox
+from pipeline.store.schema import FileState
 from pipeline.store.store import Store
 
 NOW = time.time() + 1000 * DAY_S  # the files of the tests are as old as the system says: they are made now
@@ -166,110 +166,93 @@ def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
     assert (stored.state(requeued), stored.state(again)) == ("queued", "done")
 
 
-def test_results_that_cannot_be_moved_stay_whole_and_the_others_go(
+def test_results_whose_manifest_cannot_be_removed_stay_whole_and_the_others_go(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stuck, other = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD + 1)
-    before, real = tree(stored.folder(stuck)), Path.rename
-    moved: list[str] = []
+    before, real = tree(stored.folder(stuck)), Path.unlink
 
-    def rename(path: Path, target: Path) -> Path:
-        if path.name == "01-near.wav" and stored.folder(stuck) in path.parents:
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == stored.folder(stuck) / MANIFEST:
             raise OSError(5, "Input/output error", str(path))
-        moved.append(path.name)
-        return real(path, target)
+        real(path, missing_ok)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "unlink", unlink)
     [removal] = gc(stored, outbox_days=30.0)
     assert removal.path == stored.folder(other)
     assert tree(stored.folder(stuck)) == before
-    assert moved[:4] == [
-        MANIFEST,
-        EMBEDDING,
-        EMBEDDING,
-        MANIFEST,
-    ]  # out first and back last: never incomplete
     assert "can't be removed" in caplog.text
     assert stored.store.track(stuck).collected_at is None  # type: ignore[union-attr]
 
 
-def test_a_commit_that_fails_puts_the_results_back(
+def test_a_result_that_cannot_be_removed_is_removed_by_the_next_gc(
+    stored: StoredTracks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "01-near.wav":
+            raise OSError(5, "Input/output error", str(path))
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", unlink)
+        assert gc(stored, outbox_days=30.0) == []
+    assert "can't be removed" in caplog.text
+    left = tree(stored.folder(sha256))
+    assert "variations/01-near.wav" in left  # in a folder that doesn't count as complete
+    assert MANIFEST not in left
+
+    gc(stored)
+    assert tree(stored.workspace.outbox) == {}
+
+
+def test_a_commit_that_fails_costs_only_the_manifest(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
-    before, real = tree(stored.workspace.outbox), stored.store.collect
+    before, real = tree(stored.folder(sha256)), Outbox.remove_manifest
 
-    def collect_and_fail(sha256: str, move: Any, *, now: float) -> bool:
-        def move_and_fail() -> None:
-            move()
-            assert tree(stored.workspace.outbox) != before
-            raise OSError(28, "No space left on device")
+    def remove_and_fail(outbox: Outbox, folder: str) -> None:
+        real(outbox, folder)
+        raise OSError(28, "No space left on device")  # in the transaction, as its end would raise it
 
-        return real(sha256, move_and_fail, now=now)
-
-    monkeypatch.setattr(stored.store, "collect", collect_and_fail)
+    monkeypatch.setattr(Outbox, "remove_manifest", remove_and_fail)
     assert gc(stored, outbox_days=30.0) == []
-    assert tree(stored.workspace.outbox) == before
+    del before[MANIFEST]
+    assert tree(stored.folder(sha256)) == before
     assert stored.store.track(sha256).collected_at is None  # type: ignore[union-attr]
 
 
-# A `gc` that is killed leaves one of these.
-
-
-def test_killed_between_move_and_commit_it_is_undone_and_done_again(stored: StoredTracks) -> None:
-    sha256 = stored.finished("a.wav", b"a", now=OLD)
-    before, folder = tree(stored.workspace.outbox), stored.folder(sha256)
-    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    aside.mkdir()
-    (folder / MANIFEST).rename(aside / MANIFEST)  # the first of its renames
-    assert gc(stored) == []
-    assert tree(stored.workspace.outbox) == before
-
-    folder.rename(aside)  # all of them
-    assert gc(stored, dry_run=True, outbox_days=30.0) == []
-    assert aside.exists()
-    assert len(gc(stored, outbox_days=30.0)) == 1
-    assert tree(stored.workspace.outbox) == {}
+# A `gc` that was killed after the commit leaves a collected track's results without their manifest.
 
 
 def test_killed_before_the_deletion_it_is_completed(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
-    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    folder = stored.folder(sha256)
-    assert stored.store.collect(sha256, lambda: folder.rename(aside) and None, now=NOW)
+    stored.store.set_collected(sha256, now=NOW)
+    stored.outbox.remove_manifest(stored.folder(sha256).name)
+    assert gc(stored, dry_run=True) == []
+    assert tree(stored.folder(sha256)) != {}
     assert gc(stored) == []
     assert tree(stored.workspace.outbox) == {}
 
 
-def test_killed_and_the_track_made_again_since_the_new_results_stay(stored: StoredTracks) -> None:
+def test_killed_and_the_track_queued_since_its_results_stay(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
+    stored.store.set_collected(sha256, now=NOW)
+    stored.outbox.remove_manifest(stored.folder(sha256).name)
     before = tree(stored.workspace.outbox)
-    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    shutil.copytree(stored.folder(sha256), aside)
-    (aside / "variations" / "03-older.wav").write_bytes(b"x")
+    stored.store.requeue(sha256, now=NOW)
     assert gc(stored) == []
     assert tree(stored.workspace.outbox) == before
 
 
-def test_killed_and_the_track_queued_since_its_results_come_back_without_the_manifest(
-    stored: StoredTracks,
-) -> None:
+def test_results_that_a_person_brought_back_after_their_removal_stay(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
-    whole = tree(stored.folder(sha256))
-    stored.folder(sha256).rename(stored.outbox.root / f"{ASIDE_PREFIX}{sha256}")
-    stored.store.requeue(sha256, now=NOW)
-    assert gc(stored) == []
-    del whole[MANIFEST]
-    assert tree(stored.folder(sha256)) == whole
-    assert EMBEDDING in whole
-
-
-def test_what_is_aside_and_belongs_to_no_track_is_left_alone(stored: StoredTracks) -> None:
-    for name in (f"{ASIDE_PREFIX}{'f' * 64}", f"{ASIDE_PREFIX}notes"):
-        (stored.outbox.root / name).mkdir()
-        (stored.outbox.root / name / MANIFEST).write_bytes(b"x")
     before = tree(stored.workspace.outbox)
-    assert gc(stored, **ALL) == []
+    stored.store.set_collected(sha256, now=NOW)  # as if all had been removed and then copied back
+    gc(stored, outbox_days=0.0)
     assert tree(stored.workspace.outbox) == before
 
 
@@ -321,7 +304,7 @@ def test_a_source_that_stayed_in_the_inbox_is_no_archive(stored: StoredTracks) -
     sha256 = stored.arrived("kept.wav", b"k", now=OLD)
     claim_due(stored.store, 1, now=OLD)
     stored.store.finish(sha256, plan_key="plan", source={}, now=OLD)
-    stored.store.settle_file(stored.workspace.inbox / "kept.wav", state="settled")
+    stored.store.set_file_state(stored.workspace.inbox / "kept.wav", FileState.SETTLED)
     assert gc(stored, archive_days=0.0, archive_gb=0.0) == []
     assert (stored.workspace.inbox / "kept.wav").exists()
 
@@ -389,15 +372,8 @@ def test_a_working_copy_being_made_is_left_to_who_makes_it(stored: StoredTracks)
     assert sorted(path.name for path in work.iterdir()) == [".incoming-1", "f" * 64, "notes"]
 
 
-def test_a_desk_is_as_young_as_its_youngest_file(stored: StoredTracks) -> None:
+def test_a_working_copy_is_as_young_as_its_youngest_file(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
     scratch = stored.scratch(sha256, age_s=90 * DAY_S, now=NOW)
     os.utime(scratch / "source", (NOW - DAY_S, NOW - DAY_S))
     assert gc(stored, work_days=7.0) == []
-
-
-def test_a_desk_left_half_deleted_is_deleted(stored: StoredTracks) -> None:
-    work = stored.workspace.state / "work"
-    stored.scratch("f" * 64).rename(work / f"{ASIDE_PREFIX}{'f' * 64}-77")
-    assert gc(stored) == []
-    assert tree(work) == {}

@@ -22,7 +22,7 @@ def crash(setup: RunnerSetup, stage: str = "generate", *, limit: int = 8) -> lis
     """Claim and begin as the runner does, then be gone; returns the hashes of what was under way."""
     tracks = claim_due(setup.store, limit, now=setup.now)
     for track in tracks:
-        setup.store.begin(track.sha256, stage, now=setup.now)
+        setup.store.begin_attempt(track.sha256, stage, now=setup.now)
     return [track.sha256 for track in tracks]
 
 

@@ -313,10 +313,10 @@ def test_a_closed_folder_of_one_track_stops_no_other(tmp_path: Path) -> None:
     shut, other = setup.bring("a.wav", "b.wav")
 
     class OneShut(Outbox):
-        def open_for_work(self, folder: str) -> None:
+        def remove_manifest(self, folder: str) -> None:
             if folder == setup.track(shut).folder:
                 raise PermissionError(errno.EACCES, "Permission denied", folder)
-            super().open_for_work(folder)
+            super().remove_manifest(folder)
 
     setup.runner(Answers(), outbox=OneShut(setup.workspace.outbox)).drain()
 

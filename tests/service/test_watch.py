@@ -15,7 +15,7 @@ from stored_tracks import claim_due
 
 from pipeline.errors import ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
 from pipeline.intake.ingest import ScanResult
-from pipeline.intake.scanner import Rules, Scanner
+from pipeline.intake.scanner import Scanner, ScanRules
 from pipeline.intake.watcher import Watcher
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import LogReporter
@@ -219,7 +219,7 @@ def test_working_copies_without_space_do_not_stop_the_queue(setup: RunnerSetup) 
         settings = setup.config.intake
 
         def scan(self, **_: object) -> ScanResult:
-            return ScanResult(no_room=DiskFull("1 MB are free"))
+            return ScanResult(disk_full=DiskFull("1 MB are free"))
 
     daemon.session.processor = Processor(Full(), daemon.processor.runner)  # type: ignore[arg-type]
     daemon.turn()
@@ -246,7 +246,7 @@ def test_once_ends_when_there_is_no_space_for_waiting_files(setup: RunnerSetup) 
         settings, folder = setup.config.intake, setup.workspace.input_folder
 
         def scan(self, **_: object) -> ScanResult:
-            return ScanResult(no_room=DiskFull("1 MB are free"))
+            return ScanResult(disk_full=DiskFull("1 MB are free"))
 
     daemon.session.processor = Processor(Full(), daemon.processor.runner)  # type: ignore[arg-type]
     with pytest.raises(DiskFull):
@@ -260,7 +260,7 @@ def test_once_of_a_folder_does_not_wait_for_the_queue_of_another(tmp_path: Path)
     write_music(other / "b.wav", seed=3, seconds=1.5)
     daemon = Daemon(setup)
     folder = InputFolder(other, is_inbox=False)
-    ingest = replace(setup.ingest(), folder=folder, scanner=Scanner(other, Rules(is_inbox=False)))
+    ingest = replace(setup.ingest(), folder=folder, scanner=Scanner(other, ScanRules(is_inbox=False)))
 
     daemon.session.processor = Processor(ingest, replace(setup.runner(Answers()), folder=folder))
     run_once(daemon.session)
@@ -337,7 +337,7 @@ def test_once_of_a_folder_counts_each_track_once_however_many_scans_there_are(tm
         write_music(folder.path / name, seed=n, seconds=1.5)
     os.utime(folder.path / "old.wav", (before - 100, before - 100))
     daemon = Daemon(setup)
-    scanner = Scanner(folder.path, Rules(is_inbox=False))
+    scanner = Scanner(folder.path, ScanRules(is_inbox=False))
     ingest = replace(setup.ingest(trust_times=False), folder=folder, scanner=scanner)
     runner = replace(setup.runner(Answers()), folder=folder)
     daemon.session.processor = Processor(ingest, runner)

@@ -13,7 +13,8 @@ import sqlite_utils
 from stored_tracks import WHOLE_QUEUE, claim_due
 
 from pipeline.errors import FolderUnusable, UnknownTrack
-from pipeline.store.schema import SourceFile, migrations
+from pipeline.store.migrations import migrations
+from pipeline.store.schema import FileState, SourceFile
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder
 
@@ -43,7 +44,7 @@ def add(
     store: Store, letter: str = "a", *, name: str | None = None, root: Path = INBOX, now: float = 100.0
 ) -> bool:
     file = a_file(letter, name=name, root=root)
-    return store.add(file, name=f"song {letter}", folder=f"{letter}--{letter * 8}", now=now)
+    return store.add_file(file, name=f"song {letter}", folder=f"{letter}--{letter * 8}", now=now)
 
 
 def claimed(
@@ -112,7 +113,7 @@ def test_a_finished_track_is_not_queued_by_its_bytes_coming_again(store: Store) 
 
 def test_every_field_of_a_file_comes_back(store: Store) -> None:
     file = replace(a_file(), moved_to=INBOX / "done" / "a.wav", state="aside")
-    store.add(file, name="a", folder="a", now=1.0)
+    store.add_file(file, name="a", folder="a", now=1.0)
 
     assert store.file_at(file.path) == file
     assert store.file_at(INBOX / "b.wav") is None
@@ -121,8 +122,8 @@ def test_every_field_of_a_file_comes_back(store: Store) -> None:
 def test_a_path_that_is_not_utf8_comes_back_byte_for_byte(store: Store) -> None:
     raw = b"/in\xff/caf\xe9 \n\xf0\x9f\x8e\xb5.wav"
     path = Path(os.fsdecode(raw))
-    store.add(replace(a_file(), path=path, root=path.parent), name="a", folder="a", now=1.0)
-    store.settle_file(path, state="aside", moved_to=path.with_name(os.fsdecode(b"\xfe.wav")))
+    store.add_file(replace(a_file(), path=path, root=path.parent), name="a", folder="a", now=1.0)
+    store.set_file_state(path, FileState.FAILED, moved_to=path.with_name(os.fsdecode(b"\xfe.wav")))
 
     (found,) = store.files_below(path.parent)
     assert os.fsencode(found.path) == raw
@@ -134,7 +135,7 @@ def test_a_path_that_is_not_utf8_comes_back_byte_for_byte(store: Store) -> None:
 def test_settling_a_file_touches_no_other(store: Store) -> None:
     add(store, name="one.wav")
     add(store, name="two.wav")
-    store.settle_file(INBOX / "one.wav", state="settled")
+    store.set_file_state(INBOX / "one.wav", FileState.SETTLED)
 
     assert {file.display: file.state for file in store.files_of(sha("a"))} == {
         "one.wav": "settled",
@@ -274,8 +275,8 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
     for letter in "abc":
         add(store, letter)
     claim_due(store, 2, now=200.0)
-    store.end(store.begin(sha("a"), "normalize", now=201.0), outcome="done", now=202.0)
-    store.begin(sha("a"), "generate", now=203.0)
+    store.end_attempt(store.begin_attempt(sha("a"), "normalize", now=201.0), outcome="done", now=202.0)
+    store.begin_attempt(sha("a"), "generate", now=203.0)
     store.close()
 
     reopened = Store(database)
@@ -294,7 +295,7 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
 
 def test_recovery_blames_no_track_that_was_not_running(store: Store) -> None:
     add(store)
-    store.begin(sha("a"), "generate", now=201.0)
+    store.begin_attempt(sha("a"), "generate", now=201.0)
     store.finish(sha("a"), plan_key="k", source=SOURCE, now=202.0)
 
     assert store.recover(now=900.0) == []
@@ -307,10 +308,10 @@ def test_recovery_blames_no_track_that_was_not_running(store: Store) -> None:
 
 def test_an_attempt_is_open_until_it_ends(store: Store) -> None:
     add(store)
-    attempt = store.begin(sha("a"), "embed", now=1.0)
+    attempt = store.begin_attempt(sha("a"), "embed", now=1.0)
     assert [(a.stage, a.outcome) for a in store.open_attempts()] == [("embed", None)]
 
-    store.end(attempt, outcome="failed", now=2.5, error="why", traceback="where")
+    store.end_attempt(attempt, outcome="failed", now=2.5, error="why", traceback="where")
     assert store.open_attempts() == []
     (ended,) = store.attempts(sha("a"))
     assert (ended.started_at, ended.ended_at, ended.outcome, ended.error) == (1.0, 2.5, "failed", "why")
@@ -335,9 +336,9 @@ def test_a_unit_made_again_replaces_the_first(store: Store) -> None:
 
 def test_work_for_a_track_nobody_added_is_refused(store: Store) -> None:
     with pytest.raises(sqlite3.IntegrityError):
-        store.begin(sha("z"), "embed", now=1.0)
+        store.begin_attempt(sha("z"), "embed", now=1.0)
     add(store)
-    store.begin(sha("a"), "embed", now=2.0)  # and the refusal left no transaction open
+    store.begin_attempt(sha("a"), "embed", now=2.0)  # and the refusal left no transaction open
 
 
 def test_a_config_is_remembered_once(store: Store, database: Path) -> None:
@@ -367,7 +368,7 @@ def test_what_is_no_name_and_no_long_enough_prefix_is_unknown(store: Store, want
 
 def test_a_name_of_two_tracks_is_refused_with_their_hashes(store: Store) -> None:
     for letter in "ab":
-        store.add(a_file(letter), name="song", folder=letter, now=1.0)
+        store.add_file(a_file(letter), name="song", folder=letter, now=1.0)
     with pytest.raises(UnknownTrack, match=r"2 tracks go by 'song'.*aaaaaaaa, bbbbbbbb|bbbbbbbb, aaaaaaaa"):
         store.find("song")
 
@@ -407,7 +408,7 @@ def test_a_reader_sees_what_is_written_meanwhile_and_can_write_nothing(store: St
 
 def test_a_sound_database_passes_its_check_and_a_damaged_one_does_not(store: Store, database: Path) -> None:
     for n in range(300):
-        store.add(
+        store.add_file(
             replace(a_file(name=f"{n}.wav"), sha256=f"{n:064d}"),
             name=f"song {n}",
             folder=str(n),
@@ -439,7 +440,6 @@ def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_pa
         "INSERT INTO tracks (sha256, name, folder, state, bytes, queued_at) VALUES"
         " ('a', 'a.wav', 'a', 'done', 1, 1)"
     )
-    db.conn.commit()
     db.close()
 
     store = Store(tmp_path / "pipeline.db", read_only=True)
@@ -452,8 +452,9 @@ def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_pa
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path, read_only: bool) -> None:
     Store(tmp_path / "pipeline.db").close()
-    db = sqlite_utils.Database(tmp_path / "pipeline.db")
-    db["_sqlite_migrations"].insert({"migration_set": "pipeline", "name": "m999", "applied_at": "later"})
+    db = sqlite3.connect(tmp_path / "pipeline.db")
+    db.execute("INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('pipeline', 'm999')")
+    db.commit()
     db.close()
 
     with pytest.raises(FolderUnusable, match="newer version"):

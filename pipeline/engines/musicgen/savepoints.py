@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.engines.musicgen.decoder import Tokens
-from pipeline.fs.atomic import write_whole
+from pipeline.fs.atomic import write_atomically
 
 log = logging.getLogger("pipeline")
 
@@ -57,7 +57,7 @@ class Savepoints:
             return
         path = self._path(identity)
         try:
-            write_whole(
+            write_atomically(
                 path, path.with_suffix(".tmp"), partial(_write, identity, codes), verify=lambda file: None
             )
         except OSError as error:

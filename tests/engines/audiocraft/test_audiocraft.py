@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from tones import RequestFn, tones
 
 from pipeline.app import App
-from pipeline.cli import views
+from pipeline.cli.models import wanted_models
 from pipeline.engines import cards, selection
 from pipeline.engines.audiocraft import ENGINE, INSTALL_COMMAND, PACKAGES, AudiocraftParams, checkpoint
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, FILES
@@ -102,7 +102,7 @@ def test_auto_doesnt_fetch_its_weights_and_naming_it_fetches_all_of_them(home: H
     def wanted(engine: str) -> list[tuple[str, Any]]:
         home.configure(generate={"engine": engine})
         app = App.open(home.folder, home.folder / "settings.yaml")
-        return [(model, layout) for model, _, _, layout in views.wanted_models(app, None)]
+        return [(model, layout) for model, _, _, layout in wanted_models(app, None)]
 
     assert wanted("auto") == [(MODEL, TRANSFORMERS)]
     assert wanted("audiocraft") == [(MODEL, AUDIOCRAFT), ("google-t5/t5-base", TEXT_ENCODER)]
