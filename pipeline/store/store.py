@@ -237,8 +237,10 @@ class Store:
 
     def end_waits(self, *, after: float) -> None:
         """Make queued tracks that wait for a time later than `after` due."""
-        with self._for_writing() as db:
-            db.execute("UPDATE tracks SET not_before = 0 WHERE state = 'queued' AND not_before > ?", [after])
+        with self.transaction():
+            self._db.execute(
+                "UPDATE tracks SET not_before = 0 WHERE state = 'queued' AND not_before > ?", [after]
+            )
 
     def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
         with self.transaction():
