@@ -5,9 +5,6 @@ normalize → embed → generate; `finish` checks and levels every variation bef
 
 from __future__ import annotations
 
-import numpy as np
-
-from pipeline import audio
 from pipeline.config import Normalize, Output
 from pipeline.engines.base import Embedder, StopFn
 from pipeline.errors import BadAudio, EngineFailure
@@ -31,6 +28,8 @@ def normalize(decoded: Audio, settings: Normalize) -> Audio:
     Raises:
         BadAudio: it is silent, or too short without its silence.
     """
+    from pipeline import audio
+
     trimmed = decoded
     if settings.trim_silence:
         trimmed = audio.trim_silence(decoded, threshold_dbfs=settings.trim_below_dbfs)
@@ -50,6 +49,8 @@ def embed(normalized: Audio, embedder: Embedder, *, should_stop: StopFn) -> Embe
     Raises:
         EngineFailure: the vectors are not finite, not of unit length, or not of the engine's dimension.
     """
+    import numpy as np
+
     result = embedder.embed(normalized, should_stop=should_stop)
     vectors = np.vstack([result.track[None], result.windows])
     if vectors.shape[1] != embedder.dim or len(result.times_s) != len(result.windows):
@@ -65,6 +66,10 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
     Raises:
         EngineFailure: it has the wrong length, samples that are not finite, or no sound.
     """
+    import numpy as np
+
+    from pipeline import audio
+
     made = variation.audio
     expected = round(request.duration_s * made.sample_rate)
     if made.n_samples != expected:
