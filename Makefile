@@ -29,10 +29,10 @@ test-all: $(VENV)/full
 
 # The tests of what an optional package does, each where that package is installed.
 test-demucs: $(VENV)/with-demucs/done
-	$(VENV)/with-demucs/bin/python $(PYTEST) -m demucs tests/engines/musicgen/test_melody.py
+	$(VENV)/with-demucs/bin/python -m pytest -m demucs tests/engines/musicgen/test_melody.py
 
 test-audiocraft: $(VENV)/with-audiocraft/done
-	$(VENV)/with-audiocraft/bin/python $(PYTEST) -m audiocraft tests/engines/audiocraft
+	$(VENV)/with-audiocraft/bin/python -m pytest -m audiocraft tests/engines/audiocraft
 
 # The long part of the fault harness: about an hour.
 torture: $(VENV)/full
