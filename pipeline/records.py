@@ -48,6 +48,7 @@ class SourceInfo:
     sample_rate: int  # Hz
     channels: int
     codec: str  # "flac", "mp3", "aac", "pcm_s24le", ...: for people, not for decisions
+    notes: tuple[str, ...] = ()  # what was missing, damaged or unusual and accepted nevertheless
 
 
 @dataclass(frozen=True, eq=False)
