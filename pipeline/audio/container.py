@@ -113,6 +113,8 @@ def parts(file: BinaryIO, size: int) -> list[Part]:
     head = read_at(file, start, 64)
     if head.startswith(b"OggS"):
         return _ogg_parts(file, start, end)
+    if head[8:12] == b"WAVE":
+        return [Part(_wav_stretches(file, start, end))]
     if is_container(head):
         return [Part(((start, max(start, end)),))]
     return [Part(tuple(_between_tags(file, start, end)))]
@@ -182,6 +184,24 @@ def _tag_before(file: BinaryIO, end: int) -> int:
         length, _, flags = struct.unpack_from("<III", tail, len(tail) - 20)
         return int(length + 32 * (flags >> 31))
     return 0
+
+
+def _wav_stretches(file: BinaryIO, start: int, end: int) -> tuple[Stretch, ...]:
+    """All of it, or without the chunks between `fmt ` and `data` if one of odd size lacks its pad byte.
+
+    FFmpeg reads the names of all later chunks from the wrong place then and does not find `data`.
+    """
+    at, format_end = start + 12, start + 12
+    while at + 8 <= end:
+        name, size = struct.unpack("<4sI", read_at(file, at, 8))
+        if name == b"data":
+            return ((start, end),)
+        if not re.match(rb"[ -~]{4}", name):
+            break
+        at += 8 + size + size % 2
+        format_end = at if name == b"fmt " else format_end
+    data = next(find(file, format_end, end, re.compile(rb"data")), start)
+    return ((start, format_end), (data, end)) if data > format_end > start + 12 else ((start, end),)
 
 
 def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Part]:

@@ -108,7 +108,7 @@ def decode_file(
     problem = account.problem(sink.read_s)
     if problem and not limits.accept_truncated:
         raise BadAudio(f"{problem} (normalize.accept_truncated: true takes what is there)")
-    if sink.read_s < limits.min_duration_s:
+    if sink.read_s < limits.min_duration_s - NOTED_S:
         raise BadAudio(f"is too short: {sink.read_s:.2f} s, at least {limits.min_duration_s:g} s are needed")
     notes = [problem] if problem else account.notes(sink.read_s)
     rate, channels = sink.main_format
@@ -223,7 +223,7 @@ class _Sink:
         self.read_s += seconds
         if self.read_s > self._max_duration_s:
             raise BadAudio(f"is too long: more than {self._max_duration_s:g} s")
-        self._silent_s = 0.0 if samples.any() else self._silent_s + seconds
+        self._silent_s = 0.0 if samples[-1:].any() or samples.any() else self._silent_s + seconds
         self._store(samples, last=False)
 
     def finish(self) -> Samples:
@@ -273,7 +273,7 @@ class _Sink:
             self._n_filled += len(part)
 
     def _check_finite(self, samples: Samples, rate: int) -> None:
-        finite = np.isfinite(samples).all(axis=1)
+        finite = np.isfinite(samples)
         if not finite.all():
-            at_s = self.read_s + int(np.argmin(finite)) / rate
+            at_s = self.read_s + int(np.argmin(finite.all(axis=1))) / rate
             raise BadAudio(f"has a sample that is not a finite number at {at_s:.3f} s")

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pipeline.audio.container import Window, find
 from pipeline.errors import BadAudio
 from pipeline.records import Samples
@@ -87,22 +85,20 @@ class Reader:
         self.has_gaps = False  # something is missing before the end
         self.ends_early = False  # the data ends within a packet, and no header says how much should follow
         self._window = window
+        self._file: Any = None
         self._good_bytes = 0
+        self._is_integer = False
         self._n_sync_words = 0
         self._open()
-        first = self._next()
-        if self.format == "mp3" and first and first.pos and _MP3_INFO.match(bytes(first)):
-            self.close()  # FFmpeg recognizes the header frame at the beginning of the data only
-            self._file.detach()  # without closing the window
-            window.skip = first.pos
+        if self.format == "mp3" and self._first_pos and _MP3_INFO.match(bytes(self._first)):
+            self._window.skip = self._first_pos  # FFmpeg looks for the header frame at the beginning only
             self._open()
-            first = self._next()
-        self._first_pos = first_pos = max(0, first.pos or 0) if first else 0
-        self._first = first
-        self.declared_s = self._declared_s(first_pos)  # None: not stated
-        self._missing_bytes = max(0, self._declared_bytes(first_pos) - window.size)
+        elif self.format == "wav" and self._data_goes_on():
+            self._open({"ignore_length": "1"})
+        self.declared_s = self._declared_s()  # None: not stated
+        self._missing_bytes = max(0, self._declared_bytes() - window.size)
         if self.format in _FRAME_STREAMS:
-            self.begins_late = first_pos > 0
+            self.begins_late = self._first_pos > 0
         else:
             self.begins_late = self._seconds(self._stream.start_time) > _LATE_S
 
@@ -135,21 +131,26 @@ class Reader:
                 yield from self._convert(resampler, None)
                 resampler = av.AudioResampler(format="flt", frame_size=_BLOCK_FRAMES)
                 form = (frame.format.name, frame.layout.name, frame.sample_rate)
+                self._is_integer = frame.format.name.startswith("s")
             yield from self._convert(resampler, frame)
         yield from self._convert(resampler, None)
 
-    def _open(self) -> None:
+    def _open(self, options: dict[str, str] | None = None) -> None:
+        """Open the container, or open it anew, and read the first packet."""
         import av
 
         av.logging.set_level(None)
         self._errors = (av.FFmpegError, ValueError)
+        if self._file is not None:
+            self.close()
+            self._file.detach()  # otherwise it would close the window
         self._window.seek(0)
         self._file = io.BufferedReader(self._window, 1 << 16)
         try:
             self._container = av.open(
                 self._file,
                 mode="r",
-                options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
+                options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"} | (options or {}),
                 metadata_errors="replace",
                 io_open=_refuse,
             )
@@ -168,7 +169,19 @@ class Reader:
         if channels > MAX_CHANNELS:
             raise BadAudio(f"has {channels} channels; up to {MAX_CHANNELS} can be used")
         self.codec = str(self._context.codec.canonical_name)
+        self._time_base_s = float(self._stream.time_base or 0)
         self._packets = self._container.demux(self._stream)
+        self._first = self._next()
+        self._first_pos = max(0, self._first.pos or 0) if self._first else 0
+
+    def _data_goes_on(self) -> bool:
+        """Whether a WAV file has more behind its `data` chunk than in it, and no other chunk there."""
+        start = self._first_pos
+        head = self._window.peek(start - 8, 8)
+        end = start + int.from_bytes(head[4:], "little")
+        behind = self._window.peek(end + end % 2, 4)
+        goes_on = head[:4] == b"data" and end > start and self._window.size - end > end - start
+        return goes_on and not re.match(rb"[ -~]{4}", behind)
 
     def _next(self) -> Any:
         try:
@@ -205,7 +218,8 @@ class Reader:
         if self.format in _FRAME_STREAMS:
             self._finish_frame_stream(last, bad, sizes)
         else:
-            self.ends_early &= self.format == "mov" and not self._stream.frames  # fragments
+            is_cut = self.ends_early and self.format == "mov" and not self._stream.frames  # fragments
+            self.ends_early = is_cut or (bad and self.format == "flac" and self.declared_s is None)
 
     def _is_header_frame(self, packet: Any) -> bool:
         """Whether another MP3 file, joined to the first, begins with this packet, which has no audio then."""
@@ -240,22 +254,22 @@ class Reader:
 
     def _check_bit_stream(self, samples: Samples) -> None:
         """Refuse what FFmpeg tells apart in WAV alone: compressed audio in the place of PCM samples."""
-        if self.read_s < _SYNC_SEARCH_S and not np.any(samples * 32768 % 1):
+        if self._is_integer and self.read_s < _SYNC_SEARCH_S:
             words = (samples * 32768).astype("<i2").tobytes()
             self._n_sync_words += sum(map(words.count, _SYNC_WORDS))
             if self._n_sync_words >= _MIN_SYNC_WORDS:
                 raise BadAudio("holds a DTS or Dolby Digital bit stream where its PCM samples should be")
 
     def _seconds(self, timestamp: int | None) -> float:
-        return float((timestamp or 0) * (self._stream.time_base or 0))
+        return (timestamp or 0) * self._time_base_s
 
-    def _declared_s(self, first_pos: int) -> float | None:
+    def _declared_s(self) -> float | None:
         duration_s = self._seconds(self._stream.duration)
         if self.format == "mp3":
-            before = self._window.peek(first_pos - _HEAD_BYTES, min(first_pos, _HEAD_BYTES))
+            before = self._window.peek(self._first_pos - _HEAD_BYTES, min(self._first_pos, _HEAD_BYTES))
             stated_s = _mp3_declared_s(_MP3_INFO.search(before))
-            if not stated_s or abs(duration_s - stated_s) < _JOINED_SLACK_S:
-                return stated_s and duration_s
+            if stated_s is None or 0 <= stated_s - duration_s < _JOINED_SLACK_S:
+                return None if stated_s is None else duration_s
             return stated_s - _JOINED_SLACK_S
         if self.format in ("asf", "matroska") and not self._container.streams.video:
             duration_s = float(self._container.duration or 0) / 1e6
@@ -265,20 +279,22 @@ class Reader:
         if self.codec == "opus" and self.format == "ogg":
             pre_skip = int.from_bytes((self._context.extradata or b"")[10:12], "little")
             return duration_s - max(0.0, self._seconds(self._stream.start_time)) - pre_skip / 48000
-        return duration_s or None if self.format in _STATE_DURATION else None
+        is_stated = self.format in _STATE_DURATION or (self.format == "caf" and "pcm" not in self.codec)
+        return duration_s or None if is_stated else None
 
-    def _declared_bytes(self, first_pos: int) -> int:
+    def _declared_bytes(self) -> int:
         """The least size that the header states for the data; 0 where it states none."""
         head = self._window.peek(0, _HEAD_BYTES)
-        before = self._window.peek(first_pos - 24, min(first_pos, 24)).rjust(24, b"\0")
+        start = self._first_pos
+        before = self._window.peek(start - 24, min(start, 24)).rjust(24, b"\0")
         if self.format == "wav" and before[16:20] == b"data":
             is_long = head[12:16] == b"ds64"
             (size,) = struct.unpack("<Q", head[28:36]) if is_long else struct.unpack("<I", before[20:])
-            return 0 if size in _STREAMED_SIZES and not is_long else first_pos + int(size)
+            return 0 if size in _STREAMED_SIZES and not is_long else start + int(size)
         if self.format == "w64" and before[:4] == b"data":
-            return first_pos - 24 + int(struct.unpack("<Q", before[16:])[0])
+            return start - 24 + int(struct.unpack("<Q", before[16:])[0])
         if self.format == "caf" and before[8:12] == b"data":
-            return first_pos - 4 + int(struct.unpack(">q", before[12:20])[0])
+            return start - 4 + int(struct.unpack(">q", before[12:20])[0])
         if self.format == "avi":
             return 8 + int(struct.unpack("<I", head[4:8])[0])
         stated = _ASF_FILE_SIZE.search(head) if self.format == "asf" else None

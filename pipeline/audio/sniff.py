@@ -42,7 +42,7 @@ _NOT_AUDIO = {
     "a compressed archive": rb"\x1f\x8b|Rar!|7z\xbc\xaf|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd",
     "a PDF document": rb"%PDF",
     "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM....\0\0\0\0",
-    "text": rb"[\t\n\r -~\x80-\xf7]+\Z",
+    "text": rb"[\t\n\r -~\x80-\xf7]+\Z|(\xff\xfe)([\t\n\r -~]\0)+\Z",
     "filled with zeros": rb"\0+\Z",
 }
 
@@ -75,13 +75,15 @@ def is_container(head: bytes) -> bool:
 
 def describe(head: bytes) -> str:
     """How a refusal goes on for a file that begins with `head` and can't be decoded; empty if unknown."""
-    for what, pattern in _NOT_AUDIO.items():
-        if _matches(pattern, head):
-            return f": it is {what}"
+    if not head:
+        return ": it holds nothing but tags"
     for name, pattern in _CONTAINERS.items():
         if _matches(pattern, head):
             index = ", or its index (moov) is missing because the file is cut off" if name == "MP4" else ""
             return f": it begins as {name}, but its header is damaged or incomplete{index}"
+    for what, pattern in _NOT_AUDIO.items():
+        if _matches(pattern, head):
+            return f": it is {what}"
     return ""
 
 
