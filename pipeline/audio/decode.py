@@ -40,7 +40,7 @@ from pipeline.records import Audio, Samples, SourceInfo
 
 SLAB_FRAMES = 1 << 17  # large enough for the allocator to hand each slab back to the system
 MISSING_SHARE, MISSING_LEAST_S, MISSING_MOST_S = 0.01, 0.1, 5.0  # what may be missing: see above
-NOTED_S = 0.02  # below the length of a frame of any codec
+NOTED_S = 0.025  # a block of Vorbis that the start of a recording costs is shorter, a frame of MP3 longer
 NOTED_SILENCE_SHARE, NOTED_SILENCE_S = 0.1, 1.0
 _HEAD_BYTES = 4096
 

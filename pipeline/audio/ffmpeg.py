@@ -32,7 +32,7 @@ _STATE_END = {"au", "mov", "ogg"}
 _FRAME_STREAMS = {"aac", "mp3"}
 _JOINED_SLACK_S = 0.2  # at most encoder delay and padding, which FFmpeg does not remove from joined files
 _ASF_SLACK_S = 0.1  # padding of packets that the duration includes
-_PADDING_BYTES = 1 << 16  # of zeros behind a stream of frames that count as padding
+_PADDING_BYTES = 1 << 12  # of zeros behind a stream of frames that count as padding
 _LATE_S = 0.5  # a stream whose first timestamp is later was recorded from the middle of a broadcast
 _GAP_S = 0.02
 # The header frame of an MP3 file: MPEG version, sample rate, number of frames by Xing and LAME or Fraunhofer.
