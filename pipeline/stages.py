@@ -19,7 +19,7 @@ from pipeline.records import Audio, Embedding, Variation, VariationRequest
 
 STAGES = ("normalize", "embed", "generate")  # their order
 NORMALIZE_VERSION = "2"  # raised when the same bytes would be normalized to other samples
-OUTPUT_VERSION = "1"  # raised when the same variation would be written as other bytes
+OUTPUT_VERSION = "2"  # raised when the same variation would be written as other bytes
 SILENT_BELOW_DBFS = -80.0  # a variation whose peak is lower has nothing in it
 UNIT_LENGTH_TOLERANCE = 1e-4
 

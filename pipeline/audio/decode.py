@@ -1,8 +1,9 @@
 """Decoding of an audio file of any kind to samples at one rate, within limits.
 
-FFmpeg is the only decoder; the first bytes decide about the format, never the name. Each block is mixed down
-to at most two channels, checked and resampled before the next one is read, so that memory holds the result
-and little else, however far a small file unpacks.
+FFmpeg is the decoder, and libsndfile is that of the few Ogg Vorbis files that FFmpeg does not open. The first
+bytes decide about the format, never the name. Each block is mixed down to at most two channels, checked and
+resampled before the next one is read, so that memory holds the result and little else, however far a small
+file unpacks.
 
 What is accepted:
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -34,6 +35,7 @@ from pipeline.audio.container import Part, Window, parts, read_at
 from pipeline.audio.downmix import downmix_matrix, mix_down
 from pipeline.audio.ffmpeg import Block, Reader, UndecodableError
 from pipeline.audio.resampling import QUALITY
+from pipeline.audio.sndfile import SndfileReader
 from pipeline.audio.sniff import describe
 from pipeline.errors import BadAudio
 from pipeline.records import Audio, Samples, SourceInfo
@@ -90,7 +92,7 @@ def decode_file(
     for part in found:
         window = Window(file, part)
         try:
-            with contextlib.closing(Reader(window)) as reader:
+            with contextlib.closing(_open(window)) as reader:
                 for block in reader.blocks():
                     sink.add(block)
                 account.add(part, reader)
@@ -116,6 +118,17 @@ def decode_file(
     return Audio(sink.finish(), sample_rate), info
 
 
+def _open(window: Window) -> Reader | SndfileReader:
+    try:
+        return Reader(window)
+    except UndecodableError as e:
+        if window.peek(0, 4) != b"OggS":
+            raise
+        with contextlib.suppress(UndecodableError):
+            return SndfileReader(window)
+        raise e
+
+
 def _not_audio(file: BinaryIO, part: Part) -> str:
     start, end = part.stretches[0]
     return "is not audio in a format that can be read" + describe(
@@ -138,7 +151,7 @@ class _Account:
     ends_early: str = ""  # what is incomplete where nothing tells how much is missing
     ends_unmarked: bool = False
 
-    def add(self, part: Part, reader: Reader) -> None:
+    def add(self, part: Part, reader: Reader | SndfileReader) -> None:
         self.codec = self.codec or reader.codec
         self.missing_s += reader.missing_s
         self.bad_bytes += reader.bad_bytes
@@ -185,10 +198,9 @@ class _Sink:
     """Mixes down, checks and resamples block after block, and holds the result."""
 
     def __init__(self, sample_rate: int, max_duration_s: float) -> None:
-        self.read_s = 0.0
         self._sample_rate = sample_rate
         self._max_duration_s = max_duration_s
-        self._formats: dict[tuple[int, int], float] = {}  # seconds by sample rate and channel count
+        self._n_read: Counter[tuple[int, int]] = Counter()  # samples by sample rate and channel count
         self._silent_s = 0.0  # digital silence since the last sound
         self._format: tuple[int, tuple[str, ...]] | None = None
         self._matrix: Samples | None = None
@@ -197,13 +209,21 @@ class _Sink:
         self._n_filled = 0  # samples in the last slab
 
     @property
+    def read_s(self) -> float:
+        return sum(n / rate for (rate, _), n in self._n_read.items())
+
+    @property
     def main_format(self) -> tuple[int, int]:
         """The sample rate in Hz and the number of channels of the longest part of the file."""
-        return max(self._formats, key=lambda form: self._formats[form])
+        return max(self._n_read, key=lambda form: self._n_read[form] / form[0])
 
     def notes(self) -> list[str]:
         notes = []
-        formats = [f"{rate} Hz, {n} ch" for (rate, n), s in self._formats.items() if s > MISSING_LEAST_S]
+        formats = [
+            f"{rate} Hz, {channels} ch"
+            for (rate, channels), n in self._n_read.items()
+            if n > MISSING_LEAST_S * rate
+        ]
         if len(formats) > 1:
             notes.append(f"the format changes on the way: {'; '.join(formats)}")
         if self._silent_s > max(NOTED_SILENCE_S, NOTED_SILENCE_SHARE * self.read_s):
@@ -214,16 +234,13 @@ class _Sink:
         samples, rate, names = block
         if self._format != (rate, names):
             self._begin(rate, names)
-        seconds = len(samples) / rate
-        form = rate, len(names)
-        self._formats[form] = self._formats.get(form, 0.0) + seconds
         if self._matrix is not None:
             samples = mix_down(samples, self._matrix)
         self._check_finite(samples, rate)
-        self.read_s += seconds
+        self._n_read[rate, len(names)] += len(samples)
         if self.read_s > self._max_duration_s:
             raise BadAudio(f"is too long: more than {self._max_duration_s:g} s")
-        self._silent_s = 0.0 if samples[-1:].any() or samples.any() else self._silent_s + seconds
+        self._silent_s = 0.0 if samples[-1:].any() or samples.any() else self._silent_s + len(samples) / rate
         self._store(samples, last=False)
 
     def finish(self) -> Samples:
