@@ -28,6 +28,7 @@ def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
             "sample_rate": source.sample_rate,
             "channels": source.channels,
             "codec": source.codec,
+            **({"notes": list(source.notes)} if source.notes else {}),
         },
         "duration_s": normalized.duration_s,
         "sample_rate": normalized.sample_rate,
