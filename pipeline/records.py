@@ -61,7 +61,8 @@ class SourceInfo:
     duration_s: float
     sample_rate: int  # Hz
     channels: int
-    codec: str  # "flac", "mp3", "aac", "pcm_s24le", ...: shown to people, never decided on
+    codec: str  # "flac", "mp3", "aac", "pcm_s24le", ...: for people, not for decisions
+    notes: tuple[str, ...] = ()  # what was missing, damaged or unusual and accepted nevertheless
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,13 @@ Json = dict[str, Any]
 def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
     """The source file's properties and those of the normalized audio."""
     return {
-        "source": {**vars(source), "duration_s": round(source.duration_s, 6)},
+        "source": {
+            "duration_s": round(source.duration_s, 6),
+            "sample_rate": source.sample_rate,
+            "channels": source.channels,
+            "codec": source.codec,
+            **({"notes": list(source.notes)} if source.notes else {}),
+        },
         "duration_s": normalized.duration_s,
         "sample_rate": normalized.sample_rate,
         "channels": normalized.channels,
