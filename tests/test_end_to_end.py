@@ -234,7 +234,7 @@ def test_the_inbox_named_as_the_folder_is_still_the_inbox(home: Home, once: Once
     assert [str(p.relative_to(home.inbox)) for p in home.inbox.rglob("*.wav")] == ["done/a.wav"]
 
 
-def test_after_delete_removes_the_source_and_its_results_stand(
+def test_after_delete_removes_the_source_and_a_requeue_without_it_is_refused(
     home: Home, once: Once, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.configure(intake={"settle_s": 0, "after": "delete"})
@@ -244,10 +244,10 @@ def test_after_delete_removes_the_source_and_its_results_stand(
     before = contents(home.outbox)
     assert len(before) == 3
 
-    assert run(capsys, monkeypatch, home, "requeue", "gone", "--stage", "generate").code == 0
-    ran = once()
+    refused = run(capsys, monkeypatch, home, "requeue", "gone", "--stage", "generate")
 
-    assert ran.code == 1
-    assert "put it in the inbox again" in ran.err
+    assert (refused.code, refused.out) == (1, "")
+    assert "its source is gone" in refused.err
+    assert once().code == 0
     assert contents(home.outbox) == before
     assert home.manifest()["source"]["name"] == "gone.wav"

@@ -275,6 +275,14 @@ def test_plan_knows_what_is_done_and_what_a_change_makes_new(
     assert "song.wav: the configuration has changed: 1 variations" in pipeline("plan", folder).out
 
 
+def test_plan_names_the_conflict_copies_of_sync_tools(home: Home, pipeline: Pipeline) -> None:
+    write_music(home.inbox / "song (conflicted copy 2024-01-01).wav", seed=1)
+    write_music(home.inbox / "song.wav")
+    planned = {line.split(": ")[0]: line for line in pipeline("plan").out.splitlines()}
+    assert "a track of its own" in planned["song (conflicted copy 2024-01-01).wav"]
+    assert "a track of its own" not in planned["song.wav"]
+
+
 def test_show_tells_all_of_one_track_by_name_or_hash(processed: Home, pipeline: Pipeline) -> None:
     sha256 = processed.manifest()["source"]["sha256"]
     facts = json.loads(pipeline("show", sha256[:8], "--json").out)
@@ -341,15 +349,18 @@ def test_retry_takes_failed_tracks_again_and_a_mended_cause_lets_them_pass(
     assert pipeline("retry").out == "nothing has failed\n"
 
 
-def test_retry_of_a_track_without_its_source_forgets_nothing_of_it(home: Home, pipeline: Pipeline) -> None:
-    home.configure(intake={"settle_s": 0, "after": "delete"})
-    write_music(home.inbox / "song.wav")
-    pipeline("once")
+def test_a_source_that_goes_after_the_requeue_fails_the_track_and_retry_forgets_nothing_of_it(
+    processed: Home, pipeline: Pipeline
+) -> None:
+    before = contents(processed.outbox)
     pipeline("requeue", "song.wav", "--stage", "generate")
-    assert pipeline("once").code == 1  # the source was deleted, as asked
+    (processed.inbox / "done" / "song.wav").unlink()
+    ended = pipeline("once")
+    assert (ended.code, "put it in the inbox again" in ended.err) == (1, True)
 
     assert "song.wav: queued again" in pipeline("retry").out
 
+    assert contents(processed.outbox) == before
     assert pipeline("show", "song.wav").code == 0
 
 
@@ -377,6 +388,15 @@ def test_requeue_of_a_stage_makes_it_again_alone_with_the_same_bytes(
 
 
 # -- doctor and models -----------------------------------------------------------------------------
+
+
+def test_requeue_of_a_track_without_its_source_is_refused(processed: Home, pipeline: Pipeline) -> None:
+    (processed.inbox / "done" / "song.wav").unlink()
+    for words in (["requeue", "song.wav"], ["requeue", "song.wav", "--stage", "generate"]):
+        ended = pipeline(*words)
+        assert (ended.code, ended.out) == (1, "")
+        assert ended.err == "song.wav: its source is gone, so it can't be processed again\n"
+    assert "1 done" in pipeline("status").out
 
 
 def test_doctor_finds_an_altered_file_and_requeue_mends_it(processed: Home, pipeline: Pipeline) -> None:
@@ -444,20 +464,21 @@ def test_gc_says_what_it_would_remove_and_removes_just_that(home: Home, pipeline
     assert pipeline("once").out.startswith("0 done")  # what was removed on purpose is not made again
 
 
-@pytest.mark.parametrize("size", [4096, 200])  # the first page alone, and less than a page
-def test_doctor_names_a_damaged_database_and_checks_the_rest(
-    processed: Home, pipeline: Pipeline, size: int
+def test_with_a_damaged_database_nothing_is_processed_and_doctor_says_what_to_do(
+    processed: Home, pipeline: Pipeline
 ) -> None:
-    database = processed.folder / "state" / "pipeline.db"
-    database.write_bytes(b"not a database" * 1000 if size == 200 else database.read_bytes()[:size])
+    write_music(processed.inbox / "new.wav", seed=7)
+    (processed.folder / "state" / "pipeline.db").write_bytes(b"this is no database " * 1000)
 
-    ended = pipeline("doctor")
-
-    assert (ended.code, ended.err) == (1, "")
-    [line] = [line for line in ended.out.splitlines() if line.startswith("bad")]
-    assert line.startswith(f"bad   database: {database} is damaged (")
-    assert "move it away" in line
-    assert "ok    generate uses: remix" in ended.out
+    for command in ("once", "status"):
+        ran = pipeline(command)
+        assert (ran.code, ran.err.count("\n")) == (4, 1)
+        assert "pipeline.db is damaged" in ran.err
+    doctor = pipeline("doctor")
+    assert doctor.code == 1
+    assert "bad   database: the database" in doctor.out
+    assert "ok    decoders" in doctor.out
+    assert (processed.inbox / "new.wav").exists()
 
 
 def test_doctor_goes_on_after_a_check_that_failed(home: Home, pipeline: Pipeline) -> None:
