@@ -203,7 +203,7 @@ def test_an_outbox_that_is_a_file_is_4(home: Home, pipeline: Pipeline, verb: str
     home.outbox.write_text("not a folder")
     ended = pipeline(verb)
     assert ended.code == 4
-    assert str(home.outbox) in ended.err
+    assert ended.err == f"the outbox {home.outbox} (folders.outbox) can't be used: it is not a folder\n"
 
 
 def test_folders_in_one_another_are_4(home: Home, pipeline: Pipeline) -> None:
