@@ -144,7 +144,7 @@ Gigabytes = Annotated[float, Field(ge=0)] | None
 
 
 class Retention(Section):
-    """What `gc` may remove; None: nothing for that reason."""
+    """Limits beyond which `gc` removes files; None: no limit."""
 
     work_days: Days = 7.0
     archive_days: Days = None
@@ -155,7 +155,7 @@ class Retention(Section):
 
 
 class Config(Section):
-    """All of it."""
+    """The whole configuration."""
 
     # model_construct: validating the defaults would build each section's schema at import.
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"

@@ -160,7 +160,7 @@ def test_weights_of_demucs_are_looked_for_without_importing_anything(
     assert any("database" in line for line in said)
 
 
-def test_what_a_killed_run_left_in_memory_is_told_and_removed_once_nobody_goes_on_with_it(
+def test_what_a_killed_run_left_in_memory_is_reported_and_removed_once_nobody_goes_on_with_it(
     home: Home, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shm, "ROOT", tmp_path)
@@ -231,7 +231,7 @@ def test_status_before_the_first_run_has_the_same_keys_as_after(home: Home, pipe
     assert before.keys() == after.keys()
 
 
-def test_status_tells_of_failures(processed: Home, pipeline: Pipeline) -> None:
+def test_status_shows_failures(processed: Home, pipeline: Pipeline) -> None:
     facts = json.loads(pipeline("status", "--json").out)
 
     assert facts["tracks"] == {"queued": 0, "running": 0, "done": 1, "failed": 1}
@@ -243,7 +243,7 @@ def test_status_tells_of_failures(processed: Home, pipeline: Pipeline) -> None:
     assert f"letter.mp3 in normalize after 1 attempts: {failure['error']}" in text
 
 
-def test_status_knows_whether_an_instance_is_at_work(processed: Home, pipeline: Pipeline) -> None:
+def test_status_knows_whether_an_instance_is_running(processed: Home, pipeline: Pipeline) -> None:
     assert "no instance is running" in pipeline("status").out
     with (processed.folder / "state" / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -283,7 +283,7 @@ def test_plan_names_the_conflict_copies_of_sync_tools(home: Home, pipeline: Pipe
     assert "a track of its own" not in planned["song.wav"]
 
 
-def test_show_tells_all_of_one_track_by_name_or_hash(processed: Home, pipeline: Pipeline) -> None:
+def test_show_has_everything_about_one_track_by_name_or_hash(processed: Home, pipeline: Pipeline) -> None:
     sha256 = processed.manifest()["source"]["sha256"]
     facts = json.loads(pipeline("show", sha256[:8], "--json").out)
 
@@ -515,7 +515,7 @@ def test_models_says_what_is_not_here_and_how_to_get_it(
 # -- the daemon ------------------------------------------------------------------------------------
 
 
-def test_watch_takes_what_arrives_and_ends_with_0_when_told_to_stop(home: Home) -> None:
+def test_watch_takes_what_arrives_and_ends_with_0_when_asked_to_stop(home: Home) -> None:
     command = [sys.executable, str(ROOT / "run_pipeline.py"), *home.arguments("watch")]
     with (home.folder / "said").open("w") as said:
         child = subprocess.Popen(command, stderr=said, stdout=said)
