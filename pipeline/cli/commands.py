@@ -10,7 +10,7 @@ import logging
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.app import App
-from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
+from pipeline.errors import AlreadyRunning, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
 from pipeline.records import Stage
@@ -125,10 +125,11 @@ def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all tracks that are ready, then end."""
     from pipeline.cli.status import summary
     from pipeline.service.loop import run_once
+    from pipeline.service.signals import Signals
     from pipeline.session import open_session
 
     app = _app(context)
-    with open_session(app, _input_folder(app, folder)) as session:
+    with open_session(app, _input_folder(app, folder), Signals()) as session, session.signals.on_signals():
         try:
             scan_result = run_once(session)
         except Stopped:
@@ -136,31 +137,20 @@ def once(context: typer.Context, folder: Folder = None) -> int:
             return 128 + (session.signals.stopped_by or signal.SIGINT)
         result = session.processor.runner.result
     typer.echo(summary(result, scan_result, app.workspace.outbox))
-    return (
-        SOME_FAILED
-        if result.failed or scan_result.failed or scan_result.unreadable or scan_result.read_errors
-        else ALL_DONE
-    )
+    unfinished = scan_result.failed or scan_result.read_errors or result.postponed_until is not None
+    return SOME_FAILED if result.failed or unfinished else ALL_DONE
 
 
 @cli.command()
 def watch(context: typer.Context) -> int:
     """Keep running and process what arrives in the inbox."""
-    from pipeline.service.loop import Watch
-    from pipeline.session import open_session, wait_for_space
+    from pipeline.service.signals import Signals
+    from pipeline.session import watch_inbox
 
-    app = _app(context)
-    while True:
-        try:
-            with open_session(app, app.workspace.input_folder, is_watching=True) as session:
-                Watch(session).run()
-                log.info("stopped")
-            return ALL_DONE
-        except DiskFull as e:  # at start-up; once the session is open, the loop itself waits
-            if not wait_for_space(app, e):
-                return ALL_DONE
-            with suppress(PipelineError):  # a SIGHUP may have arrived during the wait
-                app = app.reopened()
+    signals = Signals()
+    with signals.on_signals(hangup_reloads=True):  # first, so that an early SIGHUP does not end the process
+        watch_inbox(_app(context), signals)
+    return ALL_DONE
 
 
 @cli.command()

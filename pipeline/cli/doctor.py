@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.app import App
 from pipeline.engines import cards
+from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
 from pipeline.errors import PipelineError, os_reason
 from pipeline.maintenance.reconcile import Finding, reconcile
@@ -84,13 +84,8 @@ def _engines(app: App) -> Iterator[Check]:
             yield Check("note", f"{card.stage} engine {card.name}", text)
         else:
             yield Check("ok", f"{card.stage} engine {card.name}", card.summary)
-        if found := card.last_check(folder):
+        if card.upkeep and (found := card.upkeep.last_start(folder)):
             yield Check("ok", f"{card.name} at its last start", found)
-        for leftover in card.leftovers(folder):
-            with suppress(OSError):  # a run that has just begun removes it
-                size = sum(512 * path.lstat().st_blocks for path in leftover.iterdir())
-                text = f"{leftover} has {size / 1e6:.0f} MB of a killed run, for the next to use or remove"
-                yield Check("note", f"{card.name} left behind", text)
 
 
 def _choice(app: App, stage: Literal["embed", "generate"]) -> Iterator[Check]:
@@ -98,6 +93,8 @@ def _choice(app: App, stage: Literal["embed", "generate"]) -> Iterator[Check]:
     choice = app.choice(stage)
     where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""
     yield Check("ok", f"{stage} uses", f"{choice.card.name}: {choice.why}{where}")
+    if "torch" in choice.card.packages:
+        check_device(app.config.device)
     if choice.needs_weights:
         text = f"{choice.model} is not on this machine yet: {hub.FETCH_COMMAND}"
         yield Check("note", f"{stage} weights", text)

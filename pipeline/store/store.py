@@ -279,6 +279,13 @@ class Store:
         row = self._db.execute(sql, _arguments(folder)).fetchone()
         return None if row[0] is None else float(row[0])
 
+    def end_waits(self, *, after: float) -> None:
+        """Make queued tracks that wait for a time later than `after` due."""
+        with self.transaction():
+            self._db.execute(
+                "UPDATE tracks SET not_before = 0 WHERE state = 'queued' AND not_before > ?", [after]
+            )
+
     def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
         self._db.execute(
             "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"

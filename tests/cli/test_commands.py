@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from home_folder import FAR, NEAR, ROOT, Home, Ran, contents, run, sha256_of, wr
 import pipeline as pipeline_package
 from pipeline.cli.commands import main
 from pipeline.config import load_config
-from pipeline.engines.musicgen import shm
 
 Pipeline = Callable[..., Ran]
 PATIENCE_S = 60.0  # for a child that is at work; ends a test that would hang
@@ -158,26 +156,6 @@ def test_weights_of_demucs_are_looked_for_without_importing_anything(
     assert any("generate uses: musicgen" in line for line in said)
     assert any(line.startswith("bad") and "hf download" in line for line in said)
     assert any("database" in line for line in said)
-
-
-def test_what_a_killed_run_left_in_memory_is_reported_and_removed_once_nobody_goes_on_with_it(
-    home: Home, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shm, "ROOT", tmp_path)
-    write_music(home.inbox / "song.wav")
-    left = shm.folder_of(home.folder / "state" / "engines" / "musicgen")
-    left.mkdir(mode=0o700)
-    (left / "row-keys").write_bytes(bytes(2_000_000))
-    assert f"{left} has 2 MB of a killed run" in " ".join(pipeline("doctor").out.split())
-    handle = os.open(left, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)  # a run has it
-    assert "killed run" not in pipeline("doctor").out
-    assert pipeline("once").code == 0
-    assert left.exists()
-    os.close(handle)
-    assert pipeline("once").code == 0
-    assert not left.exists()
-    assert "killed run" not in pipeline("doctor").out
 
 
 @pytest.mark.parametrize("verb", ["once", "watch"])
@@ -479,6 +457,22 @@ def test_with_a_damaged_database_nothing_is_processed_and_doctor_says_what_to_do
     assert "bad   database: the database" in doctor.out
     assert "ok    decoders" in doctor.out
     assert (processed.inbox / "new.wav").exists()
+
+
+@pytest.mark.parametrize("size", [4096, 200])  # the first page alone, and less than a page
+def test_doctor_names_a_damaged_database_and_checks_the_rest(
+    processed: Home, pipeline: Pipeline, size: int
+) -> None:
+    database = processed.folder / "state" / "pipeline.db"
+    database.write_bytes(b"not a database" * 1000 if size == 200 else database.read_bytes()[:size])
+
+    ended = pipeline("doctor")
+
+    assert (ended.code, ended.err) == (1, "")
+    [line] = [line for line in ended.out.splitlines() if line.startswith("bad")]
+    assert line.startswith(f"bad   database: the database {database} is damaged (")
+    assert "move it away" in line
+    assert "ok    generate uses: remix" in ended.out
 
 
 def test_doctor_goes_on_after_a_check_that_failed(home: Home, pipeline: Pipeline) -> None:
