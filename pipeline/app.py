@@ -7,27 +7,25 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings
-from pipeline.engines.loading import Engines, LoadedEngines
-from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
-from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
-from pipeline.intake.ingest import Ingest
-from pipeline.intake.scanner import Scanner, ScanRules
-from pipeline.intake.settling import Settling
-from pipeline.intake.watcher import Watcher
-from pipeline.outbox.outbox import Outbox
-from pipeline.plan import Recipe, plan_variations
-from pipeline.progress import Reporter
-from pipeline.runner.runner import Runner
-from pipeline.service.loop import Processor
-from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.weights import hub
 from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
+
+if TYPE_CHECKING:
+    from pipeline.engines.loading import Engines
+    from pipeline.engines.selection import Choice
+    from pipeline.fs.mounts import Mount
+    from pipeline.intake.scanner import Scanner
+    from pipeline.intake.watcher import Watcher
+    from pipeline.plan import Recipe
+    from pipeline.progress import Reporter
+    from pipeline.runner.runner import Runner
+    from pipeline.service.loop import Processor
+    from pipeline.service.signals import Signals
 
 log = logging.getLogger("pipeline")
 
@@ -74,6 +72,8 @@ class App:
         return self.choice("embed"), self.choice("generate")
 
     def choice(self, stage: Literal["embed", "generate"]) -> Choice:
+        from pipeline.engines.selection import select_engine
+
         section = self.config.embed if stage == "embed" else self.config.generate
         return select_engine(stage, section.engine, self.settings(section))
 
@@ -83,6 +83,8 @@ class App:
         Raises:
             MissingPackage, MissingWeights: it does not.
         """
+        from pipeline.plan import plan_variations
+
         settings = self.settings(self.config.generate)
         if upkeep := generator.card.upkeep:
             for planned in plan_variations(self.config.generate, generator.card):
@@ -90,6 +92,8 @@ class App:
 
     @cached_property
     def recipe(self) -> Recipe:
+        from pipeline.plan import Recipe
+
         embedder, generator = self.choices()
         self.check_variations(generator)
         return Recipe(self.config, embedder, generator)
@@ -101,6 +105,8 @@ class App:
             MissingWeights: they can't be downloaded now.
             MissingPackage, MissingWeights: see `check_variations`, which comes before any download.
         """
+        from pipeline.weights import hub
+
         choices = self.choices()
         self.check_variations(choices[1])
         revisions = (self.config.embed.revision, self.config.generate.revision)
@@ -122,6 +128,8 @@ class App:
 
     def engines(self, earlier: Engines | None = None) -> Engines:
         """The chosen engines; those that are loaded already stay if nothing about them has changed."""
+        from pipeline.engines.loading import LoadedEngines
+
         recipe = self.recipe
         for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
             model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
@@ -157,6 +165,13 @@ class App:
 
         `earlier` is the runner of the configuration before: it passes its loaded engines on.
         """
+        from pipeline.fs.mounts import clock_is_ours
+        from pipeline.intake.ingest import Ingest
+        from pipeline.intake.settling import Settling
+        from pipeline.outbox.outbox import Outbox
+        from pipeline.runner.runner import Runner
+        from pipeline.service.loop import Processor
+
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox)
         intake = self.config.intake
@@ -186,12 +201,17 @@ class App:
         return Processor(ingest, runner)
 
     def scanner(self, folder: InputFolder) -> Scanner:
+        from pipeline.intake.scanner import Scanner, ScanRules
+
         intake = self.config.intake
         rules = ScanRules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
         return Scanner(folder.path, rules)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""
+        from pipeline.fs.mounts import needs_polling
+        from pipeline.intake.watcher import Watcher
+
         wanted = self.config.intake.watch
         reasons = map(needs_polling, _mounts(self.workspace.inbox) if wanted == "auto" else ())
         reason = next(filter(None, reasons), None)
@@ -204,4 +224,6 @@ class App:
 
 def _mounts(folder: Path) -> list[Mount | None]:
     """The file system that a folder is on, and those mounted inside it."""
+    from pipeline.fs.mounts import mount_of, mounts_below
+
     return [mount_of(folder), *mounts_below(folder)]

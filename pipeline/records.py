@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pipeline.errors import PipelineError
 
-Samples = NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Samples: TypeAlias = "NDArray[np.float32]"
 SILENT_BELOW_DBFS = -80.0  # a variation with a lower peak counts as silent
 UNIT_LENGTH_TOLERANCE = 1e-4  # of an embedding vector
 
@@ -46,6 +47,8 @@ class Audio:
 
     def mono(self) -> Samples:
         """The mean of the channels, float32, (samples,)."""
+        import numpy as np
+
         if self.channels == 1:
             return np.asarray(self.samples[0])
         return np.asarray(self.samples.mean(axis=0, dtype=np.float32))

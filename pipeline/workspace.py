@@ -14,8 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
 
-import numpy as np
-
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
 from pipeline.fs.disk import environment_error
@@ -176,6 +174,8 @@ class Scratch:
 
     def save_normalized(self, key: str, audio: Audio) -> None:
         """Store normalized audio under its unit's key, whole or not at all."""
+        import numpy as np
+
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "normalized.part"
         with _removed_on_error(temporary), temporary.open("wb") as file:
@@ -187,6 +187,8 @@ class Scratch:
 
     def load_normalized(self, key: str, sample_rate: int) -> Audio | None:
         """The audio of `save_normalized`, mapped into memory and read-only; None if there is none."""
+        import numpy as np
+
         try:
             samples = np.load(self._normalized(key), mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:

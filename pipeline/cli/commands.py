@@ -16,29 +16,25 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.app import App
-from pipeline.cli.doctor import run_checks
-from pipeline.cli.models import model_lines, wanted_models
-from pipeline.cli.status import plan_lines, show_facts, show_text, status_facts, status_text, summary
 from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
-from pipeline.intake.archive import restore_to_inbox
-from pipeline.maintenance.retention import collect
 from pipeline.records import Stage
-from pipeline.service.loop import Watch, run_once
-from pipeline.session import open_session, wait_for_space
-from pipeline.store.schema import UNREADABLE, TrackState
 from pipeline.workspace import InputFolder
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 
 log = logging.getLogger("pipeline")
-cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-models = typer.Typer(no_args_is_help=True, help="List and download the models' weights.")
+cli = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+models = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List and download the models' weights."
+)
 cli.add_typer(models, name="models")
 
 
-def main(default_home: Path) -> int:
+def main(default_home: Path | None) -> int:
     """Run a command; returns the exit code of the contract (README, "Exit codes")."""
     try:
         result = cli(standalone_mode=False, obj={"default_home": default_home}, prog_name="run_pipeline.py")
@@ -97,6 +93,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other progr
 @cli.command()
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all tracks that are ready, then end."""
+    from pipeline.cli.status import summary
+    from pipeline.service.loop import run_once
+    from pipeline.session import open_session
+
     app = _app(context)
     with open_session(app, _input_folder(app, folder)) as session:
         try:
@@ -116,6 +116,9 @@ def once(context: typer.Context, folder: Folder = None) -> int:
 @cli.command()
 def watch(context: typer.Context) -> int:
     """Keep running and process each track that arrives in the inbox."""
+    from pipeline.service.loop import Watch
+    from pipeline.session import open_session, wait_for_space
+
     app = _app(context)
     while True:
         try:
@@ -133,6 +136,8 @@ def watch(context: typer.Context) -> int:
 @cli.command()
 def plan(context: typer.Context, folder: Folder = None) -> int:
     """Show what `once` would do now and why, without doing it."""
+    from pipeline.cli.status import plan_lines
+
     app = _app(context)
     for line in plan_lines(app, _input_folder(app, folder)):
         typer.echo(line)
@@ -142,6 +147,8 @@ def plan(context: typer.Context, folder: Folder = None) -> int:
 @cli.command()
 def status(context: typer.Context, as_json: AsJson = False) -> int:
     """Show how many tracks are in each state, what is running, the queue and the last failures."""
+    from pipeline.cli.status import status_facts, status_text
+
     facts = status_facts(_app(context))
     typer.echo(_json(facts) if as_json else status_text(facts))
     return ALL_DONE
@@ -150,6 +157,8 @@ def status(context: typer.Context, as_json: AsJson = False) -> int:
 @cli.command()
 def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
     """Show one track: its stages, attempts, errors and files."""
+    from pipeline.cli.status import show_facts, show_text
+
     facts = show_facts(_app(context), track)
     typer.echo(_json(facts) if as_json else show_text(facts))
     return ALL_DONE
@@ -158,6 +167,9 @@ def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
 @cli.command()
 def retry(context: typer.Context, tracks: Tracks = None) -> int:
     """Queue failed tracks again."""
+    from pipeline.intake.archive import restore_to_inbox
+    from pipeline.store.schema import UNREADABLE, TrackState
+
     store = _app(context).open_store()
     found = [store.find(name) for name in tracks] if tracks else store.tracks(TrackState.FAILED)
     for track in found:
@@ -201,6 +213,8 @@ def doctor(
     ] = False,
 ) -> int:
     """Check the configuration, folders, disk, decoders, engines, database and outbox."""
+    from pipeline.cli.doctor import run_checks
+
     app = _app(context)
     worst = ALL_DONE
     with app.workspace.locked() if repair else nullcontext():
@@ -216,6 +230,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option(help="List what would be removed, and remove nothing.")] = False,
 ) -> int:
     """Remove old working copies, sources and results as `retention` in the configuration says."""
+    from pipeline.maintenance.retention import collect
+
     app = _app(context)
     store = app.open_store()
     removals = collect(store, app.workspace, app.config.retention, now=time.time(), dry_run=dry_run)
@@ -230,6 +246,8 @@ def gc(
 @models.command("list")
 def models_list(context: typer.Context) -> int:
     """List the models whose weights are on this machine."""
+    from pipeline.cli.models import model_lines
+
     for line in model_lines(_app(context)):
         typer.echo(line)
     return ALL_DONE
@@ -238,6 +256,7 @@ def models_list(context: typer.Context) -> int:
 @models.command("fetch")
 def models_fetch(context: typer.Context, names: Annotated[list[str] | None, typer.Argument()] = None) -> int:
     """Download weights ahead of time; default: those that the configuration can use."""
+    from pipeline.cli.models import wanted_models
     from pipeline.weights import hub
 
     for model, revision, terms, layout in wanted_models(_app(context), names):

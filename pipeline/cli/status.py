@@ -69,11 +69,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
 def _planned(store: Store | None, scanned: ScannedFile, recipe: Recipe) -> str:
     """What `once` would do with one file, and why."""
     known = store.file_at(scanned.path) if store else None
-    is_same = known is not None and (known.size, known.mtime_ns, known.inode) == (
-        scanned.size,
-        scanned.mtime_ns,
-        scanned.inode,
-    )
+    is_same = known is not None and known.identity == scanned.identity
     if store is None or known is None or not is_same or known.moved_to is not None:
         return "new: normalize, embed, generate" if scanned.marked else "waits for its marker file"
     track = store.track(known.sha256)

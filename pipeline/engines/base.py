@@ -76,7 +76,7 @@ class Embedder(Protocol):
 class Params(BaseModel):
     """Base of an engine's per-variation parameters: closed, immutable, with ranges and defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class NoParams(Params):

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import audio
 from pipeline.fs.copying import FileIdentity
 from pipeline.fs.names import printable
 from pipeline.fs.walk import FoundFile, Walk
@@ -141,6 +140,8 @@ class Scanner:
 
 def _may_be_audio(name: str, folder_fd: int) -> bool:
     """By the ending of its name or by its first bytes."""
+    from pipeline import audio
+
     if audio.looks_like_audio(b"", name):
         return True
     try:

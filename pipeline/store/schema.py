@@ -19,9 +19,6 @@ from pipeline.fs.copying import FileIdentity
 
 UNREADABLE = "intake"  # the stage of a track that stands for a file that can't be read and has no hash
 
-APPLIED_MIGRATIONS = """CREATE TABLE IF NOT EXISTS _sqlite_migrations (
-    id INTEGER PRIMARY KEY, migration_set TEXT, name TEXT, applied_at TEXT
-)"""
 MIGRATIONS = {  # statements by name, in their order
     "m001_first": (
         """CREATE TABLE tracks (

@@ -11,14 +11,12 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pipeline.errors import FolderUnusable, UnknownTrack
 from pipeline.store.schema import (
-    APPLIED_MIGRATIONS,
     MIGRATIONS,
     TRACK_COLUMNS,
     Attempt,
@@ -32,6 +30,9 @@ from pipeline.store.schema import (
     track_of,
 )
 from pipeline.workspace import InputFolder
+
+if TYPE_CHECKING:
+    import sqlite_utils
 
 _OF_FOLDER = (
     " AND (:is_inbox OR EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root))"
@@ -50,21 +51,22 @@ class Store:
         if not read_only:
             self._migrate()
         elif self._is_readable() and MIGRATIONS.keys() - self._applied():
-            Store(
-                path, busy_timeout_s=busy_timeout_s
-            ).close()  # made by an older version, or cut off by a kill
+            # Made by an older version, or a kill came before its first table.
+            Store(path, busy_timeout_s=busy_timeout_s).close()
         if unknown := self._applied() - MIGRATIONS.keys():
             self.close()
             raise FolderUnusable(f"{path} was made by a newer version of this program ({max(unknown)})")
 
     def _migrate(self) -> None:
+        from pipeline.store.migrations import migrations
+
         with self.transaction():  # two processes must not apply the same migration
-            self._db.execute(APPLIED_MIGRATIONS)
-            for name in [name for name in MIGRATIONS if name not in self._applied()]:
-                for statement in MIGRATIONS[name]:
-                    self._db.execute(statement)
-                row = {"migration_set": "pipeline", "name": name, "applied_at": str(datetime.now(UTC))}
-                self._insert("_sqlite_migrations", row)
+            migrations.apply(self._for_writing())
+
+    def _for_writing(self) -> sqlite_utils.Database:
+        import sqlite_utils
+
+        return sqlite_utils.Database(self._db)
 
     def _applied(self) -> set[str]:
         """The names of the migrations that were applied."""
@@ -131,9 +133,7 @@ class Store:
 
     def _insert(self, table: str, row: Mapping[str, Any]) -> int:
         """Insert a complete row, in place of one with the same key; returns its rowid."""
-        columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
-        sql = f"INSERT OR REPLACE INTO {table} ({columns}) VALUES ({values})"
-        return self._db.execute(sql, row).lastrowid or 0
+        return int(self._for_writing()[table].insert(row, replace=True).last_rowid)
 
     def _roll_back(self) -> None:
         if self._db.in_transaction:  # SQLite has rolled back by itself after some errors

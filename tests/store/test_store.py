@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlite_utils
 from stored_tracks import WHOLE_QUEUE, claim_due
 
 from pipeline.errors import FolderUnusable, UnknownTrack
-from pipeline.store.schema import APPLIED_MIGRATIONS, MIGRATIONS, FileState, SourceFile
+from pipeline.store.migrations import migrations
+from pipeline.store.schema import FileState, SourceFile
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder
 
@@ -432,16 +434,12 @@ def test_a_database_whose_making_was_cut_off_can_be_read(tmp_path: Path) -> None
 
 
 def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_path: Path) -> None:
-    db = sqlite3.connect(tmp_path / "pipeline.db")
-    for statement in (
-        APPLIED_MIGRATIONS,
-        *MIGRATIONS["m001_first"],
-        "INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('pipeline', 'm001_first')",
+    db = sqlite_utils.Database(tmp_path / "pipeline.db")
+    migrations.apply(db, stop_before="m002_suspects_and_retention")
+    db.execute(
         "INSERT INTO tracks (sha256, name, folder, state, bytes, queued_at) VALUES"
-        " ('a', 'a.wav', 'a', 'done', 1, 1)",
-    ):
-        db.execute(statement)
-    db.commit()
+        " ('a', 'a.wav', 'a', 'done', 1, 1)"
+    )
     db.close()
 
     store = Store(tmp_path / "pipeline.db", read_only=True)
