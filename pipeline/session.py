@@ -127,6 +127,6 @@ def _recover(app: App, store: Store) -> set[str]:
 def _release_and_exit(workspace: Workspace, signum: int, *, is_watching: bool) -> None:
     """End the process because the work did not stop in time, which is safe at any moment."""
     log.warning("the work did not stop in time and is cut off; it is queued again")
-    with suppress(sqlite3.Error):
+    with suppress(sqlite3.Error, FolderUnusable):
         Store(workspace.database, busy_timeout_s=RELEASE_PATIENCE_S).release_all(now=time.time())
     os._exit(0 if is_watching else 128 + signum)

@@ -195,8 +195,14 @@ def requeue(
     """Process a finished track again: what the configuration has changed, or everything from a stage on."""
     if stage is not None and stage not in list(Stage):
         raise typer.BadParameter(f"must be one of {', '.join(Stage)}", param_hint="--stage")
-    store = _app(context).open_store()
+    from pipeline.maintenance.reconcile import has_source
+
+    app = _app(context)
+    store = app.open_store()
     found = store.find(track)
+    if not has_source(found, store, app.workspace):
+        typer.echo(f"{found.name}: its source is gone, so it can't be processed again", err=True)
+        return SOME_FAILED
     stages = [Stage(stage)] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):
         typer.echo(f"{found.name}: is being processed; requeue it when it is done", err=True)

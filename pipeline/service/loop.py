@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pipeline.errors import DiskFull, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
-from pipeline.intake.ingest import Ingest, ScanResult
+from pipeline.intake.ingest import PATIENCE, Ingest, ScanResult
 from pipeline.intake.watcher import Watcher
 from pipeline.progress import Reporter
 from pipeline.runner.runner import Runner
@@ -78,7 +78,7 @@ def run_once(session: Session) -> ScanResult:
         The last scan, with the queued and unreadable files of all scans.
     """
     signals, ingest, runner = session.signals, session.processor.ingest, session.processor.runner
-    queued, unreadable, patience_s = 0, 0, 2 * ingest.settings.settle_s + 1.0
+    queued, unreadable, waited_s, settle_s = 0, 0, 0.0, ingest.settings.settle_s
     while True:
         scan = ingest.scan(should_stop=signals.is_stopped)
         queued, unreadable = queued + scan.queued, unreadable + scan.unreadable
@@ -93,9 +93,10 @@ def run_once(session: Session) -> ScanResult:
             continue
         if scan.disk_full:
             raise scan.disk_full
-        if (scan.unsettled or scan.read_errors) and patience_s > 0:
-            pause_s = max(min(ingest.settings.settle_s / 2, patience_s), SHORTEST_WAIT_S)
-            patience_s -= pause_s
+        patience_s = (PATIENCE if scan.read_errors else 2) * settle_s + 1.0
+        if (scan.unsettled or scan.read_errors) and waited_s < patience_s:
+            pause_s = max(min(settle_s / 2, patience_s - waited_s), SHORTEST_WAIT_S)
+            waited_s += pause_s
         elif (due := runner.next_due()) is not None:
             pause_s = max(due - runner.clock(), SHORTEST_WAIT_S)
         else:

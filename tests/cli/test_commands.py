@@ -221,6 +221,14 @@ def test_plan_knows_what_is_done_and_what_a_change_makes_new(
     assert "song.wav: the configuration has changed: 1 variations" in pipeline("plan", folder).out
 
 
+def test_plan_names_the_conflict_copies_of_sync_tools(home: Home, pipeline: Pipeline) -> None:
+    write_music(home.inbox / "song (conflicted copy 2024-01-01).wav", seed=1)
+    write_music(home.inbox / "song.wav")
+    planned = {line.split(": ")[0]: line for line in pipeline("plan").out.splitlines()}
+    assert "a track of its own" in planned["song (conflicted copy 2024-01-01).wav"]
+    assert "a track of its own" not in planned["song.wav"]
+
+
 def test_show_tells_all_of_one_track_by_name_or_hash(worked: Home, pipeline: Pipeline) -> None:
     sha256 = worked.manifest()["source"]["sha256"]
     facts = json.loads(pipeline("show", sha256[:8], "--json").out)
@@ -313,6 +321,15 @@ def test_requeue_of_a_stage_makes_it_again_alone_with_the_same_bytes(
 # -- doctor and models -----------------------------------------------------------------------------
 
 
+def test_requeue_of_a_track_without_its_source_is_refused(worked: Home, pipeline: Pipeline) -> None:
+    (worked.inbox / "done" / "song.wav").unlink()
+    for words in (["requeue", "song.wav"], ["requeue", "song.wav", "--stage", "generate"]):
+        ended = pipeline(*words)
+        assert (ended.code, ended.out) == (1, "")
+        assert ended.err == "song.wav: its source is gone, so it can't be processed again\n"
+    assert "1 done" in pipeline("status").out
+
+
 def test_doctor_finds_an_altered_file_and_requeue_mends_it(worked: Home, pipeline: Pipeline) -> None:
     [folder] = [path for path in worked.folders if path.name.startswith("song--")]
     wav = folder / "variations" / "01-near.wav"
@@ -376,6 +393,23 @@ def test_gc_says_what_it_would_remove_and_removes_just_that(home: Home, pipeline
     assert [path.name for path in home.outbox.iterdir()] == ["notes.txt"]
     assert not (home.inbox / "done" / "song.wav").exists()
     assert pipeline("once").out.startswith("0 done")  # what was removed on purpose is not made again
+
+
+def test_with_a_damaged_database_nothing_is_processed_and_doctor_says_what_to_do(
+    worked: Home, pipeline: Pipeline
+) -> None:
+    write_music(worked.inbox / "new.wav", seed=7)
+    (worked.folder / "state" / "pipeline.db").write_bytes(b"this is no database " * 1000)
+
+    for command in ("once", "status"):
+        ran = pipeline(command)
+        assert (ran.code, ran.err.count("\n")) == (4, 1)
+        assert "pipeline.db is damaged" in ran.err
+    doctor = pipeline("doctor")
+    assert doctor.code == 1
+    assert "bad   database: the database" in doctor.out
+    assert "ok    decoders" in doctor.out
+    assert (worked.inbox / "new.wav").exists()
 
 
 def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
