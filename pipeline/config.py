@@ -94,7 +94,7 @@ class Normalize(Section):
     accept_truncated: bool = False
 
 
-class Stage(Section):
+class StageSettings(Section):
     """The settings of each stage, beside the sections of its engines: see `_with_engine_sections`."""
 
     engine: str = "auto"
@@ -107,7 +107,7 @@ class Stage(Section):
         return {name: value for name, value in self if isinstance(value, EngineSection)}
 
 
-class Embed(Stage):
+class Embed(StageSettings):
     pass
 
 
@@ -124,7 +124,7 @@ class VariationSpec(BaseModel):
     duration_s: Duration | None = None
 
 
-class Generate(Stage):
+class Generate(StageSettings):
     duration_s: Duration = 30.0
     batch_tracks: Annotated[int, Field(ge=1, le=64)] = 8
     variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1)] = (
@@ -138,7 +138,7 @@ class Generate(Stage):
         return tuple(value) if isinstance(value, list) else value
 
 
-def _with_engine_sections(model: type[Stage], stage: str) -> type[Stage]:
+def _with_engine_sections(model: type[StageSettings], stage: str) -> type[StageSettings]:
     """A stage's model with a field for the section of each engine that declares one."""
     sections = {card.name: card.section for card in cards().values() if card.stage == stage and card.section}
     fields: dict[str, Any] = {

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pipeline.config import Config, Generate, VariationSpec
 from pipeline.engines.base import EngineCard
 from pipeline.engines.selection import Choice
+from pipeline.fs.names import file_safe
 from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSION
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
@@ -38,7 +39,7 @@ class PlannedVariation:
 
     @property
     def file(self) -> str:
-        return f"variations/{self.index:02d}-{self.name}.wav"
+        return f"variations/{self.index:02d}-{file_safe(self.name)}.wav"
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,27 @@ class Recipe:
 def plan_variations(generate: Generate, card: EngineCard) -> list[PlannedVariation]:
     """Expand sweeps (a parameter that is a list: the product of all lists) and counts.
 
-    A given seed counts up over the repeats of its entry, which would all sound the same otherwise.
+    A given seed counts up over the repeats of its entry, which would all sound the same otherwise. A
+    variation that equals an earlier one in everything, a given seed included, is left out.
     Parameters that the engine does not have are left out: they belong to another engine of the same
     configuration and must not change the keys of this one.
     """
     planned: list[PlannedVariation] = []
     seen: Counter[str] = Counter()
+    given: set[tuple[str, int, float | str]] = set()
     for spec in generate.variations:
         repeats = ((params, spec.count) for params in _sweep(spec, card))
         for n, params in enumerate(p for p, count in repeats for _ in range(count)):
             identity = digest([spec.name, params])
+            duration_s = generate.duration_s if spec.duration_s is None else spec.duration_s
+            seed = None if spec.seed is None else (spec.seed + n) % 2**63
+            if seed is not None:
+                if (identity, seed, duration_s) in given:
+                    continue
+                given.add((identity, seed, duration_s))
+            occurrence = seen[identity]
             planned.append(
-                PlannedVariation(
-                    index=len(planned) + 1,
-                    name=spec.name,
-                    duration_s=generate.duration_s if spec.duration_s is None else spec.duration_s,
-                    seed=None if spec.seed is None else (spec.seed + n) % 2**63,
-                    occurrence=seen[identity],
-                    params=params,
-                )
+                PlannedVariation(len(planned) + 1, spec.name, duration_s, seed, occurrence, params)
             )
             seen[identity] += 1
     return planned

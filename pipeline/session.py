@@ -13,7 +13,7 @@ from functools import partial
 from rich.console import Console
 
 from pipeline.app import App
-from pipeline.errors import DiskFull, FolderUnusable
+from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError
 from pipeline.fs.mounts import mount_of
 from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
@@ -22,22 +22,24 @@ from pipeline.outbox.outbox import Outbox
 from pipeline.progress import WatchedReporter, reporter_for
 from pipeline.runner.retry import recover_crashed
 from pipeline.service.health import Health
-from pipeline.service.loop import Session
+from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
 
-START_PAUSE_S = 10.0  # between tries of `watch` to start on a full disk
+START_PAUSE_S = 10.0  # between the first tries of `watch` to start on a full disk or without an engine
 RELEASE_PATIENCE_S = 1.0  # for the database, when the process is about to end anyway
 
 log = logging.getLogger("pipeline")
 
 
 @contextmanager
-def open_session(app: App, folder: InputFolder, *, is_watching: bool = False) -> Iterator[Session]:
-    """Open everything that a working command needs, as the only instance, with signals turned into a stop."""
-    console, signals, notifier = Console(stderr=True), Signals(), Notifier.from_env()
+def open_session(
+    app: App, folder: InputFolder, signals: Signals, *, is_watching: bool = False
+) -> Iterator[Session]:
+    """Open everything that a working command needs, as the only instance."""
+    console, notifier = Console(stderr=True), Notifier.from_env()
     _prepare(app.workspace)
     with app.workspace.locked(), logging_to(app.workspace.log, console):
         health = Health(app.workspace.health)
@@ -49,7 +51,7 @@ def open_session(app: App, folder: InputFolder, *, is_watching: bool = False) ->
             _check_outbox_mount(app.workspace, store)
             given_up = _recover(app, store)
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
-            with signals.on_signals(hangup_reloads=is_watching), reporter:
+            with reporter:
                 processor = app.processor(store, folder, reporter, signals)
                 processor.runner.result.failed |= given_up
                 yield Session(app, processor, store, signals, health, notifier, reporter)
@@ -69,17 +71,34 @@ def _prepare(workspace: Workspace) -> None:
         workspace.prepare()
 
 
-def wait_for_space(app: App, full: DiskFull) -> bool:
-    """Wait a while before `watch` starts again on a full disk; False if it was asked to stop."""
-    signals, health = Signals(), Health(app.workspace.health)
+def watch_inbox(app: App, signals: Signals) -> None:
+    """Run the daemon until a signal asks to stop.
+
+    A full disk or an unusable engine at the start is waited out like one during the work.
+    """
+    signals.overdue = lambda signum: os._exit(0)
+    pause_s = START_PAUSE_S
+    while not signals.is_stopped():
+        try:
+            with open_session(app, app.workspace.input_folder, signals, is_watching=True) as session:
+                Watch(session).run()
+                log.info("stopped")
+        except (DiskFull, EngineUnusable) as e:
+            _wait_to_start(app, signals, e, pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            with suppress(PipelineError):  # the configuration may have been changed meanwhile
+                app = app.reopened()
+
+
+def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable, pause_s: float) -> None:
+    health = Health(app.workspace.health)
     has_state = app.workspace.state.is_dir()
-    with app.workspace.locked() if has_state else nullcontext(), signals.on_signals(hangup_reloads=True):
+    with app.workspace.locked() if has_state else nullcontext():
         if has_state:
             health.open()
-            health.degraded("disk", str(full))
-        log.warning("%s; trying again in %.0f s", full, START_PAUSE_S)
-        signals.wait(START_PAUSE_S)
-    return not signals.is_stopped()
+            health.degraded(condition_name(fault), str(fault))
+        log.warning("%s; trying again in %.0f s", fault, pause_s)
+        signals.wait(pause_s)
 
 
 def _check_outbox_mount(workspace: Workspace, store: Store) -> None:

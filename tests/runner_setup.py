@@ -86,6 +86,18 @@ class Engines:
 
 
 @dataclass
+class Unloadable(Engines):
+    """Engines of which the generator can't be loaded while there is an error."""
+
+    error: Exception | None = None
+
+    def generator(self) -> Answers:
+        if self.error is not None:
+            raise self.error
+        return super().generator()
+
+
+@dataclass
 class RunnerSetup:
     """A runner's surroundings: real folders and a real database, and a clock that tests set."""
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pipeline.app import App
 from pipeline.engines import cards
+from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
 from pipeline.errors import PipelineError, os_reason
 from pipeline.maintenance.reconcile import Finding, reconcile
@@ -92,6 +93,8 @@ def _choice(app: App, stage: Literal["embed", "generate"]) -> Iterator[Check]:
     choice = app.choice(stage)
     where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""
     yield Check("ok", f"{stage} uses", f"{choice.card.name}: {choice.why}{where}")
+    if "torch" in choice.card.packages:
+        check_device(app.config.device)
     if choice.needs_weights:
         text = f"{choice.model} is not on this machine yet: {hub.FETCH_COMMAND}"
         yield Check("note", f"{stage} weights", text)

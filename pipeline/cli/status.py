@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.app import App
 from pipeline.errors import FolderUnusable, UnknownTrack, os_reason
 from pipeline.fs.names import printable
+from pipeline.runner.retry import local_time
 from pipeline.service.health import read_health
 from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
@@ -27,11 +28,13 @@ CONFLICT_COPY = " (a sync tool's conflict copy: a track of its own unless anothe
 
 def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
     """The last line of `once`."""
-    parts = [f"{len(result.done)} done", f"{len(result.failed) + scan_result.unreadable} failed"]
+    parts = [f"{len(result.done)} done", f"{len(result.failed)} failed"]
     if scan_result.up_to_date:
-        parts.append(f"{scan_result.up_to_date} up to date")
+        parts.append(f"{len(scan_result.up_to_date)} up to date")
     if scan_result.failed:
         parts.append(f"{len(scan_result.failed)} failed before (see `status`, `retry`)")
+    if result.postponed_until is not None:
+        parts.append(f"a retry is due at {local_time(result.postponed_until)}, left for the next run")
     if scan_result.read_errors:
         parts.append(f"{scan_result.read_errors} can't be read now and are left for the next run")
     if scan_result.unsettled:
@@ -101,6 +104,7 @@ def status_facts(app: App) -> dict[str, Any]:
         "inbox": health.get("inbox"),
         "degraded": health.get("conditions", []),
         "running": [],
+        "waiting": [],
         "queue": [],
         "failures": [],
     }
@@ -126,6 +130,11 @@ def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
             }
             for attempt in (store.open_attempts() if is_running else ())
         ],
+        "waiting": [
+            {"track": track.name, "until": track.not_before, "error": track.error}
+            for track in store.tracks(TrackState.QUEUED)
+            if track.not_before > time.time()
+        ][:LISTED],
         "queue": queue,
         "failures": [
             {
@@ -152,7 +161,7 @@ def status_text(facts: dict[str, Any]) -> str:
     mode = f", watching the inbox by {facts['mode']}" if facts["mode"] else ""
     lines.append(f"an instance is running{mode}" if facts["instance"] else "no instance is running")
     for one in facts["degraded"]:
-        lines.append(f"degraded since {_local_time(one['since'])}: {one['what']}: {one['text']}")
+        lines.append(f"degraded since {local_time(one['since'])}: {one['what']}: {one['text']}")
     states = {
         "waiting": "wait until earlier tracks are done (intake.spool_gb)",
         "settling": "may still be being written",
@@ -161,6 +170,10 @@ def status_text(facts: dict[str, Any]) -> str:
     waiting = [f"{n} {states[state]}" for state, n in (facts["inbox"] or {}).items() if n and state in states]
     lines += [f"in the inbox: {', '.join(waiting)}"] if waiting else []
     lines += [f"now: {one['track']}: {one['stage']} for {one['since_s']:.0f} s" for one in facts["running"]]
+    lines += [
+        f"waiting until {local_time(one['until'])}: {one['track']}: {one['error'] or 'new'}"
+        for one in facts["waiting"]
+    ]
     lines += [f"next: {name}" for name in facts["queue"]]
     lines += [
         f"failed: {one['track']} in {one['stage']} after {one['attempts']} attempts: {one['error']}"
@@ -206,12 +219,8 @@ def show_text(facts: dict[str, Any]) -> str:
     lines += [f"source file: {one['file']} ({one['state']})" for one in facts["files"]]
     lines += [f"{one['stage']}: {one['file'] or 'done'} in {one['seconds']} s" for one in facts["units"]]
     lines += [
-        f"attempt at {_local_time(one['started_at'])}: {one['stage']} {one['outcome'] or 'is running'}"
+        f"attempt at {local_time(one['started_at'])}: {one['stage']} {one['outcome'] or 'is running'}"
         f"{': ' + one['error'] if one['error'] else ''}"
         for one in facts["attempts"]
     ]
     return "\n".join(lines)
-
-
-def _local_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -8,24 +8,30 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.errors import DiskFull, FolderUnusable, os_reason
+from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, os_reason
 
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 CLOSED_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
-def environment_error(error: BaseException, *, in_track: bool = True) -> FolderUnusable | None:
-    """The error as the machine's fault, if it is: a full disk, a closed folder, an unusable database.
+def environment_error(
+    error: BaseException, *, in_track: bool = True
+) -> FolderUnusable | EngineUnusable | None:
+    """The error as the machine's or the configuration's fault, if it is.
+
+    That is a full disk, a closed folder, an unusable database, or an engine that can't be used.
 
     A device error (EIO) while a track is processed (`in_track`) is not among them: it may be one bad
     sector below that track's files, so it counts as an attempt. At other times every OSError is the
     machine's.
     """
-    if isinstance(error, FolderUnusable):
+    if isinstance(error, FolderUnusable | EngineUnusable):
         return error
+    if isinstance(error, ImportError):
+        return EngineUnusable(f"a package can't be imported: {error}")
     if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
         full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-        kind = DiskFull if full else FolderUnusable
+        kind: type[FolderUnusable] = DiskFull if full else FolderUnusable
         return kind(f"the database can't be used: {error}")
     if isinstance(error, OSError) and (error.errno in (*FULL_ERRORS, *CLOSED_ERRORS) or not in_track):
         kind = DiskFull if error.errno in FULL_ERRORS else FolderUnusable

@@ -17,6 +17,11 @@ def printable(path: str | os.PathLike[str]) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def file_safe(name: str) -> str:
+    """The name with what some file systems refuse replaced: separators, control characters and `*:?"<>|`."""
+    return _UNSAFE.sub("_", name).rstrip(" .")
+
+
 def track_name(path: Path) -> str:
     """The file's name without its ending, as a folder name that is valid on any file system.
 
@@ -24,6 +29,6 @@ def track_name(path: Path) -> str:
     `MAX_NAME_BYTES` of UTF-8.
     """
     text = os.fsencode(path.stem).decode("utf-8", errors="replace").replace("\ufffd", "_")
-    text = _UNSAFE.sub("_", text).lstrip(" .-")
+    text = file_safe(text).lstrip(" .-")
     cut = text.encode()[:MAX_NAME_BYTES].decode("utf-8", errors="ignore").rstrip(" .")
     return cut or "track"

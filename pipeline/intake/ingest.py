@@ -36,17 +36,17 @@ READ_PATIENCE_S = 30.0  # how long a file is tried again whose device fails
 
 @dataclass
 class ScanResult:
-    """What one scan of a folder found, as numbers of files."""
+    """What one scan of a folder found: numbers of files, or hashes of tracks."""
 
     queued: int = 0  # new tracks, and finished ones that the configuration now wants otherwise
-    up_to_date: int = 0
-    failed: list[str] = field(default_factory=list)  # hashes of unchanged files that failed before
+    up_to_date: set[str] = field(default_factory=set)  # hashes of finished tracks
+    failed: set[str] = field(default_factory=set)  # hashes of tracks that failed before, files unchanged
     unsettled: int = 0  # they may still be written to
     unmarked: int = 0  # their marker is missing
     waiting: int = 0  # ready, but not taken in by this scan: there are enough working copies
     is_cut_short: bool = False  # the scan reached its time limit before all files were taken in
     read_errors: int = 0  # they could not be read and are tried again
-    unreadable: int = 0  # they failed in this scan because they can't be read
+    unreadable: set[str] = field(default_factory=set)  # they failed in this scan: they can't be read
     disk_full: DiskFull | None = None  # why the scan ended early
 
 
@@ -196,7 +196,7 @@ class Ingest:
             self.store.add_file(file, name=name, folder=folder, now=self.clock())
             self.store.fail(sha256, stage=UNREADABLE, error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
-        result.unreadable += 1
+        result.unreadable.add(sha256)
         archive_files(self.store, [file], self.inbox, self.settings, error=f"{name} {error}")
 
     def _record(self, taken: list[tuple[ScannedFile, str]], result: ScanResult) -> None:
@@ -250,7 +250,7 @@ class Ingest:
 
     def _check_known_file(self, file: SourceFile, track: Track, result: ScanResult) -> None:
         if track.state == TrackState.FAILED:
-            result.failed.append(track.sha256)
+            result.failed.add(track.sha256)
             if file.state == FileState.WAITING:  # a kill came before it was moved
                 error = f"{track.name}: {track.error}"
                 archive_files(self.store, [file], self.inbox, self.settings, error=error)
@@ -271,7 +271,7 @@ class Ingest:
                 files = self.store.files_of(track.sha256)
                 self.outbox.set_source_names(track.folder, [one.display for one in files])
                 archive_files(self.store, files, self.inbox, self.settings, error=None)
-            result.up_to_date += 1
+            result.up_to_date.add(track.sha256)
         except OSError as e:
             if isinstance(environment_error(e), DiskFull):
                 raise

@@ -24,15 +24,16 @@ from pipeline.workspace import Workspace
 log = logging.getLogger("pipeline")
 
 MISSING_INBOX_PAUSE_S = 30.0  # between tries to read a source whose inbox is missing
-NO_SUCH_FILE = -float("inf")  # from `still_arriving`: no file has these bytes any more
+NO_SUCH_FILE = -float("inf")  # from `recheck_time`: no file has these bytes any more
 
 
 @dataclass
 class RunResult:
-    """The tracks that a run has finished and those that it has given up, by hash."""
+    """The tracks that a run has finished and those that have failed for good, by hash."""
 
     done: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
+    postponed_until: float | None = None  # the next try is due then, too late for this run to wait for
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Attempts:
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
     archive: Callable[[Track, str | None], None]  # the track's files; the text is why it failed
-    still_arriving: Callable[[str], float | None]  # see `pipeline.intake.ingest.still_arriving`
+    recheck_time: Callable[[str], float | None]  # see `pipeline.intake.ingest.recheck_time`
     result: RunResult = field(default_factory=RunResult)
 
     @contextmanager
@@ -142,7 +143,7 @@ class Attempts:
         if not isinstance(error, BadAudio) or isinstance(error, SourceGone) or job.stage != Stage.NORMALIZE:
             return False
         track = job.track
-        until = self.still_arriving(track.sha256)
+        until = self.recheck_time(track.sha256)
         if until is None:
             return False
         if until == NO_SUCH_FILE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 
 from pipeline.config import Retry
@@ -27,6 +28,10 @@ def backoff_s(sha256: str, attempts: int, settings: Retry) -> float:
     share = int(hashlib.sha256(f"{sha256} {attempts}".encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
     wait = min(settings.backoff_s * 2.0 ** (attempts - 1), settings.max_backoff_s)
     return wait * (1.0 + JITTER * (2.0 * share - 1.0))
+
+
+def longest_backoff_s(settings: Retry) -> float:
+    return settings.max_backoff_s * (1.0 + JITTER)
 
 
 def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Crashed]:
@@ -56,3 +61,8 @@ def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Crashe
                 )
             crashed.append(Crashed(track, stage, error, given_up))
     return crashed
+
+
+def local_time(when: float) -> str:
+    """Seconds since 1970 as date and time of this machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))

@@ -7,6 +7,7 @@ Every finished unit of work is recorded at once, so that after a kill the next r
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -25,18 +26,21 @@ from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, S
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.intake.archive import archive_files, is_in_place
-from pipeline.intake.ingest import recheck_time
+from pipeline.intake.ingest import PATIENCE, recheck_time
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
 from pipeline.plan import Recipe, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Embedding, Failure, Stage, Variation, VariationRequest
-from pipeline.runner.attempts import Attempts, RunResult
+from pipeline.runner.attempts import MISSING_INBOX_PAUSE_S, Attempts, RunResult
 from pipeline.runner.job import Job
+from pipeline.runner.retry import local_time, longest_backoff_s
 from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
+
+log = logging.getLogger("pipeline")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Runner:
             self.clock,
             self.should_stop,
             archive=self._archive,
-            still_arriving=lambda sha256: recheck_time(
+            recheck_time=lambda sha256: recheck_time(
                 self.store, sha256, self.recipe.config.intake, now=self.clock()
             ),
         )
@@ -84,8 +88,21 @@ class Runner:
         return self.attempts.result
 
     def next_due(self) -> float | None:
-        """When the next queued track may be processed; None if none is queued."""
-        return self.store.next_due(self.folder)
+        """When the next queued track may be processed; None if none is queued.
+
+        A wait longer than any that this program sets means that the clock was set back: it ends now.
+        """
+        due, now = self.store.next_due(self.folder), self.clock()
+        config = self.recipe.config
+        settle_s = 2 * PATIENCE * config.intake.settle_s
+        longest_s = max(longest_backoff_s(config.retry), MISSING_INBOX_PAUSE_S, settle_s)
+        if due is None or due <= now + longest_s:
+            return due
+        log.warning(
+            "the next try was due only at %s: the clock was set back, so it is due now", local_time(due)
+        )
+        self.store.end_waits(after=now + longest_s)
+        return now
 
     def drain(self) -> bool:
         """Process all queued tracks that are due.
@@ -95,7 +112,7 @@ class Runner:
 
         Raises:
             Stopped: it was asked to stop; unfinished tracks are queued again.
-            FolderUnusable: the disk is full or a folder can't be written; the same.
+            FolderUnusable, EngineUnusable: the disk, a folder or an engine can't be used; the same.
         """
         worked = False
         while self.next_batch():
@@ -125,9 +142,23 @@ class Runner:
         if due is None or due > self.clock():
             return False
         self._check_outbox_device()
-        tracks = self.store.claim(self.store.due(self._batch_size(), self.folder, now=self.clock()))
-        self.process(tracks)
-        return bool(tracks)
+        tracks = self.store.due(self._batch_size(), self.folder, now=self.clock())
+        self._open_engines(tracks)
+        claimed = self.store.claim(tracks)
+        self.process(claimed)
+        return bool(claimed)
+
+    def _open_engines(self, tracks: Sequence[Track]) -> None:
+        """Load the engines that the tracks need, before any track is claimed.
+
+        Raises:
+            EngineUnusable: one can't be loaded, which is no track's fault.
+        """
+        plans = [self.recipe.plan(track.sha256) for track in tracks]
+        if any(self.store.unit(plan.embed_key) is None for plan in plans):
+            self.engines.embedder()
+        if any(self.store.unit(unit.key) is None for plan in plans for unit in plan.variations):
+            self.engines.generator()
 
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages, in this order."""

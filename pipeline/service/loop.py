@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from pipeline.errors import DiskFull, FolderUnusable, PipelineError, Stopped
+from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
 from pipeline.intake.ingest import PATIENCE, Ingest, ScanResult
 from pipeline.intake.watcher import Watcher
 from pipeline.progress import Reporter
+from pipeline.runner.retry import local_time
 from pipeline.runner.runner import Runner
 from pipeline.service.health import Health
 from pipeline.service.sd_notify import Notifier
@@ -24,8 +25,9 @@ from pipeline.workspace import InputFolder
 
 log = logging.getLogger("pipeline")
 
-LONGEST_PAUSE_S = 60.0  # between tries while the disk is full or a folder is missing
+LONGEST_PAUSE_S = 60.0  # between tries while the disk is full, a folder is missing or an engine can't be used
 REFILL_S = 1.0  # between scans while files wait for space among the working copies
+RETRY_PATIENCE_S = 300.0  # how long `once` waits for the next try of a failed track
 SCAN_SHARE = 0.1  # of the time, at most, that is spent on scans while there is work
 
 
@@ -72,19 +74,22 @@ def run_once(session: Session) -> ScanResult:
 
     Files that may still be being written are waited for as long as it takes to see that they are
     complete; one that keeps changing is left for the next run. Tracks whose attempt failed are tried
-    again when they are due.
+    again when they are due, if that is within `RETRY_PATIENCE_S`; later tries are left for the next run,
+    so that a run started by cron does not keep the lock for hours.
 
     Returns:
-        The last scan, with the queued and unreadable files of all scans.
+        The last scan, with what all scans found up to date or failed before.
     """
     signals, ingest, runner = session.signals, session.processor.ingest, session.processor.runner
-    queued, unreadable, waited_s, settle_s = 0, 0, 0.0, ingest.settings.settle_s
+    up_to_date, failed, waited_s = set[str](), set[str](), 0.0
+    settle_s, result = ingest.settings.settle_s, runner.result
     while True:
         scan = ingest.scan(should_stop=signals.is_stopped)
-        queued, unreadable = queued + scan.queued, unreadable + scan.unreadable
+        result.failed |= scan.unreadable
+        up_to_date |= scan.up_to_date - result.done
+        failed |= scan.failed - result.failed
         _report_inbox(session.health, scan)
-        finished = len(runner.result.done) + len(runner.result.failed)
-        session.reporter.queued(session.store.counts()["queued"] + finished)
+        session.reporter.queued(session.store.counts()["queued"] + len(result.done) + len(result.failed))
         worked = runner.drain()
         if signals.is_stopped():
             raise Stopped("asked to stop")
@@ -97,10 +102,12 @@ def run_once(session: Session) -> ScanResult:
         if (scan.unsettled or scan.read_errors) and waited_s < patience_s:
             pause_s = max(min(settle_s / 2, patience_s - waited_s), SHORTEST_WAIT_S)
             waited_s += pause_s
-        elif (due := runner.next_due()) is not None:
+        elif (due := runner.next_due()) is not None and due <= runner.clock() + RETRY_PATIENCE_S:
             pause_s = max(due - runner.clock(), SHORTEST_WAIT_S)
+            log.info("nothing else is due: waiting until %s for the next try", local_time(due))
         else:
-            return replace(scan, queued=queued, unreadable=unreadable)
+            result.postponed_until = due
+            return replace(scan, up_to_date=up_to_date, failed=failed)
         signals.wait(pause_s)
 
 
@@ -165,7 +172,7 @@ class Watch:
                 raise
             return self._wait_out(fault)
         self._pause_s = 0.0
-        for what in ("disk", "folders"):
+        for what in ("disk", "folders", "engine"):
             self.session.health.well(what)
         self.session.notifier.progress()
         return 0.0 if worked else self._until_next()
@@ -231,9 +238,9 @@ class Watch:
             waits.append(self.session.notifier.watchdog_s / 3)
         return max(min(waits), SHORTEST_WAIT_S)
 
-    def _wait_out(self, fault: FolderUnusable) -> float:
+    def _wait_out(self, fault: FolderUnusable | EngineUnusable) -> float:
         """Queue what was running again; returns the pause until the next try, which grows with each try."""
-        self.session.health.degraded("disk" if isinstance(fault, DiskFull) else "folders", str(fault))
+        self.session.health.degraded(condition_name(fault), str(fault))
         with suppress(sqlite3.Error):
             self.session.store.reopen()
             self.session.store.release_all(now=self.runner.clock())
@@ -263,6 +270,13 @@ class Watch:
             log.info("the configuration was read again")
             session.health.well("configuration")
         session.notifier.ready()
+
+
+def condition_name(fault: FolderUnusable | EngineUnusable) -> str:
+    """What `status` calls an environment error."""
+    if isinstance(fault, EngineUnusable):
+        return "engine"
+    return "disk" if isinstance(fault, DiskFull) else "folders"
 
 
 def _report_inbox(health: Health, scan: ScanResult) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,7 +38,13 @@ if TYPE_CHECKING:
 _OF_FOLDER = (
     " AND (:is_inbox OR EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root))"
 )
+LISTED = 10  # candidates that are named if a part of a name is ambiguous
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
+
+
+def _folded(name: str) -> str:
+    """For a comparison that ignores case and how accents are encoded."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 class Store:
@@ -272,6 +279,13 @@ class Store:
         row = self._db.execute(sql, _arguments(folder)).fetchone()
         return None if row[0] is None else float(row[0])
 
+    def end_waits(self, *, after: float) -> None:
+        """Make queued tracks that wait for a time later than `after` due."""
+        with self.transaction():
+            self._db.execute(
+                "UPDATE tracks SET not_before = 0 WHERE state = 'queued' AND not_before > ?", [after]
+            )
+
     def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
         self._db.execute(
             "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"
@@ -443,7 +457,7 @@ class Store:
         return {state.value: found.get(state, 0) for state in TrackState}
 
     def find(self, wanted: str) -> Track:
-        """The one track with that name, file name or hash prefix.
+        """The track with that name, file name or hash prefix; otherwise the one with that part in its name.
 
         Raises:
             UnknownTrack: there is none, or more than one.
@@ -456,11 +470,19 @@ class Store:
             {"w": wanted},
         )
         found = [track_of(row) for row in rows]
+        if wanted and not found:
+            found = [track for track in self.tracks() if _folded(wanted) in _folded(track.name)]
         if not found:
-            raise UnknownTrack(f"there is no track {wanted!r}: give its name or the start of its hash")
+            raise UnknownTrack(
+                f"there is no track {wanted!r}: give a part of its name or the start of its hash"
+            )
         if len(found) > 1:
-            which = ", ".join(track.sha256[:8] for track in found[:5])
-            raise UnknownTrack(f"{len(found)} tracks go by {wanted!r}: give the start of a hash ({which})")
+            which = ", ".join(f"{track.name} ({track.sha256[:8]})" for track in found[:LISTED])
+            more = ", ..." if len(found) > LISTED else ""
+            raise UnknownTrack(
+                f"{len(found)} tracks match {wanted!r}: give more of the name or the start of a hash:"
+                f" {which}{more}"
+            )
         return found[0]
 
     def attempts(self, sha256: str) -> list[Attempt]:

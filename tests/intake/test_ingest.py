@@ -421,7 +421,7 @@ def test_a_source_whose_device_fails_is_tried_again_for_a_while_and_then_fails_v
     setup.now += 29
     assert ingest.scan(should_stop=lambda: False).read_errors == 1
     setup.now += 2
-    assert ingest.scan(should_stop=lambda: False).unreadable == 1
+    assert len(ingest.scan(should_stop=lambda: False).unreadable) == 1
 
     assert (setup.workspace.inbox / "failed" / "a.wav").exists()
 

@@ -81,7 +81,7 @@ def test_a_failure_fails_its_track_and_no_other(setup: RunnerSetup) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda samples: samples[:, :-1], "samples where"),
+        (lambda samples: samples[:, :-1], "samples instead of"),
         (lambda samples: samples * np.float32(np.nan), "not finite"),
         (lambda samples: samples * np.float32(0), "silence"),
     ],

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from home_folder import write_music
-from runner_setup import Answers, RunnerSetup
+from runner_setup import Answers, RunnerSetup, Unloadable, but_for
 from stored_tracks import claim_due
 
-from pipeline.errors import ConfigError, DiskFull, PipelineError
+from pipeline.errors import ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
 from pipeline.intake.ingest import ScanResult
 from pipeline.intake.scanner import Scanner, ScanRules
 from pipeline.intake.watcher import Watcher
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import LogReporter
 from pipeline.service.health import Health
-from pipeline.service.loop import Processor, Session, Watch, run_once
+from pipeline.service.loop import RETRY_PATIENCE_S, Processor, Session, Watch, run_once
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.workspace import InputFolder
@@ -285,3 +287,64 @@ def test_files_that_wait_for_space_behind_a_queue_in_backoff_are_not_scanned_wit
 
     assert daemon.turn() == pytest.approx(1.0)
     assert daemon.watch._scan.waiting == 1
+
+
+def test_an_engine_that_cannot_be_loaded_is_waited_out_and_reported(setup: RunnerSetup) -> None:
+    daemon = Daemon(setup)
+    write_music(setup.workspace.inbox / "a.wav")
+    engines = Unloadable(Answers(), EngineUnusable("device: cuda can't be used"))
+    runner = replace(daemon.processor.runner, engines=engines)
+    daemon.session.processor = replace(daemon.processor, runner=runner)
+
+    assert [daemon.turn() for _ in range(3)] == [5.0, 10.0, 20.0]
+    assert [(what, one.text) for what, one in daemon.health.conditions.items()] == [
+        ("engine", "device: cuda can't be used")
+    ]
+    assert (setup.workspace.inbox / "a.wav").exists()
+    assert daemon.states() == ["queued"]
+
+    engines.error = None
+    daemon.turn()
+    assert daemon.states() == ["done"]
+    assert daemon.health.conditions == {}
+
+
+def test_once_says_what_it_waits_for_and_leaves_a_late_retry_for_the_next_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="pipeline")
+    setup = RunnerSetup.at(tmp_path, settle_s=0, max_attempts=9)
+    [sha256] = setup.bring("a.wav")
+    daemon = Daemon(setup)
+    runner = setup.runner(Answers(but_for(sha256, EngineFailure("made silence"))))
+    daemon.session.processor = replace(daemon.processor, runner=runner)
+    daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
+
+    run_once(daemon.session)
+
+    track = setup.track(sha256)
+    waits = caplog.text.count("waiting until")
+    assert (track.state, track.attempts) == ("queued", waits + 1)
+    assert waits > 2  # they double: about 10, 20, 40 ... s
+    assert runner.result.postponed_until == track.not_before > setup.now + RETRY_PATIENCE_S
+
+
+def test_once_of_a_folder_counts_each_track_once_however_many_scans_there_are(tmp_path: Path) -> None:
+    setup = RunnerSetup.at(tmp_path, settle_s=10)
+    folder = InputFolder(tmp_path / "music", is_inbox=False)
+    before = setup.now
+    for n, name in enumerate(("old.wav", "fresh.wav")):
+        write_music(folder.path / name, seed=n, seconds=1.5)
+    os.utime(folder.path / "old.wav", (before - 100, before - 100))
+    daemon = Daemon(setup)
+    scanner = Scanner(folder.path, ScanRules(is_inbox=False))
+    ingest = replace(setup.ingest(trust_times=False), folder=folder, scanner=scanner)
+    runner = replace(setup.runner(Answers()), folder=folder)
+    daemon.session.processor = Processor(ingest, runner)
+    daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
+
+    for _ in range(2):
+        scan = run_once(daemon.session)
+
+    assert len(runner.result.done) == 2
+    assert scan.up_to_date == set()

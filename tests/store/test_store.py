@@ -359,8 +359,20 @@ def test_a_track_is_found_by_name_folder_hash_or_file(store: Store, wanted: str)
     assert store.find(wanted).sha256 == sha("a")
 
 
-@pytest.mark.parametrize("wanted", ["", "aaa", "aaaab", "song", "%", "a%", "____"])
-def test_what_is_no_name_and_no_long_enough_prefix_is_unknown(store: Store, wanted: str) -> None:
+def test_a_unique_part_of_a_name_is_enough_and_an_exact_name_wins(store: Store) -> None:
+    for letter, name in (("a", "Paper Lanterns"), ("b", "paper"), ("c", "Cafe\u0301 noir")):
+        store.add_file(a_file(letter), name=name, folder=letter, now=1.0)
+    assert store.find("lanterns").sha256 == sha("a")
+    assert store.find("paper").sha256 == sha("b")
+    assert store.find("CAF\u00c9").sha256 == sha("c")
+    with pytest.raises(
+        UnknownTrack, match=r"2 tracks match 'pap'.*Paper Lanterns \(aaaaaaaa\), paper \(bbbb"
+    ):
+        store.find("pap")
+
+
+@pytest.mark.parametrize("wanted", ["", "aaa", "aaaab", "sing", "%", "a%", "____"])
+def test_what_is_no_part_of_a_name_and_no_long_enough_prefix_is_unknown(store: Store, wanted: str) -> None:
     add(store, "a")
     with pytest.raises(UnknownTrack, match="there is no track"):
         store.find(wanted)
@@ -369,7 +381,7 @@ def test_what_is_no_name_and_no_long_enough_prefix_is_unknown(store: Store, want
 def test_a_name_of_two_tracks_is_refused_with_their_hashes(store: Store) -> None:
     for letter in "ab":
         store.add_file(a_file(letter), name="song", folder=letter, now=1.0)
-    with pytest.raises(UnknownTrack, match=r"2 tracks go by 'song'.*aaaaaaaa, bbbbbbbb|bbbbbbbb, aaaaaaaa"):
+    with pytest.raises(UnknownTrack, match=r"2 tracks match 'song'.*song \(aaaaaaaa\), song \(bbbbbbbb\)"):
         store.find("song")
 
 

@@ -15,7 +15,7 @@ from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE
 from pipeline.engines.musicgen.checkpoint import load_checkpoint
 from pipeline.engines.pretrained import import_packages
-from pipeline.errors import BadCheckpoint, ConfigError, MissingPackage
+from pipeline.errors import BadCheckpoint, EngineUnusable, MissingPackage
 from pipeline.weights import hub
 
 
@@ -196,5 +196,5 @@ def test_a_device_that_is_not_there_is_refused(musicgen_folder: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match="device: cuda can't be used"):
+    with pytest.raises(EngineUnusable, match="device: cuda can't be used"):
         load(musicgen_folder, device="cuda")

@@ -263,9 +263,13 @@ def test_a_missing_demucs_is_an_error_with_the_command(without_demucs: None) -> 
 
 
 @pytest.fixture
-def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty caches of the hub (`caches`/hub) and of torch; demucs is installed."""
-    pytest.importorskip("demucs.htdemucs", reason="demucs is not installed")
+def need_demucs() -> None:
+    import demucs.htdemucs  # noqa: F401
+
+
+@pytest.fixture
+def caches(need_demucs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty caches of the hub (`caches`/hub) and of torch."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
