@@ -98,7 +98,9 @@ def watch_inbox(app: App, signals: Signals) -> None:
 
 
 def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable, pause_s: float) -> None:
-    health = Health(app.workspace.health)
+    health, notifier = Health(app.workspace.health), Notifier.from_env()
+    notifier.ready()  # a service that waits is running, and its watchdog must not act
+    notifier.progress()
     has_state = app.workspace.state.is_dir()
     with app.workspace.locked() if has_state else nullcontext():
         if has_state:
