@@ -21,7 +21,7 @@ from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
-from pipeline.progress import WatchedReporter, reporter_for
+from pipeline.progress import reporter_for
 from pipeline.runner.retry import recover_crashed
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
@@ -54,9 +54,9 @@ def open_session(
             given_up = _recover(app, store)
             idle = store.next_due(app.workspace.input_folder) is None
             _clear_up(app, but=None if idle else app.recipe.generator.card)
-            reporter = WatchedReporter(reporter_for(console), notifier.progress)
+            reporter = reporter_for(console, notifier.progress)
             with reporter:
-                processor = app.processor(store, folder, reporter, signals)
+                processor = app.processor(store, folder, reporter, signals.is_stopped)
                 processor.runner.result.failed |= given_up
                 try:
                     yield Session(app, processor, store, signals, health, notifier, reporter)
