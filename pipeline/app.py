@@ -63,10 +63,8 @@ class App:
             revision=section.revision,
             device=self.config.device,
             threads=self.config.threads,
-            max_memory_gb=getattr(section, "max_memory_gb", None),
-            precision=getattr(section, "precision", "auto"),
-            kv_cache=getattr(section, "kv_cache", "auto"),
             state_dir=self.workspace.state / ENGINES_FOLDER,
+            sections=section.sections,
         )
 
     def choices(self) -> tuple[Choice, Choice]:
@@ -88,8 +86,9 @@ class App:
         from pipeline.plan import plan_variations
 
         settings = self.settings(self.config.generate)
-        for planned in plan_variations(self.config.generate, generator.card):
-            generator.card.check_params(planned.params, settings)
+        if upkeep := generator.card.upkeep:
+            for planned in plan_variations(self.config.generate, generator.card):
+                upkeep.check_params(planned.params, settings)
 
     @cached_property
     def recipe(self) -> Recipe:

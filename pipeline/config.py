@@ -14,13 +14,23 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pipeline import config_errors
+from pipeline.engines import cards
+from pipeline.engines.base import EngineSection
 from pipeline.errors import ConfigError
 
 MAX_VALUES = 100_000  # in a file, with its aliases expanded
@@ -84,10 +94,21 @@ class Normalize(Section):
     accept_truncated: bool = False
 
 
-class Embed(Section):
+class StageSettings(Section):
+    """The settings of each stage, beside the sections of its engines: see `_with_engine_sections`."""
+
     engine: str = "auto"
     model: PathText | None = None
     revision: str | None = None
+
+    @property
+    def sections(self) -> dict[str, EngineSection]:
+        """The engines' own sections, by engine."""
+        return {name: value for name, value in self if isinstance(value, EngineSection)}
+
+
+class Embed(StageSettings):
+    pass
 
 
 class VariationSpec(BaseModel):
@@ -103,15 +124,9 @@ class VariationSpec(BaseModel):
     duration_s: Duration | None = None
 
 
-class Generate(Section):
-    engine: str = "auto"
-    model: PathText | None = None
-    revision: str | None = None
+class Generate(StageSettings):
     duration_s: Duration = 30.0
     batch_tracks: Annotated[int, Field(ge=1, le=64)] = 8
-    max_memory_gb: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["auto", "float32", "int8"] = "auto"
-    kv_cache: Literal["auto", "shm", "private"] = "auto"
     variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1)] = (
         VariationSpec.model_construct(name="faithful", temperature=0.6, count=2),
         VariationSpec.model_construct(name="bold", temperature=[1.0, 1.2]),
@@ -121,6 +136,18 @@ class Generate(Section):
     @classmethod
     def _list(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+
+def _with_engine_sections(model: type[StageSettings], stage: str) -> type[StageSettings]:
+    """A stage's model with a field for the section of each engine that declares one."""
+    sections = {card.name: card.section for card in cards().values() if card.stage == stage and card.section}
+    fields: dict[str, Any] = {name: (section, section()) for name, section in sections.items()}
+    return create_model(model.__name__, __base__=model, **fields)
+
+
+if not TYPE_CHECKING:
+    Embed = _with_engine_sections(Embed, "embed")
+    Generate = _with_engine_sections(Generate, "generate")
 
 
 class Output(Section):

@@ -4,6 +4,10 @@ Every message is one sentence for the person who runs the program: it says what 
 where something can be done, what to do.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class PipelineError(Exception):
     """Base of all errors that this program raises on purpose."""
@@ -61,6 +65,18 @@ class FolderUnusable(PipelineError):
 
 class DiskFull(FolderUnusable):
     """The disk has no space left, or too little to begin; the work goes on once there is space again."""
+
+
+class DatabaseDamaged(FolderUnusable):
+    """SQLite can't read the database file any more."""
+
+    def __init__(self, database: Path, damage: str) -> None:
+        super().__init__(
+            f"the database {database} is damaged ({damage}): stop the program, then restore the file from a"
+            f" backup, or move it away together with {database.name}-wal and {database.name}-shm. The next"
+            " run then creates a new one; results stay in the outbox, and sources that are put into the"
+            " inbox again are processed again"
+        )
 
 
 class AlreadyRunning(PipelineError):

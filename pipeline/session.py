@@ -13,8 +13,6 @@ from functools import partial
 from rich.console import Console
 
 from pipeline.app import App
-from pipeline.engines import cards
-from pipeline.engines.base import EngineCard
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError
 from pipeline.fs.mounts import mount_of
 from pipeline.intake.archive import archive_files, recover_moves
@@ -28,7 +26,7 @@ from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_nam
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
+from pipeline.workspace import InputFolder, Workspace
 
 START_PAUSE_S = 10.0  # between the first tries of `watch` to start on a full disk or without an engine
 RELEASE_PATIENCE_S = 1.0  # for the database, when the process is about to end anyway
@@ -52,16 +50,11 @@ def open_session(
         try:
             _check_outbox_mount(app.workspace, store)
             given_up = _recover(app, store)
-            idle = store.next_due(app.workspace.input_folder) is None
-            _clear_up(app, but=None if idle else app.recipe.generator.card)
             reporter = reporter_for(console, notifier.progress)
             with reporter:
                 processor = app.processor(store, folder, reporter, signals.is_stopped)
                 processor.runner.result.failed |= given_up
-                try:
-                    yield Session(app, processor, store, signals, health, notifier, reporter)
-                finally:
-                    _clear_up(app)
+                yield Session(app, processor, store, signals, health, notifier, reporter)
         finally:
             health.close()
             store.close()
@@ -152,16 +145,9 @@ def _recover(app: App, store: Store) -> set[str]:
     return given_up
 
 
-def _clear_up(app: App, but: EngineCard | None = None) -> None:
-    """Remove what engines of a killed run left outside of the home, except what `but` will continue with."""
-    for card in cards().values():
-        if card is not but:
-            card.clear_up(app.workspace.state / ENGINES_FOLDER)
-
-
 def _release_and_exit(workspace: Workspace, signum: int, *, is_watching: bool) -> None:
     """End the process because the work did not stop in time, which is safe at any moment."""
     log.warning("the work did not stop in time and is cut off; it is queued again")
-    with suppress(sqlite3.Error):
+    with suppress(sqlite3.Error, FolderUnusable):
         Store(workspace.database, busy_timeout_s=RELEASE_PATIENCE_S).release_all(now=time.time())
     os._exit(0 if is_watching else 128 + signum)

@@ -124,6 +124,13 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
         ("generate: {variations: []}", "generate.variations: must have at least one entry, not []"),
         ("generate: {variations: [{}]}", "generate.variations[0].name: is required"),
         (
+            "generate: {musicgen: {precison: int8}}",
+            "generate.musicgen.precison: unknown key; did you mean 'precision'?"
+            " (allowed: max_memory_gb, precision)",
+        ),
+        ("generate: {musicgen: {max_memory_gb: 0}}", "generate.musicgen.max_memory_gb: must be > 0, not 0"),
+        ("generate: {musicgen: int8}", 'generate.musicgen: must be a mapping of keys, not "int8"'),
+        (
             "generate: {engine: mg}",
             'generate.engine: must be one of auto, musicgen, remix, audiocraft, not "mg"',
         ),

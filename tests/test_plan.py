@@ -94,7 +94,7 @@ def test_a_changed_output_changes_the_variations_alone() -> None:
 @pytest.mark.parametrize(
     "section",
     [{"device": "cuda"}, {"threads": 1}, {"retry": {"max_attempts": 9}}, {"intake": {"after": "keep"}},
-     {"generate": {"batch_tracks": 1, "max_memory_gb": 4.0}}],
+     {"generate": {"batch_tracks": 1, "musicgen": {"max_memory_gb": 4.0}}}],
 )  # fmt: skip
 def test_what_makes_no_difference_to_the_result_changes_nothing(section: dict[str, Any]) -> None:
     assert plan(config(**section)) == plan()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 def main(default_home: Path | None = None) -> int:
     """Run the command of `sys.argv`; returns its exit code."""
-    gc.disable()  # importing makes hardly any garbage, and looking for it takes a sixth of the time
+    gc.disable()  # imports leave little garbage, and searching for it takes a sixth of the start time
     from pipeline.cli import commands
 
+    gc.freeze()
     gc.enable()
     return commands.main(default_home)

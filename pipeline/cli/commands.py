@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline import __version__
 from pipeline.app import App
 from pipeline.errors import AlreadyRunning, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
@@ -25,19 +27,21 @@ from pipeline.workspace import InputFolder
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 
 log = logging.getLogger("pipeline")
-cli = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 models = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List and download the models' weights."
 )
 cli.add_typer(models, name="models")
 
 
-def main(default_home: Path | None) -> int:
-    """Run a command; returns the exit code of the contract (README, "Exit codes")."""
+def main(default_home: Path | None = None) -> int:
+    """Run the command of `sys.argv` and return its exit code.
+
+    `default_home` is used without --home and PIPELINE_HOME; None: the current folder.
+    """
     try:
-        result = cli(standalone_mode=False, obj={"default_home": default_home}, prog_name="run_pipeline.py")
+        name = Path(sys.argv[0]).name
+        result = cli(standalone_mode=False, obj={"default_home": default_home}, prog_name=name)
         return int(result or ALL_DONE)
     except typer.Exit as e:
         return e.exit_code
@@ -45,7 +49,7 @@ def main(default_home: Path | None) -> int:
         return 128 + signal.SIGINT
     except Exception as e:
         if hasattr(e, "exit_code") and hasattr(e, "show"):
-            e.show()  # click's own usage errors
+            e.show()  # typer's own usage errors
             return BAD_USAGE
         error = environment_error(e, in_track=False) or e
         if not isinstance(error, PipelineError):
@@ -54,6 +58,12 @@ def main(default_home: Path | None) -> int:
         if isinstance(error, AlreadyRunning):
             return LOCKED
         return UNUSABLE if isinstance(error, FolderUnusable) else BAD_USAGE
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
 
 
 @cli.callback(help="Make similar variations of instrumentals, and embeddings to find them by, in batch.")
@@ -68,13 +78,20 @@ def options(
     config: Annotated[
         Path | None, typer.Option(help="YAML file to use instead of HOME/config/default.yaml.")
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
 ) -> None:
-    context.obj["home"] = home or context.obj["default_home"]
-    context.obj["config"] = config
+    context.obj.update(home=home, config=config)
 
 
 def _app(context: typer.Context) -> App:
-    return App.open(context.obj["home"], context.obj["config"])
+    from pipeline.cli.home import find_home
+
+    given, config = context.obj["home"], context.obj["config"]
+    program = context.find_root().info_name or ""
+    home = find_home(given, context.obj["default_home"], has_config=config is not None, program=program)
+    return App.open(home, config)
 
 
 Folder = Annotated[
@@ -88,6 +105,19 @@ Tracks = Annotated[
     typer.Argument(help="Names of tracks, or the starts of their hashes; default: all that failed."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+
+@cli.command()
+def init(
+    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new home.")]
+) -> int:
+    """Make a new home: a configuration and the folders."""
+    from pipeline.cli.home import make_home
+
+    workspace = make_home(folder)
+    program = context.find_root().info_name
+    typer.echo(f"put tracks into {workspace.inbox}, then run `{program} --home {workspace.home} once`")
+    return ALL_DONE
 
 
 @cli.command()
@@ -113,7 +143,7 @@ def once(context: typer.Context, folder: Folder = None) -> int:
 
 @cli.command()
 def watch(context: typer.Context) -> int:
-    """Keep running and process each track that arrives in the inbox."""
+    """Keep running and process what arrives in the inbox."""
     from pipeline.service.signals import Signals
     from pipeline.session import watch_inbox
 
@@ -136,7 +166,7 @@ def plan(context: typer.Context, folder: Folder = None) -> int:
 
 @cli.command()
 def status(context: typer.Context, as_json: AsJson = False) -> int:
-    """Show how many tracks are in each state, what is running, the queue and the last failures."""
+    """Show counts, running work, the queue and failures."""
     from pipeline.cli.status import status_facts, status_text
 
     facts = status_facts(_app(context))
@@ -182,11 +212,20 @@ def requeue(
     track: str,
     stage: Annotated[str | None, typer.Option(help=f"First stage to repeat: {', '.join(Stage)}.")] = None,
 ) -> int:
-    """Process a finished track again: what the configuration has changed, or everything from a stage on."""
+    """Process a finished track again.
+
+    Without --stage, only results that the configuration wants otherwise are made again.
+    """
     if stage is not None and stage not in list(Stage):
         raise typer.BadParameter(f"must be one of {', '.join(Stage)}", param_hint="--stage")
-    store = _app(context).open_store()
+    from pipeline.maintenance.reconcile import has_source
+
+    app = _app(context)
+    store = app.open_store()
     found = store.find(track)
+    if not has_source(found, store, app.workspace):
+        typer.echo(f"{found.name}: its source is gone, so it can't be processed again", err=True)
+        return SOME_FAILED
     stages = [Stage(stage)] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):
         typer.echo(f"{found.name}: is being processed; requeue it when it is done", err=True)
@@ -202,7 +241,7 @@ def doctor(
         bool, typer.Option(help="Queue missing or altered results again and remove leftovers.")
     ] = False,
 ) -> int:
-    """Check the configuration, folders, disk, decoders, engines, database and outbox."""
+    """Check the installation, the machine and the home."""
     from pipeline.cli.doctor import run_checks
 
     app = _app(context)
@@ -219,7 +258,7 @@ def gc(
     context: typer.Context,
     dry_run: Annotated[bool, typer.Option(help="List what would be removed, and remove nothing.")] = False,
 ) -> int:
-    """Remove old working copies, sources and results as `retention` in the configuration says."""
+    """Remove old files as `retention` in the configuration says."""
     from pipeline.maintenance.retention import collect
 
     app = _app(context)

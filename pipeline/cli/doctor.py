@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,13 +84,8 @@ def _engines(app: App) -> Iterator[Check]:
             yield Check("note", f"{card.stage} engine {card.name}", text)
         else:
             yield Check("ok", f"{card.stage} engine {card.name}", card.summary)
-        if found := card.last_check(folder):
+        if card.upkeep and (found := card.upkeep.last_start(folder)):
             yield Check("ok", f"{card.name} at its last start", found)
-        for leftover in card.leftovers(folder):
-            with suppress(OSError):  # a run that has just begun removes it
-                size = sum(512 * path.lstat().st_blocks for path in leftover.iterdir())
-                text = f"{leftover} has {size / 1e6:.0f} MB of a killed run, for the next to use or remove"
-                yield Check("note", f"{card.name} left behind", text)
 
 
 def _choice(app: App, stage: Literal["embed", "generate"]) -> Iterator[Check]:
@@ -114,28 +107,11 @@ def _database(app: App, *, repair: bool) -> Iterator[Check]:
     if not app.workspace.database.exists():
         yield Check("ok", "database", "not created yet: nothing has been processed")
         return
-    try:
-        store = Store(app.workspace.database, read_only=not repair)
-        damage = "; ".join(store.check())
-    except sqlite3.OperationalError:
-        raise
-    except sqlite3.DatabaseError as e:
-        damage = str(e)
-    if damage:
-        yield Check("bad", "database", _advice(app, damage))
-        return
+    store = Store(app.workspace.database, read_only=not repair)
+    store.check()
     counts = ", ".join(f"{n} {state}" for state, n in store.counts().items())
     yield Check("ok", "database", f"intact: {counts}")
     yield from _outbox(app, store, repair=repair)
-
-
-def _advice(app: App, damage: str) -> str:
-    database = app.workspace.database
-    return (
-        f"{database} is damaged ({damage}): restore it from a backup, or move it away together with"
-        f" {database.name}-wal and {database.name}-shm. The next run then creates a new one; results stay in"
-        " the outbox, and sources that are put into the inbox again are processed again"
-    )
 
 
 def _outbox(app: App, store: Store, *, repair: bool) -> Iterator[Check]:

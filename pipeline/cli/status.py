@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.workspace import InputFolder
 
 LISTED = 20  # entries of the queue and failures that `status` lists
+CONFLICT_COPY = " (a sync tool's conflict copy: a track of its own unless another file has the same content)"
 
 
 def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
@@ -47,6 +48,8 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     Raises:
         FolderUnusable: the folder can't be read.
     """
+    from pipeline.intake.copies import is_conflict_copy
+
     recipe = app.recipe
     for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
         to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
@@ -59,7 +62,8 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     try:
         for scanned in app.scanner(folder).scan():
             is_idle = False
-            yield f"{scanned.display}: {_planned(store, scanned, recipe)}"
+            note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
+            yield f"{scanned.display}: {_planned(store, scanned, recipe)}{note}"
     except OSError as e:
         raise FolderUnusable(f"{folder.path} can't be read: {os_reason(e)}") from e
     for track in store.tracks(TrackState.QUEUED) if store and folder.is_inbox else []:

@@ -17,6 +17,7 @@ from pipeline.fs.copying import FileChanged, FileIdentity, WriteFailed, error_pa
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.names import printable
 from pipeline.intake.archive import archive_files
+from pipeline.intake.copies import is_plainer
 from pipeline.intake.scanner import ScannedFile, Scanner
 from pipeline.intake.settling import Settling, has_writer
 from pipeline.outbox.outbox import Outbox
@@ -27,7 +28,7 @@ from pipeline.workspace import InputFolder, Workspace
 
 log = logging.getLogger("pipeline")
 
-PATIENCE = 5  # a file that can't be used is tried again until it is unchanged for this many times settle_s
+PATIENCE = 5  # a file that can't be used is tried again until it has been unchanged for 5 * settle_s
 FILES_PER_TRANSACTION, TRANSACTION_S = 100, 2.0  # a transaction is committed after so many files or seconds
 MAX_SCAN_S = 30.0  # a scan that takes in files ends after so long, so that queued tracks are processed
 READ_PATIENCE_S = 30.0  # how long a file is tried again whose device fails
@@ -65,7 +66,7 @@ class Ingest:
     clock: Callable[[], float] = time.time
     _plan_keys: dict[str, str] = field(default_factory=dict)  # by hash of the track
     _logged: set[str] = field(default_factory=set)  # tracks whose results could not be read
-    _failing_since: dict[Path, float] = field(default_factory=dict)  # files whose device fails
+    _failing_since: dict[Path, float] = field(default_factory=dict)  # files that can't be read
 
     @property
     def inbox(self) -> Path | None:
@@ -153,9 +154,10 @@ class Ingest:
             result.unsettled += 1
         except BadAudio as e:
             if scanned.path.exists():
-                self._fail_unreadable(scanned, str(e), result)
+                until = patience_end(scanned.changed_s, self.settings, now=self.clock())
+                self._retry_or_fail(scanned, str(e), until, result)
         except OSError as e:
-            self._handle_read_error(scanned, e, result)
+            self._handle_device_error(scanned, e, result)
         finally:
             incoming.unlink(missing_ok=True)
         return None
@@ -166,20 +168,23 @@ class Ingest:
         except OSError as e:
             raise WriteFailed(e.errno, e.strerror, str(incoming)) from e
 
-    def _handle_read_error(self, scanned: ScannedFile, error: OSError, result: ScanResult) -> None:
-        """A device error may be temporary; one that lasts fails the file."""
+    def _handle_device_error(self, scanned: ScannedFile, error: OSError, result: ScanResult) -> None:
         if isinstance(error, WriteFailed):
             raise environment_error(error, in_track=False) or error from error
         if fault := environment_error(error):
             raise fault from error
-        text = f"can't be read: {os_reason(error)}"
+        until = self._failing_since.get(scanned.path, self.clock()) + READ_PATIENCE_S
+        self._retry_or_fail(scanned, f"can't be read: {os_reason(error)}", until, result)
+
+    def _retry_or_fail(self, scanned: ScannedFile, error: str, until: float, result: ScanResult) -> None:
+        """Leave a file that can't be read for the next scan; from `until` on, it has failed."""
+        if self.clock() >= until:
+            self._fail_unreadable(scanned, error, result)
+            return
         if scanned.path not in self._failing_since:
             self._failing_since[scanned.path] = self.clock()
-            log.warning("%s %s; it is tried again", scanned.display, text)
-        if self.clock() - self._failing_since[scanned.path] >= READ_PATIENCE_S:
-            self._fail_unreadable(scanned, text, result)
-        else:
-            result.read_errors += 1
+            log.warning("%s %s; it is tried again", scanned.display, error)
+        result.read_errors += 1
 
     def _fail_unreadable(self, scanned: ScannedFile, error: str, result: ScanResult) -> None:
         """Record the failure under a hash of the path, as the content has none."""
@@ -223,6 +228,8 @@ class Ingest:
         elif track.state == TrackState.FAILED:  # the user put it here again, to have it tried again
             self.store.requeue(sha256, now=self.clock())
         else:
+            if is_plainer(name, track.name) and self.store.rename_track(sha256, name=name, folder=folder):
+                log.info("%s: has the content of %s, which is queued under this name now", name, track.name)
             return track
         result.queued += 1
         return None
@@ -297,8 +304,7 @@ def recheck_time(store: Store, sha256: str, settings: Intake, *, now: float) -> 
         `-inf` if no file has these bytes any more, so that they were only part of a file; None if the
         file has not changed lately, so that the bytes are final.
     """
-    patience_s = PATIENCE * settings.settle_s
-    if patience_s == 0 or settings.marker is not None:
+    if settings.settle_s == 0 or settings.marker is not None:
         return None
     files = store.files_of(sha256)
     if any(file.state in (FileState.SETTLED, FileState.FAILED) for file in files):  # it was archived before
@@ -314,5 +320,13 @@ def recheck_time(store: Store, sha256: str, settings: Intake, *, now: float) -> 
         latest = max(latest, stat.st_mtime, stat.st_ctime)
     if latest == -float("inf"):
         return latest
-    until = latest + patience_s
-    return until if latest - patience_s <= now < until else None  # a time far in the future proves nothing
+    until = patience_end(latest, settings, now=now)
+    return until if now < until else None
+
+
+def patience_end(changed_s: float, settings: Intake, *, now: float) -> float:
+    """Until when a file that can't be used is tried again, counted from its last change; `-inf`: never."""
+    patience_s = PATIENCE * settings.settle_s
+    if settings.marker is not None or changed_s - patience_s > now:  # a time far in the future proves nothing
+        return -float("inf")
+    return changed_s + patience_s

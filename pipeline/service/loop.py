@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
-from pipeline.intake.ingest import Ingest, ScanResult
+from pipeline.intake.ingest import PATIENCE, Ingest, ScanResult
 from pipeline.intake.watcher import Watcher
 from pipeline.progress import Reporter
 from pipeline.runner.retry import local_time
@@ -70,8 +70,8 @@ def run_once(session: Session) -> ScanResult:
         The last scan, with what all scans found up to date or failed before.
     """
     signals, ingest, runner = session.signals, session.processor.ingest, session.processor.runner
-    up_to_date, failed, patience_s = set[str](), set[str](), 2 * ingest.settings.settle_s + 1.0
-    result = runner.result
+    up_to_date, failed, waited_s = set[str](), set[str](), 0.0
+    settle_s, result = ingest.settings.settle_s, runner.result
     while True:
         scan = ingest.scan(should_stop=signals.is_stopped)
         result.failed |= scan.unreadable
@@ -87,9 +87,10 @@ def run_once(session: Session) -> ScanResult:
             continue
         if scan.disk_full:
             raise scan.disk_full
-        if (scan.unsettled or scan.read_errors) and patience_s > 0:
-            pause_s = max(min(ingest.settings.settle_s / 2, patience_s), SHORTEST_WAIT_S)
-            patience_s -= pause_s
+        patience_s = (PATIENCE if scan.read_errors else 2) * settle_s + 1.0
+        if (scan.unsettled or scan.read_errors) and waited_s < patience_s:
+            pause_s = max(min(settle_s / 2, patience_s - waited_s), SHORTEST_WAIT_S)
+            waited_s += pause_s
         elif (due := runner.next_due()) is not None and due <= runner.clock() + RETRY_PATIENCE_S:
             pause_s = max(due - runner.clock(), SHORTEST_WAIT_S)
             log.info("nothing else is due: waiting until %s for the next try", local_time(due))

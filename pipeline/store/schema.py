@@ -141,6 +141,8 @@ class Attempt:
 
 
 TRACK_COLUMNS = [field.name for field in fields(Track)]
+FILE_COLUMNS = [field.name for field in fields(SourceFile)]
+PATH_COLUMNS = ("path", "root", "moved_to")
 
 
 def track_of(row: Mapping[str, Any]) -> Track:
@@ -149,29 +151,12 @@ def track_of(row: Mapping[str, Any]) -> Track:
 
 
 def file_of(row: Mapping[str, Any]) -> SourceFile:
-    return SourceFile(
-        path=Path(os.fsdecode(row["path"])),
-        sha256=row["sha256"],
-        root=Path(os.fsdecode(row["root"])),
-        display=row["display"],
-        size=row["size"],
-        mtime_ns=row["mtime_ns"],
-        inode=row["inode"],
-        state=FileState(row["state"]),
-        moved_to=Path(os.fsdecode(row["moved_to"])) if row["moved_to"] is not None else None,
-    )
+    values = {name: row[name] for name in FILE_COLUMNS}
+    paths = {name: Path(os.fsdecode(values[name])) for name in PATH_COLUMNS if values[name] is not None}
+    return SourceFile(**{**values, **paths, "state": FileState(row["state"])})
 
 
 def row_of(file: SourceFile, now: float) -> dict[str, Any]:
-    return {
-        "path": os.fsencode(file.path),
-        "sha256": file.sha256,
-        "root": os.fsencode(file.root),
-        "display": file.display,
-        "size": file.size,
-        "mtime_ns": file.mtime_ns,
-        "inode": file.inode,
-        "state": file.state,
-        "moved_to": None if file.moved_to is None else os.fsencode(file.moved_to),
-        "seen_at": now,
-    }
+    values = {name: getattr(file, name) for name in FILE_COLUMNS}
+    paths = {name: os.fsencode(values[name]) for name in PATH_COLUMNS if values[name] is not None}
+    return {**values, **paths, "seen_at": now}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from pipeline.errors import FolderUnusable, UnknownTrack
+from pipeline.errors import DatabaseDamaged, DiskFull, FolderUnusable, UnknownTrack
 from pipeline.store.schema import (
     MIGRATIONS,
     TRACK_COLUMNS,
@@ -37,25 +38,61 @@ if TYPE_CHECKING:
 _OF_FOLDER = (
     " AND (:is_inbox OR EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root))"
 )
+LISTED = 10  # candidates that are named if a part of a name is ambiguous
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
+def _folded(name: str) -> str:
+    """For a comparison that ignores case and how accents are encoded."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 class Store:
-    """One connection; every writing method is one transaction."""
+    """One connection; every method that writes is atomic, or part of an enclosing `transaction`."""
 
     def __init__(
         self, path: Path, *, read_only: bool = False, busy_timeout_s: float = BUSY_TIMEOUT_S
     ) -> None:
+        """Open the database, and check it quickly if it is to be written.
+
+        Raises:
+            DatabaseDamaged, DiskFull, FolderUnusable: it can't be opened.
+        """
         self._path, self._read_only, self._busy_timeout_s = path, read_only, busy_timeout_s
-        self._db = self._connect()
-        if not read_only:
-            self._migrate()
-        elif self._is_readable() and MIGRATIONS.keys() - self._applied():
-            # Made by an older version, or a kill came before its first table.
-            Store(path, busy_timeout_s=busy_timeout_s).close()
+        try:
+            self._refuse_lost_file()
+            self._db = self._connect()
+            if not read_only:
+                self._refuse_damage("quick_check(1)")
+                self._migrate()
+            elif self._is_readable() and MIGRATIONS.keys() - self._applied():
+                # Made by an older version, or a kill came before its first table.
+                Store(path, busy_timeout_s=busy_timeout_s).close()
+        except sqlite3.Error as e:
+            raise self._opening_error(e) from e
         if unknown := self._applied() - MIGRATIONS.keys():
             self.close()
             raise FolderUnusable(f"{path} was made by a newer version of this program ({max(unknown)})")
+
+    def _refuse_lost_file(self) -> None:
+        """SQLite would take an empty file for a new database and delete the write-ahead log beside it."""
+        log = self._path.with_name(f"{self._path.name}-wal")
+        if self._path.is_dir():
+            raise DatabaseDamaged(self._path, "a folder is in its place")
+        if self._path.exists() and not self._path.stat().st_size and log.exists() and log.stat().st_size:
+            raise DatabaseDamaged(self._path, "it is empty, but its write-ahead log is not")
+
+    def _refuse_damage(self, pragma: str) -> None:
+        found = [row[0] for row in self._db.execute(f"PRAGMA {pragma}")]
+        if found != ["ok"]:
+            raise DatabaseDamaged(self._path, "; ".join(" ".join(text.split()) for text in found[:3]))
+
+    def _opening_error(self, error: sqlite3.Error) -> FolderUnusable:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without the extended part
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return DatabaseDamaged(self._path, str(error))
+        kind = DiskFull if code == sqlite3.SQLITE_FULL else FolderUnusable
+        return kind(f"the database {self._path} can't be used: {error}")
 
     def _migrate(self) -> None:
         from pipeline.store.migrations import migrations
@@ -160,6 +197,14 @@ class Store:
             self._insert("files", row_of(file, now))
         return new
 
+    def rename_track(self, sha256: str, *, name: str, folder: str) -> bool:
+        """Rename a queued track, unless an attempt was made at it; returns whether it was renamed."""
+        sql = (
+            "UPDATE tracks SET name = ?, folder = ? WHERE sha256 = ? AND state = 'queued'"
+            " AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.sha256 = tracks.sha256)"
+        )
+        return bool(self._db.execute(sql, [name, folder, sha256]).rowcount)
+
     def file_at(self, path: Path) -> SourceFile | None:
         rows = self._db.execute("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
         return next(map(file_of, rows), None)
@@ -194,11 +239,10 @@ class Store:
         self, path: Path, state: FileState, *, moved_to: Path | None = None, inode: int | None = None
     ) -> None:
         """Record what became of a file; `inode` is given if the file got another one by the move."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode) WHERE path = ?",
-                [state, None if moved_to is None else os.fsencode(moved_to), inode, os.fsencode(path)],
-            )
+        self._db.execute(
+            "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode) WHERE path = ?",
+            [state, None if moved_to is None else os.fsencode(moved_to), inode, os.fsencode(path)],
+        )
 
     # -- the queue -------------------------------------------------------------------------------
 
@@ -243,44 +287,33 @@ class Store:
             )
 
     def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"
-                " source = ? WHERE sha256 = ?",
-                [now, plan_key, json.dumps(source), sha256],
-            )
+        self._db.execute(
+            "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"
+            " source = ? WHERE sha256 = ?",
+            [now, plan_key, json.dumps(source), sha256],
+        )
 
     def fail(self, sha256: str, *, stage: str, error: str, now: float, retry_at: float | None) -> None:
         """Count a failed attempt; the track is queued again for `retry_at`, or failed if that is None."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET state = ?, attempts = attempts + 1, stage = ?, error = ?, not_before = ?,"
-                " finished_at = ? WHERE sha256 = ?",
-                [
-                    TrackState.FAILED if retry_at is None else TrackState.QUEUED,
-                    stage,
-                    error,
-                    0 if retry_at is None else retry_at,
-                    now if retry_at is None else None,
-                    sha256,
-                ],
-            )
+        state, not_before, finished_at = (
+            (TrackState.FAILED, 0.0, now) if retry_at is None else (TrackState.QUEUED, retry_at, None)
+        )
+        self._db.execute(
+            "UPDATE tracks SET state = ?, attempts = attempts + 1, stage = ?, error = ?, not_before = ?,"
+            " finished_at = ? WHERE sha256 = ?",
+            [state, stage, error, not_before, finished_at, sha256],
+        )
 
     def release(self, sha256: str, *, not_before: float = 0.0) -> None:
         """Queue a claimed track again without counting an attempt."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET state = 'queued', not_before = ? WHERE sha256 = ? AND state = 'running'",
-                [not_before, sha256],
-            )
+        self._db.execute(
+            "UPDATE tracks SET state = 'queued', not_before = ? WHERE sha256 = ? AND state = 'running'",
+            [not_before, sha256],
+        )
 
     def release_all(self, *, now: float) -> None:
         """Queue all running tracks again, uncounted. Only for the holder of the instance lock."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE attempts SET ended_at = ?, outcome = 'stopped' WHERE ended_at IS NULL", [now]
-            )
-            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
+        self._close_attempts(AttemptOutcome.STOPPED, now)
 
     def forget(self, sha256: str) -> None:
         """Delete all rows of a track, such as one made of bytes that were only part of a file."""
@@ -319,22 +352,24 @@ class Store:
                 "SELECT t.*, a.stage AS open_stage FROM attempts a JOIN tracks t USING (sha256)"
                 " WHERE a.ended_at IS NULL AND t.state = 'running' GROUP BY t.sha256"
             ).fetchall()
-            self._db.execute(
-                "UPDATE attempts SET ended_at = ?, outcome = 'crashed' WHERE ended_at IS NULL", [now]
-            )
-            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
+            self._close_attempts(AttemptOutcome.CRASHED, now)
         return [(track_of({name: row[name] for name in TRACK_COLUMNS}), row["open_stage"]) for row in rows]
+
+    def _close_attempts(self, outcome: AttemptOutcome, now: float) -> None:
+        with self.transaction():
+            sql = "UPDATE attempts SET ended_at = ?, outcome = ? WHERE ended_at IS NULL"
+            self._db.execute(sql, [now, outcome])
+            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
 
     def record_crash(
         self, sha256: str, *, attempts: int, solo: bool, error: str, now: float, retry_at: float
     ) -> None:
         """Count a crash and queue the track again, behind all others."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET attempts = ?, solo = ?, error = ?, queued_at = ?, not_before = ?"
-                " WHERE sha256 = ?",
-                [attempts, solo, error, now, retry_at, sha256],
-            )
+        sql = (
+            "UPDATE tracks SET attempts = ?, solo = ?, error = ?, queued_at = ?, not_before = ?"
+            " WHERE sha256 = ?"
+        )
+        self._db.execute(sql, [attempts, solo, error, now, retry_at, sha256])
 
     # -- retention -------------------------------------------------------------------------------
 
@@ -346,8 +381,7 @@ class Store:
 
     def set_collected(self, sha256: str, *, now: float) -> None:
         """Record that the track's outputs were removed on purpose."""
-        with self.transaction():
-            self._db.execute("UPDATE tracks SET collected_at = ? WHERE sha256 = ?", [now, sha256])
+        self._db.execute("UPDATE tracks SET collected_at = ? WHERE sha256 = ?", [now, sha256])
 
     # -- work ------------------------------------------------------------------------------------
 
@@ -365,11 +399,8 @@ class Store:
         error: str | None = None,
         traceback: str | None = None,
     ) -> None:
-        with self.transaction():
-            self._db.execute(
-                "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, traceback = ? WHERE id = ?",
-                [now, outcome, error, traceback, attempt],
-            )
+        sql = "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, traceback = ? WHERE id = ?"
+        self._db.execute(sql, [now, outcome, error, traceback, attempt])
 
     def unit(self, key: str) -> dict[str, Any] | None:
         """The result of a finished unit of work, or None."""
@@ -390,8 +421,7 @@ class Store:
             self._insert("units", {**unit, "seconds": seconds, "finished_at": now})
 
     def remember_config(self, sha256: str, config: str) -> None:
-        with self.transaction():
-            self._db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
+        self._db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
 
     def fact(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
@@ -427,7 +457,7 @@ class Store:
         return {state.value: found.get(state, 0) for state in TrackState}
 
     def find(self, wanted: str) -> Track:
-        """The one track with that name, file name or hash prefix.
+        """The track with that name, file name or hash prefix; otherwise the one with that part in its name.
 
         Raises:
             UnknownTrack: there is none, or more than one.
@@ -440,11 +470,19 @@ class Store:
             {"w": wanted},
         )
         found = [track_of(row) for row in rows]
+        if wanted and not found:
+            found = [track for track in self.tracks() if _folded(wanted) in _folded(track.name)]
         if not found:
-            raise UnknownTrack(f"there is no track {wanted!r}: give its name or the start of its hash")
+            raise UnknownTrack(
+                f"there is no track {wanted!r}: give a part of its name or the start of its hash"
+            )
         if len(found) > 1:
-            which = ", ".join(track.sha256[:8] for track in found[:5])
-            raise UnknownTrack(f"{len(found)} tracks go by {wanted!r}: give the start of a hash ({which})")
+            which = ", ".join(f"{track.name} ({track.sha256[:8]})" for track in found[:LISTED])
+            more = ", ..." if len(found) > LISTED else ""
+            raise UnknownTrack(
+                f"{len(found)} tracks match {wanted!r}: give more of the name or the start of a hash:"
+                f" {which}{more}"
+            )
         return found[0]
 
     def attempts(self, sha256: str) -> list[Attempt]:
@@ -463,13 +501,16 @@ class Store:
         rows = self._db.execute("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
         return [{**row, "result": json.loads(row["result"])} for row in rows]
 
-    def check(self) -> list[str]:
-        """The problems that SQLite's integrity check finds."""
+    def check(self) -> None:
+        """Run SQLite's integrity check, which reads the whole file.
+
+        Raises:
+            DatabaseDamaged: it found something.
+        """
         try:
-            rows = [row[0] for row in self._db.execute("PRAGMA integrity_check").fetchall()]
+            self._refuse_damage("integrity_check")
         except sqlite3.DatabaseError as e:  # too damaged for the check itself
-            return [str(e)]
-        return [] if rows == ["ok"] else rows
+            raise DatabaseDamaged(self._path, str(e)) from e
 
 
 def _arguments(folder: InputFolder) -> dict[str, Any]:

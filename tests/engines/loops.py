@@ -53,7 +53,7 @@ BANDS = {
 
 
 def play(name: str, *, tempo_bpm: float = 110.0, key: int = 0, seconds: float = 20.0, seed: int = 0) -> Audio:
-    """A band's loop as stereo at 44.1 kHz; `key` in semitones above C; the seed varies the strokes' levels."""
+    """A band's loop as stereo at 44.1 kHz; `key`: semitones above C; the seed varies the strokes' levels."""
     band, rng = BANDS[name], np.random.default_rng(seed)
     bus = np.zeros((2, round((seconds + 3) * RATE)))
     step_s = 15 / tempo_bpm

@@ -41,7 +41,7 @@ def play(
     channels: int = 2,
     ending: bool = True,
 ) -> Piece:
-    """Drums, bass, chords and a melody, four bars a section; then, with `ending`, a last chord that decays."""
+    """Drums, bass, chords and a melody, four bars a section; `ending` adds a last chord that decays."""
     beat_s = 60.0 / bpm
     bar_s = meter * beat_s
     names = [name for name in sections.split() for _ in range(4)]

@@ -1,4 +1,4 @@
-"""Taking files in by content, and moving them never over one another."""
+"""Copies with a hash, and moves that never overwrite a file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def put(folder: Path, *names: str, content: bytes = b"sound") -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, READ_BYTES, READ_BYTES + 1])
-def test_a_file_is_copied_whole_under_the_hash_of_the_copy(tmp_path: Path, n_bytes: int) -> None:
+def test_a_file_is_copied_completely_under_the_hash_of_the_copy(tmp_path: Path, n_bytes: int) -> None:
     content = (bytes(range(256)) * (n_bytes // 256 + 1))[:n_bytes]
     put(tmp_path, "a.wav", content=content)
 
@@ -44,7 +44,7 @@ def test_a_file_is_copied_whole_under_the_hash_of_the_copy(tmp_path: Path, n_byt
     assert (tmp_path / "copy").read_bytes() == content
 
 
-def test_copying_ends_when_it_is_told_to_stop(tmp_path: Path) -> None:
+def test_copying_ends_when_it_is_asked_to_stop(tmp_path: Path) -> None:
     put(tmp_path, "a.wav", content=bytes(3 * READ_BYTES))
     asked = iter([False, True])
 
@@ -95,7 +95,7 @@ def test_a_link_is_not_followed_unless_asked(tmp_path: Path) -> None:
     assert copy_in(tmp_path / "link.wav", tmp_path / "copy", follow=True) == hash_file(tmp_path / "a.wav")
 
 
-def test_a_pipe_is_no_file_and_nobody_waits_for_its_writer(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.wav")
     with pytest.raises(FileChanged):
         copy_in(tmp_path / "a.wav", tmp_path / "copy")
@@ -117,7 +117,7 @@ def test_a_copy_that_cannot_be_written_is_not_the_files_fault(tmp_path: Path) ->
 # -- moving ------------------------------------------------------------------------------------------
 
 
-def test_a_free_name_is_the_name_itself_or_the_first_number_nobody_has(tmp_path: Path) -> None:
+def test_a_free_name_is_the_name_itself_or_the_first_unused_number(tmp_path: Path) -> None:
     wanted = tmp_path / "a b.wav"
     assert free_name(wanted) == wanted
 
@@ -142,7 +142,7 @@ def test_a_free_name_of_the_longest_name_still_fits(tmp_path: Path, raw: bytes) 
     assert free.suffix == Path(name).suffix
 
 
-def test_moving_aside_never_overwrites(tmp_path: Path) -> None:
+def test_moving_to_a_free_name_never_overwrites(tmp_path: Path) -> None:
     put(tmp_path, "done/a.wav", content=b"old")
     for n in (2, 3):
         put(tmp_path, "a.wav", content=b"new %d" % n)
@@ -156,7 +156,7 @@ def test_moving_aside_never_overwrites(tmp_path: Path) -> None:
     assert not (tmp_path / "a.wav").exists()
 
 
-def test_moving_aside_makes_the_folders_it_needs(tmp_path: Path) -> None:
+def test_moving_to_a_free_name_makes_the_folders_it_needs(tmp_path: Path) -> None:
     put(tmp_path, "album/a.wav", content=b"music")
     moved = move_to_free_name(tmp_path / "album" / "a.wav", tmp_path / "done" / "album" / "a.wav")
     assert moved.read_bytes() == b"music"

@@ -1,4 +1,4 @@
-"""After a kill, a crash or somebody's cleaning up: records, results and working copies agree again."""
+"""After a kill, a crash or changes by a user, records, results and working copies agree again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kinds(findings: list[Finding]) -> list[str]:
 
 
 @pytest.mark.parametrize("thorough", [False, True])
-def test_where_all_is_as_recorded_there_is_nothing_to_say_and_nothing_to_do(
+def test_where_all_is_as_recorded_nothing_is_reported_or_changed(
     stored: StoredTracks, thorough: bool
 ) -> None:
     stored.finished("a.wav", b"a", now=NOW)
@@ -104,7 +104,7 @@ def test_a_result_written_to_since_is_read_at_every_start(stored: StoredTracks) 
     assert stored.state(sha256) == "queued"
 
 
-def test_a_byte_changed_behind_the_clocks_back_is_found_by_a_thorough_check_only(
+def test_a_byte_changed_without_a_new_mtime_is_found_by_a_thorough_check_only(
     stored: StoredTracks,
 ) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
@@ -162,7 +162,7 @@ def test_results_are_not_made_again_where_that_is_not_wanted(stored: StoredTrack
     assert stored.state(sha256) == "done"
 
 
-def test_a_result_whose_source_is_gone_is_reported_and_what_is_left_of_it_stays(stored: StoredTracks) -> None:
+def test_a_result_whose_source_is_gone_is_reported_and_the_other_files_stay(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
     (stored.folder(sha256) / NEAR).unlink()
     (stored.workspace.inbox / "done" / "a.wav").unlink()
@@ -182,7 +182,7 @@ def test_a_source_overwritten_by_something_of_another_size_is_gone(stored: Store
     assert kinds(check(stored)) == ["lost"]
 
 
-def test_a_working_copy_is_source_enough_and_stays_for_the_work(stored: StoredTracks) -> None:
+def test_a_working_copy_serves_as_source_and_stays(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"0123456789", now=NOW)
     (stored.folder(sha256) / NEAR).unlink()
     (stored.workspace.inbox / "done" / "a.wav").unlink()
@@ -209,7 +209,7 @@ def test_a_manifest_and_a_result_missing_together_need_the_source(stored: Stored
     assert kinds(check(stored)) == ["lost"]
 
 
-def test_results_removed_on_purpose_are_not_missed(stored: StoredTracks) -> None:
+def test_results_removed_by_gc_do_not_count_as_missing(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
     shutil.rmtree(stored.folder(sha256))
     stored.store.set_collected(sha256, now=NOW)
@@ -217,7 +217,7 @@ def test_results_removed_on_purpose_are_not_missed(stored: StoredTracks) -> None
     assert stored.state(sha256) == "done"
 
 
-def test_what_can_be_seen_but_not_read_is_reported_and_left(
+def test_an_unreadable_folder_is_reported_and_left_alone(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
@@ -314,7 +314,7 @@ def test_working_copies_that_nothing_needs_are_removed(stored: StoredTracks) -> 
     assert check(stored) == []
 
 
-def test_a_leftover_that_cannot_be_removed_keeps_nothing_from_starting(
+def test_a_leftover_that_cannot_be_removed_does_not_stop_the_start(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)

@@ -1,4 +1,4 @@
-"""What `gc` removes, and above all what it doesn't."""
+"""What `gc` removes, and what it must not remove."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_folders_of_albums_go_when_they_are_empty_and_not_before(stored: StoredT
     assert tree(stored.workspace.outbox) == {}
 
 
-def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
+def test_a_track_worked_on_since_it_was_listed_keeps_its_results(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requeued, again = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD)
@@ -166,7 +166,7 @@ def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
     assert (stored.state(requeued), stored.state(again)) == ("queued", "done")
 
 
-def test_results_whose_manifest_cannot_be_removed_stay_whole_and_the_others_go(
+def test_results_whose_manifest_cannot_be_removed_stay_complete_and_the_others_go(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stuck, other = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD + 1)
@@ -259,7 +259,7 @@ def test_results_that_a_person_brought_back_after_their_removal_stay(stored: Sto
 # -- the archive -----------------------------------------------------------------------------------
 
 
-def test_sources_in_the_archive_go_by_age_with_what_is_said_of_them(stored: StoredTracks) -> None:
+def test_sources_in_the_archive_go_by_age_with_their_error_files(stored: StoredTracks) -> None:
     stored.finished("album/old.wav", b"o", now=OLD)
     stored.failed("album/bad.wav", b"bb", now=OLD)
     stored.finished("young.wav", b"y", now=YOUNG)
@@ -280,7 +280,7 @@ def test_sources_in_the_archive_go_by_size_oldest_first(stored: StoredTracks) ->
     assert names(gc(stored, archive_gb=0.0)) == ["1.wav", "2.wav"]
 
 
-def test_a_copy_that_came_late_is_as_old_as_its_coming(stored: StoredTracks) -> None:
+def test_the_age_of_a_later_copy_begins_when_it_was_archived(stored: StoredTracks) -> None:
     stored.finished("a.wav", b"a", now=1000.0)  # finished long ago, moved there just now
     assert gc(stored, now=time.time(), archive_days=30.0) == []
     assert len(gc(stored, archive_days=30.0)) == 1
@@ -328,7 +328,7 @@ def test_an_archive_behind_a_link_is_left_alone(stored: StoredTracks, tmp_path: 
     assert (elsewhere / "a.wav").exists()
 
 
-def test_a_source_queued_since_it_was_looked_at_stays(
+def test_a_source_queued_since_it_was_listed_stays(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256, other = stored.failed("a.wav", b"a", now=OLD), stored.failed("b.wav", b"b", now=OLD)
@@ -362,7 +362,7 @@ def test_working_copies_that_belong_to_nothing_go_by_age(stored: StoredTracks) -
     assert tree(stored.workspace.state / "work") == {f"{failed}/source": b"x" * 10}
 
 
-def test_a_working_copy_being_made_is_left_to_who_makes_it(stored: StoredTracks) -> None:
+def test_a_working_copy_that_is_being_made_is_left_alone(stored: StoredTracks) -> None:
     work = stored.workspace.state / "work"
     stored.scratch("f" * 64, age_s=0.5 * DAY_S, now=NOW)
     for name, age_s in ((".incoming-1", 0.5 * DAY_S), (".incoming-2", 2 * DAY_S), ("notes", 99 * DAY_S)):

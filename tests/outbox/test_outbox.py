@@ -1,4 +1,4 @@
-"""Publication: whole files or none, and nothing of a person's own is touched."""
+"""Publication: complete files or none; files of a user are not touched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WriterFailed(Exception):
 
 
 def trust(_file: BinaryIO) -> None:
-    """A verifier for bytes that mean nothing."""
+    """A verifier that accepts any bytes."""
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_writer_may_go_back_to_its_header(outbox: Outbox) -> None:
     assert (published.bytes, published.sha256) == (8, hashlib.sha256(b"sizebody").hexdigest())
 
 
-def test_nobody_sees_the_name_before_the_file_is_whole(outbox: Outbox) -> None:
+def test_the_name_appears_only_with_the_complete_file(outbox: Outbox) -> None:
     visible: list[list[str]] = []
 
     def write(out: BinaryIO) -> None:
@@ -103,7 +103,7 @@ def test_a_file_published_again_replaces_the_first(outbox: Outbox) -> None:
     assert not outbox.is_intact(FOLDER, before)
 
 
-def test_what_a_killed_run_left_is_written_over(outbox: Outbox) -> None:
+def test_the_temporary_file_of_a_killed_run_is_replaced(outbox: Outbox) -> None:
     left = outbox.root / FOLDER / "variations" / ".01-a.wav.part"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"much more than what comes now")
@@ -119,7 +119,7 @@ def test_an_outbox_that_cannot_be_written_is_an_os_error(outbox: Outbox) -> None
 
 
 @pytest.mark.parametrize("now", [b"Music", b"musi", b"music!", b""])
-def test_an_altered_file_is_not_held(outbox: Outbox, now: bytes) -> None:
+def test_an_altered_file_is_not_intact(outbox: Outbox, now: bytes) -> None:
     published = publish(outbox, FIRST, b"music")
     assert outbox.is_intact(FOLDER, published)
 
@@ -127,7 +127,7 @@ def test_an_altered_file_is_not_held(outbox: Outbox, now: bytes) -> None:
     assert not outbox.is_intact(FOLDER, published)
 
 
-def test_a_missing_file_is_not_held(outbox: Outbox) -> None:
+def test_a_missing_file_is_not_intact(outbox: Outbox) -> None:
     published = publish(outbox, FIRST, b"music")
     (outbox.root / FOLDER / FIRST).unlink()
 
@@ -146,7 +146,7 @@ def test_a_manifest_reads_back_as_it_was_written(outbox: Outbox) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_manifest_that_is_not_json_is_refused_whole(outbox: Outbox, value: float) -> None:
+def test_a_manifest_that_is_not_json_is_refused(outbox: Outbox, value: float) -> None:
     outbox.publish_manifest(FOLDER, {"peak_dbfs": -1.0})
     with pytest.raises(ValueError, match="Out of range"):
         outbox.publish_manifest(FOLDER, {"peak_dbfs": value})
@@ -251,7 +251,7 @@ def test_a_folder_is_named_for_the_track_and_the_start_of_its_hash() -> None:
 # -- verification ----------------------------------------------------------------------------------
 
 
-def test_a_verifier_reads_what_is_on_the_disk_before_anybody_sees_the_name(outbox: Outbox) -> None:
+def test_a_verifier_reads_what_is_on_the_disk_before_the_rename(outbox: Outbox) -> None:
     seen: list[tuple[bytes, bool, bytes]] = []
 
     def verify(file: BinaryIO) -> None:
@@ -382,7 +382,7 @@ def test_names_are_not_added_to_json_that_is_no_manifest(outbox: Outbox, content
     assert files(outbox) == {MANIFEST: content}
 
 
-def test_json_nested_beyond_all_measure_is_no_manifest(outbox: Outbox) -> None:
+def test_json_that_is_nested_too_deeply_is_no_manifest(outbox: Outbox) -> None:
     publish(outbox, MANIFEST, b"[" * 200_000)
     assert outbox.read_manifest(FOLDER) is None
 
@@ -413,7 +413,7 @@ def test_a_file_between_names_is_not_overwritten_by_one_that_moves_to_its_place(
     assert files(outbox) == {SECOND: b"first", THIRD: b"second"}
 
 
-def test_one_file_is_not_held_for_two(outbox: Outbox) -> None:
+def test_one_file_is_not_found_for_two(outbox: Outbox) -> None:
     published = publish(outbox, FIRST, b"the same sound")
     assert outbox.find_intact(FOLDER, {"one": published, "two": published}) == {"one": published}
 
@@ -422,7 +422,7 @@ def test_one_file_is_not_held_for_two(outbox: Outbox) -> None:
     assert {one.file for one in held.values()} == {FIRST, SECOND}
 
 
-def test_what_was_being_written_or_is_altered_is_not_held(outbox: Outbox) -> None:
+def test_a_file_that_was_being_written_or_is_altered_is_not_found(outbox: Outbox) -> None:
     published, other = publish(outbox, FIRST, b"music"), publish(outbox, SECOND, b"other")
     variations = outbox.root / FOLDER / "variations"
     (variations / "01-a.wav").rename(variations / ".01-a.wav.part")
@@ -430,7 +430,7 @@ def test_what_was_being_written_or_is_altered_is_not_held(outbox: Outbox) -> Non
     assert outbox.find_intact(FOLDER, {"one": published, "two": other}) == {}
 
 
-def test_only_this_programs_temporary_files_are_leftovers(outbox: Outbox) -> None:
+def test_only_this_programs_temporary_files_are_listed(outbox: Outbox) -> None:
     ours = [
         "variations/.01-a.wav.part",
         "variations/.120-b.wav.move",

@@ -1,10 +1,10 @@
-"""The store, on real SQLite files: the queue, the record of attempts, and what is found again."""
+"""The store, on real SQLite files: the queue, the attempts and the units of work."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 import sqlite_utils
 from stored_tracks import WHOLE_QUEUE, claim_due
 
-from pipeline.errors import FolderUnusable, UnknownTrack
+from pipeline.errors import DatabaseDamaged, FolderUnusable, UnknownTrack
 from pipeline.store.migrations import migrations
 from pipeline.store.schema import FileState, SourceFile
 from pipeline.store.store import Store
@@ -132,7 +132,7 @@ def test_a_path_that_is_not_utf8_comes_back_byte_for_byte(store: Store) -> None:
     assert claimed(store, folder=InputFolder(path.parent, is_inbox=False)) == ["a"]
 
 
-def test_settling_a_file_touches_no_other(store: Store) -> None:
+def test_setting_the_state_of_a_file_changes_no_other(store: Store) -> None:
     add(store, name="one.wav")
     add(store, name="two.wav")
     store.set_file_state(INBOX / "one.wav", FileState.SETTLED)
@@ -162,7 +162,7 @@ def test_tracks_of_one_moment_are_claimed_in_the_order_of_their_hashes(store: St
     assert [*claimed(store, 1), *claimed(store, 2)] == ["a", "b", "c"]
 
 
-def test_a_claim_below_a_folder_takes_only_what_was_seen_there(store: Store) -> None:
+def test_a_claim_below_a_folder_takes_only_tracks_found_there(store: Store) -> None:
     add(store, "a", root=INBOX)
     add(store, "b", root=ELSEWHERE)
     other = InputFolder(ELSEWHERE, is_inbox=False)
@@ -238,7 +238,7 @@ def test_releasing_leaves_a_finished_track_finished(store: Store) -> None:
     assert state_of(store) == "done"
 
 
-def test_requeueing_forgives_the_attempts_and_keeps_the_work(store: Store) -> None:
+def test_requeueing_resets_the_attempts_and_keeps_the_units(store: Store) -> None:
     add(store)
     claim_due(store, 1, now=100.0)
     store.finish_unit("n", sha256=sha("a"), stage="normalize", result={}, seconds=1.0, now=101.0)
@@ -252,7 +252,7 @@ def test_requeueing_forgives_the_attempts_and_keeps_the_work(store: Store) -> No
     assert store.unit("n") == {}
 
 
-def test_requeueing_a_stage_forgets_that_stage_of_that_track_alone(store: Store) -> None:
+def test_requeueing_a_stage_deletes_the_units_of_that_stage_and_track_only(store: Store) -> None:
     add(store, "a")
     add(store, "b")
     for key, letter, stage in (("n", "a", "normalize"), ("g", "a", "generate"), ("other", "b", "generate")):
@@ -293,7 +293,7 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
     reopened.close()
 
 
-def test_recovery_blames_no_track_that_was_not_running(store: Store) -> None:
+def test_recovery_returns_no_track_that_was_not_running(store: Store) -> None:
     add(store)
     store.begin_attempt(sha("a"), "generate", now=201.0)
     store.finish(sha("a"), plan_key="k", source=SOURCE, now=202.0)
@@ -349,7 +349,7 @@ def test_a_config_is_remembered_once(store: Store, database: Path) -> None:
     plain.close()
 
 
-# -- questions ---------------------------------------------------------------------------------------
+# -- queries -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted", ["song a", "a--aaaaaaaa", "aaaa", "AAAA", "a" * 64, "sub/a.wav"])
@@ -359,8 +359,20 @@ def test_a_track_is_found_by_name_folder_hash_or_file(store: Store, wanted: str)
     assert store.find(wanted).sha256 == sha("a")
 
 
-@pytest.mark.parametrize("wanted", ["", "aaa", "aaaab", "song", "%", "a%", "____"])
-def test_what_is_no_name_and_no_long_enough_prefix_is_unknown(store: Store, wanted: str) -> None:
+def test_a_unique_part_of_a_name_is_enough_and_an_exact_name_wins(store: Store) -> None:
+    for letter, name in (("a", "Paper Lanterns"), ("b", "paper"), ("c", "Cafe\u0301 noir")):
+        store.add_file(a_file(letter), name=name, folder=letter, now=1.0)
+    assert store.find("lanterns").sha256 == sha("a")
+    assert store.find("paper").sha256 == sha("b")
+    assert store.find("CAF\u00c9").sha256 == sha("c")
+    with pytest.raises(
+        UnknownTrack, match=r"2 tracks match 'pap'.*Paper Lanterns \(aaaaaaaa\), paper \(bbbb"
+    ):
+        store.find("pap")
+
+
+@pytest.mark.parametrize("wanted", ["", "aaa", "aaaab", "sing", "%", "a%", "____"])
+def test_what_is_no_part_of_a_name_and_no_long_enough_prefix_is_unknown(store: Store, wanted: str) -> None:
     add(store, "a")
     with pytest.raises(UnknownTrack, match="there is no track"):
         store.find(wanted)
@@ -369,7 +381,7 @@ def test_what_is_no_name_and_no_long_enough_prefix_is_unknown(store: Store, want
 def test_a_name_of_two_tracks_is_refused_with_their_hashes(store: Store) -> None:
     for letter in "ab":
         store.add_file(a_file(letter), name="song", folder=letter, now=1.0)
-    with pytest.raises(UnknownTrack, match=r"2 tracks go by 'song'.*aaaaaaaa, bbbbbbbb|bbbbbbbb, aaaaaaaa"):
+    with pytest.raises(UnknownTrack, match=r"2 tracks match 'song'.*song \(aaaaaaaa\), song \(bbbbbbbb\)"):
         store.find("song")
 
 
@@ -406,27 +418,65 @@ def test_a_reader_sees_what_is_written_meanwhile_and_can_write_nothing(store: St
     reader.close()
 
 
-def test_a_sound_database_passes_its_check_and_a_damaged_one_does_not(store: Store, database: Path) -> None:
-    for n in range(300):
-        store.add_file(
-            replace(a_file(name=f"{n}.wav"), sha256=f"{n:064d}"),
-            name=f"song {n}",
-            folder=str(n),
-            now=float(n),
-        )
-    assert store.check() == []
+def garbage_header(path: Path) -> None:
+    path.write_bytes(b"this is no database " * 1000)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zeroed_page(path: Path) -> None:
+    with path.open("r+b") as raw:
+        raw.seek(path.stat().st_size // 2 // 4096 * 4096)
+        raw.write(bytes(4096))
+
+
+def empty_beside_its_log(path: Path) -> None:
+    os.truncate(path, 0)
+    path.with_name(f"{path.name}-wal").write_bytes(b"x" * 5000)
+
+
+def replaced_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [garbage_header, truncated, zeroed_page, empty_beside_its_log, replaced_by_a_folder]
+)
+def test_a_damaged_database_is_refused_with_what_to_do(
+    store: Store, database: Path, damage: Callable[[Path], None]
+) -> None:
+    for n in range(100):
+        file = replace(a_file(name=f"{n}.wav"), sha256=f"{n:064d}")
+        store.add_file(file, name=f"song {n}", folder=str(n), now=float(n))
+    store.check()
+    store.close()
+    damage(database)
+
+    with pytest.raises(DatabaseDamaged, match=r"pipeline\.db is damaged .*: stop the program, then restore"):
+        Store(database)
+    with pytest.raises(DatabaseDamaged):
+        Store(database, read_only=True).check()
+
+
+def test_a_database_that_may_not_be_written_is_named(
+    store: Store, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.close()
 
-    size = database.stat().st_size
-    with database.open("r+b") as raw:
-        raw.seek(size // 2)
-        raw.write(b"\x55" * 8192)
-    damaged = Store(database, read_only=True)
-    assert damaged.check() != []
-    damaged.close()
+    def refused(*_: object) -> None:
+        error = sqlite3.OperationalError("attempt to write a readonly database")
+        error.sqlite_errorcode = sqlite3.SQLITE_READONLY
+        raise error
+
+    monkeypatch.setattr(Store, "_migrate", refused)  # root may write everything
+    with pytest.raises(FolderUnusable, match=r"pipeline\.db can't be used: attempt to write a readonly"):
+        Store(database)
 
 
-def test_a_database_whose_making_was_cut_off_can_be_read(tmp_path: Path) -> None:
+def test_a_database_that_was_not_completely_made_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "pipeline.db").touch()
     store = Store(tmp_path / "pipeline.db", read_only=True)
     assert store.counts() == dict.fromkeys(("queued", "running", "done", "failed"), 0)

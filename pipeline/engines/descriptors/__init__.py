@@ -52,5 +52,5 @@ ENGINE = EngineCard(
     summary="timbre, harmony, rhythm and dynamics in 10 s windows; no model, far faster than real time",
     params=NoParams,
     load=_load,
-    packages=("numpy", "scipy", "librosa", "soxr"),
+    packages=("numpy", "scipy", "soxr"),
 )

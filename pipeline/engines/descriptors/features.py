@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engines.descriptors.filters import Vector, chroma_bank, mel_bank
 from pipeline.records import Samples
-
-Vector = NDArray[np.float64]
 
 RATE_HZ = 22050
 N_FFT, HOP = 4096, 512
 FRAMES_PER_S = RATE_HZ / HOP
 N_MELS, N_MFCC = 40, 13
+LOWEST_HZ = 30.0  # of the mel bands
 FLOOR = 1e-5  # relative to a window's mean power: 50 dB below it counts as silence
 CONTRAST_EDGES_HZ = 200.0 * 2.0 ** np.arange(6)  # six octaves; the last one is open
 CHORD_FRAMES = 16  # 0.37 s
@@ -84,9 +84,9 @@ def contrast(power: Samples, hz: Vector) -> Vector:
     return np.array(contrasts)
 
 
-def harmony(power: Samples, chroma_bank: Samples) -> Vector:
+def harmony(power: Samples) -> Vector:
     """Blocks chords and key."""
-    chroma = band_sums(np.sqrt(power), chroma_bank)
+    chroma = band_sums(np.sqrt(power), chroma_bank(RATE_HZ, N_FFT))
     chroma = chroma - chroma.min(axis=1, keepdims=True)  # drums and noise raise all classes equally
     starts = np.arange(0, chroma.shape[0], CHORD_FRAMES)
     chords = unit_sum(np.add.reduceat(chroma, starts, axis=0).astype(np.float64))
@@ -146,22 +146,19 @@ def dynamics(samples: Samples, power: Samples) -> Vector:
 
 def raw_features(samples: Samples) -> Vector:
     """The features of one window of mono at RATE_HZ before scaling, float64, (DIM,)."""
-    from librosa.filters import chroma, mel
-
     rms = float(np.sqrt(np.mean(samples.astype(np.float64) ** 2)))
     level = samples / np.float32(rms) if rms > 1e-7 else np.zeros_like(samples)
     power = power_spectra(level)
     hz = np.arange(N_FFT // 2 + 1, dtype=np.float64) * RATE_HZ / N_FFT
-    mel_bank = mel(sr=RATE_HZ, n_fft=N_FFT, n_mels=N_MELS, fmin=30.0)
-    bands = band_sums(power, mel_bank)
+    to_mel = mel_bank(RATE_HZ, N_FFT, N_MELS, LOWEST_HZ)
+    bands = band_sums(power, to_mel)
     mel_db = decibels(bands)
-    chroma_bank = chroma(sr=RATE_HZ, n_fft=N_FFT, ctroct=5.0, octwidth=1.0).astype(np.float32)
     return np.concatenate(
         [
             timbre(mel_db),
             spectrum(power, bands, hz),
-            harmony(power, chroma_bank),
-            rhythm(mel_db, hz[mel_bank.argmax(axis=1)]),
+            harmony(power),
+            rhythm(mel_db, hz[to_mel.argmax(axis=1)]),
             dynamics(level, power),
         ]
     )

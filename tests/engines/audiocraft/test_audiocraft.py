@@ -30,7 +30,6 @@ from pipeline.engines.audiocraft.engine import Window, windows
 from pipeline.engines.audiocraft.loader import import_packages
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import MusicgenParams
-from pipeline.engines.selection import missing_packages
 from pipeline.errors import BadCheckpoint, EngineFailure, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 from pipeline.weights import hub
@@ -80,7 +79,6 @@ def test_the_requirements_name_both_commands_and_every_package() -> None:
     assert " && ".join(re.findall(r"^#     (pip install .*)$", text, re.MULTILINE)) == INSTALL_COMMAND
     required = set(re.findall(r"^([\w-]+)==", text, re.MULTILINE))
     assert required == set(PACKAGES) - {"torch", "torchaudio", "transformers", "audiocraft"}
-    assert "-r requirements.txt" in text
 
 
 def test_auto_never_means_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -208,8 +206,6 @@ def test_parameters_mean_and_allow_what_musicgens_do() -> None:
 
 @pytest.fixture(scope="session")
 def need_audiocraft() -> None:
-    if missing := missing_packages(ENGINE):
-        pytest.skip(f"{missing[0]} isn't installed; for this optional engine: {INSTALL_COMMAND}")
     import_packages()
 
 

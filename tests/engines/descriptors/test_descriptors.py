@@ -6,6 +6,7 @@ import io
 from functools import cache
 from itertools import combinations
 
+import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -16,6 +17,7 @@ from pipeline.engines.base import Embedder, EngineSettings
 from pipeline.engines.descriptors import DIM, ENGINE, LAYOUT
 from pipeline.engines.descriptors.embedder import window_edges
 from pipeline.engines.descriptors.features import RATE_HZ, raw_features
+from pipeline.engines.descriptors.filters import chroma_bank, mel_bank
 from pipeline.errors import EngineFailure, Stopped
 from pipeline.records import Audio, Embedding, Samples
 
@@ -206,6 +208,14 @@ def test_clicks_a_second_are_counted() -> None:
     clarity, density, *_ = block("pulse", clicks(120.0))
     assert density == pytest.approx(2.0, abs=0.15)
     assert clarity > 0.8
+
+
+@pytest.mark.parametrize(("rate_hz", "n_fft"), [(RATE_HZ, 4096), (16000, 1024)])
+def test_the_filter_banks_are_librosas_to_the_bit(rate_hz: int, n_fft: int) -> None:
+    mel = librosa.filters.mel(sr=rate_hz, n_fft=n_fft, n_mels=40, fmin=30.0)
+    chroma = librosa.filters.chroma(sr=rate_hz, n_fft=n_fft, ctroct=5.0, octwidth=1.0)
+    np.testing.assert_array_equal(mel_bank(rate_hz, n_fft, 40, 30.0), mel)
+    np.testing.assert_array_equal(chroma_bank(rate_hz, n_fft), chroma.astype(np.float32))
 
 
 def test_noise_is_flat_and_a_sine_is_not() -> None:

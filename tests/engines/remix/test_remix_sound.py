@@ -111,7 +111,7 @@ def test_impulses_stay_on_their_grid() -> None:
 
 @pytest.mark.parametrize("bpm", [90.0, 128.0])
 def test_the_tempo_of_the_result_is_the_sources(bpm: float) -> None:
-    """Measured without the engine: the largest autocorrelation of the energy's rise near a lag of eight beats."""
+    """Measured without the engine: the autocorrelation of the rising energy near a lag of eight beats."""
     piece = synth.play(bpm, "verse chorus verse")
     for variation in remixes(piece.audio, 40.0, seeds=[0, 1], temperature=1.5):
         frames = variation.audio.mono()[: 35 * 44100].reshape(-1, 441)
