@@ -123,14 +123,10 @@ def _check_outbox_mount(workspace: Workspace, store: Store) -> None:
 def _recover(app: App, store: Store) -> set[str]:
     """Put in order what a killed instance left; returns the hashes of the tracks that are given up."""
     config, inbox = app.config, app.workspace.inbox
-    given_up = set()
-    for crashed in recover_crashed(store, config.retry, now=time.time()):
-        track, then = crashed.track, "is given up" if crashed.given_up else "will be tried again"
-        log.info("%s: was cut off in %s, %s", track.name, crashed.stage, then)
-        if crashed.given_up:
-            given_up.add(track.sha256)
-            files = store.files_of(track.sha256)
-            archive_files(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
+    given_up = recover_crashed(store, config.retry, now=time.time())
+    for track in given_up:
+        files = store.files_of(track.sha256)
+        archive_files(store, files, inbox, config.intake, error=f"{track.name}: {track.error}")
     recover_moves(store, inbox)
     for finding in reconcile(
         store,
@@ -142,7 +138,7 @@ def _recover(app: App, store: Store) -> set[str]:
         now=time.time(),
     ):
         log.warning("%s: %s", finding.where, finding.text)
-    return given_up
+    return {track.sha256 for track in given_up}
 
 
 def _release_and_exit(workspace: Workspace, signum: int, *, is_watching: bool) -> None:
