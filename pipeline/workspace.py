@@ -16,6 +16,7 @@ from typing import IO
 
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
+from pipeline.fs.atomic import replacing
 from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
 
@@ -138,15 +139,6 @@ class Workspace:
         return Scratch(self.state / "work" / sha256)
 
 
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def _take(file: IO[str]) -> bool:
     """Lock, trying for half a second, since `is_locked` of another process holds the lock for a moment."""
     for _ in range(10):
@@ -180,12 +172,11 @@ class Scratch:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "normalized.part"
-        with _removed_on_error(temporary), temporary.open("wb") as file:
+        with replacing(self._normalized(key), temporary), temporary.open("wb") as file:
             # Through `write`: numpy's own writing to a real file does not report why it failed.
             np.save(SimpleNamespace(write=file.write), audio.samples)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self._normalized(key))
 
     def load_normalized(self, key: str, sample_rate: int) -> Audio | None:
         """The audio of `save_normalized`, mapped into memory and read-only; None if there is none."""

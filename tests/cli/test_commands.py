@@ -118,7 +118,7 @@ def test_a_named_engine_without_its_weights_is_2_and_says_how_to_get_them(home: 
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not in the core install")
-@pytest.mark.parametrize("verb", ["once", "watch", "plan"])
+@pytest.mark.parametrize("verb", ["once", "plan"])
 def test_demucs_asked_for_and_not_here_is_2_before_any_work(
     home: Home, pipeline: Pipeline, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
