@@ -48,9 +48,9 @@ class Workspace:
         Raises:
             FolderUnusable: the outbox or the state is inside the inbox, so its files would become input.
         """
-        home = home.resolve()
+        home = Path(os.path.realpath(home))  # unlike Path.resolve, it does not raise for a loop of links
         inbox, outbox, state = (
-            (home / Path(folder).expanduser()).resolve()
+            Path(os.path.realpath(home / Path(folder).expanduser()))
             for folder in (folders.inbox, folders.outbox, folders.state)
         )
         for name, folder in (("outbox", outbox), ("state", state)):
@@ -91,7 +91,9 @@ class Workspace:
                     probe.write(b"x")
             except OSError as e:
                 kind = type(environment_error(e) or FolderUnusable())
-                raise kind(f"the {name} {folder} can't be used: {os_reason(e)}") from e
+                is_file = isinstance(e, FileExistsError | NotADirectoryError)
+                reason = "it is not a folder" if is_file else os_reason(e)
+                raise kind(f"the {name} {folder} (folders.{name}) can't be used: {reason}") from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:
