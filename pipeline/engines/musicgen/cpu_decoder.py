@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.engines.musicgen import kernels
 from pipeline.engines.musicgen.decoder import Ends
 from pipeline.engines.musicgen.kv_cache import Cache, CpuMemory, Indices, Prefixes, whole_units
-from pipeline.engines.musicgen.layers import MATRICES, NORMS, Stack, aligned
+from pipeline.engines.musicgen.layers import MATRICES, Stack
 from pipeline.engines.musicgen.shm import Files, Sizes
 from pipeline.records import Samples
 
@@ -55,54 +55,33 @@ class CpuDecoder:
 
     def run(self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Prefixes) -> None:
         """Entries through all layers, in place: x (entries, hidden), slots and positions (entries,)."""
-        shape, arrays, entries = self.shape, self.stack.arrays, len(x)
-        group, wide_group = self.stack.group(shape.hidden), self.stack.group(shape.wide)
-        room = (
-            np.empty(entries * max(shape.hidden, shape.wide), np.int32),
-            np.empty((entries, 2 * (shape.hidden // group)), np.float32),
-            np.empty((entries, 2 * (shape.wide // wide_group)), np.float32),
-            np.empty((entries, 3 * shape.hidden), np.float32),
-            np.empty((entries, shape.hidden), np.float32),
-            np.empty((entries, shape.wide), np.float32),
-            NO_NORM,
-            self._scratch(entries, shape.hidden // shape.heads),
-        )
+        shape, entries = self.shape, len(x)
+        layers = self._layers
         self._share(
             kernels.run_layers,
-            np.zeros(2 * kernels.PHASES_PER_LAYER * shape.layers, np.int64),
+            kernels.layer_counters(shape.layers),
             x,
-            shape.heads,
-            tuple(arrays[name] for matrix in MATRICES for name in (matrix, f"{matrix}_scales")),
-            tuple(arrays[name] for name in NORMS),
-            (group, wide_group),
-            cache.arrays,
-            cache.places(slots),
-            prefixes.cache.arrays,
-            prefixes.cache.places(prefixes.slots),
-            positions,
-            prefixes.lengths,
+            layers,
+            kernels.Attended(kernels.KeysValues(*cache.arrays), cache.places(slots), positions + 1),
+            kernels.Attended(
+                kernels.KeysValues(*prefixes.cache.arrays), prefixes.cache.places(prefixes.slots), prefixes.lengths
+            ),
+            kernels.LayerBuffers.empty(layers, entries, shape.heads, self.threads),
             amx(),
-            room,
         )
 
     def logits(self, x: Samples) -> Samples:
         """The last normalization and the output matrix: (rows, hidden) to (rows, codebooks, vocabulary)."""
         rows, hidden = x.shape
         out = np.empty((rows, self.shape.codebooks * self.shape.vocabulary), np.float32)
+        group = self.stack.group(hidden)
         self._share(
             kernels.run_product,
-            np.zeros(4, np.int64),
-            self.heads,
-            NO_SCALES,
-            x,
-            self.ends.norm,
-            self.stack.group(hidden),
-            np.empty(rows * hidden, np.int32),
-            np.empty((rows, 2), np.float32),
-            out,
-            kernels.STORE,
+            kernels.product_counters(),
+            kernels.Product(self.heads, NO_SCALES, group, self.ends.norm, x, out, kernels.STORE),
+            kernels.PackedRows.empty(rows, hidden, group),
+            kernels.ProductScratch.empty(self.threads, rows),
             amx(),
-            self._scratch(rows, kernels.LANES),
         )
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
@@ -123,8 +102,17 @@ class CpuDecoder:
                 other.result()
         self._compiled.add(kernel)
 
-    def _scratch(self, entries: int, dim: int) -> Samples:
-        return aligned((self.threads, kernels.scratch_size(entries, dim)), np.float32)
+    @property
+    def _layers(self) -> kernels.Layers:
+        shape, arrays = self.shape, self.stack.arrays
+        none = np.empty((shape.layers, 0, 0), np.float32)
+        hidden, wide = self.stack.group(shape.hidden), self.stack.group(shape.wide)
+        return kernels.Layers(
+            weights=tuple(arrays[name] for name in MATRICES),
+            scales=tuple(arrays[f"{name}_scales"] for name in MATRICES),
+            norms=(arrays["attention_norm"], none, arrays["feed_forward_norm"], none),
+            groups=(hidden, hidden, hidden, wide),
+        )
 
 
 def cores() -> int:
