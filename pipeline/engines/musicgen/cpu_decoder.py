@@ -55,44 +55,47 @@ class CpuDecoder:
 
     def run(self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Prefixes) -> None:
         """Entries through all layers, in place: x (entries, hidden), slots and positions (entries,)."""
-        shape, entries = self.shape, len(x)
-        layers = self._layers
-        self._share(
-            kernels.run_layers,
-            kernels.layer_counters(shape.layers),
+        layers, head_size = self._layers, self.shape.hidden // self.shape.heads
+        before = prefixes.cache.places(prefixes.slots)
+        arguments = (
             x,
             layers,
             kernels.Attended(kernels.KeysValues(*cache.arrays), cache.places(slots), positions + 1),
-            kernels.Attended(
-                kernels.KeysValues(*prefixes.cache.arrays), prefixes.cache.places(prefixes.slots), prefixes.lengths
-            ),
-            kernels.LayerBuffers.empty(layers, entries, shape.heads, self.threads),
+            kernels.Attended(kernels.KeysValues(*prefixes.cache.arrays), before, prefixes.lengths),
+            kernels.LayerBuffers.empty(layers, len(x)),
             amx(),
         )
+        scratch = [
+            (kernels.ProductScratch.empty(len(x)), kernels.AttentionScratch.empty(head_size))
+            for _ in range(self.threads)
+        ]
+        self._share(kernels.run_layers, arguments, scratch)
 
     def logits(self, x: Samples) -> Samples:
         """The last normalization and the output matrix: (rows, hidden) to (rows, codebooks, vocabulary)."""
         rows, hidden = x.shape
         out = np.empty((rows, self.shape.codebooks * self.shape.vocabulary), np.float32)
         group = self.stack.group(hidden)
-        self._share(
-            kernels.run_product,
+        arguments = (
             kernels.product_counters(),
             kernels.Product(self.heads, NO_SCALES, group, self.ends.norm, x, out, kernels.STORE),
             kernels.PackedRows.empty(rows, hidden, group),
-            kernels.ProductScratch.empty(self.threads, rows),
             amx(),
         )
+        scratch = [kernels.ProductScratch.empty(rows) for _ in range(self.threads)]
+        self._share(kernels.run_product, arguments, scratch)
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
-    def _share(self, kernel: Any, *arguments: Any) -> None:
-        """Run a kernel in all threads: those that come late find nothing left to do.
+    def _share(self, kernel: Any, arguments: tuple[Any, ...], scratch: list[Any]) -> None:
+        """Run a kernel in all threads, each with its own scratch buffers.
+
+        A thread that starts late finds nothing left to do.
 
         The first time it runs in this thread alone, as it may have to be compiled, which takes a large stack.
         """
 
         def take_part(thread: int) -> None:
-            kernel(thread, *arguments)
+            kernel(*arguments, scratch[thread])
 
         threads = self.threads if kernel in self._compiled else 1
         others = [_helpers().submit(take_part, thread) for thread in range(1, threads)]

@@ -14,8 +14,8 @@ its neighbours nor on the number of threads: that makes variations reproducible 
 """
 
 from pipeline.engines.musicgen.kernels.amx import AMX
-from pipeline.engines.musicgen.kernels.attention import Attended, KeysValues
-from pipeline.engines.musicgen.kernels.packing import aligned, pack_columns, quantize_rows
+from pipeline.engines.musicgen.kernels.attention import Attended, AttentionScratch, KeysValues
+from pipeline.engines.musicgen.kernels.packing import pack_columns, quantize_rows
 from pipeline.engines.musicgen.kernels.processor import LANES, ROW_BLOCK
 from pipeline.engines.musicgen.kernels.products import (
     ADD,
@@ -29,7 +29,6 @@ from pipeline.engines.musicgen.kernels.products import (
 from pipeline.engines.musicgen.kernels.run import (
     LayerBuffers,
     Layers,
-    layer_counters,
     product_counters,
     run_layers,
     run_product,
@@ -44,14 +43,13 @@ __all__ = [
     "ROW_BLOCK",
     "STORE",
     "Attended",
+    "AttentionScratch",
     "KeysValues",
     "LayerBuffers",
     "Layers",
     "PackedRows",
     "Product",
     "ProductScratch",
-    "aligned",
-    "layer_counters",
     "pack_columns",
     "product_counters",
     "quantize_rows",

@@ -28,9 +28,9 @@ def float_of(bits):
     return np.int32(bits).view(np.float32)
 
 
-# exp(x) = 2**n * exp(r) with n = round(x / ln 2) and r = x - n ln 2, so |r| <= ln(2) / 2. ln 2 is split into a
-# part with few bits, whose product with n is exact, and a remainder (Cody and Waite 1980). exp(r) is its
-# Taylor series to the sixth power: an error of 1e-7 at most.
+# exp(x) = 2**n * exp(r) with n = round(x / ln 2) and r = x - n ln 2, so |r| <= ln(2) / 2. ln 2 is split into
+# a part with few bits, whose product with n is exact, and a remainder (Cody and Waite 1980). exp(r) is its
+# Taylor series to the sixth power, with an error of about 1e-7.
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _E2, _E3, _E4, _E5, _E6 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720))

@@ -2,10 +2,10 @@
 
 The products are those of `tile`. For scores q k, 16 positions are the columns and the dimensions of the head
 are the inputs; for sums of values, 16 dimensions are the columns and positions are the inputs. Keys and
-values are stored in that layout, so that blocks of steps are read in one pass. The softmax needs no second
-pass (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"): with m the highest score so
-far, an entry keeps S = sum exp(s_t - m) and V = sum exp(s_t - m) v_t. When a block raises m to m', S and V are
-multiplied by exp(m - m') before the block's own terms are added. In the end V / S is the result.
+values are stored in that layout, so that blocks of steps are read in one pass. The softmax is found in the
+same pass (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"): with m the highest
+score so far, an entry keeps S = sum exp(s_t - m) and V = sum exp(s_t - m) v_t. When a block raises m to m',
+S and V are multiplied by exp(m - m') before the block's own terms are added. In the end V / S is the result.
 
 int8 keys and values have a scale per position and head. A key's scale multiplies its score, a value's scale
 its softmax weight, so products are of int8 with int16 queries and softmax weights.
@@ -35,16 +35,16 @@ from pipeline.engines.musicgen.kernels.arithmetic import (
 from pipeline.engines.musicgen.kernels.intrinsics import address_of, fma, prefetch, total
 from pipeline.engines.musicgen.kernels.packing import aligned
 from pipeline.engines.musicgen.kernels.phases import tasks
-from pipeline.engines.musicgen.kernels.processor import HAS_AVX512, LANES, OPTIONS
-from pipeline.engines.musicgen.kernels.tile import Activations, Columns, multiply
+from pipeline.engines.musicgen.kernels.processor import HAS_AVX512, LANES, OPTIONS, TILES_OF
+from pipeline.engines.musicgen.kernels.tile import Activations, Ahead, Columns, multiply
 
 _BLOCK = 128  # positions that are attended to at a time, and share a scale of their softmax weights
 _TOGETHER = 16 if HAS_AVX512 else 12  # entries in a task, at most: those with the same keys read them once
 _FEW = 8  # entries in a task if there are few, so that all threads get some
 _LARGEST_INT8, _LARGEST_INT16 = np.float32(127), np.float32(32767)
 
-# Columns of the state of an entry: the highest score so far, the sum of softmax weights, and the scales of the
-# int16 query and of the int16 softmax weights.
+# Columns of the state of an entry: the highest score so far, the sum of softmax weights, and the scales of
+# the int16 query and of the int16 softmax weights.
 _TOP, _SUM, _QUERY_SCALE, _WEIGHT_SCALE = 0, 1, 2, 3
 _STATE_BYTES = 4 * 4
 
@@ -75,7 +75,7 @@ class Block(NamedTuple):
 
 
 class AttentionScratch(NamedTuple):
-    """Scratch buffers of one thread; as an argument of a kernel with a first axis for all threads."""
+    """Scratch buffers of one thread."""
 
     state: Any  # float32 (entries, 4), see `_TOP`; entries: `_TOGETHER`
     queries: Any  # int32 (dim * entries,): float32, or pairs of int16, (units, entries)
@@ -86,30 +86,17 @@ class AttentionScratch(NamedTuple):
     integers: Any  # int16: the same, quantized
 
     @classmethod
-    def empty(cls, threads: int, dim: int) -> AttentionScratch:
+    def empty(cls, dim: int) -> AttentionScratch:
         longest = max(_BLOCK, dim)
         return cls(
-            aligned((threads, _TOGETHER, 4), np.float32),
-            aligned((threads, dim * _TOGETHER), np.int32),
-            aligned((threads, _BLOCK * _TOGETHER), np.float32),
-            aligned((threads, _BLOCK * _TOGETHER), np.int32),
-            aligned((threads, dim // LANES, _TOGETHER, LANES), np.float32),
-            aligned((threads, longest), np.float32),
-            aligned((threads, 2 * longest), np.int16),
+            aligned((_TOGETHER, 4), np.float32),
+            aligned((dim * _TOGETHER,), np.int32),
+            aligned((_BLOCK * _TOGETHER,), np.float32),
+            aligned((_BLOCK * _TOGETHER,), np.int32),
+            aligned((dim // LANES, _TOGETHER, LANES), np.float32),
+            aligned((longest,), np.float32),
+            aligned((2 * longest,), np.int16),
         )
-
-
-@njit(**OPTIONS)
-def attention_scratch_of(scratch, thread):
-    return AttentionScratch(
-        scratch.state[thread],
-        scratch.queries[thread],
-        scratch.scores[thread],
-        scratch.words[thread],
-        scratch.mixed[thread],
-        scratch.numbers[thread],
-        scratch.integers[thread],
-    )
 
 
 @njit(**OPTIONS)
@@ -265,7 +252,7 @@ def _attend_together(attended, head, first, last, begin, next_cache, next_head, 
         block = Block(index, start, min(_BLOCK, most - start))
         ahead_cache, ahead_head, ahead_start = cache, index, start + _BLOCK
         if ahead_start >= most:
-            ahead_cache, ahead_head, ahead_start = next_cache, next_head, np.int64(0)
+            ahead_cache, ahead_head, ahead_start = next_cache, next_head, 0
         _prefetch_scales(ahead_cache, ahead_head, ahead_start, _BLOCK)
         offset = (ahead_head * ahead_cache.keys.shape[1] + ahead_start * dim) * cache.keys.itemsize
         _score(cache.keys, block, row, rows, scratch, address_of(ahead_cache.keys) + offset)
@@ -282,13 +269,15 @@ def _score(keys, block, row, rows, scratch, ahead):
     start = address_of(keys) + (block.head * keys.shape[1] + block.start * dim) * item
     scales = address_of(scratch.state) + _STATE_BYTES * row + 4 * _QUERY_SCALE
     queries = Activations(address_of(scratch.queries) + 4 * row, 4 * _TOGETHER, scales, _STATE_BYTES)
+    units = dim // 2 if item == 1 else dim
+    ahead_step = columns_bytes // (units * TILES_OF[rows])
     count = (block.steps + LANES - 1) // LANES
     for j in range(count * LANES * rows):
         scratch.scores[at(j)] = ZERO
     for j in range(count):
-        columns = Columns(start + j * columns_bytes, 1, dim // 2 if item == 1 else dim)
+        columns = Columns(start + j * columns_bytes, 1, units)
         out = address_of(scratch.scores) + 4 * LANES * rows * j
-        multiply(keys, rows, columns, queries, out, ahead + j * columns_bytes, columns_bytes)
+        multiply(keys, rows, columns, queries, out, Ahead(ahead + j * columns_bytes, ahead_step))
 
 
 @njit(**OPTIONS)
@@ -297,10 +286,10 @@ def _weigh(cache, block, seen, row, r, rows, scratch):
     numbers, words, entry = scratch.numbers, scratch.words, row + r
     is_int8 = cache.keys.itemsize == 1
     units = (block.steps + LANES - 1) // LANES * (LANES // 2) if is_int8 else block.steps
+    filled, column = np.int64(0), numbers.view(np.int32)
     if seen <= 0:
-        for k in range(units):
-            words[at(k * rows + r)] = 0
         scratch.state[at(entry), at(_WEIGHT_SCALE)] = ZERO
+        _put_column(column, filled, units, r, rows, words)
         return
     seen = min(seen, block.steps)
     rounded = (seen + LANES - 1) // LANES * LANES  # so that loops are over whole vectors
@@ -316,7 +305,7 @@ def _weigh(cache, block, seen, row, r, rows, scratch):
     for columns in range(scratch.mixed.shape[0]):
         for k in range(LANES):
             scratch.mixed[at(columns), at(entry), at(k)] *= shrink
-    filled, weights = seen, numbers.view(np.int32)
+    filled = seen
     if is_int8:
         for t in range(rounded):
             numbers[at(t)] *= from_bfloat16(cache.value_scales[at(block.head), at(block.start + t)])
@@ -324,16 +313,22 @@ def _weigh(cache, block, seen, row, r, rows, scratch):
             numbers[at(t)] = ZERO
         scale, _ = quantize(numbers, rounded, _LARGEST_INT16, scratch.integers)
         scratch.state[at(entry), at(_WEIGHT_SCALE)] = scale
-        filled, weights = rounded // 2, scratch.integers.view(np.int32)
+        filled, column = rounded // 2, scratch.integers.view(np.int32)
+    _put_column(column, filled, units, r, rows, words)
+
+
+@njit(**OPTIONS)
+def _put_column(column, filled, units, r, rows, words):
+    """Write the first `filled` words of a column, then zeros, as row r of (units, rows)."""
     for k in range(filled):
-        words[at(k * rows + r)] = weights[at(k)]
+        words[at(k * rows + r)] = column[at(k)]
     for k in range(filled, units):
         words[at(k * rows + r)] = 0
 
 
 @njit(**OPTIONS)
 def _soften(scores, n, entry, scratch):
-    """Replace n scores by exp((score - m') / sqrt(dim)); returns exp((m - m') / sqrt(dim)), see the module."""
+    """Replace n scores by exp((score - m') / sqrt(dim)); returns exp((m - m') / sqrt(dim))."""
     state, dim = scratch.state, scratch.mixed.shape[0] * LANES
     factor = ONE / np.sqrt(np.float32(dim))
     before = state[at(entry), at(_TOP)]
@@ -360,7 +355,8 @@ def _mix(values, block, row, rows, scratch, ahead):
     start = address_of(values) + (block.head * values.shape[1] + block.start * dim) * item
     scales = address_of(scratch.state) + _STATE_BYTES * row + 4 * _WEIGHT_SCALE
     weights = Activations(address_of(scratch.words), 4 * rows, scales, _STATE_BYTES)
+    ahead_step = unit_bytes // TILES_OF[rows]
     for j in range(mixed.shape[0]):
         columns = Columns(start + j * LANES * _BLOCK * item, 1, units)
         out = address_of(mixed) + (j * mixed.shape[1] + row) * LANES * 4
-        multiply(values, rows, columns, weights, out, ahead + j * units * unit_bytes, units * unit_bytes)
+        multiply(values, rows, columns, weights, out, Ahead(ahead + j * units * unit_bytes, ahead_step))

@@ -93,7 +93,8 @@ def total(_: Any, address: Any, n: Any) -> Any:
     """The sum of n float32 numbers, n a multiple of 16, in the order of `emit_total`."""
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        return emit_total(builder, *arguments, builder.fadd)
+        address, n = arguments
+        return emit_total(builder, address, n, builder.fadd)
 
     return types.float32(types.intp, types.intp), codegen
 

@@ -34,8 +34,8 @@ def _tiles_of(rows: int) -> int:
 TILE_OF = np.array([max((n for n in TILE_ROWS if n <= rows), default=0) for rows in range(ROW_BLOCK + 1)])
 TILES_OF = np.array([_tiles_of(rows) for rows in range(ROW_BLOCK + 1)])
 
-# No fast math: the compiler would then reorder and fuse sums depending on the code around them, and a function
-# that was just compiled would give other bits than the same function from numba's cache. The order of sums is
-# fixed by `intrinsics.total`, and products and sums are fused where the code says `fma`.
+# No fast math: the compiler would then reorder and fuse sums depending on the code around them, and a
+# function that was just compiled would give other bits than the same function from numba's cache. The order
+# of sums is fixed by `intrinsics.total`, and products and sums are fused where the code says `fma`.
 # Division does not check for zero: a possible exception would keep a loop from being vectorized.
 OPTIONS: dict[str, Any] = {"error_model": "numpy"}

@@ -1,4 +1,4 @@
-"""Matrix products: activations are packed, multiplied by blocks of columns, and stored, added or activated."""
+"""Matrix products: activations are packed and multiplied by blocks of columns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ from pipeline.engines.musicgen.kernels.arithmetic import at, gelu, quantize, sta
 from pipeline.engines.musicgen.kernels.intrinsics import address_of, fma
 from pipeline.engines.musicgen.kernels.packing import aligned
 from pipeline.engines.musicgen.kernels.phases import tasks
-from pipeline.engines.musicgen.kernels.processor import LANES, OPTIONS, QUAD_WORDS, ROW_BLOCK, TILE_ROWS
-from pipeline.engines.musicgen.kernels.tile import Activations, Columns, multiply
+from pipeline.engines.musicgen.kernels.processor import (
+    LANES,
+    OPTIONS,
+    QUAD_WORDS,
+    ROW_BLOCK,
+    TILE_ROWS,
+    TILES_OF,
+)
+from pipeline.engines.musicgen.kernels.tile import Activations, Ahead, Columns, multiply
 
 STORE, ADD, GELU = 0, 1, 2  # what happens to the sums of a product
 LARGEST_GROUP = 128  # inputs that share a scale of the activations, at most
 
 _BLOCKS_PER_TASK = 8  # of 16 outputs
-_CHUNK_BYTES = 8192  # of weights of 16 outputs: with as many of activations, well within the first level cache
+_CHUNK_BYTES = 8192  # of weights of 16 outputs; with as many of activations they fit the first cache
 _LARGEST_INT8 = np.float32(127)
 
 
@@ -58,7 +65,7 @@ class PackedRows(NamedTuple):
 
 
 class ProductScratch(NamedTuple):
-    """Scratch buffers of one thread; as an argument of a kernel with a first axis for all threads."""
+    """Scratch buffers of one thread."""
 
     sums: Any  # float32 (`_BLOCKS_PER_TASK`, `ROW_BLOCK`, 16)
     amx_sums: Any  # float32 (`AMX_SUMS`,)
@@ -67,25 +74,14 @@ class ProductScratch(NamedTuple):
     statistics: Any  # float32 (rows, 2): mean and factor of the layer normalization
 
     @classmethod
-    def empty(cls, threads: int, rows: int) -> ProductScratch:
+    def empty(cls, rows: int) -> ProductScratch:
         return cls(
-            aligned((threads, _BLOCKS_PER_TASK, ROW_BLOCK, LANES), np.float32),
-            aligned((threads, AMX_SUMS), np.float32),
-            aligned((threads, LARGEST_GROUP), np.float32),
-            aligned((threads, LARGEST_GROUP), np.int8),
-            aligned((threads, -(-rows // 8) * 8, 2), np.float32),
+            aligned((_BLOCKS_PER_TASK, ROW_BLOCK, LANES), np.float32),
+            aligned((AMX_SUMS,), np.float32),
+            aligned((LARGEST_GROUP,), np.float32),
+            aligned((LARGEST_GROUP,), np.int8),
+            aligned((rows, 2), np.float32),
         )
-
-
-@njit(**OPTIONS)
-def product_scratch_of(scratch, thread):
-    return ProductScratch(
-        scratch.sums[thread],
-        scratch.amx_sums[thread],
-        scratch.numbers[thread],
-        scratch.integers[thread],
-        scratch.statistics[thread],
-    )
 
 
 @njit(**OPTIONS)
@@ -187,6 +183,7 @@ def _add_products(product, packed, first_row, count, first, last, sums):
     words = address_of(packed.words) + first_row * groups * units * unit_bytes
     scale_step = packed.scales.shape[1] * 4
     scales = address_of(packed.scales) + first_row * scale_step
+    ahead_step = 4 * LANES // TILES_OF[count] if first_row == 0 else 0
     for group in range(0, groups, chunk):
         n_groups = min(chunk, groups - group)
         rows = Activations(
@@ -199,9 +196,9 @@ def _add_products(product, packed, first_row, count, first, last, sums):
                 following = start + block_bytes
             elif group + chunk < groups:
                 following = start - (last - 1 - first) * block_bytes + chunk * group_bytes
-            ahead_bytes = n_groups * group_bytes if first_row == 0 else 0
             out = address_of(sums) + (n - first) * ROW_BLOCK * LANES * 4
-            multiply(weights, count, Columns(start, n_groups, units), rows, out, following, ahead_bytes)
+            ahead = Ahead(following, ahead_step)
+            multiply(weights, count, Columns(start, n_groups, units), rows, out, ahead)
 
 
 @njit(**OPTIONS)

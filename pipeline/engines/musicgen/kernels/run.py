@@ -15,23 +15,11 @@ import numpy as np
 from numba import njit
 
 from pipeline.engines.musicgen.kernels import attention, products
-from pipeline.engines.musicgen.kernels.attention import (
-    Attended,
-    AttentionScratch,
-    attention_scratch_of,
-)
+from pipeline.engines.musicgen.kernels.attention import Attended
 from pipeline.engines.musicgen.kernels.intrinsics import borrowed
 from pipeline.engines.musicgen.kernels.phases import COUNTERS
 from pipeline.engines.musicgen.kernels.processor import LANES, OPTIONS
-from pipeline.engines.musicgen.kernels.products import (
-    ADD,
-    GELU,
-    STORE,
-    PackedRows,
-    Product,
-    ProductScratch,
-    product_scratch_of,
-)
+from pipeline.engines.musicgen.kernels.products import ADD, GELU, STORE, PackedRows, Product
 
 _PHASES_PER_PRODUCT, _PHASES_PER_LAYER = 2, 10
 _MODES = (STORE, ADD, GELU, ADD)  # by matrix, see `Layers`
@@ -48,33 +36,27 @@ class Layers(NamedTuple):
 
 
 class LayerBuffers(NamedTuple):
-    """Scratch buffers: shared by all threads, and of each thread."""
+    """Scratch buffers that all threads share."""
 
+    counters: Any  # int64 zeros, see `phases`
     packed: PackedRows  # of hidden inputs
     packed_wide: PackedRows  # of the feed-forward's inputs
     qkv: Any  # float32 (entries, 3 * hidden)
     attended: Any  # float32 (entries, hidden)
     inner: Any  # float32 (entries, feed-forward)
-    products: ProductScratch
-    attention: AttentionScratch
 
     @classmethod
-    def empty(cls, layers: Layers, entries: int, heads: int, threads: int) -> LayerBuffers:
-        hidden, wide = layers.norms[0].shape[-1], layers.weights[_DOWN].shape[-1] // LANES
+    def empty(cls, layers: Layers, entries: int) -> LayerBuffers:
+        n_layers, _, hidden = layers.norms[0].shape
+        wide = layers.weights[_DOWN].shape[-1] // LANES
         return cls(
+            np.zeros(COUNTERS * _PHASES_PER_LAYER * n_layers, np.int64),
             PackedRows.empty(entries, hidden, layers.groups[0]),
             PackedRows.empty(entries, wide, layers.groups[_DOWN]),
             np.empty((entries, 3 * hidden), np.float32),
             np.empty((entries, hidden), np.float32),
             np.empty((entries, wide), np.float32),
-            ProductScratch.empty(threads, entries),
-            AttentionScratch.empty(threads, hidden // heads),
         )
-
-
-def layer_counters(layers: int) -> np.ndarray:
-    """`counters` of `run_layers`."""
-    return np.zeros(COUNTERS * _PHASES_PER_LAYER * layers, np.int64)
 
 
 def product_counters() -> np.ndarray:
@@ -89,26 +71,25 @@ def _sources() -> str:
 
 def _compiled(sources: str) -> tuple[Callable[..., str], Callable[..., str]]:
     @njit(nogil=True, cache=True, **OPTIONS)
-    def run_layers(thread, counters, x, layers, own, prefix, buffers, amx):
+    def run_layers(x, layers, own, prefix, buffers, amx, scratch):
         """Run entries through all layers, in place, and add their keys and values to the cache.
 
         An entry is one position of one row. Entries of one row must stand in order, after all earlier
-        positions were run. Each thread calls this with the same arrays, and returns when all is done.
+        positions were run. Each thread calls this with scratch of its own and otherwise the same
+        arguments, and returns when all is done.
 
         Args:
-            thread: number of the calling thread.
-            counters: see `layer_counters`.
             x: float32 (entries, hidden): the inputs, then the outputs of the last layer.
             layers: see `Layers`.
             own: the steps of the entry's own row, up to the entry itself, see `Attended`.
             prefix: the steps of its prefix; lengths are 0 for entries without one.
             buffers: see `LayerBuffers`.
             amx: `AMX` if this process may use it, otherwise an empty array.
+            scratch: a `ProductScratch` and an `AttentionScratch`.
         """
-        counters, x, layers, amx = borrowed(counters), borrowed(x), borrowed(layers), borrowed(amx)
-        own, prefix, buffers = borrowed(own), borrowed(prefix), borrowed(buffers)
-        product_scratch = product_scratch_of(buffers.products, thread)
-        attention_scratch = attention_scratch_of(buffers.attention, thread)
+        x, layers, own, prefix = borrowed(x), borrowed(layers), borrowed(own), borrowed(prefix)
+        buffers, amx = borrowed(buffers), borrowed(amx)
+        product_scratch, attention_scratch = borrowed(scratch)
         inputs = (x, buffers.attended, x, buffers.inner)
         outputs = (buffers.qkv, x, buffers.inner, x)
         packed = (buffers.packed, buffers.packed, buffers.packed, buffers.packed_wide)
@@ -124,27 +105,21 @@ def _compiled(sources: str) -> tuple[Callable[..., str], Callable[..., str]]:
                     outputs[matrix],
                     _MODES[matrix],
                 )
-                phase = products.run(counters, phase, product, packed[matrix], amx, product_scratch)
+                phase = products.run(buffers.counters, phase, product, packed[matrix], amx, product_scratch)
                 if matrix == _QKV:
-                    own_of_layer = Attended(own.cache, own.heads[n], own.lengths)
-                    prefix_of_layer = Attended(prefix.cache, prefix.heads[n], prefix.lengths)
+                    own_n = Attended(own.cache, own.heads[n], own.lengths)
+                    prefix_n = Attended(prefix.cache, prefix.heads[n], prefix.lengths)
+                    qkv, out = buffers.qkv, buffers.attended
                     phase = attention.run(
-                        counters,
-                        phase,
-                        buffers.qkv,
-                        own_of_layer,
-                        prefix_of_layer,
-                        buffers.attended,
-                        attention_scratch,
+                        buffers.counters, phase, qkv, own_n, prefix_n, out, attention_scratch
                     )
         return sources
 
     @njit(nogil=True, cache=True, **OPTIONS)
-    def run_product(thread, counters, product, packed, scratch, amx):
-        """One product; see `Product`, `PackedRows`, `ProductScratch`, and `run_layers` for the rest."""
-        mine = product_scratch_of(borrowed(scratch), thread)
-        amx, product, packed = borrowed(amx), borrowed(product), borrowed(packed)
-        products.run(borrowed(counters), np.int64(0), product, packed, amx, mine)
+    def run_product(counters, product, packed, amx, scratch):
+        """One product; see `product_counters`, `Product`, `PackedRows`, `ProductScratch`, `run_layers`."""
+        counters, product, packed = borrowed(counters), borrowed(product), borrowed(packed)
+        products.run(counters, np.int64(0), product, packed, borrowed(amx), borrowed(scratch))
         return sources
 
     return run_layers, run_product

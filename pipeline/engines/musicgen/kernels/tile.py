@@ -36,7 +36,6 @@ from pipeline.engines.musicgen.kernels.processor import (
     OPTIONS,
     TILE_OF,
     TILE_ROWS,
-    TILES_OF,
 )
 
 
@@ -61,7 +60,7 @@ class Ahead(NamedTuple):
     """Memory that is read next, and prefetched meanwhile."""
 
     address: int
-    step: int  # bytes per unit
+    step: int  # bytes per unit and tile
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -91,13 +90,11 @@ def _tile(_: Any, weights: Any, rows: Any, columns: Any, activations: Any, out: 
 
 
 @njit(**OPTIONS)
-def multiply(weights, rows, columns, activations, out, ahead, ahead_bytes):
-    """As `_tile`, for any number of rows up to `ROW_BLOCK`; `ahead_bytes` at `ahead` are read next."""
-    tiles = TILES_OF[rows]
+def multiply(weights, rows, columns, activations, out, ahead):
+    """As `_tile`, for any number of rows up to `ROW_BLOCK`; the tiles share what is to be prefetched."""
     units = columns.groups * columns.units
-    step = ahead_bytes // (units * tiles)
-    first = np.int64(0)
-    for tile in range(tiles):
+    first, ahead_address = np.int64(0), ahead.address
+    while first < rows:
         count = TILE_OF[rows - first]
         part = Activations(
             activations.address + 4 * first,
@@ -106,7 +103,8 @@ def multiply(weights, rows, columns, activations, out, ahead, ahead_bytes):
             activations.scale_step,
         )
         to = out + 4 * LANES * first
-        _tile(weights, count, columns, part, to, Ahead(ahead + tile * units * step, step))
+        _tile(weights, count, columns, part, to, Ahead(ahead_address, ahead.step))
+        ahead_address += units * ahead.step
         first += count
 
 
