@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test torture bench lint clean
+.PHONY: demo test test-all test-demucs test-audiocraft torture bench lint clean
 
 demo: $(VENV)/core
 	@echo "One batch over the bundled instrumental:"
@@ -17,8 +18,21 @@ demo: $(VENV)/core
 	@echo "    $(BIN)/pip install -r requirements.txt && $(BIN)/python run_pipeline.py models fetch"
 
 # In two processes, as much of it waits; a file's tests stay together, they share what they make.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/full
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(BIN)/python $(PYTEST)
+
+# With the tests that are long by nature, and with the coverage that is asked for.
+test-all: $(VENV)/full
+	$(BIN)/python $(PYTEST) -m "not torture and not demucs and not audiocraft" --cov --cov-report=term
+
+# The tests of what an optional package does, each where that package is installed.
+test-demucs: $(VENV)/with-demucs/done
+	$(VENV)/with-demucs/bin/python -m pytest -m demucs tests/engines/musicgen/test_melody.py
+
+test-audiocraft: $(VENV)/with-audiocraft/done
+	$(VENV)/with-audiocraft/bin/python -m pytest -m audiocraft tests/engines/audiocraft
 
 # The long part of the fault harness: about an hour.
 torture: $(VENV)/full
@@ -34,16 +48,30 @@ lint: $(VENV)/full
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps rather than the folder: a changed list of requirements installs again.
 $(VENV)/core: requirements-core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-core.txt
+	$(BIN)/$(PIP_INSTALL) -r requirements-core.txt
 	touch $@
 
-$(VENV)/full: requirements.txt requirements-core.txt
+$(VENV)/full: requirements.txt requirements-core.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/$(PIP_INSTALL) -r requirements.txt
 	touch $@ $(VENV)/core
+
+# An environment on top of the first: it finds the packages there (the .pth file), and installs in itself what is
+# missing or what an optional package wants in another version. With the command that the program gives its users.
+$(VENV)/with-demucs/done: MODULE := pipeline.engines.musicgen.demucs
+$(VENV)/with-audiocraft/done: MODULE := pipeline.engines.audiocraft
+$(VENV)/with-audiocraft/done: requirements-audiocraft.txt
+$(VENV)/with-%/done: $(VENV)/full
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
+	command="$$($(BIN)/python -c "from $(MODULE) import INSTALL_COMMAND; print(INSTALL_COMMAND)")" && \
+		PATH="$(abspath $(@D))/bin:$$PATH" PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1 sh -c "$$command"
+	touch $@

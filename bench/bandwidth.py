@@ -1,10 +1,10 @@
-"""How fast this machine reads memory, and how fast generating can be at most for that reason.
+"""How fast this machine reads memory, and the upper limit that it sets to the speed of generation.
 
     python bench/bandwidth.py
 
 A step has to read all of the decoder's weights once, however many rows there are, and the keys and
 values of every row's positions. Prefill, sampling and EnCodec are not in this floor, nor is the
-arithmetic: it is what no implementation with so many bytes per weight can go below. Embeddings are
+arithmetic: no implementation with as many bytes per weight can be faster. Embeddings are
 not in it either: of them a few rows are read.
 """
 
@@ -27,7 +27,7 @@ class Bandwidth:
     """Memory read by all cores at once, over an array far larger than the caches."""
 
     bytes_per_s: float  # the best of all passes
-    passes: tuple[tuple[str, float, float], ...]  # by what: the best and the median, bytes per second
+    passes: tuple[tuple[str, float, float], ...]  # library, the best and the median in bytes per second
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Decoder:
 
     @property
     def weights(self) -> int:
-        """That a step reads: the layers' matrices and the heads."""
+        """Weights that a step reads: the layers' matrices and the LM heads."""
         layer = 4 * self.hidden**2 + 2 * self.hidden * self.ffn
         return self.layers * layer + self.codebooks * self.vocabulary * self.hidden
 
@@ -54,7 +54,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time for some variations of a track at once, guided, by reading alone."""
+    """The time of reading alone for some variations of a track at once, with guidance."""
 
     precision: str
     variations: int
@@ -107,7 +107,7 @@ def _numba_sum() -> Callable[[np.ndarray], Any]:
         for part in numba.prange(parts):
             piece = numbers[part * numbers.size // parts : (part + 1) * numbers.size // parts]
             sum_ = np.float32(0)
-            for i in range(piece.size):  # from 0: numba then makes vector instructions of it
+            for i in range(piece.size):  # from 0: numba then vectorizes the loop
                 sum_ += piece[i]
             sums[part] = sum_
         return sums.sum()
@@ -122,7 +122,7 @@ def _torch_sum() -> Callable[[np.ndarray], Any]:
 
 
 def describe(bandwidth: Bandwidth) -> list[str]:
-    """Lines: what was measured, and the floors that follow."""
+    """Lines with the measurement and the floors."""
     measured = "; ".join(
         f"{name} {best / 1e9:.1f} (median {median / 1e9:.1f})" for name, best, median in bandwidth.passes
     )

@@ -1,8 +1,8 @@
-"""A measurement in a process of its own, so that its peak memory is its own.
+"""A measurement in a separate process, so that its peak memory can be measured.
 
-The peak is what Linux calls VmHWM, the most memory the process ever had resident. It includes the
-pages of the weights' files that are mapped, as far as they were read. `ru_maxrss` isn't used where
-VmHWM can be had: a child starts with the peak of the parent it was forked from.
+The peak is Linux's VmHWM, the largest resident memory of the process. It includes the mapped pages of
+the weights' files that were read. `ru_maxrss` is used only where there is no VmHWM: a child starts with
+the peak of the parent that it was forked from.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a child handed back."""
+    """What a child returned."""
 
     value: Any
-    peak_bytes: int  # resident, of its whole life
-    others_cores: float  # cores that everything else kept busy meanwhile; 0 if the system doesn't say
+    peak_bytes: int  # peak of its resident memory
+    others_cores: float  # cores that all other processes kept busy meanwhile; 0 if unknown
 
 
 class _Clock:
-    """The whole machine's processor time, from now on."""
+    """The processor time of the whole machine since this was created."""
 
     def __init__(self) -> None:
         self._began_s, self._busy_s = time.perf_counter(), _busy_s()
@@ -74,7 +74,7 @@ def in_child(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident so far."""
+    """The largest resident memory of this process so far."""
     found = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status"))
     if found:
         return int(found[1]) * 1024
@@ -82,7 +82,7 @@ def peak_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that could be had without swapping; None where the system doesn't say."""
+    """Memory available without swapping; None where the system does not report it."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
     return int(found[1]) * 1024 if found else None
 
@@ -93,7 +93,7 @@ def total_bytes() -> int:
 
 
 def mapped_bytes() -> int:
-    """Of this process's resident memory, what is mapped from files, such as weights."""
+    """Resident memory of this process that is mapped from files, such as weights."""
     found = re.search(r"RssFile:\s+(\d+) kB", _read("/proc/self/status"))
     return int(found[1]) * 1024 if found else 0
 
@@ -109,7 +109,7 @@ def _serve(
 
 
 def _busy_s() -> float:
-    """Processor time that the machine spent since it started: user, nice, system, interrupts."""
+    """Processor time of the machine since its start: user, nice, system, interrupts."""
     fields = _read("/proc/stat").split("\n", 1)[0].split()
     ticks = [int(field) for field in fields[1:]]
     return sum(ticks[:3] + ticks[5:7]) / os.sysconf("SC_CLK_TCK") if ticks else 0.0

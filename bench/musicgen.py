@@ -47,7 +47,7 @@ def main() -> None:
         (precision, count, tracks)
         for precision in options.precisions.split(",")
         for count in counts(options.variations)
-        for tracks in ((1, count) if count == 8 else (1,))  # side by side: the machine's speed changes
+        for tracks in ((1, count) if count == 8 else (1,))  # together: the machine's speed changes
     ]
     found: dict[tuple[str, int, int], PeerRun] = {}
     for precision, count, tracks in wanted:
@@ -71,7 +71,7 @@ def measure(precision: str, variations: int, tracks: int) -> PeerRun | Missing:
 
 
 def describe(run: PeerRun | Missing, decode: peers.Decode) -> list[str]:
-    """As `peers.describe`, without what only concerns a cache that is copied."""
+    """As `peers.describe`, without the lines that only concern a cache that is copied."""
     if isinstance(run, Missing):
         return [f"{run.name}: not measured, {run.reason}"]
     lines = [f"{run.name}: loaded in {run.load_s:.1f} s, prefill and first step {run.prefill_s:.2f} s"]
@@ -93,7 +93,7 @@ def ratios(
     decode: peers.Decode,
     rates: bandwidth.Bandwidth,
 ) -> list[str]:
-    """How much less time per second of audio, and how far from the floor."""
+    """Ratios of time per second of audio, and the distance from the floor."""
     lines = []
     for (precision, count, tracks), run in found.items():
         mine = peers.per_second(run, decode)

@@ -1,29 +1,30 @@
-"""What this engine's run costs at every length: its own batch, step by step.
+"""What a run of this engine costs at every length: its own scheduler, step by step.
 
-`Batch` prefills and steps as it does for real. To reach long context without minutes of steps, the
-memory's keys and values are filled with numbers and the voices are set forward; what a step costs
-depends on how much is kept, not on what. `steps` says how a whole piece follows from the points.
+The scheduler prefills and steps as it does in use. To reach long contexts without minutes of steps,
+the KV cache is filled with numbers and the requests are set forward: the cost of a step depends on
+how many positions there are, not on their values. `steps` derives the cost of a whole piece from the
+measured points.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from child import total_bytes
 from steps import DURATION_S, OWN_STEPS, TIMED_STEPS, PeerRun, Point
 from true_size import FOLDER
 
-STATE = FOLDER.parent / "state"  # what the engine keeps between starts
+STATE = FOLDER.parent / "state"  # the engine's files between starts
 WARM_STEPS = 2
 MOST_OF_MEMORY = 0.97  # of the machine's, so that all rows go together
 PROMPT = "warm piano"
 
 
 def run(
-    precision: str,
+    precision: Literal["float32", "int8"],
     variations: int,
     tracks: int = 1,
     *,
@@ -33,15 +34,14 @@ def run(
 ) -> PeerRun:
     """So many variations, `variations / tracks` of each of so many tracks, all at once."""
     from pipeline.engines.base import EngineSettings
-    from pipeline.engines.musicgen import ENGINE
+    from pipeline.engines.musicgen import ENGINE, MusicgenSection
     from pipeline.records import Audio, VariationRequest
 
-    began_s = time.perf_counter()
+    began_s, memory_gb = time.perf_counter(), MOST_OF_MEMORY * total_bytes() / 1e9
     settings = EngineSettings(
         model=str(folder),
-        precision=precision,
         state_dir=state,
-        max_memory_gb=MOST_OF_MEMORY * total_bytes() / 1e9,
+        sections={ENGINE.name: MusicgenSection(precision=precision, max_memory_gb=memory_gb)},
     )
     engine: Any = ENGINE.load(settings)
     load_s = time.perf_counter() - began_s
@@ -54,12 +54,11 @@ def run(
         VariationRequest(str(n), str(n % tracks), audio[n % tracks], DURATION_S, n, params)
         for n in range(variations)
     ]
-    voices = engine.prepare(requests, lambda: False)
-    batch = engine.batch(voices, lambda voice, new: None, lambda: None)
-    if batch.rows < 2 * variations:
-        raise MemoryError(f"only {batch.rows} rows fit")
-    with batch.files() as files:
-        prefill_s, untouched, points = measure(engine, batch, batch.memory(files), voices, timed)
+    states = engine.prepare(requests, lambda: False)
+    scheduler = engine.scheduler(states, lambda state, is_new: None, lambda: None)
+    if scheduler.rows < 2 * variations:
+        raise MemoryError(f"only {scheduler.rows} rows fit")
+    prefill_s, untouched, points = measure(engine, scheduler, states, timed)
     return PeerRun(
         name=f"this engine, {precision}, {tracks} × {variations // tracks}",
         variations=variations,
@@ -74,54 +73,52 @@ def run(
 
 
 def measure(
-    engine: Any, batch: Any, memory: Any, voices: list[Any], timed: int
+    engine: Any, scheduler: Any, states: list[Any], timed: int
 ) -> tuple[float, Point, tuple[Point, ...]]:
-    """Seconds of the prefill, the first steps' times, and those at `OWN_STEPS`."""
+    """Seconds of the prefill, the times of the first steps, and those at `OWN_STEPS`."""
     from pipeline.engines.musicgen import codec
-    from pipeline.engines.musicgen.scheduler import Prefixes
 
     rng = np.random.default_rng(0)
-    prefixes, free = Prefixes(memory), list(range(batch.rows))
-    warm_up(batch.decoder)
+    warm_up(scheduler.decoder)
     began_s = time.perf_counter()
-    for voice in voices:
-        batch.begin(voice, voice.windows[0], memory, prefixes, free)
-    batch.step(voices, memory)
+    for state in states:
+        scheduler.begin(state, state.windows[0])
+    scheduler.step(states)
     prefill_s = time.perf_counter() - began_s
-    prefix = int(memory.held.lengths[0])
+    prefix = int(scheduler.cache.prefix_lengths[0])
 
     def timed_steps() -> Point:
         for _ in range(WARM_STEPS):
-            batch.step(voices, memory)
+            scheduler.step(states)
         seconds = []
         for _ in range(timed):
             start_s = time.perf_counter()
-            batch.step(voices, memory)
+            scheduler.step(states)
             seconds.append(time.perf_counter() - start_s)
-        own = voices[0].position - timed // 2
+        own = states[0].position - timed // 2
         return Point(prefix + own, own, tuple(seconds))
 
     untouched = timed_steps()
-    for array in memory.rows.arrays:
+    for array in scheduler.cache.rows.arrays:
         fill(array)
     points = []
     for own in OWN_STEPS:
-        begin = min(own, voices[0].delayed.steps - 3) - WARM_STEPS - timed
-        for voice in voices:
-            voice.codes[:, : begin + 1] = rng.integers(0, 2048, (len(voice.codes), begin + 1))
-            voice.codes[:, begin + 1 :] = -1
-            voice.position = begin
+        begin = min(own, states[0].delayed.steps - 3) - WARM_STEPS - timed
+        for state in states:
+            state.codes[:, : begin + 1] = rng.integers(0, 2048, (len(state.codes), begin + 1))
+            state.codes[:, begin + 1 :] = -1
+            state.position = begin
         points.append(timed_steps())
-    for slot in range(batch.rows):  # as the batch does before anybody gets what has ended
-        memory.release(slot)
-    codec.decode(engine.checkpoint, engine.checkpoint.codec(), np.abs(voices[0].codes))  # for its memory
+    for slot in range(scheduler.rows):  # as the scheduler does before finished requests are decoded
+        scheduler.cache.release(slot)
+    codec.decode(engine.checkpoint, engine.checkpoint.codec(), np.abs(states[0].codes))  # for its memory
     return prefill_s, untouched, tuple(points)
 
 
 def warm_up(decoder: Any) -> None:
-    """Compile, or read what was compiled."""
-    memory = decoder.memory(1, 2, 1, 16)
-    memory.prefill(0, np.zeros((16, decoder.shape.hidden), np.float32))
+    """Compile the kernels, or read the compiled ones."""
+    cache = decoder.new_cache(1, 2, 1, 16)
+    decoder.prefill(cache, 0, np.zeros((16, decoder.shape.hidden), np.float32))
 
 
 def fill(array: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from peer_transformers import Decode
 from steps import DURATION_S, TIMED_STEPS, Missing, PeerRun
 from true_size import FOLDER, ensure
 
-CROWDED = 0.1  # cores in others' use from which a step waits for them at every one of its barriers
+CROWDED = 0.1  # cores busy with other work from which a step waits at each of its barriers
 
 
 def measure_transformers(variations: int, folder: Path = FOLDER, **options: Any) -> PeerRun | Missing:
@@ -32,7 +32,7 @@ def measure_transformers(variations: int, folder: Path = FOLDER, **options: Any)
 
 
 def measure_audiocraft(variations: int, **options: Any) -> PeerRun | Missing:
-    """`peer_audiocraft.run` in a process of its own; Missing where audiocraft isn't installed."""
+    """`peer_audiocraft.run` in a process of its own; Missing where audiocraft is not installed."""
     return _measured(f"audiocraft, {variations} at once", peer_audiocraft.run, variations, **options)
 
 
@@ -48,7 +48,7 @@ def measure_decode(folder: Path = FOLDER, duration_s: float = DURATION_S) -> Dec
 
 
 def whole_s(run: PeerRun, decode: Decode, duration_s: float = DURATION_S) -> float:
-    """Seconds of all the variations of a run, their sound included."""
+    """Seconds of all variations of a run, decoding included."""
     return run.lm_s(duration_s) + run.variations * decode.seconds * duration_s / decode.duration_s
 
 
@@ -58,7 +58,7 @@ def per_second(run: PeerRun, decode: Decode, duration_s: float = DURATION_S) -> 
 
 
 def describe(run: PeerRun | Missing, decode: Decode) -> list[str]:
-    """Lines that show everything measured, and what follows for whole pieces."""
+    """Lines with everything that was measured, and the cost of whole pieces."""
     if isinstance(run, Missing):
         return [f"{run.name}: not measured, {run.reason}"]
     prefix = run.untouched.context - run.untouched.own

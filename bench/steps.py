@@ -1,17 +1,17 @@
-"""What a peer's run costs at every length: its steps timed at a few, and a sum over all.
+"""The cost of a peer's run at every length: steps timed at a few lengths, and a sum over all steps.
 
 A peer's own loop runs unchanged. A hook that it offers calls `Walk.picked` at every step. Steps at
-long context would take minutes to reach, so the walk makes the loop's key-value cache longer in
-place, repeating the positions it holds, and the loop goes on from there: what a step costs depends
-on how much is cached, not on what. The steps before that are untouched ones, and the first stretch
-after it has the same length with the cache copied, so that the two can be compared.
+long contexts would take minutes to reach, so the walk makes the loop's KV cache longer in place,
+repeating the positions it holds, and the loop continues from there: the cost of a step depends on how
+many positions are cached, not on their values. The first steps are timed with the cache as it is, and
+again at the same length with the cache copied, so that the two can be compared.
 
 The time for a whole piece is the prefill plus a sum over its steps, interpolated between the
-measured lengths. It isn't one straight line: a loop that copies its cache at every step, as both
-peers do, gets slower at once where a layer's keys outgrow the blocks that glibc's malloc reuses
-(32 MiB), since each copy then is made in fresh pages. So it is measured on both sides of that length
-too. Lengths that would not fit into this machine's memory are left out, said, and
-continued in a straight line, through the points on the same side of that length.
+measured lengths. It is not one straight line: a loop that copies its cache at every step, as both
+peers do, becomes slower where the keys of a layer outgrow the blocks that glibc's malloc reuses
+(32 MiB), because each copy then is made in fresh pages. So both sides of that length are measured too.
+Lengths that do not fit into this machine's memory are left out and named in the output; the time is
+extrapolated in a straight line through the points on the same side of that length.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ DURATION_S = 30.0
 OWN_STEPS = (375, 750, 1125, 1500)
 WARM_STEPS, TIMED_STEPS = 1, 3
 REUSED_BYTES = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX of glibc on 64 bits
-ASIDE_STEPS = 10  # so far from it on either side
-RESERVE_BYTES = 2 * GIB  # left to the system and to what a step needs beside the cache
+ASIDE_STEPS = 10  # distance of the two measured lengths from that length
+RESERVE_BYTES = 2 * GIB  # for the system, and for a step's memory beside the cache
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Point:
     """Steps at one length of context."""
 
     context: int  # positions that a row attends to, at the middle one of these steps
-    own: int  # of them after the prefix
+    own: int  # positions after the prefix
     seconds: tuple[float, ...]  # of each step
 
     @property
@@ -60,12 +60,12 @@ class PeerRun:
     variations: int
     rows: int  # two per variation, with guidance
     prefill_s: float  # from the call to the first token of all rows
-    untouched: Point  # the loop's first steps, as they are
-    points: tuple[Point, ...]  # with the cache replaced: as long as it was, then longer
-    left_out: tuple[int, ...]  # own steps that memory doesn't suffice for
+    untouched: Point  # the loop's first steps, with the cache as it is
+    points: tuple[Point, ...]  # with the cache copied: at the same length, then longer
+    left_out: tuple[int, ...]  # own steps whose cache does not fit into memory
     load_s: float
     peak_bytes: int  # with the longest cache measured
-    others_cores: float = 0.0  # that other processes kept busy meanwhile: the times are only as good
+    others_cores: float = 0.0  # cores that other processes kept busy meanwhile
 
     def lm_s(self, duration_s: float = DURATION_S) -> float:
         """Seconds until all tokens of all variations are there, without EnCodec."""
@@ -78,13 +78,13 @@ class PeerRun:
         medians = np.array([point.median_s for point in known])
         jump = jump_own(self.rows, self.untouched.context - self.untouched.own)
         alike = (lengths > jump) == (lengths[-1] > jump)
-        # Nothing to fit a slope to: none, which is in the peer's favour.
+        # With one point there is no slope, which is in the peer's favour.
         slope = max(0.0, float(np.polyfit(lengths[alike], medians[alike], 1)[0])) if alike.sum() > 1 else 0.0
         beyond = np.maximum(0, own - lengths[-1])
         return np.asarray(np.interp(own, lengths, medians) + slope * beyond)
 
     def full_bytes(self, duration_s: float = DURATION_S) -> int:
-        """Peak memory for whole pieces: the measured one and what was missing of the cache."""
+        """Peak memory for whole pieces: the measured peak and the part of the cache that was missing."""
         longest = max(point.own + len(point.seconds) // 2 for point in (self.untouched, *self.points))
         missing = max(0, picks(duration_s) - longest)
         return self.peak_bytes + missing * self.rows * position_bytes()
@@ -92,14 +92,14 @@ class PeerRun:
 
 @dataclass(frozen=True)
 class Missing:
-    """A peer that couldn't be measured."""
+    """A peer that could not be measured."""
 
     name: str
     reason: str
 
 
 def picks(duration_s: float) -> int:
-    """Times that tokens are drawn: the first in the prefill, and three more for the delay pattern."""
+    """Number of draws: the first in the prefill, and three more for the delay pattern."""
     return round(FRAME_RATE * duration_s) + CODEBOOKS - 1
 
 
@@ -109,12 +109,12 @@ def position_bytes() -> int:
 
 
 def jump_own(rows: int, prefix: int) -> int:
-    """Own positions from which a layer's keys don't fit the blocks that malloc reuses."""
+    """Number of own positions from which a layer's keys outgrow the blocks that malloc reuses."""
     return REUSED_BYTES // (rows * HIDDEN * 4) - prefix
 
 
 class Cache(Protocol):
-    """A loop's keys and values, (rows, heads, positions, dim) each, layer by layer."""
+    """A loop's KV cache, (rows, heads, positions, head size) each, layer by layer."""
 
     def get(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -122,17 +122,17 @@ class Cache(Protocol):
 
 
 class Over(Exception):
-    """Ends a peer's loop when enough was measured."""
+    """Raised to end a peer's loop when enough was measured."""
 
 
 class Walk:
-    """Notes the time of each step, and makes the cache longer when enough were noted at a length."""
+    """Records the time of each step, and makes the cache longer after enough steps at one length."""
 
     def __init__(
         self, cache: Cache, rows: int, own_steps: Sequence[int] = OWN_STEPS, timed: int = TIMED_STEPS
     ) -> None:
         self._cache, self._rows, self._timed = cache, rows, timed
-        self._targets = [0, *own_steps]  # the first is wherever the loop is then
+        self._targets = [0, *own_steps]  # the first is the length that the loop has then
         self._prefill_s = 0.0
         self._prefix = 0
         self._taken: list[float] = []
@@ -141,11 +141,11 @@ class Walk:
         self._began_s = self._last_s = time.perf_counter()
 
     def start(self) -> None:
-        """To be called right before the loop."""
+        """Call this right before the loop."""
         self._began_s = time.perf_counter()
 
     def picked(self) -> None:
-        """To be called once per step, when its scores or its tokens are there.
+        """Call this once per step, when its scores or its tokens are known.
 
         Raises:
             Over: all is measured.
@@ -165,7 +165,7 @@ class Walk:
         self._last_s = time.perf_counter()
 
     def result(self, name: str, load_s: float) -> PeerRun:
-        """What was noted; `peak_bytes` is this process's."""
+        """The measurements; `peak_bytes` is this process's."""
         return PeerRun(
             name=name,
             variations=self._rows // 2,
@@ -194,7 +194,7 @@ class Walk:
         if not self._targets:
             raise Over
         now = self._context()
-        # The steps stand around the target; each adds a position.
+        # The timed steps lie around the target; each adds a position.
         own = self._targets[0] - WARM_STEPS - (self._timed + 1) // 2
         positions = max(now, self._prefix + own)
         if not _fits((positions - now) * self._rows * position_bytes()):
@@ -208,6 +208,6 @@ class Walk:
 
 
 def _fits(more_bytes: int) -> bool:
-    """Whether so much more memory can be had, weights mapped from their file staying where they are."""
+    """Whether so much more memory is available while the mapped weights stay resident."""
     free = available_bytes()
     return free is None or more_bytes <= free - mapped_bytes() - RESERVE_BYTES

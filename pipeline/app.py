@@ -1,4 +1,4 @@
-"""Puts the parts together for the command line: configuration, folders, engines, store."""
+"""Puts the parts together for the commands: configuration, folders, engines, store, ingest and runner."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings
-from pipeline.engines.loading import Engines, LoadedEngines
-from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
-from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
-from pipeline.intake.ingest import Ingest
-from pipeline.intake.scanner import Rules, Scanner, Settling
-from pipeline.intake.watcher import Watcher
-from pipeline.outbox.outbox import Outbox
-from pipeline.plan import Recipe, plan_variations
-from pipeline.progress import Reporter
-from pipeline.runner.runner import Runner
-from pipeline.service.loop import Processor
-from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.weights import hub
-from pipeline.workspace import ENGINES_FOLDER, Workspace
+from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
+
+if TYPE_CHECKING:
+    from pipeline.engines.loading import Engines
+    from pipeline.engines.selection import Choice
+    from pipeline.fs.mounts import Mount
+    from pipeline.intake.scanner import Scanner
+    from pipeline.intake.watcher import Watcher
+    from pipeline.plan import Recipe
+    from pipeline.progress import Reporter
+    from pipeline.runner.runner import Runner
+    from pipeline.service.loop import Processor
+    from pipeline.service.signals import Signals
 
 log = logging.getLogger("pipeline")
 
@@ -34,11 +34,11 @@ DEFAULT_CONFIG = Path("config/default.yaml")
 
 @dataclass(frozen=True)
 class App:
-    """One configuration in one home."""
+    """One configuration and the folders of one home."""
 
     home: Path
     config: Config
-    config_path: Path | None  # None: built in
+    config_path: Path | None  # None: the built-in configuration
     workspace: Workspace
 
     @classmethod
@@ -46,7 +46,7 @@ class App:
         """Load the given configuration, or the home's own, or the built-in one.
 
         Raises:
-            ConfigError, FolderUnusable: as the loaders say.
+            ConfigError, FolderUnusable: see `load_config` and `Workspace.of`.
         """
         if config_path is None and (home / DEFAULT_CONFIG).exists():
             config_path = home / DEFAULT_CONFIG
@@ -63,32 +63,37 @@ class App:
             revision=section.revision,
             device=self.config.device,
             threads=self.config.threads,
-            max_memory_gb=getattr(section, "max_memory_gb", None),
-            precision=getattr(section, "precision", "auto"),
-            kv_cache=getattr(section, "kv_cache", "auto"),
             state_dir=self.workspace.state / ENGINES_FOLDER,
+            sections=section.sections,
         )
 
     def choices(self) -> tuple[Choice, Choice]:
         """The embedder and the generator, chosen without loading or fetching anything."""
-        embed, generate = self.config.embed, self.config.generate
-        return (
-            select_engine("embed", embed.engine, self.settings(embed)),
-            select_engine("generate", generate.engine, self.settings(generate)),
-        )
+        return self.choice("embed"), self.choice("generate")
+
+    def choice(self, stage: Literal["embed", "generate"]) -> Choice:
+        from pipeline.engines.selection import select_engine
+
+        section = self.config.embed if stage == "embed" else self.config.generate
+        return select_engine(stage, section.engine, self.settings(section))
 
     def check_variations(self, generator: Choice) -> None:
-        """See that what the variations ask for is on this machine.
+        """Check that this machine has what the variations' parameters need.
 
         Raises:
-            MissingPackage, MissingWeights: it isn't.
+            MissingPackage, MissingWeights: it does not.
         """
+        from pipeline.plan import plan_variations
+
         settings = self.settings(self.config.generate)
-        for planned in plan_variations(self.config.generate, generator.card):
-            generator.card.check_params(planned.params, settings)
+        if upkeep := generator.card.upkeep:
+            for planned in plan_variations(self.config.generate, generator.card):
+                upkeep.check_params(planned.params, settings)
 
     @cached_property
     def recipe(self) -> Recipe:
+        from pipeline.plan import Recipe
+
         embedder, generator = self.choices()
         self.check_variations(generator)
         return Recipe(self.config, embedder, generator)
@@ -97,9 +102,11 @@ class App:
         """Download the weights of named engines that are not on this machine yet.
 
         Raises:
-            MissingWeights: they can't be had now.
-            MissingPackage, MissingWeights: as `check_variations` says, before anything is downloaded.
+            MissingWeights: they can't be downloaded now.
+            MissingPackage, MissingWeights: see `check_variations`, which comes before any download.
         """
+        from pipeline.weights import hub
+
         choices = self.choices()
         self.check_variations(choices[1])
         revisions = (self.config.embed.revision, self.config.generate.revision)
@@ -112,7 +119,7 @@ class App:
         """The same home with its configuration read again.
 
         Raises:
-            ConfigError: it is wrong, or asks for other folders, which takes a new start.
+            ConfigError: it is wrong, or names other folders, which needs a restart.
         """
         fresh = App.open(self.home, self.config_path)
         if fresh.workspace != self.workspace:
@@ -120,7 +127,9 @@ class App:
         return fresh
 
     def engines(self, earlier: Engines | None = None) -> Engines:
-        """The chosen engines; those loaded earlier are kept if nothing about them has changed."""
+        """The chosen engines; those that are loaded already stay if nothing about them has changed."""
+        from pipeline.engines.loading import LoadedEngines
+
         recipe = self.recipe
         for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
             model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
@@ -135,44 +144,52 @@ class App:
             engines.take_over(earlier)
         return engines
 
-    def store(self, *, read_only: bool = False) -> Store | None:
-        """The database; None if it is to be read only and isn't there yet."""
-        if read_only and not self.workspace.database.exists():
-            return None
-        return Store(self.workspace.database, read_only=read_only)
+    def open_store(self) -> Store:
+        """The database for reading and writing; it is made if there is none."""
+        return Store(self.workspace.database)
+
+    def read_store(self) -> Store | None:
+        """The database for reading; None if there is none yet."""
+        return Store(self.workspace.database, read_only=True) if self.workspace.database.exists() else None
 
     def processor(
         self,
         store: Store,
-        root: Path | None,
+        folder: InputFolder,
         reporter: Reporter,
         signals: Signals,
         *,
         earlier: Runner | None = None,
     ) -> Processor:
-        """What works by this configuration; `root` is a folder other than the inbox.
+        """The ingest and the runner of this configuration.
 
-        `earlier` is the runner of the configuration before: what it has loaded and seen is kept.
+        `earlier` is the runner of the configuration before: it passes its loaded engines on.
         """
+        from pipeline.fs.mounts import clock_is_ours
+        from pipeline.intake.ingest import Ingest
+        from pipeline.intake.settling import Settling
+        from pipeline.outbox.outbox import Outbox
+        from pipeline.runner.runner import Runner
+        from pipeline.service.loop import Processor
+
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox)
-        folder = self.workspace.inbox if root is None else root
         intake = self.config.intake
         ingest = Ingest(
-            root=folder,
-            is_inbox=root is None,
+            folder=folder,
             settings=intake,
             disk=self.config.disk,
             recipe=self.recipe,
             store=store,
             outbox=outbox,
             workspace=self.workspace,
-            scanner=self.scanner(root),
-            settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder)))),
+            scanner=self.scanner(folder),
+            settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder.path)))),
         )
         runner = Runner(
             recipe=self.recipe,
             workspace=self.workspace,
+            folder=folder,
             store=store,
             outbox=outbox,
             engines=self.engines(None if earlier is None else earlier.engines),
@@ -183,13 +200,18 @@ class App:
         )
         return Processor(ingest, runner)
 
-    def scanner(self, root: Path | None) -> Scanner:
+    def scanner(self, folder: InputFolder) -> Scanner:
+        from pipeline.intake.scanner import Scanner, ScanRules
+
         intake = self.config.intake
-        rules = Rules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=root is None)
-        return Scanner(self.workspace.inbox if root is None else root, rules)
+        rules = ScanRules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
+        return Scanner(folder.path, rules)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
-        """What watches the inbox, and in which mode and why."""
+        """The watcher of the inbox, and its mode with the reason for it."""
+        from pipeline.fs.mounts import needs_polling
+        from pipeline.intake.watcher import Watcher
+
         wanted = self.config.intake.watch
         reasons = map(needs_polling, _mounts(self.workspace.inbox) if wanted == "auto" else ())
         reason = next(filter(None, reasons), None)
@@ -201,5 +223,7 @@ class App:
 
 
 def _mounts(folder: Path) -> list[Mount | None]:
-    """The file system a folder is on, and those mounted inside it."""
+    """The file system that a folder is on, and those mounted inside it."""
+    from pipeline.fs.mounts import mount_of, mounts_below
+
     return [mount_of(folder), *mounts_below(folder)]

@@ -7,30 +7,57 @@ meaning of each field is written beside it in config/default.yaml.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from pipeline import config_errors
+from pipeline.engines import cards
+from pipeline.engines.base import EngineSection
 from pipeline.errors import ConfigError
+
+MAX_VALUES = 100_000  # in a file, with its aliases expanded
+FOR_ANCHORS = ("x-", ".")  # how top-level keys begin that are ignored: they hold anchors for merge keys
 
 Duration = Annotated[float, Field(ge=0.1, le=3600)] | Literal["source"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
+
+
+def _home_is_known(path: str) -> str:
+    try:
+        Path(path).expanduser()
+    except RuntimeError as e:
+        raise PydanticCustomError("unknown_user", "names a user that this machine does not have") from e
+    return path
+
+
+PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValidator(_home_is_known)]
 
 
 class Folders(Section):
-    inbox: str = "inbox"
-    outbox: str = "outbox"
-    state: str = "state"
+    inbox: PathText = "inbox"
+    outbox: PathText = "outbox"
+    state: PathText = "state"
 
 
 class Intake(Section):
@@ -67,16 +94,27 @@ class Normalize(Section):
     accept_truncated: bool = False
 
 
-class Embed(Section):
+class StageSettings(Section):
+    """The settings of each stage, beside the sections of its engines: see `_with_engine_sections`."""
+
     engine: str = "auto"
-    model: str | None = None
+    model: PathText | None = None
     revision: str | None = None
+
+    @property
+    def sections(self) -> dict[str, EngineSection]:
+        """The engines' own sections, by engine."""
+        return {name: value for name, value in self if isinstance(value, EngineSection)}
+
+
+class Embed(StageSettings):
+    pass
 
 
 class VariationSpec(BaseModel):
     """One entry of `generate.variations`; the engine's own parameters are the extra fields."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
     name: Annotated[
         str, Field(min_length=1, max_length=60, pattern=r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$")
@@ -86,24 +124,30 @@ class VariationSpec(BaseModel):
     duration_s: Duration | None = None
 
 
-class Generate(Section):
-    engine: str = "auto"
-    model: str | None = None
-    revision: str | None = None
+class Generate(StageSettings):
     duration_s: Duration = 30.0
     batch_tracks: Annotated[int, Field(ge=1, le=64)] = 8
-    max_memory_gb: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["auto", "float32", "int8"] = "auto"
-    kv_cache: Literal["auto", "shm", "private"] = "auto"
     variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1)] = (
-        VariationSpec.model_validate({"name": "faithful", "temperature": 0.6, "count": 2}),
-        VariationSpec.model_validate({"name": "bold", "temperature": [1.0, 1.2]}),
+        VariationSpec.model_construct(name="faithful", temperature=0.6, count=2),
+        VariationSpec.model_construct(name="bold", temperature=[1.0, 1.2]),
     )
 
     @field_validator("variations", mode="before")
     @classmethod
     def _list(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+
+def _with_engine_sections(model: type[StageSettings], stage: str) -> type[StageSettings]:
+    """A stage's model with a field for the section of each engine that declares one."""
+    sections = {card.name: card.section for card in cards().values() if card.stage == stage and card.section}
+    fields: dict[str, Any] = {name: (section, section()) for name, section in sections.items()}
+    return create_model(model.__name__, __base__=model, **fields)
+
+
+if not TYPE_CHECKING:
+    Embed = _with_engine_sections(Embed, "embed")
+    Generate = _with_engine_sections(Generate, "generate")
 
 
 class Output(Section):
@@ -140,17 +184,18 @@ class Retention(Section):
 class Config(Section):
     """All of it."""
 
+    # model_construct: validating the defaults would build each section's schema at import.
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    folders: Folders = Folders()
-    intake: Intake = Intake()
-    normalize: Normalize = Normalize()
-    embed: Embed = Embed()
-    generate: Generate = Generate()
-    output: Output = Output()
-    retry: Retry = Retry()
-    disk: Disk = Disk()
-    retention: Retention = Retention()
+    folders: Folders = Folders.model_construct()
+    intake: Intake = Intake.model_construct()
+    normalize: Normalize = Normalize.model_construct()
+    embed: Embed = Embed.model_construct()
+    generate: Generate = Generate.model_construct()
+    output: Output = Output.model_construct()
+    retry: Retry = Retry.model_construct()
+    disk: Disk = Disk.model_construct()
+    retention: Retention = Retention.model_construct()
 
     def canonical(self) -> str:
         """The effective configuration as canonical JSON."""
@@ -190,38 +235,89 @@ def load_config(path: Path | None, *, env: Mapping[str, str] = os.environ) -> Co
     return config
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice: the last one would win without a word.
-
-    It also reads 1e-3 as a number, as YAML 1.2 does; PyYAML's 1.1 wants a dot in it.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def _read(path: Path) -> dict[str, Any]:
+    """The file's keys, without those at the top level that only hold YAML anchors.
+
+    Raises:
+        ConfigError: it can't be read, or is not a YAML mapping.
+    """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = _parsed(path.read_bytes())
     except OSError as e:
         raise ConfigError(f"{path}: can't be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: is not UTF-8 text") from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise ConfigError(f"{path}:{line} {getattr(e, 'problem', None) or 'is not YAML'}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{path}: is nested too deeply") from e
+    except yaml.reader.ReaderError as e:
+        raise ConfigError(f"{path}: is not UTF-8 text: {e.reason} (position {e.position})") from e
+    except yaml.MarkedYAMLError as e:
+        raise ConfigError(f"{path}: {config_errors.of_yaml(e)}") from e
+    except ValueError as e:  # such as "!!int x", or a number of thousands of digits
+        raise ConfigError(f"{path}: has a number that can't be read: {e}") from e
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path}: must be a mapping of keys, not {config_errors.shown(raw)}")
-    return raw or {}
+    return {key: value for key, value in (raw or {}).items() if not str(key).startswith(FOR_ANCHORS)}
+
+
+def _parsed(data: bytes) -> Any:
+    loader = _Loader(data)
+    node = loader.get_single_node()
+    if _size(node, {}) > MAX_VALUES:
+        problem = f"aliases expand to more than {MAX_VALUES} values, or contain themselves"
+        raise yaml.MarkedYAMLError(problem=problem)
+    return None if node is None else loader.construct_document(node)
+
+
+def _size(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """The number of values in a node with its aliases expanded, by `id`; a cycle counts as too many."""
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES + 1
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            children = itertools.chain.from_iterable(children)
+        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
+    return sizes[id(node)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with merge keys, without duplicate keys, and with the numbers of YAML 1.2.
+
+    PyYAML follows YAML 1.1, where 0123 is 83, 1:30 is 90, 1e3 is text and 2024-01-01 is a date. Its
+    yes, no, on and off and its 1_000 stay.
+    """
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Insert the pairs of merge keys, which may repeat keys, once the node's own keys are checked."""
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and keys[key.value] > 1:
+                    problem = f"the key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        super().flatten_mapping(node)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = node.value.replace("_", "")
+        return int(text, 0 if text.lstrip("+-")[1:2].isalpha() else 10)
+
+
+_INTEGER = re.compile(r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|\d[\d_]*)$")
+_FLOAT = re.compile(
+    r"[-+]?((\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+)
+_Loader.yaml_constructors = {
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag != "tag:yaml.org,2002:timestamp"
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.endswith((":bool", ":null", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)

@@ -1,13 +1,15 @@
-"""What is wrong with a configuration, in words: the key path, what is allowed, the nearest known key."""
+"""What is wrong with a configuration, as sentences with the key path, what is allowed and the nearest key."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from yaml import MarkedYAMLError
 
 from pipeline.engines import cards
 from pipeline.engines.base import EngineCard
@@ -23,6 +25,7 @@ _KINDS = {
     "model_type": "must be a mapping of keys",
     "model_attributes_type": "must be a mapping of keys",
     "too_short": "must have at least one entry",
+    "string_too_short": "must not be empty",
 }
 _RANGES = {
     "greater_than": ("gt", ">"),
@@ -30,7 +33,13 @@ _RANGES = {
     "less_than": ("lt", "<"),
     "less_than_equal": ("le", "<="),
 }
-_PATTERNS = {"cuda": "must be cpu, cuda or cuda:N", "x00": "can't begin with a dot or have slashes in it"}
+_PATTERNS = {  # by a part of the pattern; the first that matches counts
+    "cuda": "must be cpu, cuda or cuda:N",
+    r"^\.": "must begin with a dot and have no slash, such as .done",
+    r"^[^./": "must not begin with a dot or contain a slash or control character",
+    r"^[^\x00]": "must not contain a NUL character",
+}
+_SEXAGESIMAL = re.compile(r"\d+(:[0-5]?\d)+(\.\d*)?")
 
 
 def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -46,14 +55,14 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
         )
         where = _path(loc)
         if error["type"] == "too_short" and error["input"]:
-            continue  # the entries are wrong, each told on its own; pydantic counts only the good ones
+            continue  # pydantic counts only the valid entries; each invalid one has an error of its own
         if unknown:
             found[where] = [f"unknown key{_nearest(str(loc[-1]), _allowed(model, loc[:-1]))}"]
         elif error["type"] == "missing":
             found[where] = ["is required"]
         else:
             found.setdefault(where, []).append(_words(error))
-            inputs[where] = f", not {shown(error['input'])}"
+            inputs[where] = f", not {shown(error['input'])}{_hint(error)}"
     return [
         f"{where}: {' or '.join(dict.fromkeys(words))}{inputs.get(where, '')}"
         for where, words in found.items()
@@ -98,7 +107,8 @@ def _of_param(where: str, key: str, value: Any, takers: Sequence[EngineCard]) ->
             try:
                 card.params.model_validate({key: one}, strict=True)
             except ValidationError as e:
-                yield f"{where}: {_words(e.errors()[0])} for {card.name}, not {shown(one)}"
+                error = e.errors()[0]
+                yield f"{where}: {_words(error)} for {card.name}, not {shown(one)}{_hint(error)}"
 
 
 def _words(error: Any) -> str:
@@ -114,6 +124,25 @@ def _words(error: Any) -> str:
     if kind == "string_pattern_mismatch":
         return next(words for part, words in _PATTERNS.items() if part in context["pattern"])
     return str(error["msg"][0].lower() + error["msg"][1:])
+
+
+def _hint(error: Any) -> str:
+    """What to do about a value that YAML reads as another type than its author meant."""
+    kind, value = error["type"], error["input"]
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return ": put it in quotes"
+    is_number = kind in ("int_type", "float_type", "literal_error")
+    if is_number and isinstance(value, str) and _SEXAGESIMAL.fullmatch(value):
+        return ": write the seconds as one number, such as 90"
+    return ""
+
+
+def of_yaml(e: MarkedYAMLError) -> str:
+    """Where the syntax is wrong and why, as one sentence."""
+    mark = f"line {e.problem_mark.line + 1}, column {e.problem_mark.column + 1}: " if e.problem_mark else ""
+    if e.problem and r"'\t'" in e.problem:
+        return f"{mark}YAML does not allow tabs here: use spaces"
+    return mark + ", ".join(filter(None, (e.context, e.problem)))
 
 
 def _path(loc: Sequence[int | str]) -> str:
@@ -146,5 +175,6 @@ def _nearest(key: str, allowed: set[str]) -> str:
 
 
 def shown(value: object) -> str:
+    """A value as JSON, cut to one short line."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,15 +1,18 @@
 """Errors named by cause.
 
-Every message is one sentence for the person who runs the program: it names what is wrong and,
-where there is something to do, what to do. `permanent` says whether trying the same bytes again
-can help.
+Every message is one sentence for the person who runs the program: it says what is wrong and,
+where something can be done, what to do.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
 
 
 class PipelineError(Exception):
-    """Base of all errors this program raises on purpose."""
+    """Base of all errors that this program raises on purpose."""
 
-    permanent = True
+    permanent = True  # processing the same bytes again can't help
 
 
 class BadAudio(PipelineError):
@@ -17,11 +20,11 @@ class BadAudio(PipelineError):
 
 
 class SourceGone(BadAudio):
-    """Neither the working copy nor any file with the track's bytes is there any more."""
+    """Neither the working copy nor any file with the track's bytes exists any more."""
 
 
 class SourceAway(PipelineError):
-    """The source can't be had because the whole inbox isn't there; it passes when the inbox is back."""
+    """The source can't be read because the whole inbox is missing; it can be once the inbox is back."""
 
     permanent = False
 
@@ -30,16 +33,22 @@ class ConfigError(PipelineError):
     """The configuration is wrong; the message names the file, the key path and what is allowed."""
 
 
-class MissingPackage(PipelineError):
+class EngineUnusable(PipelineError):
+    """An engine can't be loaded or run at all: the machine's or the configuration's fault, not a track's."""
+
+    permanent = False
+
+
+class MissingPackage(EngineUnusable):
     """A package is not installed; the message has the command that installs it."""
 
 
-class MissingWeights(PipelineError):
+class MissingWeights(EngineUnusable):
     """A model's weights are not on this machine and can't be fetched now."""
 
 
-class BadCheckpoint(PipelineError):
-    """A model folder is there but can't be used: a file is missing, unsafe or of another model."""
+class BadCheckpoint(EngineUnusable):
+    """A model's folder exists but can't be used: a file is missing, unsafe or of another model."""
 
 
 class EngineFailure(PipelineError):
@@ -55,7 +64,19 @@ class FolderUnusable(PipelineError):
 
 
 class DiskFull(FolderUnusable):
-    """There is no space left, or too little to begin; it passes by itself when there is some again."""
+    """The disk has no space left, or too little to begin; the work goes on once there is space again."""
+
+
+class DatabaseDamaged(FolderUnusable):
+    """SQLite can't read the database file any more."""
+
+    def __init__(self, database: Path, damage: str) -> None:
+        super().__init__(
+            f"the database {database} is damaged ({damage}): stop the program, then restore the file from a"
+            f" backup, or move it away together with {database.name}-wal and {database.name}-shm. The next"
+            " run then creates a new one; results stay in the outbox, and sources that are put into the"
+            " inbox again are processed again"
+        )
 
 
 class AlreadyRunning(PipelineError):
@@ -63,10 +84,15 @@ class AlreadyRunning(PipelineError):
 
 
 class UnknownTrack(PipelineError):
-    """No track, or more than one, goes by that name or hash prefix."""
+    """No track, or more than one, has that name or hash prefix."""
 
 
 class Stopped(PipelineError):
-    """The work was asked to stop; it is not an attempt and is queued again."""
+    """The work was asked to stop; that does not count as an attempt, and the track is queued again."""
 
     permanent = False
+
+
+def os_reason(error: OSError) -> str:
+    """The operating system's own words for an error, as the end of a sentence: "no space left on device"."""
+    return (error.strerror or str(error)).lower()

@@ -1,8 +1,8 @@
-"""What there is to do for a track: its units of work, each under a key of all that goes into it.
+"""The plan of a track: its units of work, each with a key made of everything that the result depends on.
 
-A unit's key is the SHA-256 of the canonical JSON of its inputs, with the key of the stage before
-among them. So a changed parameter changes just the keys downstream of it, and finding a key in
-the store means that the work is done.
+A unit's key is the SHA-256 of the canonical JSON of its inputs, one of which is the key of the
+stage before. So a changed parameter changes only the keys of later stages, and a key that is
+found in the store means that the work is done.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any, Literal
 from pipeline.config import Config, Generate, VariationSpec
 from pipeline.engines.base import EngineCard
 from pipeline.engines.selection import Choice
+from pipeline.fs.names import file_safe
 from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSION
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
-UNKNOWN_DURATION_S = 300.0  # what a result "as long as the source" is taken for before that is known
+UNKNOWN_DURATION_S = 300.0  # assumed for results as long as the source until that is decoded
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class PlannedVariation:
     name: str
     duration_s: float | Literal["source"]
     seed: int | None  # None: derived from the track's content
-    occurrence: int  # how many earlier ones have the same name and parameters
-    params: Mapping[str, Any]  # the engine's, complete with defaults
+    occurrence: int  # how many earlier variations have the same name and parameters
+    params: Mapping[str, Any]  # the engine's parameters, complete with defaults
 
     @property
     def file(self) -> str:
-        return f"variations/{self.index:02d}-{self.name}.wav"
+        return f"variations/{self.index:02d}-{file_safe(self.name)}.wav"
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,19 @@ class TrackPlan:
     variations: tuple[VariationUnit, ...]
 
     @property
+    def keys(self) -> list[str]:
+        """The keys of all results that are published."""
+        return [self.embed_key, *(unit.key for unit in self.variations)]
+
+    @property
     def key(self) -> str:
-        """Equal for two plans if and only if the outbox would look the same."""
+        """Equal for two plans if and only if they give the same files in the outbox."""
         return digest([self.embed_key, *([unit.key, unit.file] for unit in self.variations)])
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A configuration with its engines chosen: from a track's hash to the track's plan."""
+    """A configuration with its engines chosen; makes the plan of a track from its hash."""
 
     config: Config
     embedder: Choice
@@ -78,7 +84,7 @@ class Recipe:
 
     @cached_property
     def result_bytes(self) -> float:
-        """What one track's results take on the disk, about: stereo, at the rate of the normalized audio."""
+        """An estimate of the size of one track's results: stereo, at the rate of the normalized audio."""
         per_second = self.config.normalize.sample_rate * 2 * BYTES_PER_SAMPLE[self.config.output.bit_depth]
         planned = plan_variations(self.config.generate, self.generator.card)
         durations = [UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s for one in planned]
@@ -106,36 +112,38 @@ class Recipe:
 
 
 def plan_variations(generate: Generate, card: EngineCard) -> list[PlannedVariation]:
-    """Expand sweeps (a list as a parameter: the product of all lists) and counts.
+    """Expand sweeps (a parameter that is a list: the product of all lists) and counts.
 
-    A given seed counts up over the repeats of its entry; they would all be the same sound
-    otherwise. Parameters that the engine doesn't have are left out: they belong to another engine
-    of the same configuration and must not make this one's work look different.
+    A given seed counts up over the repeats of its entry, which would all sound the same otherwise. A
+    variation that equals an earlier one in everything, a given seed included, is left out.
+    Parameters that the engine does not have are left out: they belong to another engine of the same
+    configuration and must not change the keys of this one.
     """
     planned: list[PlannedVariation] = []
     seen: Counter[str] = Counter()
+    given: set[tuple[str, int, float | str]] = set()
     for spec in generate.variations:
         repeats = ((params, spec.count) for params in _sweep(spec, card))
         for n, params in enumerate(p for p, count in repeats for _ in range(count)):
             identity = digest([spec.name, params])
+            duration_s = generate.duration_s if spec.duration_s is None else spec.duration_s
+            seed = None if spec.seed is None else (spec.seed + n) % 2**63
+            if seed is not None:
+                if (identity, seed, duration_s) in given:
+                    continue
+                given.add((identity, seed, duration_s))
+            occurrence = seen[identity]
             planned.append(
-                PlannedVariation(
-                    index=len(planned) + 1,
-                    name=spec.name,
-                    duration_s=generate.duration_s if spec.duration_s is None else spec.duration_s,
-                    seed=None if spec.seed is None else (spec.seed + n) % 2**63,
-                    occurrence=seen[identity],
-                    params=params,
-                )
+                PlannedVariation(len(planned) + 1, spec.name, duration_s, seed, occurrence, params)
             )
             seen[identity] += 1
     return planned
 
 
 def derived_seed(sha256: str, planned: PlannedVariation) -> int:
-    """A seed of the track's content and the variation's own entry.
+    """A seed derived from the track's content and the variation's entry.
 
-    Its place in the list doesn't count, so that an entry put before it leaves its sound alone.
+    It does not depend on the place in the list, so that a new entry leaves the sound of the others alone.
     """
     return int(digest(["seed", sha256, planned.name, planned.params, planned.occurrence])[:16], 16) >> 1
 
@@ -147,14 +155,14 @@ def digest(value: Any) -> str:
 
 def _sweep(spec: VariationSpec, card: EngineCard) -> Iterator[dict[str, Any]]:
     extra = spec.model_extra or {}
-    mine = {key: value for key, value in extra.items() if key in card.params.model_fields}
-    choices = [value if isinstance(value, list) else [value] for value in mine.values()]
+    own = {key: value for key, value in extra.items() if key in card.params.model_fields}
+    choices = [value if isinstance(value, list) else [value] for value in own.values()]
     for combination in itertools.product(*choices):
-        given = dict(zip(mine, combination, strict=True))
+        given = dict(zip(own, combination, strict=True))
         yield card.params.model_validate(given).model_dump(mode="json")
 
 
 def _engine_identity(choice: Choice) -> list[str | None]:
-    """Where the weights lie doesn't matter when their revision is a fingerprint of them."""
+    """The location of the weights does not count if their revision is a fingerprint of their content."""
     by_content = (choice.revision or "").startswith("sha256:")
     return [choice.card.name, choice.card.version, None if by_content else choice.model, choice.revision]

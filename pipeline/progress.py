@@ -1,4 +1,4 @@
-"""How a run tells people what it does: bars on a terminal, plain log lines elsewhere."""
+"""Progress reports: bars on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger("pipeline")
 
-LOG_EVERY = 0.25  # of a stage: how often a plain log says how far it is
+LOG_EVERY = 0.25  # of a stage: how often its progress is logged
 
 
 class Reporter(Protocol):
-    """Told of everything that happens to tracks; `name` is printable."""
+    """Receives everything that happens to tracks; `name` is always printable."""
 
     def queued(self, total: int) -> None:
-        """How many tracks this run has taken on so far."""
+        """`total` is how many tracks this run has finished or still has to process."""
 
     def stage(self, name: str, stage: str) -> None:
-        """A stage begins; `name` is the track's, or says how many tracks there are."""
+        """A stage begins; `name` is the track's name or the number of tracks."""
 
     def step(self, done: float, total: float, label: str) -> None:
-        """How far the current stage is."""
+        """The current stage has done `done` of `total` steps."""
 
     def finished(self, name: str, text: str) -> None:
         """A track is done."""
@@ -41,7 +41,7 @@ class Reporter(Protocol):
 
 
 class LogReporter:
-    """Log lines: for cron, systemd and files."""
+    """Log lines, for cron, systemd and files."""
 
     def __init__(self) -> None:
         self._name, self._stage, self._next = "", "", 0.0
@@ -73,7 +73,7 @@ class LogReporter:
 
 
 class BarReporter:
-    """Two bars on a terminal: the tracks of the run, and the stage that runs now with its steps."""
+    """Two bars on a terminal: the tracks of the run, and the steps of the current stage."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -124,7 +124,7 @@ class BarReporter:
 
 
 class WatchedReporter:
-    """Passes everything on, and tells a watchdog of what is real progress: steps that come further."""
+    """Passes everything on, and calls `progress` for a step only if it is beyond the furthest so far."""
 
     def __init__(self, reporter: Reporter, progress: Callable[[], None]) -> None:
         self._reporter, self._progress, self._furthest = reporter, progress, 0.0

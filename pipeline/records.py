@@ -1,17 +1,29 @@
-"""Values that flow between the stages: immutable, without paths, clocks or database."""
+"""Values that pass between the stages: immutable, without paths, clocks or database."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pipeline.errors import PipelineError
 
-Samples = NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Samples: TypeAlias = "NDArray[np.float32]"
+SILENT_BELOW_DBFS = -80.0  # a variation with a lower peak counts as silent
+UNIT_LENGTH_TOLERANCE = 1e-4  # of an embedding vector
+
+
+class Stage(StrEnum):
+    """The stages in their order; the values stand in the database."""
+
+    NORMALIZE = "normalize"
+    EMBED = "embed"
+    GENERATE = "generate"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +47,8 @@ class Audio:
 
     def mono(self) -> Samples:
         """The mean of the channels, float32, (samples,)."""
+        import numpy as np
+
         if self.channels == 1:
             return np.asarray(self.samples[0])
         return np.asarray(self.samples.mean(axis=0, dtype=np.float32))
@@ -42,40 +56,48 @@ class Audio:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What the input file was before anything was done to it."""
+    """Properties of the input file, before any processing."""
 
     duration_s: float
     sample_rate: int  # Hz
     channels: int
-    codec: str  # "flac", "mp3", "aac", "pcm_s24le", ...: for people, not for decisions
+    codec: str  # "flac", "mp3", "aac", "pcm_s24le", ...: shown to people, never decided on
 
 
 @dataclass(frozen=True, eq=False)
 class VariationRequest:
-    """One variation to make. The result is a function of this value and the engine's version alone."""
+    """One variation to make. The result depends on this value and the engine's version alone."""
 
     request_id: str  # the unit of work's key: unique, stable between runs
     track_id: str  # SHA-256 of the source's bytes: requests that share it share their audio
     audio: Audio  # the normalized source
-    duration_s: float  # what is delivered is round(duration_s * generator.sample_rate) samples
+    duration_s: float  # the result has round(duration_s * generator.sample_rate) samples
     seed: int  # 0 <= seed < 2**63
-    params: Mapping[str, Any] = field(default_factory=dict)  # the engine's own, checked and complete
+    params: Mapping[str, Any] = field(default_factory=dict)  # the engine's parameters, checked and complete
 
 
 @dataclass(frozen=True, eq=False)
 class Variation:
-    """What a generator made of one request."""
+    """The result of one request."""
 
     request_id: str
     audio: Audio
-    details: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # JSON values for the manifest: join scores, tempo, ...
+    details: Mapping[str, Any] = field(default_factory=dict)  # JSON values for the manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A variation ready to be written, with its measured levels."""
+
+    audio: Audio
+    peak_dbfs: float
+    loudness_lufs: float
+    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one request of a batch has no result; the others go on."""
+    """Why one request of a batch has no result; the other requests go on."""
 
     request_id: str
     error: PipelineError

@@ -1,4 +1,4 @@
-"""Everything a working verb needs, set up and taken down in the right order."""
+"""One run of a working command: the lock, the log, recovery after a crash, and an orderly end."""
 
 from __future__ import annotations
 
@@ -8,81 +8,60 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
-from logging.handlers import RotatingFileHandler
-from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.app import App
-from pipeline.engines import cards
-from pipeline.engines.base import EngineCard
-from pipeline.errors import DiskFull, FolderUnusable
+from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError
 from pipeline.fs.mounts import mount_of
-from pipeline.intake.archive import archive_files, finish_moves
+from pipeline.intake.archive import archive_files, recover_moves
+from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
-from pipeline.progress import Reporter, WatchedReporter, reporter_for
-from pipeline.runner.retry import take_over
+from pipeline.progress import WatchedReporter, reporter_for
+from pipeline.runner.retry import recover_crashed
 from pipeline.service.health import Health
-from pipeline.service.loop import Processor
+from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, Workspace
+from pipeline.workspace import InputFolder, Workspace
 
-LOG_BYTES, LOG_FILES = 5_000_000, 3
-START_PAUSE_S = 10.0  # between tries of `watch` to start up on a full disk
+START_PAUSE_S = 10.0  # between the first tries of `watch` to start on a full disk or without an engine
 RELEASE_PATIENCE_S = 1.0  # for the database, when the process is about to end anyway
 
 log = logging.getLogger("pipeline")
 
 
-@dataclass(frozen=True)
-class Session:
-    """What a working verb works with."""
-
-    app: App
-    store: Store
-    processor: Processor
-    signals: Signals
-    health: Health
-    notifier: Notifier
-    reporter: Reporter
-
-
 @contextmanager
-def open_session(app: App, root: Path | None, *, is_watching: bool = False) -> Iterator[Session]:
-    """Everything a working verb needs, as the only instance, with signals turned into a stop."""
-    console, signals, notifier = Console(stderr=True), Signals(), Notifier.from_env()
+def open_session(
+    app: App, folder: InputFolder, signals: Signals, *, is_watching: bool = False
+) -> Iterator[Session]:
+    """Open everything that a working command needs, as the only instance."""
+    console, notifier = Console(stderr=True), Notifier.from_env()
     _prepare(app.workspace)
-    with app.workspace.locked(), _logged(app.workspace.log, console):
+    with app.workspace.locked(), logging_to(app.workspace.log, console):
         health = Health(app.workspace.health)
         health.open()
         app.fetch_missing()
-        store = app.store()
-        assert store is not None
-        signals.overdue = partial(_leave_at_once, app.workspace.database, is_watching=is_watching)
+        store = app.open_store()
+        signals.overdue = partial(_release_and_exit, app.workspace, is_watching=is_watching)
         try:
-            _see_the_outbox(app, store)
-            given_up = _pick_up(app, store)
-            _clear_up(app, but=None if store.next_due() is None else app.recipe.generator.card)
+            _check_outbox_mount(app.workspace, store)
+            given_up = _recover(app, store)
             reporter = WatchedReporter(reporter_for(console), notifier.progress)
-            with signals.on_signals(hangup_reloads=is_watching), reporter:
-                processor = app.processor(store, root, reporter, signals)
-                processor.runner.outcome.failed += given_up
-                try:
-                    yield Session(app, store, processor, signals, health, notifier, reporter)
-                finally:
-                    _clear_up(app)
+            with reporter:
+                processor = app.processor(store, folder, reporter, signals)
+                processor.runner.result.failed |= given_up
+                yield Session(app, processor, store, signals, health, notifier, reporter)
         finally:
             health.close()
             store.close()
 
 
 def _prepare(workspace: Workspace) -> None:
-    """Make and try the folders; a disk that is full of our own intermediate files is no reason to give up."""
+    """Make and check the folders; on a full disk, remove our own intermediate files and try once more."""
     try:
         workspace.prepare()
     except DiskFull:
@@ -92,48 +71,65 @@ def _prepare(workspace: Workspace) -> None:
         workspace.prepare()
 
 
-def wait_for_room(app: App, full: DiskFull) -> bool:
-    """Wait a while before `watch` starts up anew on a full disk; False if it was asked to stop."""
-    signals, health = Signals(), Health(app.workspace.health)
-    here = app.workspace.state.is_dir()
-    with app.workspace.locked() if here else nullcontext(), signals.on_signals(hangup_reloads=True):
-        if here:
+def watch_inbox(app: App, signals: Signals) -> None:
+    """Run the daemon until a signal asks to stop.
+
+    A full disk or an unusable engine at the start is waited out like one during the work.
+    """
+    signals.overdue = lambda signum: os._exit(0)
+    pause_s = START_PAUSE_S
+    while not signals.is_stopped():
+        try:
+            with open_session(app, app.workspace.input_folder, signals, is_watching=True) as session:
+                Watch(session).run()
+                log.info("stopped")
+        except (DiskFull, EngineUnusable) as e:
+            _wait_to_start(app, signals, e, pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            with suppress(PipelineError):  # the configuration may have been changed meanwhile
+                app = app.reopened()
+
+
+def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable, pause_s: float) -> None:
+    health = Health(app.workspace.health)
+    has_state = app.workspace.state.is_dir()
+    with app.workspace.locked() if has_state else nullcontext():
+        if has_state:
             health.open()
-            health.degraded("disk", str(full))
-        log.warning("%s; tried again in %.0f s", full, START_PAUSE_S)
-        signals.wait(START_PAUSE_S)
-    return not signals.is_stopped()
+            health.degraded(condition_name(fault), str(fault))
+        log.warning("%s; trying again in %.0f s", fault, pause_s)
+        signals.wait(pause_s)
 
 
-def _see_the_outbox(app: App, store: Store) -> None:
-    """Refuse an outbox whose disk isn't mounted: all results would seem to be missing, and be made again.
+def _check_outbox_mount(workspace: Workspace, store: Store) -> None:
+    """Refuse an outbox whose disk is not mounted, since all results would seem lost and be made again.
 
     Raises:
-        FolderUnusable: it was on a mount of its own, and is an empty folder below that mount now.
+        FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty.
     """
-    mount = mount_of(app.workspace.outbox)
+    mount = mount_of(workspace.outbox)
     if mount is None:
         return
     before, now = store.fact("outbox mount"), str(mount.mount_point)
-    was_deeper = before is not None and len(before) > len(now) and app.workspace.outbox.is_relative_to(before)
-    if was_deeper and not any(app.workspace.outbox.iterdir()):
+    was_deeper = before is not None and len(before) > len(now) and workspace.outbox.is_relative_to(before)
+    if was_deeper and not any(workspace.outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
     if before != now:
-        store.note_fact("outbox mount", now)
+        store.set_fact("outbox mount", now)
 
 
-def _pick_up(app: App, store: Store) -> int:
-    """Put in order what a killed instance left, before anything else; returns how many tracks that failed."""
+def _recover(app: App, store: Store) -> set[str]:
+    """Put in order what a killed instance left; returns the hashes of the tracks that are given up."""
     config, inbox = app.config, app.workspace.inbox
-    given_up = 0
-    for crashed in take_over(store, config.retry, now=time.time()):
-        track, then = crashed.track, "given up" if crashed.given_up else "goes on"
+    given_up = set()
+    for crashed in recover_crashed(store, config.retry, now=time.time()):
+        track, then = crashed.track, "is given up" if crashed.given_up else "will be tried again"
         log.info("%s: was cut off in %s, %s", track.name, crashed.stage, then)
         if crashed.given_up:
-            given_up += 1
+            given_up.add(track.sha256)
             files = store.files_of(track.sha256)
             archive_files(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
-    finish_moves(store, inbox)
+    recover_moves(store, inbox)
     for finding in reconcile(
         store,
         Outbox(app.workspace.outbox),
@@ -147,61 +143,9 @@ def _pick_up(app: App, store: Store) -> int:
     return given_up
 
 
-def _clear_up(app: App, but: EngineCard | None = None) -> None:
-    """Remove what engines of a killed run left outside of the home, but for the one that is to go on."""
-    for card in cards().values():
-        if card is not but:
-            card.clear_up(app.workspace.state / ENGINES_FOLDER)
-
-
-def _leave_at_once(database: Path, signum: int, *, is_watching: bool) -> None:
-    """The work didn't come to its next step in time: put it back and end, which is safe at any moment."""
+def _release_and_exit(workspace: Workspace, signum: int, *, is_watching: bool) -> None:
+    """End the process because the work did not stop in time, which is safe at any moment."""
     log.warning("the work did not stop in time and is cut off; it is queued again")
-    with suppress(sqlite3.Error):
-        Store(database, busy_timeout_s=RELEASE_PATIENCE_S).release_all(now=time.time())
+    with suppress(sqlite3.Error, FolderUnusable):
+        Store(workspace.database, busy_timeout_s=RELEASE_PATIENCE_S).release_all(now=time.time())
     os._exit(0 if is_watching else 128 + signum)
-
-
-@contextmanager
-def _logged(path: Path, console: Console) -> Iterator[None]:
-    """People's lines to the terminal, everything with tracebacks to a file that can't grow for ever."""
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    handler = _FileHandler(
-        path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace"
-    )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    watchdog = logging.getLogger("watchdog")
-    watchdog.propagate = False
-    added = [(log, handler), (log, _ConsoleHandler(console)), (watchdog, handler)]
-    for logger, one in added:
-        logger.addHandler(one)
-    try:
-        yield
-    finally:
-        for logger, one in added:
-            logger.removeHandler(one)
-            with suppress(OSError):
-                one.close()
-
-
-class _FileHandler(RotatingFileHandler):
-    """A line that can't be written, to a full disk say, is on the terminal all the same."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
-        pass
-
-
-class _ConsoleHandler(logging.Handler):
-    """Through the console that draws the bars, so that a line doesn't tear them."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.INFO)
-        self._console = console
-        form = "%(message)s" if console.is_terminal else "%(asctime)s %(levelname)s %(message)s"
-        self.setFormatter(logging.Formatter(form))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        record.exc_text = None
-        plain = logging.makeLogRecord({**record.__dict__, "exc_info": None})
-        self._console.print(self.format(plain), markup=False, highlight=False, soft_wrap=True)

@@ -1,45 +1,35 @@
 """The stages as functions of values: no paths, no clock, no database.
 
-normalize → embed → generate, and the finish that every variation gets before it is written.
+normalize → embed → generate; `finish` checks and levels every variation before it is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-
-from pipeline import audio
 from pipeline.config import Normalize, Output
 from pipeline.engines.base import Embedder, StopFn
 from pipeline.errors import BadAudio, EngineFailure
-from pipeline.records import Audio, Embedding, Variation, VariationRequest
+from pipeline.records import (
+    SILENT_BELOW_DBFS,
+    UNIT_LENGTH_TOLERANCE,
+    Audio,
+    Embedding,
+    Finished,
+    Variation,
+    VariationRequest,
+)
 
-STAGES = ("normalize", "embed", "generate")  # their order
-NORMALIZE_VERSION = "1"  # raised when the same bytes would be normalized to other samples
-OUTPUT_VERSION = "1"  # raised when the same variation would be written as other bytes
-SILENT_BELOW_DBFS = -80.0  # a variation whose peak is lower has nothing in it
-UNIT_LENGTH_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """A variation ready to be written, with what was measured of it."""
-
-    audio: Audio
-    peak_dbfs: float
-    loudness_lufs: float
-    details: Mapping[str, Any]
+NORMALIZE_VERSION = "1"  # raised when the same file would be normalized to different samples
+OUTPUT_VERSION = "1"  # raised when the same variation would be written as different bytes
 
 
 def normalize(decoded: Audio, settings: Normalize) -> Audio:
-    """Trim silence and set the loudness; `decoded` is already at `settings.sample_rate`.
+    """Trim silence and set the loudness of audio decoded at `settings.sample_rate`.
 
     Raises:
-        BadAudio: it is silent, or too short once its silence is gone.
+        BadAudio: it is silent, or too short without its silence.
     """
+    from pipeline import audio
+
     trimmed = decoded
     if settings.trim_silence:
         trimmed = audio.trim_silence(decoded, threshold_dbfs=settings.trim_below_dbfs)
@@ -54,11 +44,13 @@ def normalize(decoded: Audio, settings: Normalize) -> Audio:
 
 
 def embed(normalized: Audio, embedder: Embedder, *, should_stop: StopFn) -> Embedding:
-    """Embed a normalized track and check what came back.
+    """Embed a normalized track and check the vectors.
 
     Raises:
-        EngineFailure: the vectors are not finite, not of unit length or not of the engine's size.
+        EngineFailure: the vectors are not finite, not of unit length, or not of the engine's dimension.
     """
+    import numpy as np
+
     result = embedder.embed(normalized, should_stop=should_stop)
     vectors = np.vstack([result.track[None], result.windows])
     if vectors.shape[1] != embedder.dim or len(result.times_s) != len(result.windows):
@@ -69,15 +61,19 @@ def embed(normalized: Audio, embedder: Embedder, *, should_stop: StopFn) -> Embe
 
 
 def finish(variation: Variation, request: VariationRequest, settings: Output) -> Finished:
-    """Check a generator's result and bring it to the asked loudness.
+    """Check a generator's result and set its loudness.
 
     Raises:
-        EngineFailure: it is not what was asked for: length, NaN or infinity, silence.
+        EngineFailure: it has the wrong length, samples that are not finite, or no sound.
     """
+    import numpy as np
+
+    from pipeline import audio
+
     made = variation.audio
     expected = round(request.duration_s * made.sample_rate)
     if made.n_samples != expected:
-        raise EngineFailure(f"the engine made {made.n_samples} samples where {expected} were asked for")
+        raise EngineFailure(f"the engine made {made.n_samples} samples instead of {expected}")
     if not np.isfinite(made.samples).all():
         raise EngineFailure("the engine made samples that are not finite")
     if audio.peak_dbfs(made) < SILENT_BELOW_DBFS:
@@ -87,5 +83,5 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
     )
     loudness = audio.loudness_lufs(leveled)
     if not np.isfinite(loudness):
-        raise EngineFailure("the engine made something too quiet to measure")
+        raise EngineFailure("the engine made sound that is too quiet to measure")
     return Finished(leveled, audio.peak_dbfs(leveled), loudness, variation.details)

@@ -1,4 +1,4 @@
-"""Where things lie: the working folders, and what each track needs while it is worked on."""
+"""The working folders, and the files that each track needs while it is processed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
 
-import numpy as np
-
 from pipeline.config import Folders
-from pipeline.errors import AlreadyRunning, FolderUnusable
+from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
 from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
 
-ENGINES_FOLDER = "engines"  # in the state folder: what engines keep
+ENGINES_FOLDER = "engines"  # in the state folder: where engines store files
+DONE, FAILED = "done", "failed"  # the archive's folders in the inbox, which are never scanned
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class InputFolder:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The three folders, absolute."""
+    """The three working folders, as absolute paths."""
 
     home: Path
     inbox: Path
@@ -46,7 +45,7 @@ class Workspace:
         """Resolve the configured folders in `home`.
 
         Raises:
-            FolderUnusable: the outbox or the state lies in the inbox, where it would be taken for input.
+            FolderUnusable: the outbox or the state is inside the inbox, so its files would become input.
         """
         home = home.resolve()
         inbox, outbox, state = (
@@ -60,8 +59,13 @@ class Workspace:
                 )
         return cls(home, inbox, outbox, state)
 
+    @property
+    def input_folder(self) -> InputFolder:
+        """The inbox, as the folder that a command takes tracks from."""
+        return InputFolder(self.inbox, is_inbox=True)
+
     def drop_normalized(self) -> None:
-        """Remove all normalized audio, and copies that were cut off: they are made again when needed."""
+        """Remove all normalized audio and unfinished copies: they are made again when needed."""
         for path in [*self.state.glob("work/*/normalized*"), *self.state.glob("work/.incoming-*")]:
             path.unlink(missing_ok=True)
 
@@ -74,41 +78,41 @@ class Workspace:
         return self.state / "pipeline.log"
 
     def prepare(self) -> None:
-        """Make the folders and see that they can be written.
+        """Make the folders and check that they can be written.
 
         Raises:
-            FolderUnusable: one can't.
+            FolderUnusable: one of them can't be made or written.
         """
         for name, folder in (("inbox", self.inbox), ("outbox", self.outbox), ("state", self.state)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder) as probe:  # without a name: a kill leaves nothing
+                with tempfile.TemporaryFile(dir=folder) as probe:  # it has no name, so a kill leaves no file
                     probe.write(b"x")
             except OSError as e:
                 kind = type(environment_error(e) or FolderUnusable())
-                raise kind(f"the {name} {folder} can't be used: {(e.strerror or str(e)).lower()}") from e
+                raise kind(f"the {name} {folder} can't be used: {os_reason(e)}") from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only instance on this state folder, by a lock the system drops with the process.
+        """Hold the lock of the only instance on this state folder; the system drops it with the process.
 
         Raises:
-            AlreadyRunning: another one is.
+            AlreadyRunning: another instance holds it.
         """
         path = self.state / "lock"
         with path.open("a+") as file:
             if not _take(file):
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
-                raise AlreadyRunning(f"another instance (process {holder}) works on {self.state}")
-            with suppress(OSError):  # the number is for people; a full disk must not keep us from the lock
+                raise AlreadyRunning(f"another instance (process {holder}) uses {self.state}")
+            with suppress(OSError):  # the number is information only, so a full disk does not matter
                 file.truncate(0)
                 file.write(str(os.getpid()))
                 file.flush()
             yield
 
     def is_locked(self) -> bool:
-        """Whether an instance is at work."""
+        """Whether an instance holds the lock."""
         try:
             with (self.state / "lock").open("r") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -123,7 +127,7 @@ class Workspace:
         return self.state / "health.json"
 
     def incoming(self) -> Path:
-        """Where bytes are copied to while nobody knows their hash yet."""
+        """The file that a source is copied to while its hash is still being computed."""
         folder = self.state / "work"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f".incoming-{os.getpid()}"
@@ -142,7 +146,7 @@ def _removed_on_error(path: Path) -> Iterator[None]:
 
 
 def _take(file: IO[str]) -> bool:
-    """Lock, trying for half a second: `is_locked` of another process holds it for a moment."""
+    """Lock, trying for half a second, since `is_locked` of another process holds the lock for a moment."""
     for _ in range(10):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,23 +168,27 @@ class Scratch:
         return self.folder / "source"
 
     def adopt(self, copy: Path) -> None:
-        """Take a copy of the track's bytes as the working copy."""
+        """Make a copy of the track's bytes the working copy."""
         self.folder.mkdir(parents=True, exist_ok=True)
         copy.replace(self.source)
 
     def save_normalized(self, key: str, audio: Audio) -> None:
-        """Keep normalized audio under its unit's key; whole or not at all."""
+        """Store normalized audio under its unit's key, whole or not at all."""
+        import numpy as np
+
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "normalized.part"
         with _removed_on_error(temporary), temporary.open("wb") as file:
-            # By way of `write`: what numpy writes to a real file by itself fails without saying why.
+            # Through `write`: numpy's own writing to a real file does not report why it failed.
             np.save(SimpleNamespace(write=file.write), audio.samples)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._normalized(key))
 
     def load_normalized(self, key: str, sample_rate: int) -> Audio | None:
-        """Map it into memory, read-only; None if it isn't there."""
+        """The audio of `save_normalized`, mapped into memory and read-only; None if there is none."""
+        import numpy as np
+
         try:
             samples = np.load(self._normalized(key), mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:

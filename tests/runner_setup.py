@@ -16,7 +16,8 @@ from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
 from pipeline.errors import Stopped
 from pipeline.intake.ingest import Ingest, ScanResult
-from pipeline.intake.scanner import Rules, Scanner, Settling
+from pipeline.intake.scanner import Scanner, ScanRules
+from pipeline.intake.settling import Settling
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.progress import LogReporter
@@ -85,6 +86,18 @@ class Engines:
 
 
 @dataclass
+class Unloadable(Engines):
+    """Engines of which the generator can't be loaded while there is an error."""
+
+    error: Exception | None = None
+
+    def generator(self) -> Answers:
+        if self.error is not None:
+            raise self.error
+        return super().generator()
+
+
+@dataclass
 class RunnerSetup:
     """A runner's surroundings: real folders and a real database, and a clock that tests set."""
 
@@ -124,8 +137,7 @@ class RunnerSetup:
         intake = self.config.intake
         settle_s = intake.settle_s if settle_s is None else settle_s
         return Ingest(
-            root=self.workspace.inbox,
-            is_inbox=True,
+            folder=self.workspace.input_folder,
             settings=intake,
             disk=self.config.disk,
             recipe=self.recipe,
@@ -133,7 +145,7 @@ class RunnerSetup:
             outbox=Outbox(self.workspace.outbox),
             workspace=self.workspace,
             scanner=Scanner(
-                self.workspace.inbox, Rules(intake.ignore, intake.marker, intake.follow_symlinks)
+                self.workspace.inbox, ScanRules(intake.ignore, intake.marker, intake.follow_symlinks)
             ),
             settling=Settling(settle_s, trust_times=trust_times),
             clock=lambda: self.now,
@@ -146,6 +158,7 @@ class RunnerSetup:
         return Runner(
             recipe=self.recipe,
             workspace=self.workspace,
+            folder=self.workspace.input_folder,
             store=self.store,
             outbox=outbox or Outbox(self.workspace.outbox),
             engines=Engines(generator),

@@ -1,4 +1,4 @@
-"""A store, an outbox and an inbox with tracks that are finished, failed or queued, made without engines."""
+"""A store, an outbox and an inbox with finished, failed or queued tracks, made without engines."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from typing import Any, BinaryIO
 
 from pipeline.config import Folders
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
-from pipeline.store.schema import SourceFile
+from pipeline.store.schema import FileState, SourceFile, Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workspace
+from pipeline.workspace import InputFolder, Workspace
+
+WHOLE_QUEUE = InputFolder(Path("/home/inbox"), is_inbox=True)
+
+
+def claim_due(store: Store, limit: int, *, now: float) -> list[Track]:
+    """Claim as the runner does."""
+    return store.claim(store.due(limit, WHOLE_QUEUE, now=now))
 
 
 def trust(_file: BinaryIO) -> None:
-    """A verifier for bytes that mean nothing."""
+    """A verifier that accepts any bytes."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,10 @@ class StoredTracks:
             size=found.st_size,
             mtime_ns=found.st_mtime_ns,
             inode=found.st_ino,
-            state="waiting",
+            state=FileState.WAITING,
         )
         folder = Outbox.folder_name(path, sha256, below=below)
-        self.store.add(file, name=path.name, folder=folder, now=now)
+        self.store.add_file(file, name=path.name, folder=folder, now=now)
         return sha256
 
     def finished(self, name: str, content: bytes, *, now: float, wav_bytes: int = 100) -> str:
@@ -61,7 +68,7 @@ class StoredTracks:
         files = [EMBEDDING, "variations/01-near.wav", "variations/02-far.wav"]
         made = [self.made(sha256, file, n, now=now, n_bytes=wav_bytes) for n, file in enumerate(files)]
         self.outbox.publish_manifest(track.folder, a_manifest(sha256, made))
-        self.store.claim(100, now=now)
+        claim_due(self.store, 100, now=now)
         self.store.finish(sha256, plan_key="plan", source={"codec": "flac"}, now=now)
         self.archive_files(name, "done")
         return sha256
@@ -86,7 +93,7 @@ class StoredTracks:
     def failed(self, name: str, content: bytes, *, now: float) -> str:
         """A source that failed at `now` and lies in the archive with its error beside it."""
         sha256 = self.arrived(name, content, now=now)
-        self.store.claim(100, now=now)
+        claim_due(self.store, 100, now=now)
         self.store.fail(sha256, stage="normalize", error="is silent", now=now, retry_at=None)
         there = self.archive_files(name, "failed")
         there.with_name(f"{there.name}.error.txt").write_text("is silent\n")
@@ -96,8 +103,8 @@ class StoredTracks:
         path, target = self.workspace.inbox / name, self.workspace.inbox / archive / name
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
-        state = "settled" if archive == "done" else "aside"
-        self.store.settle_file(path, state=state, moved_to=target)
+        state = FileState.SETTLED if archive == "done" else FileState.FAILED
+        self.store.set_file_state(path, state, moved_to=target)
         return target
 
     def scratch(self, sha256: str, *, age_s: float = 0.0, now: float = 0.0) -> Path:

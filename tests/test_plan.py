@@ -94,7 +94,7 @@ def test_a_changed_output_changes_the_variations_alone() -> None:
 @pytest.mark.parametrize(
     "section",
     [{"device": "cuda"}, {"threads": 1}, {"retry": {"max_attempts": 9}}, {"intake": {"after": "keep"}},
-     {"generate": {"batch_tracks": 1, "max_memory_gb": 4.0}}],
+     {"generate": {"batch_tracks": 1, "musicgen": {"max_memory_gb": 4.0}}}],
 )  # fmt: skip
 def test_what_makes_no_difference_to_the_result_changes_nothing(section: dict[str, Any]) -> None:
     assert plan(config(**section)) == plan()
@@ -194,3 +194,31 @@ def test_a_given_seed_is_the_same_for_every_track() -> None:
 def test_an_entrys_own_duration_wins_over_the_common_one() -> None:
     made = plan(config(FAITHFUL, {**BOLD, "duration_s": "source"}, generate={"duration_s": 7.5}))
     assert [unit.duration_s for unit in made.variations] == [7.5, "source"]
+
+
+def test_a_variation_that_equals_an_earlier_one_is_left_out_and_leaves_no_gap_in_the_numbers() -> None:
+    seeded = {**FAITHFUL, "seed": 5}
+    made = plan(config({**seeded, "count": 2}, seeded, {**seeded, "duration_s": 7.0}, BOLD))
+
+    assert [(unit.seed, unit.duration_s) for unit in made.variations][:3] == [(5, 30.0), (6, 30.0), (5, 7.0)]
+    assert [unit.file for unit in made.variations] == [
+        "variations/01-faithful.wav",
+        "variations/02-faithful.wav",
+        "variations/03-faithful.wav",
+        "variations/04-bold.wav",
+    ]
+    assert len(set(made.keys)) == len(made.keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ('mix: "A"?', "01-mix_ _A_.wav"),
+        ("loud...", "01-loud.wav"),
+        ("CON", "01-CON.wav"),  # reserved by Windows only without the number
+        ("-0.5 dB, größer", "01--0.5 dB, größer.wav"),
+    ],
+)
+def test_a_variations_name_is_made_safe_for_file_systems_in_its_file_only(name: str, file: str) -> None:
+    [unit] = plan(config({**FAITHFUL, "name": name})).variations
+    assert (unit.name, unit.file) == (name, f"variations/{file}")

@@ -1,6 +1,6 @@
-"""Sound in and out: decoding, resampling, trimming, loudness, WAV.
+"""Audio in and out: decoding, resampling, trimming of silence, loudness, WAV files.
 
-Cheap to import: soundfile, av, soxr, scipy and pyloudnorm are imported by the functions that use them.
+The package is cheap to import: av, soxr, scipy and pyloudnorm are imported by the functions that use them.
 """
 
 from pipeline.audio.decode import DecodeLimits, decode
@@ -8,7 +8,7 @@ from pipeline.audio.loudness import loudness_lufs, peak_dbfs, to_loudness, true_
 from pipeline.audio.resampling import resample
 from pipeline.audio.silence import trim_silence
 from pipeline.audio.sniff import looks_like_audio
-from pipeline.audio.wav import read_wav_tags, write_wav
+from pipeline.audio.wav import write_wav
 
 __all__ = [
     "DecodeLimits",
@@ -16,7 +16,6 @@ __all__ = [
     "looks_like_audio",
     "loudness_lufs",
     "peak_dbfs",
-    "read_wav_tags",
     "resample",
     "to_loudness",
     "trim_silence",

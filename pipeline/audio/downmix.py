@@ -1,8 +1,8 @@
-"""One to eight channels to at most two, by the coefficients of ITU-R BS.775-3, Annex 4.
+"""Downmix of up to eight channels to at most two, by the coefficients of ITU-R BS.775-3, Annex 4.
 
-Centre and surrounds come in at -3 dB, a single back channel at -3 dB spread over both sides (-6 dB
-each), the low-frequency channel not at all. The sums aren't scaled down: samples are float here and
-loudness is set later.
+The centre and the surround channels are mixed in at -3 dB and a single back channel at -6 dB on each
+side; the low-frequency channel is left out. The sums are not scaled down, because samples are float
+here and the loudness is set later.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Loudness and true peak: ITU-R BS.1770 (the measuring by pyloudnorm), and one gain that obeys both.
+"""Integrated loudness and true peak by ITU-R BS.1770-4, and the one gain that respects both.
 
-All of it runs over the signal in pieces, so that memory stays at the signal and one scaled copy.
+The signal is processed in pieces, so that memory holds the signal and one scaled copy at most.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEPS_PER_CHUNK = 50  # filtered at once
 # Gain (dB), Q and frequency (Hz) that give BS.1770's coefficients at 48 kHz (De Man, "Evaluation of
 # implementations of the EBU R128 loudness measurement", AES 145, 2018). pyloudnorm's default filters are
 # rounder numbers and read 0.04 LU lower.
-_SHELF = (3.99984385397, 0.7071752369554193, 1681.9744509555319)
+_HIGH_SHELF = (3.99984385397, 0.7071752369554193, 1681.9744509555319)
 _HIGH_PASS = (0.0, 0.5003270373253953, 38.13547087613982)
 ABSOLUTE_GATE_LUFS = -70.0
 RELATIVE_GATE_LU = -10.0
@@ -38,11 +38,11 @@ def peak_dbfs(audio: Audio) -> float:
 
 
 def loudness_lufs(audio: Audio) -> float:
-    """Integrated loudness of mono or stereo sound, LUFS; -inf when no block is above the gate at -70.
+    """Integrated loudness of mono or stereo audio in LUFS; -inf when no block is above the gate at -70.
 
-    pyloudnorm's filters and blocks, run over the signal in pieces: pyloudnorm itself would hold several
-    float64 copies of it. What is shorter than one gating block of 400 ms is repeated up to it, so that
-    a short note is as loud as the same note held.
+    The filters and the gating blocks are pyloudnorm's, but run over the signal in pieces: pyloudnorm itself
+    holds several float64 copies of it. A signal shorter than one gating block of 400 ms is repeated up to
+    that length, so that a short note is as loud as the same note held.
     """
     if not audio.n_samples:
         return -math.inf
@@ -61,14 +61,14 @@ def loudness_lufs(audio: Audio) -> float:
 def _block_powers(channel: Samples, sample_rate: int) -> NDArray[np.float64]:
     """Mean square of the K-weighted channel in blocks of 400 ms, one every 100 ms.
 
-    As in pyloudnorm, a last block that lacks less than half a step counts, with silence behind it.
+    As in pyloudnorm, a last block that is short by less than half a step is padded with silence.
     """
     from pyloudnorm import IIRfilter
     from scipy.signal import sosfilt
 
-    shelf = IIRfilter(*_SHELF, sample_rate, "high_shelf_DeMan")
+    high_shelf = IIRfilter(*_HIGH_SHELF, sample_rate, "high_shelf_DeMan")
     high_pass = IIRfilter(*_HIGH_PASS, sample_rate, "high_pass_DeMan")
-    sections = np.array([[*shelf.b, *shelf.a], [*high_pass.b, *high_pass.a]])
+    sections = np.array([[*high_shelf.b, *high_shelf.a], [*high_pass.b, *high_pass.a]])
     n_steps = round((len(channel) / sample_rate - BLOCK_S) / STEP_S) + STEPS_PER_BLOCK
     edges = (np.arange(n_steps + 1) * STEP_S * sample_rate + 1e-6).astype(np.int64)
     state = np.zeros((len(sections), 2))
@@ -103,11 +103,11 @@ def true_peak_dbtp(audio: Audio) -> float:
 
 
 def to_loudness(audio: Audio, *, target_lufs: float = -14.0, ceiling_dbtp: float = -1.0) -> Audio:
-    """Scale by one gain: what reaches the target, or less where the true-peak ceiling leaves no room.
+    """Scale by one gain: to the target loudness, or below it where the true-peak ceiling is reached first.
 
-    There is no limiter, so dynamics stay as they are. `MARGIN_DB` is kept below the ceiling, of which
-    other oversamplers took 0.02 dB at most (noise, square waves, music) and dither to 16 bits 0.0003.
-    What is too quiet to have a loudness comes back unchanged.
+    There is no limiter, so the dynamics do not change. The peak stays `MARGIN_DB` below the ceiling, because
+    other oversamplers read up to 0.02 dB more (noise, square waves, music) and dither to 16 bits adds 0.0003.
+    Audio too quiet to have a loudness is returned unchanged.
     """
     loudness = loudness_lufs(audio)
     if math.isinf(loudness):

@@ -10,7 +10,7 @@ QUALITY = "VHQ"
 
 
 def resample(audio: Audio, sample_rate: int) -> Audio:
-    """The same sound at `sample_rate` Hz; `audio` itself when it has that rate already."""
+    """Convert to `sample_rate` Hz; returns `audio` itself if it already has that rate."""
     if sample_rate == audio.sample_rate:
         return audio
     import soxr

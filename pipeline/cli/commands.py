@@ -1,41 +1,47 @@
-"""The command line: verbs, exit codes, and words for people. Engines load only when a stage runs."""
+"""The verbs and their exit codes.
+
+What only some verbs use is imported inside them, so that `status` and `plan` answer quickly.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import signal
-from contextlib import nullcontext, suppress
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from pipeline import __version__
 from pipeline.app import App
-from pipeline.cli import views
-from pipeline.errors import AlreadyRunning, DiskFull, FolderUnusable, PipelineError, Stopped
-from pipeline.fs.disk import environment_error_outside_tracks
+from pipeline.errors import AlreadyRunning, FolderUnusable, PipelineError, Stopped
+from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
-from pipeline.intake.archive import restore_to_inbox
-from pipeline.intake.watcher import Watcher
-from pipeline.maintenance.retention import collect
-from pipeline.service.loop import Processor, Watch, run_once
-from pipeline.session import Session, open_session, wait_for_room
-from pipeline.stages import STAGES
-from pipeline.store.schema import UNREADABLE
+from pipeline.records import Stage
+from pipeline.workspace import InputFolder
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 
 log = logging.getLogger("pipeline")
-cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-models = typer.Typer(no_args_is_help=True, help="The models' weights on this machine.")
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+models = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List and download the models' weights."
+)
 cli.add_typer(models, name="models")
 
 
-def main(default_home: Path) -> int:
-    """Run a command; returns the exit code of the contract (README, "Exit codes")."""
+def main(default_home: Path | None = None) -> int:
+    """Run the command of `sys.argv` and return its exit code.
+
+    `default_home` is used without --home and PIPELINE_HOME; None: the current folder.
+    """
     try:
-        result = cli(standalone_mode=False, obj={"default_home": default_home}, prog_name="run_pipeline.py")
+        name = Path(sys.argv[0]).name
+        result = cli(standalone_mode=False, obj={"default_home": default_home}, prog_name=name)
         return int(result or ALL_DONE)
     except typer.Exit as e:
         return e.exit_code
@@ -43,9 +49,9 @@ def main(default_home: Path) -> int:
         return 128 + signal.SIGINT
     except Exception as e:
         if hasattr(e, "exit_code") and hasattr(e, "show"):
-            e.show()  # click's own usage errors
+            e.show()  # typer's own usage errors
             return BAD_USAGE
-        error = environment_error_outside_tracks(e) or e
+        error = environment_error(e, in_track=False) or e
         if not isinstance(error, PipelineError):
             raise
         typer.echo(str(error), err=True)
@@ -54,133 +60,144 @@ def main(default_home: Path) -> int:
         return UNUSABLE if isinstance(error, FolderUnusable) else BAD_USAGE
 
 
-@cli.callback(help="Similar variations of instrumentals, and vectors to find them by, in batch.")
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@cli.callback(help="Make similar variations of instrumentals, and embeddings to find them by, in batch.")
 def options(
     context: typer.Context,
     home: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that the configuration's relative paths resolve in.", envvar="PIPELINE_HOME"
+            help="Folder in which the configuration's relative paths resolve.", envvar="PIPELINE_HOME"
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file instead of HOME/config/default.yaml.")
+        Path | None, typer.Option(help="YAML file to use instead of HOME/config/default.yaml.")
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
 ) -> None:
-    context.obj["home"] = home or context.obj["default_home"]
-    context.obj["config"] = config
+    context.obj.update(home=home, config=config)
 
 
 def _app(context: typer.Context) -> App:
-    return App.open(context.obj["home"], context.obj["config"])
+    from pipeline.cli.home import find_home
+
+    given, config = context.obj["home"], context.obj["config"]
+    program = context.find_root().info_name or ""
+    home = find_home(given, context.obj["default_home"], has_config=config is not None, program=program)
+    return App.open(home, config)
 
 
 Folder = Annotated[
-    Path | None, typer.Argument(metavar="DIR", help="A folder of tracks, left in place; default: the inbox.")
+    Path | None,
+    typer.Argument(
+        metavar="DIR", help="Folder whose tracks are processed and left in place; default: the inbox."
+    ),
 ]
 Tracks = Annotated[
-    list[str] | None, typer.Argument(help="Names or starts of hashes; default: all that failed.")
+    list[str] | None,
+    typer.Argument(help="Names of tracks, or the starts of their hashes; default: all that failed."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+
+@cli.command()
+def init(
+    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new home.")]
+) -> int:
+    """Make a new home: a configuration and the folders."""
+    from pipeline.cli.home import make_home
+
+    workspace = make_home(folder)
+    program = context.find_root().info_name
+    typer.echo(f"put tracks into {workspace.inbox}, then run `{program} --home {workspace.home} once`")
+    return ALL_DONE
 
 
 @cli.command()
 def once(context: typer.Context, folder: Folder = None) -> int:
-    """Process all that is ready, then end."""
+    """Process all tracks that are ready, then end."""
+    from pipeline.cli.status import summary
+    from pipeline.service.loop import run_once
+    from pipeline.service.signals import Signals
+    from pipeline.session import open_session
+
     app = _app(context)
-    root = _root(app, folder)
-    with open_session(app, root) as session:
+    with open_session(app, _input_folder(app, folder), Signals()) as session, session.signals.on_signals():
         try:
-            scan_result = run_once(session.processor, session.signals, session.health)
+            scan_result = run_once(session)
         except Stopped:
-            log.info("stopped; what was under way is queued again")
+            log.info("stopped; unfinished tracks are queued again")
             return 128 + (session.signals.stopped_by or signal.SIGINT)
-        outcome = session.processor.runner.outcome
-    typer.echo(views.summary(outcome, scan_result, app.workspace.outbox))
-    return (
-        SOME_FAILED
-        if outcome.failed or scan_result.failed or scan_result.unreadable or scan_result.troubled
-        else ALL_DONE
-    )
+        result = session.processor.runner.result
+    typer.echo(summary(result, scan_result, app.workspace.outbox))
+    unfinished = scan_result.failed or scan_result.read_errors or result.postponed_until is not None
+    return SOME_FAILED if result.failed or unfinished else ALL_DONE
 
 
 @cli.command()
 def watch(context: typer.Context) -> int:
-    """Stay and process what arrives in the inbox."""
-    app = _app(context)
-    while True:
-        try:
-            with open_session(app, None, is_watching=True) as session:
-                _watch(session)
-            return ALL_DONE
-        except DiskFull as e:  # at start-up; later it is waited out with everything open
-            if not wait_for_room(app, e):
-                return ALL_DONE
-            with suppress(PipelineError):  # a SIGHUP may have come meanwhile
-                app = app.reopened()
+    """Keep running and process what arrives in the inbox."""
+    from pipeline.service.signals import Signals
+    from pipeline.session import watch_inbox
 
-
-def _watch(session: Session) -> None:
-    watcher, mode = session.app.watcher(session.signals)
-    session.health.note(mode=mode)
-    log.info("the inbox is watched by %s", mode)
-    app = session.app
-
-    def reload(processor: Processor) -> tuple[Processor, Watcher | None]:
-        nonlocal app
-        fresh = app.reopened()
-        fresh.fetch_missing()
-        processor = fresh.processor(
-            session.store, None, session.reporter, session.signals, earlier=processor.runner
-        )
-        before, app = app.config.intake.watch, fresh
-        if app.config.intake.watch == before:
-            return processor, None
-        watcher, mode = app.watcher(session.signals)
-        session.health.note(mode=mode)
-        return processor, watcher
-
-    Watch(session.processor, watcher, session.signals, session.health, session.notifier, reload).run()
-    log.info("stopped")
+    signals = Signals()
+    with signals.on_signals(hangup_reloads=True):  # first, so that an early SIGHUP does not end the process
+        watch_inbox(_app(context), signals)
+    return ALL_DONE
 
 
 @cli.command()
 def plan(context: typer.Context, folder: Folder = None) -> int:
-    """What `once` would do now and why, without doing it."""
+    """Show what `once` would do now and why, without doing it."""
+    from pipeline.cli.status import plan_lines
+
     app = _app(context)
-    for line in views.plan(app, _root(app, folder)):
+    for line in plan_lines(app, _input_folder(app, folder)):
         typer.echo(line)
     return ALL_DONE
 
 
 @cli.command()
 def status(context: typer.Context, as_json: AsJson = False) -> int:
-    """Counts per state, what runs now, the queue, the last failures."""
-    facts = views.status(_app(context))
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else views.status_text(facts))
+    """Show counts, running work, the queue and failures."""
+    from pipeline.cli.status import status_facts, status_text
+
+    facts = status_facts(_app(context))
+    typer.echo(_json(facts) if as_json else status_text(facts))
     return ALL_DONE
 
 
 @cli.command()
 def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
-    """One track: stages, attempts, errors, files."""
-    facts = views.show(_app(context), track)
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else views.show_text(facts))
+    """Show one track: its stages, attempts, errors and files."""
+    from pipeline.cli.status import show_facts, show_text
+
+    facts = show_facts(_app(context), track)
+    typer.echo(_json(facts) if as_json else show_text(facts))
     return ALL_DONE
 
 
 @cli.command()
 def retry(context: typer.Context, tracks: Tracks = None) -> int:
     """Queue failed tracks again."""
-    store = _app(context).store()
-    assert store is not None
-    found = [store.find(name) for name in tracks] if tracks else store.tracks("failed")
+    from pipeline.intake.archive import restore_to_inbox
+    from pipeline.store.schema import UNREADABLE, TrackState
+
+    store = _app(context).open_store()
+    found = [store.find(name) for name in tracks] if tracks else store.tracks(TrackState.FAILED)
     for track in found:
         if track.state == "failed" and track.stage == UNREADABLE and not store.units_of(track.sha256):
             restore_to_inbox(store, track)
-            typer.echo(f"{track.name}: is read again at the next look")
+            typer.echo(f"{track.name}: will be read again at the next scan")
         elif track.state == "failed":
-            store.requeue(track.sha256, now=views.now())
+            store.requeue(track.sha256, now=time.time())
             typer.echo(f"{track.name}: queued again")
         else:
             typer.echo(f"{track.name}: is {track.state}, not failed")
@@ -193,19 +210,25 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
 def requeue(
     context: typer.Context,
     track: str,
-    stage: Annotated[
-        str | None, typer.Option(help=f"Make again from this stage on: {', '.join(STAGES)}.")
-    ] = None,
+    stage: Annotated[str | None, typer.Option(help=f"First stage to repeat: {', '.join(Stage)}.")] = None,
 ) -> int:
-    """Make a finished track again: what its configuration now wants otherwise, or from a stage on."""
-    if stage is not None and stage not in STAGES:
-        raise typer.BadParameter(f"must be one of {', '.join(STAGES)}", param_hint="--stage")
-    store = _app(context).store()
-    assert store is not None
+    """Process a finished track again.
+
+    Without --stage, only results that the configuration wants otherwise are made again.
+    """
+    if stage is not None and stage not in list(Stage):
+        raise typer.BadParameter(f"must be one of {', '.join(Stage)}", param_hint="--stage")
+    from pipeline.maintenance.reconcile import has_source
+
+    app = _app(context)
+    store = app.open_store()
     found = store.find(track)
-    stages = {"embed": ["embed"], "generate": ["generate"]}.get(stage or "", STAGES if stage else [])
-    if not store.requeue(found.sha256, now=views.now(), stages=stages):
-        typer.echo(f"{found.name}: is being worked on; requeue it when it is done", err=True)
+    if not has_source(found, store, app.workspace):
+        typer.echo(f"{found.name}: its source is gone, so it can't be processed again", err=True)
+        return SOME_FAILED
+    stages = [Stage(stage)] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
+    if not store.requeue(found.sha256, now=time.time(), stages=stages):
+        typer.echo(f"{found.name}: is being processed; requeue it when it is done", err=True)
         return SOME_FAILED
     typer.echo(f"{found.name}: queued again")
     return ALL_DONE
@@ -215,29 +238,32 @@ def requeue(
 def doctor(
     context: typer.Context,
     repair: Annotated[
-        bool, typer.Option(help="Queue again what is missing or altered, clear leftovers.")
+        bool, typer.Option(help="Queue missing or altered results again and remove leftovers.")
     ] = False,
 ) -> int:
-    """Check the configuration, folders, disk, decoders, engines, database and outbox."""
+    """Check the installation, the machine and the home."""
+    from pipeline.cli.doctor import run_checks
+
     app = _app(context)
     worst = ALL_DONE
     with app.workspace.locked() if repair else nullcontext():
-        for mark, what, text in views.doctor(app, repair=repair):
-            typer.echo(f"{mark:<5} {what}: {text}")
-            worst = max(worst, SOME_FAILED if mark == "bad" else ALL_DONE)
+        for check in run_checks(app, repair=repair):
+            typer.echo(f"{check.mark:<5} {check.what}: {check.text}")
+            worst = max(worst, SOME_FAILED if check.mark == "bad" else ALL_DONE)
     return worst
 
 
 @cli.command()
 def gc(
     context: typer.Context,
-    dry_run: Annotated[bool, typer.Option(help="Say what would be removed, and remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="List what would be removed, and remove nothing.")] = False,
 ) -> int:
-    """Remove old working copies, sources and results as `retention` says; never what is still needed."""
+    """Remove old files as `retention` in the configuration says."""
+    from pipeline.maintenance.retention import collect
+
     app = _app(context)
-    store = app.store()
-    assert store is not None
-    removals = collect(store, app.workspace, app.config.retention, now=views.now(), dry_run=dry_run)
+    store = app.open_store()
+    removals = collect(store, app.workspace, app.config.retention, now=time.time(), dry_run=dry_run)
     for removal in removals:
         size = f"{removal.bytes / 1e6:.1f} MB"
         typer.echo(f"{removal.what}: {printable(removal.path)} ({size}): {removal.why}")
@@ -248,18 +274,21 @@ def gc(
 
 @models.command("list")
 def models_list(context: typer.Context) -> int:
-    """Models whose weights are on this machine."""
-    for line in views.models(_app(context)):
+    """List the models whose weights are on this machine."""
+    from pipeline.cli.models import model_lines
+
+    for line in model_lines(_app(context)):
         typer.echo(line)
     return ALL_DONE
 
 
 @models.command("fetch")
 def models_fetch(context: typer.Context, names: Annotated[list[str] | None, typer.Argument()] = None) -> int:
-    """Download weights ahead of time; default: those the configuration can use."""
+    """Download weights ahead of time; default: those that the configuration can use."""
+    from pipeline.cli.models import wanted_models
     from pipeline.weights import hub
 
-    for model, revision, terms, layout in views.wanted_models(_app(context), names):
+    for model, revision, terms, layout in wanted_models(_app(context), names):
         typer.echo(f"{model}: {terms}")
         found = hub.fetch(model, revision, layout=layout)
         typer.echo(f"{model}: {found.folder} ({found.revision})")
@@ -268,7 +297,7 @@ def models_fetch(context: typer.Context, names: Annotated[list[str] | None, type
 
 @models.command("path")
 def models_path(context: typer.Context, name: str) -> int:
-    """Where a model's weights are."""
+    """Print the folder with a model's weights."""
     from pipeline.weights import hub
 
     found = hub.locate(name)
@@ -279,13 +308,19 @@ def models_path(context: typer.Context, name: str) -> int:
     return ALL_DONE
 
 
-def _root(app: App, folder: Path | None) -> Path | None:
-    """The folder to scan; None is the inbox, also when it is named: its `done` is no input."""
+def _json(facts: dict[str, Any]) -> str:
+    return json.dumps(facts, indent=2, ensure_ascii=False)
+
+
+def _input_folder(app: App, folder: Path | None) -> InputFolder:
+    """The folder to scan: the inbox, also when it is given by its path, or another one."""
     if folder is None or folder.resolve() == app.workspace.inbox:
-        return None
+        return app.workspace.input_folder
     if not folder.is_dir():
         raise typer.BadParameter(f"{printable(folder)} is not a folder", param_hint="DIR")
-    for ours in (app.workspace.outbox, app.workspace.state):  # results would be taken for sources
+    for ours in (app.workspace.outbox, app.workspace.state):  # otherwise results would be taken for sources
         if ours.is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(ours):
-            raise typer.BadParameter(f"{printable(folder)} and {ours} lie in one another", param_hint="DIR")
-    return folder.resolve()
+            raise typer.BadParameter(
+                f"{printable(folder)} and {ours} must not lie in one another", param_hint="DIR"
+            )
+    return InputFolder(folder.resolve(), is_inbox=False)

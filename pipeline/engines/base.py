@@ -12,7 +12,7 @@ imported inside functions, so that `status` and `plan` answer at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,7 @@ from pipeline.errors import Stopped
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
 from pipeline.weights.layout import TRANSFORMERS, Layout
 
-UNFINISHED = "unfinished"  # folder in an engine's own, of what `gc` may remove when it is old
+UNFINISHED = "unfinished"  # folder of an engine's files that `gc` removes when they are old
 
 StopFn = Callable[[], bool]  # true once the work should end; asked at least once a step
 
@@ -76,11 +76,20 @@ class Embedder(Protocol):
 class Params(BaseModel):
     """Base of an engine's per-variation parameters: closed, immutable, with ranges and defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class NoParams(Params):
     """For engines that take none."""
+
+
+class EngineSection(Params):
+    """Base of an engine's own section of the configuration, `generate.<engine>` or `embed.<engine>`.
+
+    Every field has a default and a description.
+    """
+
+    model_config = ConfigDict(strict=True)
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,24 @@ class EngineSettings:
     device: str = "cpu"  # "cpu", "cuda", "cuda:1"
     threads: int | None = None  # None: all cores
     cache_dir: Path | None = None  # the hub's cache; None: the library's own default
-    max_memory_gb: float | None = None  # for engines that size their batch by it
-    precision: str = "auto"  # "auto", "float32" or "int8", for engines that can choose
-    kv_cache: str = "auto"  # "auto", "shm" or "private": whether keys and values outlive a kill, if they can
-    state_dir: Path | None = None  # where an engine may keep what saves it work; None: nowhere
+    state_dir: Path | None = None  # for files that save an engine work; None: it writes none
+    sections: Mapping[str, EngineSection] = field(default_factory=dict)  # engines' own, by name
+
+
+class Upkeep(Protocol):
+    """What an engine may tell the commands without being loaded, beside its card."""
+
+    def last_start(self, state_dir: Path) -> str | None:
+        """What the last start found out, in one line for `doctor`; None if there was no start."""
+        ...
+
+    def check_params(self, params: Mapping[str, Any], settings: EngineSettings) -> None:
+        """Check that this machine has what the parameters of a variation need.
+
+        Raises:
+            MissingPackage, MissingWeights: it does not.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -115,12 +138,8 @@ class EngineCard:
     layout: Layout = TRANSFORMERS  # the format of its models' folders
     companions: tuple[tuple[str, Layout], ...] = ()  # hub models it loads besides, if a request needs them
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of what it makes
-    last_check: Callable[[Path], str | None] = lambda state_dir: None  # of its own, for `doctor`
-    # Folders outside the home that a killed run left for the next, if nobody uses them now.
-    leftovers: Callable[[Path], Sequence[Path]] = lambda state_dir: ()
-    clear_up: Callable[[Path], None] = lambda state_dir: None  # removes them
-    # MissingPackage or MissingWeights if what a variation's parameters ask for isn't on this machine.
-    check_params: Callable[[Mapping[str, Any], EngineSettings], None] = lambda params, settings: None
+    section: type[EngineSection] | None = None  # its own section of the configuration
+    upkeep: Upkeep | None = None
     rank: int = 0  # `auto` takes the usable engine of the highest rank; below 0: never
 
     def is_meant_by(self, engine: str) -> bool:

@@ -10,15 +10,16 @@ Fusion checkpoints are refused: what they add is a random choice of crops.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import pretrained
 from pipeline.engines.base import Embedder, EngineCard, EngineSettings, NoParams, StopFn, check_stop
 from pipeline.errors import BadCheckpoint, EngineFailure
 from pipeline.records import Audio, Embedding, Samples
 from pipeline.weights.hub import Weights
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VERSION = "1"
 MODEL_TYPE = "clap"
@@ -45,6 +46,8 @@ class ClapEmbedder:
             Stopped: within a few windows of `should_stop` turning true.
             EngineFailure: the model gave NaN.
         """
+        import numpy as np
+
         from pipeline.audio import resample
 
         rate = self._feature_extractor.sampling_rate
@@ -67,6 +70,7 @@ class ClapEmbedder:
         )
 
     def _vectors(self, windows: list[Samples]) -> Samples:
+        import numpy as np
         import torch
 
         features = self._feature_extractor(
@@ -88,6 +92,8 @@ def cut(mono: Samples, window: int) -> list[Samples]:
 
 def unit(vectors: np.ndarray[Any, Any]) -> Samples:
     """Along the last axis, scaled to length 1; float32."""
+    import numpy as np
+
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
     return np.asarray(vectors / lengths, dtype=np.float32)
 

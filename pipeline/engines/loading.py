@@ -1,4 +1,4 @@
-"""Engines, loaded when first needed and kept: the seam where a test hands in its own."""
+"""Loads engines when they are first needed. Tests pass their own engines in the place of these."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Protocol, cast
 
 from pipeline.engines.base import Embedder, EngineSettings, Generator
 from pipeline.engines.selection import Choice
+from pipeline.errors import EngineUnusable, PipelineError, Stopped
+from pipeline.fs.disk import environment_error
 
 log = logging.getLogger("pipeline")
 
 
 class Engines(Protocol):
-    """Where the runner gets its engines from."""
+    """The source of the runner's engines. Both methods raise EngineUnusable if there is none to be had."""
 
     def embedder(self) -> Embedder: ...
     def generator(self) -> Generator: ...
@@ -32,7 +34,7 @@ class LoadedEngines:
     _generator: Generator | None = field(default=None, init=False)
 
     def take_over(self, earlier: LoadedEngines) -> None:
-        """Keep what is loaded already, where choice and settings are the same."""
+        """Use engines that are loaded already, where choice and settings are the same."""
         if (earlier.embedder_choice, earlier.embedder_settings) == (
             self.embedder_choice,
             self.embedder_settings,
@@ -56,8 +58,21 @@ class LoadedEngines:
 
 
 def _load(choice: Choice, settings: EngineSettings) -> Generator | Embedder:
+    """Load an engine.
+
+    Raises:
+        EngineUnusable: it can't be loaded, for whatever reason.
+        FolderUnusable: the disk is full, or a folder can't be used.
+    """
     start = time.perf_counter()
-    engine = choice.card.load(settings)
+    try:
+        engine = choice.card.load(settings)
+    except (EngineUnusable, Stopped):
+        raise
+    except Exception as e:
+        text = str(e) if isinstance(e, PipelineError) else f"{type(e).__name__}: {e}".rstrip(": ")
+        sentence = f"the {choice.card.stage} engine {choice.card.name} can't be loaded: {text}"
+        raise environment_error(e) or EngineUnusable(sentence) from e
     what = choice.card.name if choice.model is None else f"{choice.card.name} ({choice.model})"
     log.debug("%s loaded in %.1f s", what, time.perf_counter() - start)
     return engine

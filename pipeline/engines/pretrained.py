@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BadCheckpoint, ConfigError, MissingPackage
+from pipeline.errors import BadCheckpoint, EngineUnusable, MissingPackage
 from pipeline.weights.hub import INSTALL_COMMAND
 from pipeline.weights.layout import PREPROCESSORS
 
@@ -55,8 +55,9 @@ def prepare(device: str, threads: int | None) -> None:
     """Settle what is the whole process's: torch's threads (None: as they are), transformers' silence.
 
     Raises:
-        ConfigError: there is no such device.
+        EngineUnusable: see `check_device`.
     """
+    check_device(device)
     import torch
     import transformers
 
@@ -65,10 +66,22 @@ def prepare(device: str, threads: int | None) -> None:
     transformers.utils.logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def check_device(device: str) -> None:
+    """Open a device of torch.
+
+    Raises:
+        EngineUnusable: torch can't be imported, or there is no such device.
+    """
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: one of its libraries can't be loaded
+        raise EngineUnusable(f"torch can't be imported ({first_line(error)}): {INSTALL_COMMAND}.") from error
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
+        raise EngineUnusable(
             f"device: {device} can't be used ({first_line(error)}); set it to cpu, or install "
             f"the build of torch for this machine's GPU."
         ) from error

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, so that what was promised holds after a kill or a power cut.
+"""Atomic writes: a new file is complete or not there, also after a kill or a power cut.
 
 Temporary file in the same folder, fsync, read back, rename, fsync of the folder: the order that
 POSIX file systems need (Pillai and others, "All File Systems Are Not Created Equal", OSDI 2014).
@@ -18,21 +18,21 @@ from typing import BinaryIO
 _CREATE_TRIES = 3
 
 
-def write_whole(
+def write_atomically(
     path: Path,
     temporary: Path,
     write: Callable[[BinaryIO], object],
     *,
     verify: Callable[[BinaryIO], None],
 ) -> tuple[str, int]:
-    """Put a new file at `path`, by way of `temporary` in the same folder; returns SHA-256 and bytes.
+    """Write a file at `path` by way of `temporary` in the same folder; returns its SHA-256 and size in bytes.
 
-    `write` makes the content in memory: an error in it never reaches the disk. `verify` is given
-    what came back from the disk; what it raises stops the rename.
+    `write` makes the content in memory, so that an error in it never reaches the disk. `verify` is
+    given the bytes that were read back; if it raises, there is no rename.
 
     Raises:
         OSError: it couldn't be written, or the disk returned other bytes than were written (EIO).
-            There is no temporary file left, unless it can't be removed either.
+            The temporary file is removed, unless that fails too.
     """
     content = io.BytesIO()
     write(content)
@@ -49,19 +49,19 @@ def write_whole(
 
 @contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[None]:
-    """Rename `temporary`, written and flushed within, to `path`; after an error it is gone."""
+    """Rename `temporary`, which is written and flushed inside, to `path`; remove it after an error."""
     try:
         yield
         temporary.replace(path)
     except BaseException:
-        with suppress(OSError):  # the first error is the one to tell
+        with suppress(OSError):  # the first error is the one to raise
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames and new names in a folder survive a power cut."""
+    """Flush a folder, so that its renames and new files survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -70,9 +70,9 @@ def sync_folder(path: Path) -> None:
 
 
 def _create(path: Path) -> BinaryIO:
-    """A new file, in a folder that is made if need be; what a killed run left there is removed.
+    """Create a file and its folder; a file that a killed run left there is replaced.
 
-    Tried again when the folder vanishes meanwhile: `gc` removes those that have become empty.
+    Tried again if the folder vanishes meanwhile, since `gc` removes empty folders.
     """
     for tries_left in reversed(range(_CREATE_TRIES)):
         try:
@@ -93,13 +93,13 @@ def _make_folder(folder: Path) -> None:
 
 
 def _read_back(path: Path, sha256: str) -> BinaryIO:
-    """A file's bytes, from the disk and not from the memory they went through, where that can be.
+    """A file's bytes, read from the disk and not from the page cache where the system allows it.
 
     Raises:
-        OSError: with EIO, they are not the ones that were written.
+        OSError: with EIO, if they are not the bytes that were written.
     """
     with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # pages that are flushed may be dropped; macOS has no such call
+        if hasattr(os, "posix_fadvise"):  # macOS has no such call
             with suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         content = file.read()

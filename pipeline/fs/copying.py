@@ -1,4 +1,4 @@
-"""Files as the pipeline takes, keeps and moves them: copied by content, moved never over another."""
+"""Copies of source files that are hashed while they are made, and moves that never overwrite a file."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ MAX_NAME_BYTES = 255  # of one file name, on the usual file systems
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What must stay as it is for a file to count as the same, unchanged one."""
+class FileIdentity:
+    """A file counts as unchanged while these are the same."""
 
     size: int  # bytes
     mtime_ns: int
     inode: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Identity:
+    def of(cls, found: os.stat_result) -> FileIdentity:
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
-class Changed(OSError):
-    """A file was written to, or another one put in its place, while it was read."""
+class FileChanged(OSError):
+    """A file was written to or replaced while it was read."""
 
 
 class WriteFailed(OSError):
-    """The copy couldn't be written, which is no fault of the file that was copied."""
+    """The copy couldn't be written: an error of the disk, not of the file that was copied."""
 
 
 def never() -> bool:
@@ -45,10 +45,10 @@ def never() -> bool:
 
 
 def hash_file(path: Path, *, should_stop: Callable[[], bool] = never) -> str | None:
-    """SHA-256 of a file's bytes; None if it was told to stop.
+    """SHA-256 of a file's bytes; None if it was asked to stop.
 
     Raises:
-        BadAudio: the file can't be read, which is nothing that trying again mends.
+        BadAudio: the file is missing or may not be read.
         OSError: anything else, such as a failing device.
     """
     with _opened(path, follow=True) as source:
@@ -59,42 +59,42 @@ def copy_in(
     path: Path,
     target: Path,
     *,
-    expected: Identity | None = None,
+    expected: FileIdentity | None = None,
     follow: bool = False,
     should_stop: Callable[[], bool] = never,
 ) -> str | None:
-    """Copy a file while hashing it; the hash is of the very bytes that were written.
+    """Copy a file and hash the bytes that are written.
 
-    The copy isn't flushed to the disk: it is hashed again before it is used, and the original
+    The copy is not flushed to the disk: it is hashed again before it is used, and the original
     stays until the track is finished.
 
     Args:
-        expected: what the file was when it was found to be ready; checked on the open file, before
-            the first byte and after the last.
+        expected: the file's identity when it was found to be ready; checked on the open file. That it
+            stays the same until the last byte is checked in any case.
         follow: whether `path` may be a symbolic link.
 
     Returns:
-        The SHA-256, or None if it was told to stop.
+        The SHA-256, or None if it was asked to stop.
 
     Raises:
-        Changed: the file is not, or no longer, the expected one.
-        BadAudio: the file can't be read.
+        FileChanged: the file is not the expected one, or changed while it was read.
+        BadAudio: the file is missing or may not be read.
         WriteFailed: the copy can't be written.
         OSError: anything else, such as a failing device.
     """
     with _opened(path, follow=follow) as source:
         before = os.fstat(source.fileno())
-        if not stat.S_ISREG(before.st_mode) or (expected is not None and Identity.of(before) != expected):
-            raise Changed(path)
+        if not stat.S_ISREG(before.st_mode) or (expected is not None and FileIdentity.of(before) != expected):
+            raise FileChanged(path)
         sha256 = _copied(source, target, should_stop)
         after = os.fstat(source.fileno())
-        if Identity.of(after) != Identity.of(before):
-            raise Changed(path)
+        if FileIdentity.of(after) != FileIdentity.of(before):
+            raise FileChanged(path)
     return sha256
 
 
 def _opened(path: Path, *, follow: bool) -> BinaryIO:
-    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)  # a FIFO must not hang us
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)  # opening a FIFO must not block
     try:
         return os.fdopen(os.open(path, flags), "rb")
     except (PermissionError, FileNotFoundError, IsADirectoryError) as e:
@@ -124,16 +124,16 @@ def _digest(
     while block := source.read(READ_BYTES):
         if should_stop():
             return None
-        if source.tell() > size:  # it grows while it is read, perhaps for ever
-            raise Changed(source.name)
+        if source.tell() > size:  # it grows while it is read, perhaps without end
+            raise FileChanged(source.name)
         sha.update(block)
         if write is not None:
             write(block)
     return sha.hexdigest()
 
 
-def move_aside(path: Path, target: Path) -> Path:
-    """Move a file, never over another one; returns where it is now."""
+def move_to_free_name(path: Path, target: Path) -> Path:
+    """Move a file to `target`, or to a free name like it if there is such a file; returns the new path."""
     target = free_name(target)
     for _ in range(MOVE_TRIES):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,30 +142,30 @@ def move_aside(path: Path, target: Path) -> Path:
         except FileNotFoundError:  # `gc` may have removed the folder while it was empty
             path.lstat()
         except OSError:
-            if os.path.lexists(path):  # half a copy, on another disk
+            if os.path.lexists(path):  # the target is on another disk, and the copy is incomplete
                 target.unlink(missing_ok=True)
             raise
         else:
             return target
-    raise FileNotFoundError(errno.ENOENT, "its folder is removed again and again", str(target))
+    raise FileNotFoundError(errno.ENOENT, "its folder was removed at every try", str(target))
 
 
-def error_file(path: Path) -> Path:
-    """Where it stands why a file failed: `<name>.error.txt` beside it."""
+def error_path(path: Path) -> Path:
+    """The file beside a failed file that says why it failed: `<name>.error.txt`."""
     name, suffix = os.fsencode(path.name), b".error.txt"
-    if len(name) + len(suffix) > MAX_NAME_BYTES:  # cut, but not the same as another long name's
+    if len(name) + len(suffix) > MAX_NAME_BYTES:  # shortened, with a hash so that it stays unique
         suffix = b"~" + hashlib.sha256(name).hexdigest()[:8].encode() + suffix
         name = name[: MAX_NAME_BYTES - len(suffix)]
     return path.with_name(os.fsdecode(name + suffix))
 
 
 def write_error(path: Path, error: str) -> None:
-    """Say beside a failed file why it failed, in one sentence."""
-    error_file(path).write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
+    """Write the reason why a file failed beside it, in one sentence."""
+    error_path(path).write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or the first of `name (2).ext`, `name (3).ext`, … that nobody has."""
+    """`path`, or the first of `name (2).ext`, `name (3).ext`, … that does not exist."""
     candidate, n = path, 1
     while os.path.lexists(candidate):
         n += 1

@@ -1,4 +1,4 @@
-"""Whose fault an error is, and whether there is room: what the disk does is never a track's attempt."""
+"""Which errors are the machine's fault and not a track's, and how much space the disk has."""
 
 from __future__ import annotations
 
@@ -8,64 +8,63 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.errors import DiskFull, FolderUnusable
+from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, os_reason
 
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 CLOSED_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
-def environment_error(error: BaseException) -> FolderUnusable | None:
-    """The error as the machine's, if it is: a full disk, a closed folder, a database that can't be written.
+def environment_error(
+    error: BaseException, *, in_track: bool = True
+) -> FolderUnusable | EngineUnusable | None:
+    """The error as the machine's or the configuration's fault, if it is.
 
-    A device error (EIO) while a track's files are read or written is not among them: it may be one
-    bad sector, so it counts as an attempt and passes, or ends in that track's failure.
+    That is a full disk, a closed folder, an unusable database, or an engine that can't be used.
+
+    A device error (EIO) while a track is processed (`in_track`) is not among them: it may be one bad
+    sector below that track's files, so it counts as an attempt. At other times every OSError is the
+    machine's.
     """
-    if isinstance(error, FolderUnusable):
+    if isinstance(error, FolderUnusable | EngineUnusable):
         return error
+    if isinstance(error, ImportError):
+        return EngineUnusable(f"a package can't be imported: {error}")
     if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
         full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-        kind = DiskFull if full else FolderUnusable
+        kind: type[FolderUnusable] = DiskFull if full else FolderUnusable
         return kind(f"the database can't be used: {error}")
-    if isinstance(error, OSError) and error.errno in (*FULL_ERRORS, *CLOSED_ERRORS):
+    if isinstance(error, OSError) and (error.errno in (*FULL_ERRORS, *CLOSED_ERRORS) or not in_track):
         kind = DiskFull if error.errno in FULL_ERRORS else FolderUnusable
         where = f" ({error.filename})" if error.filename else ""
-        return kind(f"{(error.strerror or str(error)).lower()}{where}")
+        return kind(f"{os_reason(error)}{where}")
     return None
-
-
-def environment_error_outside_tracks(error: BaseException) -> FolderUnusable | None:
-    """As `environment_error`, but with no track worked on any OSError is the machine's."""
-    if isinstance(error, OSError) and environment_error(error) is None:
-        where = f" ({error.filename})" if error.filename else ""
-        return FolderUnusable(f"{(error.strerror or str(error)).lower()}{where}")
-    return environment_error(error)
 
 
 def free_bytes(folders: Iterable[Path]) -> float:
     """Free space on the fullest of the folders' disks.
 
     Raises:
-        FolderUnusable: one of them isn't there.
+        FolderUnusable: one of them does not exist or can't be read.
     """
     free = float("inf")
     for folder in folders:
         try:
             free = min(free, shutil.disk_usage(folder).free)
         except OSError as e:
-            raise FolderUnusable(f"{folder} can't be used: {(e.strerror or str(e)).lower()}") from e
+            raise FolderUnusable(f"{folder} can't be used: {os_reason(e)}") from e
     return free
 
 
-def room_for(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
-    """How many things of that size have room beside the reserve.
+def count_that_fit(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
+    """How many things of that size fit on the disk and leave the reserve free.
 
     Raises:
-        DiskFull: not even one.
+        DiskFull: not even one fits.
     """
     free = free_bytes(folders)
     if free < each_bytes + reserve_bytes:
         raise DiskFull(
             f"{free / 1e6:.0f} MB are free for {', '.join(map(str, folders))}, and"
-            f" {(each_bytes + reserve_bytes) / 1e6:.0f} MB are needed (disk.min_free_mb and the work's own)"
+            f" {(each_bytes + reserve_bytes) / 1e6:.0f} MB are needed (for the work, and disk.min_free_mb)"
         )
     return int((free - reserve_bytes) // max(each_bytes, 1.0))

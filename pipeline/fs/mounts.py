@@ -1,8 +1,8 @@
-"""What kind of file system a folder is on, and what that means for watching it.
+"""The file system that a folder is on, and whether changes there can be watched.
 
-inotify tells of changes made through this very mount: nothing of what another machine writes to
-a network share, of what the host writes to a folder it shares with a guest, or of what is written
-to the layers below an overlay (inotify(7), "Limitations and caveats").
+inotify reports only changes made through the same mount. It does not report what another machine
+writes to a network share, what the host writes to a folder that it shares with a guest, or what is
+written to the layers below an overlay (inotify(7), "Limitations and caveats").
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class Mount:
 
 
 def mount_of(path: Path, mountinfo: str | None = None) -> Mount | None:
-    """The mount that `path` lies on, or would; None where there is no mountinfo (macOS).
+    """The mount that `path` lies on, or would lie on; None without mountinfo (macOS).
 
     Args:
-        mountinfo: the text of /proc/self/mountinfo; None reads it.
+        mountinfo: the text of /proc/self/mountinfo; read from there if None.
     """
     where = os.path.realpath(path)
     holding = [mount for mount in _mounts(mountinfo) if _holds(mount.mount_point, where)]
     longest = max((len(mount.mount_point) for mount in holding), default=0)
-    # Of several on one mount point the last covers the others.
+    # Of several mounts on one mount point, the last one covers the others.
     return next((mount for mount in reversed(holding) if len(mount.mount_point) == longest), None)
 
 
 def mounts_below(path: Path, mountinfo: str | None = None) -> list[Mount]:
-    """What is mounted further down in a folder, such as a share within the inbox."""
+    """The mounts inside a folder, such as a share in the inbox."""
     where = os.path.realpath(path)
     return [
         mount
@@ -58,7 +58,7 @@ def mounts_below(path: Path, mountinfo: str | None = None) -> list[Mount]:
 
 
 def needs_polling(mount: Mount | None) -> str | None:
-    """Why events can't be relied on there, as words for the log; None if they can."""
+    """Why a watch there would miss changes, for the log; None if it would not."""
     if mount is None:
         return None
     where = f"{mount.fstype} at {mount.mount_point}"
@@ -74,7 +74,7 @@ def needs_polling(mount: Mount | None) -> str | None:
 
 
 def clock_is_ours(mount: Mount | None) -> bool:
-    """Whether the times of files there are set by this machine's clock, as far as can be told."""
+    """Whether this machine's clock sets the times of files there, as far as the mount's type tells."""
     return mount is None or not (mount.fstype in NETWORK or mount.fstype in SHARED_BY_HOST or _is_fuse(mount))
 
 
@@ -110,5 +110,5 @@ def _parsed(line: str) -> Mount | None:
 
 
 def _unescaped(text: str) -> str:
-    """Blanks and backslashes are written as octal numbers, such as \\040."""
+    """Spaces and backslashes are written as octal escapes, such as \\040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -1,4 +1,4 @@
-"""File names as people see them, and as folder names. A name on disk is bytes and can hold anything."""
+"""File names for display and for folders in the outbox. A name on disk may be any bytes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ def printable(path: str | os.PathLike[str]) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def file_safe(name: str) -> str:
+    """The name with what some file systems refuse replaced: separators, control characters and `*:?"<>|`."""
+    return _UNSAFE.sub("_", name).rstrip(" .")
+
+
 def track_name(path: Path) -> str:
-    """The file's name without its ending, fit for a folder's name on any file system.
+    """The file's name without its ending, as a folder name that is valid on any file system.
 
     Never empty, no separators or control characters, no leading dot or dash, at most
     `MAX_NAME_BYTES` of UTF-8.
     """
     text = os.fsencode(path.stem).decode("utf-8", errors="replace").replace("\ufffd", "_")
-    text = _UNSAFE.sub("_", text).lstrip(" .-")
+    text = file_safe(text).lstrip(" .-")
     cut = text.encode()[:MAX_NAME_BYTES].decode("utf-8", errors="ignore").rstrip(" .")
     return cut or "track"

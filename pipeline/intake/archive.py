@@ -1,4 +1,4 @@
-"""What becomes of a source once its track is finished or has failed, and what a kill in between leaves."""
+"""Moves source files of finished and failed tracks to the archive: `done` and `failed` in the inbox."""
 
 from __future__ import annotations
 
@@ -7,138 +7,119 @@ import os
 from pathlib import Path
 
 from pipeline.config import Intake
-from pipeline.fs import copying
-from pipeline.fs.copying import Identity
-from pipeline.intake import scanner
-from pipeline.intake.scanner import ScannedFile
+from pipeline.fs.copying import FileIdentity, error_path, move_to_free_name, write_error
 from pipeline.store.schema import FileState, SourceFile, Track
 from pipeline.store.store import Store
+from pipeline.workspace import DONE, FAILED
 
 log = logging.getLogger("pipeline")
 
 
 def archive_files(
-    store: Store, found: list[SourceFile], inbox: Path | None, settings: Intake, *, error: str | None
+    store: Store, files: list[SourceFile], inbox: Path | None, settings: Intake, *, error: str | None
 ) -> None:
-    """Do with a finished or failed track's files what the configuration says; only those of the inbox move.
+    """Move, delete or keep a track's source files as the configuration says; `error`: why the track failed.
 
-    A file that is not what was taken in any more is left alone: the next look takes it as a new
-    one. While the whole inbox is away nothing is decided.
+    Only files of the inbox are moved. A file that has changed since it was taken in stays: the next
+    scan takes it as a new one.
     """
-    for file in found:
-        here = file.moved_to or file.path
+    for file in files:
         if file.state == FileState.SETTLED or (file.state == FileState.FAILED and error is not None):
-            continue
-        if file.root != inbox or here.is_symlink():  # a link stays: moved, it may lead nowhere
-            store.settle_file(file.path, state=FileState.SETTLED)
+            continue  # archived before
+        if file.root != inbox or file.current_path.is_symlink():  # a link may lead nowhere once it is moved
+            store.set_file_state(file.path, FileState.SETTLED)
             continue
         try:
-            if not is_same(file, Identity.of(here.lstat())):
-                continue
-            _drop_marker(file, settings)  # first: alone it would vouch for the next file of that name
-            moved_to = _dispose(file, here, settings, error)
-            inode = None if moved_to is None else moved_to.lstat().st_ino
+            if FileIdentity.of(file.current_path.lstat()) == file.identity:
+                _archive(store, file, settings, error)
         except FileNotFoundError:
-            if inbox.is_dir():
-                store.settle_file(file.path, state=FileState.LOST)
+            if inbox.is_dir():  # while the whole inbox is away, no file counts as lost
+                store.set_file_state(file.path, FileState.LOST)
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
-        else:
-            state = FileState.SETTLED if error is None else FileState.FAILED
-            store.settle_file(file.path, state=state, moved_to=moved_to, inode=inode)
 
 
-def _drop_marker(file: SourceFile, settings: Intake) -> None:
+def _archive(store: Store, file: SourceFile, settings: Intake, error: str | None) -> None:
     if settings.marker is not None and settings.after != "keep":
+        # The marker goes first: without its file it would release the next file of that name too early.
         file.path.with_name(file.path.name + settings.marker).unlink(missing_ok=True)
+    moved_to = _move_finished(file, settings) if error is None else _move_failed(file, error)
+    inode = None if moved_to is None else moved_to.lstat().st_ino
+    state = FileState.SETTLED if error is None else FileState.FAILED
+    store.set_file_state(file.path, state, moved_to=moved_to, inode=inode)
 
 
-def _below_the_inbox(file: SourceFile) -> Path:
-    """Where the file came from, also if it is recorded under its place in the archive."""
+def _move_failed(file: SourceFile, error: str) -> Path:
+    moved_to = move_to_free_name(file.current_path, file.root / FAILED / _path_in_inbox(file))
+    write_error(moved_to, error)
+    return moved_to
+
+
+def _move_finished(file: SourceFile, settings: Intake) -> Path | None:
+    """Returns the new path; None if the file was deleted or is at the path where it was found."""
+    here, original = file.current_path, file.root / _path_in_inbox(file)
+    if file.state == FileState.FAILED:
+        error_path(here).unlink(missing_ok=True)
+    if settings.after == "move":
+        return move_to_free_name(here, file.root / DONE / _path_in_inbox(file))
+    if settings.after == "delete":
+        here.unlink()
+    elif file.state == FileState.FAILED:
+        moved_to = move_to_free_name(here, original)
+        return None if moved_to == file.path else moved_to
+    return None
+
+
+def _path_in_inbox(file: SourceFile) -> Path:
+    """The path below the inbox that the file had before any move."""
     below = file.path.relative_to(file.root)
-    archived = len(below.parts) > 1 and below.parts[0] in (scanner.DONE, scanner.FAILED)
-    return Path(*below.parts[1:]) if archived else below
+    return Path(*below.parts[1:]) if len(below.parts) > 1 and below.parts[0] in (DONE, FAILED) else below
 
 
-def is_there(file: SourceFile) -> bool:
-    """Whether the file lies where it is known to be, unchanged."""
+def is_in_place(file: SourceFile) -> bool:
+    """Whether the file is unchanged at the path where it is recorded."""
     try:
-        return is_same(file, Identity.of((file.moved_to or file.path).lstat()))
+        return FileIdentity.of(file.current_path.lstat()) == file.identity
     except OSError:
         return False
 
 
-def drop_stale_error(path: Path) -> None:
-    """Remove the reason that stands beside a failed file's place, if the file itself has left it."""
-    if not os.path.lexists(path):
-        copying.error_file(path).unlink(missing_ok=True)
-
-
 def restore_to_inbox(store: Store, track: Track) -> None:
-    """Put a file that couldn't be read back in the inbox, to be taken in as if it had just come.
-
-    There is no hash of what couldn't be read, so nothing of its record is worth keeping.
-    """
+    """Move a file that couldn't be read back to the inbox and forget it: the next scan takes it as new."""
     for file in store.files_of(track.sha256):
         if file.moved_to is not None and os.path.lexists(file.moved_to):
-            copying.move_aside(file.moved_to, file.root / _below_the_inbox(file))
-            copying.error_file(file.moved_to).unlink(missing_ok=True)
+            move_to_free_name(file.moved_to, file.root / _path_in_inbox(file))
+            error_path(file.moved_to).unlink(missing_ok=True)
     store.forget(track.sha256)
 
 
-def finish_moves(store: Store, inbox: Path) -> int:
-    """After a kill: find the files whose move to `done` or `failed` was made but not recorded.
+def recover_moves(store: Store, inbox: Path) -> None:
+    """Record the moves to `done` and `failed` that a kill left unrecorded.
 
-    A rename keeps size, times and inode, so they can be told. Returns how many were found.
+    A moved file is recognised by its size, mtime and inode, which a rename keeps.
     """
-    cut_off = [
-        (file, track)
-        for file, track in store.unsettled_below(inbox)
-        if not is_there(file)
-        and not (
-            file.state == FileState.FAILED and os.path.lexists(file.path)
-        )  # brought back: the next look takes it
-    ]
-    if not cut_off:
-        return 0
-    there = {
-        Identity.of(path.lstat()): path
-        for name in (scanner.DONE, scanner.FAILED)
-        for path in sorted((inbox / name).rglob("*"))
+    missing = [(file, track) for file, track in store.unarchived_below(inbox) if _is_missing(file)]
+    if not missing:
+        return
+    archived = {
+        FileIdentity.of(path.lstat()): path
+        for folder in (DONE, FAILED)
+        for path in sorted((inbox / folder).rglob("*"))
     }
-    n = 0
-    for file, track in cut_off:
-        path = there.get(Identity(file.size, file.mtime_ns, file.inode))
-        if path is None:
+    for file, track in missing:
+        moved_to = archived.get(file.identity)
+        if moved_to is None:
             if inbox.is_dir() and not os.path.lexists(file.path):
-                store.settle_file(file.path, state=FileState.LOST)
-            continue
-        n += 1
-        failed = path.is_relative_to(inbox / scanner.FAILED)
-        if failed and not copying.error_file(path).exists():
-            copying.write_error(path, f"{track.name}: {track.error}")
-        state = FileState.FAILED if failed else FileState.SETTLED
-        store.settle_file(file.path, state=state, moved_to=path)
-    return n
+                store.set_file_state(file.path, FileState.LOST)
+        elif moved_to.is_relative_to(inbox / DONE):
+            store.set_file_state(file.path, FileState.SETTLED, moved_to=moved_to)
+        else:
+            if not error_path(moved_to).exists():
+                write_error(moved_to, f"{track.name}: {track.error}")
+            store.set_file_state(file.path, FileState.FAILED, moved_to=moved_to)
 
 
-def _dispose(file: SourceFile, here: Path, settings: Intake, error: str | None) -> Path | None:
-    """Move, delete or keep; returns the new place, or None if it stays where it was found (or is gone)."""
-    if error is not None:
-        moved_to = copying.move_aside(here, file.root / scanner.FAILED / _below_the_inbox(file))
-        copying.write_error(moved_to, error)
-        return moved_to
-    if file.state == FileState.FAILED:
-        copying.error_file(here).unlink(missing_ok=True)
-    if settings.after == "move":
-        return copying.move_aside(here, file.root / scanner.DONE / _below_the_inbox(file))
-    if settings.after == "delete":
-        here.unlink()
-    elif file.state == FileState.FAILED:
-        back = copying.move_aside(here, file.root / _below_the_inbox(file))
-        return None if back == file.path else back
-    return None
-
-
-def is_same(file: SourceFile, seen: ScannedFile | Identity) -> bool:
-    return (file.size, file.mtime_ns, file.inode) == (seen.size, seen.mtime_ns, seen.inode)
+def _is_missing(file: SourceFile) -> bool:
+    """Whether the file is not where it is recorded, and no failed file that was put back in the inbox."""
+    was_put_back = file.state == FileState.FAILED and os.path.lexists(file.path)
+    return not is_in_place(file) and not was_put_back

@@ -1,8 +1,8 @@
-"""Names that are not tracks: copies and downloads under way, and what sync tools, NAS and systems leave.
+"""Names that are not tracks: unfinished copies and downloads, and files of sync tools, NAS and systems.
 
 Sources: the exclude lists and documentation of Nextcloud, Syncthing, Resilio, Dropbox, rclone,
-rsync, WinSCP, Synology DSM and QNAP QTS, and the browsers' own temporary names. Most of what they
-make begins with a dot, which is ignored whatever follows.
+rsync, WinSCP, Synology DSM and QNAP QTS, and the browsers' temporary names. Most of these names begin
+with a dot, and every such name is ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fnmatch import translate
 
 PREFIXES = (
     ".",  # dotfiles; AppleDouble (._*), rsync (.name.XXXXXX), .syncthing.*, .stversions, .dropbox.cache, …
-    "~$",  # Session's owner files
+    "~$",  # Microsoft Office's lock files
     "~syncthing~",  # Syncthing on Windows
 )
 SUFFIXES = (
@@ -46,13 +46,13 @@ NAMES = frozenset(
     }
 )  # fmt: skip
 
-# Some tools write into the file itself, with a file of their own beside it until it is whole.
+# Some tools write into the final file, with another file beside it until it is complete.
 IN_PLACE_SUFFIXES = (".aria2", ".lftp-pget-status")
-PLACEHOLDER_SUFFIX = ".part"  # Firefox keeps the final name with an empty file meanwhile
+PLACEHOLDER_SUFFIX = ".part"  # Firefox keeps an empty file under the final name meanwhile
 
 
 class Ignore:
-    """What is left alone: the names above, whatever the case, and the user's own patterns.
+    """Ignores the names above, whatever their case, and those that match the user's patterns.
 
     A pattern is matched against the name of a file or folder, or, if there is a slash in it,
     against the path below the scanned folder. `*` matches anything, slashes too.
@@ -64,7 +64,7 @@ class Ignore:
         self._path = _any_of([pattern.lstrip("/") for pattern in folded if "/" in pattern])
 
     def matches(self, path: str) -> bool:
-        """Whether the last part of `path`, relative to the scanned folder, is to be left alone."""
+        """Whether the last part of `path`, relative to the scanned folder, is ignored."""
         path = _folded(path)
         name = path.rpartition("/")[2]
         return (
@@ -77,14 +77,14 @@ class Ignore:
 
 
 def still_downloading(name: str, size: int, names: frozenset[str]) -> str | None:
-    """The file among `names`, its folder's, that says `name` isn't whole yet; None if there is none."""
+    """The name among `names`, those in its folder, that shows that `name` is incomplete, or None."""
     if size == 0 and name + PLACEHOLDER_SUFFIX in names:
         return name + PLACEHOLDER_SUFFIX
     return next((name + suffix for suffix in IN_PLACE_SUFFIXES if name + suffix in names), None)
 
 
 def _folded(text: str) -> str:
-    """The same for `É` as one character or two (macOS), large or small."""
+    """Equal for names that differ in case or in how `é` is composed (one character, or two on macOS)."""
     return unicodedata.normalize("NFC", text).lower()
 
 

@@ -1,42 +1,44 @@
-"""Makes outbox, working copies and records agree again, whatever happened between two runs.
+"""Makes the outbox, the working copies and the database agree again after a kill or a change by others.
 
-At every start it is quick: a result whose size is right and that nobody has written to since it was
-finished counts as sound. Thorough, every result is read and hashed. A result that is missing or
-altered is queued again, and the runner makes just what isn't there; a folder that belongs to no
-track is only reported. Only for the holder of the instance lock, after `Store.recover`.
+A quick check, done at every start, trusts a result whose size is right and whose mtime is not later
+than its record. A thorough check reads and hashes every result. The track of a missing or altered
+result is queued again, and the runner makes only what is missing. A folder that belongs to no track
+is only reported. To be called only by the holder of the instance lock, after `Store.recover`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
+from pipeline.errors import os_reason
 from pipeline.fs.names import printable
-from pipeline.maintenance import retention
-from pipeline.outbox.outbox import TMP_SUFFIX, Outbox, Published, listed
-from pipeline.store.schema import Track
+from pipeline.maintenance.retention import SHA256_PATTERN, finish_interrupted_removals
+from pipeline.outbox.outbox import TMP_SUFFIX, Outbox, Published, listed_files
+from pipeline.store.schema import Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import Workspace
 
-MTIME_SLACK_S = 2.0  # between the file's own time and the clock's when the unit was recorded
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+MTIME_SLACK_S = 2.0  # between a file's mtime and the clock with which its unit was recorded
 _GONE = (errno.ENOENT, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that wasn't as it should be."""
+    """A difference between what is there and what is recorded."""
 
-    kind: str  # leftover | result | lost | unreadable | stranger
+    # leftover: of a killed run; result: missing or altered; lost: a result that can't be made again;
+    # unreadable: nothing can be said of it; unknown: a folder that belongs to no track
+    kind: Literal["leftover", "result", "lost", "unreadable", "unknown"]
     where: str  # printable: a folder of the outbox, or a path
-    text: str  # what is wrong and what became of it
-    mended: bool = False  # it is in order now, or will be when the queue is worked off
+    text: str  # what is wrong and what was done about it
+    mended: bool = False  # it is in order now, or will be once the queue is processed
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Damage:
     """What is wrong with a finished track's results."""
 
     text: str
-    needs_source: bool  # a result must be made again; otherwise writing the manifest is enough
+    needs_source: bool  # a result has to be made again; otherwise only the manifest has to be written
 
 
 def reconcile(
@@ -57,160 +59,154 @@ def reconcile(
     now: float,
     redo_missing: bool = True,
 ) -> list[Finding]:
-    """Compare all there is with all that is recorded.
+    """Compare the outbox and the working copies with the database.
 
     Args:
-        thorough: hash every result instead of trusting size and time.
-        repair: remove leftovers and queue again what is missing; otherwise nothing is changed.
-        redo_missing: whether a missing or altered result is made again at all.
+        thorough: hash every result instead of trusting its size and mtime.
+        repair: remove leftovers and queue tracks with missing results again; otherwise change nothing.
+        redo_missing: whether missing or altered results are made again at all.
 
     Raises:
         OSError: the outbox itself can't be read.
     """
     if repair:
-        retention.finish_cut_off(store, workspace)
+        finish_interrupted_removals(store, outbox)
     tracks = store.tracks()
-    findings = list(_folders(outbox, tracks, repair=repair))
-    found = [
-        (track, finding)
-        for track in tracks
-        if track.state == "done" and track.collected_at is None
-        if (finding := _result(track, store, outbox, workspace, thorough=thorough)) is not None
-    ]
-    broken = [(track, finding) for track, finding in found if finding.kind == "result"]
-    if broken and repair and redo_missing:
-        found = [(track, finding) for track, finding in found if finding.kind != "result"]
-        findings += _queue_again(store, broken, now=now)
-    findings += [finding for _, finding in found]
-    findings += _scratch(store, workspace, repair=repair)
+    findings = list(_check_folders(outbox, tracks, repair=repair))
+    broken: list[tuple[Track, Finding]] = []
+    for track in tracks:
+        if track.state == TrackState.DONE and track.collected_at is None:
+            finding = _check_results(track, store, outbox, workspace, thorough=thorough)
+            if finding is not None and finding.kind == "result" and repair and redo_missing:
+                broken.append((track, finding))
+            elif finding is not None:
+                findings.append(finding)
+    if broken:
+        with store.transaction():
+            for track, finding in broken:
+                if store.track(track.sha256) == track:  # no other process has queued or collected it since
+                    store.requeue(track.sha256, now=now)
+                    findings.append(replace(finding, text=f"{finding.text}: queued again", mended=True))
+    findings += _check_working_copies(store, workspace, repair=repair)
     return findings
 
 
 # -- the outbox's folders --------------------------------------------------------------------------
 
 
-def _folders(outbox: Outbox, tracks: list[Track], *, repair: bool) -> Iterator[Finding]:
-    """Temporary files of killed runs, and folders that no track knows."""
-    states: dict[str, str] = {}
+def _check_folders(outbox: Outbox, tracks: list[Track], *, repair: bool) -> Iterator[Finding]:
+    """Temporary files of killed runs, and folders that belong to no track."""
+    states: dict[str, TrackState] = {}
     for track in tracks:
-        states[track.folder] = "running" if states.get(track.folder) == "running" else track.state
-    for folder in outbox.folders():
+        if states.get(track.folder) != TrackState.RUNNING:
+            states[track.folder] = track.state
+    for folder in outbox.track_folders():
         state = states.get(folder)
         try:
             if state is None:
-                if outbox.manifest(folder) is not None:
-                    yield Finding("stranger", printable(folder), "belongs to no track of this database")
-            elif state != "running":
-                # A file between two names is whole, and an unfinished track may still want it.
-                left = (
-                    outbox.leftovers(folder) if state == "done" else outbox.leftovers(folder, (TMP_SUFFIX,))
-                )
-                for path in left:
-                    yield _leftover(path, "is left of a run that was killed", repair=repair)
+                if outbox.read_manifest(folder) is not None:
+                    yield Finding("unknown", printable(folder), "belongs to no track of this database")
+            elif state == TrackState.DONE:
+                yield from _remove(outbox.temporary_files(folder), repair=repair)
+            elif state != TrackState.RUNNING:  # a file between two names is complete and may still be used
+                yield from _remove(outbox.temporary_files(folder, (TMP_SUFFIX,)), repair=repair)
         except PermissionError as e:
             yield _unreadable(folder, e)
 
 
-def _leftover(path: Path, text: str, *, repair: bool) -> Finding:
-    where = printable(path)
-    if not repair:
-        return Finding("leftover", where, text)
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+def _remove(paths: list[Path], text: str = "was left by a killed run", *, repair: bool) -> Iterator[Finding]:
+    for path in paths:
+        where = printable(path)
+        if not repair:
+            yield Finding("leftover", where, text)
+            continue
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as e:  # it does no harm, so it is no reason to stop
+            yield Finding("leftover", where, f"{text}, and can't be removed: {os_reason(e)}")
         else:
-            path.unlink(missing_ok=True)
-    except OSError as e:  # of no harm to anything: no reason not to start
-        return Finding("leftover", where, f"{text}, and can't be removed: {(e.strerror or str(e)).lower()}")
-    return Finding("leftover", where, f"{text}: removed", mended=True)
+            yield Finding("leftover", where, f"{text}: removed", mended=True)
 
 
 def _unreadable(folder: str, error: OSError) -> Finding:
-    reason = (error.strerror or str(error)).lower()
-    return Finding("unreadable", printable(folder), f"can't be read: {reason}")
+    return Finding("unreadable", printable(folder), f"can't be read: {os_reason(error)}")
 
 
 # -- results ---------------------------------------------------------------------------------------
 
 
-def _result(
+def _check_results(
     track: Track, store: Store, outbox: Outbox, workspace: Workspace, *, thorough: bool
 ) -> Finding | None:
-    """What is wrong with a finished track's results; of the kind "result" if they can be made again."""
     try:
-        damage = _damage(track, store, outbox, thorough=thorough)
+        damage = _find_damage(track, store, outbox, thorough=thorough)
     except OSError as e:
         return _unreadable(track.folder, e)
     if damage is None:
         return None
     where = printable(track.folder)
-    if damage.needs_source and not _source_at_hand(track, store, workspace):
+    if damage.needs_source and not has_source(track, store, workspace):
         return Finding("lost", where, f"{damage.text}; it can't be made again: its source is gone")
     return Finding("result", where, damage.text)
 
 
-def _queue_again(store: Store, broken: list[tuple[Track, Finding]], *, now: float) -> Iterator[Finding]:
-    """All in one transaction; what somebody else has queued or collected since it was read stays so."""
-    with store.together():
-        for track, finding in broken:
-            if store.track(track.sha256) == track:
-                store.requeue(track.sha256, now=now)
-                yield replace(finding, text=f"{finding.text}: queued again", mended=True)
-
-
-def _damage(track: Track, store: Store, outbox: Outbox, *, thorough: bool) -> Damage | None:
-    """What is wrong, if anything.
+def _find_damage(track: Track, store: Store, outbox: Outbox, *, thorough: bool) -> Damage | None:
+    """Compare a finished track's folder with its records.
 
     Raises:
-        OSError: something is there but can't be read, so nothing can be said of it.
+        OSError: something is there but can't be read.
     """
-    manifest = outbox.manifest(track.folder)
-    entries = None if manifest is None else listed(manifest)
     units = [unit for unit in store.units_of(track.sha256) if "file" in unit["result"]]
     finished_at = {(unit["result"]["file"], unit["result"]["sha256"]): unit["finished_at"] for unit in units}
-    if manifest is None or entries is None:
-        text = "manifest.json is missing or damaged"
+    manifest = outbox.read_manifest(track.folder)
+    files = None if manifest is None else listed_files(manifest)
+    if manifest is None or files is None:
+        problem = "manifest.json is missing or damaged"
     elif not isinstance(source := manifest.get("source"), dict) or source.get("sha256") != track.sha256:
-        text = "manifest.json is not this track's"
-    elif any((entry.file, entry.sha256) not in finished_at for entry in entries):
-        text = "manifest.json names files that are not recorded"
+        problem = "manifest.json belongs to another track"
+    elif any((one.file, one.sha256) not in finished_at for one in files):
+        problem = "manifest.json names files that are not recorded"
     else:
-        wrong = [
-            f"{printable(entry.file)} {problem}"
-            for entry in entries
-            if (problem := _problem(track, entry, outbox, finished_at, thorough=thorough)) is not None
-        ]
-        return Damage(", ".join(wrong), needs_source=True) if wrong else None
-    last = {unit["result"]["file"]: unit["result"] for unit in units}  # the newest of each name
-    wanted = {file: Published(file, result["sha256"], result["bytes"]) for file, result in last.items()}
-    whole = bool(wanted) and len(outbox.held(track.folder, wanted)) == len(wanted)
-    return Damage(text, needs_source=not whole)
+        problems = [_file_problem(track, one, outbox, finished_at, thorough=thorough) for one in files]
+        problem = ", ".join(filter(None, problems))
+        return Damage(problem, needs_source=True) if problem else None
+    return Damage(problem, needs_source=not _has_all_results(track, units, outbox))
 
 
-def _problem(
+def _has_all_results(track: Track, units: list[dict[str, Any]], outbox: Outbox) -> bool:
+    newest = {unit["result"]["file"]: unit["result"] for unit in units}
+    wanted = {file: Published(file, result["sha256"], result["bytes"]) for file, result in newest.items()}
+    return bool(wanted) and len(outbox.find_intact(track.folder, wanted)) == len(wanted)
+
+
+def _file_problem(
     track: Track,
-    entry: Published,
+    published: Published,
     outbox: Outbox,
-    finished_at: dict[tuple[str, str], float],
+    finished_at: Mapping[tuple[str, str], float],
     *,
     thorough: bool,
 ) -> str | None:
+    name = printable(published.file)
     try:
-        there = (outbox.root / track.folder / entry.file).stat()
+        stat = (outbox.root / track.folder / published.file).stat()
     except OSError as e:
         if e.errno in _GONE:
-            return "is missing"
+            return f"{name} is missing"
         raise
-    untouched = there.st_mtime <= finished_at[entry.file, entry.sha256] + MTIME_SLACK_S
-    if there.st_size == entry.bytes and untouched and not thorough:
+    untouched = stat.st_mtime <= finished_at[published.file, published.sha256] + MTIME_SLACK_S
+    if stat.st_size == published.bytes and untouched and not thorough:
         return None
-    return None if outbox.holds(track.folder, entry) else "is altered"
+    return None if outbox.is_intact(track.folder, published) else f"{name} is altered"
 
 
-def _source_at_hand(track: Track, store: Store, workspace: Workspace) -> bool:
-    """Whether the bytes seem to be there still; the runner checks their hash before it uses them."""
-    places = [file.moved_to or file.path for file in store.files_of(track.sha256)]
-    for path in (workspace.scratch(track.sha256).source, *places):
+def has_source(track: Track, store: Store, workspace: Workspace) -> bool:
+    """Whether a file of the track's size is at one of its paths; the runner checks its hash later."""
+    recorded = [file.current_path for file in store.files_of(track.sha256)]
+    for path in (workspace.scratch(track.sha256).source, *recorded):
         with suppress(OSError):
             if path.is_file() and path.stat().st_size == track.bytes:
                 return True
@@ -220,17 +216,15 @@ def _source_at_hand(track: Track, store: Store, workspace: Workspace) -> bool:
 # -- working copies --------------------------------------------------------------------------------
 
 
-def _scratch(store: Store, workspace: Workspace, *, repair: bool) -> Iterator[Finding]:
-    """Working copies that nobody works on, and copies that were cut off."""
+def _check_working_copies(store: Store, workspace: Workspace, *, repair: bool) -> Iterator[Finding]:
+    """Working copies that no track needs, and incomplete copies."""
     states = {track.sha256: track.state for track in store.tracks()}
     folder = workspace.state / "work"
-    entries = sorted(folder.iterdir(), key=os.fsencode) if folder.is_dir() else []
-    for path in entries:
+    for path in sorted(folder.iterdir(), key=os.fsencode) if folder.is_dir() else ():
         state = states.get(path.name)
         if path.name.startswith(".incoming-") or path.suffix == TMP_SUFFIX:
-            yield _leftover(path, "is left of a run that was killed", repair=repair)
-        elif _SHA256.fullmatch(path.name) and state not in ("queued", "running"):
-            yield _leftover(path, "is a working copy that nothing needs", repair=repair)
-        elif state == "queued" and path.is_dir():
-            for part in sorted(path.glob(f"*{TMP_SUFFIX}")):
-                yield _leftover(part, "is left of a run that was killed", repair=repair)
+            yield from _remove([path], repair=repair)
+        elif SHA256_PATTERN.fullmatch(path.name) and state not in (TrackState.QUEUED, TrackState.RUNNING):
+            yield from _remove([path], "is a working copy that nothing needs", repair=repair)
+        elif state == TrackState.QUEUED and path.is_dir():
+            yield from _remove(sorted(path.glob(f"*{TMP_SUFFIX}")), repair=repair)

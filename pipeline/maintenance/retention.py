@@ -1,8 +1,8 @@
 """What `gc` removes: old working copies, archived sources and results, by age and by total size.
 
-It works beside a running daemon. What is removed is first checked and moved out of the way while
-the store holds the track, so that nobody can claim or queue it meanwhile, and deleted after that.
-Nothing that is queued or running is touched, nor any file that the store doesn't know.
+It runs beside a running daemon. Everything is checked again and removed while the store holds the
+track, so that no other process can claim or queue it meanwhile. Files of queued and running tracks
+are not touched, nor any file that is not in the database.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from pathlib import Path
 
 from pipeline.config import Retention
 from pipeline.engines.base import UNFINISHED
-from pipeline.fs.copying import error_file
+from pipeline.fs.copying import error_path
 from pipeline.fs.names import printable
-from pipeline.outbox.outbox import MANIFEST, Outbox
-from pipeline.store.schema import SourceFile, Track
+from pipeline.outbox.outbox import VARIATIONS, Outbox
+from pipeline.store.schema import SourceFile, Track, TrackState
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, Workspace
+from pipeline.workspace import DONE, ENGINES_FOLDER, FAILED, Workspace
 
 log = logging.getLogger("pipeline")
 
 DAY_S = 86400.0
-ASIDE_PREFIX = ".gc-"  # what is on its way out: not seen by anything else
-UNKNOWN_AT_LEAST_DAYS = 1.0  # the intake may be about to record a working copy that the store doesn't know
-MTIME_SLACK_NS = 2_000_000_000  # FAT keeps times to two seconds
-FINISHED = ("done", "failed")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+UNKNOWN_AT_LEAST_DAYS = 1.0  # a working copy that is not in the database may belong to a scan in progress
+MTIME_SLACK_NS = 2_000_000_000  # FAT stores times in steps of two seconds
+SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -54,55 +52,41 @@ class Candidate:
     what: str
     path: Path
     bytes: int
-    since: float  # what its age is counted from, seconds since the epoch
-    remove: Callable[[], bool]  # False: it is needed again
+    since: float  # when its age began, seconds since the epoch
+    remove: Callable[[], bool]  # returns False if it is needed again
     least_days: float = 0.0
 
 
 def collect(
     store: Store, workspace: Workspace, settings: Retention, *, now: float, dry_run: bool
 ) -> list[Removal]:
-    """Remove what the settings no longer want kept, the oldest first; `dry_run` only says what.
+    """Remove what is older or larger than the settings allow, the oldest first.
 
-    What can't be removed is logged and left out of the list.
+    What can't be removed is logged and is not in the list. With `dry_run` nothing is removed.
     """
     outbox = Outbox(workspace.outbox)
     if not dry_run:
-        finish_cut_off(store, workspace)
+        finish_interrupted_removals(store, outbox)
     tracks = {track.sha256: track for track in store.tracks()}
+    thin_out = partial(_thin_out, now=now, dry_run=dry_run)
     removed: list[Removal] = []
     if settings.work_days is not None:
-        copies = list(_working_copies(store, workspace, tracks))
-        copies += _unfinished(workspace)
-        removed += _thin_out(copies, 0, settings.work_days, None, now=now, dry_run=dry_run)
+        copies = [*_working_copies(store, workspace, tracks), *_unfinished(workspace)]
+        removed += thin_out(copies, 0, settings.work_days, None)
     if settings.archive_days is not None or settings.archive_gb is not None:
         archived, kept_bytes = _archived(store, workspace, tracks)
-        limits = settings.archive_days, settings.archive_gb
-        removed += _thin_out(archived, kept_bytes, *limits, now=now, dry_run=dry_run)
+        removed += thin_out(archived, kept_bytes, settings.archive_days, settings.archive_gb)
     if settings.outbox_days is not None or settings.outbox_gb is not None:
         results, kept_bytes = _results(store, outbox, tracks, now)
-        limits = settings.outbox_days, settings.outbox_gb
-        removed += _thin_out(results, kept_bytes, *limits, now=now, dry_run=dry_run)
+        removed += thin_out(results, kept_bytes, settings.outbox_days, settings.outbox_gb)
     return removed
 
 
-def finish_cut_off(store: Store, workspace: Workspace) -> None:
-    """Complete or undo what a killed `gc` left between its move and its commit or its deletion."""
-    outbox = Outbox(workspace.outbox)
-    for aside in _entries(workspace.outbox):
-        sha256 = aside.name.removeprefix(ASIDE_PREFIX)
-        if not aside.name.startswith(ASIDE_PREFIX) or not _SHA256.fullmatch(sha256):
-            continue
-        with store.holding(sha256) as track:
-            if track is None or track.state == "running":
-                continue
-            if track.collected_at is None and outbox.manifest(track.folder) is None:
-                # Not committed, and not made again since. Complete it is only if it counts as done.
-                _put_back(aside, workspace.outbox / track.folder, with_manifest=track.state == "done")
-        shutil.rmtree(aside, ignore_errors=True)
-    for entry in _entries(workspace.state / "work"):
-        if entry.name.startswith(ASIDE_PREFIX):
-            shutil.rmtree(entry, ignore_errors=True)
+def finish_interrupted_removals(store: Store, outbox: Outbox) -> None:
+    """Remove the results that a killed `gc` left after it had removed their manifest."""
+    for track in store.tracks():
+        if track.collected_at is not None and (outbox.root / track.folder).is_dir():
+            _remove_collected(store, outbox, track.sha256)
 
 
 def _thin_out(
@@ -114,7 +98,7 @@ def _thin_out(
     now: float,
     dry_run: bool,
 ) -> list[Removal]:
-    """Remove what is too old, then the oldest until all of it, `kept_bytes` included, is small enough."""
+    """Remove what is too old, then the oldest until the total, including `kept_bytes`, is small enough."""
     oldest_first = sorted(candidates, key=lambda one: (one.since, os.fsencode(one.path)))
     total = kept_bytes + sum(one.bytes for one in oldest_first)
     removed = []
@@ -126,13 +110,11 @@ def _thin_out(
         else:
             continue
         try:
-            gone = dry_run or one.remove()
+            if dry_run or one.remove():
+                total -= one.bytes
+                removed.append(Removal(one.what, one.path, one.bytes, why))
         except (OSError, sqlite3.Error) as e:
             log.warning("%s: can't be removed: %s", printable(one.path), e)
-            continue
-        if gone:
-            total -= one.bytes
-            removed.append(Removal(one.what, one.path, one.bytes, why))
     return removed
 
 
@@ -140,7 +122,7 @@ def _thin_out(
 
 
 def _unfinished(workspace: Workspace) -> Iterator[Candidate]:
-    """What engines keep of variations that were never finished."""
+    """What engines have stored of variations that were never finished."""
     for path in sorted((workspace.state / ENGINES_FOLDER).glob(f"*/{UNFINISHED}/*")):
         with suppress(OSError):  # it was finished meanwhile
             stat = path.stat()
@@ -153,41 +135,37 @@ def _unlink(path: Path) -> bool:
 
 
 def _working_copies(store: Store, workspace: Workspace, tracks: dict[str, Track]) -> Iterator[Candidate]:
-    """Those of finished tracks and of none, and copies that were cut off."""
+    """Those of finished tracks and of tracks that are not in the database, and incomplete copies."""
     for path in _entries(workspace.state / "work"):
-        is_desk = _SHA256.fullmatch(path.name) is not None
-        if not is_desk and not path.name.startswith(".incoming-") and path.suffix != ".part":
-            continue
+        is_scratch = SHA256_PATTERN.fullmatch(path.name) is not None
         track = tracks.get(path.name)
-        if track is not None and track.state not in FINISHED:
-            continue
-        with suppress(FileNotFoundError):  # finished meanwhile
-            size, since = _size_and_time(path)
-            least = 0.0 if track is not None else UNKNOWN_AT_LEAST_DAYS
-            remove = partial(_remove_copy, store, path, since)
-            yield Candidate("working copy", path, size, since, remove, least)
+        is_removable = is_scratch or path.name.startswith(".incoming-") or path.suffix == ".part"
+        if is_removable and not _is_in_work(track):
+            with suppress(FileNotFoundError):  # its track was finished meanwhile
+                size, since = _size_and_time(path)
+                least = 0.0 if track is not None else UNKNOWN_AT_LEAST_DAYS
+                remove = partial(_remove_copy, store, path, since)
+                yield Candidate("working copy", path, size, since, remove, least)
+
+
+def _is_in_work(track: Track | None) -> bool:
+    return track is not None and track.state in (TrackState.QUEUED, TrackState.RUNNING)
 
 
 def _remove_copy(store: Store, path: Path, since: float) -> bool:
-    aside = path.with_name(f"{ASIDE_PREFIX}{path.name}-{os.getpid()}")
-    with store.holding(path.name) as track:
-        if track is not None and track.state not in FINISHED:
+    with store.locked_track(path.name) as track, suppress(FileNotFoundError):
+        if _is_in_work(track) or _size_and_time(path)[1] != since:
             return False
-        try:
-            if _size_and_time(path)[1] != since:
-                return False
-            path.rename(aside)
-        except FileNotFoundError:
-            return False
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    else:
-        aside.unlink()
-    return True
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        return True
+    return False
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:
-    """Bytes of a file or of a folder's files, and the latest change of any of them."""
+    """Size in bytes of a file or of a folder's files, and the latest mtime."""
     found = [each.lstat() for each in (path, *_entries(path))]
     return sum(one.st_size for one in (found[1:] or found)), max(one.st_mtime for one in found)
 
@@ -196,7 +174,7 @@ def _size_and_time(path: Path) -> tuple[int, float]:
 
 
 def _archived(store: Store, workspace: Workspace, tracks: dict[str, Track]) -> tuple[list[Candidate], int]:
-    """Sources in `done` and `failed` that the store moved there, and the bytes of those to be kept."""
+    """Recorded sources in `done` and `failed` that may be removed, and the bytes of those that may not."""
     found, kept_bytes = [], 0
     for file in store.files_below(workspace.inbox):
         top = _archive_of(file, workspace.inbox)
@@ -206,16 +184,16 @@ def _archived(store: Store, workspace: Workspace, tracks: dict[str, Track]) -> t
             there = file.moved_to.lstat()
         except (FileNotFoundError, NotADirectoryError):
             continue
-        if not _is_the_one(file, there):
+        if not _is_unchanged(file, there):
             continue
         track = tracks.get(file.sha256)
-        if track is None or track.state not in FINISHED:
+        if track is None or _is_in_work(track):
             kept_bytes += there.st_size
             continue
         size = there.st_size
         with suppress(FileNotFoundError):
-            size += error_file(file.moved_to).lstat().st_size
-        # The move changed the ctime: a second copy that came late isn't as old as its track.
+            size += error_path(file.moved_to).lstat().st_size
+        # The move changed the ctime: a second copy that came later is not as old as its track.
         since = max(track.finished_at or 0.0, there.st_ctime)
         remove = partial(_remove_archived, store, file, top)
         found.append(Candidate("archive", file.moved_to, size, since, remove))
@@ -223,25 +201,26 @@ def _archived(store: Store, workspace: Workspace, tracks: dict[str, Track]) -> t
 
 
 def _archive_of(file: SourceFile, inbox: Path) -> Path | None:
-    for top in (inbox / "done", inbox / "failed"):
+    """The archive's folder that the file is in, if no link leads out of it."""
+    for top in (inbox / DONE, inbox / FAILED):
         if file.moved_to is not None and file.moved_to.is_relative_to(top):
             return top if file.moved_to.parent.resolve().is_relative_to(top.resolve()) else None
     return None
 
 
-def _is_the_one(file: SourceFile, there: os.stat_result) -> bool:
+def _is_unchanged(file: SourceFile, there: os.stat_result) -> bool:
     return there.st_size == file.size and abs(there.st_mtime_ns - file.mtime_ns) <= MTIME_SLACK_NS
 
 
 def _remove_archived(store: Store, file: SourceFile, top: Path) -> bool:
-    with store.holding(file.sha256) as track:
-        now_known = store.file_at(file.path)
-        if track is None or track.state not in FINISHED or now_known is None or file.moved_to is None:
+    with store.locked_track(file.sha256) as track:
+        current = store.file_at(file.path)
+        if track is None or _is_in_work(track) or current is None or file.moved_to is None:
             return False
-        if now_known.moved_to != file.moved_to or not _is_the_one(file, file.moved_to.lstat()):
+        if current.moved_to != file.moved_to or not _is_unchanged(file, file.moved_to.lstat()):
             return False
         file.moved_to.unlink()
-        error_file(file.moved_to).unlink(missing_ok=True)
+        error_path(file.moved_to).unlink(missing_ok=True)
     _prune(file.moved_to.parent, top)
     return True
 
@@ -252,14 +231,14 @@ def _remove_archived(store: Store, file: SourceFile, top: Path) -> bool:
 def _results(
     store: Store, outbox: Outbox, tracks: dict[str, Track], now: float
 ) -> tuple[list[Candidate], int]:
-    """What finished tracks have in the outbox, and the bytes of those to be kept."""
+    """Results of finished tracks, and the bytes of those that may not be removed."""
     found, kept_bytes = [], 0
     for track in tracks.values():
         size = 0
-        for path in outbox.results(track.folder):
+        for path in outbox.own_files(track.folder):
             with suppress(FileNotFoundError):
                 size += path.lstat().st_size
-        if track.state != "done" or track.collected_at is not None:
+        if track.state != TrackState.DONE or track.collected_at is not None:
             kept_bytes += size
         elif size:
             remove = partial(_remove_results, store, outbox, track, now)
@@ -268,45 +247,29 @@ def _results(
     return found, kept_bytes
 
 
-class _MadeAgain(Exception):
-    """The track has been worked on since it was looked at."""
-
-
 def _remove_results(store: Store, outbox: Outbox, track: Track, now: float) -> bool:
-    """Take this program's files out of a track's folder; what a person put there stays."""
-    folder, aside = outbox.root / track.folder, outbox.root / f"{ASIDE_PREFIX}{track.sha256}"
+    """Remove this program's files from a track's folder; other files there stay.
 
-    def move() -> None:
-        today = store.track(track.sha256)
-        if today is None or (today.state, today.finished_at) != (track.state, track.finished_at):
-            raise _MadeAgain
-        files = [*outbox.results(track.folder), *outbox.leftovers(track.folder)]
-        for path in sorted(files, key=lambda path: path.name != MANIFEST):  # first the manifest
-            target = aside / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-
-    try:
-        gone = store.collect(track.sha256, move, now=now)
-    except _MadeAgain:
-        return False
-    except BaseException:
-        _put_back(aside, folder)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    _prune(folder / "variations", outbox.root)
-    return gone
+    The manifest goes first, in the transaction that records the removal: an error in either leaves
+    the results complete but for the manifest, which `reconcile` then has written again.
+    """
+    with store.locked_track(track.sha256) as current:
+        if current is None or (current.state, current.finished_at) != (track.state, track.finished_at):
+            return False
+        store.set_collected(track.sha256, now=now)
+        outbox.remove_manifest(track.folder)
+    _remove_collected(store, outbox, track.sha256)
+    return True
 
 
-def _put_back(aside: Path, folder: Path, *, with_manifest: bool = True) -> None:
-    """Undo a move; last the manifest, and never over another file."""
-    files = [path for path in aside.rglob("*") if path.is_file() and (with_manifest or path.name != MANIFEST)]
-    for path in sorted(files, key=lambda path: path.name == MANIFEST):
-        target = folder / path.relative_to(aside)
-        if not os.path.lexists(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+def _remove_collected(store: Store, outbox: Outbox, sha256: str) -> None:
+    """Remove the files of a collected track, unless it was queued again or has a manifest again."""
+    with store.locked_track(sha256) as track:
+        if track is None or track.collected_at is None or outbox.read_manifest(track.folder) is not None:
+            return
+        for path in [*outbox.own_files(track.folder), *outbox.temporary_files(track.folder)]:
+            path.unlink()
+    _prune(outbox.root / track.folder / VARIATIONS, outbox.root)
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -320,7 +283,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _prune(folder: Path, top: Path) -> None:
-    """Remove folders below `top` that have become empty."""
+    """Remove a folder and those above it, below `top`, as far as they are empty."""
     while folder != top and folder.is_relative_to(top):
         try:
             folder.rmdir()

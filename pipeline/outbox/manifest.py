@@ -1,4 +1,4 @@
-"""What is said of results: the units' records, the manifest made of them, the tags in each WAV."""
+"""The records of finished units of work, the manifest made of them, and the tags in each WAV."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
 from pipeline.plan import VariationUnit
-from pipeline.records import Audio, SourceInfo
-from pipeline.stages import Finished
+from pipeline.records import Audio, Finished, SourceInfo
 
 SCHEMA = 1
 SOFTWARE = f"instrumental-variations {__version__}"
@@ -22,7 +21,7 @@ Json = dict[str, Any]
 
 
 def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
-    """What the file was, and what became of it."""
+    """The source file's properties and those of the normalized audio."""
     return {
         "source": {
             "duration_s": round(source.duration_s, 6),
@@ -52,7 +51,7 @@ def embedding_record(published: Published, embedder: Embedder, choice: Choice) -
 
 
 def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -> Json:
-    """How a variation is made: all that is needed to make the same bits again."""
+    """All that is needed to make the same variation again."""
     return {
         "name": unit.name,
         "seed": unit.seed,
@@ -81,7 +80,7 @@ def variation_record(published: Published, facts: Json, finished: Finished) -> J
 
 
 def wav_tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
-    """The facts, short, for the WAV itself; no dates: the same request gives the same bytes."""
+    """The facts for the WAV itself; without a date, so that the same request gives the same bytes."""
     comment = {"source_sha256": sha256, **facts}
     return {
         "title": f"{name} ({facts['name']})",

@@ -1,7 +1,7 @@
-"""What a file must be before it counts as published, checked on the bytes that came back from the disk.
+"""Checks of a file's content before it counts as published, on the bytes that were read back.
 
-A verifier is handed the whole file as a stream and raises if it isn't what was meant. That the
-bytes are the ones that were written is the outbox's own check; these see that they mean something.
+A verifier is given the complete file as a stream and raises EngineFailure if its content is wrong.
+That the bytes are those that were written is checked in pipeline/fs/atomic.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.errors import EngineFailure
-from pipeline.stages import SILENT_BELOW_DBFS, UNIT_LENGTH_TOLERANCE
+from pipeline.records import SILENT_BELOW_DBFS, UNIT_LENGTH_TOLERANCE
 
 Verifier = Callable[[BinaryIO], None]
 _BLOCK_FRAMES = 1 << 16
@@ -22,10 +22,7 @@ _VECTORS = ("times_s", "track", "windows")
 
 
 def wav(expected_samples: int, sample_rate: int, channels: int) -> Verifier:
-    """The file decodes to that many samples per channel, all finite, with something to hear.
-
-    The verifier raises EngineFailure.
-    """
+    """The file decodes to `expected_samples` per channel, all finite and not silent."""
 
     def verify(file: BinaryIO) -> None:
         import soundfile
@@ -49,26 +46,29 @@ def wav(expected_samples: int, sample_rate: int, channels: int) -> Verifier:
 
 
 def _played(sound: Any) -> tuple[int, float]:
-    """Samples per channel as decoded, not as the header says, and their peak: NaN if any is NaN."""
+    """Decoded samples per channel, whatever the header says, and their peak, which is NaN if any is NaN."""
     n_samples, peak = 0, 0.0
     while len(block := sound.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
         n_samples += len(block)
-        peak = float(np.maximum(peak, np.max(np.abs(block))))  # NaN wins
+        peak = float(np.maximum(peak, np.max(np.abs(block))))  # NaN if either is NaN
     return n_samples, peak
 
 
 def embedding(dim: int, n_windows: int) -> Verifier:
-    """The file holds track (dim,), windows (n_windows, dim), times_s (n_windows, 2): finite, unit length.
-
-    The verifier raises EngineFailure.
-    """
+    """The file holds track (dim,), windows (n_windows, dim), times_s (n_windows, 2), of unit length."""
     shapes = {"track": (dim,), "windows": (n_windows, dim), "times_s": (n_windows, 2)}
 
     def verify(file: BinaryIO) -> None:
         try:
             with np.load(file, allow_pickle=False) as loaded:
                 arrays = {name: loaded[name] for name in loaded.files}
-        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:  # TypeError: no archive
+        except (
+            ValueError,
+            TypeError,
+            OSError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as e:  # TypeError: not an archive
             raise EngineFailure(f"the written embedding can't be read: {e}") from e
         if tuple(sorted(arrays)) != _VECTORS:
             raise EngineFailure(f"the written embedding holds {', '.join(sorted(arrays)) or 'nothing'}")
@@ -85,10 +85,7 @@ def embedding(dim: int, n_windows: int) -> Verifier:
 
 
 def manifest(expected: Mapping[str, Any]) -> Verifier:
-    """The file parses back to exactly these values, which must be plain JSON ones.
-
-    The verifier raises EngineFailure.
-    """
+    """The file parses to exactly these JSON values."""
 
     def verify(file: BinaryIO) -> None:
         try:
@@ -96,6 +93,6 @@ def manifest(expected: Mapping[str, Any]) -> Verifier:
         except ValueError as e:
             raise EngineFailure(f"the written manifest can't be read: {e}") from e
         if found != expected:
-            raise EngineFailure("the written manifest is not what was meant")
+            raise EngineFailure("the written manifest has other values")
 
     return verify

@@ -1,4 +1,4 @@
-"""Whose failure it is, what is tried again, and what becomes of the track: the policy of the runner."""
+"""The policy for failures: whose fault an error is, what is tried again, and when a track is given up."""
 
 from __future__ import annotations
 
@@ -9,107 +9,63 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
-from pipeline.config import Config
-from pipeline.errors import (
-    BadAudio,
-    EngineFailure,
-    FolderUnusable,
-    PipelineError,
-    SourceAway,
-    SourceGone,
-    Stopped,
-)
+from pipeline.config import Retry
+from pipeline.errors import BadAudio, FolderUnusable, PipelineError, SourceAway, SourceGone, Stopped
 from pipeline.fs.disk import environment_error
-from pipeline.intake.archive import archive_files
-from pipeline.intake.ingest import still_arriving
-from pipeline.plan import TrackPlan, VariationUnit
 from pipeline.progress import Reporter
-from pipeline.records import Audio, VariationRequest
+from pipeline.records import Stage
+from pipeline.runner.job import Job
 from pipeline.runner.retry import backoff_s
-from pipeline.stages import STAGES
-from pipeline.store.schema import Track
+from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
-from pipeline.workspace import Scratch, Workspace
+from pipeline.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
-AWAY_S = 30.0  # between tries at a source whose inbox isn't there
+MISSING_INBOX_PAUSE_S = 30.0  # between tries to read a source whose inbox is missing
+NO_SUCH_FILE = -float("inf")  # from `recheck_time`: no file has these bytes any more
 
 
 @dataclass
-class Job:
-    """A claimed track on its way through the stages."""
+class RunResult:
+    """The tracks that a run has finished and those that have failed for good, by hash."""
 
-    track: Track
-    plan: TrackPlan
-    scratch: Scratch
-    normalized: dict[str, Any] = field(default_factory=dict)  # the records of what is finished
-    embedding: dict[str, Any] = field(default_factory=dict)
-    variations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by unit key
-    attempt: int | None = None  # the open attempt's id
-    stage: str = "outbox"  # where it was looked what is there already
-    over: bool = False  # done, failed or queued again
-
-    @property
-    def missing(self) -> list[VariationUnit]:
-        return [unit for unit in self.plan.variations if unit.key not in self.variations]
-
-    def audio(self) -> Audio:
-        """The normalized audio, mapped from the state folder."""
-        loaded = self.scratch.load_normalized(self.plan.normalize_key, self.normalized["sample_rate"])
-        if loaded is None:
-            raise EngineFailure("the normalized audio is gone from the state folder")
-        return loaded
-
-    def request(self, unit: VariationUnit, source: Audio) -> VariationRequest:
-        return VariationRequest(
-            request_id=unit.key,
-            track_id=self.track.sha256,
-            audio=source,
-            duration_s=source.duration_s if unit.duration_s == "source" else unit.duration_s,
-            seed=unit.seed,
-            params=unit.params,
-        )
-
-
-@dataclass
-class Outcome:
-    """What a run came to."""
-
-    done: int = 0
-    failed: int = 0
+    done: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    postponed_until: float | None = None  # the next try is due then, too late for this run to wait for
 
 
 @dataclass
 class Attempts:
     """Begins, ends and counts the attempts of claimed tracks."""
 
-    config: Config
+    retry: Retry
     workspace: Workspace
     store: Store
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
-    outcome: Outcome = field(default_factory=Outcome)
+    archive: Callable[[Track, str | None], None]  # the track's files; the text is why it failed
+    recheck_time: Callable[[str], float | None]  # see `pipeline.intake.ingest.recheck_time`
+    result: RunResult = field(default_factory=RunResult)
 
     @contextmanager
     def guarded(self, job: Job) -> Iterator[None]:
-        """What goes wrong with one track is that track's failure; what is the machine's fault is raised."""
+        """Turn an error into a failure of this track, unless it is an environment error: that is raised."""
         try:
             yield
         except Stopped:
             raise
         except Exception as e:
-            if (fault := environment_error(e)) and not self._is_tracks_own(e):
+            if (fault := environment_error(e)) and not self._is_of_one_folder(e):
                 raise fault from e
             if isinstance(e, sqlite3.Error):
                 raise
             self.fail(job, e)
 
-    def _is_tracks_own(self, error: Exception) -> bool:
-        """Whether just this track's folder is closed, and the others are not."""
+    def _is_of_one_folder(self, error: Exception) -> bool:
+        """Whether access was denied to this track's folder only: the working folders can be written."""
         if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM):
             return False
         try:
@@ -119,98 +75,114 @@ class Attempts:
         return True
 
     @contextmanager
-    def attempt(self, job: Job, stage: str) -> Iterator[None]:
+    def attempt(self, job: Job, stage: Stage) -> Iterator[None]:
+        """Record what happens within as one attempt at the stage."""
         with self.guarded(job):
             self.begin(job, stage)
             self.reporter.stage(job.track.name, stage)
             yield
-            self.end(job, "done")
+            self.end(job, AttemptOutcome.DONE)
 
     def check_stop(self) -> None:
         if self.should_stop():
             raise Stopped("asked to stop")
 
-    def begin(self, job: Job, stage: str) -> None:
+    def begin(self, job: Job, stage: Stage) -> None:
         self.check_stop()
         job.stage = stage
-        job.attempt = self.store.begin(job.track.sha256, stage, now=self.clock())
+        job.attempt = self.store.begin_attempt(job.track.sha256, stage, now=self.clock())
 
-    def end(self, job: Job, outcome: str, *, error: Exception | None = None) -> None:
+    def end(self, job: Job, outcome: AttemptOutcome, *, error: Exception | None = None) -> None:
         if job.attempt is not None:
             trace = None if error is None else "".join(traceback.format_exception(error))
-            text = None if error is None else words(error)
-            self.store.end(job.attempt, outcome=outcome, now=self.clock(), error=text, traceback=trace)
+            text = None if error is None else error_text(error)
+            self.store.end_attempt(
+                job.attempt, outcome=outcome, now=self.clock(), error=text, traceback=trace
+            )
             job.attempt = None
 
     def fail(self, job: Job, error: Exception) -> None:
-        """Count a failed attempt; final if the error is permanent or it was the last one allowed."""
-        if job.over or self._wait_for_the_rest(job, error) or self._wait_for_the_inbox(job, error):
+        """Count a failed attempt, which is final if the error is permanent or no more attempts are allowed.
+
+        An error that may pass because the source is still being written, or because the inbox is
+        missing, is not counted.
+        """
+        if job.over or self._wait_for_complete_file(job, error) or self._wait_for_inbox(job, error):
             return
-        track, text, now = job.track, words(error), self.clock()
-        current = self.store.track(track.sha256)  # units finished meanwhile have forgiven earlier attempts
+        track, text, now = job.track, error_text(error), self.clock()
+        current = self.store.track(track.sha256)  # units finished since the claim reset the count
         attempts = (current or track).attempts + 1
         permanent = isinstance(error, PipelineError) and error.permanent
-        final = permanent or attempts >= self.config.retry.max_attempts
-        wait = backoff_s(track.sha256, attempts, self.config.retry)
+        final = permanent or attempts >= self.retry.max_attempts
+        wait_s = backoff_s(track.sha256, attempts, self.retry)
         log.debug("%s: %s failed", track.name, job.stage, exc_info=error)
-        with self.store.together():
-            self.end(job, "failed", error=error)
+        with self.store.transaction():
+            self.end(job, AttemptOutcome.FAILED, error=error)
             self.store.fail(
-                track.sha256, stage=job.stage, error=text, now=now, retry_at=None if final else now + wait
+                track.sha256, stage=job.stage, error=text, now=now, retry_at=None if final else now + wait_s
             )
         job.over = True
         if final:
             self._give_up(job, error, text)
         else:
-            log.warning("%s: %s failed, is tried again in %.0f s: %s", track.name, job.stage, wait, text)
+            log.warning(
+                "%s: %s failed, will be tried again in %.0f s: %s", track.name, job.stage, wait_s, text
+            )
 
     def _give_up(self, job: Job, error: Exception, text: str) -> None:
         track = job.track
-        self.outcome.failed += 1
+        self.result.failed.add(track.sha256)
         self.reporter.failed(track.name, text)
-        sentence = f"{track.name} {text}" if isinstance(error, BadAudio) else f"{track.name}: {text}"
-        files = self.store.files_of(track.sha256)
-        archive_files(self.store, files, self.workspace.inbox, self.config.intake, error=sentence)
+        self.archive(
+            track, f"{track.name} {text}" if isinstance(error, BadAudio) else f"{track.name}: {text}"
+        )
         job.scratch.clear()
 
-    def _wait_for_the_rest(self, job: Job, error: Exception) -> bool:
-        """Whether bytes that can't be used may be the beginning of a file that is still being written."""
-        if not isinstance(error, BadAudio) or isinstance(error, SourceGone) or job.stage != STAGES[0]:
+    def _wait_for_complete_file(self, job: Job, error: Exception) -> bool:
+        """Whether the bytes that can't be used may be the beginning of a file that is still being written."""
+        if not isinstance(error, BadAudio) or isinstance(error, SourceGone) or job.stage != Stage.NORMALIZE:
             return False
         track = job.track
-        until = still_arriving(self.store, track.sha256, self.config.intake, now=self.clock())
+        until = self.recheck_time(track.sha256)
         if until is None:
             return False
-        with self.store.together():
-            self.end(job, "stopped", error=error)
-            if until == -float("inf"):
+        if until == NO_SUCH_FILE:
+            with self.store.transaction():
+                self.end(job, AttemptOutcome.STOPPED, error=error)
                 self.store.forget(track.sha256)
-            else:
-                self.store.release(track.sha256, not_before=until)
-        job.over = True
-        if until == -float("inf"):
-            log.info("%s: gone or changed by now; the bytes taken in %s", track.name, words(error))
+            job.over = True
             job.scratch.clear()
+            log.info("%s: has changed or disappeared since it was read; its earlier bytes: %s",
+                     track.name, error_text(error))  # fmt: skip
         else:
-            log.info("%s: %s; it is new, so it is looked at again", track.name, words(error))
+            self._put_off(job, error, until=until)
+            log.info("%s: %s; the file is new, so it will be read again", track.name, error_text(error))
         return True
 
-    def _wait_for_the_inbox(self, job: Job, error: Exception) -> bool:
+    def _wait_for_inbox(self, job: Job, error: Exception) -> bool:
+        """Whether the source can't be read only because the whole inbox is missing."""
         if not isinstance(error, SourceAway):
             return False
-        with self.store.together():
-            self.end(job, "stopped", error=error)
-            self.store.release(job.track.sha256, not_before=self.clock() + AWAY_S)
-        job.over = True
-        log.info("%s: %s", job.track.name, words(error))
+        self._put_off(job, error, until=self.clock() + MISSING_INBOX_PAUSE_S)
+        log.info("%s: %s", job.track.name, error_text(error))
         return True
 
+    def _put_off(self, job: Job, error: Exception, *, until: float) -> None:
+        """Queue the track again for a later time without counting an attempt."""
+        with self.store.transaction():
+            self.end(job, AttemptOutcome.STOPPED, error=error)
+            self.store.release(job.track.sha256, not_before=until)
+        job.over = True
+
     def put_back(self, jobs: Sequence[Job]) -> None:
-        """Queue again what a stop or the machine's failure left; the next start does it if this can't."""
+        """Queue unfinished tracks again after a stop or an environment error.
+
+        If the database can't be written, the next start does it.
+        """
         try:
             for job in jobs:
                 if not job.over:
-                    self.end(job, "stopped")
+                    self.end(job, AttemptOutcome.STOPPED)
                     self.store.release(job.track.sha256)
         except sqlite3.Error:
             with suppress(sqlite3.Error):
@@ -218,7 +190,7 @@ class Attempts:
                 self.store.release_all(now=self.clock())
 
 
-def words(error: Exception) -> str:
-    """One line for people; errors of other people's code are named by their kind."""
+def error_text(error: Exception) -> str:
+    """One line for people; an error that this program does not raise itself is named by its type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, PipelineError) else f"{type(error).__name__}: {text}"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 
 from pipeline.config import Retry
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
 
-JITTER = 0.25  # of the wait, either way: tracks that failed together are not all tried again together
+JITTER = 0.25  # of the wait, either way, so that tracks that failed together are not all retried together
 
 
 @dataclass(frozen=True)
 class Crashed:
-    """A track that was being worked on when the process died."""
+    """A track that was being processed when the process died."""
 
     track: Track
     stage: str
@@ -23,22 +24,27 @@ class Crashed:
 
 
 def backoff_s(sha256: str, attempts: int, settings: Retry) -> float:
-    """The wait after the n-th failed attempt: doubled each time, with jitter that is the track's own."""
+    """The wait after the n-th failed attempt: doubled each time, with jitter derived from the hash."""
     share = int(hashlib.sha256(f"{sha256} {attempts}".encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
     wait = min(settings.backoff_s * 2.0 ** (attempts - 1), settings.max_backoff_s)
     return wait * (1.0 + JITTER * (2.0 * share - 1.0))
 
 
-def take_over(store: Store, settings: Retry, *, now: float) -> list[Crashed]:
-    """Close what a killed instance left open, and count the crash as an attempt of what it worked on.
+def longest_backoff_s(settings: Retry) -> float:
+    return settings.max_backoff_s * (1.0 + JITTER)
 
-    When several tracks were under way nobody knows whose fault it was. So none of them is given up
-    for that, and each is run alone before its last attempt: what kills the process alone is it.
-    The first crash costs no wait, since it is mostly a power cut or somebody's `kill -9`; but the
-    track goes behind all others, so that they get done whatever it does.
+
+def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Crashed]:
+    """Close the attempts that a killed instance left open, and count the crash as a failed attempt.
+
+    If several tracks were being processed, nobody knows which one caused the crash. So none of them
+    is given up for it, and each runs alone before its last attempt: if a track kills the process
+    while it runs alone, that track is the cause. The first crash costs no wait, since most often it
+    is a power cut or a `kill -9`; but the track goes to the end of the queue, so that the other
+    tracks are finished whatever it does.
     """
     crashed = []
-    with store.together():
+    with store.transaction():
         found = store.recover(now=now)
         for track, stage in found:
             attempts = track.attempts + 1
@@ -50,8 +56,13 @@ def take_over(store: Store, settings: Retry, *, now: float) -> list[Crashed]:
             else:
                 wait = backoff_s(track.sha256, attempts, settings) if attempts > 1 else 0.0
                 solo = attempts >= settings.max_attempts - 1
-                store.suspect(
+                store.record_crash(
                     track.sha256, attempts=attempts, solo=solo, error=error, now=now, retry_at=now + wait
                 )
             crashed.append(Crashed(track, stage, error, given_up))
     return crashed
+
+
+def local_time(when: float) -> str:
+    """Seconds since 1970 as date and time of this machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))

@@ -1,12 +1,13 @@
-"""The one place where queue, stages, engines and outbox meet.
+"""Takes tracks from the queue through the stages: where queue, stages, engines and outbox meet.
 
 Tracks are claimed in batches, since the variations of a batch share one pass over a model's
-weights. Each stage takes the whole batch; a track that fails drops out and the others go on. What
-is finished is recorded at once, unit by unit, so a killed run goes on where it was.
+weights. Each stage processes the whole batch; a track that fails drops out and the others go on.
+Every finished unit of work is recorded at once, so that after a kill the next run goes on from there.
 """
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -23,160 +24,227 @@ from pipeline.engines.base import Generator, ProgressFn
 from pipeline.engines.loading import Engines
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone, Stopped
 from pipeline.fs import copying
-from pipeline.fs.disk import environment_error, room_for
-from pipeline.intake.archive import archive_files, is_there
+from pipeline.fs.disk import count_that_fit, environment_error
+from pipeline.intake.archive import archive_files, is_in_place
+from pipeline.intake.ingest import PATIENCE, recheck_time
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
 from pipeline.plan import Recipe, VariationUnit
 from pipeline.progress import Reporter
-from pipeline.records import Embedding, Failure, Variation, VariationRequest
-from pipeline.runner.attempts import Attempts, Job, Outcome
-from pipeline.store.schema import Track
+from pipeline.records import Embedding, Failure, Stage, Variation, VariationRequest
+from pipeline.runner.attempts import MISSING_INBOX_PAUSE_S, Attempts, RunResult
+from pipeline.runner.job import Job
+from pipeline.runner.retry import local_time, longest_backoff_s
+from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
-from pipeline.workspace import Workspace
+from pipeline.workspace import InputFolder, Workspace
+
+log = logging.getLogger("pipeline")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One variation that a call of the generator is to make."""
+
+    job: Job
+    unit: VariationUnit
+    request: VariationRequest
 
 
 @dataclass
 class Runner:
-    """Works the queue off. All it depends on is handed in."""
+    """Processes the queue. Everything it depends on is passed in."""
 
     recipe: Recipe
     workspace: Workspace
+    folder: InputFolder  # whose tracks are processed; the inbox stands for the whole queue
     store: Store
     outbox: Outbox
     engines: Engines
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
-    outbox_device: int | None = None  # what the outbox was on when the program started; None: not asked
-    _is_cramped: bool = False  # the last batch ended for want of space
+    outbox_device: int | None = None  # the outbox's device when the program started; None: not checked
+    _was_disk_full: bool = False  # the last batch ended because of it
 
     @cached_property
     def attempts(self) -> Attempts:
         return Attempts(
-            self.recipe.config, self.workspace, self.store, self.reporter, self.clock, self.should_stop
+            self.recipe.config.retry,
+            self.workspace,
+            self.store,
+            self.reporter,
+            self.clock,
+            self.should_stop,
+            archive=self._archive,
+            recheck_time=lambda sha256: recheck_time(
+                self.store, sha256, self.recipe.config.intake, now=self.clock()
+            ),
         )
 
     @property
-    def outcome(self) -> Outcome:
-        return self.attempts.outcome
+    def result(self) -> RunResult:
+        return self.attempts.result
 
-    def drain(self, *, root: Path | None = None) -> bool:
-        """Process all queued tracks that are due; those of the folder `root` only, if given.
+    def next_due(self) -> float | None:
+        """When the next queued track may be processed; None if none is queued.
+
+        A wait longer than any that this program sets means that the clock was set back: it ends now.
+        """
+        due, now = self.store.next_due(self.folder), self.clock()
+        config = self.recipe.config
+        settle_s = 2 * PATIENCE * config.intake.settle_s
+        longest_s = max(longest_backoff_s(config.retry), MISSING_INBOX_PAUSE_S, settle_s)
+        if due is None or due <= now + longest_s:
+            return due
+        log.warning(
+            "the next try was due only at %s: the clock was set back, so it is due now", local_time(due)
+        )
+        self.store.end_waits(after=now + longest_s)
+        return now
+
+    def drain(self) -> bool:
+        """Process all queued tracks that are due.
 
         Returns:
             Whether there were any.
 
         Raises:
-            Stopped: it was asked to stop; what was under way is queued again.
-            FolderUnusable: the disk is full or a folder can't be written; the same.
+            Stopped: it was asked to stop; unfinished tracks are queued again.
+            FolderUnusable, EngineUnusable: the disk, a folder or an engine can't be used; the same.
         """
         worked = False
-        while self.next_batch(root=root):
+        while self.next_batch():
             worked = True
         return worked
 
-    def next_batch(self, *, root: Path | None = None) -> bool:
-        """Process the next batch of the queue; False if nothing was due. Raises as `drain`."""
+    def next_batch(self) -> bool:
+        """Process the next batch of the queue; False if nothing was due. Raises as `drain`.
+
+        The first time that the disk is full, what can be made again is removed and one track is tried.
+        """
         try:
-            if (due := self.store.next_due(root=root)) is None or due > self.clock():
-                return False
-            self._see_the_outbox()
-            tracks = self.store.claim(self._batch_size(), now=self.clock(), root=root)
-            self.process(tracks)
+            worked = self._claim_and_process()
         except DiskFull:
-            if self._is_cramped:
+            if self._was_disk_full:
                 raise
-            self._is_cramped = True
-            self.make_room()
-            return self.next_batch(root=root)
+            self._was_disk_full = True
+            self.free_space()
+            return self.next_batch()
         except sqlite3.Error as e:
             raise environment_error(e) or e from e
-        self._is_cramped = False
-        return bool(tracks)
+        self._was_disk_full = False
+        return worked
+
+    def _claim_and_process(self) -> bool:
+        due = self.next_due()
+        if due is None or due > self.clock():
+            return False
+        self._check_outbox_device()
+        tracks = self.store.due(self._batch_size(), self.folder, now=self.clock())
+        self._open_engines(tracks)
+        claimed = self.store.claim(tracks)
+        self.process(claimed)
+        return bool(claimed)
+
+    def _open_engines(self, tracks: Sequence[Track]) -> None:
+        """Load the engines that the tracks need, before any track is claimed.
+
+        Raises:
+            EngineUnusable: one can't be loaded, which is no track's fault.
+        """
+        plans = [self.recipe.plan(track.sha256) for track in tracks]
+        if any(self.store.unit(plan.embed_key) is None for plan in plans):
+            self.engines.embedder()
+        if any(self.store.unit(unit.key) is None for plan in plans for unit in plan.variations):
+            self.engines.generator()
 
     def process(self, tracks: Sequence[Track]) -> None:
-        """Take claimed tracks through all stages."""
+        """Take claimed tracks through all stages, in this order."""
+        steps = [self._find_results, self._normalize, self._embed, self._generate]
         jobs = [
             Job(track, self.recipe.plan(track.sha256), self.workspace.scratch(track.sha256))
             for track in tracks
         ]
         try:
-            for stage in (self._take_stock, *map(self._stage, stages.STAGES)):
-                stage([job for job in jobs if not job.over])
+            for step in steps:
+                step([job for job in jobs if not job.over])
         except BaseException as e:
             self.attempts.put_back(jobs)
             if (fault := environment_error(e)) and fault is not e:
                 raise fault from e
             raise
 
-    def _see_the_outbox(self) -> None:
-        """Nothing is written into the folder below a mount that has gone meanwhile."""
+    def _check_outbox_device(self) -> None:
+        """Refuse to write into the empty folder that an unmounted outbox leaves behind."""
         device = self.workspace.outbox.stat().st_dev
         if self.outbox_device is not None and device != self.outbox_device:
             raise FolderUnusable(
-                f"{self.workspace.outbox} is on another disk than it was: is its own mounted?"
+                f"{self.workspace.outbox} is on another disk than at the start: is its own disk mounted?"
             )
 
     def _batch_size(self) -> int:
-        """As many tracks as go together and have room for their results; one, after the disk was full."""
+        """As many tracks as the configuration allows and the disk has space for; one after a full disk."""
         config = self.recipe.config
         folders = [self.workspace.outbox, self.workspace.state]
         reserve = config.disk.min_free_mb * 1e6
-        room = room_for(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
-        return 1 if self._is_cramped else min(config.generate.batch_tracks, room)
+        fitting = count_that_fit(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
+        return 1 if self._was_disk_full else min(config.generate.batch_tracks, fitting)
 
-    def make_room(self) -> None:
-        """Between two batches: remove what can be made again, then put back what a full disk kept running.
+    def free_space(self) -> None:
+        """Between two batches: remove what can be made again, and queue again what a full disk left running.
 
-        That is normalized audio, and working copies of files that are still where they were.
+        Removed are normalized audio, and working copies whose source is still in its place.
         """
         self.workspace.drop_normalized()
-        for track in [*self.store.tracks("queued"), *self.store.tracks("running")]:
-            if any(is_there(file) for file in self.store.files_of(track.sha256)):
+        for track in [*self.store.tracks(TrackState.QUEUED), *self.store.tracks(TrackState.RUNNING)]:
+            if any(is_in_place(file) for file in self.store.files_of(track.sha256)):
                 self.workspace.scratch(track.sha256).clear()
         self.store.release_all(now=self.clock())
 
-    def _stage(self, name: str) -> Callable[[Sequence[Job]], None]:
-        return {"normalize": self._normalize, "embed": self._embed, "generate": self._generate}[name]
+    # -- existing results ------------------------------------------------------------------------
 
-    # -- stages ----------------------------------------------------------------------------------
-
-    def _take_stock(self, jobs: Sequence[Job]) -> None:
-        """Find what earlier runs finished and the outbox still holds, under the names of today's plan."""
+    def _find_results(self, jobs: Sequence[Job]) -> None:
+        """Find results of earlier runs that the outbox still has, so that only the others are made."""
         for job in jobs:
             with self.attempts.guarded(job):
                 self.attempts.check_stop()
-                folder = job.track.folder
-                wanted = [job.plan.embed_key, *(unit.key for unit in job.plan.variations)]
-                recorded = {key: record for key in wanted if (record := self.store.unit(key)) is not None}
-                held = self.outbox.held(folder, {key: _published(recorded[key]) for key in recorded})
-                is_complete = len(held) == len(wanted)
-                if is_complete and self._is_published(job, held):
-                    job.embedding = recorded.pop(job.plan.embed_key)
-                    job.variations = recorded
-                    continue
-                if not is_complete and self.outbox.manifest(folder) is not None:
-                    self._working_copy(job)  # a result that stands is not opened for work that can't be done
-                self.outbox.open_for_work(folder)
-                self._take_over(job, recorded, held)
+                self._find_results_of(job)
 
-    def _is_published(self, job: Job, held: Mapping[str, Published]) -> bool:
-        """Whether a killed run had come as far as the very manifest that is wanted now."""
-        named = all(held[unit.key].file == unit.file for unit in job.plan.variations)
-        return named and self.outbox.manifest_lists(job.track.folder, list(held.values()))
+    def _find_results_of(self, job: Job) -> None:
+        folder, wanted = job.track.folder, job.plan.keys
+        recorded = {key: record for key in wanted if (record := self.store.unit(key)) is not None}
+        present = self.outbox.find_intact(
+            folder, {key: _published(record) for key, record in recorded.items()}
+        )
+        is_complete = len(present) == len(wanted)
+        if is_complete and self._is_published(job, present):
+            job.embedding = recorded.pop(job.plan.embed_key)
+            job.variations = recorded
+            return
+        if not is_complete and self.outbox.read_manifest(folder) is not None:
+            self._working_copy(job)  # raises if the source is gone: then the published results stay
+        self.outbox.remove_manifest(folder)
+        self._adopt(job, recorded, present)
 
-    def _take_over(self, job: Job, recorded: Mapping[str, Json], held: Mapping[str, Published]) -> None:
-        """Rename finished variations to what they are called in today's plan."""
-        if job.plan.embed_key in held:
+    def _is_published(self, job: Job, present: Mapping[str, Published]) -> bool:
+        """Whether the manifest already lists exactly what is wanted: only the last steps are missing."""
+        named = all(present[unit.key].file == unit.file for unit in job.plan.variations)
+        return named and self.outbox.manifest_lists(job.track.folder, list(present.values()))
+
+    def _adopt(self, job: Job, recorded: Mapping[str, Json], present: Mapping[str, Published]) -> None:
+        """Take over results of earlier runs, renamed to what the current plan calls them."""
+        if job.plan.embed_key in present:
             job.embedding = recorded[job.plan.embed_key]
-        names = {unit.key: unit.file for unit in job.plan.variations if unit.key in held}
-        self.outbox.rename(job.track.folder, {held[key].file: file for key, file in names.items()})
+        names = {unit.key: unit.file for unit in job.plan.variations if unit.key in present}
+        self.outbox.rename(job.track.folder, {present[key].file: file for key, file in names.items()})
         for key, file in names.items():
             job.variations[key] = {**recorded[key], "file": file}
             if recorded[key]["file"] != file:
-                self._record(job, key, "generate", job.variations[key], seconds=0.0)
+                self._record(job, key, Stage.GENERATE, job.variations[key], seconds=0.0)
+
+    # -- stages ----------------------------------------------------------------------------------
 
     def _normalize(self, jobs: Sequence[Job]) -> None:
         settings = self.recipe.config.normalize
@@ -186,7 +254,7 @@ class Runner:
             needed = not job.embedding or job.missing
             if job.normalized and (not needed or job.scratch.load_normalized(key, settings.sample_rate)):
                 continue
-            with self.attempts.attempt(job, "normalize"):
+            with self.attempts.attempt(job, Stage.NORMALIZE):
                 start = self.clock()
                 decoded, source = audio.decode(
                     self._working_copy(job), sample_rate=settings.sample_rate, limits=_limits(settings)
@@ -194,13 +262,13 @@ class Runner:
                 normalized = stages.normalize(decoded, settings)
                 job.scratch.save_normalized(key, normalized)
                 job.normalized = manifest.normalized_record(source, normalized)
-                self._record(job, key, "normalize", job.normalized, self.clock() - start)
+                self._record(job, key, Stage.NORMALIZE, job.normalized, self.clock() - start)
 
     def _embed(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             if job.embedding:
                 continue
-            with self.attempts.attempt(job, "embed"):
+            with self.attempts.attempt(job, Stage.EMBED):
                 start = self.clock()
                 embedder = self.engines.embedder()
                 result = stages.embed(job.audio(), embedder, should_stop=self.should_stop)
@@ -211,48 +279,56 @@ class Runner:
                     verify=verify.embedding(embedder.dim, len(result.windows)),
                 )
                 job.embedding = manifest.embedding_record(published, embedder, self.recipe.embedder)
-                self._record(job, job.plan.embed_key, "embed", job.embedding, self.clock() - start)
+                self._record(job, job.plan.embed_key, Stage.EMBED, job.embedding, self.clock() - start)
 
     def _generate(self, jobs: Sequence[Job]) -> None:
-        """All missing variations of all tracks of the batch in one call of the generator."""
+        """Make all missing variations of the batch in one call of the generator, and finish the tracks.
+
+        If the generator raises on a batch, each unfinished track is tried alone, so that only the
+        track that caused the error fails.
+        """
+        incomplete = []
         for job in jobs:
+            if job.missing:
+                incomplete.append(job)
+                continue
             with self.attempts.guarded(job):
-                if not job.missing:
-                    self._finish(job)
-        jobs = [job for job in jobs if not job.over]
-        if not jobs:
+                self._finish(job)
+        if not incomplete:
             return
-        if failure := self._generate_together(jobs):
-            _let_go(failure)
-            unfinished = [job for job in jobs if not job.over]
-            if len(jobs) == 1:
-                self.attempts.fail(jobs[0], failure)
-            for job in unfinished if len(jobs) > 1 else ():  # find out whose fault it is
-                self.attempts.end(job, "stopped")
+        error = self._call_generator(incomplete)
+        if error is None:
+            return
+        _clear_frames(error)
+        if len(incomplete) == 1:
+            self.attempts.fail(incomplete[0], error)
+            return
+        for job in incomplete:
+            if not job.over:
+                self.attempts.end(job, AttemptOutcome.STOPPED)
                 self._generate([job])
 
-    def _generate_together(self, jobs: Sequence[Job]) -> Exception | None:
-        """One call of the generator; returns what it raised, if that is not for all tracks to end by."""
-        requests: list[VariationRequest] = []
-        owners: dict[str, tuple[Job, VariationUnit]] = {}
-        for job in jobs:
-            with self.attempts.guarded(job):
-                self.attempts.begin(job, "generate")
-                source = job.audio()
-                owners |= {unit.key: (job, unit) for unit in job.missing}
-                requests += [job.request(unit, source) for unit in job.missing]
-        self.reporter.stage(jobs[0].track.name if len(jobs) == 1 else f"{len(jobs)} tracks", "generate")
-        by_id = {request.request_id: request for request in requests}
-        last = self.clock()
+    def _call_generator(self, jobs: Sequence[Job]) -> Exception | None:
+        """Make and publish the missing variations of all jobs in one call.
+
+        Returns:
+            What the generator raised, if one of the tracks may be the cause; other errors are raised.
+        """
+        wanted = self._begin_generation(jobs)
+        if not wanted:
+            return None
+        requests = [one.request for one in wanted.values()]
+        self.reporter.stage(jobs[0].track.name if len(jobs) == 1 else f"{len(jobs)} tracks", Stage.GENERATE)
+        start = self.clock()
         try:
             generator = self.engines.generator()
-            for result in generator.generate(
+            for made in generator.generate(
                 requests, progress=self._progress(requests), should_stop=self.should_stop
             ):
-                job, unit = owners[result.request_id]
-                with self.attempts.guarded(job):
-                    self._take(job, unit, by_id[unit.key], result, generator, seconds=self.clock() - last)
-                last = self.clock()
+                one = wanted[made.request_id]
+                with self.attempts.guarded(one.job):
+                    self._publish_variation(one, made, generator, seconds=self.clock() - start)
+                start = self.clock()
         except Exception as e:
             if isinstance(e, Stopped | sqlite3.Error) or environment_error(e):
                 raise
@@ -262,46 +338,47 @@ class Runner:
                 self.attempts.fail(job, EngineFailure(f"{generator.name} made too few variations"))
         return None
 
-    def _take(
-        self,
-        job: Job,
-        unit: VariationUnit,
-        request: VariationRequest,
-        result: Variation | Failure,
-        generator: Generator,
-        *,
-        seconds: float,
+    def _begin_generation(self, jobs: Sequence[Job]) -> dict[str, Wanted]:
+        """Open an attempt for each job; returns what to generate, by request id."""
+        wanted: dict[str, Wanted] = {}
+        for job in jobs:
+            with self.attempts.guarded(job):
+                self.attempts.begin(job, Stage.GENERATE)
+                source = job.audio()
+                wanted |= {unit.key: Wanted(job, unit, job.request(unit, source)) for unit in job.missing}
+        return wanted
+
+    def _publish_variation(
+        self, wanted: Wanted, made: Variation | Failure, generator: Generator, *, seconds: float
     ) -> None:
-        """Publish one result, and the track once it was the last."""
-        if isinstance(result, Failure):
-            raise result.error
-        finished = stages.finish(result, request, self.recipe.config.output)
+        """Publish one result, and finish the track if it was the last one."""
+        if isinstance(made, Failure):
+            raise made.error
+        job, unit, output = wanted.job, wanted.unit, self.recipe.config.output
+        finished = stages.finish(made, wanted.request, output)
         facts = manifest.variation_facts(unit, generator, self.recipe.generator)
         tags = manifest.wav_tags(job.track.name, job.track.sha256, facts)
         published = self.outbox.publish(
             job.track.folder,
             unit.file,
-            lambda out: audio.write_wav(
-                out, finished.audio, bit_depth=self.recipe.config.output.bit_depth, tags=tags
-            ),
+            lambda out: audio.write_wav(out, finished.audio, bit_depth=output.bit_depth, tags=tags),
             verify=verify.wav(finished.audio.n_samples, finished.audio.sample_rate, finished.audio.channels),
         )
         job.variations[unit.key] = manifest.variation_record(published, facts, finished)
-        self._record(job, unit.key, "generate", job.variations[unit.key], seconds)
+        self._record(job, unit.key, Stage.GENERATE, job.variations[unit.key], seconds)
         if not job.missing and not job.over:
             self._finish(job)
 
     def _finish(self, job: Job) -> None:
-        """Complete the track's folder, then the record, then deal with the source."""
+        """Publish the manifest, record the track as done, and archive its source, in this order."""
         folder, track = job.track.folder, job.track
         variations = [job.variations[unit.key] for unit in job.plan.variations]
-        came_as = self.store.files_of(track.sha256)
         self.outbox.keep_only(folder, {EMBEDDING, *(record["file"] for record in variations)})
         self.outbox.publish_manifest(
             folder,
             manifest.manifest(
                 name=track.name,
-                names=[file.display for file in came_as],
+                names=[file.display for file in self.store.files_of(track.sha256)],
                 sha256=track.sha256,
                 n_bytes=track.bytes,
                 normalized=job.normalized,
@@ -311,38 +388,42 @@ class Runner:
                 now=self.clock(),
             ),
         )
-        with self.store.together():
-            self.attempts.end(job, "done")
+        with self.store.transaction():
+            self.attempts.end(job, AttemptOutcome.DONE)
             self.store.finish(
                 track.sha256, plan_key=job.plan.key, source=job.normalized["source"], now=self.clock()
             )
         job.over = True
-        archive_files(self.store, came_as, self.workspace.inbox, self.recipe.config.intake, error=None)
+        self._archive(track, None)
         job.scratch.clear()
-        self.outcome.done += 1
+        self.result.done.add(track.sha256)
         self.reporter.finished(track.name, f"{len(variations)} variations in {folder}")
 
-    # -- the pieces ------------------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _archive(self, track: Track, error: str | None) -> None:
+        files = self.store.files_of(track.sha256)
+        archive_files(self.store, files, self.workspace.inbox, self.recipe.config.intake, error=error)
 
     def _working_copy(self, job: Job) -> Path:
-        """The track's bytes, copied from wherever they lie and checked, safe from what people do there."""
+        """The track's bytes in the state folder, copied from a source and checked against the hash."""
         target, sha256 = job.scratch.source, job.track.sha256
         if target.exists() and copying.hash_file(target) == sha256:
             return target
-        trouble: OSError | None = None
+        read_error: OSError | None = None
         sources = self.store.files_of(sha256)
         for file in sources:
             try:
-                if self._copied(job, file.moved_to or file.path):
+                if self._copied(job, file.current_path):
                     return target
             except OSError as e:
                 if environment_error(e):
                     raise
-                trouble = e
-        if trouble is not None:
-            raise trouble
+                read_error = e
+        if read_error is not None:
+            raise read_error
         if any(file.root == self.workspace.inbox for file in sources) and not self.workspace.inbox.is_dir():
-            raise SourceAway("can't be had while the inbox is away")
+            raise SourceAway("can't be read while the inbox is missing")
         raise SourceGone("was removed or changed since it was taken in: put it in the inbox again")
 
     def _copied(self, job: Job, source: Path) -> bool:
@@ -352,7 +433,7 @@ class Runner:
             if copying.copy_in(source, incoming, follow=follow) != job.track.sha256:
                 return False
             job.scratch.adopt(incoming)
-        except (BadAudio, copying.Changed):
+        except (BadAudio, copying.FileChanged):
             return False
         finally:
             incoming.unlink(missing_ok=True)
@@ -369,15 +450,15 @@ class Runner:
 
         return progress
 
-    def _record(self, job: Job, key: str, stage: str, record: dict[str, Any], seconds: float) -> None:
+    def _record(self, job: Job, key: str, stage: Stage, record: dict[str, Any], seconds: float) -> None:
         self.store.finish_unit(
             key, sha256=job.track.sha256, stage=stage, result=record, seconds=seconds, now=self.clock()
         )
 
 
-def _let_go(failure: BaseException) -> None:
-    """Of what the frames of a failure hold, that is the memory of the whole batch; its lines stay."""
-    chain: BaseException | None = failure
+def _clear_frames(error: BaseException) -> None:
+    """Release what the frames of an error's traceback refer to, which is the memory of a whole batch."""
+    chain: BaseException | None = error
     while chain is not None:
         traceback.clear_frames(chain.__traceback__)
         chain = chain.__cause__ or chain.__context__

@@ -1,4 +1,4 @@
-"""`once` and `watch`: look, work, wait, until there is nothing left or somebody says stop."""
+"""The loops of `once` and `watch`: scan the input folder, process the queue, wait."""
 
 from __future__ import annotations
 
@@ -8,217 +8,276 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from pipeline.errors import DiskFull, FolderUnusable, PipelineError, Stopped
-from pipeline.fs.disk import environment_error_outside_tracks
-from pipeline.intake.ingest import Ingest, ScanResult
+from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError, Stopped
+from pipeline.fs.disk import environment_error
+from pipeline.intake.ingest import PATIENCE, Ingest, ScanResult
 from pipeline.intake.watcher import Watcher
+from pipeline.progress import Reporter
+from pipeline.runner.retry import local_time
 from pipeline.runner.runner import Runner
 from pipeline.service.health import Health
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import SHORTEST_WAIT_S, Signals
+from pipeline.store.store import Store
+from pipeline.workspace import InputFolder
 
 log = logging.getLogger("pipeline")
 
-LONGEST_PAUSE_S = 60.0  # between tries while the disk is full or a folder is away
-REFILL_S = 1.0  # between looks while files wait for working copies to be worked off
-LOOK_SHARE = 0.1  # of the time at most, that goes into looks while there is work
+LONGEST_PAUSE_S = 60.0  # between tries while the disk is full, a folder is missing or an engine can't be used
+REFILL_S = 1.0  # between scans while files wait for space among the working copies
+RETRY_PATIENCE_S = 300.0  # how long `once` waits for the next try of a failed track
+SCAN_SHARE = 0.1  # of the time, at most, that is spent on scans while there is work
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What works by one configuration."""
+    """The ingest and the runner of one configuration."""
 
     ingest: Ingest
     runner: Runner
 
 
-def run_once(processor: Processor, signals: Signals, health: Health) -> ScanResult:
-    """Process all there is, then end; of a folder that isn't the inbox, only its own tracks.
+class Configured(Protocol):
+    """A configuration that can be read again; `pipeline.app.App` is one."""
 
-    Files somebody may still be writing are waited for as long as it takes to see that they are
-    whole; one that keeps changing is left for the next run. Tracks that failed in passing are
-    tried again when their time has come.
+    def reopened(self) -> Configured: ...
+    def fetch_missing(self) -> None: ...
+    def watcher(self, signals: Signals) -> tuple[Watcher, str]: ...
+    def processor(
+        self,
+        store: Store,
+        folder: InputFolder,
+        reporter: Reporter,
+        signals: Signals,
+        *,
+        earlier: Runner | None = None,
+    ) -> Processor: ...
+
+
+@dataclass
+class Session:
+    """What a working command has open."""
+
+    app: Configured  # replaced, with the processor, when the configuration is read again
+    processor: Processor
+    store: Store
+    signals: Signals
+    health: Health
+    notifier: Notifier
+    reporter: Reporter
+
+
+def run_once(session: Session) -> ScanResult:
+    """Process everything that is ready, then end; from a folder that is not the inbox, only its own tracks.
+
+    Files that may still be being written are waited for as long as it takes to see that they are
+    complete; one that keeps changing is left for the next run. Tracks whose attempt failed are tried
+    again when they are due, if that is within `RETRY_PATIENCE_S`; later tries are left for the next run,
+    so that a run started by cron does not keep the lock for hours.
 
     Returns:
-        The last look at the folder, with the queued tracks of all looks.
+        The last scan, with what all scans found up to date or failed before.
     """
-    ingest, runner = processor.ingest, processor.runner
-    root = None if ingest.is_inbox else ingest.root
-    queued, unreadable, patience_s = 0, 0, 2 * ingest.settings.settle_s + 1.0
+    signals, ingest, runner = session.signals, session.processor.ingest, session.processor.runner
+    up_to_date, failed, waited_s = set[str](), set[str](), 0.0
+    settle_s, result = ingest.settings.settle_s, runner.result
     while True:
-        scan_result = ingest.scan(should_stop=signals.is_stopped)
-        queued, unreadable = queued + scan_result.queued, unreadable + scan_result.unreadable
-        _note(health, scan_result)
-        runner.reporter.queued(runner.store.counts()["queued"] + runner.outcome.done + runner.outcome.failed)
-        worked = runner.drain(root=root)
-        due = runner.store.next_due(root=root)
+        scan = ingest.scan(should_stop=signals.is_stopped)
+        result.failed |= scan.unreadable
+        up_to_date |= scan.up_to_date - result.done
+        failed |= scan.failed - result.failed
+        _report_inbox(session.health, scan)
+        session.reporter.queued(session.store.counts()["queued"] + len(result.done) + len(result.failed))
+        worked = runner.drain()
         if signals.is_stopped():
             raise Stopped("asked to stop")
-        if scan_result.is_cut_short or (worked and (scan_result.waiting or scan_result.no_room)):
+        has_more = scan.is_cut_short or (worked and (scan.waiting or scan.disk_full))
+        if has_more:
             continue
-        if scan_result.no_room:
-            raise scan_result.no_room
-        if (scan_result.unsettled or scan_result.troubled) and patience_s > 0:
-            pause_s = min(ingest.settings.settle_s / 2, patience_s)
-            patience_s -= max(pause_s, SHORTEST_WAIT_S)
-            signals.wait(max(pause_s, SHORTEST_WAIT_S))
-        elif due is not None:
-            signals.wait(max(due - runner.clock(), SHORTEST_WAIT_S))
+        if scan.disk_full:
+            raise scan.disk_full
+        patience_s = (PATIENCE if scan.read_errors else 2) * settle_s + 1.0
+        if (scan.unsettled or scan.read_errors) and waited_s < patience_s:
+            pause_s = max(min(settle_s / 2, patience_s - waited_s), SHORTEST_WAIT_S)
+            waited_s += pause_s
+        elif (due := runner.next_due()) is not None and due <= runner.clock() + RETRY_PATIENCE_S:
+            pause_s = max(due - runner.clock(), SHORTEST_WAIT_S)
+            log.info("nothing else is due: waiting until %s for the next try", local_time(due))
         else:
-            return replace(scan_result, queued=queued, unreadable=unreadable)
+            result.postponed_until = due
+            return replace(scan, up_to_date=up_to_date, failed=failed)
+        signals.wait(pause_s)
 
 
 @dataclass
 class Watch:
-    """The daemon. Events only shorten the wait for the next look; what goes wrong is waited out."""
+    """The daemon. File system events only bring the next scan forward; environment errors are waited out."""
 
-    processor: Processor
-    watcher: Watcher
-    signals: Signals
-    health: Health
-    notifier: Notifier
-    reload: Callable[
-        [Processor], tuple[Processor, Watcher | None]
-    ]  # and what watches from now on, if that is another
+    session: Session
     clock: Callable[[], float] = time.monotonic
-    _scan_result: ScanResult = field(default_factory=ScanResult)
-    _scan_at: float = -float("inf")  # when the next look is due
-    _scan_s: float = 0.0  # how long the last one took
-    _pause_s: float = 0.0  # doubles while something stays wrong
+    _watcher: Watcher = field(init=False)
+    _scan: ScanResult = field(default_factory=ScanResult)  # the last one
+    _scan_at: float = -float("inf")  # when the next scan is due
+    _scan_s: float = 0.0  # how long the last scan took
+    _pause_s: float = 0.0  # doubles while an environment error lasts
+
+    def __post_init__(self) -> None:
+        self._watcher, self._mode = self.session.app.watcher(self.session.signals)
+
+    @property
+    def ingest(self) -> Ingest:
+        return self.session.processor.ingest
+
+    @property
+    def runner(self) -> Runner:
+        return self.session.processor.runner
 
     def run(self) -> None:
-        """Work until a signal says stop."""
-        self.watcher.start()
-        log.info("watching %s", self.processor.ingest.root)
-        self.notifier.ready()
+        """Work until a signal asks to stop."""
+        session = self.session
+        self._start_watcher()
+        log.info("watching %s", self.ingest.folder.path)
+        session.notifier.ready()
         try:
-            while not self.signals.is_stopped():
-                if self.signals.take_reload():
+            while not session.signals.is_stopped():
+                if session.signals.take_reload():
                     self._reload()
                 if (pause_s := self._turn()) > 0:
-                    self.signals.wait(max(pause_s, SHORTEST_WAIT_S))
+                    session.signals.wait(max(pause_s, SHORTEST_WAIT_S))
         except Stopped:
             pass
         finally:
-            self.notifier.stopping()
-            self.watcher.stop()
+            session.notifier.stopping()
+            self._watcher.stop()
+
+    def _start_watcher(self) -> None:
+        self._watcher.start()
+        self.session.health.note(mode=self._mode)
+        log.info("the inbox is watched by %s", self._mode)
 
     def _turn(self) -> float:
-        """ScanResult if it is time, then take one batch; returns how long to wait, in seconds."""
+        """Scan if it is time to, then process one batch; returns how long to wait, in seconds."""
         try:
             if self._pause_s:
-                self.processor.runner.make_room()
-            self._see()
-            worked = self.processor.runner.next_batch()
+                self.runner.free_space()
+            self._scan_if_due()
+            worked = self.runner.next_batch()
         except Stopped:
             raise
         except Exception as e:
-            fault = environment_error_outside_tracks(e)
+            fault = environment_error(e, in_track=False)
             if fault is None:
                 raise
             return self._wait_out(fault)
         self._pause_s = 0.0
-        for what in ("disk", "folders"):
-            self.health.well(what)
-        self.notifier.progress()
+        for what in ("disk", "folders", "engine"):
+            self.session.health.well(what)
+        self.session.notifier.progress()
         return 0.0 if worked else self._until_next()
 
-    def _see(self) -> None:
-        """Take in what has arrived. A vanished inbox is no reason to leave the queue alone."""
-        trouble = self.watcher.check()
-        if trouble is None:
-            self.health.well("events")
-        else:
-            self.health.degraded("events", trouble)
-            self._scan_at = min(self._scan_at, self.clock() + self.processor.ingest.settings.poll_s)
+    def _scan_if_due(self) -> None:
+        """Take in what has arrived. A missing inbox does not keep the queue from being processed."""
+        health = self.session.health
+        self._check_events()
         now = self.clock()
-        if self.signals.take_wake():
-            self._scan_at = min(self._scan_at, now + self._scan_s / LOOK_SHARE)
+        if self.session.signals.take_wake():
+            self._scan_at = min(self._scan_at, now + self._scan_s / SCAN_SHARE)
         if now < self._scan_at:
             return
         try:
-            self._scan_result = self.processor.ingest.scan(should_stop=self._feed_and_ask)
+            self._scan = self.ingest.scan(should_stop=self._feed_and_ask)
+        except DiskFull:
+            raise
         except FolderUnusable as e:
-            if isinstance(e, DiskFull):
-                raise
-            self.health.degraded("inbox", str(e))
-            self._scan_at = self.clock() + self.processor.ingest.settings.poll_s
+            health.degraded("inbox", str(e))
+            self._scan_at = self.clock() + self.ingest.settings.poll_s
             return
-        self.health.well("inbox")
-        if self._scan_result.no_room is None:
-            self.health.well("room")
+        health.well("inbox")
+        if self._scan.disk_full is None:
+            health.well("room")
         else:
-            self.health.degraded("room", f"nothing more is taken in: {self._scan_result.no_room}")
-        _note(self.health, self._scan_result)
+            health.degraded("room", f"no more files are taken in: {self._scan.disk_full}")
+        _report_inbox(health, self._scan)
         self._scan_s = self.clock() - now
-        self._scan_at = self.clock() + (0.0 if self._scan_result.is_cut_short else self._rest_s())
-        self.notifier.status(_words(self.processor.runner.store.counts()))
+        self._scan_at = self.clock() + (0.0 if self._scan.is_cut_short else self._until_rescan())
+        counts = self.session.store.counts()
+        self.session.notifier.status(", ".join(f"{n} {state}" for state, n in counts.items()))
+
+    def _check_events(self) -> None:
+        problem = self._watcher.check()
+        if problem is None:
+            self.session.health.well("events")
+        else:
+            self.session.health.degraded("events", problem)
+            self._scan_at = min(self._scan_at, self.clock() + self.ingest.settings.poll_s)
 
     def _feed_and_ask(self) -> bool:
-        """Between two blocks of a file that is taken in, which is progress."""
-        self.notifier.progress()
-        return self.signals.is_stopped()
+        """Called between two blocks of a file that is taken in, which is progress."""
+        self.session.notifier.progress()
+        return self.session.signals.is_stopped()
 
-    def _rest_s(self) -> float:
-        """How long after a look the next one is due if nothing rings."""
-        settings = self.processor.ingest.settings
-        rests = [settings.poll_s if self.watcher.polling else settings.rescan_s]
-        if self._scan_result.unsettled or self._scan_result.troubled:
+    def _until_rescan(self) -> float:
+        """How long after a scan the next one is due if no event comes, in seconds."""
+        settings, scan = self.ingest.settings, self._scan
+        rests = [settings.poll_s if self._watcher.polling else settings.rescan_s]
+        if scan.unsettled or scan.read_errors:
             rests.append(max(settings.settle_s / 2, SHORTEST_WAIT_S))
-        if self._scan_result.waiting:
+        if scan.waiting:
             rests.append(min(REFILL_S, settings.poll_s))
-        if self._scan_result.no_room:
+        if scan.disk_full:
             rests.append(settings.poll_s)
-        return max(min(rests), self._scan_s / LOOK_SHARE)
+        return max(min(rests), self._scan_s / SCAN_SHARE)
 
     def _until_next(self) -> float:
         waits = [self._scan_at - self.clock()]
-        runner = self.processor.runner
-        if (due := runner.store.next_due()) is not None:
-            waits.append(max(due - runner.clock(), SHORTEST_WAIT_S))
-        if self.notifier.watchdog_s is not None:
-            waits.append(self.notifier.watchdog_s / 3)
+        if (due := self.runner.next_due()) is not None:
+            waits.append(max(due - self.runner.clock(), SHORTEST_WAIT_S))
+        if self.session.notifier.watchdog_s is not None:
+            waits.append(self.session.notifier.watchdog_s / 3)
         return max(min(waits), SHORTEST_WAIT_S)
 
-    def _wait_out(self, fault: FolderUnusable) -> float:
-        """The machine's fault: nothing is claimed or taken in until it has passed; tried again ever later."""
-        self.health.degraded("disk" if isinstance(fault, DiskFull) else "folders", str(fault))
-        store, runner = self.processor.runner.store, self.processor.runner
+    def _wait_out(self, fault: FolderUnusable | EngineUnusable) -> float:
+        """Queue what was running again; returns the pause until the next try, which grows with each try."""
+        self.session.health.degraded(condition_name(fault), str(fault))
         with suppress(sqlite3.Error):
-            store.reopen()
-            store.release_all(now=runner.clock())
-        self.notifier.progress()  # waiting is all there is to do
-        self._pause_s = min(max(2 * self._pause_s, self.processor.ingest.settings.poll_s), LONGEST_PAUSE_S)
+            self.session.store.reopen()
+            self.session.store.release_all(now=self.runner.clock())
+        self.session.notifier.progress()  # waiting is the right thing to do, so the watchdog must not act
+        self._pause_s = min(max(2 * self._pause_s, self.ingest.settings.poll_s), LONGEST_PAUSE_S)
         return self._pause_s
 
     def _reload(self) -> None:
-        """Read the configuration again between two batches: swapped if it is right, kept if not."""
-        self.notifier.reloading()
+        """Read the configuration again; a wrong one is refused, and the old one stays in use."""
+        session = self.session
+        session.notifier.reloading()
         try:
-            self.processor, watcher = self.reload(self.processor)
-            if watcher is not None:
-                self.watcher.stop()
-                self.watcher = watcher
-                self.watcher.start()
+            app = session.app.reopened()
+            app.fetch_missing()
+            processor = app.processor(
+                session.store, self.ingest.folder, session.reporter, session.signals, earlier=self.runner
+            )
+        except PipelineError as e:
+            log.error("the configuration stays as it was: %s", e)
+            session.health.degraded("configuration", f"stays as it was: {e}")
+        else:
+            session.app, session.processor = app, processor
+            self._watcher.stop()
+            self._watcher, self._mode = app.watcher(session.signals)
+            self._start_watcher()
             self._scan_at = -float("inf")
             log.info("the configuration was read again")
-            self.health.well("configuration")
-        except PipelineError as e:
-            log.error("the configuration is kept as it was: %s", e)
-            self.health.degraded("configuration", f"kept as it was: {e}")
-        self.notifier.ready()
+            session.health.well("configuration")
+        session.notifier.ready()
 
 
-def _note(health: Health, scan_result: ScanResult) -> None:
-    health.note(
-        inbox={
-            "waiting": scan_result.waiting,
-            "settling": scan_result.unsettled,
-            "unmarked": scan_result.unmarked,
-        }
-    )
+def condition_name(fault: FolderUnusable | EngineUnusable) -> str:
+    """What `status` calls an environment error."""
+    if isinstance(fault, EngineUnusable):
+        return "engine"
+    return "disk" if isinstance(fault, DiskFull) else "folders"
 
 
-def _words(counts: dict[str, int]) -> str:
-    return ", ".join(f"{n} {state}" for state, n in counts.items())
+def _report_inbox(health: Health, scan: ScanResult) -> None:
+    health.note(inbox={"waiting": scan.waiting, "settling": scan.unsettled, "unmarked": scan.unmarked})

@@ -1,7 +1,7 @@
-"""Tells systemd how the service is: sd_notify(3), datagrams to the socket named by NOTIFY_SOCKET.
+"""Reports the service's state to systemd: sd_notify(3), datagrams to the socket named by NOTIFY_SOCKET.
 
-Outside systemd nothing is set and every call does nothing. A socket that is full or dead never
-raises: the work matters more than the news of it.
+Outside systemd the variable is not set and every call does nothing. A socket that is full or dead
+never raises, since the work matters more than the report of it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ STATUS_CHARS = 200
 
 @dataclass
 class Notifier:
-    """`clock` is CLOCK_MONOTONIC in seconds, which is what systemd compares times of reloads with."""
+    """`clock` is CLOCK_MONOTONIC in seconds, which is the clock of the times of reloads in systemd."""
 
-    address: str | None  # as sendto() takes it; None: nobody listens
-    watchdog_s: float | None  # without a sign of progress for so long, systemd ends the service
+    address: str | None  # as sendto() takes it; None: there is no service manager
+    watchdog_s: float | None  # systemd ends the service after this time without progress
     clock: Callable[[], float] = time.monotonic
     _progress_at: float | None = field(default=None, init=False)
     _status: str | None = field(default=None, init=False)
@@ -36,25 +36,25 @@ class Notifier:
         return cls(_address(env.get("NOTIFY_SOCKET", "")), _watchdog_s(env), clock)
 
     def ready(self) -> None:
-        """Started up, or done with a reload."""
+        """The service has started, or has finished a reload."""
         self._send("READY=1")
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
     def reloading(self) -> None:
-        """The configuration is being read again; `ready` ends it."""
+        """The configuration is being read again; `ready` reports the end."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={round(self.clock() * 1e6)}")
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`; sent when it has changed."""
+        """One line for `systemctl status`; sent only if it has changed."""
         line = " ".join(text.split())[:STATUS_CHARS]
         if line != self._status:
             self._status = line
             self._send(f"STATUS={line}")
 
     def progress(self) -> None:
-        """Something was really done. Sent at most four times per `watchdog_s`, so it may be called freely."""
+        """Progress was made. It is sent at most four times per `watchdog_s`, so it may be called freely."""
         now = self.clock()
         if self.watchdog_s is None:
             return
@@ -70,18 +70,18 @@ class Notifier:
                 sender.settimeout(SEND_PATIENCE_S)
                 sender.sendto(message.encode("utf-8", errors="replace"), self.address)
         except OSError as e:
-            log.debug("the service manager can't be told %r: %s", message, e)
+            log.debug("%r can't be sent to the service manager: %s", message, e)
 
 
 def _address(name: str) -> str | None:
-    """A path, or a name in the abstract namespace, written with "@" for the zero byte it begins with."""
+    """A path, or a name in the abstract namespace, written with "@" in place of its first byte, a zero."""
     if name.startswith("@"):
         return "\0" + name[1:]
     return name if name.startswith("/") else None
 
 
 def _watchdog_s(env: Mapping[str, str]) -> float | None:
-    """WATCHDOG_USEC, if it is meant for this process and not inherited from the one it was for."""
+    """WATCHDOG_USEC in seconds, if it is meant for this process and not for the parent it came from."""
     if env.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     usec = env.get("WATCHDOG_USEC", "")

@@ -1,9 +1,9 @@
 """Signals, and waking a waiting service.
 
-Signals are read from the file descriptor that Python's C-level handler writes to, by a thread of
-their own: they are seen while the main thread is deep in a library's C code, and no lock is taken
-inside a handler. If the work has not ended `deadline_s` after it was asked to, the thread calls
-`overdue`, which is to release the work and end the process.
+Signals are read from the file descriptor that Python's C-level handler writes to, by a thread that
+does nothing else: so they are seen while the main thread is deep in a library's C code, and no lock
+is taken inside a handler. If the work has not ended `deadline_s` after it was asked to stop, the
+thread calls `overdue`, which is expected to release the work and end the process.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Signals:
-    """Tells a service to stop or to read its configuration again, and wakes it."""
+    """Asks a service to stop or to read its configuration again, and wakes it while it waits."""
 
     stopped_by: int | None = None  # the signal's number
     deadline_s: float = DEADLINE_S
-    overdue: Callable[[int], None] | None = None  # called with the signal's number when the time is up
+    overdue: Callable[[int], None] | None = None  # called with the signal's number after the deadline
     _reload: threading.Event = field(default_factory=threading.Event)
     _woken: threading.Event = field(default_factory=threading.Event)
     _halt: threading.Event = field(default_factory=threading.Event)
@@ -37,10 +37,10 @@ class Signals:
         self._woken.set()
 
     def take_wake(self) -> bool:
-        """Whether something rang; asking answers it."""
-        rang = self._woken.is_set()
+        """Whether `wake` was called since the last time this was asked."""
+        woken = self._woken.is_set()
         self._woken.clear()
-        return rang
+        return woken
 
     def stop(self, signum: int) -> None:
         self.stopped_by = signum
@@ -55,24 +55,24 @@ class Signals:
         self._woken.set()
 
     def take_reload(self) -> bool:
-        """Whether the configuration is to be read again; asking answers it."""
+        """Whether the configuration is to be read again, asked for since the last call of this."""
         asked = self._reload.is_set()
         self._reload.clear()
         return asked
 
     def wait(self, seconds: float) -> None:
-        """Until it rings or the time is up, but not less than `SHORTEST_WAIT_S`, however often it rings."""
+        """Wait until woken or the time is up, but at least `SHORTEST_WAIT_S` unless stopped."""
         if not self._halt.wait(max(0.0, min(seconds, SHORTEST_WAIT_S))):
             self._woken.wait(max(0.0, seconds - SHORTEST_WAIT_S))
 
     @contextmanager
     def on_signals(self, *, hangup_reloads: bool = False) -> Iterator[None]:
-        """SIGINT and SIGTERM end the work at its next step, SIGHUP too unless it means reload."""
+        """Within, SIGINT and SIGTERM stop the work at its next step; SIGHUP too, unless it means reload."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         numbers = (*STOPPING, signal.SIGHUP)
-        old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # first: no signal is lost
-        before = {number: signal.signal(number, _noted) for number in numbers}
+        old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # first, so that no signal is lost
+        before = {number: signal.signal(number, _ignore) for number in numbers}
         thread = threading.Thread(target=self._listen, args=(reader, hangup_reloads), daemon=True)
         thread.start()
         try:
@@ -86,7 +86,7 @@ class Signals:
             os.close(reader)
 
     def _listen(self, reader: int, hangup_reloads: bool) -> None:
-        """Until the pipe is closed; once stopped, until the deadline or a second Ctrl-C at most."""
+        """Pass signals on until the pipe is closed; after a stop, until the deadline or a second Ctrl-C."""
         while number := os.read(reader, 1):
             if number[0] == signal.SIGHUP and hangup_reloads:
                 self.reload()
@@ -102,11 +102,11 @@ class Signals:
             number = os.read(reader, 1)
             if not number:  # the work has ended
                 return
-            if number[0] == signal.SIGINT:  # pressed again: now
+            if number[0] == signal.SIGINT:  # a second Ctrl-C
                 break
         if self.overdue is not None:
             self.overdue(self.stopped_by or signal.SIGTERM)
 
 
-def _noted(_number: int, _frame: object) -> None:
-    """The number has gone to the pipe already; this only keeps the default action away."""
+def _ignore(_number: int, _frame: object) -> None:
+    """Replaces the default action; the signal's number has been written to the pipe already."""

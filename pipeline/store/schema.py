@@ -1,8 +1,8 @@
-"""The tables, their versions, and their rows as values.
+"""The tables, their migrations, and their rows as values.
 
-A track is the SHA-256 of its bytes; a file is one place where those bytes were seen; a unit of work
-is one stage's result, under a key made of all that went into it. Times are seconds since the epoch.
-Paths are kept as bytes, since a file's name need not be text.
+A track is identified by the SHA-256 of its bytes. A file is one path at which those bytes were found.
+A unit of work is one stage's result under a key made of all its inputs. Times are seconds since the
+epoch. Paths are stored as bytes, since a file name need not be valid text.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import sqlite_utils
-from sqlite_utils.migrations import Migrations
+from pipeline.fs.copying import FileIdentity
 
-migrations = Migrations("pipeline")
+UNREADABLE = "intake"  # the stage of a track that stands for a file that can't be read and has no hash
 
-
-@migrations()  # type: ignore[untyped-decorator]
-def m001_first(db: sqlite_utils.Database) -> None:
-    for statement in (
+MIGRATIONS = {  # statements by name, in their order
+    "m001_first": (
         """CREATE TABLE tracks (
             sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, bytes INTEGER NOT NULL,
             queued_at REAL NOT NULL, not_before REAL NOT NULL DEFAULT 0, finished_at REAL,
@@ -49,29 +46,19 @@ def m001_first(db: sqlite_utils.Database) -> None:
         "CREATE INDEX attempts_track ON attempts (sha256)",
         "CREATE INDEX attempts_open ON attempts (sha256) WHERE ended_at IS NULL",
         "CREATE TABLE configs (sha256 TEXT PRIMARY KEY, config TEXT NOT NULL) STRICT",
-    ):
-        db.execute(statement)
-
-
-@migrations()  # type: ignore[untyped-decorator]
-def m002_suspects_and_retention(db: sqlite_utils.Database) -> None:
-    for statement in (
+    ),
+    "m002_suspects_and_retention": (
         "ALTER TABLE tracks ADD COLUMN solo INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE tracks ADD COLUMN collected_at REAL",
         "CREATE INDEX tracks_due ON tracks (state, not_before)",
         "CREATE INDEX files_root ON files (root)",
         "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
-    ):
-        db.execute(statement)
-
-
-UNREADABLE = "intake"  # the stage of tracks that stand for a file that can't be read: there is no hash of it
-
-MIGRATIONS = (m001_first.__name__, m002_suspects_and_retention.__name__)
+    ),
+}
 
 
 class TrackState(StrEnum):
-    """Where a track is in its life."""
+    """The state of a track."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -82,10 +69,10 @@ class TrackState(StrEnum):
 class FileState(StrEnum):
     """What became of a source file."""
 
-    WAITING = "waiting"  # nothing yet: its track is not finished
-    SETTLED = "settled"  # moved to the archive, deleted or left in place, as the configuration says
-    FAILED = "aside"  # moved to the inbox's `failed` folder
-    LOST = "lost"  # gone when it was to be moved
+    WAITING = "waiting"  # its track is not finished
+    SETTLED = "settled"  # its track is finished: moved to `done`, deleted or kept, as the configuration says
+    FAILED = "aside"  # its track failed: moved to `failed`
+    LOST = "lost"  # it was gone when it should have been moved
 
 
 class AttemptOutcome(StrEnum):
@@ -99,38 +86,46 @@ class AttemptOutcome(StrEnum):
 
 @dataclass(frozen=True)
 class Track:
-    """One input, by content."""
+    """One input, identified by its content."""
 
     sha256: str
-    name: str  # the first file's name, made printable
+    name: str  # the file name of its first file, printable
     state: TrackState
     bytes: int
     queued_at: float
     not_before: float  # it is not claimed earlier
     finished_at: float | None
-    attempts: int  # failed and crashed ones since it was queued by arrival or a person, or made progress
-    stage: str | None  # where it failed
+    attempts: int  # failed and crashed ones since it arrived, was queued again by a user, or made progress
+    stage: str | None  # the stage at which it failed
     error: str | None
     folder: str  # its folder in the outbox
-    plan_key: str | None  # what it was finished for: the key of all its units
+    plan_key: str | None  # the key of the plan for which it was finished
     source: dict[str, Any] | None  # duration_s, sample_rate, channels, codec
-    solo: bool = False  # may have killed the process: claimed alone, so that no other is blamed
-    collected_at: float | None = None  # when `gc` removed its outputs, on purpose
+    solo: bool = False  # it may have killed the process, so it is claimed alone
+    collected_at: float | None = None  # when `gc` removed its outputs
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One place where a track's bytes were seen."""
+    """One path at which a track's bytes were found."""
 
     path: Path
     sha256: str
     root: Path  # the folder that was scanned: the inbox, or the DIR of `once DIR`
-    display: str  # the path below root, made printable
+    display: str  # the path below root, printable
     size: int
     mtime_ns: int
     inode: int
     state: FileState
     moved_to: Path | None = None
+
+    @property
+    def current_path(self) -> Path:
+        return self.moved_to or self.path
+
+    @property
+    def identity(self) -> FileIdentity:
+        return FileIdentity(self.size, self.mtime_ns, self.inode)
 
 
 @dataclass(frozen=True)
@@ -146,6 +141,8 @@ class Attempt:
 
 
 TRACK_COLUMNS = [field.name for field in fields(Track)]
+FILE_COLUMNS = [field.name for field in fields(SourceFile)]
+PATH_COLUMNS = ("path", "root", "moved_to")
 
 
 def track_of(row: Mapping[str, Any]) -> Track:
@@ -154,29 +151,12 @@ def track_of(row: Mapping[str, Any]) -> Track:
 
 
 def file_of(row: Mapping[str, Any]) -> SourceFile:
-    return SourceFile(
-        path=Path(os.fsdecode(row["path"])),
-        sha256=row["sha256"],
-        root=Path(os.fsdecode(row["root"])),
-        display=row["display"],
-        size=row["size"],
-        mtime_ns=row["mtime_ns"],
-        inode=row["inode"],
-        state=FileState(row["state"]),
-        moved_to=Path(os.fsdecode(row["moved_to"])) if row["moved_to"] is not None else None,
-    )
+    values = {name: row[name] for name in FILE_COLUMNS}
+    paths = {name: Path(os.fsdecode(values[name])) for name in PATH_COLUMNS if values[name] is not None}
+    return SourceFile(**{**values, **paths, "state": FileState(row["state"])})
 
 
 def row_of(file: SourceFile, now: float) -> dict[str, Any]:
-    return {
-        "path": os.fsencode(file.path),
-        "sha256": file.sha256,
-        "root": os.fsencode(file.root),
-        "display": file.display,
-        "size": file.size,
-        "mtime_ns": file.mtime_ns,
-        "inode": file.inode,
-        "state": file.state,
-        "moved_to": None if file.moved_to is None else os.fsencode(file.moved_to),
-        "seen_at": now,
-    }
+    values = {name: getattr(file, name) for name in FILE_COLUMNS}
+    paths = {name: os.fsencode(values[name]) for name in PATH_COLUMNS if values[name] is not None}
+    return {**values, **paths, "seen_at": now}

@@ -1,7 +1,7 @@
-"""The record of everything: tracks, the files they came as, units of work, attempts. SQLite, WAL.
+"""The database of tracks, source files, units of work and attempts (SQLite in WAL mode).
 
-The only module that talks to the database; pipeline/schema.py has its tables. That the key of a unit
-of work is found means that the work is done. Times are passed in, in seconds since the epoch.
+No other module talks to the database; the tables are in pipeline/store/schema.py. A unit of work is
+done if its key is in the database. Times are passed in, in seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -9,56 +9,110 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import sqlite_utils
-
-from pipeline.errors import FolderUnusable, UnknownTrack
+from pipeline.errors import DatabaseDamaged, DiskFull, FolderUnusable, UnknownTrack
 from pipeline.store.schema import (
     MIGRATIONS,
     TRACK_COLUMNS,
     Attempt,
+    AttemptOutcome,
+    FileState,
     SourceFile,
     Track,
+    TrackState,
     file_of,
-    migrations,
     row_of,
     track_of,
 )
+from pipeline.workspace import InputFolder
 
-STATES = ("queued", "running", "done", "failed")
-_BELOW = " AND EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root)"
+if TYPE_CHECKING:
+    import sqlite_utils
+
+_OF_FOLDER = (
+    " AND (:is_inbox OR EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root))"
+)
+LISTED = 10  # candidates that are named if a part of a name is ambiguous
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
+def _folded(name: str) -> str:
+    """For a comparison that ignores case and how accents are encoded."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 class Store:
-    """One connection; every writing method is one transaction."""
+    """One connection; every method that writes is atomic, or part of an enclosing `transaction`."""
 
     def __init__(
         self, path: Path, *, read_only: bool = False, busy_timeout_s: float = BUSY_TIMEOUT_S
     ) -> None:
+        """Open the database, and check it quickly if it is to be written.
+
+        Raises:
+            DatabaseDamaged, DiskFull, FolderUnusable: it can't be opened.
+        """
         self._path, self._read_only, self._busy_timeout_s = path, read_only, busy_timeout_s
-        self._db = self._connect()
-        if not read_only:
-            with self.together():  # two versions of the program must not both find the same one missing
-                migrations.apply(self._db)
-        elif self._is_readable() and migrations.pending(
-            self._db
-        ):  # of an older version, or a kill came before its first table
-            Store(path, busy_timeout_s=busy_timeout_s).close()
-        self._refuse_newer()
-
-    def _refuse_newer(self) -> None:
-        unknown = [one.name for one in migrations.applied(self._db) if one.name not in MIGRATIONS]
-        if unknown:
+        try:
+            self._refuse_lost_file()
+            self._db = self._connect()
+            if not read_only:
+                self._refuse_damage("quick_check(1)")
+                self._migrate()
+            elif self._is_readable() and MIGRATIONS.keys() - self._applied():
+                # Made by an older version, or a kill came before its first table.
+                Store(path, busy_timeout_s=busy_timeout_s).close()
+        except sqlite3.Error as e:
+            raise self._opening_error(e) from e
+        if unknown := self._applied() - MIGRATIONS.keys():
             self.close()
-            raise FolderUnusable(f"{self._path} was made by a newer version of this program ({unknown[-1]})")
+            raise FolderUnusable(f"{path} was made by a newer version of this program ({max(unknown)})")
 
-    def _connect(self) -> sqlite_utils.Database:
+    def _refuse_lost_file(self) -> None:
+        """SQLite would take an empty file for a new database and delete the write-ahead log beside it."""
+        log = self._path.with_name(f"{self._path.name}-wal")
+        if self._path.is_dir():
+            raise DatabaseDamaged(self._path, "a folder is in its place")
+        if self._path.exists() and not self._path.stat().st_size and log.exists() and log.stat().st_size:
+            raise DatabaseDamaged(self._path, "it is empty, but its write-ahead log is not")
+
+    def _refuse_damage(self, pragma: str) -> None:
+        found = [row[0] for row in self._db.execute(f"PRAGMA {pragma}")]
+        if found != ["ok"]:
+            raise DatabaseDamaged(self._path, "; ".join(" ".join(text.split()) for text in found[:3]))
+
+    def _opening_error(self, error: sqlite3.Error) -> FolderUnusable:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without the extended part
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return DatabaseDamaged(self._path, str(error))
+        kind = DiskFull if code == sqlite3.SQLITE_FULL else FolderUnusable
+        return kind(f"the database {self._path} can't be used: {error}")
+
+    def _migrate(self) -> None:
+        from pipeline.store.migrations import migrations
+
+        with self.transaction():  # two processes must not apply the same migration
+            migrations.apply(self._for_writing())
+
+    def _for_writing(self) -> sqlite_utils.Database:
+        import sqlite_utils
+
+        return sqlite_utils.Database(self._db)
+
+    def _applied(self) -> set[str]:
+        """The names of the migrations that were applied."""
+        found = "SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'"
+        if self._db.execute(found).fetchone() is None:
+            return set()
+        return {row["name"] for row in self._db.execute("SELECT name FROM _sqlite_migrations")}
+
+    def _connect(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         conn = sqlite3.connect(self._path, isolation_level=None, timeout=self._busy_timeout_s)
         try:
@@ -72,16 +126,18 @@ class Store:
         except BaseException:
             conn.close()
             raise
-        return sqlite_utils.Database(conn)
+        conn.row_factory = sqlite3.Row
+        return conn
 
     def _is_readable(self) -> bool:
-        """Whether it can be read beside a writer; if not (a full or closed disk), it is read as it lies."""
+        """Whether the WAL can be read too; if not (full or read-only disk), open the file without its WAL."""
         try:
             self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError:
             self._db.close()
             uri = f"file:{quote(str(self._path))}?mode=ro&immutable=1"
-            self._db = sqlite_utils.Database(sqlite3.connect(uri, uri=True, isolation_level=None))
+            self._db = sqlite3.connect(uri, uri=True, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
             return False
         return True
 
@@ -89,276 +145,262 @@ class Store:
         self._db.close()
 
     def reopen(self) -> None:
-        """Connect anew: after a failed write the old connection may hold what never reached the disk."""
-        fresh = self._connect()  # first: if the disk is still in the way, the old one is what there is
+        """Connect again: after a failed write the old connection may hold what never reached the disk."""
+        fresh = self._connect()  # first, so that the old connection is kept if this fails
         with suppress(sqlite3.Error):
             self._db.close()
         self._db = fresh
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Make all that is written inside one transaction: all of it or nothing, and one flush."""
-        with self._writing():
-            yield
+    def transaction(self) -> Iterator[None]:
+        """Write all that is written inside, or nothing of it, with one flush; transactions nest.
 
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite_utils.Database]:
-        """A transaction that holds the write lock from its start, so it can't fail half-way as busy."""
-        if self._db.conn.in_transaction:  # part of a larger one
-            yield self._db
+        The write lock is held from the start, so that no statement in the middle can fail as busy.
+        """
+        if self._db.in_transaction:
+            yield
             return
-        self._db.conn.execute("BEGIN IMMEDIATE")
+        self._db.execute("BEGIN IMMEDIATE")
         try:
-            yield self._db
+            yield
+            self._db.execute("COMMIT")
         except BaseException:
             self._roll_back()
             raise
-        try:
-            self._db.conn.execute("COMMIT")
-        except BaseException:
-            self._roll_back()
-            raise
+
+    def _insert(self, table: str, row: Mapping[str, Any]) -> int:
+        """Insert a complete row, in place of one with the same key; returns its rowid."""
+        return int(self._for_writing()[table].insert(row, replace=True).last_rowid)
 
     def _roll_back(self) -> None:
-        if self._db.conn.in_transaction:  # SQLite has rolled back by itself after some errors
+        if self._db.in_transaction:  # SQLite has rolled back by itself after some errors
             with suppress(sqlite3.Error):
-                self._db.conn.execute("ROLLBACK")
+                self._db.execute("ROLLBACK")
 
     # -- arrival ---------------------------------------------------------------------------------
 
-    def add(self, file: SourceFile, *, name: str, folder: str, now: float) -> bool:
-        """Record a file, and its track as queued if it is new. True if the track is new."""
-        with self._writing() as db:
+    def add_file(self, file: SourceFile, *, name: str, folder: str, now: float) -> bool:
+        """Record a file, and its track as queued if the track is new. Returns whether it is new."""
+        with self.transaction():
             new = bool(
-                db.execute(
+                self._db.execute(
                     "INSERT INTO tracks (sha256, name, folder, state, bytes, queued_at)"
                     " VALUES (?, ?, ?, 'queued', ?, ?) ON CONFLICT DO NOTHING",
                     [file.sha256, name, folder, file.size, now],
                 ).rowcount
             )
-            db.execute(  # another file had this path; it is in the archive now, and is found there
+            self._db.execute(  # the file that had this path is in the archive now: record it there
                 "UPDATE OR REPLACE files SET path = moved_to WHERE path = ? AND sha256 != ?"
                 " AND moved_to IS NOT NULL",
                 [os.fsencode(file.path), file.sha256],
             )
-            db["files"].upsert(row_of(file, now), pk="path")
+            self._insert("files", row_of(file, now))
         return new
 
+    def rename_track(self, sha256: str, *, name: str, folder: str) -> bool:
+        """Rename a queued track, unless an attempt was made at it; returns whether it was renamed."""
+        sql = (
+            "UPDATE tracks SET name = ?, folder = ? WHERE sha256 = ? AND state = 'queued'"
+            " AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.sha256 = tracks.sha256)"
+        )
+        return bool(self._db.execute(sql, [name, folder, sha256]).rowcount)
+
     def file_at(self, path: Path) -> SourceFile | None:
-        rows = self._db.query("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
+        rows = self._db.execute("SELECT * FROM files WHERE path = ?", [os.fsencode(path)])
         return next(map(file_of, rows), None)
 
     def files_of(self, sha256: str) -> list[SourceFile]:
-        rows = self._db.query("SELECT * FROM files WHERE sha256 = ? ORDER BY seen_at, path", [sha256])
+        rows = self._db.execute("SELECT * FROM files WHERE sha256 = ? ORDER BY seen_at, path", [sha256])
         return [file_of(row) for row in rows]
 
     def files_below(self, root: Path) -> list[SourceFile]:
-        rows = self._db.query("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
+        rows = self._db.execute("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
         return [file_of(row) for row in rows]
 
-    def known(self, path: Path) -> tuple[SourceFile, Track] | None:
+    def file_and_track(self, path: Path) -> tuple[SourceFile, Track] | None:
         """The file recorded at a path, with its track."""
-        rows = self._known("f.path = ?", os.fsencode(path))
+        rows = self._files_and_tracks("f.path = ?", os.fsencode(path))
         return rows[0] if rows else None
 
-    def unsettled_below(self, root: Path) -> list[tuple[SourceFile, Track]]:
-        """Files of finished and failed tracks that may still have to be moved, with their tracks."""
+    def unarchived_below(self, root: Path) -> list[tuple[SourceFile, Track]]:
+        """Files of finished and failed tracks that may still have to be archived, with their tracks."""
         where = "f.root = ? AND f.state IN ('waiting', 'aside') AND t.state IN ('done', 'failed')"
-        return self._known(where, os.fsencode(root))
+        return self._files_and_tracks(where, os.fsencode(root))
 
-    def _known(self, where: str, value: bytes) -> list[tuple[SourceFile, Track]]:
+    def _files_and_tracks(self, where: str, value: bytes) -> list[tuple[SourceFile, Track]]:
         columns = ", ".join(f"t.{name} AS t_{name}" for name in TRACK_COLUMNS)
         sql = f"SELECT f.*, {columns} FROM files f JOIN tracks t USING (sha256) WHERE {where}"
         return [
             (file_of(row), track_of({name: row[f"t_{name}"] for name in TRACK_COLUMNS}))
-            for row in self._db.query(sql, [value])
+            for row in self._db.execute(sql, [value])
         ]
 
-    def settle_file(
-        self, path: Path, *, state: str, moved_to: Path | None = None, inode: int | None = None
+    def set_file_state(
+        self, path: Path, state: FileState, *, moved_to: Path | None = None, inode: int | None = None
     ) -> None:
-        """Note what became of a file; `inode`: it has another one since it was moved to another disk."""
-        with self._writing() as db:
-            db.execute(
-                "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode) WHERE path = ?",
-                [state, None if moved_to is None else os.fsencode(moved_to), inode, os.fsencode(path)],
-            )
+        """Record what became of a file; `inode` is given if the file got another one by the move."""
+        self._db.execute(
+            "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode) WHERE path = ?",
+            [state, None if moved_to is None else os.fsencode(moved_to), inode, os.fsencode(path)],
+        )
 
     # -- the queue -------------------------------------------------------------------------------
 
-    def claim(self, limit: int, *, now: float, root: Path | None = None) -> list[Track]:
-        """Take up to `limit` queued tracks that are due, oldest first; only those below `root` if given.
+    def due(self, limit: int, folder: InputFolder, *, now: float) -> list[Track]:
+        """Up to `limit` queued tracks that may be claimed, oldest first.
 
-        A track that may have killed the process comes alone.
+        The inbox stands for the whole queue; of another folder, only its own tracks are returned. A
+        track that may have killed the process is returned alone.
         """
-        below = "" if root is None else _BELOW
-        arguments = {"now": now, "limit": limit, "root": b"" if root is None else os.fsencode(root)}
-        with self._writing() as db:
-            rows = db.execute(
-                f"SELECT sha256, solo FROM tracks WHERE state = 'queued' AND not_before <= :now{below}"
-                " ORDER BY queued_at, sha256 LIMIT :limit",
-                arguments,
-            ).fetchall()
-            alone = bool(rows) and bool(rows[0][1])
-            chosen = [sha256 for sha256, solo in (rows[:1] if alone else rows) if bool(solo) == alone]
-            taken = db.query(
-                "UPDATE tracks SET state = 'running' WHERE sha256 IN (SELECT value FROM json_each(?))"
-                " RETURNING *",
-                [json.dumps(chosen)],
-            )
-            tracks = list(map(track_of, taken))
-        return sorted(tracks, key=lambda track: (track.queued_at, track.sha256))
+        rows = self._db.execute(
+            f"SELECT * FROM tracks WHERE state = 'queued' AND not_before <= :now{_OF_FOLDER}"
+            " ORDER BY queued_at, sha256 LIMIT :limit",
+            {**_arguments(folder), "now": now, "limit": limit},
+        )
+        tracks = list(map(track_of, rows))
+        if tracks and tracks[0].solo:
+            return tracks[:1]
+        return [track for track in tracks if not track.solo]
 
-    def next_due(self, *, root: Path | None = None) -> float | None:
-        """When the next queued track may be claimed; None if none is queued."""
-        below = "" if root is None else _BELOW
-        sql = f"SELECT min(not_before) FROM tracks WHERE state = 'queued'{below}"
-        row = self._db.execute(sql, {"root": b"" if root is None else os.fsencode(root)}).fetchone()
+    def claim(self, tracks: Iterable[Track]) -> list[Track]:
+        """Mark those of the tracks that are still queued as running, and return them in the same order."""
+        wanted = [track.sha256 for track in tracks]
+        with self.transaction():
+            taken = self._db.execute(
+                "UPDATE tracks SET state = 'running' WHERE state = 'queued'"
+                " AND sha256 IN (SELECT value FROM json_each(?)) RETURNING *",
+                [json.dumps(wanted)],
+            )
+            return sorted(map(track_of, taken), key=lambda track: wanted.index(track.sha256))
+
+    def next_due(self, folder: InputFolder) -> float | None:
+        """When the next queued track of the folder may be claimed (see `due`); None if none is queued."""
+        sql = f"SELECT min(not_before) FROM tracks WHERE state = 'queued'{_OF_FOLDER}"
+        row = self._db.execute(sql, _arguments(folder)).fetchone()
         return None if row[0] is None else float(row[0])
 
-    def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
-        with self._writing() as db:
-            db["tracks"].update(
-                sha256,
-                {
-                    "state": "done",
-                    "finished_at": now,
-                    "stage": None,
-                    "error": None,
-                    "plan_key": plan_key,
-                    "source": json.dumps(source),
-                },
+    def end_waits(self, *, after: float) -> None:
+        """Make queued tracks that wait for a time later than `after` due."""
+        with self.transaction():
+            self._db.execute(
+                "UPDATE tracks SET not_before = 0 WHERE state = 'queued' AND not_before > ?", [after]
             )
+
+    def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
+        self._db.execute(
+            "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"
+            " source = ? WHERE sha256 = ?",
+            [now, plan_key, json.dumps(source), sha256],
+        )
 
     def fail(self, sha256: str, *, stage: str, error: str, now: float, retry_at: float | None) -> None:
-        """Count a failed attempt; queued again for `retry_at`, or failed for good if that is None."""
-        with self._writing() as db:
-            db.execute(
-                "UPDATE tracks SET state = ?, attempts = attempts + 1, stage = ?, error = ?, not_before = ?,"
-                " finished_at = ? WHERE sha256 = ?",
-                [
-                    "failed" if retry_at is None else "queued",
-                    stage,
-                    error,
-                    0 if retry_at is None else retry_at,
-                    now if retry_at is None else None,
-                    sha256,
-                ],
-            )
+        """Count a failed attempt; the track is queued again for `retry_at`, or failed if that is None."""
+        state, not_before, finished_at = (
+            (TrackState.FAILED, 0.0, now) if retry_at is None else (TrackState.QUEUED, retry_at, None)
+        )
+        self._db.execute(
+            "UPDATE tracks SET state = ?, attempts = attempts + 1, stage = ?, error = ?, not_before = ?,"
+            " finished_at = ? WHERE sha256 = ?",
+            [state, stage, error, not_before, finished_at, sha256],
+        )
 
     def release(self, sha256: str, *, not_before: float = 0.0) -> None:
-        """Put a claimed track back; it was not an attempt."""
-        with self._writing() as db:
-            db.execute(
-                "UPDATE tracks SET state = 'queued', not_before = ? WHERE sha256 = ? AND state = 'running'",
-                [not_before, sha256],
-            )
+        """Queue a claimed track again without counting an attempt."""
+        self._db.execute(
+            "UPDATE tracks SET state = 'queued', not_before = ? WHERE sha256 = ? AND state = 'running'",
+            [not_before, sha256],
+        )
 
     def release_all(self, *, now: float) -> None:
-        """Put everything that runs back; none of it was an attempt. Only for the instance that runs it."""
-        with self._writing() as db:
-            db.execute("UPDATE attempts SET ended_at = ?, outcome = 'stopped' WHERE ended_at IS NULL", [now])
-            db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
+        """Queue all running tracks again, uncounted. Only for the holder of the instance lock."""
+        self._close_attempts(AttemptOutcome.STOPPED, now)
 
     def forget(self, sha256: str) -> None:
-        """Drop a track that never came to anything: bytes that were only part of a file."""
-        with self._writing() as db:
+        """Delete all rows of a track, such as one made of bytes that were only part of a file."""
+        with self.transaction():
             for table in ("attempts", "units", "files", "tracks"):
-                db.execute(f"DELETE FROM {table} WHERE sha256 = ?", [sha256])
+                self._db.execute(f"DELETE FROM {table} WHERE sha256 = ?", [sha256])
 
     def requeue(self, sha256: str, *, now: float, stages: Iterable[str] = ()) -> bool:
-        """Queue a finished or failed track again, with its attempts forgiven and `stages` forgotten.
+        """Queue a track again with no attempts counted, without its units of work of `stages`.
 
         Returns:
-            False if it is running: then nothing was done.
+            False if the track is running; then nothing is changed.
         """
-        with self.holding(sha256) as track:
-            if track is None or track.state == "running":
+        with self.locked_track(sha256) as track:
+            if track is None or track.state == TrackState.RUNNING:
                 return False
-            db = self._db
             for stage in stages:
-                db.execute("DELETE FROM units WHERE sha256 = ? AND stage = ?", [sha256, stage])
-            db.execute(
+                self._db.execute("DELETE FROM units WHERE sha256 = ? AND stage = ?", [sha256, stage])
+            self._db.execute(
                 "UPDATE tracks SET state = 'queued', attempts = 0, not_before = 0, queued_at = ?,"
-                " stage = NULL,"
-                " error = NULL, plan_key = NULL, finished_at = NULL, solo = 0, collected_at = NULL"
-                " WHERE sha256 = ?",
+                " stage = NULL, error = NULL, plan_key = NULL, finished_at = NULL, solo = 0,"
+                " collected_at = NULL WHERE sha256 = ?",
                 [now, sha256],
             )
         return True
 
     def recover(self, *, now: float) -> list[tuple[Track, str]]:
-        """Close what a killed instance left open. Only for the holder of the instance lock.
+        """Close the attempts of a killed instance. Only for the holder of the instance lock.
 
         Returns:
-            The tracks that were in the middle of a stage, with that stage: whose attempt it was is
-            for the caller to count, in the same transaction (`together`).
+            The tracks that were in the middle of a stage, with that stage. The caller counts the
+            attempt, in the same transaction.
         """
-        with self._writing() as db:
-            rows = list(
-                db.query(
-                    "SELECT t.*, a.stage AS open_stage FROM attempts a JOIN tracks t USING (sha256)"
-                    " WHERE a.ended_at IS NULL AND t.state = 'running' GROUP BY t.sha256"
-                )
-            )
-            db.execute("UPDATE attempts SET ended_at = ?, outcome = 'crashed' WHERE ended_at IS NULL", [now])
-            db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
-        return [
-            (track_of({k: v for k, v in row.items() if k != "open_stage"}), row["open_stage"]) for row in rows
-        ]
+        with self.transaction():
+            rows = self._db.execute(
+                "SELECT t.*, a.stage AS open_stage FROM attempts a JOIN tracks t USING (sha256)"
+                " WHERE a.ended_at IS NULL AND t.state = 'running' GROUP BY t.sha256"
+            ).fetchall()
+            self._close_attempts(AttemptOutcome.CRASHED, now)
+        return [(track_of({name: row[name] for name in TRACK_COLUMNS}), row["open_stage"]) for row in rows]
 
-    def suspect(
+    def _close_attempts(self, outcome: AttemptOutcome, now: float) -> None:
+        with self.transaction():
+            sql = "UPDATE attempts SET ended_at = ?, outcome = ? WHERE ended_at IS NULL"
+            self._db.execute(sql, [now, outcome])
+            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
+
+    def record_crash(
         self, sha256: str, *, attempts: int, solo: bool, error: str, now: float, retry_at: float
     ) -> None:
-        """Count a crash: queued again, behind all others."""
-        with self._writing() as db:
-            db.execute(
-                "UPDATE tracks SET attempts = ?, solo = ?, error = ?, queued_at = ?, not_before = ?"
-                " WHERE sha256 = ?",
-                [attempts, solo, error, now, retry_at, sha256],
-            )
+        """Count a crash and queue the track again, behind all others."""
+        sql = (
+            "UPDATE tracks SET attempts = ?, solo = ?, error = ?, queued_at = ?, not_before = ?"
+            " WHERE sha256 = ?"
+        )
+        self._db.execute(sql, [attempts, solo, error, now, retry_at, sha256])
 
     # -- retention -------------------------------------------------------------------------------
 
     @contextmanager
-    def holding(self, sha256: str) -> Iterator[Track | None]:
-        """The track, with nobody able to claim or queue it meanwhile."""
-        with self._writing():
+    def locked_track(self, sha256: str) -> Iterator[Track | None]:
+        """The track; no other process can claim it or queue it before the end."""
+        with self.transaction():
             yield self.track(sha256)
 
-    def collect(self, sha256: str, move: Callable[[], None], *, now: float) -> bool:
-        """Let `move` take a finished track's outputs out of the way (quick renames), and note it.
-
-        Returns:
-            False if the track is queued or running: then nothing was done.
-        """
-        with self.holding(sha256) as track:
-            if track is None or track.state not in ("done", "failed"):
-                return False
-            move()
-            self._db.execute("UPDATE tracks SET collected_at = ? WHERE sha256 = ?", [now, sha256])
-        return True
+    def set_collected(self, sha256: str, *, now: float) -> None:
+        """Record that the track's outputs were removed on purpose."""
+        self._db.execute("UPDATE tracks SET collected_at = ? WHERE sha256 = ?", [now, sha256])
 
     # -- work ------------------------------------------------------------------------------------
 
-    def begin(self, sha256: str, stage: str, *, now: float) -> int:
+    def begin_attempt(self, sha256: str, stage: str, *, now: float) -> int:
         """Record the start of an attempt at a stage; returns its id."""
-        with self._writing() as db:
-            row = {"sha256": sha256, "stage": stage, "started_at": now}
-            return int(db["attempts"].insert(row).last_pk)
+        with self.transaction():
+            return self._insert("attempts", {"sha256": sha256, "stage": stage, "started_at": now})
 
-    def end(
+    def end_attempt(
         self,
         attempt: int,
         *,
-        outcome: str,
+        outcome: AttemptOutcome,
         now: float,
         error: str | None = None,
         traceback: str | None = None,
     ) -> None:
-        with self._writing() as db:
-            row = {"ended_at": now, "outcome": outcome, "error": error, "traceback": traceback}
-            db["attempts"].update(attempt, row)
+        sql = "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, traceback = ? WHERE id = ?"
+        self._db.execute(sql, [now, outcome, error, traceback, attempt])
 
     def unit(self, key: str) -> dict[str, Any] | None:
         """The result of a finished unit of work, or None."""
@@ -368,69 +410,59 @@ class Store:
     def finish_unit(
         self, key: str, *, sha256: str, stage: str, result: Mapping[str, Any], seconds: float, now: float
     ) -> None:
-        """Record a finished unit of work; progress forgives the track's earlier attempts."""
-        with self._writing() as db:
-            db.execute(
+        """Record a finished unit of work. As this is progress, earlier failed attempts no longer count."""
+        with self.transaction():
+            self._db.execute(
                 "UPDATE tracks SET attempts = 0, solo = 0 WHERE sha256 = ? AND state = 'running'"
                 " AND (attempts OR solo)",
                 [sha256],
             )
-            db["units"].upsert(
-                {
-                    "key": key,
-                    "sha256": sha256,
-                    "stage": stage,
-                    "result": json.dumps(result),
-                    "seconds": seconds,
-                    "finished_at": now,
-                },
-                pk="key",
-            )
+            unit = {"key": key, "sha256": sha256, "stage": stage, "result": json.dumps(result)}
+            self._insert("units", {**unit, "seconds": seconds, "finished_at": now})
 
     def remember_config(self, sha256: str, config: str) -> None:
-        with self._writing() as db:
-            db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
+        self._db.execute("INSERT INTO configs VALUES (?, ?) ON CONFLICT DO NOTHING", [sha256, config])
 
     def fact(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
         return None if row is None else str(row[0])
 
-    def note_fact(self, name: str, value: str) -> None:
-        with self._writing() as db:
-            db["facts"].upsert({"name": name, "value": value}, pk="name")
+    def set_fact(self, name: str, value: str) -> None:
+        with self.transaction():
+            self._insert("facts", {"name": name, "value": value})
 
-    # -- questions -------------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------
 
     def track(self, sha256: str) -> Track | None:
-        rows = self._db.query("SELECT * FROM tracks WHERE sha256 = ?", [sha256])
+        rows = self._db.execute("SELECT * FROM tracks WHERE sha256 = ?", [sha256])
         return next(map(track_of, rows), None)
 
-    def tracks(self, state: str | None = None, *, limit: int = -1) -> list[Track]:
-        """Tracks of a state, newest first for finished ones, in the queue's order for the others."""
-        order = "finished_at DESC, sha256" if state in ("done", "failed") else "queued_at, sha256"
+    def tracks(self, state: TrackState | None = None, *, limit: int = -1) -> list[Track]:
+        """Tracks of a state: finished and failed ones newest first, others in the order of the queue."""
+        newest_first = state in (TrackState.DONE, TrackState.FAILED)
+        order = "finished_at DESC, sha256" if newest_first else "queued_at, sha256"
         where = "" if state is None else "WHERE state = :state "
         sql = f"SELECT * FROM tracks {where}ORDER BY {order} LIMIT :limit"
-        return [track_of(row) for row in self._db.query(sql, {"state": state, "limit": limit})]
+        return [track_of(row) for row in self._db.execute(sql, {"state": state, "limit": limit})]
 
     def spooled_bytes(self, root: Path) -> int:
-        """How much the working copies of a folder's queued and running tracks take, at most."""
-        sql = (
-            "SELECT coalesce(sum(bytes), 0) FROM tracks WHERE state IN ('queued', 'running')"
-            " AND EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = ?)"
-        )
-        return int(self._db.execute(sql, [os.fsencode(root)]).fetchone()[0])
+        """Size of the working copies of a folder's queued and running tracks, at most."""
+        sql = f"SELECT coalesce(sum(bytes), 0) FROM tracks WHERE state IN ('queued', 'running'){_OF_FOLDER}"
+        values = {"is_inbox": False, "root": os.fsencode(root)}
+        return int(self._db.execute(sql, values).fetchone()[0])
 
     def counts(self) -> dict[str, int]:
+        """The number of tracks per state; every state is there."""
         found = dict(self._db.execute("SELECT state, count(*) FROM tracks GROUP BY state").fetchall())
-        return {state: found.get(state, 0) for state in STATES}
+        return {state.value: found.get(state, 0) for state in TrackState}
 
     def find(self, wanted: str) -> Track:
-        """The one track of that name, file name or hash prefix.
+        """The track with that name, file name or hash prefix; otherwise the one with that part in its name.
 
         Raises:
             UnknownTrack: there is none, or more than one.
         """
-        rows = self._db.query(
+        rows = self._db.execute(
             "SELECT * FROM tracks WHERE name = :w"
             " OR (length(:w) >= 4 AND substr(sha256, 1, length(:w)) = lower(:w))"
             " OR folder IN (:w, :w || '--' || substr(sha256, 1, 8))"
@@ -438,36 +470,48 @@ class Store:
             {"w": wanted},
         )
         found = [track_of(row) for row in rows]
+        if wanted and not found:
+            found = [track for track in self.tracks() if _folded(wanted) in _folded(track.name)]
         if not found:
-            raise UnknownTrack(f"there is no track {wanted!r}: give its name or the start of its hash")
+            raise UnknownTrack(
+                f"there is no track {wanted!r}: give a part of its name or the start of its hash"
+            )
         if len(found) > 1:
-            which = ", ".join(track.sha256[:8] for track in found[:5])
-            raise UnknownTrack(f"{len(found)} tracks go by {wanted!r}: give the start of a hash ({which})")
+            which = ", ".join(f"{track.name} ({track.sha256[:8]})" for track in found[:LISTED])
+            more = ", ..." if len(found) > LISTED else ""
+            raise UnknownTrack(
+                f"{len(found)} tracks match {wanted!r}: give more of the name or the start of a hash:"
+                f" {which}{more}"
+            )
         return found[0]
 
     def attempts(self, sha256: str) -> list[Attempt]:
-        sql = (
-            "SELECT sha256, stage, started_at, ended_at, outcome, error FROM attempts"
-            " WHERE sha256 = ? ORDER BY id"
-        )
-        return [Attempt(**row) for row in self._db.query(sql, [sha256])]
+        return self._attempts("sha256 = ?", sha256)
 
     def open_attempts(self) -> list[Attempt]:
-        sql = (
-            "SELECT sha256, stage, started_at, ended_at, outcome, error FROM attempts"
-            " WHERE ended_at IS NULL ORDER BY id"
-        )
-        return [Attempt(**row) for row in self._db.query(sql)]
+        return self._attempts("ended_at IS NULL")
+
+    def _attempts(self, where: str, *values: str) -> list[Attempt]:
+        columns = "sha256, stage, started_at, ended_at, outcome, error"
+        rows = self._db.execute(f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id", values)
+        return [Attempt(**row) for row in rows]
 
     def units_of(self, sha256: str) -> list[dict[str, Any]]:
         """Finished units of a track: key, stage, result, seconds, finished_at."""
-        rows = self._db.query("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
+        rows = self._db.execute("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
         return [{**row, "result": json.loads(row["result"])} for row in rows]
 
-    def check(self) -> list[str]:
-        """What SQLite's own integrity check finds wrong: nothing, if all is well."""
+    def check(self) -> None:
+        """Run SQLite's integrity check, which reads the whole file.
+
+        Raises:
+            DatabaseDamaged: it found something.
+        """
         try:
-            rows = [row[0] for row in self._db.execute("PRAGMA integrity_check").fetchall()]
-        except sqlite3.DatabaseError as e:  # damaged so badly that the check itself can't go on
-            return [str(e)]
-        return [] if rows == ["ok"] else rows
+            self._refuse_damage("integrity_check")
+        except sqlite3.DatabaseError as e:  # too damaged for the check itself
+            raise DatabaseDamaged(self._path, str(e)) from e
+
+
+def _arguments(folder: InputFolder) -> dict[str, Any]:
+    return {"is_inbox": folder.is_inbox, "root": os.fsencode(folder.path)}

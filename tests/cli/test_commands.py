@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from home_folder import FAR, NEAR, ROOT, Home, Ran, contents, run, sha256_of, write_music
 
-from pipeline.engines.musicgen import shm
+import pipeline as pipeline_package
+from pipeline.cli.commands import main
+from pipeline.config import load_config
 
 Pipeline = Callable[..., Ran]
 PATIENCE_S = 60.0  # for a child that is at work; ends a test that would hang
@@ -24,17 +26,37 @@ PATIENCE_S = 60.0  # for a child that is at work; ends a test that would hang
 
 @pytest.fixture
 def pipeline(
-    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: None,
 ) -> Pipeline:
+    """The program in this process, in the home that the test asks for: `processed` or `home`."""
+    name = "processed" if "processed" in request.fixturenames else "home"
+    home = request.getfixturevalue(name)
     return lambda *words: run(capsys, monkeypatch, home, *words)
 
 
-@pytest.fixture
-def worked(home: Home, pipeline: Pipeline) -> Home:
-    """A home with one track done and one failed."""
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Path]:
+    """A home with one track done and one failed, and a copy of it."""
+    home = Home(tmp_path_factory.mktemp("processed") / "home")
+    home.configure()
     write_music(home.inbox / "song.wav")
     (home.inbox / "letter.mp3").write_text("Dear all, this is not music.\n" * 20)
-    assert pipeline("once").code == 1
+    ended = home.in_child("once")
+    assert ended.code == 1, ended.err
+    copy = home.folder.with_name("copy")
+    shutil.copytree(home.folder, copy)
+    return home, copy
+
+
+@pytest.fixture
+def processed(template: tuple[Home, Path]) -> Home:
+    """A home with one track done and one failed, at the path that its database knows."""
+    home, copy = template
+    shutil.rmtree(home.folder)
+    shutil.copytree(copy, home.folder)
     return home
 
 
@@ -57,6 +79,11 @@ def test_bad_usage_is_2_and_says_what_is_wrong(pipeline: Pipeline, words: list[s
     ended = pipeline(*words)
     assert (ended.code, ended.out) == (2, "")
     assert says in ended.err
+
+
+def test_a_folder_that_holds_the_outbox_is_refused(home: Home, pipeline: Pipeline) -> None:
+    ended = pipeline("once", home.folder)
+    assert (ended.code, "must not lie in one another" in ended.err) == (2, True)
 
 
 @pytest.mark.parametrize("verb", ["once", "watch", "plan", "status", "doctor"])
@@ -109,16 +136,19 @@ def test_demucs_asked_for_and_not_here_is_2_before_any_work(
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not in the core install")
-def test_weights_of_demucs_are_looked_for_without_importing_anything(home: Home) -> None:
-    """An empty package by that name: nothing of it is needed to find that its weights aren't here."""
+def test_weights_of_demucs_are_looked_for_without_importing_anything(
+    home: Home, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package of that name that can't be imported is enough to find that its weights are missing."""
     packages = home.folder / "packages"
     (packages / "demucs").mkdir(parents=True)
     (packages / "demucs" / "__init__.py").write_text("raise SystemError")
     home.configure(generate={"engine": "musicgen", "variations": [{"name": "clean", "melody": "demucs"}]})
-    places = {name: str(home.folder / name) for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE")}
+    for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(home.folder / name))
+    monkeypatch.syspath_prepend(packages)
 
-    ended = home.in_child("plan", env={**places, "PYTHONPATH": str(packages)})
-    doctor = home.in_child("doctor", env={**places, "PYTHONPATH": str(packages)})
+    ended, doctor = pipeline("plan"), pipeline("doctor")
 
     assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
     assert "hf download adefossez/HTDemucs" in ended.err
@@ -126,26 +156,6 @@ def test_weights_of_demucs_are_looked_for_without_importing_anything(home: Home)
     assert any("generate uses: musicgen" in line for line in said)
     assert any(line.startswith("bad") and "hf download" in line for line in said)
     assert any("database" in line for line in said)
-
-
-def test_what_a_killed_run_left_in_memory_is_told_and_removed_once_nobody_goes_on_with_it(
-    home: Home, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shm, "ROOT", tmp_path)
-    write_music(home.inbox / "song.wav")
-    left = shm.folder_of(home.folder / "state" / "engines" / "musicgen")
-    left.mkdir(mode=0o700)
-    (left / "row-keys").write_bytes(bytes(2_000_000))
-    assert f"{left} has 2 MB of a killed run" in " ".join(pipeline("doctor").out.split())
-    handle = os.open(left, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)  # a run has it
-    assert "killed run" not in pipeline("doctor").out
-    assert pipeline("once").code == 0
-    assert left.exists()
-    os.close(handle)
-    assert pipeline("once").code == 0
-    assert not left.exists()
-    assert "killed run" not in pipeline("doctor").out
 
 
 @pytest.mark.parametrize("verb", ["once", "watch"])
@@ -199,21 +209,21 @@ def test_status_before_the_first_run_has_the_same_keys_as_after(home: Home, pipe
     assert before.keys() == after.keys()
 
 
-def test_status_tells_of_failures(worked: Home, pipeline: Pipeline) -> None:
+def test_status_tells_of_failures(processed: Home, pipeline: Pipeline) -> None:
     facts = json.loads(pipeline("status", "--json").out)
 
     assert facts["tracks"] == {"queued": 0, "running": 0, "done": 1, "failed": 1}
     [failure] = facts["failures"]
     assert failure.items() >= {"track": "letter.mp3", "stage": "normalize", "attempts": 1}.items()
-    assert failure["path"] == str(worked.inbox / "failed" / "letter.mp3")
+    assert failure["path"] == str(processed.inbox / "failed" / "letter.mp3")
     text = pipeline("status").out
     assert "0 queued, 0 running, 1 done, 1 failed" in text
     assert f"letter.mp3 in normalize after 1 attempts: {failure['error']}" in text
 
 
-def test_status_knows_whether_an_instance_is_at_work(worked: Home, pipeline: Pipeline) -> None:
-    assert "no instance is at work" in pipeline("status").out
-    with (worked.folder / "state" / "lock").open("a") as lock:
+def test_status_knows_whether_an_instance_is_at_work(processed: Home, pipeline: Pipeline) -> None:
+    assert "no instance is running" in pipeline("status").out
+    with (processed.folder / "state" / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert json.loads(pipeline("status", "--json").out)["instance"] is True
 
@@ -243,8 +253,16 @@ def test_plan_knows_what_is_done_and_what_a_change_makes_new(
     assert "song.wav: the configuration has changed: 1 variations" in pipeline("plan", folder).out
 
 
-def test_show_tells_all_of_one_track_by_name_or_hash(worked: Home, pipeline: Pipeline) -> None:
-    sha256 = worked.manifest()["source"]["sha256"]
+def test_plan_names_the_conflict_copies_of_sync_tools(home: Home, pipeline: Pipeline) -> None:
+    write_music(home.inbox / "song (conflicted copy 2024-01-01).wav", seed=1)
+    write_music(home.inbox / "song.wav")
+    planned = {line.split(": ")[0]: line for line in pipeline("plan").out.splitlines()}
+    assert "a track of its own" in planned["song (conflicted copy 2024-01-01).wav"]
+    assert "a track of its own" not in planned["song.wav"]
+
+
+def test_show_tells_all_of_one_track_by_name_or_hash(processed: Home, pipeline: Pipeline) -> None:
+    sha256 = processed.manifest()["source"]["sha256"]
     facts = json.loads(pipeline("show", sha256[:8], "--json").out)
 
     assert facts == json.loads(pipeline("show", "song.wav", "--json").out)
@@ -258,21 +276,33 @@ def test_show_tells_all_of_one_track_by_name_or_hash(worked: Home, pipeline: Pip
     assert "normalize failed: " in text
 
 
-@pytest.mark.parametrize("verb", ["status", "plan"])
-def test_questions_are_answered_without_the_heavy_packages(home: Home, verb: str) -> None:
-    home.configure(embed={"engine": "auto"}, generate={"engine": "auto"})
-    write_music(home.inbox / "song.wav")
-    code = (
-        "import sys; from pathlib import Path; from pipeline.cli.commands import main; main(Path('.'));"
-        "heavy = {'torch', 'librosa', 'scipy', 'numba', 'transformers', 'torchaudio'} & set(sys.modules);"
-        "sys.exit(', '.join(heavy) or 0)"
-    )
+def test_status_and_plan_import_nothing_heavy(processed: Home) -> None:
+    heavy = ["torch", "librosa", "scipy", "numba", "transformers", "torchaudio", "numpy", "av", "soundfile"]
+    heavy += ["soxr", "pyloudnorm", "sqlite_utils", "rich", "watchdog", "huggingface_hub"]
+    code = f"""if True:
+        import sys
+        from pipeline.cli import main
+        for verb in ("status", "plan"):
+            sys.argv = ["run_pipeline.py", *{processed.arguments()!r}, verb]
+            assert main() == 0
+        sys.exit(" ".join(set({heavy!r}) & set(sys.modules)))
+    """
+    processed.configure(embed={"engine": "auto"}, generate={"engine": "auto"})
+    write_music(processed.inbox / "new.wav")
     ended = subprocess.run(
-        [sys.executable, "-c", code, *home.arguments(verb)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.stderr.strip() == ""
+    assert "1 done, 1 failed" in ended.stdout
+    assert "new.wav: new" in ended.stdout
+
+
+def test_a_part_of_the_name_is_enough_for_show_and_retry(processed: Home, pipeline: Pipeline) -> None:
+    assert pipeline("show", "SON").out.startswith("song.wav (")
+    assert pipeline("retry", "lett").out == "letter.mp3: queued again\n"
+    ended = pipeline("requeue", ".")
+    assert ended.code == 2
+    assert "song.wav (" in ended.err and "letter.mp3 (" in ended.err
 
 
 # -- again -----------------------------------------------------------------------------------------
@@ -298,34 +328,35 @@ def test_retry_takes_failed_tracks_again_and_a_mended_cause_lets_them_pass(
 
 
 def test_retry_of_a_track_without_its_source_forgets_nothing_of_it(home: Home, pipeline: Pipeline) -> None:
-    home.configure(intake={"settle_s": 0, "after": "delete"})
-    write_music(home.inbox / "song.wav")
+    home.configure(intake={"settle_s": 0, "after": "keep"})
+    source = write_music(home.inbox / "song.wav")
     pipeline("once")
     pipeline("requeue", "song.wav", "--stage", "generate")
-    assert pipeline("once").code == 1  # the source was deleted, as asked
+    source.unlink()
+    assert pipeline("once").code == 1
 
     assert "song.wav: queued again" in pipeline("retry").out
 
     assert pipeline("show", "song.wav").code == 0
 
 
-def test_retry_leaves_what_has_not_failed(worked: Home, pipeline: Pipeline) -> None:
+def test_retry_leaves_what_has_not_failed(processed: Home, pipeline: Pipeline) -> None:
     assert pipeline("retry", "song.wav").out == "song.wav: is done, not failed\n"
     assert pipeline("retry", "song.wav", "letter.mp3").out.endswith("letter.mp3: queued again\n")
     assert json.loads(pipeline("status", "--json").out)["tracks"]["queued"] == 1
 
 
 def test_requeue_of_a_stage_makes_it_again_alone_with_the_same_bytes(
-    worked: Home, pipeline: Pipeline
+    processed: Home, pipeline: Pipeline
 ) -> None:
-    [folder] = [path for path in worked.folders if path.name.startswith("song--")]
-    before, files = worked.finished_at("embed", "generate"), contents(folder)
-    [embedded] = worked.finished_at("embed")
+    [folder] = [path for path in processed.folders if path.name.startswith("song--")]
+    before, files = processed.finished_at("embed", "generate"), contents(folder)
+    [embedded] = processed.finished_at("embed")
 
     assert pipeline("requeue", "song.wav", "--stage", "generate").out == "song.wav: queued again\n"
     pipeline("once")
 
-    after = worked.finished_at("embed", "generate")
+    after = processed.finished_at("embed", "generate")
     assert after.keys() == before.keys()
     assert {key for key in after if after[key] == before[key]} == {embedded}
     assert contents(folder) == files
@@ -335,12 +366,21 @@ def test_requeue_of_a_stage_makes_it_again_alone_with_the_same_bytes(
 # -- doctor and models -----------------------------------------------------------------------------
 
 
-def test_doctor_finds_an_altered_file_and_requeue_mends_it(worked: Home, pipeline: Pipeline) -> None:
-    [folder] = [path for path in worked.folders if path.name.startswith("song--")]
+def test_requeue_of_a_track_without_its_source_is_refused(processed: Home, pipeline: Pipeline) -> None:
+    (processed.inbox / "done" / "song.wav").unlink()
+    for words in (["requeue", "song.wav"], ["requeue", "song.wav", "--stage", "generate"]):
+        ended = pipeline(*words)
+        assert (ended.code, ended.out) == (1, "")
+        assert ended.err == "song.wav: its source is gone, so it can't be processed again\n"
+    assert "1 done" in pipeline("status").out
+
+
+def test_doctor_finds_an_altered_file_and_requeue_mends_it(processed: Home, pipeline: Pipeline) -> None:
+    [folder] = [path for path in processed.folders if path.name.startswith("song--")]
     wav = folder / "variations" / "01-near.wav"
     sound, before = pipeline("doctor"), sha256_of(wav)
-    assert "ok    outbox: as recorded" in sound.out
-    assert "ok    database: sound" in sound.out
+    assert "ok    outbox: all results are as recorded" in sound.out
+    assert "ok    database: intact" in sound.out
 
     data = bytearray(wav.read_bytes())
     data[-100] ^= 1
@@ -351,12 +391,12 @@ def test_doctor_finds_an_altered_file_and_requeue_mends_it(worked: Home, pipelin
 
     pipeline("requeue", "song.wav")
     pipeline("once")
-    assert "ok    outbox: as recorded" in pipeline("doctor").out
+    assert "ok    outbox: all results are as recorded" in pipeline("doctor").out
     assert sha256_of(wav) == before
 
 
-def test_doctor_repairs_on_request_what_is_missing_or_altered(worked: Home, pipeline: Pipeline) -> None:
-    [folder] = [path for path in worked.folders if path.name.startswith("song--")]
+def test_doctor_repairs_on_request_what_is_missing_or_altered(processed: Home, pipeline: Pipeline) -> None:
+    [folder] = [path for path in processed.folders if path.name.startswith("song--")]
     before = contents(folder)
     (folder / "variations" / "01-near.wav").unlink()
     (folder / "variations" / ".02-far.wav.part").write_bytes(b"torn")
@@ -370,8 +410,8 @@ def test_doctor_repairs_on_request_what_is_missing_or_altered(worked: Home, pipe
     assert contents(folder) == before
 
 
-def test_a_missing_result_is_made_again_at_the_next_start(worked: Home, pipeline: Pipeline) -> None:
-    [folder] = [path for path in worked.folders if path.name.startswith("song--")]
+def test_a_missing_result_is_made_again_at_the_next_start(processed: Home, pipeline: Pipeline) -> None:
+    [folder] = [path for path in processed.folders if path.name.startswith("song--")]
     before = contents(folder)
     (folder / "embedding.npz").unlink()
 
@@ -400,6 +440,48 @@ def test_gc_says_what_it_would_remove_and_removes_just_that(home: Home, pipeline
     assert pipeline("once").out.startswith("0 done")  # what was removed on purpose is not made again
 
 
+def test_with_a_damaged_database_nothing_is_processed_and_doctor_says_what_to_do(
+    processed: Home, pipeline: Pipeline
+) -> None:
+    write_music(processed.inbox / "new.wav", seed=7)
+    (processed.folder / "state" / "pipeline.db").write_bytes(b"this is no database " * 1000)
+
+    for command in ("once", "status"):
+        ran = pipeline(command)
+        assert (ran.code, ran.err.count("\n")) == (4, 1)
+        assert "pipeline.db is damaged" in ran.err
+    doctor = pipeline("doctor")
+    assert doctor.code == 1
+    assert "bad   database: the database" in doctor.out
+    assert "ok    decoders" in doctor.out
+    assert (processed.inbox / "new.wav").exists()
+
+
+@pytest.mark.parametrize("size", [4096, 200])  # the first page alone, and less than a page
+def test_doctor_names_a_damaged_database_and_checks_the_rest(
+    processed: Home, pipeline: Pipeline, size: int
+) -> None:
+    database = processed.folder / "state" / "pipeline.db"
+    database.write_bytes(b"not a database" * 1000 if size == 200 else database.read_bytes()[:size])
+
+    ended = pipeline("doctor")
+
+    assert (ended.code, ended.err) == (1, "")
+    [line] = [line for line in ended.out.splitlines() if line.startswith("bad")]
+    assert line.startswith(f"bad   database: the database {database} is damaged (")
+    assert "move it away" in line
+    assert "ok    generate uses: remix" in ended.out
+
+
+def test_doctor_goes_on_after_a_check_that_failed(home: Home, pipeline: Pipeline) -> None:
+    home.outbox.write_text("not a folder")
+    ended = pipeline("doctor")
+    assert ended.code == 1
+    assert f"bad   folders: the outbox {home.outbox}" in ended.out
+    assert "ok    generate uses: remix" in ended.out
+    assert "ok    database: not created yet" in ended.out
+
+
 def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
     lines = pipeline("doctor").out.splitlines()
     assert "ok    generate uses: remix: named in the configuration" in lines
@@ -407,15 +489,17 @@ def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
     assert any(line.startswith("ok    decoders: libsndfile") for line in lines)
 
 
-def test_models_says_what_is_not_here_and_how_to_get_it(home: Home) -> None:
+def test_models_says_what_is_not_here_and_how_to_get_it(
+    home: Home, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home.configure(generate={"engine": "auto"})
-    nothing_here = {"HF_HOME": str(home.folder / "hub"), "HF_HUB_CACHE": str(home.folder / "hub" / "hub")}
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(home.folder / "hub"))
 
-    listed = home.in_child("models", "list", env=nothing_here)
-    path = home.in_child("models", "path", "facebook/musicgen-melody", env=nothing_here)
+    listed, path = pipeline("models", "list"), pipeline("models", "path", "facebook/musicgen-melody")
 
     assert listed.code == 0, listed.err
-    assert listed.out.startswith("facebook/musicgen-melody: not here; ")
+    assert listed.out.startswith("facebook/musicgen-melody: not on this machine; ")
     assert (path.code, path.out) == (1, "")
     assert "models fetch facebook/musicgen-melody" in path.err
 
@@ -449,21 +533,98 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_home_from_the_environment_is_used(home: Home, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "run_pipeline.py"), "status", "--json"]
-    write_music(home.inbox / "song.wav")
-    home.in_child("once")
-    ended = subprocess.run(
-        command, env={**os.environ, "PIPELINE_HOME": str(home.folder)}, capture_output=True, check=True
-    )
-    assert json.loads(ended.stdout)["tracks"]["done"] == 1
+# -- the home --------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_the_outbox_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def variations(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None) -> Pipeline:
+    """The installed command, without a home of its own."""
+
+    def run_it(*words: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["variations", *map(str, words)])
+        capsys.readouterr()
+        code = main()
+        return Ran(code, *capsys.readouterr())
+
+    return run_it
+
+
+def test_a_home_from_the_environment_is_used(
+    processed: Home, variations: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = Home(tmp_path / "home")
-    home.configure()
-    ran = run(capsys, monkeypatch, home, "once", str(home.folder))
-    assert ran.code == 2
-    assert "lie in one another" in ran.err
+    monkeypatch.setenv("PIPELINE_HOME", str(processed.folder))
+    assert json.loads(variations("status", "--json").out)["tracks"]["done"] == 1
+
+
+def test_without_a_name_the_current_folder_is_the_home(
+    home: Home, variations: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home.folder)
+    assert "nothing to do" in variations("plan").out
+    monkeypatch.chdir(home.inbox)
+    ended = variations("plan")
+    assert ended.code == 2
+    assert ended.err.endswith(f"make one with `variations init {home.inbox}`\n")
+
+
+@pytest.mark.parametrize(
+    ("verb", "there", "problem"),
+    [
+        ("once", "absent", "does not exist"),
+        ("watch", "empty", "is not a home"),
+        ("plan", "file", "is not a folder"),
+        ("status", "absent", "does not exist"),
+        ("doctor", "empty", "is not a home"),
+        ("retry", "absent", "does not exist"),
+    ],
+)
+def test_a_mistyped_home_is_refused_and_nothing_is_made(
+    variations: Pipeline, tmp_path: Path, verb: str, there: str, problem: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+
+    ended = variations("--home", tmp_path / there, verb)
+
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"{tmp_path / there} {problem}")
+    assert f"`variations init {tmp_path / there}`" in ended.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_configuration_does_not_make_up_for_a_home_that_is_not_there(
+    home: Home, variations: Pipeline, tmp_path: Path
+) -> None:
+    ended = variations("--home", tmp_path / "hoem", "--config", home.folder / "settings.yaml", "once")
+    assert (ended.code, (tmp_path / "hoem").exists()) == (2, False)
+
+
+def test_init_makes_a_home_that_works_and_never_touches_one(variations: Pipeline, tmp_path: Path) -> None:
+    made = variations("init", tmp_path / "music" / "new")
+    home = tmp_path / "music" / "new"
+    assert (made.code, made.err) == (0, "")
+    assert f"variations --home {home} once" in made.out
+    assert sorted(path.name for path in home.iterdir()) == ["config", "inbox", "outbox", "state"]
+    assert load_config(home / "config" / "default.yaml", env={}) == load_config(None, env={})
+    assert variations("--home", home, "plan").code == 0
+
+    (home / "config" / "default.yaml").write_text("device: cpu\n")
+    again = variations("init", home)
+    assert (again.code, "is a home already" in again.err) == (2, True)
+    assert (home / "config" / "default.yaml").read_text() == "device: cpu\n"
+
+
+def test_the_version_is_the_packages_own(variations: Pipeline) -> None:
+    assert variations("--version").out == f"{pipeline_package.__version__}\n"
+
+
+def test_completion_is_for_the_name_that_the_program_was_started_by(
+    variations: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_VARIATIONS_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "variations sta")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with pytest.raises(SystemExit):
+        variations()
+    assert capsys.readouterr().out == "status\n"

@@ -15,7 +15,7 @@ MAJOR_SEVENTH, MINOR_SEVENTH, DOMINANT, POWER = (0, 4, 7, 11), (0, 3, 7, 10), (0
 
 @dataclass(frozen=True)
 class Band:
-    """Who plays what in a bar of sixteen steps; roots in semitones above the key."""
+    """The patterns of one bar of sixteen steps; roots are semitones above the key."""
 
     chords: tuple[tuple[int, tuple[int, ...]], ...]
     voice: synth.Voice | None  # of the chords; None: electric piano
@@ -53,7 +53,7 @@ BANDS = {
 
 
 def play(name: str, *, tempo_bpm: float = 110.0, key: int = 0, seconds: float = 20.0, seed: int = 0) -> Audio:
-    """A band's loop as stereo at 44.1 kHz; `key` in semitones above C; the seed varies strokes' strengths."""
+    """A band's loop as stereo at 44.1 kHz; `key`: semitones above C; the seed varies the strokes' levels."""
     band, rng = BANDS[name], np.random.default_rng(seed)
     bus = np.zeros((2, round((seconds + 3) * RATE)))
     step_s = 15 / tempo_bpm

@@ -13,7 +13,7 @@ from tones import tones
 from pipeline.engines.base import EngineSettings
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
-# kind: class and precision; on a GPU "torch" is what `DEVICE=cuda` uses
+# int8 and float32 by the CPU's kernels, and torch's float32; with `DEVICE=cuda` torch runs in half precision
 DECODERS = ("int8", "float32", "torch")
 
 Codes = np.ndarray  # int64, (codebooks, frames)
@@ -23,7 +23,7 @@ def never() -> bool:
     return False
 
 
-def silent(request_id: str, done: int, total: int) -> None:
+def no_progress(request_id: str, done: int, total: int) -> None:
     pass
 
 
@@ -40,29 +40,29 @@ def decoder_of(checkpoint: Any, kind: str) -> Any:
     from pipeline.engines.musicgen.layers import Stack
     from pipeline.engines.musicgen.torch_decoder import TorchDecoder
 
+    ends = checkpoint.embedding_and_head()
     if kind in {"int8", "float32"}:
-        return CpuDecoder(Stack.packed(checkpoint.layers, kind), checkpoint.ends(), threads=1)
+        return CpuDecoder(Stack.packed(checkpoint.layers, kind), ends, threads=1)
     precision = "float32" if kind == "torch" else kind
-    return TorchDecoder(checkpoint.layers, checkpoint.ends(), "cpu", precision)
+    return TorchDecoder(checkpoint.layers, ends, "cpu", precision)
 
 
 def generator_with(checkpoint: Any, decoder: Any, **options: Any) -> Any:
     """A generator over a decoder, or one of `DECODERS`."""
     from pipeline.engines.musicgen.engine import MusicgenGenerator
-    from pipeline.engines.musicgen.precision import Opened
 
     if isinstance(decoder, str):
         decoder = decoder_of(checkpoint, decoder)
-    return MusicgenGenerator(checkpoint, Opened(decoder), **options)
+    return MusicgenGenerator(checkpoint, decoder, **options)
 
 
 def codes_of(engine: Any, *requests: VariationRequest) -> dict[str, Codes]:
-    """The tokens of each request that got all of them; any error is raised."""
+    """The tokens of each request; any error is raised."""
     codes = {}
-    for ended in engine.run(requests, silent, never):
-        if ended.error is not None:
-            raise ended.error
-        codes[ended.voice.request_id] = ended.voice.codes
+    for finished in engine.run(requests, no_progress, never):
+        if finished.error is not None:
+            raise finished.error
+        codes[finished.state.request_id] = finished.state.codes
     return codes
 
 
@@ -70,99 +70,88 @@ def codes(engine: Any, request: VariationRequest) -> Codes:
     return codes_of(engine, request)[request.request_id]
 
 
-def made(engine: Any, *requests: VariationRequest) -> dict[str, Variation | Failure]:
-    results = engine.generate(requests, progress=silent, should_stop=never)
+def results_of(engine: Any, *requests: VariationRequest) -> dict[str, Variation | Failure]:
+    results = engine.generate(requests, progress=no_progress, should_stop=never)
     return {result.request_id: result for result in results}
 
 
-def voice(checkpoint: Any, name: str = "a", *, audio: Audio | None = None, **choices: Any) -> Any:
-    """A voice of 25 frames as the engine would begin it.
+def request_state(checkpoint: Any, name: str = "a", *, audio: Audio | None = None, **choices: Any) -> Any:
+    """The state of a request of 25 frames before its first step.
 
     `choices`: `frames`, `seed`, `prompt`, `sampler`, `window_frames` and `stride_frames`, and the
     sampling's.
     """
     from pipeline.engines.musicgen import conditioning
     from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
-    from pipeline.engines.musicgen.scheduler import Voice
+    from pipeline.engines.musicgen.scheduler import RequestState
     from pipeline.engines.musicgen.windows import UNKNOWN, windows
 
     n_frames, seed = choices.pop("frames", 25), choices.pop("seed", 7)
     prompt, sampler = choices.pop("prompt", ""), choices.pop("sampler", None)
-    its_windows = windows(n_frames, choices.pop("window_frames", 1500), choices.pop("stride_frames", 900))
+    all_windows = windows(n_frames, choices.pop("window_frames", 1500), choices.pop("stride_frames", 900))
     audio = tones(440.0, 554.37) if audio is None else audio
-    return Voice(
+    end_s = all_windows[-1].start / 50 + checkpoint.window_s
+    return RequestState(
         request_id=name,
         conditions=conditioning.Conditions(
-            chroma=conditioning.listen(checkpoint, audio, its_windows[-1].start / 50 + checkpoint.window_s),
+            chroma=conditioning.track_chroma(checkpoint, audio, end_s),
             frames_per_s=conditioning.chroma_rate(checkpoint),
-            text=conditioning.text(checkpoint, prompt),
+            text=conditioning.encode_prompt(checkpoint, prompt),
             checkpoint=checkpoint,
         ),
         sampler=sampler or Sampler(SamplingParams(**choices), seed),
-        windows=its_windows,
+        windows=all_windows,
         codes=np.full((checkpoint.codebooks, n_frames), UNKNOWN, np.int64),
     )
 
 
-def run_batch(checkpoint: Any, decoder: Any, voices: Sequence[Any], rows: int) -> Iterator[Any]:
-    """Voices through a batch of so many rows; yields as they end."""
-    from pipeline.engines.musicgen.scheduler import Batch, distinct_prefixes
+def run_requests(checkpoint: Any, decoder: Any, states: Sequence[Any], rows: int) -> Iterator[Any]:
+    """Run requests in so many rows; yields them as they finish."""
+    from pipeline.engines.musicgen.scheduler import Scheduler, distinct_prefixes
 
-    lags = np.arange(checkpoint.codebooks, dtype=np.int64) // checkpoint.channels
-    return Batch(
+    delays = np.arange(checkpoint.codebooks, dtype=np.int64) // checkpoint.channels
+    return Scheduler(
         decoder=decoder,
         rows=rows,
-        n_prefixes=min(rows, distinct_prefixes(voices, 50.0)),
-        steps=max(window.frames for its in voices for window in its.windows) + int(lags.max()),
-        prefix_steps=checkpoint.chroma_length + max(len(its.conditions.text) for its in voices),
-        lags=lags,
+        n_prefixes=min(rows, distinct_prefixes(states, 50.0)),
+        steps=max(window.frames for state in states for window in state.windows) + int(delays.max()),
+        prefix_steps=checkpoint.chroma_length + max(len(state.conditions.text) for state in states),
+        delays=delays,
         frames_per_s=50.0,
-        on_step=lambda its, new: None,
+        on_step=lambda state, is_new: None,
         check_stop=lambda: None,
-    ).run(voices)
+    ).run(states)
 
 
 @dataclass(eq=False)
-class Watched:
+class CountingDecoder:
     """A decoder that counts what is asked of it, and can be made to give NaN."""
 
     decoder: Any
     prefills: int = 0
-    steps: int = 0
     rows: list[int] = field(default_factory=list)  # of each step
-    released: list[int] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)  # slots
     broken: np.ndarray | None = None  # rows with a prefix whose inputs are these get NaN
+    _broken_slots: set[int] = field(default_factory=set)  # of prefixes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
 
-    def memory(self, *sizes: Any) -> Any:
-        return _WatchedMemory(self, self.decoder.memory(*sizes))
+    def new_cache(self, *sizes: int) -> Any:
+        cache = self.decoder.new_cache(*sizes)
+        release = cache.release
+        cache.release = lambda slot: (self.released.append(slot), release(slot))
+        return cache
 
+    def prefill(self, cache: Any, prefix: int, inputs: np.ndarray) -> None:
+        self.prefills += 1
+        self._broken_slots.discard(prefix)
+        if self.broken is not None and np.array_equal(inputs, self.broken):
+            self._broken_slots.add(prefix)
+        self.decoder.prefill(cache, prefix, inputs)
 
-@dataclass(eq=False)
-class _WatchedMemory:
-    watched: Watched
-    memory: Any
-    broken: set[int] = field(default_factory=set)  # places of prefixes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.memory, name)
-
-    def prefill(self, prefix: int, inputs: np.ndarray, key: bytes) -> None:
-        self.watched.prefills += 1
-        self.broken.discard(prefix)
-        if self.watched.broken is not None and np.array_equal(inputs, self.watched.broken):
-            self.broken.add(prefix)
-        self.memory.prefill(prefix, inputs, key)
-
-    def release(self, slot: int) -> None:
-        self.watched.released.append(slot)
-        self.memory.release(slot)
-
-    def advance(self, feeds: Sequence[Any]) -> np.ndarray:
-        self.watched.steps += max(len(feed.tokens) for feed in feeds)
-        self.watched.rows.append(len(feeds))
-        logits: np.ndarray = self.memory.advance(feeds)
-        logits[[feed.prefix in self.broken for feed in feeds]] = np.nan
+    def advance(self, cache: Any, step_inputs: Sequence[Any]) -> np.ndarray:
+        self.rows.append(len(step_inputs))
+        logits: np.ndarray = self.decoder.advance(cache, step_inputs)
+        logits[[one.prefix in self._broken_slots for one in step_inputs]] = np.nan
         return logits

@@ -1,4 +1,4 @@
-"""Small pieces of synthesized music whose beats are known to the sample, and sounds without beats."""
+"""Small pieces of synthesized music with known beats, and sounds without beats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALE = (0, 2, 3, 5, 7, 8, 10)  # natural minor
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Music and where its beats are."""
+    """Music and its beats, which begin at 0 s."""
 
     audio: Audio
     beat_s: float
@@ -41,7 +41,7 @@ def play(
     channels: int = 2,
     ending: bool = True,
 ) -> Piece:
-    """Drums, bass, chords and a melody, four bars a section, from 0 s; then a last chord dies away."""
+    """Drums, bass, chords and a melody, four bars a section; `ending` adds a last chord that decays."""
     beat_s = 60.0 / bpm
     bar_s = meter * beat_s
     names = [name for name in sections.split() for _ in range(4)]
@@ -66,7 +66,7 @@ def play(
 def _bar(
     name: str, bar: int, *, meter: int, beat_s: float, rate: int, rng: np.random.Generator
 ) -> Iterator[tuple[float, float, float, Doubles]]:
-    """(seconds into the bar, gain, pan, sound) of all it has."""
+    """(seconds into the bar, gain, pan, sound) of each of the bar's sounds."""
     chord = CHORDS[name][bar]
     for pitch in chord:
         yield 0.0, 0.08, 0.4, _note(pitch, meter * beat_s, rate, decay_s=2.0)
@@ -116,7 +116,7 @@ def _hat(rate: int, rng: np.random.Generator) -> Doubles:
 
 
 def pads(seconds: float = 20.0, sample_rate: int = 44100) -> Audio:
-    """Slow chords that swell into each other, stereo; no onsets."""
+    """Slow stereo chords that fade into each other, without onsets."""
     time_s = np.arange(round(seconds * sample_rate)) / sample_rate
     out = np.zeros((2, time_s.size))
     for k, chord in enumerate((CHORDS["verse"] * 9)[: int(seconds / 3.1) + 2]):

@@ -1,4 +1,4 @@
-"""The long tests run with `-m torture` only; figures of the fault harness stand at the end of the report."""
+"""Figures of the fault harness stand at the end of the report."""
 
 from __future__ import annotations
 
@@ -10,19 +10,6 @@ from harness import Zygote, why_not
 from invariants import Case
 
 FIGURES = pytest.StashKey[list[str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "torture: minutes long; runs with `-m torture` (make torture) only")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "torture" in config.option.markexpr:
-        return
-    skip = pytest.mark.skip(reason="long: make torture")
-    for item in items:
-        if item.get_closest_marker("torture"):
-            item.add_marker(skip)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -161,6 +161,7 @@ def slow_writers(home: Home, figures: list[str], n: int, *, seed: int) -> list[s
     return found
 
 
+@pytest.mark.long
 def test_no_slow_writer_of_36_is_cut_short_or_missed(home: Home, figures: list[str]) -> None:
     assert slow_writers(home, figures, 36, seed=1) == []
 
@@ -171,6 +172,7 @@ def test_no_slow_writer_of_200_is_cut_short_or_missed(home: Home, figures: list[
     assert slow_writers(home, figures, 54, seed=seed) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [6, pytest.param(60, marks=pytest.mark.torture)])
 def test_with_markers_only_what_is_marked_is_taken(home: Home, n: int) -> None:
     home.configure(NEAR, intake={**INTAKE, "marker": ".done"})

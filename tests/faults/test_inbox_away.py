@@ -53,7 +53,7 @@ def away_and_back(home: Home, way: str) -> None:
 
 @pytest.mark.parametrize(("way", "watch"), [
     ("moved away", "events"),
-    ("replaced", "events"),
+    pytest.param("replaced", "events", marks=pytest.mark.long),
     pytest.param("removed", "events", marks=pytest.mark.torture),
     pytest.param("moved away", "polling", marks=pytest.mark.torture),
     pytest.param("removed", "polling", marks=pytest.mark.torture),

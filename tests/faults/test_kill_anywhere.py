@@ -33,21 +33,21 @@ class Batch:
     """One home on its way through kills."""
 
     home: Home
-    stock: list[Path]  # files that are not in the inbox yet
+    outside: list[Path]  # files that are not in the inbox yet
     lives: list[Life] = field(default_factory=list)
 
     def feed(self, n: int) -> None:
         """Move the next files in, whole, as one rename each."""
-        for path in [self.stock.pop() for _ in range(min(n, len(self.stock)))]:
+        for path in [self.outside.pop() for _ in range(min(n, len(self.outside)))]:
             path.rename(self.home.inbox / path.name)
 
 
 def opened(case: Case, folder: Path, rng: random.Random) -> Batch:
     home = case.home(folder / "home")
-    stock = folder / "stock"
-    stock.mkdir()
+    outside = folder / "outside"
+    outside.mkdir()
     later = rng.sample(sorted(home.inbox.iterdir()), FILES // 2)
-    return Batch(home, [path.rename(stock / path.name) for path in later])
+    return Batch(home, [path.rename(outside / path.name) for path in later])
 
 
 def killed_at_random(zygote: Zygote, batch: Batch, verb: str, rng: random.Random) -> Life:
@@ -65,7 +65,7 @@ def killed_at_random(zygote: Zygote, batch: Batch, verb: str, rng: random.Random
 
 def ends_by_itself(zygote: Zygote, batch: Batch, verb: str) -> None:
     """A last life without faults: `once` ends, `watch` is told to when all is done."""
-    batch.feed(len(batch.stock))
+    batch.feed(len(batch.outside))
     life = zygote.start(batch.home, verb)
     batch.lives.append(life)
     for _ in range(round(PATIENCE_S / LOOK_EVERY_S)):
@@ -86,7 +86,7 @@ def survive(zygote: Zygote, case: Case, folder: Path, verb: str, *, wanted: int,
     while made < wanted:
         batches += 1
         batch = opened(case, folder_of(folder, batches), rng)
-        while made + kills(batch.lives) < wanted and (batch.stock or not is_over(batch.home)):
+        while made + kills(batch.lives) < wanted and (batch.outside or not is_over(batch.home)):
             killed_at_random(zygote, batch, verb, rng)
         ends_by_itself(zygote, batch, verb)
         check_finished(batch.home, case.reference, batch.lives)
@@ -107,6 +107,7 @@ def folder_of(folder: Path, n: int) -> Path:
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("verb", ["once", "watch"])
 def test_50_kills_lose_nothing(
     zygote: Zygote, batch: Case, tmp_path: Path, figures: list[str], verb: str

@@ -82,10 +82,11 @@ def test_dying_at_some_operations_loses_nothing(
     zygote: Zygote, one_track: Case, tmp_path: Path, figures: list[str]
 ) -> None:
     points = all_points(calm_life(zygote, one_track, tmp_path / "calm"))
-    ways = [[point] for point in sorted(random.Random(4).sample(points, 40))]
+    ways = [[point] for point in sorted(random.Random(4).sample(points, 16))]
     figures.append(survey(zygote, one_track, tmp_path, ways, f"{len(ways)} of {len(points)} operations"))
 
 
+@pytest.mark.long
 def test_dying_again_during_recovery_loses_nothing(
     zygote: Zygote, one_track: Case, tmp_path: Path, figures: list[str]
 ) -> None:
@@ -98,7 +99,7 @@ def test_dying_again_during_recovery_loses_nothing(
 
 def test_status_answers_wherever_a_run_was_killed(zygote: Zygote, one_track: Case, tmp_path: Path) -> None:
     last = max(k for k, _ in all_points(calm_life(zygote, one_track, tmp_path / "calm")))
-    for k in range(1, last, 9):
+    for k in range(1, last, 50):
         home = one_track.home(tmp_path / f"{k}")
         zygote.run(home, "once", fault=Fault(Mode.KILL_AFTER, k))
         asked = zygote.run(home, "status", "--json")

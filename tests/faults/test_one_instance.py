@@ -10,7 +10,7 @@ from harness import Zygote
 from home_folder import Home
 from invariants import Case, check_finished, check_redone
 
-FILES = 20
+FILES = 6
 LOCKED = 3
 LOOK_EVERY_S = 0.05
 

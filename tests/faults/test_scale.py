@@ -19,7 +19,7 @@ def looks_that_found_files(home: Home) -> int:
     return 1 + sum(at > began[0] for at in queued)
 
 
-@pytest.mark.parametrize("n", [100, pytest.param(10_000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("n", [30, pytest.param(10_000, marks=pytest.mark.torture)])
 def test_all_of_a_folder_moved_in_unannounced_is_found_by_one_look_and_made_once(home: Home, n: int) -> None:
     small_and_free(home)
     make_small(home.folder / "drop", n)

@@ -90,7 +90,7 @@ def attempts(home: Home) -> dict[str, int]:
     ("watch", signal.SIGTERM, 0),
     pytest.param(("watch", signal.SIGINT, 0), marks=pytest.mark.torture),
     pytest.param(("once", signal.SIGTERM, 128 + signal.SIGTERM), marks=pytest.mark.torture),
-    ("once", signal.SIGHUP, 128 + signal.SIGHUP),
+    pytest.param(("once", signal.SIGHUP, 128 + signal.SIGHUP), marks=pytest.mark.long),
 ], ids=str)  # fmt: skip
 def test_a_signal_ends_the_work_at_its_next_step_and_a_later_run_ends_it_as_if_nothing_had_been(
     home: Home, figures: list[str], undisturbed: dict[str, str], case: tuple[str, signal.Signals, int]
@@ -135,7 +135,7 @@ def test_a_signal_at_any_moment_of_real_work_loses_nothing(
 
 
 @pytest.mark.parametrize(("verb", "code"), [
-    ("watch", 0),
+    pytest.param("watch", 0, marks=pytest.mark.long),
     pytest.param("once", 143, marks=pytest.mark.torture),
 ])  # fmt: skip
 def test_an_engine_that_does_not_listen_is_left_by_force_with_its_track_queued(
@@ -172,18 +172,6 @@ def test_a_killed_run_leaves_no_lock_and_the_next_goes_on_without_waiting(
     assert contents(home.outbox) == undisturbed
 
 
-def test_a_second_instance_is_told_so_and_the_first_goes_on(home: Home) -> None:
-    pace(home, engine="free")
-    with start(home, "watch", engines=True) as first:
-        wait_until(lambda: counts(home), "the program is up", child=first)
-        with start(home, "once", engines=True) as second:
-            assert second.ended() == 3
-            assert f"process {first.pid}" in second.said()
-        drop(home, "a.wav")
-        wait_until(lambda: is_idle(home, done=1), "the first one works on", child=first)
-        assert stop(first) == 0
-
-
 # -- SIGHUP ----------------------------------------------------------------------------------------
 
 
@@ -191,21 +179,6 @@ def variations(home: Home, name: str) -> list[str]:
     """The names of a finished track's variations."""
     [folder] = home.outbox.glob(f"{name}--*")
     return [entry["name"] for entry in json.loads((folder / "manifest.json").read_text())["variations"]]
-
-
-def test_sighup_takes_a_changed_configuration_for_what_comes_next(home: Home) -> None:
-    pace(home, {"name": "old"}, engine="free")
-    with start(home, "watch", engines=True) as child:
-        wait_until(lambda: counts(home), "the program is up", child=child)
-        drop(home, "first.wav")
-        wait_until(lambda: is_idle(home, done=1), "the first one is done", child=child)
-        pace(home, {"name": "new"}, {"name": "newer"}, engine="free")
-        child.send(signal.SIGHUP)
-        drop(home, "second.wav")
-        wait_until(lambda: is_idle(home, done=2), "the second one is done", child=child)
-        assert stop(child) == 0
-    assert variations(home, "first") == ["old"]
-    assert variations(home, "second") == ["new", "newer"]
 
 
 @pytest.mark.torture
@@ -319,6 +292,7 @@ def test_systemd_hears_of_the_start_of_idle_life_of_work_of_a_reload_and_of_the_
         wait_until(lambda: "STOPPING=1" in systemd.messages, "it says that it ends")
 
 
+@pytest.mark.long
 def test_a_stuck_engine_does_not_feed_the_watchdog(home: Home, tmp_path: Path) -> None:
     pace(home, engine="stuck")
     at = tmp_path / "stuck"

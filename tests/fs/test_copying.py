@@ -1,4 +1,4 @@
-"""Taking files in by content, and moving them never over one another."""
+"""Copies with a hash, and moves that never overwrite a file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from pipeline.errors import BadAudio
 from pipeline.fs.copying import (
     READ_BYTES,
-    Changed,
-    Identity,
+    FileChanged,
+    FileIdentity,
     WriteFailed,
     copy_in,
-    error_file,
+    error_path,
     free_name,
     hash_file,
-    move_aside,
+    move_to_free_name,
     write_error,
 )
 
@@ -34,7 +34,7 @@ def put(folder: Path, *names: str, content: bytes = b"sound") -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, READ_BYTES, READ_BYTES + 1])
-def test_a_file_is_copied_whole_under_the_hash_of_the_copy(tmp_path: Path, n_bytes: int) -> None:
+def test_a_file_is_copied_completely_under_the_hash_of_the_copy(tmp_path: Path, n_bytes: int) -> None:
     content = (bytes(range(256)) * (n_bytes // 256 + 1))[:n_bytes]
     put(tmp_path, "a.wav", content=content)
 
@@ -44,7 +44,7 @@ def test_a_file_is_copied_whole_under_the_hash_of_the_copy(tmp_path: Path, n_byt
     assert (tmp_path / "copy").read_bytes() == content
 
 
-def test_copying_ends_when_it_is_told_to_stop(tmp_path: Path) -> None:
+def test_copying_ends_when_it_is_asked_to_stop(tmp_path: Path) -> None:
     put(tmp_path, "a.wav", content=bytes(3 * READ_BYTES))
     asked = iter([False, True])
 
@@ -54,10 +54,10 @@ def test_copying_ends_when_it_is_told_to_stop(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_the_expected_one_any_more_is_not_taken(tmp_path: Path) -> None:
     put(tmp_path, "a.wav", "b.wav")
-    expected = Identity.of((tmp_path / "a.wav").stat())
+    expected = FileIdentity.of((tmp_path / "a.wav").stat())
     (tmp_path / "b.wav").replace(tmp_path / "a.wav")
 
-    with pytest.raises(Changed):
+    with pytest.raises(FileChanged):
         copy_in(tmp_path / "a.wav", tmp_path / "copy", expected=expected)
 
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_written_to_while_it_is_copied_is_not_taken(tmp_path: Pat
             file.write(b"more")
         return False
 
-    with pytest.raises(Changed):
+    with pytest.raises(FileChanged):
         copy_in(tmp_path / "a.wav", tmp_path / "copy", should_stop=writes)
 
 
@@ -95,9 +95,9 @@ def test_a_link_is_not_followed_unless_asked(tmp_path: Path) -> None:
     assert copy_in(tmp_path / "link.wav", tmp_path / "copy", follow=True) == hash_file(tmp_path / "a.wav")
 
 
-def test_a_pipe_is_no_file_and_nobody_waits_for_its_writer(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.wav")
-    with pytest.raises(Changed):
+    with pytest.raises(FileChanged):
         copy_in(tmp_path / "a.wav", tmp_path / "copy")
 
 
@@ -117,7 +117,7 @@ def test_a_copy_that_cannot_be_written_is_not_the_files_fault(tmp_path: Path) ->
 # -- moving ------------------------------------------------------------------------------------------
 
 
-def test_a_free_name_is_the_name_itself_or_the_first_number_nobody_has(tmp_path: Path) -> None:
+def test_a_free_name_is_the_name_itself_or_the_first_unused_number(tmp_path: Path) -> None:
     wanted = tmp_path / "a b.wav"
     assert free_name(wanted) == wanted
 
@@ -142,12 +142,13 @@ def test_a_free_name_of_the_longest_name_still_fits(tmp_path: Path, raw: bytes) 
     assert free.suffix == Path(name).suffix
 
 
-def test_moving_aside_never_overwrites(tmp_path: Path) -> None:
+def test_moving_to_a_free_name_never_overwrites(tmp_path: Path) -> None:
     put(tmp_path, "done/a.wav", content=b"old")
     for n in (2, 3):
         put(tmp_path, "a.wav", content=b"new %d" % n)
         assert (
-            move_aside(tmp_path / "a.wav", tmp_path / "done" / "a.wav") == tmp_path / "done" / f"a ({n}).wav"
+            move_to_free_name(tmp_path / "a.wav", tmp_path / "done" / "a.wav")
+            == tmp_path / "done" / f"a ({n}).wav"
         )
 
     assert (tmp_path / "done" / "a.wav").read_bytes() == b"old"
@@ -155,9 +156,9 @@ def test_moving_aside_never_overwrites(tmp_path: Path) -> None:
     assert not (tmp_path / "a.wav").exists()
 
 
-def test_moving_aside_makes_the_folders_it_needs(tmp_path: Path) -> None:
+def test_moving_to_a_free_name_makes_the_folders_it_needs(tmp_path: Path) -> None:
     put(tmp_path, "album/a.wav", content=b"music")
-    moved = move_aside(tmp_path / "album" / "a.wav", tmp_path / "done" / "album" / "a.wav")
+    moved = move_to_free_name(tmp_path / "album" / "a.wav", tmp_path / "done" / "album" / "a.wav")
     assert moved.read_bytes() == b"music"
 
 
@@ -171,6 +172,6 @@ def test_the_reason_of_the_longest_name_still_fits(tmp_path: Path, raw: bytes) -
     path = tmp_path / os.fsdecode(raw)
     write_error(path, "why")
 
-    assert error_file(path).read_text() == "why\n"
-    assert os.fsencode(error_file(path).name).endswith(b".error.txt")
-    assert len(os.fsencode(error_file(path).name)) <= 255
+    assert error_path(path).read_text() == "why\n"
+    assert os.fsencode(error_path(path).name).endswith(b".error.txt")
+    assert len(os.fsencode(error_path(path).name)) <= 255

@@ -1,4 +1,4 @@
-"""What a folder's file system is, and whether events and its clock can be relied on there."""
+"""A folder's file system, and whether its events and its clock can be relied on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_source_can_hold_blanks() -> None:
     )
 
 
-def test_lines_that_make_no_sense_are_passed_over() -> None:
+def test_invalid_lines_are_skipped() -> None:
     assert mount_of(Path("/a"), "nonsense\n\n1 2 3\n1 2 0:1 / / rw -\n") is None
     assert mount_of(Path("/a"), "nonsense\n1 2 0:1 / / rw - ext4 /dev/x rw\n") == Mount("ext4", "/", "/dev/x")
 
@@ -83,7 +83,7 @@ def test_this_machines_own_mounts_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fstype", ["ext4", "xfs", "btrfs", "zfs", "tmpfs", "vfat", "exfat", "ntfs3", "apfs"])
-def test_local_disks_tell_of_changes(fstype: str) -> None:
+def test_local_disks_report_changes(fstype: str) -> None:
     assert needs_polling(Mount(fstype, "/", "/dev/x")) is None
     assert clock_is_ours(Mount(fstype, "/", "/dev/x"))
 
@@ -116,7 +116,7 @@ def test_fusectl_is_no_fuse_file_system() -> None:
     assert needs_polling(Mount("fusectl", "/sys/fs/fuse/connections", "fusectl")) is None
 
 
-def test_where_mounts_cannot_be_told_events_are_relied_on() -> None:
+def test_without_mountinfo_events_are_used() -> None:
     assert mount_of(Path("/in"), "") is None
     assert needs_polling(None) is None
     assert clock_is_ours(None)

@@ -1,4 +1,4 @@
-"""Names on disk are bytes and can hold anything: how they are shown, and what becomes of them as folders."""
+"""File names, which may be any bytes, for display and as names of folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the inbox to the queue: what is taken, what waits, and what a kill in between leaves."""
+"""From the inbox to the queue: which files are taken, which wait, and recovery after a kill."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 from home_folder import sha256_of, write_music
 from runner_setup import Answers, RunnerSetup
+from stored_tracks import claim_due
 
 from pipeline.errors import BadAudio, DiskFull, FolderUnusable
 from pipeline.fs import copying
 from pipeline.fs.copying import WriteFailed
-from pipeline.intake.archive import archive_files, finish_moves, restore_to_inbox
+from pipeline.intake.archive import archive_files, recover_moves, restore_to_inbox
 from pipeline.outbox.outbox import Outbox
 from pipeline.records import Failure
+from pipeline.store.schema import FileState
 
 LATER_S = 100.0
 
 
 def settled_now(setup: RunnerSetup, path: Path) -> None:
-    """Set the clock so that the file has just rested for long enough."""
+    """Set the clock so that the file has just been unchanged for long enough."""
     found = path.lstat()
     setup.now = max(found.st_mtime, found.st_ctime) + setup.config.intake.settle_s + 2.1
 
@@ -47,7 +49,7 @@ def test_nothing_is_taken_while_it_settles(setup: RunnerSetup) -> None:
     assert setup.store.tracks() == []
 
 
-def test_what_somebody_holds_open_for_writing_is_not_taken_however_long_it_rests(setup: RunnerSetup) -> None:
+def test_a_file_that_is_open_for_writing_is_not_taken_however_old_it_is(setup: RunnerSetup) -> None:
     path = write_music(setup.workspace.inbox / "a.wav")
     settled_now(setup, path)
     with path.open("ab"):
@@ -60,17 +62,17 @@ def test_working_copies_are_made_ahead_only_so_far(tmp_path: Path) -> None:
     for n in range(5):
         write_music(setup.workspace.inbox / f"{n}.wav", seed=n, seconds=1.0)  # 88 kB each
 
-    looks = []
+    scans = []
     for _ in range(4):
-        looks.append(setup.scan())
+        scans.append(setup.scan())
         setup.runner(Answers()).drain()
 
-    results = [(scan_result.queued, scan_result.waiting) for scan_result in looks]
+    results = [(scan_result.queued, scan_result.waiting) for scan_result in scans]
     assert results == [(2, 3), (2, 1), (1, 0), (0, 0)]
     assert len(setup.store.tracks("done")) == 5
 
 
-def test_a_file_larger_than_all_the_room_for_copies_is_taken_alone(tmp_path: Path) -> None:
+def test_a_file_larger_than_the_limit_for_copies_is_taken_alone(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0, spool_gb=1e-6)
     for n in range(2):
         write_music(setup.workspace.inbox / f"{n}.wav", seed=n)
@@ -87,7 +89,7 @@ def test_nothing_is_taken_when_the_disk_is_nearly_full(tmp_path: Path) -> None:
     all_of_it = setup.config.disk.model_copy(update={"min_free_mb": 1e12})
     setup.config = setup.config.model_copy(update={"disk": all_of_it})
 
-    assert isinstance(setup.scan().no_room, DiskFull)
+    assert isinstance(setup.scan().disk_full, DiskFull)
 
     assert setup.store.tracks() == []
     assert not (setup.workspace.state / "work").exists() or not list(
@@ -95,7 +97,7 @@ def test_nothing_is_taken_when_the_disk_is_nearly_full(tmp_path: Path) -> None:
     )
 
 
-def test_a_vanished_inbox_is_said_and_changes_nothing(setup: RunnerSetup) -> None:
+def test_a_vanished_inbox_is_an_error_and_changes_nothing(setup: RunnerSetup) -> None:
     hashes = setup.bring("a.wav")
     setup.workspace.inbox.rename(setup.workspace.home / "away")
 
@@ -105,7 +107,7 @@ def test_a_vanished_inbox_is_said_and_changes_nothing(setup: RunnerSetup) -> Non
     assert setup.states(hashes) == [("queued", 0)]
 
 
-def test_what_finishes_while_the_inbox_is_away_is_put_away_when_it_is_back(setup: RunnerSetup) -> None:
+def test_what_finishes_while_the_inbox_is_away_is_archived_when_it_is_back(setup: RunnerSetup) -> None:
     setup.bring("a.wav")
     away = setup.workspace.inbox.rename(setup.workspace.home / "away")
     setup.runner(Answers()).drain()
@@ -150,7 +152,7 @@ def test_subfolders_of_the_inbox_are_kept_in_the_outbox_or_not(
 
 @pytest.fixture
 def begun(setup: RunnerSetup) -> Path:
-    """The first half of a file, taken in because it seemed to rest."""
+    """The first half of a file, taken in because it seemed to be settled."""
     path = write_music(setup.workspace.inbox / "a.wav")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -173,7 +175,7 @@ def test_a_file_cut_off_is_waited_for_while_it_is_new(setup: RunnerSetup, begun:
     assert (setup.workspace.inbox / "failed" / "a.wav").exists()
 
 
-def test_a_file_that_became_whole_is_done_and_its_first_half_is_forgotten(
+def test_a_file_that_became_complete_is_done_and_its_first_half_is_forgotten(
     setup: RunnerSetup, begun: Path
 ) -> None:
     setup.runner(Answers()).drain()
@@ -189,7 +191,7 @@ def test_a_file_that_became_whole_is_done_and_its_first_half_is_forgotten(
     assert [path.name for path in setup.workspace.outbox.iterdir()] == [track.folder]
 
 
-def test_a_broken_file_that_has_rested_fails_at_once(setup: RunnerSetup, begun: Path) -> None:
+def test_a_broken_file_that_is_settled_fails_at_once(setup: RunnerSetup, begun: Path) -> None:
     setup.now += LATER_S
     setup.runner(Answers()).drain()
     assert [track.state for track in setup.store.tracks()] == ["failed"]
@@ -199,11 +201,9 @@ def test_a_broken_file_that_has_rested_fails_at_once(setup: RunnerSetup, begun: 
 
 
 @pytest.mark.parametrize("ending", ["done", "failed"])
-def test_a_move_that_was_made_but_not_recorded_is_found_at_the_next_start(
-    setup: RunnerSetup, ending: str
-) -> None:
+def test_a_move_that_was_not_recorded_is_found_at_the_next_start(setup: RunnerSetup, ending: str) -> None:
     [sha256] = setup.bring("album/a.wav")
-    setup.store.claim(1, now=setup.now)
+    claim_due(setup.store, 1, now=setup.now)
     if ending == "done":
         setup.store.finish(sha256, plan_key="p", source={}, now=setup.now)
     else:
@@ -212,24 +212,25 @@ def test_a_move_that_was_made_but_not_recorded_is_found_at_the_next_start(
     target.parent.mkdir(parents=True)
     (setup.workspace.inbox / "album" / "a.wav").rename(target)
 
-    assert finish_moves(setup.store, setup.workspace.inbox) == 1
+    recover_moves(setup.store, setup.workspace.inbox)
 
     [file] = setup.store.files_of(sha256)
     assert (file.state, file.moved_to) == ("settled" if ending == "done" else "aside", target)
     assert target.with_name("a.wav.error.txt").exists() == (ending == "failed")
-    assert finish_moves(setup.store, setup.workspace.inbox) == 0
+    recover_moves(setup.store, setup.workspace.inbox)
+    assert setup.store.files_of(sha256) == [file]
 
 
 @pytest.mark.parametrize("ending", ["done", "failed"])
-def test_a_record_that_was_made_before_the_move_is_followed_by_it(setup: RunnerSetup, ending: str) -> None:
+def test_a_file_recorded_before_its_move_is_moved_by_the_next_scan(setup: RunnerSetup, ending: str) -> None:
     [sha256] = setup.bring("a.wav")
     path = setup.workspace.inbox / "a.wav"
     if ending == "done":
         setup.runner(Answers()).drain()
         (setup.workspace.inbox / "done" / "a.wav").rename(path)
-        setup.store.settle_file(path, state="waiting")
+        setup.store.set_file_state(path, FileState.WAITING)
     else:
-        setup.store.claim(1, now=setup.now)
+        claim_due(setup.store, 1, now=setup.now)
         setup.store.fail(sha256, stage="normalize", error="is silent", now=setup.now, retry_at=None)
 
     setup.scan()
@@ -250,7 +251,7 @@ def test_a_file_replaced_while_its_track_was_made_stays_and_is_a_new_track(tmp_p
     assert setup.states([first, second]) == [("done", 0), ("done", 0)]
 
 
-def test_what_cannot_be_moved_is_tried_again_at_the_next_look(tmp_path: Path) -> None:
+def test_what_cannot_be_moved_is_tried_again_by_the_next_scan(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0)
     [sha256] = setup.bring("a.wav")
     (setup.workspace.inbox / "done").write_text("in the way")
@@ -297,7 +298,7 @@ def test_a_file_brought_back_from_failed_is_tried_again(setup: RunnerSetup) -> N
     failed = setup.workspace.inbox / "failed" / "a.wav"
     failed.rename(setup.workspace.inbox / "a.wav")
 
-    assert finish_moves(setup.store, setup.workspace.inbox) == 0
+    recover_moves(setup.store, setup.workspace.inbox)
     assert setup.ingest(settle_s=0).scan(should_stop=lambda: False).queued == 1
     setup.runner(Answers()).drain()
 
@@ -319,7 +320,7 @@ def test_an_archived_file_is_still_found_after_another_one_came_under_its_name(t
     assert setup.track(first).state == "done"
 
 
-def test_a_marker_goes_before_its_file_so_that_it_vouches_for_no_other(tmp_path: Path) -> None:
+def test_a_marker_goes_before_its_file_so_that_it_releases_no_other_file(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, marker=".ok")
     path = write_music(setup.workspace.inbox / "a.wav")
     path.with_name("a.wav.ok").touch()
@@ -332,6 +333,61 @@ def test_a_marker_goes_before_its_file_so_that_it_vouches_for_no_other(tmp_path:
     assert not path.with_name("a.wav.ok").exists()
 
 
+# -- equal bytes under several names ------------------------------------------------------------------
+
+
+def scanned_names(setup: RunnerSetup, *names: str, content_seed: int = 0) -> list[str]:
+    """Put the same bytes under all names and scan; returns the names of all tracks."""
+    for name in names:
+        write_music(setup.workspace.inbox / name, seed=content_seed, seconds=1.5)
+    setup.ingest(settle_s=0).scan(should_stop=lambda: False)
+    return sorted(track.name for track in setup.store.tracks())
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "song (conflicted copy 2024-01-01).wav",
+        "song copy.wav",
+        "song (1).wav",
+        "Copy of song.wav",
+        "song.sync-conflict-20240101-123456-ABCDEFG.wav",
+        "zz copy.wav",
+    ],
+)
+def test_of_equal_files_the_track_has_the_plainest_name(setup: RunnerSetup, copy: str) -> None:
+    assert scanned_names(setup, copy, "song.wav") == ["song.wav"]
+    [track] = setup.store.tracks()
+    assert track.folder == f"song--{track.sha256[:8]}"
+
+    setup.runner(Answers()).drain()
+    manifest = Outbox(setup.workspace.outbox).read_manifest(track.folder)
+    assert manifest is not None
+    assert (manifest["source"]["name"], sorted(manifest["source"]["names"])) == (
+        "song.wav",
+        sorted([copy, "song.wav"]),
+    )
+
+
+def test_a_plainer_name_that_comes_before_the_work_names_the_track(setup: RunnerSetup) -> None:
+    assert scanned_names(setup, "song copy.wav") == ["song copy.wav"]
+    assert scanned_names(setup, "song.wav") == ["song.wav"]
+    assert scanned_names(setup, "song (2).wav") == ["song.wav"]
+
+
+def test_a_plainer_name_that_comes_after_an_attempt_changes_nothing(setup: RunnerSetup) -> None:
+    scanned_names(setup, "song copy.wav")
+    [track] = setup.store.tracks()
+    setup.store.begin_attempt(track.sha256, "normalize", now=setup.now)
+    assert scanned_names(setup, "song.wav") == ["song copy.wav"]
+
+
+def test_a_conflict_copy_with_other_bytes_is_a_track_of_its_own(setup: RunnerSetup) -> None:
+    scanned_names(setup, "song.wav")
+    conflict = "song (conflicted copy 2024-01-01).wav"
+    assert scanned_names(setup, conflict, content_seed=1) == [conflict, "song.wav"]
+
+
 # -- reading and writing that fails ------------------------------------------------------------------
 
 
@@ -339,10 +395,12 @@ class Failing:
     """A device on which one operation fails while a test wants it to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, setup: RunnerSetup) -> None:
-        self.reading = self.writing = False
+        self.reading = self.writing = self.closed = False
         real = copying.copy_in
 
         def copy_in(path: Path, target: Path, **how: Any) -> str | None:
+            if self.closed:
+                raise BadAudio("can't be read: permission denied")
             if self.reading:
                 raise OSError(errno.EIO, "Input/output error", str(path))
             if self.writing:
@@ -358,14 +416,40 @@ def test_a_source_whose_device_fails_is_tried_again_for_a_while_and_then_fails_v
     path, device = write_music(setup.workspace.inbox / "a.wav"), Failing(monkeypatch, setup)
     settled_now(setup, path)
     ingest, device.reading = setup.ingest(), True
-    assert ingest.scan(should_stop=lambda: False).troubled == 1
+    assert ingest.scan(should_stop=lambda: False).read_errors == 1
 
     setup.now += 29
-    assert ingest.scan(should_stop=lambda: False).troubled == 1
+    assert ingest.scan(should_stop=lambda: False).read_errors == 1
     setup.now += 2
-    assert ingest.scan(should_stop=lambda: False).unreadable == 1
+    assert len(ingest.scan(should_stop=lambda: False).unreadable) == 1
 
     assert (setup.workspace.inbox / "failed" / "a.wav").exists()
+
+
+def test_a_file_that_may_not_be_read_yet_is_tried_again_while_it_is_new(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, device = write_music(setup.workspace.inbox / "a.wav"), Failing(monkeypatch, setup)
+    ingest, device.closed = setup.ingest(), True
+    settled_now(setup, path)
+    assert ingest.scan(should_stop=lambda: False).read_errors == 1
+    setup.now = path.lstat().st_ctime + 5 * setup.config.intake.settle_s - 0.1
+    assert ingest.scan(should_stop=lambda: False).read_errors == 1
+
+    device.closed = False
+    assert ingest.scan(should_stop=lambda: False).queued == 1
+
+
+def test_a_file_that_may_not_be_read_and_is_not_new_fails(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, device = write_music(setup.workspace.inbox / "a.wav"), Failing(monkeypatch, setup)
+    device.closed = True
+    setup.now = path.lstat().st_ctime + 5 * setup.config.intake.settle_s + 0.1
+    assert setup.scan().unreadable == 1
+
+    error = setup.workspace.inbox / "failed" / "a.wav.error.txt"
+    assert error.read_text() == "a.wav can't be read: permission denied\n"
 
 
 def test_a_working_copy_that_cannot_be_written_is_not_the_sources_fault(
@@ -401,7 +485,7 @@ def test_what_could_not_be_read_is_read_again_on_request(
     assert list((setup.workspace.inbox / "failed").iterdir()) == []
 
 
-def test_a_move_that_breaks_off_leaves_no_half_copies(
+def test_an_interrupted_move_leaves_no_incomplete_copies(
     setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup.bring("a.wav")
@@ -439,7 +523,7 @@ def test_what_could_not_be_read_comes_back_under_its_own_name_also_after_another
     assert setup.track(other).state == "done"
 
 
-def test_a_closed_folder_of_a_finished_track_keeps_no_new_file_out(
+def test_an_unreadable_folder_of_a_finished_track_does_not_stop_new_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0)
@@ -451,6 +535,6 @@ def test_a_closed_folder_of_a_finished_track_keeps_no_new_file_out(
     def closed(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Outbox, "add_names", closed)
+    monkeypatch.setattr(Outbox, "set_source_names", closed)
 
     assert setup.scan().queued == 1

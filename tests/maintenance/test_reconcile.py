@@ -1,4 +1,4 @@
-"""After a kill, a crash or somebody's cleaning up: records, results and working copies agree again."""
+"""After a kill, a crash or changes by a user, records, results and working copies agree again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stored_tracks import StoredTracks, a_manifest, tree, trust
+from stored_tracks import StoredTracks, a_manifest, claim_due, tree, trust
 
 from pipeline.maintenance.reconcile import Finding, reconcile
-from pipeline.maintenance.retention import ASIDE_PREFIX
 from pipeline.outbox.outbox import EMBEDDING, MANIFEST
 
 NOW = 1_700_000_000.0
@@ -45,7 +44,7 @@ def kinds(findings: list[Finding]) -> list[str]:
 
 
 @pytest.mark.parametrize("thorough", [False, True])
-def test_where_all_is_as_recorded_there_is_nothing_to_say_and_nothing_to_do(
+def test_where_all_is_as_recorded_nothing_is_reported_or_changed(
     stored: StoredTracks, thorough: bool
 ) -> None:
     stored.finished("a.wav", b"a", now=NOW)
@@ -105,7 +104,7 @@ def test_a_result_written_to_since_is_read_at_every_start(stored: StoredTracks) 
     assert stored.state(sha256) == "queued"
 
 
-def test_a_byte_changed_behind_the_clocks_back_is_found_by_a_thorough_check_only(
+def test_a_byte_changed_without_a_new_mtime_is_found_by_a_thorough_check_only(
     stored: StoredTracks,
 ) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
@@ -131,7 +130,7 @@ def test_a_damaged_manifest_is_made_again(stored: StoredTracks, content: bytes) 
 def test_a_manifest_of_another_track_or_with_other_files_is_made_again(stored: StoredTracks) -> None:
     sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
     (stored.folder(sha256) / MANIFEST).write_bytes((stored.folder(other) / MANIFEST).read_bytes())
-    manifest = stored.outbox.manifest(stored.folder(other).name)
+    manifest = stored.outbox.read_manifest(stored.folder(other).name)
     assert manifest is not None
     manifest["variations"][0]["sha256"] = "0" * 64
     (stored.folder(other) / MANIFEST).write_text(json.dumps(manifest))
@@ -163,7 +162,7 @@ def test_results_are_not_made_again_where_that_is_not_wanted(stored: StoredTrack
     assert stored.state(sha256) == "done"
 
 
-def test_a_result_whose_source_is_gone_is_reported_and_what_is_left_of_it_stays(stored: StoredTracks) -> None:
+def test_a_result_whose_source_is_gone_is_reported_and_the_other_files_stay(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
     (stored.folder(sha256) / NEAR).unlink()
     (stored.workspace.inbox / "done" / "a.wav").unlink()
@@ -183,7 +182,7 @@ def test_a_source_overwritten_by_something_of_another_size_is_gone(stored: Store
     assert kinds(check(stored)) == ["lost"]
 
 
-def test_a_working_copy_is_source_enough_and_stays_for_the_work(stored: StoredTracks) -> None:
+def test_a_working_copy_serves_as_source_and_stays(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"0123456789", now=NOW)
     (stored.folder(sha256) / NEAR).unlink()
     (stored.workspace.inbox / "done" / "a.wav").unlink()
@@ -210,27 +209,27 @@ def test_a_manifest_and_a_result_missing_together_need_the_source(stored: Stored
     assert kinds(check(stored)) == ["lost"]
 
 
-def test_results_removed_on_purpose_are_not_missed(stored: StoredTracks) -> None:
+def test_results_removed_by_gc_do_not_count_as_missing(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
     shutil.rmtree(stored.folder(sha256))
-    assert stored.store.collect(sha256, lambda: None, now=NOW)
+    stored.store.set_collected(sha256, now=NOW)
     assert check(stored, thorough=True) == []
     assert stored.state(sha256) == "done"
 
 
-def test_what_can_be_seen_but_not_read_is_reported_and_left(
+def test_an_unreadable_folder_is_reported_and_left_alone(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256, other = stored.finished("a.wav", b"a", now=NOW), stored.finished("b.wav", b"b", now=NOW)
     (stored.folder(other) / NEAR).unlink()
-    closed, real = stored.folder(sha256).name, stored.outbox.manifest
+    closed, real = stored.folder(sha256).name, stored.outbox.read_manifest
 
     def manifest(folder: str) -> object:
         if folder == closed:
             raise PermissionError(13, "Permission denied")
         return real(folder)
 
-    monkeypatch.setattr(stored.outbox, "manifest", manifest)  # root may read everything
+    monkeypatch.setattr(stored.outbox, "read_manifest", manifest)  # root may read everything
     findings = check(stored)
     assert kinds(findings) == ["result", "unreadable"]
     assert (stored.state(sha256), stored.state(other)) == ("done", "queued")
@@ -277,7 +276,7 @@ def test_a_file_between_two_names_stays_while_its_track_is_not_done(stored: Stor
 def test_nothing_of_a_running_track_is_touched(stored: StoredTracks) -> None:
     sha256 = stored.arrived("a.wav", b"a", now=NOW)
     stored.made(sha256, NEAR, 1, now=NOW, n_bytes=10)
-    stored.store.claim(1, now=NOW)
+    claim_due(stored.store, 1, now=NOW)
     (stored.folder(sha256) / "variations" / ".02-far.wav.part").write_bytes(b"x")
     (stored.scratch(sha256) / "normalized.part").write_bytes(b"x")
     before = tree(stored.workspace.outbox), tree(stored.workspace.state / "work")
@@ -295,7 +294,7 @@ def test_a_folder_that_no_track_knows_is_reported_and_never_removed(stored: Stor
     before = tree(stored.workspace.outbox)
 
     [finding] = check(stored)
-    assert (finding.kind, finding.where, finding.mended) == ("stranger", folder, False)
+    assert (finding.kind, finding.where, finding.mended) == ("unknown", folder, False)
     assert tree(stored.workspace.outbox) == before
 
 
@@ -315,7 +314,7 @@ def test_working_copies_that_nothing_needs_are_removed(stored: StoredTracks) -> 
     assert check(stored) == []
 
 
-def test_a_leftover_that_cannot_be_removed_keeps_nothing_from_starting(
+def test_a_leftover_that_cannot_be_removed_does_not_stop_the_start(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
@@ -330,12 +329,22 @@ def test_a_leftover_that_cannot_be_removed_keeps_nothing_from_starting(
     assert "input/output error" in finding.text
 
 
-def test_a_gc_that_was_killed_before_its_commit_is_undone(stored: StoredTracks) -> None:
+def test_a_gc_that_was_killed_before_its_commit_costs_only_the_manifest(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=NOW)
+    (stored.workspace.inbox / "done" / "a.wav").unlink()
+    stored.outbox.remove_manifest(stored.folder(sha256).name)
     before = tree(stored.workspace.outbox)
-    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    stored.folder(sha256).rename(aside)
+
+    assert kinds(check(stored, thorough=True)) == ["result"]
+    assert tree(stored.workspace.outbox) == before
+    assert stored.state(sha256) == "queued"  # to have the manifest written, which needs no source
+
+
+def test_a_gc_that_was_killed_after_its_commit_is_completed(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=NOW)
+    stored.store.set_collected(sha256, now=NOW)
+    stored.outbox.remove_manifest(stored.folder(sha256).name)
 
     assert check(stored, thorough=True) == []
-    assert tree(stored.workspace.outbox) == before
+    assert tree(stored.workspace.outbox) == {}
     assert stored.state(sha256) == "done"

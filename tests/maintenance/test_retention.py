@@ -1,21 +1,21 @@
-"""What `gc` removes, and above all what it doesn't."""
+"""What `gc` removes, and what it must not remove."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_tracks import StoredTracks, tree
+from stored_tracks import StoredTracks, claim_due, tree
 
 from pipeline.config import Retention
 from pipeline.maintenance import retention
-from pipeline.maintenance.retention import ASIDE_PREFIX, DAY_S, Removal, collect
-from pipeline.outbox.outbox import EMBEDDING, MANIFEST
+from pipeline.maintenance.retention import DAY_S, Removal, collect
+from pipeline.outbox.outbox import MANIFEST, Outbox
+from pipeline.store.schema import FileState
 from pipeline.store.store import Store
 
 NOW = time.time() + 1000 * DAY_S  # the files of the tests are as old as the system says: they are made now
@@ -64,7 +64,7 @@ def test_by_default_only_working_copies_are_ever_removed(stored: StoredTracks) -
 def test_what_is_queued_or_running_is_never_touched(stored: StoredTracks, dry_run: bool) -> None:
     running = stored.finished("a.wav", b"a", now=OLD)
     stored.store.requeue(running, now=OLD)
-    stored.store.claim(1, now=NOW)
+    claim_due(stored.store, 1, now=NOW)
     queued = stored.failed("b.wav", b"b", now=OLD)
     stored.store.requeue(queued, now=OLD)
     stored.arrived("c.wav", b"c", now=OLD)
@@ -145,7 +145,7 @@ def test_folders_of_albums_go_when_they_are_empty_and_not_before(stored: StoredT
     assert tree(stored.workspace.outbox) == {}
 
 
-def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
+def test_a_track_worked_on_since_it_was_listed_keeps_its_results(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requeued, again = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD)
@@ -155,7 +155,7 @@ def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
         other = Store(stored.workspace.database)  # somebody else's process
         other.requeue(requeued, now=NOW)
         other.requeue(again, now=NOW - 1)
-        other.claim(1, now=NOW)
+        claim_due(other, 1, now=NOW)
         other.finish(again, plan_key="plan", source={}, now=NOW)
         other.close()
         return real(*args, **kwargs)
@@ -166,117 +166,100 @@ def test_a_track_worked_on_since_it_was_looked_at_keeps_its_results(
     assert (stored.state(requeued), stored.state(again)) == ("queued", "done")
 
 
-def test_results_that_cannot_be_moved_stay_whole_and_the_others_go(
+def test_results_whose_manifest_cannot_be_removed_stay_complete_and_the_others_go(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stuck, other = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD + 1)
-    before, real = tree(stored.folder(stuck)), Path.rename
-    moved: list[str] = []
+    before, real = tree(stored.folder(stuck)), Path.unlink
 
-    def rename(path: Path, target: Path) -> Path:
-        if path.name == "01-near.wav" and stored.folder(stuck) in path.parents:
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == stored.folder(stuck) / MANIFEST:
             raise OSError(5, "Input/output error", str(path))
-        moved.append(path.name)
-        return real(path, target)
+        real(path, missing_ok)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "unlink", unlink)
     [removal] = gc(stored, outbox_days=30.0)
     assert removal.path == stored.folder(other)
     assert tree(stored.folder(stuck)) == before
-    assert moved[:4] == [
-        MANIFEST,
-        EMBEDDING,
-        EMBEDDING,
-        MANIFEST,
-    ]  # out first and back last: never incomplete
     assert "can't be removed" in caplog.text
     assert stored.store.track(stuck).collected_at is None  # type: ignore[union-attr]
 
 
-def test_a_commit_that_fails_puts_the_results_back(
+def test_a_result_that_cannot_be_removed_is_removed_by_the_next_gc(
+    stored: StoredTracks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "01-near.wav":
+            raise OSError(5, "Input/output error", str(path))
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", unlink)
+        assert gc(stored, outbox_days=30.0) == []
+    assert "can't be removed" in caplog.text
+    left = tree(stored.folder(sha256))
+    assert "variations/01-near.wav" in left  # in a folder that doesn't count as complete
+    assert MANIFEST not in left
+
+    gc(stored)
+    assert tree(stored.workspace.outbox) == {}
+
+
+def test_a_commit_that_fails_costs_only_the_manifest(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
-    before, real = tree(stored.workspace.outbox), stored.store.collect
+    before, real = tree(stored.folder(sha256)), Outbox.remove_manifest
 
-    def collect_and_fail(sha256: str, move: Any, *, now: float) -> bool:
-        def move_and_fail() -> None:
-            move()
-            assert tree(stored.workspace.outbox) != before
-            raise OSError(28, "No space left on device")
+    def remove_and_fail(outbox: Outbox, folder: str) -> None:
+        real(outbox, folder)
+        raise OSError(28, "No space left on device")  # in the transaction, as its end would raise it
 
-        return real(sha256, move_and_fail, now=now)
-
-    monkeypatch.setattr(stored.store, "collect", collect_and_fail)
+    monkeypatch.setattr(Outbox, "remove_manifest", remove_and_fail)
     assert gc(stored, outbox_days=30.0) == []
-    assert tree(stored.workspace.outbox) == before
+    del before[MANIFEST]
+    assert tree(stored.folder(sha256)) == before
     assert stored.store.track(sha256).collected_at is None  # type: ignore[union-attr]
 
 
-# A `gc` that is killed leaves one of these.
-
-
-def test_killed_between_move_and_commit_it_is_undone_and_done_again(stored: StoredTracks) -> None:
-    sha256 = stored.finished("a.wav", b"a", now=OLD)
-    before, folder = tree(stored.workspace.outbox), stored.folder(sha256)
-    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    aside.mkdir()
-    (folder / MANIFEST).rename(aside / MANIFEST)  # the first of its renames
-    assert gc(stored) == []
-    assert tree(stored.workspace.outbox) == before
-
-    folder.rename(aside)  # all of them
-    assert gc(stored, dry_run=True, outbox_days=30.0) == []
-    assert aside.exists()
-    assert len(gc(stored, outbox_days=30.0)) == 1
-    assert tree(stored.workspace.outbox) == {}
+# A `gc` that was killed after the commit leaves a collected track's results without their manifest.
 
 
 def test_killed_before_the_deletion_it_is_completed(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
-    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    folder = stored.folder(sha256)
-    assert stored.store.collect(sha256, lambda: folder.rename(aside) and None, now=NOW)
+    stored.store.set_collected(sha256, now=NOW)
+    stored.outbox.remove_manifest(stored.folder(sha256).name)
+    assert gc(stored, dry_run=True) == []
+    assert tree(stored.folder(sha256)) != {}
     assert gc(stored) == []
     assert tree(stored.workspace.outbox) == {}
 
 
-def test_killed_and_the_track_made_again_since_the_new_results_stay(stored: StoredTracks) -> None:
+def test_killed_and_the_track_queued_since_its_results_stay(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
+    stored.store.set_collected(sha256, now=NOW)
+    stored.outbox.remove_manifest(stored.folder(sha256).name)
     before = tree(stored.workspace.outbox)
-    aside = stored.outbox.root / f"{ASIDE_PREFIX}{sha256}"
-    shutil.copytree(stored.folder(sha256), aside)
-    (aside / "variations" / "03-older.wav").write_bytes(b"x")
+    stored.store.requeue(sha256, now=NOW)
     assert gc(stored) == []
     assert tree(stored.workspace.outbox) == before
 
 
-def test_killed_and_the_track_queued_since_its_results_come_back_without_the_manifest(
-    stored: StoredTracks,
-) -> None:
+def test_results_that_a_person_brought_back_after_their_removal_stay(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
-    whole = tree(stored.folder(sha256))
-    stored.folder(sha256).rename(stored.outbox.root / f"{ASIDE_PREFIX}{sha256}")
-    stored.store.requeue(sha256, now=NOW)
-    assert gc(stored) == []
-    del whole[MANIFEST]
-    assert tree(stored.folder(sha256)) == whole
-    assert EMBEDDING in whole
-
-
-def test_what_is_aside_and_belongs_to_no_track_is_left_alone(stored: StoredTracks) -> None:
-    for name in (f"{ASIDE_PREFIX}{'f' * 64}", f"{ASIDE_PREFIX}notes"):
-        (stored.outbox.root / name).mkdir()
-        (stored.outbox.root / name / MANIFEST).write_bytes(b"x")
     before = tree(stored.workspace.outbox)
-    assert gc(stored, **ALL) == []
+    stored.store.set_collected(sha256, now=NOW)  # as if all had been removed and then copied back
+    gc(stored, outbox_days=0.0)
     assert tree(stored.workspace.outbox) == before
 
 
 # -- the archive -----------------------------------------------------------------------------------
 
 
-def test_sources_in_the_archive_go_by_age_with_what_is_said_of_them(stored: StoredTracks) -> None:
+def test_sources_in_the_archive_go_by_age_with_their_error_files(stored: StoredTracks) -> None:
     stored.finished("album/old.wav", b"o", now=OLD)
     stored.failed("album/bad.wav", b"bb", now=OLD)
     stored.finished("young.wav", b"y", now=YOUNG)
@@ -297,7 +280,7 @@ def test_sources_in_the_archive_go_by_size_oldest_first(stored: StoredTracks) ->
     assert names(gc(stored, archive_gb=0.0)) == ["1.wav", "2.wav"]
 
 
-def test_a_copy_that_came_late_is_as_old_as_its_coming(stored: StoredTracks) -> None:
+def test_the_age_of_a_later_copy_begins_when_it_was_archived(stored: StoredTracks) -> None:
     stored.finished("a.wav", b"a", now=1000.0)  # finished long ago, moved there just now
     assert gc(stored, now=time.time(), archive_days=30.0) == []
     assert len(gc(stored, archive_days=30.0)) == 1
@@ -319,9 +302,9 @@ def test_files_that_the_store_does_not_know_are_left_alone(stored: StoredTracks)
 
 def test_a_source_that_stayed_in_the_inbox_is_no_archive(stored: StoredTracks) -> None:
     sha256 = stored.arrived("kept.wav", b"k", now=OLD)
-    stored.store.claim(1, now=OLD)
+    claim_due(stored.store, 1, now=OLD)
     stored.store.finish(sha256, plan_key="plan", source={}, now=OLD)
-    stored.store.settle_file(stored.workspace.inbox / "kept.wav", state="settled")
+    stored.store.set_file_state(stored.workspace.inbox / "kept.wav", FileState.SETTLED)
     assert gc(stored, archive_days=0.0, archive_gb=0.0) == []
     assert (stored.workspace.inbox / "kept.wav").exists()
 
@@ -345,7 +328,7 @@ def test_an_archive_behind_a_link_is_left_alone(stored: StoredTracks, tmp_path: 
     assert (elsewhere / "a.wav").exists()
 
 
-def test_a_source_queued_since_it_was_looked_at_stays(
+def test_a_source_queued_since_it_was_listed_stays(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256, other = stored.failed("a.wav", b"a", now=OLD), stored.failed("b.wav", b"b", now=OLD)
@@ -379,7 +362,7 @@ def test_working_copies_that_belong_to_nothing_go_by_age(stored: StoredTracks) -
     assert tree(stored.workspace.state / "work") == {f"{failed}/source": b"x" * 10}
 
 
-def test_a_working_copy_being_made_is_left_to_who_makes_it(stored: StoredTracks) -> None:
+def test_a_working_copy_that_is_being_made_is_left_alone(stored: StoredTracks) -> None:
     work = stored.workspace.state / "work"
     stored.scratch("f" * 64, age_s=0.5 * DAY_S, now=NOW)
     for name, age_s in ((".incoming-1", 0.5 * DAY_S), (".incoming-2", 2 * DAY_S), ("notes", 99 * DAY_S)):
@@ -389,15 +372,8 @@ def test_a_working_copy_being_made_is_left_to_who_makes_it(stored: StoredTracks)
     assert sorted(path.name for path in work.iterdir()) == [".incoming-1", "f" * 64, "notes"]
 
 
-def test_a_desk_is_as_young_as_its_youngest_file(stored: StoredTracks) -> None:
+def test_a_working_copy_is_as_young_as_its_youngest_file(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
     scratch = stored.scratch(sha256, age_s=90 * DAY_S, now=NOW)
     os.utime(scratch / "source", (NOW - DAY_S, NOW - DAY_S))
     assert gc(stored, work_days=7.0) == []
-
-
-def test_a_desk_left_half_deleted_is_deleted(stored: StoredTracks) -> None:
-    work = stored.workspace.state / "work"
-    stored.scratch("f" * 64).rename(work / f"{ASIDE_PREFIX}{'f' * 64}-77")
-    assert gc(stored) == []
-    assert tree(work) == {}

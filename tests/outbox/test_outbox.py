@@ -1,4 +1,4 @@
-"""Publication: whole files or none, and nothing of a person's own is touched."""
+"""Publication: complete files or none; files of a user are not touched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.errors import EngineFailure
 from pipeline.fs import atomic
-from pipeline.outbox.outbox import EMBEDDING, MANIFEST, Outbox, Published, listed
+from pipeline.outbox.outbox import EMBEDDING, MANIFEST, Outbox, Published, listed_files
 
 FOLDER = "song--aaaaaaaa"
 FIRST, SECOND, THIRD = (f"variations/{n:02d}-{name}.wav" for n, name in ((1, "a"), (2, "b"), (3, "c")))
@@ -26,7 +26,7 @@ class WriterFailed(Exception):
 
 
 def trust(_file: BinaryIO) -> None:
-    """A verifier for bytes that mean nothing."""
+    """A verifier that accepts any bytes."""
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_writer_may_go_back_to_its_header(outbox: Outbox) -> None:
     assert (published.bytes, published.sha256) == (8, hashlib.sha256(b"sizebody").hexdigest())
 
 
-def test_nobody_sees_the_name_before_the_file_is_whole(outbox: Outbox) -> None:
+def test_the_name_appears_only_with_the_complete_file(outbox: Outbox) -> None:
     visible: list[list[str]] = []
 
     def write(out: BinaryIO) -> None:
@@ -91,7 +91,7 @@ def test_a_writer_that_fails_leaves_the_file_before_as_it_was(outbox: Outbox) ->
         outbox.publish(FOLDER, FIRST, fail_half_way, verify=trust)
 
     assert files(outbox) == {FIRST: b"music"}
-    assert outbox.holds(FOLDER, before)
+    assert outbox.is_intact(FOLDER, before)
 
 
 def test_a_file_published_again_replaces_the_first(outbox: Outbox) -> None:
@@ -99,11 +99,11 @@ def test_a_file_published_again_replaces_the_first(outbox: Outbox) -> None:
     after = publish(outbox, FIRST, b"short")
 
     assert files(outbox) == {FIRST: b"short"}
-    assert outbox.holds(FOLDER, after)
-    assert not outbox.holds(FOLDER, before)
+    assert outbox.is_intact(FOLDER, after)
+    assert not outbox.is_intact(FOLDER, before)
 
 
-def test_what_a_killed_run_left_is_written_over(outbox: Outbox) -> None:
+def test_the_temporary_file_of_a_killed_run_is_replaced(outbox: Outbox) -> None:
     left = outbox.root / FOLDER / "variations" / ".01-a.wav.part"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"much more than what comes now")
@@ -119,65 +119,68 @@ def test_an_outbox_that_cannot_be_written_is_an_os_error(outbox: Outbox) -> None
 
 
 @pytest.mark.parametrize("now", [b"Music", b"musi", b"music!", b""])
-def test_an_altered_file_is_not_held(outbox: Outbox, now: bytes) -> None:
+def test_an_altered_file_is_not_intact(outbox: Outbox, now: bytes) -> None:
     published = publish(outbox, FIRST, b"music")
-    assert outbox.holds(FOLDER, published)
+    assert outbox.is_intact(FOLDER, published)
 
     (outbox.root / FOLDER / FIRST).write_bytes(now)
-    assert not outbox.holds(FOLDER, published)
+    assert not outbox.is_intact(FOLDER, published)
 
 
-def test_a_missing_file_is_not_held(outbox: Outbox) -> None:
+def test_a_missing_file_is_not_intact(outbox: Outbox) -> None:
     published = publish(outbox, FIRST, b"music")
     (outbox.root / FOLDER / FIRST).unlink()
 
-    assert not outbox.holds(FOLDER, published)
-    assert not outbox.holds("nowhere", published)
+    assert not outbox.is_intact(FOLDER, published)
+    assert not outbox.is_intact("nowhere", published)
 
 
 def test_a_manifest_reads_back_as_it_was_written(outbox: Outbox) -> None:
     manifest = {"source": {**SOURCE, "name": "café 🎵"}, "variations": []}
     outbox.publish_manifest(FOLDER, manifest)
 
-    assert outbox.manifest(FOLDER) == manifest
+    assert outbox.read_manifest(FOLDER) == manifest
     text = (outbox.root / FOLDER / MANIFEST).read_text(encoding="utf-8")
     assert "café 🎵" in text
     assert text.endswith("}\n")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_manifest_that_is_not_json_is_refused_whole(outbox: Outbox, value: float) -> None:
+def test_a_manifest_that_is_not_json_is_refused(outbox: Outbox, value: float) -> None:
     outbox.publish_manifest(FOLDER, {"peak_dbfs": -1.0})
     with pytest.raises(ValueError, match="Out of range"):
         outbox.publish_manifest(FOLDER, {"peak_dbfs": value})
-    assert outbox.manifest(FOLDER) == {"peak_dbfs": -1.0}
+    assert outbox.read_manifest(FOLDER) == {"peak_dbfs": -1.0}
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"source": ', b"\xff\xfe", b"[]"])
 def test_a_damaged_manifest_is_none(outbox: Outbox, damaged: bytes) -> None:
     publish(outbox, MANIFEST, damaged)
 
-    assert outbox.manifest(FOLDER) is None
-    outbox.add_names(FOLDER, ["song.wav"])
+    assert outbox.read_manifest(FOLDER) is None
+    outbox.set_source_names(FOLDER, ["song.wav"])
     assert files(outbox) == {MANIFEST: damaged}
 
 
 def test_a_folder_under_work_has_no_manifest(outbox: Outbox) -> None:
-    outbox.open_for_work(FOLDER)  # also before there is any folder
+    outbox.remove_manifest(FOLDER)  # also before there is any folder
     outbox.publish_manifest(FOLDER, {"source": SOURCE})
     publish(outbox, FIRST, b"music")
 
-    outbox.open_for_work(FOLDER)
-    assert outbox.manifest(FOLDER) is None
+    outbox.remove_manifest(FOLDER)
+    assert outbox.read_manifest(FOLDER) is None
     assert files(outbox) == {FIRST: b"music"}
 
 
 def test_another_name_is_added_and_the_rest_of_the_manifest_stays(outbox: Outbox) -> None:
     manifest: dict[str, Any] = {"source": SOURCE, "created_at": "2001-02-03T04:05:06Z"}
     outbox.publish_manifest(FOLDER, manifest)
-    outbox.add_names(FOLDER, ["song.wav", "copy.wav"])
+    outbox.set_source_names(FOLDER, ["song.wav", "copy.wav"])
 
-    assert outbox.manifest(FOLDER) == {**manifest, "source": {**SOURCE, "names": ["song.wav", "copy.wav"]}}
+    assert outbox.read_manifest(FOLDER) == {
+        **manifest,
+        "source": {**SOURCE, "names": ["song.wav", "copy.wav"]},
+    }
 
 
 def test_names_that_are_there_are_not_written_again(outbox: Outbox) -> None:
@@ -185,12 +188,12 @@ def test_names_that_are_there_are_not_written_again(outbox: Outbox) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"source": SOURCE}))  # not as it would be written
     before = path.read_bytes()
-    outbox.add_names(FOLDER, ["song.wav"])
+    outbox.set_source_names(FOLDER, ["song.wav"])
     assert path.read_bytes() == before
 
 
 def test_names_are_not_added_where_no_manifest_is(outbox: Outbox) -> None:
-    outbox.add_names(FOLDER, ["song.wav"])
+    outbox.set_source_names(FOLDER, ["song.wav"])
     assert not (outbox.root / FOLDER).exists()
 
 
@@ -248,7 +251,7 @@ def test_a_folder_is_named_for_the_track_and_the_start_of_its_hash() -> None:
 # -- verification ----------------------------------------------------------------------------------
 
 
-def test_a_verifier_reads_what_is_on_the_disk_before_anybody_sees_the_name(outbox: Outbox) -> None:
+def test_a_verifier_reads_what_is_on_the_disk_before_the_rename(outbox: Outbox) -> None:
     seen: list[tuple[bytes, bool, bytes]] = []
 
     def verify(file: BinaryIO) -> None:
@@ -268,7 +271,7 @@ def test_a_file_that_does_not_verify_is_not_published_and_leaves_nothing(outbox:
     with pytest.raises(EngineFailure, match="not what was meant"):
         outbox.publish(FOLDER, FIRST, lambda out: out.write(b"noise"), verify=verify)
     assert files(outbox) == {FIRST: b"music"}
-    assert outbox.holds(FOLDER, before)
+    assert outbox.is_intact(FOLDER, before)
 
 
 def test_bytes_that_the_disk_returns_otherwise_are_a_device_error(
@@ -331,7 +334,7 @@ def test_a_manifest_that_says_the_same_is_published_once(outbox: Outbox) -> None
     outbox.publish_manifest(FOLDER, {**manifest, "created_at": "2009-09-09"})
 
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert outbox.manifest(FOLDER) == manifest
+    assert outbox.read_manifest(FOLDER) == manifest
 
 
 @pytest.mark.parametrize("change", [{"config_sha256": "b"}, {"source": {**SOURCE, "name": "other.wav"}}])
@@ -339,14 +342,14 @@ def test_a_manifest_that_says_something_else_is_replaced(outbox: Outbox, change:
     manifest = a_manifest(outbox, publish(outbox, EMBEDDING, b"e"))
     outbox.publish_manifest(FOLDER, manifest)
     outbox.publish_manifest(FOLDER, {**manifest, **change, "created_at": "2009-09-09"})
-    assert outbox.manifest(FOLDER) == {**manifest, **change, "created_at": "2009-09-09"}
+    assert outbox.read_manifest(FOLDER) == {**manifest, **change, "created_at": "2009-09-09"}
 
 
 def test_a_damaged_manifest_is_replaced(outbox: Outbox) -> None:
     manifest = a_manifest(outbox, publish(outbox, EMBEDDING, b"e"))
     publish(outbox, MANIFEST, b'{"source": ')
     outbox.publish_manifest(FOLDER, manifest)
-    assert outbox.manifest(FOLDER) == manifest
+    assert outbox.read_manifest(FOLDER) == manifest
 
 
 def test_a_manifest_lists_its_files_and_no_others(outbox: Outbox) -> None:
@@ -368,20 +371,20 @@ def test_a_manifest_lists_its_files_and_no_others(outbox: Outbox) -> None:
 )  # fmt: skip
 def test_json_that_is_no_manifest_lists_nothing(outbox: Outbox, lacking: dict[str, Any]) -> None:
     publish(outbox, MANIFEST, json.dumps(lacking).encode())
-    assert listed(lacking) is None
+    assert listed_files(lacking) is None
     assert not outbox.manifest_lists(FOLDER, [])
 
 
 @pytest.mark.parametrize("content", [b"{}", b'{"source": null}', b'{"source": "song.wav"}'])
 def test_names_are_not_added_to_json_that_is_no_manifest(outbox: Outbox, content: bytes) -> None:
     publish(outbox, MANIFEST, content)
-    outbox.add_names(FOLDER, ["song.wav"])
+    outbox.set_source_names(FOLDER, ["song.wav"])
     assert files(outbox) == {MANIFEST: content}
 
 
-def test_json_nested_beyond_all_measure_is_no_manifest(outbox: Outbox) -> None:
+def test_json_that_is_nested_too_deeply_is_no_manifest(outbox: Outbox) -> None:
     publish(outbox, MANIFEST, b"[" * 200_000)
-    assert outbox.manifest(FOLDER) is None
+    assert outbox.read_manifest(FOLDER) is None
 
 
 # -- files under other names -----------------------------------------------------------------------
@@ -393,7 +396,7 @@ def test_files_that_a_killed_rename_left_in_between_are_found_by_their_content(o
     (variations / "01-a.wav").rename(variations / ".01-a.wav.move")  # a trade of names, killed after
     (variations / "02-b.wav").rename(variations / "01-a.wav")  # its second step
 
-    held = outbox.held(FOLDER, {"one": first, "two": second})
+    held = outbox.find_intact(FOLDER, {"one": first, "two": second})
     assert held == {
         "one": Published("variations/.01-a.wav.move", first.sha256, 5),
         "two": Published("variations/01-a.wav", second.sha256, 5),
@@ -410,24 +413,24 @@ def test_a_file_between_names_is_not_overwritten_by_one_that_moves_to_its_place(
     assert files(outbox) == {SECOND: b"first", THIRD: b"second"}
 
 
-def test_one_file_is_not_held_for_two(outbox: Outbox) -> None:
+def test_one_file_is_not_found_for_two(outbox: Outbox) -> None:
     published = publish(outbox, FIRST, b"the same sound")
-    assert outbox.held(FOLDER, {"one": published, "two": published}) == {"one": published}
+    assert outbox.find_intact(FOLDER, {"one": published, "two": published}) == {"one": published}
 
     publish(outbox, SECOND, b"the same sound")
-    held = outbox.held(FOLDER, {"one": published, "two": published})
+    held = outbox.find_intact(FOLDER, {"one": published, "two": published})
     assert {one.file for one in held.values()} == {FIRST, SECOND}
 
 
-def test_what_was_being_written_or_is_altered_is_not_held(outbox: Outbox) -> None:
+def test_a_file_that_was_being_written_or_is_altered_is_not_found(outbox: Outbox) -> None:
     published, other = publish(outbox, FIRST, b"music"), publish(outbox, SECOND, b"other")
     variations = outbox.root / FOLDER / "variations"
     (variations / "01-a.wav").rename(variations / ".01-a.wav.part")
     (variations / "02-b.wav").write_bytes(b"Other")
-    assert outbox.held(FOLDER, {"one": published, "two": other}) == {}
+    assert outbox.find_intact(FOLDER, {"one": published, "two": other}) == {}
 
 
-def test_only_this_programs_temporary_files_are_leftovers(outbox: Outbox) -> None:
+def test_only_this_programs_temporary_files_are_listed(outbox: Outbox) -> None:
     ours = [
         "variations/.01-a.wav.part",
         "variations/.120-b.wav.move",
@@ -445,7 +448,7 @@ def test_only_this_programs_temporary_files_are_leftovers(outbox: Outbox) -> Non
         path = outbox.root / FOLDER / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-    found = {str(path.relative_to(outbox.root / FOLDER)) for path in outbox.leftovers(FOLDER)}
+    found = {str(path.relative_to(outbox.root / FOLDER)) for path in outbox.temporary_files(FOLDER)}
     assert found == set(ours)
 
 
@@ -471,7 +474,7 @@ def test_no_folders_name_leads_out_or_hides(outbox: Outbox, part: str) -> None:
     assert above.isprintable()
     assert 0 < len(above.encode()) <= 130
     outbox.publish(name, FIRST, lambda out: out.write(b"x"), verify=trust)
-    assert list(outbox.folders()) == [name]
+    assert list(outbox.track_folders()) == [name]
 
 
 @pytest.mark.parametrize("album", ["Song--01234567", "Song--ABCDEF01"])
@@ -481,7 +484,7 @@ def test_an_album_that_is_named_like_a_tracks_folder_is_not_taken_for_one(outbox
     for folder in (track, other):
         outbox.publish(folder, FIRST, lambda out: out.write(b"x"), verify=trust)
 
-    assert sorted(outbox.folders()) == sorted([track, other])
+    assert sorted(outbox.track_folders()) == sorted([track, other])
     assert not other.lower().startswith(f"{track.lower()}/")
 
 
@@ -490,7 +493,7 @@ def test_folders_behind_links_and_hidden_ones_are_not_the_outboxs(outbox: Outbox
     (outbox.root / ".gc-x" / "hidden--00000000").mkdir(parents=True)
     (tmp_path / "elsewhere" / "far--00000000").mkdir(parents=True)
     (outbox.root / "link").symlink_to(tmp_path / "elsewhere")
-    assert list(outbox.folders()) == [FOLDER]
+    assert list(outbox.track_folders()) == [FOLDER]
 
 
 def test_every_new_folders_name_is_flushed_and_the_last_one_after_the_rename(

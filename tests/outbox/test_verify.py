@@ -1,4 +1,4 @@
-"""What a result must be before it counts: each verifier refuses what it is there to refuse."""
+"""Each verifier refuses the wrong content that it is made to refuse."""
 
 from __future__ import annotations
 

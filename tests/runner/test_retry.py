@@ -1,4 +1,4 @@
-"""When work is tried again: waits that grow and differ, and crashes that count."""
+"""When work is tried again: growing waits with jitter, and crashes that count as attempts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ from pathlib import Path
 
 import pytest
 from runner_setup import Answers, RunnerSetup
+from stored_tracks import claim_due
 
 from pipeline.config import Retry
-from pipeline.runner.retry import JITTER, backoff_s, take_over
+from pipeline.runner.retry import JITTER, Crashed, backoff_s, recover_crashed
 
 SETTINGS = Retry(max_attempts=3, backoff_s=10.0, max_backoff_s=100.0)
 
 
+def recover(setup: RunnerSetup) -> list[Crashed]:
+    return recover_crashed(setup.store, setup.config.retry, now=setup.now)
+
+
 def crash(setup: RunnerSetup, stage: str = "generate", *, limit: int = 8) -> list[str]:
     """Claim and begin as the runner does, then be gone; returns the hashes of what was under way."""
-    tracks = setup.store.claim(limit, now=setup.now)
+    tracks = claim_due(setup.store, limit, now=setup.now)
     for track in tracks:
-        setup.store.begin(track.sha256, stage, now=setup.now)
+        setup.store.begin_attempt(track.sha256, stage, now=setup.now)
     return [track.sha256 for track in tracks]
 
 
@@ -28,13 +33,13 @@ def test_waits_double_up_to_a_limit_give_or_take_a_quarter() -> None:
     assert backoff_s("a", 1, SETTINGS) == backoff_s("a", 1, SETTINGS)
 
 
-def test_what_kills_the_process_alone_fails_after_so_many_attempts(tmp_path: Path) -> None:
+def test_a_track_that_kills_the_process_alone_fails_after_the_last_attempt(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, max_attempts=3)
     [sha256] = setup.bring("a.wav")
     for n in (1, 2, 3):
         setup.now += 1000
         assert crash(setup) == [sha256]
-        [found] = take_over(setup.store, setup.config.retry, now=setup.now)
+        [found] = recover(setup)
         assert (found.stage, found.given_up) == ("generate", n == 3)
 
     assert setup.states([sha256]) == [("failed", 3)]
@@ -42,17 +47,17 @@ def test_what_kills_the_process_alone_fails_after_so_many_attempts(tmp_path: Pat
     assert setup.outcomes(sha256) == [("generate", "crashed")] * 3
 
 
-def test_nobody_fails_for_a_crash_it_may_not_have_caused(tmp_path: Path) -> None:
+def test_no_track_fails_for_a_crash_that_another_may_have_caused(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, max_attempts=3)
     hashes = setup.bring("a.wav", "b.wav", "c.wav")
     for _ in range(2):
         setup.now += 1000
         assert sorted(crash(setup)) == sorted(hashes)  # together, since it is mostly no track's fault
-        take_over(setup.store, setup.config.retry, now=setup.now)
+        recover(setup)
     setup.now += 1000
 
     [alone] = crash(setup)  # but not before the last attempt
-    take_over(setup.store, setup.config.retry, now=setup.now)
+    recover(setup)
 
     assert setup.states([alone]) == [("failed", 3)]
     others = [sha256 for sha256 in hashes if sha256 != alone]
@@ -64,10 +69,10 @@ def test_with_a_single_attempt_a_track_is_still_not_blamed_for_its_batch(tmp_pat
     setup = RunnerSetup.at(tmp_path, max_attempts=1)
     hashes = setup.bring("a.wav", "b.wav")
     crash(setup)
-    assert not any(found.given_up for found in take_over(setup.store, setup.config.retry, now=setup.now))
+    assert not any(found.given_up for found in recover(setup))
 
     [alone] = crash(setup)
-    assert [found.given_up for found in take_over(setup.store, setup.config.retry, now=setup.now)] == [True]
+    assert [found.given_up for found in recover(setup)] == [True]
     setup.runner(Answers()).drain()
     assert sorted(setup.states(hashes)) == [("done", 0), ("failed", 1)]
     assert setup.track(alone).state == "failed"
@@ -78,30 +83,30 @@ def test_a_first_crash_costs_no_wait_but_its_place_in_the_queue(tmp_path: Path) 
     first, second = setup.bring("a.wav", "b.wav")
     [crashed] = crash(setup, limit=1)
     setup.now += 1
-    take_over(setup.store, setup.config.retry, now=setup.now)
+    recover(setup)
 
-    claimed = [track.sha256 for track in setup.store.claim(8, now=setup.now)]
+    claimed = [track.sha256 for track in claim_due(setup.store, 8, now=setup.now)]
     assert claimed == [second if crashed == first else first, crashed]
 
 
-def test_progress_forgives_earlier_crashes(tmp_path: Path) -> None:
+def test_progress_resets_the_count_of_crashes(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, max_attempts=3)
     [sha256] = setup.bring("a.wav")
     for n in range(6):
         setup.now += 1000
         crash(setup)
         setup.store.finish_unit(str(n), sha256=sha256, stage="generate", result={}, seconds=0, now=setup.now)
-        take_over(setup.store, setup.config.retry, now=setup.now)
+        recover(setup)
         assert setup.states([sha256]) == [("queued", 1)]
 
 
 @pytest.mark.parametrize("stage", ["normalize", "embed", "generate"])
-def test_a_stop_is_no_attempt(tmp_path: Path, stage: str) -> None:
+def test_a_stop_does_not_count_as_an_attempt(tmp_path: Path, stage: str) -> None:
     setup = RunnerSetup.at(tmp_path, max_attempts=1)
     [sha256] = setup.bring("a.wav")
     crash(setup, stage)
     setup.store.release_all(now=setup.now)
 
-    assert take_over(setup.store, setup.config.retry, now=setup.now) == []
+    assert recover(setup) == []
     assert setup.states([sha256]) == [("queued", 0)]
     assert setup.outcomes(sha256) == [(stage, "stopped")]

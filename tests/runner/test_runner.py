@@ -60,7 +60,7 @@ def test_all_variations_of_all_tracks_are_asked_for_in_one_call(setup: RunnerSet
     runner.drain()
 
     assert [sorted(call) for call in generator.calls] == [sorted([*hashes, *hashes])]
-    assert (runner.outcome.done, runner.outcome.failed) == (2, 0)
+    assert (runner.result.done, runner.result.failed) == (set(hashes), set())
     assert setup.states(hashes) == [("done", 0), ("done", 0)]
 
 
@@ -81,7 +81,7 @@ def test_a_failure_fails_its_track_and_no_other(setup: RunnerSetup) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda samples: samples[:, :-1], "samples where"),
+        (lambda samples: samples[:, :-1], "samples instead of"),
         (lambda samples: samples * np.float32(np.nan), "not finite"),
         (lambda samples: samples * np.float32(0), "silence"),
     ],
@@ -168,7 +168,7 @@ def test_a_failure_in_passing_is_tried_again_after_a_doubling_wait_and_then_for_
     runner.drain()
 
     assert setup.states([sha256]) == [("failed", 3)]
-    assert (runner.outcome.done, runner.outcome.failed) == (0, 1)
+    assert (runner.result.done, runner.result.failed) == (set(), {sha256})
     assert [outcome for stage, outcome in setup.outcomes(sha256) if stage == "generate"] == ["failed"] * 3
     assert (setup.workspace.inbox / "failed" / "a.wav").exists()
 
@@ -313,10 +313,10 @@ def test_a_closed_folder_of_one_track_stops_no_other(tmp_path: Path) -> None:
     shut, other = setup.bring("a.wav", "b.wav")
 
     class OneShut(Outbox):
-        def open_for_work(self, folder: str) -> None:
+        def remove_manifest(self, folder: str) -> None:
             if folder == setup.track(shut).folder:
                 raise PermissionError(errno.EACCES, "Permission denied", folder)
-            super().open_for_work(folder)
+            super().remove_manifest(folder)
 
     setup.runner(Answers(), outbox=OneShut(setup.workspace.outbox)).drain()
 

@@ -1,24 +1,29 @@
-"""The daemon's turns: what it looks at, what it waits out, and how it goes on."""
+"""The loops of `once` and `watch`: what is scanned when, what is waited for, and how work continues."""
 
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
+import logging
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from home_folder import write_music
-from runner_setup import Answers, RunnerSetup
+from runner_setup import Answers, RunnerSetup, Unloadable, but_for
+from stored_tracks import claim_due
 
-from pipeline.errors import ConfigError, DiskFull, PipelineError
+from pipeline.errors import ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
 from pipeline.intake.ingest import ScanResult
-from pipeline.intake.scanner import Rules, Scanner
+from pipeline.intake.scanner import Scanner, ScanRules
 from pipeline.intake.watcher import Watcher
 from pipeline.outbox.outbox import Outbox
+from pipeline.progress import LogReporter
 from pipeline.service.health import Health
-from pipeline.service.loop import Processor, Watch, run_once
+from pipeline.service.loop import RETRY_PATIENCE_S, Processor, Session, Watch, run_once
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
+from pipeline.workspace import InputFolder
 
 
 class FullDisk(Outbox):
@@ -32,8 +37,31 @@ class FullDisk(Outbox):
         return super().publish(*arguments, **how)  # type: ignore[arg-type]
 
 
+@dataclass
+class Configuration:
+    """What the daemon is given when it asks for its configuration again: a processor or an error."""
+
+    inbox: Path
+    fresh: Processor | PipelineError
+
+    def reopened(self) -> Configuration:
+        if isinstance(self.fresh, PipelineError):
+            raise self.fresh
+        return self
+
+    def fetch_missing(self) -> None:
+        pass
+
+    def processor(self, *_: object, earlier: object = None) -> Processor:
+        assert isinstance(self.fresh, Processor)
+        return self.fresh
+
+    def watcher(self, signals: Signals) -> tuple[Watcher, str]:
+        return Watcher(self.inbox, signals.wake, polling=True), "polling (test)"
+
+
 class Daemon:
-    """A `Watch` whose turns are taken by hand, and whose clock is set by hand."""
+    """A `Watch` whose turns are taken by the test, and whose clock is set by the test."""
 
     def __init__(self, setup: RunnerSetup, outbox: Outbox | None = None) -> None:
         self.setup = setup
@@ -41,23 +69,19 @@ class Daemon:
         self.signals = Signals()
         self.health = Health(setup.workspace.health)
         self.processor = Processor(setup.ingest(), setup.runner(Answers(), outbox=outbox))
-        self.watch = Watch(
+        self.configuration = Configuration(setup.workspace.inbox, self.processor)
+        self.session = Session(
+            self.configuration,
             self.processor,
-            Watcher(setup.workspace.inbox, self.signals.wake, polling=True),
+            setup.store,
             self.signals,
             self.health,
             Notifier.from_env({}),
-            self.reload,
-            clock=lambda: self.monotonic,
+            LogReporter(),
         )
-        self.fresh: Processor | PipelineError = self.processor
-        self.watch.watcher.start()
+        self.watch = Watch(self.session, clock=lambda: self.monotonic)
+        self.watch._start_watcher()
         self.signals.take_wake()  # of the start
-
-    def reload(self, processor: Processor) -> tuple[Processor, None]:
-        if isinstance(self.fresh, PipelineError):
-            raise self.fresh
-        return self.fresh, None
 
     def turn(self) -> float:
         """One turn; returns how long it would wait."""
@@ -72,7 +96,7 @@ def setup(tmp_path: Path) -> RunnerSetup:
     return RunnerSetup.at(tmp_path, settle_s=0, poll_s=5, rescan_s=30)
 
 
-def test_a_file_is_taken_and_made_in_one_turn_and_then_it_rests(setup: RunnerSetup) -> None:
+def test_a_file_is_taken_in_and_processed_in_one_turn_and_then_the_daemon_waits(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     write_music(setup.workspace.inbox / "a.wav")
 
@@ -81,7 +105,7 @@ def test_a_file_is_taken_and_made_in_one_turn_and_then_it_rests(setup: RunnerSet
     assert daemon.turn() == pytest.approx(5.0)  # polling: at the next poll
 
 
-def test_no_look_is_made_before_it_is_due_unless_something_rings(setup: RunnerSetup) -> None:
+def test_no_scan_is_made_before_it_is_due_unless_an_event_comes(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     daemon.turn()
     write_music(setup.workspace.inbox / "a.wav")
@@ -110,7 +134,7 @@ def test_a_full_disk_pauses_everything_says_so_and_passes(setup: RunnerSetup) ->
     assert daemon.health.conditions == {}
 
 
-def test_a_vanished_inbox_is_looked_for_at_every_poll_and_leaves_the_queue_at_work(
+def test_a_missing_inbox_is_checked_at_every_poll_and_does_not_stop_the_queue(
     setup: RunnerSetup,
 ) -> None:
     daemon = Daemon(setup)
@@ -129,40 +153,40 @@ def test_a_vanished_inbox_is_looked_for_at_every_poll_and_leaves_the_queue_at_wo
     assert daemon.health.conditions == {}
 
 
-def test_looks_take_a_tenth_of_the_time_at_most_however_often_it_rings(setup: RunnerSetup) -> None:
+def test_scans_take_a_tenth_of_the_time_at_most_however_many_events_come(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
-    looks = []
+    scans = []
 
-    class SlowLooks:
+    class SlowScans:
         settings = setup.config.intake
 
         def scan(self, **_: object) -> ScanResult:
-            looks.append(daemon.monotonic)
+            scans.append(daemon.monotonic)
             daemon.monotonic += 1.0
             return ScanResult()
 
-    daemon.watch.processor = Processor(SlowLooks(), daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.processor = Processor(SlowScans(), daemon.processor.runner)  # type: ignore[arg-type]
     for _ in range(100):
         daemon.signals.wake()
         daemon.turn()
         daemon.monotonic += 0.25
 
-    assert len(looks) <= daemon.monotonic / 10 + 1
-    assert len(looks) >= 2
+    assert len(scans) <= daemon.monotonic / 10 + 1
+    assert len(scans) >= 2
 
 
-def test_a_configuration_that_is_right_is_taken_and_a_wrong_one_is_not(setup: RunnerSetup) -> None:
+def test_a_valid_configuration_is_used_after_a_reload_and_a_wrong_one_is_not(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     other = Processor(setup.ingest(), setup.runner(Answers()))
 
-    daemon.fresh = ConfigError("retry: must be a mapping")
+    daemon.configuration.fresh = ConfigError("retry: must be a mapping")
     daemon.watch._reload()
-    assert daemon.watch.processor is daemon.processor
-    assert "kept as it was" in daemon.health.conditions["configuration"].text
+    assert daemon.session.processor is daemon.processor
+    assert "stays as it was" in daemon.health.conditions["configuration"].text
 
-    daemon.fresh = other
+    daemon.configuration.fresh = other
     daemon.watch._reload()
-    assert daemon.watch.processor is other
+    assert daemon.session.processor is other
     assert daemon.health.conditions == {}
 
 
@@ -173,7 +197,7 @@ def test_a_stop_ends_the_watch(setup: RunnerSetup) -> None:
     assert daemon.states() == []
 
 
-def test_a_device_that_fails_while_the_inbox_is_looked_at_is_waited_out(setup: RunnerSetup) -> None:
+def test_a_device_error_during_a_scan_is_waited_out(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
 
     class Broken:
@@ -182,12 +206,12 @@ def test_a_device_that_fails_while_the_inbox_is_looked_at_is_waited_out(setup: R
         def scan(self, **_: object) -> ScanResult:
             raise OSError(errno.EIO, "Input/output error", "inbox/a.wav")
 
-    daemon.watch.processor = Processor(Broken(), daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.processor = Processor(Broken(), daemon.processor.runner)  # type: ignore[arg-type]
     assert daemon.turn() == 5.0
     assert "input/output error" in daemon.health.conditions["folders"].text
 
 
-def test_working_copies_without_room_do_not_keep_the_queue_from_work(setup: RunnerSetup) -> None:
+def test_working_copies_without_space_do_not_stop_the_queue(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     setup.bring("a.wav")
 
@@ -195,70 +219,132 @@ def test_working_copies_without_room_do_not_keep_the_queue_from_work(setup: Runn
         settings = setup.config.intake
 
         def scan(self, **_: object) -> ScanResult:
-            return ScanResult(no_room=DiskFull("1 MB are free"))
+            return ScanResult(disk_full=DiskFull("1 MB are free"))
 
-    daemon.watch.processor = Processor(Full(), daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.processor = Processor(Full(), daemon.processor.runner)  # type: ignore[arg-type]
     daemon.turn()
 
     assert daemon.states() == ["done"]
-    assert "nothing more is taken in" in daemon.health.conditions["room"].text
+    assert "no more files are taken in" in daemon.health.conditions["room"].text
 
 
-def test_a_long_look_feeds_the_watchdog(setup: RunnerSetup) -> None:
+def test_a_long_scan_feeds_the_watchdog(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     fed = []
-    daemon.watch.notifier.progress = lambda: fed.append(1)  # type: ignore[method-assign]
+    daemon.session.notifier.progress = lambda: fed.append(1)  # type: ignore[method-assign]
     write_music(setup.workspace.inbox / "a.wav")
 
-    daemon.watch._see()
+    daemon.watch._scan_if_due()
 
     assert fed
 
 
-def test_once_ends_when_what_waits_cannot_get_room(setup: RunnerSetup) -> None:
+def test_once_ends_when_there_is_no_space_for_waiting_files(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
 
     class Full:
-        settings, is_inbox, root = setup.config.intake, True, setup.workspace.inbox
+        settings, folder = setup.config.intake, setup.workspace.input_folder
 
         def scan(self, **_: object) -> ScanResult:
-            return ScanResult(no_room=DiskFull("1 MB are free"))
+            return ScanResult(disk_full=DiskFull("1 MB are free"))
 
+    daemon.session.processor = Processor(Full(), daemon.processor.runner)  # type: ignore[arg-type]
     with pytest.raises(DiskFull):
-        run_once(Processor(Full(), daemon.processor.runner), daemon.signals, daemon.health)  # type: ignore[arg-type]
+        run_once(daemon.session)
 
 
-def test_once_of_a_folder_is_not_held_up_by_the_queue_of_another(tmp_path: Path) -> None:
+def test_once_of_a_folder_does_not_wait_for_the_queue_of_another(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0, spool_gb=1e-6)
     setup.bring("a.wav")
     other = tmp_path / "other"
     write_music(other / "b.wav", seed=3, seconds=1.5)
     daemon = Daemon(setup)
-    ingest = replace(
-        setup.ingest(), root=other, is_inbox=False, scanner=Scanner(other, Rules(is_inbox=False))
-    )
+    folder = InputFolder(other, is_inbox=False)
+    ingest = replace(setup.ingest(), folder=folder, scanner=Scanner(other, ScanRules(is_inbox=False)))
 
-    run_once(Processor(ingest, daemon.processor.runner), daemon.signals, daemon.health)
+    daemon.session.processor = Processor(ingest, replace(setup.runner(Answers()), folder=folder))
+    run_once(daemon.session)
 
     assert sorted(daemon.states()) == ["done", "queued"]
 
 
 def test_a_bug_is_not_waited_out(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
-    daemon.watch.processor = Processor(None, daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.processor = Processor(None, daemon.processor.runner)  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         daemon.turn()
 
 
-def test_files_that_wait_for_room_behind_a_queue_in_backoff_are_not_looked_at_without_pause(
+def test_files_that_wait_for_space_behind_a_queue_in_backoff_are_not_scanned_without_pause(
     tmp_path: Path,
 ) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0, spool_gb=1e-6, poll_s=5)
     [sha256] = setup.bring("a.wav")
-    setup.store.claim(1, now=setup.now)
+    claim_due(setup.store, 1, now=setup.now)
     setup.store.release(sha256, not_before=setup.now + 1000)
     write_music(setup.workspace.inbox / "b.wav", seed=5)
     daemon = Daemon(setup)
 
     assert daemon.turn() == pytest.approx(1.0)
-    assert daemon.watch._scan_result.waiting == 1
+    assert daemon.watch._scan.waiting == 1
+
+
+def test_an_engine_that_cannot_be_loaded_is_waited_out_and_reported(setup: RunnerSetup) -> None:
+    daemon = Daemon(setup)
+    write_music(setup.workspace.inbox / "a.wav")
+    engines = Unloadable(Answers(), EngineUnusable("device: cuda can't be used"))
+    runner = replace(daemon.processor.runner, engines=engines)
+    daemon.session.processor = replace(daemon.processor, runner=runner)
+
+    assert [daemon.turn() for _ in range(3)] == [5.0, 10.0, 20.0]
+    assert [(what, one.text) for what, one in daemon.health.conditions.items()] == [
+        ("engine", "device: cuda can't be used")
+    ]
+    assert (setup.workspace.inbox / "a.wav").exists()
+    assert daemon.states() == ["queued"]
+
+    engines.error = None
+    daemon.turn()
+    assert daemon.states() == ["done"]
+    assert daemon.health.conditions == {}
+
+
+def test_once_says_what_it_waits_for_and_leaves_a_late_retry_for_the_next_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="pipeline")
+    setup = RunnerSetup.at(tmp_path, settle_s=0, max_attempts=9)
+    [sha256] = setup.bring("a.wav")
+    daemon = Daemon(setup)
+    runner = setup.runner(Answers(but_for(sha256, EngineFailure("made silence"))))
+    daemon.session.processor = replace(daemon.processor, runner=runner)
+    daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
+
+    run_once(daemon.session)
+
+    track = setup.track(sha256)
+    waits = caplog.text.count("waiting until")
+    assert (track.state, track.attempts) == ("queued", waits + 1)
+    assert waits > 2  # they double: about 10, 20, 40 ... s
+    assert runner.result.postponed_until == track.not_before > setup.now + RETRY_PATIENCE_S
+
+
+def test_once_of_a_folder_counts_each_track_once_however_many_scans_there_are(tmp_path: Path) -> None:
+    setup = RunnerSetup.at(tmp_path, settle_s=10)
+    folder = InputFolder(tmp_path / "music", is_inbox=False)
+    before = setup.now
+    for n, name in enumerate(("old.wav", "fresh.wav")):
+        write_music(folder.path / name, seed=n, seconds=1.5)
+    os.utime(folder.path / "old.wav", (before - 100, before - 100))
+    daemon = Daemon(setup)
+    scanner = Scanner(folder.path, ScanRules(is_inbox=False))
+    ingest = replace(setup.ingest(trust_times=False), folder=folder, scanner=scanner)
+    runner = replace(setup.runner(Answers()), folder=folder)
+    daemon.session.processor = Processor(ingest, runner)
+    daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
+
+    for _ in range(2):
+        scan = run_once(daemon.session)
+
+    assert len(runner.result.done) == 2
+    assert scan.up_to_date == set()

@@ -1,19 +1,22 @@
-"""The store, on real SQLite files: the queue, the record of attempts, and what is found again."""
+"""The store, on real SQLite files: the queue, the attempts and the units of work."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sqlite_utils
+from stored_tracks import WHOLE_QUEUE, claim_due
 
-from pipeline.errors import FolderUnusable, UnknownTrack
-from pipeline.store.schema import SourceFile, migrations
+from pipeline.errors import DatabaseDamaged, FolderUnusable, UnknownTrack
+from pipeline.store.migrations import migrations
+from pipeline.store.schema import FileState, SourceFile
 from pipeline.store.store import Store
+from pipeline.workspace import InputFolder
 
 INBOX, ELSEWHERE = Path("/home/inbox"), Path("/music")
 SOURCE = {"duration_s": 3.5, "sample_rate": 44100, "channels": 2, "codec": "flac"}
@@ -41,11 +44,13 @@ def add(
     store: Store, letter: str = "a", *, name: str | None = None, root: Path = INBOX, now: float = 100.0
 ) -> bool:
     file = a_file(letter, name=name, root=root)
-    return store.add(file, name=f"song {letter}", folder=f"{letter}--{letter * 8}", now=now)
+    return store.add_file(file, name=f"song {letter}", folder=f"{letter}--{letter * 8}", now=now)
 
 
-def claimed(store: Store, limit: int = 10, *, now: float = 1000.0, root: Path | None = None) -> list[str]:
-    return [track.sha256[0] for track in store.claim(limit, now=now, root=root)]
+def claimed(
+    store: Store, limit: int = 10, *, now: float = 1000.0, folder: InputFolder = WHOLE_QUEUE
+) -> list[str]:
+    return [track.sha256[0] for track in store.claim(store.due(limit, folder, now=now))]
 
 
 def state_of(store: Store, letter: str = "a") -> str:
@@ -99,7 +104,7 @@ def test_other_bytes_at_a_known_path_take_the_path_over(store: Store) -> None:
 
 def test_a_finished_track_is_not_queued_by_its_bytes_coming_again(store: Store) -> None:
     add(store)
-    store.claim(1, now=200.0)
+    claim_due(store, 1, now=200.0)
     store.finish(sha("a"), plan_key="k", source=SOURCE, now=300.0)
 
     assert not add(store, name="again.wav")
@@ -108,7 +113,7 @@ def test_a_finished_track_is_not_queued_by_its_bytes_coming_again(store: Store) 
 
 def test_every_field_of_a_file_comes_back(store: Store) -> None:
     file = replace(a_file(), moved_to=INBOX / "done" / "a.wav", state="aside")
-    store.add(file, name="a", folder="a", now=1.0)
+    store.add_file(file, name="a", folder="a", now=1.0)
 
     assert store.file_at(file.path) == file
     assert store.file_at(INBOX / "b.wav") is None
@@ -117,20 +122,20 @@ def test_every_field_of_a_file_comes_back(store: Store) -> None:
 def test_a_path_that_is_not_utf8_comes_back_byte_for_byte(store: Store) -> None:
     raw = b"/in\xff/caf\xe9 \n\xf0\x9f\x8e\xb5.wav"
     path = Path(os.fsdecode(raw))
-    store.add(replace(a_file(), path=path, root=path.parent), name="a", folder="a", now=1.0)
-    store.settle_file(path, state="aside", moved_to=path.with_name(os.fsdecode(b"\xfe.wav")))
+    store.add_file(replace(a_file(), path=path, root=path.parent), name="a", folder="a", now=1.0)
+    store.set_file_state(path, FileState.FAILED, moved_to=path.with_name(os.fsdecode(b"\xfe.wav")))
 
     (found,) = store.files_below(path.parent)
     assert os.fsencode(found.path) == raw
     assert found.moved_to is not None
     assert os.fsencode(found.moved_to) == b"/in\xff/\xfe.wav"
-    assert claimed(store, root=path.parent) == ["a"]
+    assert claimed(store, folder=InputFolder(path.parent, is_inbox=False)) == ["a"]
 
 
-def test_settling_a_file_touches_no_other(store: Store) -> None:
+def test_setting_the_state_of_a_file_changes_no_other(store: Store) -> None:
     add(store, name="one.wav")
     add(store, name="two.wav")
-    store.settle_file(INBOX / "one.wav", state="settled")
+    store.set_file_state(INBOX / "one.wav", FileState.SETTLED)
 
     assert {file.display: file.state for file in store.files_of(sha("a"))} == {
         "one.wav": "settled",
@@ -157,14 +162,15 @@ def test_tracks_of_one_moment_are_claimed_in_the_order_of_their_hashes(store: St
     assert [*claimed(store, 1), *claimed(store, 2)] == ["a", "b", "c"]
 
 
-def test_a_claim_below_a_folder_takes_only_what_was_seen_there(store: Store) -> None:
+def test_a_claim_below_a_folder_takes_only_tracks_found_there(store: Store) -> None:
     add(store, "a", root=INBOX)
     add(store, "b", root=ELSEWHERE)
+    other = InputFolder(ELSEWHERE, is_inbox=False)
 
-    assert claimed(store, root=ELSEWHERE) == ["b"]
-    assert claimed(store, root=ELSEWHERE) == []
-    assert store.next_due(root=ELSEWHERE) is None
-    assert store.next_due(root=INBOX) == 0
+    assert claimed(store, folder=other) == ["b"]
+    assert claimed(store, folder=other) == []
+    assert store.next_due(other) is None
+    assert store.next_due(WHOLE_QUEUE) == 0
     assert claimed(store) == ["a"]
 
 
@@ -181,7 +187,7 @@ def test_two_connections_never_claim_the_same_track(store: Store, database: Path
 def test_a_finished_track_has_its_result_and_no_error(store: Store) -> None:
     add(store)
     store.fail(sha("a"), stage="embed", error="oh", now=150.0, retry_at=160.0)
-    store.claim(1, now=200.0)
+    claim_due(store, 1, now=200.0)
     store.finish(sha("a"), plan_key="key", source=SOURCE, now=300.0)
 
     track = store.track(sha("a"))
@@ -193,33 +199,33 @@ def test_a_finished_track_has_its_result_and_no_error(store: Store) -> None:
 
 def test_a_failure_that_is_retried_waits_until_it_is_due(store: Store) -> None:
     add(store)
-    store.claim(1, now=100.0)
+    claim_due(store, 1, now=100.0)
     store.fail(sha("a"), stage="generate", error="no luck", now=110.0, retry_at=120.0)
 
     track = store.track(sha("a"))
     assert track is not None
     assert (track.state, track.attempts, track.stage, track.error) == ("queued", 1, "generate", "no luck")
-    assert store.next_due() == 120.0
+    assert store.next_due(WHOLE_QUEUE) == 120.0
     assert claimed(store, now=119.9) == []
     assert claimed(store, now=120.0) == ["a"]
 
 
 def test_a_failure_for_good_is_not_claimed_again(store: Store) -> None:
     add(store)
-    store.claim(1, now=100.0)
+    claim_due(store, 1, now=100.0)
     store.fail(sha("a"), stage="normalize", error="silent", now=110.0, retry_at=None)
 
     track = store.track(sha("a"))
     assert track is not None
     assert (track.state, track.attempts, track.finished_at) == ("failed", 1, 110.0)
-    assert store.next_due() is None
+    assert store.next_due(WHOLE_QUEUE) is None
     assert claimed(store, now=1e9) == []
 
 
 def test_a_released_track_is_queued_in_its_old_place_and_has_no_attempt(store: Store) -> None:
     add(store, "a", now=1.0)
     add(store, "b", now=2.0)
-    store.claim(1, now=10.0)
+    claim_due(store, 1, now=10.0)
     store.release(sha("a"))
 
     assert [(track.sha256[0], track.attempts) for track in store.tracks("queued")] == [("a", 0), ("b", 0)]
@@ -232,9 +238,9 @@ def test_releasing_leaves_a_finished_track_finished(store: Store) -> None:
     assert state_of(store) == "done"
 
 
-def test_requeueing_forgives_the_attempts_and_keeps_the_work(store: Store) -> None:
+def test_requeueing_resets_the_attempts_and_keeps_the_units(store: Store) -> None:
     add(store)
-    store.claim(1, now=100.0)
+    claim_due(store, 1, now=100.0)
     store.finish_unit("n", sha256=sha("a"), stage="normalize", result={}, seconds=1.0, now=101.0)
     store.fail(sha("a"), stage="embed", error="oh", now=110.0, retry_at=None)
     store.requeue(sha("a"), now=500.0)
@@ -246,7 +252,7 @@ def test_requeueing_forgives_the_attempts_and_keeps_the_work(store: Store) -> No
     assert store.unit("n") == {}
 
 
-def test_requeueing_a_stage_forgets_that_stage_of_that_track_alone(store: Store) -> None:
+def test_requeueing_a_stage_deletes_the_units_of_that_stage_and_track_only(store: Store) -> None:
     add(store, "a")
     add(store, "b")
     for key, letter, stage in (("n", "a", "normalize"), ("g", "a", "generate"), ("other", "b", "generate")):
@@ -258,7 +264,7 @@ def test_requeueing_a_stage_forgets_that_stage_of_that_track_alone(store: Store)
 
 def test_requeueing_leaves_what_runs_running(store: Store) -> None:
     add(store)
-    store.claim(1, now=100.0)
+    claim_due(store, 1, now=100.0)
     store.requeue(sha("a"), now=200.0)
     assert state_of(store) == "running"
 
@@ -268,9 +274,9 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
 ) -> None:
     for letter in "abc":
         add(store, letter)
-    store.claim(2, now=200.0)
-    store.end(store.begin(sha("a"), "normalize", now=201.0), outcome="done", now=202.0)
-    store.begin(sha("a"), "generate", now=203.0)
+    claim_due(store, 2, now=200.0)
+    store.end_attempt(store.begin_attempt(sha("a"), "normalize", now=201.0), outcome="done", now=202.0)
+    store.begin_attempt(sha("a"), "generate", now=203.0)
     store.close()
 
     reopened = Store(database)
@@ -287,9 +293,9 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
     reopened.close()
 
 
-def test_recovery_blames_no_track_that_was_not_running(store: Store) -> None:
+def test_recovery_returns_no_track_that_was_not_running(store: Store) -> None:
     add(store)
-    store.begin(sha("a"), "generate", now=201.0)
+    store.begin_attempt(sha("a"), "generate", now=201.0)
     store.finish(sha("a"), plan_key="k", source=SOURCE, now=202.0)
 
     assert store.recover(now=900.0) == []
@@ -302,10 +308,10 @@ def test_recovery_blames_no_track_that_was_not_running(store: Store) -> None:
 
 def test_an_attempt_is_open_until_it_ends(store: Store) -> None:
     add(store)
-    attempt = store.begin(sha("a"), "embed", now=1.0)
+    attempt = store.begin_attempt(sha("a"), "embed", now=1.0)
     assert [(a.stage, a.outcome) for a in store.open_attempts()] == [("embed", None)]
 
-    store.end(attempt, outcome="failed", now=2.5, error="why", traceback="where")
+    store.end_attempt(attempt, outcome="failed", now=2.5, error="why", traceback="where")
     assert store.open_attempts() == []
     (ended,) = store.attempts(sha("a"))
     assert (ended.started_at, ended.ended_at, ended.outcome, ended.error) == (1.0, 2.5, "failed", "why")
@@ -330,9 +336,9 @@ def test_a_unit_made_again_replaces_the_first(store: Store) -> None:
 
 def test_work_for_a_track_nobody_added_is_refused(store: Store) -> None:
     with pytest.raises(sqlite3.IntegrityError):
-        store.begin(sha("z"), "embed", now=1.0)
+        store.begin_attempt(sha("z"), "embed", now=1.0)
     add(store)
-    store.begin(sha("a"), "embed", now=2.0)  # and the refusal left no transaction open
+    store.begin_attempt(sha("a"), "embed", now=2.0)  # and the refusal left no transaction open
 
 
 def test_a_config_is_remembered_once(store: Store, database: Path) -> None:
@@ -343,7 +349,7 @@ def test_a_config_is_remembered_once(store: Store, database: Path) -> None:
     plain.close()
 
 
-# -- questions ---------------------------------------------------------------------------------------
+# -- queries -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted", ["song a", "a--aaaaaaaa", "aaaa", "AAAA", "a" * 64, "sub/a.wav"])
@@ -353,8 +359,20 @@ def test_a_track_is_found_by_name_folder_hash_or_file(store: Store, wanted: str)
     assert store.find(wanted).sha256 == sha("a")
 
 
-@pytest.mark.parametrize("wanted", ["", "aaa", "aaaab", "song", "%", "a%", "____"])
-def test_what_is_no_name_and_no_long_enough_prefix_is_unknown(store: Store, wanted: str) -> None:
+def test_a_unique_part_of_a_name_is_enough_and_an_exact_name_wins(store: Store) -> None:
+    for letter, name in (("a", "Paper Lanterns"), ("b", "paper"), ("c", "Cafe\u0301 noir")):
+        store.add_file(a_file(letter), name=name, folder=letter, now=1.0)
+    assert store.find("lanterns").sha256 == sha("a")
+    assert store.find("paper").sha256 == sha("b")
+    assert store.find("CAF\u00c9").sha256 == sha("c")
+    with pytest.raises(
+        UnknownTrack, match=r"2 tracks match 'pap'.*Paper Lanterns \(aaaaaaaa\), paper \(bbbb"
+    ):
+        store.find("pap")
+
+
+@pytest.mark.parametrize("wanted", ["", "aaa", "aaaab", "sing", "%", "a%", "____"])
+def test_what_is_no_part_of_a_name_and_no_long_enough_prefix_is_unknown(store: Store, wanted: str) -> None:
     add(store, "a")
     with pytest.raises(UnknownTrack, match="there is no track"):
         store.find(wanted)
@@ -362,8 +380,8 @@ def test_what_is_no_name_and_no_long_enough_prefix_is_unknown(store: Store, want
 
 def test_a_name_of_two_tracks_is_refused_with_their_hashes(store: Store) -> None:
     for letter in "ab":
-        store.add(a_file(letter), name="song", folder=letter, now=1.0)
-    with pytest.raises(UnknownTrack, match=r"2 tracks go by 'song'.*aaaaaaaa, bbbbbbbb|bbbbbbbb, aaaaaaaa"):
+        store.add_file(a_file(letter), name="song", folder=letter, now=1.0)
+    with pytest.raises(UnknownTrack, match=r"2 tracks match 'song'.*song \(aaaaaaaa\), song \(bbbbbbbb\)"):
         store.find("song")
 
 
@@ -400,27 +418,65 @@ def test_a_reader_sees_what_is_written_meanwhile_and_can_write_nothing(store: St
     reader.close()
 
 
-def test_a_sound_database_passes_its_check_and_a_damaged_one_does_not(store: Store, database: Path) -> None:
-    for n in range(300):
-        store.add(
-            replace(a_file(name=f"{n}.wav"), sha256=f"{n:064d}"),
-            name=f"song {n}",
-            folder=str(n),
-            now=float(n),
-        )
-    assert store.check() == []
+def garbage_header(path: Path) -> None:
+    path.write_bytes(b"this is no database " * 1000)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zeroed_page(path: Path) -> None:
+    with path.open("r+b") as raw:
+        raw.seek(path.stat().st_size // 2 // 4096 * 4096)
+        raw.write(bytes(4096))
+
+
+def empty_beside_its_log(path: Path) -> None:
+    os.truncate(path, 0)
+    path.with_name(f"{path.name}-wal").write_bytes(b"x" * 5000)
+
+
+def replaced_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [garbage_header, truncated, zeroed_page, empty_beside_its_log, replaced_by_a_folder]
+)
+def test_a_damaged_database_is_refused_with_what_to_do(
+    store: Store, database: Path, damage: Callable[[Path], None]
+) -> None:
+    for n in range(100):
+        file = replace(a_file(name=f"{n}.wav"), sha256=f"{n:064d}")
+        store.add_file(file, name=f"song {n}", folder=str(n), now=float(n))
+    store.check()
+    store.close()
+    damage(database)
+
+    with pytest.raises(DatabaseDamaged, match=r"pipeline\.db is damaged .*: stop the program, then restore"):
+        Store(database)
+    with pytest.raises(DatabaseDamaged):
+        Store(database, read_only=True).check()
+
+
+def test_a_database_that_may_not_be_written_is_named(
+    store: Store, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.close()
 
-    size = database.stat().st_size
-    with database.open("r+b") as raw:
-        raw.seek(size // 2)
-        raw.write(b"\x55" * 8192)
-    damaged = Store(database, read_only=True)
-    assert damaged.check() != []
-    damaged.close()
+    def refused(*_: object) -> None:
+        error = sqlite3.OperationalError("attempt to write a readonly database")
+        error.sqlite_errorcode = sqlite3.SQLITE_READONLY
+        raise error
+
+    monkeypatch.setattr(Store, "_migrate", refused)  # root may write everything
+    with pytest.raises(FolderUnusable, match=r"pipeline\.db can't be used: attempt to write a readonly"):
+        Store(database)
 
 
-def test_a_database_whose_making_was_cut_off_can_be_read(tmp_path: Path) -> None:
+def test_a_database_that_was_not_completely_made_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "pipeline.db").touch()
     store = Store(tmp_path / "pipeline.db", read_only=True)
     assert store.counts() == dict.fromkeys(("queued", "running", "done", "failed"), 0)
@@ -434,7 +490,6 @@ def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_pa
         "INSERT INTO tracks (sha256, name, folder, state, bytes, queued_at) VALUES"
         " ('a', 'a.wav', 'a', 'done', 1, 1)"
     )
-    db.conn.commit()
     db.close()
 
     store = Store(tmp_path / "pipeline.db", read_only=True)
@@ -447,8 +502,9 @@ def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(tmp_pa
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path, read_only: bool) -> None:
     Store(tmp_path / "pipeline.db").close()
-    db = sqlite_utils.Database(tmp_path / "pipeline.db")
-    db["_sqlite_migrations"].insert({"migration_set": "pipeline", "name": "m999", "applied_at": "later"})
+    db = sqlite3.connect(tmp_path / "pipeline.db")
+    db.execute("INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('pipeline', 'm999')")
+    db.commit()
     db.close()
 
     with pytest.raises(FolderUnusable, match="newer version"):
@@ -457,7 +513,7 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path: Path, read_only: boo
 
 def test_a_running_track_is_not_queued_again_and_keeps_its_units(store: Store) -> None:
     add(store)
-    store.claim(1, now=1.0)
+    claim_due(store, 1, now=1.0)
     store.finish_unit("k", sha256=sha("a"), stage="generate", result={}, seconds=0.0, now=2.0)
 
     assert not store.requeue(sha("a"), now=3.0, stages=["generate"])

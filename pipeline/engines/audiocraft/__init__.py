@@ -17,7 +17,10 @@ from pipeline.engines.musicgen import DEFAULT_MODEL, license_of
 from pipeline.weights.layout import TEXT_ENCODER
 
 VERSION = "1"
-INSTALL_COMMAND = "pip install -r requirements-audiocraft.txt && pip install --no-deps audiocraft==1.3.0"
+INSTALL_COMMAND = (
+    "pip install -r requirements.txt -r requirements-audiocraft.txt"
+    " && pip install --no-deps audiocraft==1.3.0"
+)
 PACKAGES = (
     *("torch", "torchaudio", "transformers", "audiocraft"),
     *("einops", "flashy", "julius", "num2words", "omegaconf", "spacy", "torchmetrics", "xformers"),

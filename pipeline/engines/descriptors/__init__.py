@@ -1,10 +1,10 @@
 """Weight-free embedder: statistics of timbre, harmony, rhythm and dynamics as one unit-length vector.
 
-Method: the track is mixed to mono and resampled to 22,050 Hz, and cut into windows of 10 s. A tail of 5 s
-or more is a window of its own, a shorter one belongs to the window before it, so that every sample is in
-one window. A window is brought to an RMS of 1 (the level of the input has no influence), one STFT (Hann,
-4096, hop 512) is taken, and the numbers below are read from it: its vector depends on its samples alone.
-The track's vector is the mean of its windows, weighted by their lengths, brought to unit length.
+Method: the track is mixed to mono, resampled to 22,050 Hz and cut into windows of 10 s. A tail of 5 s or more
+is a separate window, a shorter one is part of the window before it, so every sample is in one window. A
+window is scaled to an RMS of 1 (the level of the input has no influence), and the numbers below are computed
+from one STFT (Hann, 4096, hop 512); a window's vector depends on its samples alone. The track's vector is the
+mean of its windows' vectors, weighted by their lengths and scaled to unit length.
 
 | block    | dims | what                                                         | source                    |
 |----------|------|--------------------------------------------------------------|---------------------------|
@@ -23,12 +23,12 @@ The track's vector is the mean of its windows, weighted by their lengths, brough
 | dynamics | 6    | loudness (dB): deviation, upper and lower spread, mean step; | EBU Tech 3342 (spread)    |
 |          |      | share of quiet frames; crest factor                          |                           |
 
-Transposition leaves `tempo`, `pulse` and `dynamics` as they are, `chords` nearly, turns `key`, and moves
-`timbre` a little, as it does to the ear. Each number is centred, scaled and softly limited by constants of
-`layout`, which belong to the version and are never fitted to what is embedded; over music each block then
-holds its share of the squared length. So a cosine of 0 means "as different as any two tracks are".
+Transposition leaves `tempo`, `pulse` and `dynamics` unchanged and `chords` nearly so, rotates `key`, and
+changes `timbre` a little. Each number is centred, scaled and softly limited by constants in `layout`, which
+belong to the version and are not fitted to the tracks that are embedded. On average over music, each block
+contributes its share of the squared length, so a cosine of 0 means "as different as two random tracks".
 
-Silence has a vector, too, the same for any length.
+Silence of any length has one and the same vector.
 """
 
 from __future__ import annotations
@@ -52,5 +52,5 @@ ENGINE = EngineCard(
     summary="timbre, harmony, rhythm and dynamics in 10 s windows; no model, far faster than real time",
     params=NoParams,
     load=_load,
-    packages=("numpy", "scipy", "librosa", "soxr"),
+    packages=("numpy", "scipy", "soxr"),
 )

@@ -1,4 +1,4 @@
-"""From a track to its vectors."""
+"""The embedder: cuts a track into windows and combines their vectors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engines.base import StopFn, check_stop
-from pipeline.engines.descriptors.features import RATE_HZ, measured
+from pipeline.engines.descriptors.features import RATE_HZ, raw_features
 from pipeline.engines.descriptors.layout import DIM, VERSION, scaled
 from pipeline.errors import EngineFailure
 from pipeline.records import Audio, Embedding
@@ -16,7 +16,7 @@ SHORTEST_S = 5.0  # a shorter tail joins the window before it
 
 
 class DescriptorsEmbedder:
-    """The descriptors behind the embedder protocol."""
+    """An `Embedder`: see `pipeline.engines.base`."""
 
     name = "descriptors"
     version = VERSION
@@ -26,8 +26,8 @@ class DescriptorsEmbedder:
         """Embed one track of any rate, length and number of channels.
 
         Raises:
-            Stopped: within one window of `should_stop` turning true.
-            EngineFailure: the samples hold NaN or infinity.
+            Stopped: at most one window after `should_stop` turned true.
+            EngineFailure: a sample is NaN or infinite.
         """
         from pipeline.audio import resample
 
@@ -37,8 +37,8 @@ class DescriptorsEmbedder:
         for start, stop in edges:
             check_stop(should_stop, "descriptors")
             if not np.isfinite(mono[start:stop]).all():
-                raise EngineFailure("descriptors can't measure samples that are not finite numbers.")
-            rows.append(unit(scaled(measured(mono[start:stop]))))
+                raise EngineFailure("the normalized audio has samples that are not finite numbers")
+            rows.append(unit(scaled(raw_features(mono[start:stop]))))
         windows = np.stack(rows)
         times_s = np.minimum(np.array(edges) / RATE_HZ, audio.duration_s)
         return Embedding(
@@ -54,7 +54,7 @@ def unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def window_edges(n_samples: int) -> list[tuple[int, int]]:
-    """First and last sample (exclusive) of each window at RATE_HZ: see the module's text for the tail."""
+    """First and last sample (exclusive) of each window at RATE_HZ; see the package for the tail."""
     size, shortest = round(WINDOW_S * RATE_HZ), round(SHORTEST_S * RATE_HZ)
     starts = list(range(0, max(1, n_samples - shortest + 1), size))
     return list(zip(starts, [*starts[1:], n_samples], strict=True))

@@ -1,4 +1,4 @@
-"""The raw numbers of one window, block by block, all from one STFT."""
+"""The raw features of one window, block by block, all from one STFT."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engines.descriptors.filters import Vector, chroma_bank, mel_bank
 from pipeline.records import Samples
-
-Vector = NDArray[np.float64]
 
 RATE_HZ = 22050
 N_FFT, HOP = 4096, 512
 FRAMES_PER_S = RATE_HZ / HOP
 N_MELS, N_MFCC = 40, 13
-FLOOR = 1e-5  # of a window's mean power: what lies 50 dB below it is as good as silent
-CONTRAST_EDGES_HZ = 200.0 * 2.0 ** np.arange(6)  # six octaves with the open last one
+LOWEST_HZ = 30.0  # of the mel bands
+FLOOR = 1e-5  # relative to a window's mean power: 50 dB below it counts as silence
+CONTRAST_EDGES_HZ = 200.0 * 2.0 ** np.arange(6)  # six octaves; the last one is open
 CHORD_FRAMES = 16  # 0.37 s
 SLOWEST_BPM, TEMPO_OCTAVES, BANDS_PER_OCTAVE = 37.5, 3, 8
 
 
 def power_spectra(samples: Samples) -> Samples:
-    """Power of each frame that lies wholly inside, float32, (frames, N_FFT // 2 + 1)."""
+    """Power of all frames that lie entirely inside the window, float32, (frames, N_FFT // 2 + 1)."""
     from scipy import fft, signal
 
     padded = np.pad(samples, (0, max(0, N_FFT - samples.size)))
@@ -33,16 +33,16 @@ def power_spectra(samples: Samples) -> Samples:
     return np.asarray(spectra.real**2 + spectra.imag**2, dtype=np.float32)
 
 
-def folded(spectra: Samples, bank: Samples) -> Samples:
-    """Sums over bins, (frames, bins) and (bands, bins) to (frames, bands).
+def band_sums(spectra: Samples, bank: Samples) -> Samples:
+    """Sums over bins weighted by the bank, (frames, bins) and (bands, bins) to (frames, bands).
 
-    Not by matrix product: BLAS rounds otherwise with another number of threads.
+    A matrix product would go through BLAS, whose rounding depends on the number of threads.
     """
     return np.asarray(np.einsum("tf,bf->tb", spectra, bank))
 
 
 def decibels(power: NDArray[Any]) -> Vector:
-    """Power relative to the mean over everything given, in dB, not below FLOOR."""
+    """Power in dB relative to its mean, not below FLOOR."""
     mean = float(power.mean(dtype=np.float64)) or 1.0
     return np.asarray(10 * np.log10(power.astype(np.float64) / mean + FLOOR))
 
@@ -53,7 +53,7 @@ def mean_and_deviation(values: Vector) -> Vector:
 
 
 def timbre(mel_db: Vector) -> Vector:
-    """Blocks timbre and motion. The zeroth coefficient, the level, is left out."""
+    """Blocks timbre and motion, without the zeroth coefficient, which is the level."""
     from scipy import fft
 
     return mean_and_deviation(fft.dct(mel_db, type=2, norm="ortho", axis=1)[:, 1 : N_MFCC + 1])
@@ -64,15 +64,15 @@ def spectrum(power: Samples, mel: Samples, hz: Vector) -> Vector:
     weights = power[:, 1:] + FLOOR * float(power.mean()) + np.finfo(np.float32).tiny
     weights = weights / weights.sum(axis=1, keepdims=True)
     octaves = np.log2(hz[1:] / 1000).astype(np.float32)
-    centroid = folded(weights, octaves[None])[:, 0]
-    spread = np.sqrt(np.maximum(folded(weights, octaves[None] ** 2)[:, 0] - centroid**2, 0))
+    centroid = band_sums(weights, octaves[None])[:, 0]
+    spread = np.sqrt(np.maximum(band_sums(weights, octaves[None] ** 2)[:, 0] - centroid**2, 0))
     flatness = decibels(mel).mean(axis=1) - 10 * np.log10(mel.mean(axis=1) / (mel.mean() or 1.0) + FLOOR)
     shape = np.stack([centroid, spread, flatness], axis=1).astype(np.float64)
     return np.concatenate([mean_and_deviation(shape), contrast(power, hz)])
 
 
 def contrast(power: Samples, hz: Vector) -> Vector:
-    """Peaks over valleys in dB, the means of each octave's strongest and weakest fifth of bins."""
+    """Mean of each octave's strongest fifth of bins over that of its weakest fifth, in dB."""
     edges = np.searchsorted(hz, [*CONTRAST_EDGES_HZ, hz[-1]])
     floor = FLOOR * float(power.mean()) + np.finfo(np.float32).tiny
     contrasts = []
@@ -84,10 +84,10 @@ def contrast(power: Samples, hz: Vector) -> Vector:
     return np.array(contrasts)
 
 
-def harmony(power: Samples, chroma_bank: Samples) -> Vector:
+def harmony(power: Samples) -> Vector:
     """Blocks chords and key."""
-    chroma = folded(np.sqrt(power), chroma_bank)
-    chroma = chroma - chroma.min(axis=1, keepdims=True)  # drums and noise fill all classes alike
+    chroma = band_sums(np.sqrt(power), chroma_bank(RATE_HZ, N_FFT))
+    chroma = chroma - chroma.min(axis=1, keepdims=True)  # drums and noise raise all classes equally
     starts = np.arange(0, chroma.shape[0], CHORD_FRAMES)
     chords = unit_sum(np.add.reduceat(chroma, starts, axis=0).astype(np.float64))
     whole = unit_sum(chroma.sum(axis=0, dtype=np.float64)[None])
@@ -99,13 +99,13 @@ def harmony(power: Samples, chroma_bank: Samples) -> Vector:
 
 
 def unit_sum(chroma: Vector) -> Vector:
-    """Each row over its sum; a row of zeros becomes even."""
+    """Each row divided by its sum; a row of zeros becomes uniform."""
     total = chroma.sum(axis=1, keepdims=True)
     return np.asarray(np.where(total > 0, chroma / np.where(total > 0, total, 1), 1 / 12))
 
 
 def rhythm(mel_db: Vector, mel_hz: Vector) -> Vector:
-    """Blocks tempo and pulse, from the rise of the mel bands' levels."""
+    """Blocks tempo and pulse, from the increases of the mel bands' levels."""
     from scipy import signal
 
     rises = np.maximum(np.diff(mel_db, axis=0, prepend=mel_db[:1]), 0)
@@ -144,24 +144,21 @@ def dynamics(samples: Samples, power: Samples) -> Vector:
     return np.array([level_db.std(), p95 - p50, p50 - p10, steps, np.mean(level_db < -6), crest_db])
 
 
-def measured(samples: Samples) -> Vector:
-    """The raw numbers of one window of mono at RATE_HZ, float64, (DIM,), before any scaling."""
-    from librosa.filters import chroma, mel
-
+def raw_features(samples: Samples) -> Vector:
+    """The features of one window of mono at RATE_HZ before scaling, float64, (DIM,)."""
     rms = float(np.sqrt(np.mean(samples.astype(np.float64) ** 2)))
     level = samples / np.float32(rms) if rms > 1e-7 else np.zeros_like(samples)
     power = power_spectra(level)
     hz = np.arange(N_FFT // 2 + 1, dtype=np.float64) * RATE_HZ / N_FFT
-    mel_bank = mel(sr=RATE_HZ, n_fft=N_FFT, n_mels=N_MELS, fmin=30.0)
-    bands = folded(power, mel_bank)
+    to_mel = mel_bank(RATE_HZ, N_FFT, N_MELS, LOWEST_HZ)
+    bands = band_sums(power, to_mel)
     mel_db = decibels(bands)
-    chroma_bank = chroma(sr=RATE_HZ, n_fft=N_FFT, ctroct=5.0, octwidth=1.0).astype(np.float32)
     return np.concatenate(
         [
             timbre(mel_db),
             spectrum(power, bands, hz),
-            harmony(power, chroma_bank),
-            rhythm(mel_db, hz[mel_bank.argmax(axis=1)]),
+            harmony(power),
+            rhythm(mel_db, hz[to_mel.argmax(axis=1)]),
             dynamics(level, power),
         ]
     )

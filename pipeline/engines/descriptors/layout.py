@@ -1,28 +1,30 @@
-"""What the vector's dimensions are, and the constants that make them comparable.
+"""The vector's dimensions, and the constants that make them comparable.
 
-Centres and spreads (mean and standard deviation) were measured over 37 windows of six pieces, one of
-them the bundled one, and 30 windows of five synthesized bands in three keys and tempos
-(tests/engines/loops.py); each piece counted as much as one band. No key and no tempo is preferred to
-another: `key` and `tempo` have one centre and one spread for all their dimensions.
+Centres and spreads (mean and standard deviation) were measured over 37 windows of six pieces, including
+the bundled one, and 30 windows of five synthesized bands in three keys and tempos (tests/engines/loops.py);
+each piece had the weight of one band. `key` and `tempo` have one centre and one spread for all their
+dimensions, so that no key and no tempo is preferred.
 
-Changing any number here is a new VERSION.
+A changed number here requires a new VERSION.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 VERSION = "1"
-LIMIT = 3.0  # spreads: a single odd number can't take the vector over
+LIMIT = 3.0  # spreads, so that a single outlier can't dominate the vector
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of the vector's dimensions; the package's table says what each is."""
+    """Consecutive dimensions of the vector; the package's table describes them."""
 
     name: str
     dims: int
@@ -69,13 +71,17 @@ DIM = sum(block.dims for block in LAYOUT)
 
 
 def row(values: Iterable[tuple[float, ...]]) -> NDArray[np.float64]:
-    """(DIM,) of each block's values: one for each dimension, or one for all."""
+    """(DIM,) from each block's values: one for each dimension, or one for all."""
+    import numpy as np
+
     pairs = zip(values, LAYOUT, strict=True)
     return np.concatenate([np.broadcast_to(value, block.dims) for value, block in pairs])
 
 
 def scaled(raw: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Raw numbers, (DIM,), in their spreads, limited to +-LIMIT and weighted by the blocks' shares."""
+    """Raw features, (DIM,), centred, in units of their spreads, limited to +-LIMIT and weighted by block."""
+    import numpy as np
+
     z = (raw - row(block.centers for block in LAYOUT)) / row(block.spreads for block in LAYOUT)
     weights = row(((block.share / block.dims) ** 0.5,) for block in LAYOUT)
     return np.asarray(weights * z / np.sqrt(1 + (z / LIMIT) ** 2))

@@ -1,17 +1,21 @@
-"""Melody-conditioned MusicGen (Copet et al. 2023, arXiv:2306.05284), on transformers.
+"""Melody-conditioned MusicGen (Copet et al. 2023, arXiv:2306.05284).
 
-The track's chroma and a prompt condition a language model over EnCodec tokens; EnCodec makes
-sound of the tokens. In the order in which a request meets them:
+A language model writes the tokens of the EnCodec codec, conditioned on the chroma of the track and on
+a prompt, and EnCodec decodes the tokens to sound. The checkpoint is opened with transformers; the
+language model runs on a decoder of this package.
 
-- `engine` is the generator; `loader` opened its checkpoint, `layers` what it leaves in the files;
-- `stems` says what the melody is taken from, by `harmonic` or `separation`; `conditioning` makes
-  prefixes of melody and prompt;
-- `batch` runs all variations together, `windows` what is longer than the model can make at once,
-  `sampling` picks the tokens, `savepoints` keeps them on the disk, `room` says how many rows fit;
-- `decoder` is the language model: `cpu` over `kernels`, or `torch_decoder`; `precision` chooses and
-  checks the numbers it calculates in; `keys_values` is the memory of `cpu`, which may be in `shm`,
-  where it outlives a kill;
-- `sound` makes sound of the tokens.
+A call of the engine passes through these modules:
+
+- `engine`: the generator; requests in, variations out.
+- `checkpoint`: opens the files, `layers` those of the decoder's layers.
+- `conditioning`: computes the conditions, with the melody of `melody` (by `hpss` or `demucs`).
+- `scheduler`: continuous batching of all requests in the rows of one KV cache. `windows` splits long
+  music, `sampling` picks tokens, `savepoints` stores them, `memory_budget` limits the rows.
+- `decoder`: the interface to the language model. `cpu_decoder` implements it with the compiled
+  `kernels` and `kv_cache`, `torch_decoder` with torch, for a GPU.
+- `precision`: chooses float32 or int8. `int8_check` compares the two, `quantized_store` holds the
+  quantized layers on the disk.
+- `codec`: decodes tokens to sound.
 """
 
 from __future__ import annotations
@@ -22,18 +26,25 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.engines.base import UNFINISHED, EngineCard, EngineSettings, Generator, Params
+from pipeline.engines.base import (
+    UNFINISHED,
+    EngineCard,
+    EngineSection,
+    EngineSettings,
+    Generator,
+    Params,
+)
 
 VERSION = "6"
 DEFAULT_MODEL = "facebook/musicgen-melody"
-FOLDER = "musicgen"  # of what the engine keeps
+FOLDER = "musicgen"  # of this engine's files in the state folder
 LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"
 
 
 class MusicgenParams(Params):
-    """What one variation can be told, beside its length and seed.
+    """The parameters of one variation, beside its length and seed.
 
-    The defaults are those of audiocraft, which the weights were published with.
+    The defaults are those of audiocraft, with which the weights were published.
     """
 
     prompt: str = Field(
@@ -56,76 +67,79 @@ class MusicgenParams(Params):
         default=3.0,
         ge=1.0,
         le=20.0,
-        description="how strictly melody and prompt are followed; 1: unguided, in half the rows",
+        description="how strictly melody and prompt are followed; 1: without guidance, in half the rows",
     )
     melody: Literal["auto", "mix", "harmonic", "demucs"] = Field(
         default="auto",
-        description="what the melody is taken from: the whole mix, what is steady in it, or vocals and "
-        "other instruments by demucs (to be installed); auto: the mix where there are few strokes",
+        description="what the melody is taken from: the whole mix, its harmonic part, or vocals and other "
+        "instruments by demucs (to be installed); auto: the mix if it is hardly percussive",
+    )
+
+
+class MusicgenSection(EngineSection):
+    """The section `generate.musicgen` of the configuration."""
+
+    precision: Literal["auto", "float32", "int8"] = Field(
+        default="auto",
+        description="auto: int8 on a CPU, if it passes its check, and half precision on a GPU",
+    )
+    max_memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="memory of the whole process, by which the batch is sized; null: 60 % of what is free",
     )
 
 
 def license_of(model: str | None) -> str:
-    """The licence that the weights put on what is made with them, as far as it can be known."""
+    """The licence that the weights put on what is made with them, as far as it is known."""
     if model is None or model.startswith("facebook/musicgen"):
         return LICENSE
     name = Path(model).name if Path(model).expanduser().is_dir() else model
     return f"that of the checkpoint in {name}; MusicGen's published weights are CC-BY-NC-4.0"
 
 
-def last_check(state_dir: Path) -> str | None:
-    """What the last start found out about int8; None if there was none."""
-    from pipeline.engines.musicgen import precision
+class MusicgenUpkeep:
+    """See `Upkeep`."""
 
-    check = precision.last_check(state_dir / FOLDER)
-    if check is None:
-        return None
-    return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
+    def last_start(self, state_dir: Path) -> str | None:
+        from pipeline.engines.musicgen import quantized_store
 
+        check = quantized_store.last_check(state_dir / FOLDER)
+        if check is None:
+            return None
+        return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
 
-def leftovers(state_dir: Path) -> list[Path]:
-    """See `EngineCard`: keys and values, in memory."""
-    from pipeline.engines.musicgen import shm
+    def check_params(self, params: Mapping[str, Any], settings: EngineSettings) -> None:
+        """Demucs and its weights are not installed with the engine."""
+        if params["melody"] == "demucs":
+            from pipeline.engines.musicgen import demucs
 
-    return shm.leftovers(state_dir / FOLDER)
-
-
-def clear_up(state_dir: Path) -> None:
-    """See `EngineCard`."""
-    from pipeline.engines.musicgen import shm
-
-    shm.clear_up(state_dir / FOLDER)
-
-
-def check_params(params: Mapping[str, Any], settings: EngineSettings) -> None:
-    """See `EngineCard`: a variation can ask for demucs, and neither it nor its weights come by themselves."""
-    if params["melody"] == "demucs":
-        from pipeline.engines.musicgen import demucs
-
-        demucs.find(settings.cache_dir)
+            demucs.find(settings.cache_dir)
 
 
 def _load(settings: EngineSettings) -> Generator:
-    from pipeline.engines.musicgen import memory_budget, shm
+    from pipeline.engines.musicgen import memory_budget
     from pipeline.engines.musicgen.checkpoint import load_checkpoint
     from pipeline.engines.musicgen.engine import MusicgenGenerator
     from pipeline.engines.musicgen.precision import open_decoder
     from pipeline.engines.musicgen.savepoints import Savepoints
     from pipeline.weights import hub
 
+    section = settings.sections.get(ENGINE.name, MusicgenSection())
+    assert isinstance(section, MusicgenSection)
     model = settings.model or DEFAULT_MODEL
-    found = hub.locate(model, settings.revision, settings.cache_dir)
-    found = found or hub.fetch(model, settings.revision, settings.cache_dir)
-    checkpoint = load_checkpoint(found, settings.device, settings.threads)
-    kept = settings.state_dir / FOLDER if settings.state_dir is not None else None
-    opened = open_decoder(checkpoint, settings.precision, settings.threads, kept)
-    memory_budget.tidy()
+    weights = hub.locate(model, settings.revision, settings.cache_dir)
+    weights = weights or hub.fetch(model, settings.revision, settings.cache_dir)
+    checkpoint = load_checkpoint(weights, settings.device, settings.threads)
+    folder = settings.state_dir / FOLDER if settings.state_dir is not None else None
+    decoder, check = open_decoder(checkpoint, section.precision, settings.threads, folder)
+    memory_budget.return_unused()
     return MusicgenGenerator(
         checkpoint,
-        opened,
-        max_memory_gb=settings.max_memory_gb,
-        saved=Savepoints(None if kept is None else kept / UNFINISHED),
-        shelf=shm.shelf(kept, settings.kv_cache if checkpoint.device == "cpu" else "private"),
+        decoder,
+        check,
+        max_memory_gb=section.max_memory_gb,
+        saved=Savepoints(None if folder is None else folder / UNFINISHED),
         cache_dir=settings.cache_dir,
     )
 
@@ -141,9 +155,7 @@ ENGINE = EngineCard(
     install="pip install -r requirements.txt",
     default_model=DEFAULT_MODEL,
     license_of=license_of,
-    last_check=last_check,
-    leftovers=leftovers,
-    clear_up=clear_up,
-    check_params=check_params,
+    section=MusicgenSection,
+    upkeep=MusicgenUpkeep(),
     rank=10,
 )

@@ -1,9 +1,9 @@
-"""Opening a MusicGen-Melody checkpoint: a folder in the library's format, checked before it is used.
+"""Opening a MusicGen-Melody checkpoint: a folder in the format of transformers, checked before it is used.
 
-The library loads what it runs for us, each part when it is needed: the text encoder when there is a
-prompt, the language model's two ends when it is opened, EnCodec when there is sound to make. That
-keeps half a gigabyte free while tokens are made. The language model's layers, nine tenths of the
-weights, are left in their files (see `layers`).
+Each part that transformers runs is loaded when it is needed: the text encoder for a prompt, the
+embedding and LM head when the decoder is opened, EnCodec when tokens are decoded to sound. That keeps
+half a gigabyte free while tokens are made. The decoder's layers, nine tenths of the weights, are read
+from their files by `layers`.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines import pretrained
-from pipeline.engines.musicgen.decoder import Ends, shape_of
+from pipeline.engines.musicgen.decoder import EmbeddingAndHead, shape_of
 from pipeline.engines.musicgen.layers import LayerFiles
 from pipeline.errors import BadCheckpoint
 from pipeline.weights.hub import Weights
 
 MODEL_TYPE = "musicgen_melody"
-MAX_POSITIONS = 4096  # of a prefix and a window: 235 + 500 characters of prompt + 1503, with room
+MAX_POSITIONS = 4096  # of a prefix and a window: at most 235 + 500 characters of prompt + 1503
 PACKAGES = ("torch", "torchaudio", "transformers")  # the chroma extractor needs torchaudio
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A loaded model, with what of its configuration the engine uses."""
+    """An open checkpoint, and those facts of its configuration that the engine uses."""
 
     weights: Weights  # where it was loaded from
     config: Any  # transformers.MusicgenMelodyConfig
     feature_extractor: Any  # transformers.MusicgenMelodyFeatureExtractor
     tokenizer: Any  # transformers.T5Tokenizer
     device: str
-    layers: LayerFiles  # where the decoder's layers are
-    chroma_projection: Any  # torch.nn.Linear: chroma to the decoder's inputs
-    text_projection: Any  # the same for the text encoder's outputs; None: they are taken as they are
+    layers: LayerFiles  # the decoder's
+    chroma_projection: Any  # torch.nn.Linear, from chroma to the decoder's inputs
+    text_projection: Any  # the same from the text encoder's outputs; None: they need none
 
     def text_encoder(self) -> Any:
-        """transformers.T5EncoderModel, float32, read anew: let go of it soon.
+        """transformers.T5EncoderModel, float32, read at every call.
 
         Raises:
             BadCheckpoint: as `load_checkpoint`.
@@ -48,16 +48,16 @@ class Checkpoint:
         return _open(self.weights.folder, self.device).text_encoder
 
     def codec(self) -> Any:
-        """transformers.EncodecModel, float32, read anew. Raises as `text_encoder`."""
+        """transformers.EncodecModel, float32, read at every call. Raises as `text_encoder`."""
         return _open(self.weights.folder, self.device).audio_encoder
 
-    def ends(self) -> Ends:
-        """The decoder's two ends, on the CPU, read anew. Raises as `text_encoder`."""
-        return _ends(_open(self.weights.folder, "cpu").decoder)
+    def embedding_and_head(self) -> EmbeddingAndHead:
+        """What stands before and after the decoder's layers, read at every call. Raises as `text_encoder`."""
+        return _embedding_and_head(_open(self.weights.folder, "cpu").decoder)
 
     @property
     def sample_rate(self) -> int:
-        """Hz, of the sound it makes."""
+        """Of the generated audio, in Hz."""
         return int(self.config.audio_encoder.sampling_rate)
 
     @property
@@ -71,26 +71,26 @@ class Checkpoint:
 
     @property
     def codebooks(self) -> int:
-        """Of all channels together."""
+        """Number of codebooks of all channels together."""
         return int(self.config.decoder.num_codebooks)
 
     @property
     def chroma_length(self) -> int:
-        """Frames of chroma that a window is told."""
+        """Frames of chroma in the prefix of a window."""
         return int(self.config.chroma_length)
 
     @property
     def window_s(self) -> float:
-        """Seconds that the model was trained on, and the most it makes at once."""
+        """Length that the model was trained on, the longest that it makes without a break."""
         return float(self.feature_extractor.chunk_length)
 
 
 def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None = None) -> Checkpoint:
-    """Load a checkpoint in float32. `threads` is torch's, for the whole process; None leaves it.
+    """Load a checkpoint in float32. `threads` sets torch's, for the whole process; None leaves them.
 
     Raises:
-        BadCheckpoint: another kind of model, or files are missing or damaged.
-        MissingPackage: torch, torchaudio or transformers isn't installed.
+        BadCheckpoint: it is another kind of model, or files are missing or damaged.
+        MissingPackage: torch, torchaudio or transformers is not installed.
         ConfigError: there is no such device.
     """
     pretrained.check_folder(weights.folder, MODEL_TYPE, "facebook/musicgen-melody")
@@ -116,8 +116,8 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
         tokenizer=processor.tokenizer,
         device=device,
         layers=LayerFiles(weights.folder, shape),
-        chroma_projection=_kept(model.audio_enc_to_dec_proj),
-        text_projection=_kept(model.enc_to_dec_proj) if projected else None,
+        chroma_projection=_copied(model.audio_enc_to_dec_proj),
+        text_projection=_copied(model.enc_to_dec_proj) if projected else None,
     )
 
 
@@ -131,20 +131,20 @@ def _open(folder: Path, device: str) -> Any:
     return pretrained.load_model(model_class, folder, device, config=config)
 
 
-def _kept(module: Any) -> Any:
-    """The module in memory of its own: the library maps weights from the file, all or nothing of it."""
+def _copied(module: Any) -> Any:
+    """The module with copies of its weights: the library maps them, which would hold the whole file."""
     return module._apply(lambda tensor: tensor.clone())
 
 
-def _ends(decoder: Any) -> Ends:
-    """Of a transformers.MusicgenMelodyForCausalLM."""
+def _embedding_and_head(decoder: Any) -> EmbeddingAndHead:
+    """Those of a transformers.MusicgenMelodyForCausalLM."""
     inner = decoder.model.decoder
     norm = inner.layer_norm
 
     def stacked(weights: list[Any]) -> Any:
         return np.stack([weight.detach().cpu().numpy() for weight in weights])
 
-    return Ends(
+    return EmbeddingAndHead(
         embeddings=stacked([embedding.weight for embedding in inner.embed_tokens]),
         heads=np.concatenate([head.weight.detach().cpu().numpy() for head in decoder.lm_heads]),
         norm=stacked([norm.weight, norm.bias]),

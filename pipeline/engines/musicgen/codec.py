@@ -1,18 +1,21 @@
 """From tokens to sound, by the checkpoint's EnCodec decoder (Défossez et al. 2022).
 
-Up to a minute is decoded in one go. Beyond that memory would grow with the length (5 GB for ten
-minutes), so longer music is decoded in pieces that overlap by two seconds on either side, more than
-the convolutions reach, and are faded into one another where they meet: the recurrent layer, which
-remembers from the piece's beginning, differs by a little.
+Up to a minute is decoded at once. Memory grows with the length (5 GB for ten minutes), so longer
+music is decoded in pieces with two seconds of context on either side, more than the convolutions
+reach. The pieces are crossfaded where they meet, because the recurrent layer, whose state starts at
+the beginning of the piece, differs a little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from pipeline.engines.musicgen import memory_budget
 from pipeline.engines.musicgen.checkpoint import Checkpoint
 from pipeline.engines.musicgen.decoder import Tokens
 from pipeline.records import Samples
@@ -24,29 +27,44 @@ FADE_S = 0.05
 DECODING_BYTES = 20  # per sample and filter: 1.2 GB measured for 30 s of the published checkpoint
 
 
+@dataclass(eq=False)
+class LazyCodec:
+    """EnCodec, read from the checkpoint when it is first used and held until `close`."""
+
+    checkpoint: Checkpoint
+
+    @cached_property
+    def model(self) -> Any:
+        return self.checkpoint.codec()
+
+    def close(self) -> None:
+        if self.__dict__.pop("model", None) is not None:
+            memory_budget.return_unused()
+
+
 def decoding_bytes(checkpoint: Checkpoint, n_frames: int) -> int:
-    """Memory that `decode` takes for a while, nearly all of it for the widest layers' inputs and outputs."""
+    """Memory that `decode` needs while it runs, nearly all of it in the widest layers."""
     seconds = min(n_frames * checkpoint.hop_samples / checkpoint.sample_rate, WHOLE_S)
     filters: int = checkpoint.config.audio_encoder.num_filters
     return round(seconds * checkpoint.sample_rate * filters * DECODING_BYTES)
 
 
 def pieces(checkpoint: Checkpoint, n_frames: int) -> list[tuple[int, int]]:
-    """First and last frame, without it, of each piece that is decoded in one go."""
+    """First frame and end of each piece that is decoded at once."""
     rate = checkpoint.sample_rate / checkpoint.hop_samples
     if n_frames <= WHOLE_S * rate:
         return [(0, n_frames)]
     piece = round(PIECE_S * rate)
-    starts = range(0, n_frames - piece + 1, piece)  # the last takes the rest along
+    starts = range(0, n_frames - piece + 1, piece)  # the last piece includes the rest
     return list(zip(starts, [*starts[1:], n_frames], strict=True))
 
 
 def decode(
-    checkpoint: Checkpoint, codec: Any, codes: Tokens, on_piece: Callable[[int], None] | None = None
+    checkpoint: Checkpoint, model: Any, codes: Tokens, on_piece: Callable[[int], None] | None = None
 ) -> Samples:
-    """Codes (codebooks, frames) to float32, (channels, frames * hop), by `Checkpoint.codec`.
+    """Codes (codebooks, frames) to float32, (channels, frames * hop), by a model of `Checkpoint.codec`.
 
-    `on_piece` is told after each of `pieces` how many are made.
+    `on_piece` is called after each of `pieces` with the number of pieces decoded so far.
     """
     rate = checkpoint.sample_rate / checkpoint.hop_samples
     context = round(CONTEXT_S * rate)
@@ -56,7 +74,7 @@ def decode(
     out = np.zeros((checkpoint.channels, n_frames * hop), np.float32)
     for made, (start, end) in enumerate(pieces(checkpoint, n_frames), 1):
         first, last = max(0, start - context), min(n_frames, end + context)
-        sound = _decode(checkpoint, codec, codes[:, first:last])
+        sound = _decode(checkpoint, model, codes[:, first:last])
         begin, finish = start * hop, end * hop
         if start > 0:
             begin -= fade
@@ -70,14 +88,14 @@ def decode(
     return out
 
 
-def _decode(checkpoint: Checkpoint, codec: Any, codes: Tokens) -> Samples:
-    """Left and right are codebooks of one another's kind, taking turns; each is decoded by itself."""
+def _decode(checkpoint: Checkpoint, model: Any, codes: Tokens) -> Samples:
+    """In stereo, the codebooks of left and right alternate; each channel is decoded by itself."""
     import torch
 
-    sides = []
+    channels = []
     with torch.inference_mode():
-        for side in range(checkpoint.channels):
-            its = torch.from_numpy(codes[side :: checkpoint.channels].copy()).to(checkpoint.device)
-            sound = codec.decode(its[None, None], audio_scales=[None]).audio_values
-            sides.append(sound[0, 0].to("cpu", torch.float32).numpy())
-    return np.stack(sides)
+        for channel in range(checkpoint.channels):
+            tokens = torch.from_numpy(codes[channel :: checkpoint.channels].copy()).to(checkpoint.device)
+            sound = model.decode(tokens[None, None], audio_scales=[None]).audio_values
+            channels.append(sound[0, 0].to("cpu", torch.float32).numpy())
+    return np.stack(channels)

@@ -1,9 +1,9 @@
-"""What the model is told: the melody as chroma, the prompt as tokens; and, for guidance, nothing.
+"""What conditions the model: the melody as chroma and the prompt as tokens, and the null condition.
 
-The chroma is taken of the whole track once and sliced at each window's own time, so a window in
-the second minute follows the second minute. It is told in pieces of a window's length, as in
-training; past its end the track begins again, as in audiocraft (`_generate_tokens` of its
-MusicGen). Melodies are prepared one by one: in a batch of several lengths the library pads with
+The chroma is computed once of the whole track and cut at each window's own time, so that a window in
+the second minute follows the second minute. A window gets as much chroma as in training. Where the
+track is shorter, it is repeated from its beginning, as in audiocraft (`_generate_tokens` of its
+MusicGen). Each melody is prepared by itself: in a batch of several lengths the library pads with
 silence, which one-hot chroma turns into a steady C.
 """
 
@@ -11,48 +11,108 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.audio import resample
+from pipeline.engines.base import StopFn
+from pipeline.engines.musicgen import memory_budget
 from pipeline.engines.musicgen.checkpoint import Checkpoint
+from pipeline.engines.musicgen.melody import Melody, MelodySource, melody_source
 from pipeline.records import Audio, Samples
 
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """The prefixes of one request: what the rows of its windows are told first."""
+    """The prefixes of one request."""
 
     chroma: Samples  # one-hot, (frames, 12), for all windows
     frames_per_s: float  # of the chroma
-    text: Samples  # the prompt, projected: (tokens, hidden)
+    text: Samples  # the prompt's embedding, (tokens, hidden)
     checkpoint: Checkpoint
 
-    def window(self, start_s: float) -> Samples:
-        """The chroma of the window that starts there, (chroma length, 12)."""
+    def chroma_at(self, start_s: float) -> Samples:
+        """The chroma of the window that starts at that time, (chroma length, 12)."""
         length = self.checkpoint.chroma_length
         first = round(start_s * self.frames_per_s)
         return np.resize(self.chroma[first : first + length], (length, self.chroma.shape[1]))
 
-    def told(self, window: Samples) -> Samples:
+    def conditional(self, chroma: Samples) -> Samples:
         """The prefix of a window with that chroma: float32, (chroma length + tokens, hidden)."""
-        return np.concatenate([project_chroma(self.checkpoint, window), self.text])
+        return np.concatenate([project_chroma(self.checkpoint, chroma), self.text])
 
-    def nothing(self) -> Samples:
-        """The prefix that guidance leads away from: a steady C and zeros, as long as `told`."""
-        return null_prefix(self.checkpoint, len(self.text))
+    def unconditional(self) -> Samples:
+        """The prefix of the unconditional row, as long as `conditional`: the library's null condition.
+
+        It is a steady C and zeros.
+        """
+        silence = np.zeros((self.checkpoint.chroma_length, self.checkpoint.config.num_chroma), np.float32)
+        silence[:, 0] = 1
+        return np.concatenate([project_chroma(self.checkpoint, silence), np.zeros_like(self.text)])
 
 
-def listen(checkpoint: Checkpoint, audio: Audio, end_s: float) -> Samples:
+@dataclass(eq=False)
+class ConditionBuilder:
+    """Builds the conditions of a call's requests, each track's chroma and each prompt once.
+
+    Requests of one track share their audio object. Close it when all requests are prepared: it may
+    hold the text encoder.
+    """
+
+    checkpoint: Checkpoint
+    cache_dir: Path | None  # of the hub
+    should_stop: StopFn
+    _melodies: dict[tuple[int, Melody], MelodySource] = field(default_factory=dict)
+    _chroma: dict[tuple[int, Melody, float], Samples] = field(default_factory=dict)
+    _prompts: dict[str, Samples] = field(default_factory=dict)
+
+    def melody(self, audio: Audio, wanted: Melody) -> MelodySource:
+        key = (id(audio), wanted)
+        if key not in self._melodies:
+            self._melodies[key] = melody_source(
+                audio,
+                wanted,
+                should_stop=self.should_stop,
+                device=self.checkpoint.device,
+                cache_dir=self.cache_dir,
+            )
+        return self._melodies[key]
+
+    def conditions(self, audio: Audio, wanted: Melody, prompt: str, end_s: float) -> Conditions:
+        """`end_s`: end of the last window in the track."""
+        key = (id(audio), wanted, end_s)
+        if key not in self._chroma:
+            self._chroma[key] = track_chroma(self.checkpoint, self.melody(audio, wanted).audio, end_s)
+        if prompt not in self._prompts:
+            self._prompts[prompt] = encode_prompt(self.checkpoint, prompt, lambda: self._text_encoder)
+        frames_per_s = chroma_rate(self.checkpoint)
+        return Conditions(self._chroma[key], frames_per_s, self._prompts[prompt], self.checkpoint)
+
+    def close(self) -> None:
+        """Release everything that was built, and the text encoder."""
+        self._melodies.clear()
+        self._chroma.clear()
+        self._prompts.clear()
+        if self.__dict__.pop("_text_encoder", None) is not None:
+            memory_budget.return_unused()
+
+    @cached_property
+    def _text_encoder(self) -> Any:
+        return self.checkpoint.text_encoder()
+
+
+def track_chroma(checkpoint: Checkpoint, audio: Audio, end_s: float) -> Samples:
     """One-hot chroma of a track from its beginning to `end_s`, repeated if it is shorter.
 
     Returns float32, (frames, 12); `chroma_rate` frames a second.
     """
     extractor = checkpoint.feature_extractor
     n_samples = max(math.ceil(end_s * extractor.sampling_rate), extractor.n_samples)
-    samples = melody(audio, extractor.sampling_rate, n_samples)
+    samples = repeated_mono(audio, extractor.sampling_rate, n_samples)
     features = extractor(
         samples, sampling_rate=extractor.sampling_rate, truncation=False, return_tensors="pt"
     )
@@ -66,12 +126,12 @@ def chroma_rate(checkpoint: Checkpoint) -> float:
     return float(extractor.sampling_rate / extractor.hop_length)
 
 
-def melody(audio: Audio, sample_rate: int, n_samples: int) -> Samples:
-    """The first `n_samples` of the source in mono at `sample_rate`, repeated if it is shorter.
+def repeated_mono(audio: Audio, sample_rate: int, n_samples: int) -> Samples:
+    """The first `n_samples` of a track in mono at `sample_rate`, repeated if it is shorter.
 
     Returns float32, (n_samples,).
     """
-    tail = audio.sample_rate  # a second more, so that the resampler's filter doesn't end within
+    tail = audio.sample_rate  # one second more, so that the resampler's filter does not end inside
     needed = math.ceil(n_samples * audio.sample_rate / sample_rate) + tail
     start = Audio(audio.samples[:, :needed], audio.sample_rate)
     mono = Audio(start.mono()[None], audio.sample_rate)
@@ -83,26 +143,20 @@ def project_chroma(checkpoint: Checkpoint, chroma: Samples) -> Samples:
     import torch
 
     with torch.inference_mode():
-        told = torch.from_numpy(np.ascontiguousarray(chroma)).to(checkpoint.device)
-        projected: Samples = checkpoint.chroma_projection(told).cpu().numpy()
+        inputs = torch.from_numpy(np.ascontiguousarray(chroma)).to(checkpoint.device)
+        projected: Samples = checkpoint.chroma_projection(inputs).cpu().numpy()
     return projected
 
 
-def null_prefix(checkpoint: Checkpoint, n_tokens: int) -> Samples:
-    """See `Conditions.nothing`; the library's null condition, `n_tokens` after the chroma."""
-    silence = np.zeros((checkpoint.chroma_length, checkpoint.config.num_chroma), np.float32)
-    silence[:, 0] = 1
-    told = project_chroma(checkpoint, silence)
-    return np.concatenate([told, np.zeros((n_tokens, told.shape[1]), np.float32)])
-
-
-def text(checkpoint: Checkpoint, prompt: str, open_encoder: Callable[[], Any] | None = None) -> Samples:
+def encode_prompt(
+    checkpoint: Checkpoint, prompt: str, open_encoder: Callable[[], Any] | None = None
+) -> Samples:
     """A prompt as inputs of the decoder, (tokens, hidden), by T5 and the checkpoint's projection.
 
-    No prompt is the model's own null condition: the end token alone, masked, which makes a zero
-    vector of it (`get_unconditional_inputs` of the library's processor; audiocraft's T5
-    conditioner does the same with an empty string). For a prompt, `open_encoder` is called (None:
-    the checkpoint's).
+    An empty prompt is the model's own null condition: the end token alone, masked, which makes it a
+    zero vector (`get_unconditional_inputs` of the library's processor; audiocraft's T5 conditioner
+    does the same with an empty string). `open_encoder` is called only for a prompt that is not empty;
+    None: the checkpoint's text encoder.
     """
     prompt = prompt.strip()
     if not prompt:
@@ -115,5 +169,5 @@ def text(checkpoint: Checkpoint, prompt: str, open_encoder: Callable[[], Any] | 
         hidden = encoder(**encoded).last_hidden_state
         if checkpoint.text_projection is not None:
             hidden = checkpoint.text_projection(hidden)
-    told: Samples = hidden[0].cpu().numpy()
-    return told
+    embedding: Samples = hidden[0].cpu().numpy()
+    return embedding

@@ -1,4 +1,4 @@
-"""The decoder on a CPU: `kernels` over packed layers, in float32 or int8."""
+"""The decoder on a CPU: the compiled `kernels` over packed layers, in float32 or int8."""
 
 from __future__ import annotations
 
@@ -6,73 +6,121 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engines.musicgen import kernels
-from pipeline.engines.musicgen.decoder import Ends
-from pipeline.engines.musicgen.kv_cache import Cache, CpuMemory, Indices, Prefixes, whole_units
+from pipeline.engines.musicgen.decoder import EmbeddingAndHead, StepInput
+from pipeline.engines.musicgen.kv_cache import CpuKVCache, Indices, Slots, SlotShape
 from pipeline.engines.musicgen.layers import MATRICES, Stack
-from pipeline.engines.musicgen.shm import Files, Sizes
 from pipeline.records import Samples
 
 WORTH_A_THREAD = 1 << 22  # weights: with fewer, waking threads takes longer than they save
+ENTRIES_AT_ONCE = 8 * kernels.ROW_BLOCK  # positions run together, which keeps the scratch buffers small
 NO_NORM: Samples = np.empty((0, 0), np.float32)
 NO_SCALES: Samples = np.empty(0, np.float32)
 
-# Linux, x86-64 (arch/x86/include/uapi/asm/prctl.h): a process asks for AMX's registers before it uses them.
+# A process on Linux has to ask for AMX's registers (arch/x86/include/uapi/asm/prctl.h).
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
-class CpuDecoder:
-    """A stack of layers between two ends."""
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Positions to be run through the layers, and where their keys and values go."""
 
-    def __init__(self, stack: Stack, ends: Ends, threads: int | None = None) -> None:
+    slots: Indices  # (entries,)
+    positions: Indices  # (entries,), among the own steps of their row
+    prefixes: Indices  # (entries,), slots of the prefixes
+    prefix_lengths: Indices  # (entries,), 0 without a prefix
+
+    @classmethod
+    def without_prefix(cls, slot: int, steps: int) -> Entries:
+        """All positions of one sequence."""
+        zeros = np.zeros(steps, np.int64)
+        return cls(zeros + slot, np.arange(steps, dtype=np.int64), zeros, zeros)
+
+    def __getitem__(self, part: slice) -> Entries:
+        return Entries(self.slots[part], self.positions[part], self.prefixes[part], self.prefix_lengths[part])
+
+
+class CpuDecoder:
+    """A stack of layers with its embedding and LM head."""
+
+    def __init__(self, stack: Stack, ends: EmbeddingAndHead, threads: int | None = None) -> None:
         """`threads` None: all cores."""
         self.stack = stack
-        self.ends = replace(ends, heads=NO_NORM)  # packed, they are `heads`
+        self.ends = replace(ends, heads=NO_NORM)  # in the kernels' layout they are `heads`
         self.shape, self.precision = stack.shape, str(stack.precision)
         self.heads = kernels.pack_columns(ends.heads)
         few = sum(array.size for array in stack.arrays.values()) < WORTH_A_THREAD
         self.threads = 1 if few else min(threads or cores(), cores())
         self._compiled: set[Any] = set()  # kernels
 
-    def memory(
-        self, rows: int, steps: int, prefixes: int, prefix_steps: int, files: Files | None = None
-    ) -> CpuMemory:
-        """See `Decoder.memory`; a row or prefix that isn't used takes no room."""
-        return CpuMemory(self, Sizes(rows, steps, prefixes, prefix_steps), files)
-
-    def bytes_of(self, steps: int) -> int:
+    @property
+    def _slot_shape(self) -> SlotShape:
         shape = self.shape
-        dim = shape.hidden // shape.heads
-        of_a_step = 2 * shape.layers * shape.heads * (dim + 2 if self.precision == "int8" else 4 * dim)
-        return of_a_step * whole_units(steps)
+        return SlotShape(shape.layers, shape.heads, shape.head_size, self.precision == "int8")
 
-    def run(self, x: Samples, cache: Cache, slots: Indices, positions: Indices, prefixes: Prefixes) -> None:
-        """Entries through all layers, in place: x (entries, hidden), slots and positions (entries,)."""
-        layers, head_size = self._layers, self.shape.hidden // self.shape.heads
-        before = prefixes.cache.places(prefixes.slots)
+    def new_cache(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> CpuKVCache:
+        """See `Decoder.new_cache`; a row or prefix that is not used takes no memory."""
+        return CpuKVCache(self._slot_shape, rows, steps, prefixes, prefix_steps)
+
+    def cache_bytes(self, steps: int) -> int:
+        return self._slot_shape.n_bytes(steps)
+
+    def prefill(self, cache: CpuKVCache, prefix: int, inputs: Samples) -> None:
+        x = inputs + self.ends.positions[: len(inputs)]
+        self._run(x, cache.prefixes, Entries.without_prefix(prefix, len(x)), cache.prefixes)
+        cache.prefix_lengths[prefix] = len(x)
+
+    def advance(self, cache: CpuKVCache, step_inputs: Sequence[StepInput]) -> Samples:
+        counts = [len(one.tokens) for one in step_inputs]
+        prefixes = np.repeat(np.array([one.prefix for one in step_inputs], np.int64), counts)
+        entries = Entries(
+            slots=np.repeat(np.array([one.slot for one in step_inputs], np.int64), counts),
+            positions=np.concatenate([one.position + np.arange(len(one.tokens)) for one in step_inputs]),
+            prefixes=prefixes,
+            prefix_lengths=cache.prefix_lengths[prefixes],
+        )
+        tokens = np.concatenate([one.tokens for one in step_inputs])
+        x = self.ends.embed(tokens) + self.ends.positions[entries.prefix_lengths + entries.positions]
+        self._run(x, cache.rows, entries, cache.prefixes)
+        return self.logits(x[np.cumsum(counts) - 1])
+
+    def run(self, x: Samples) -> None:
+        """All positions of one sequence without a prefix, (steps, hidden), through the layers, in place."""
+        cache = self.new_cache(1, len(x), 1, 1)
+        self._run(x, cache.rows, Entries.without_prefix(0, len(x)), cache.prefixes)
+
+    def _run(self, x: Samples, own: Slots, entries: Entries, prefixes: Slots) -> None:
+        for start in range(0, len(x), ENTRIES_AT_ONCE):
+            part = slice(start, start + ENTRIES_AT_ONCE)
+            self._run_part(x[part], own, entries[part], prefixes)
+
+    def _run_part(self, x: Samples, own: Slots, part: Entries, prefixes: Slots) -> None:
+        """Entries through all layers, in place: x (entries, hidden)."""
         arguments = (
             x,
-            layers,
-            kernels.Attended(kernels.KeysValues(*cache.arrays), cache.places(slots), positions + 1),
-            kernels.Attended(kernels.KeysValues(*prefixes.cache.arrays), before, prefixes.lengths),
-            kernels.LayerBuffers.empty(layers, len(x)),
+            self._layers,
+            own.attended(part.slots, part.positions + 1),
+            prefixes.attended(part.prefixes, part.prefix_lengths),
+            kernels.LayerBuffers.empty(self._layers, len(x)),
             amx(),
         )
         scratch = [
-            (kernels.ProductScratch.empty(len(x)), kernels.AttentionScratch.empty(head_size))
+            (kernels.ProductScratch.empty(len(x)), kernels.AttentionScratch.empty(self.shape.head_size))
             for _ in range(self.threads)
         ]
         self._share(kernels.run_layers, arguments, scratch)
 
     def logits(self, x: Samples) -> Samples:
-        """The last normalization and the output matrix: (rows, hidden) to (rows, codebooks, vocabulary)."""
+        """The last normalization and the LM heads: (rows, hidden) to (rows, codebooks, vocabulary)."""
         rows, hidden = x.shape
         out = np.empty((rows, self.shape.codebooks * self.shape.vocabulary), np.float32)
         group = self.stack.group(hidden)
@@ -86,12 +134,10 @@ class CpuDecoder:
         self._share(kernels.run_product, arguments, scratch)
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
-    def _share(self, kernel: Any, arguments: tuple[Any, ...], scratch: list[Any]) -> None:
-        """Run a kernel in all threads, each with its own scratch buffers.
+    def _share(self, kernel: Any, arguments: tuple[Any, ...], scratch: Sequence[Any]) -> None:
+        """Run a kernel in all threads, each with scratch of its own; one that starts late has nothing to do.
 
-        A thread that starts late finds nothing left to do.
-
-        The first time it runs in this thread alone, as it may have to be compiled, which takes a large stack.
+        The first time it runs in this thread alone, as compiling it may need a large stack.
         """
 
         def take_part(thread: int) -> None:
@@ -101,19 +147,19 @@ class CpuDecoder:
         others = [_helpers().submit(take_part, thread) for thread in range(1, threads)]
         take_part(0)
         for other in others:
-            if not other.cancel():  # it has begun: it finds nothing left to do
+            if not other.cancel():  # it has begun, and ends soon
                 other.result()
         self._compiled.add(kernel)
 
-    @property
+    @cached_property
     def _layers(self) -> kernels.Layers:
         shape, arrays = self.shape, self.stack.arrays
-        none = np.empty((shape.layers, 0, 0), np.float32)
-        hidden, wide = self.stack.group(shape.hidden), self.stack.group(shape.wide)
+        no_norms = np.empty((shape.layers, 0, 0), np.float32)
+        hidden, wide = self.stack.group(shape.hidden), self.stack.group(shape.feed_forward)
         return kernels.Layers(
             weights=tuple(arrays[name] for name in MATRICES),
             scales=tuple(arrays[f"{name}_scales"] for name in MATRICES),
-            norms=(arrays["attention_norm"], none, arrays["feed_forward_norm"], none),
+            norms=(arrays["attention_norm"], no_norms, arrays["feed_forward_norm"], no_norms),
             groups=(hidden, hidden, hidden, wide),
         )
 
@@ -127,13 +173,13 @@ def cores() -> int:
 
 @functools.cache
 def _helpers() -> ThreadPoolExecutor:
-    """The threads beside the one that calls; they sleep when there is nothing to do."""
+    """The threads beside the calling one; they sleep while there is nothing to do."""
     return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix="musicgen")
 
 
 @functools.cache
 def amx() -> NDArray[np.uint8]:
-    """`kernels.AMX`, once the system has allowed this process its use, or an empty array."""
+    """`kernels.AMX` if the system allows this process to use AMX, otherwise an empty array."""
     if kernels.AMX.size and sys.platform == "linux":
         call = ctypes.CDLL(None, use_errno=True).syscall
         if call(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0:

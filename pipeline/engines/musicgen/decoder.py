@@ -1,27 +1,24 @@
-"""What a decoder is: tokens in, the next tokens' logits out, in any number of rows at once.
+"""What the engine needs of a decoder, and the values that every decoder takes.
 
-A row is one sequence with its own keys and values: a variation takes one, or two with guidance
-(told its condition, and told nothing). What conditions a row, its prefix, is run through the model
-once and may be shared by any number of rows. Sequences are (prefix | own steps), positions counted
-through both.
+A decoder turns tokens into the logits of the next tokens, for any number of rows at once. A row is
+one sequence with its own keys and values. A variation takes one row, or two with classifier-free
+guidance (one conditional, one unconditional). The prefix that conditions a row is run through the
+model once and may be shared by any number of rows. A sequence is (prefix | own steps), with
+positions counted through both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engines.musicgen.shm import Files
 from pipeline.records import Samples
 
 Tokens = NDArray[np.int64]
-
-KEY_BYTES = 32  # what a prefix is known by, a digest
-NAMELESS = bytes(KEY_BYTES)
 
 
 @dataclass(frozen=True)
@@ -31,100 +28,74 @@ class Shape:
     layers: int
     hidden: int
     heads: int
-    wide: int  # inputs of the feed-forward's second matrix
+    feed_forward: int  # inputs of the feed-forward block's second matrix
     codebooks: int  # of all channels together
-    vocabulary: int  # tokens that can be picked; the one after them starts and pads
+    vocabulary: int  # tokens that can be picked; the one after them is the start and padding token
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
 
 
 @dataclass(frozen=True, eq=False)
-class Ends:
-    """The two ends of a decoder, in float32 whatever is between them."""
+class EmbeddingAndHead:
+    """What stands before and after a decoder's layers, always in float32."""
 
     embeddings: Samples  # (codebooks, vocabulary + 1, hidden)
-    heads: Samples  # (codebooks * vocabulary, hidden)
+    heads: Samples  # the LM heads, (codebooks * vocabulary, hidden)
     norm: Samples  # (2, hidden): weight and bias of the last layer normalization
-
     positions: Samples  # (n, hidden): what is added at each position
 
-    def embedded(self, tokens: Tokens) -> Samples:
-        """Tokens (n, codebooks) as inputs, float32, (n, hidden), positions not added."""
+    def embed(self, tokens: Tokens) -> Samples:
+        """Tokens (n, codebooks) as inputs, float32, (n, hidden), without positions."""
         found: Samples = self.embeddings[np.arange(tokens.shape[1]), tokens].sum(axis=1)
         return found
 
 
 @dataclass(frozen=True, eq=False)
-class Feed:
-    """What one row is told next."""
+class StepInput:
+    """The next tokens of one row: of one step, or of several steps that are known already."""
 
-    slot: int  # of the memory
-    prefix: int  # of the memory
-    position: int  # how many of its own steps came before
+    slot: int  # of the row in the KV cache
+    prefix: int  # slot of the row's prefix in the KV cache
+    position: int  # number of the row's own steps before these
     tokens: Tokens  # (n, codebooks), n >= 1
 
 
-class Memory(Protocol):
-    """Keys and values of a decoder's rows and prefixes, and the way to add to them."""
-
-    places: Sequence[int]  # of prefixes
-
-    def held_prefixes(self) -> dict[bytes, int]:
-        """The places of prefixes that are there from the beginning, by key."""
-        ...
-
-    def choose_rows(self, known: Sequence[tuple[bytes, Tokens]]) -> list[int]:
-        """The slots to use, as many as were asked for, those first that hold what is known already.
-
-        `known`: of each row that is to go on, its prefix's key and what its steps are told.
-        """
-        ...
-
-    def take_row(self, key: bytes, tokens: Tokens, free: Sequence[int]) -> tuple[int, int]:
-        """The free slot for a row that goes on after these tokens, and how many of their steps it holds.
-
-        `tokens` (steps, codebooks) are what its steps are told, `key` is its prefix's.
-
-        Raises:
-            MemoryError: there is no room for it.
-        """
-        ...
-
-    def leave_row(self, slot: int) -> None:
-        """Nobody will go on with what a row holds."""
-        ...
-
-    def prefill(self, prefix: int, inputs: Samples, key: bytes = NAMELESS) -> None:
-        """Run a prefix, float32 (steps, hidden) without positions, and keep it in that place."""
-        ...
-
-    def advance(self, feeds: Sequence[Feed]) -> Samples:
-        """Run the feeds, one per row; the logits after each one's last tokens.
-
-        Returns float32, (feeds, codebooks, vocabulary). A row's logits don't depend on the others.
-        """
-        ...
+class KVCache(Protocol):
+    """Keys and values of rows and of prefixes, each in a numbered slot."""
 
     def release(self, slot: int) -> None:
-        """Give back the memory of a row that isn't needed any more, if that can be done."""
+        """Give the memory of a row's slot back to the system where that is possible; it can be used again."""
         ...
 
 
-class Decoder(Protocol):
+Cache = TypeVar("Cache", bound=KVCache)
+
+
+class Decoder(Protocol[Cache]):
     """The model between tokens and logits."""
 
     shape: Shape
     precision: str  # "float32", "int8", "float16", "bfloat16"
 
-    def memory(
-        self, rows: int, steps: int, prefixes: int, prefix_steps: int, files: Files | None = None
-    ) -> Memory:
-        """Room for so many rows of so many own steps, and prefixes of so many steps.
-
-        `files`: where to keep it, with what is there already, if this decoder can.
-        """
+    def new_cache(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> Cache:
+        """A KV cache for `rows` rows of `steps` own steps, and `prefixes` prefixes of `prefix_steps`."""
         ...
 
-    def bytes_of(self, steps: int) -> int:
-        """Of one row or prefix of so many steps in a memory."""
+    def cache_bytes(self, steps: int) -> int:
+        """Size of one row or prefix of so many steps in a KV cache."""
+        ...
+
+    def prefill(self, cache: Cache, prefix: int, inputs: Samples) -> None:
+        """Run a prefix, float32 (steps, hidden) without positions, and store it in a prefix slot."""
+        ...
+
+    def advance(self, cache: Cache, step_inputs: Sequence[StepInput]) -> Samples:
+        """Run the next tokens of some rows; returns the logits after the last tokens of each.
+
+        Returns float32, (rows, codebooks, vocabulary). The logits of a row do not depend on the others.
+        """
         ...
 
 
@@ -134,7 +105,7 @@ def shape_of(config: Any) -> Shape:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        wide=config.ffn_dim,
+        feed_forward=config.ffn_dim,
         codebooks=config.num_codebooks,
         vocabulary=config.vocab_size,
     )

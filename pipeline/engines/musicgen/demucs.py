@@ -1,7 +1,7 @@
-"""A track's stems by demucs, where it is installed and its weights are on this machine.
+"""A track without drums and bass: the stems "vocals" and "other" of demucs.
 
-"vocals" and "other" of the package's htdemucs (Rouard, Massa and Défossez 2022, arXiv:2211.08553).
-Nothing is downloaded here.
+The model is htdemucs of the package demucs (Rouard, Massa and Défossez 2022, arXiv:2211.08553), if the
+package is installed and the weights are on this machine. Nothing is downloaded here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger("pipeline")
 DEMUCS_VERSION = "4.0.1"
 INSTALL_COMMAND = f"pip install demucs=={DEMUCS_VERSION}"
 DEMUCS_CLASS = "demucs.htdemucs.HTDemucs"
-SIGNATURE = "955717e8"  # of htdemucs' one model: the name of its files
+SIGNATURE = "955717e8"  # names the files of htdemucs' one model
 HUB_ID = "adefossez/HTDemucs"
 KEPT_STEMS = ("vocals", "other")
 SEGMENT_STRIDE = 0.75  # of a segment; demucs' own default
@@ -48,15 +48,15 @@ class Separator:
     device: str
     sample_rate: int  # Hz
     channels: int
-    segment: int  # samples it takes at once
-    kept: list[int]  # stems
+    segment: int  # samples per call
+    kept: list[int]  # indices of the stems that are used
 
 
 def without_rhythm(audio: Audio, separator: Separator, should_stop: StopFn) -> Audio:
-    """The stems that have no drums and no bass, summed, in one channel.
+    """The sum of the stems without drums and bass, in one channel.
 
-    demucs' `apply_model` without its random shifts: segments that overlap by a quarter, weighted by
-    triangles. That function keeps all stems of the whole track in memory and can't be stopped.
+    As demucs' `apply_model` without its random shifts: segments that overlap by a quarter, with
+    triangular weights. That function holds all stems of the whole track in memory and can't be stopped.
     """
     import torch
 
@@ -69,40 +69,43 @@ def without_rhythm(audio: Audio, separator: Separator, should_stop: StopFn) -> A
     for start in range(0, sound.shape[1], stride):
         check_stop(should_stop, "musicgen")
         n = min(length, sound.shape[1] - start)
-        before = (length - n) // 2  # what is short gets sound, or silence, on both sides
+        before = (
+            length - n
+        ) // 2  # a short segment is extended on both sides, by zeros where there is no sound
         piece = torch.from_numpy(cut(sound, start - before, length)).to(separator.device)
         with torch.inference_mode():
             stems = separator.model(piece[None])[0]
             melody = stems[separator.kept].sum(dim=0).mean(dim=0).to("cpu", torch.float32).numpy()
         total[start : start + n] += weight[:n] * melody[before : before + n]
         weights[start : start + n] += weight[:n]
-    heard = resample(Audio((total / weights)[None], separator.sample_rate), audio.sample_rate)
-    return Audio(cut(heard.samples, 0, audio.n_samples), audio.sample_rate)
+    separated = resample(Audio((total / weights)[None], separator.sample_rate), audio.sample_rate)
+    return Audio(cut(separated.samples, 0, audio.n_samples), audio.sample_rate)
 
 
 def _channels(samples: Samples, channels: int) -> Samples:
-    """As many channels as the model takes; if there are others, each is their mean."""
+    """The channels that the model takes; if their number differs, each is the mean of the given ones."""
     if samples.shape[0] == channels:
         return samples
     return np.broadcast_to(samples.mean(axis=0, dtype=np.float32), (channels, samples.shape[1]))
 
 
 def separator_if_any(device: str, cache_dir: Path | None) -> Separator | None:
-    """demucs, if it can be used; that its weights are there but can't be used is worth a line."""
+    """demucs, if it can be used. Weights that are present but can't be used are logged."""
     try:
         return open_separator(device, cache_dir)
     except BadCheckpoint as error:
-        log.warning("%s The melody is found without demucs.", error)
+        log.warning("%s The melody is taken without demucs.", error)
     except (MissingPackage, MissingWeights):
         pass
     return None
 
 
 def find(cache_dir: Path | None) -> Path:
-    """The file of demucs' weights, found without opening it or importing anything.
+    """The file of demucs' weights; it is not opened, and nothing is imported.
 
     Raises:
-        MissingPackage, MissingWeights: it isn't installed, or they aren't on this machine.
+        MissingPackage: demucs is not installed.
+        MissingWeights: its weights are not on this machine.
     """
     if find_spec("demucs") is None:
         raise _missing("demucs")
@@ -116,7 +119,12 @@ def find(cache_dir: Path | None) -> Path:
 
 
 def open_separator(device: str, cache_dir: Path | None) -> Separator:
-    """Open htdemucs from this machine: nothing is downloaded, and no code of its files is run."""
+    """Open htdemucs from this machine. No code of its files is run.
+
+    Raises:
+        MissingPackage, MissingWeights: as `find`.
+        BadCheckpoint: the weights can't be used.
+    """
     path = find(cache_dir)
     model_class = _model_class()
     try:
@@ -126,7 +134,7 @@ def open_separator(device: str, cache_dir: Path | None) -> Separator:
         kept = [model.sources.index(name) for name in KEPT_STEMS]
     except MemoryError:
         raise
-    except Exception as error:  # of a damaged file the libraries raise anything
+    except Exception as error:  # for a damaged file the libraries raise any error
         raise BadCheckpoint(
             f"{path} can't be used ({first_line(error)}): delete it and run {_fetch_command(cache_dir)}."
         ) from error
@@ -152,7 +160,7 @@ def _missing(package: str) -> MissingPackage:
 
 
 def _find_weights(cache_dir: Path | None) -> Path | None:
-    """The hub's safetensors (demucs 4.1 brings them), else the pickle of demucs 4.0 in torch's cache."""
+    """The safetensors of demucs 4.1 in the hub's cache, else the pickle of demucs 4.0 in torch's cache."""
     repo = hub_cache(cache_dir) / f"models--{HUB_ID.replace('/', '--')}"
     places = [(repo / "snapshots", f"*/{SIGNATURE}.safetensors")]
     places.append((_torch_cache() / "checkpoints", f"{SIGNATURE}-*.th"))
@@ -161,7 +169,7 @@ def _find_weights(cache_dir: Path | None) -> Path | None:
 
 
 def _torch_cache() -> Path:
-    """What torch.hub.get_dir() gives; importing torch takes seconds."""
+    """As torch.hub.get_dir(), without importing torch, which takes seconds."""
     caches = os.getenv("XDG_CACHE_HOME", "~/.cache")
     return Path(os.getenv("TORCH_HOME", f"{caches}/torch")).expanduser() / "hub"
 
@@ -171,11 +179,11 @@ def _fetch_command(cache_dir: Path | None) -> str:
     return f"hf download {HUB_ID} {SIGNATURE}.safetensors{where}"
 
 
-Package = tuple[list[Any], dict[str, Any], dict[str, Any]]  # what HTDemucs is made with, and its state
+Package = tuple[list[Any], dict[str, Any], dict[str, Any]]  # arguments of HTDemucs, and its state
 
 
 def _read_safetensors(path: Path) -> Package:
-    """The form of `adefossez/HTDemucs`: the arguments are JSON in the file's metadata."""
+    """The format of `adefossez/HTDemucs`: the arguments are JSON in the file's metadata."""
     from safetensors import safe_open
 
     def decode(value: dict[str, Any]) -> Any:
@@ -193,11 +201,11 @@ def _read_safetensors(path: Path) -> Package:
 
 
 def _read_pickle(path: Path) -> Package:
-    """The form of demucs 4.0, a pickle.
+    """The format of demucs 4.0, a pickle.
 
-    Opened by torch's restricted unpickler, with the class, its segment's Fraction and numpy's
-    numbers (in the record of the training) allowed beside tensors and plain values. The file's name
-    ends in the start of its SHA-256: that tells a broken download, not a forgery.
+    It is opened by torch's restricted unpickler, which allows, beside tensors and plain values, only
+    the class, its segment's Fraction, and numpy's numbers (in the record of the training). The file's
+    name ends in the start of its SHA-256, which detects a broken download but not a forgery.
     """
     import torch
 

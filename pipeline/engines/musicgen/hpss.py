@@ -1,8 +1,8 @@
-"""Tones and strokes: what is steady in a track, and how much of it isn't.
+"""Harmonic-percussive separation (HPSS), and how percussive a track is.
 
-Spectrogram medians along time and along frequency say how much of each bin is tone and how much is
-stroke (Fitzgerald 2010, "Harmonic/percussive separation using median filtering": its soft mask); a
-high-pass takes the register of bass and kick drum, and does most of the work.
+Medians of the spectrogram along time and along frequency decide which share of each bin is harmonic
+and which is percussive (Fitzgerald 2010, "Harmonic/percussive separation using median filtering": its
+soft mask). A high-pass removes the register of bass and kick drum, and does most of the work.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from pipeline.engines.base import StopFn, check_stop
 from pipeline.records import Audio, Samples
 
 HOP_S = 0.0232  # 1024 samples at 44.1 kHz; frames are four of them long: 93 ms
-OVERLAP = 4  # frames over every sample
-TOP_HZ = 8000.0  # nothing above it is looked at or kept: a melody's pitch is below
-BLOCK_FRAMES = 1024  # what is in memory at once: 24 s
+OVERLAP = 4  # frames that cover each sample
+TOP_HZ = 8000.0  # the pitch of a melody is below; what is above is discarded
+BLOCK_FRAMES = 1024  # in memory at once: 24 s
 
-TONE_S = 0.2  # medians along time: a tone of half this length still counts as steady
-STROKE_HZ = 500.0  # medians along frequency
+HARMONIC_S = 0.2  # length of the medians along time: a tone of half this length still counts as harmonic
+PERCUSSIVE_HZ = 500.0  # width of the medians along frequency
 BASS_HZ, BASS_ORDER = 200.0, 8  # -6 dB there, 48 dB an octave below
 
-EXCERPTS, EXCERPT_S = 6, 5.0  # what `percussive_share` looks at of a longer track, evenly spread
-LONG_TONE_S = 0.5  # medians along time there: it must not miss a stroke, tones may suffer
-FLOOR_HZ = 100.0  # above it, octaves count alike
-SOUNDING = 1e-4  # -40 dB of the loudest frame: quieter ones say nothing
+# Of `percussive_share`:
+EXCERPTS, EXCERPT_S = 6, 5.0  # spread evenly over a longer track
+LONG_HARMONIC_S = 0.5  # longer medians miss no drum, at the expense of short tones
+FLOOR_HZ = 100.0  # above it, all octaves have the same weight
+SOUNDING = 1e-4  # -40 dB of the loudest frame: quieter frames do not count
 
 Mags = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Hann frames over a track, each sample in `overlap` of them; the track begins in the last hop
+    """Hann frames over a track: `overlap` frames cover each sample, and the track begins in the last hop
     of frame 0."""
 
     sample_rate: int
@@ -53,7 +54,7 @@ class _Grid:
 
     @property
     def bins_hz(self) -> Mags:
-        """Those looked at: up to TOP_HZ."""
+        """Frequencies of the bins up to TOP_HZ."""
         n_bins = min(int(TOP_HZ * self.fft / self.sample_rate), self.fft // 2) + 1
         return np.arange(n_bins, dtype=np.float32) * (self.sample_rate / self.fft)
 
@@ -70,15 +71,15 @@ def _grid(audio: Audio, overlap: int) -> _Grid:
 
 
 def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
-    """Tones above the bass, in one channel.
+    """The harmonic part of a track above the bass, in one channel.
 
-    Blocks of frames are looked at with as many on either side as the medians reach: the result is
-    that of the whole track at once. Memory: the result and some 50 MB.
+    Blocks of frames are filtered together with as many frames on either side as the medians reach, so
+    the result is that of the whole track at once. Memory: the result and some 50 MB.
     """
     import scipy.fft
 
     grid = _grid(audio, OVERLAP)
-    reach = _odd(TONE_S * audio.sample_rate / grid.hop) // 2
+    reach = _odd(HARMONIC_S * audio.sample_rate / grid.hop) // 2
     gain = _above_bass(grid.bins_hz)
     scale = grid.window / np.float32(0.375 * OVERLAP)  # 3/8: the mean of a squared Hann window
     out = np.zeros((grid.n_frames + OVERLAP - 1, grid.hop), np.float32)
@@ -88,7 +89,7 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
         start, end = max(0, first - reach), min(grid.n_frames, last + reach)
         spectra = _spectra(audio, grid, start, end)
         inner = slice(first - start, last - start)
-        kept = spectra[inner] * (1 - _stroke_mask(np.abs(spectra), grid, TONE_S)[inner]) * gain
+        kept = spectra[inner] * (1 - _percussive_mask(np.abs(spectra), grid, HARMONIC_S)[inner]) * gain
         frames = scipy.fft.irfft(kept, grid.fft, axis=1) * scale
         for k in range(OVERLAP):
             out[first + k : last + k] += frames[:, k * grid.hop : (k + 1) * grid.hop]
@@ -97,10 +98,11 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
 
 
 def percussive_share(audio: Audio) -> float | None:
-    """How much of a usual moment is strokes, in [0, 1]; None if the track is silent.
+    """Share of the energy of a usual moment that is percussive, in [0, 1]; None if the track is silent.
 
-    From six excerpts of 5 s, or all of what is shorter. Of an excerpt the mean over its sounding
-    frames; of the track the upper quartile of its excerpts, as drums may pause for whole sections.
+    It is measured in six excerpts of 5 s, or in the whole of a shorter track. An excerpt's share is the
+    mean over the frames that are not silent; the track's is the upper quartile of its excerpts, because
+    drums may pause for whole sections.
     """
     length = min(round(EXCERPT_S * audio.sample_rate), audio.n_samples)
     n_excerpts = min(EXCERPTS, audio.n_samples // max(1, length))
@@ -108,32 +110,33 @@ def percussive_share(audio: Audio) -> float | None:
     excerpts = [_frames(Audio(audio.samples[:, at : at + length], audio.sample_rate)) for at in starts]
     loudest = max((float(energy.max(initial=0.0)) for energy, _ in excerpts), default=0.0)
     shares = []
-    for energy, strokes in excerpts:
+    for energy, percussive in excerpts:
         sounding = energy > SOUNDING * loudest
         if sounding.any():
-            shares.append(strokes[:, sounding].mean(axis=1, dtype=np.float64).max())
+            shares.append(percussive[:, sounding].mean(axis=1, dtype=np.float64).max())
     return float(np.percentile(shares, 75)) if shares else None
 
 
 def _frames(excerpt: Audio) -> tuple[Mags, Mags]:
-    """Of the frames wholly within: energy (frames,), and the share of strokes in it, (2, frames).
+    """Energy (frames,) and percussive share (2, frames) of the frames that are wholly inside an excerpt.
 
-    Every octave counts alike (a kick drum has few bins, hats have many): all of them, then those
-    above the bass, as a strong bass would hide the rest. It is the mean of the frames' shares, not
-    of their energy, that tells drums from plucked strings: a pluck is loud, but short.
+    All octaves have the same weight (a kick drum has few bins, hats have many). The first share is of
+    all octaves, the second of those above the bass, because a strong bass would mask the rest. Drums
+    are told from plucked strings by the mean of the frames' shares, not of their energy: a pluck is
+    loud, but short.
     """
     grid = _grid(excerpt, overlap=2)
-    inside = grid.overlap - 1 if excerpt.n_samples > 4 * grid.fft else 0  # of a shorter one, all
+    inside = grid.overlap - 1 if excerpt.n_samples > 4 * grid.fft else 0  # all frames of a short one
     magnitudes = np.abs(_spectra(excerpt, grid, inside, grid.n_frames - inside))
     even = 1 / np.maximum(grid.bins_hz, FLOOR_HZ)
     weights = np.stack([even, even * _above_bass(grid.bins_hz)])
     energy = magnitudes.T**2
-    strokes = weights @ (energy * _stroke_mask(magnitudes, grid, LONG_TONE_S).T)
-    return energy.sum(axis=0), strokes / np.maximum(weights @ energy, np.finfo(np.float32).tiny)
+    percussive = weights @ (energy * _percussive_mask(magnitudes, grid, LONG_HARMONIC_S).T)
+    return energy.sum(axis=0), percussive / np.maximum(weights @ energy, np.finfo(np.float32).tiny)
 
 
 def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.complex64]:
-    """Of frames first to last - 1 of the channels' mean, (frames, bins)."""
+    """Spectra (frames, bins) of frames `first` to `last`, excluded, of the channels' mean."""
     import scipy.fft
 
     begin = (first - grid.overlap + 1) * grid.hop
@@ -142,17 +145,17 @@ def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.com
     return np.asarray(scipy.fft.rfft(frames, axis=1)[:, : grid.bins_hz.size])
 
 
-def _stroke_mask(magnitudes: Mags, grid: _Grid, tone_s: float) -> Mags:
-    """How much of each bin is stroke rather than tone, [0, 1], (frames, bins)."""
-    steady = _medians(magnitudes.T, _odd(tone_s * grid.sample_rate / grid.hop)).T
-    broad = _medians(magnitudes, _odd(STROKE_HZ * grid.fft / grid.sample_rate))
-    return np.asarray(broad**2 / np.maximum(broad**2 + steady**2, np.finfo(np.float32).tiny))
+def _percussive_mask(magnitudes: Mags, grid: _Grid, harmonic_s: float) -> Mags:
+    """Percussive share of each bin, [0, 1], (frames, bins); `harmonic_s` is the length of the medians."""
+    harmonic = _medians(magnitudes.T, _odd(harmonic_s * grid.sample_rate / grid.hop)).T
+    percussive = _medians(magnitudes, _odd(PERCUSSIVE_HZ * grid.fft / grid.sample_rate))
+    return np.asarray(percussive**2 / np.maximum(percussive**2 + harmonic**2, np.finfo(np.float32).tiny))
 
 
 def _medians(values: Mags, size: int) -> Mags:
-    """Running medians of odd length along the last axis; the ends are mirrored.
+    """Running medians of odd length along the last axis, with mirrored ends.
 
-    The rows are filtered as one: for one dimension scipy has an algorithm several times as quick.
+    The rows are filtered as one long row: scipy's algorithm for one dimension is several times as fast.
     """
     from scipy.ndimage import median_filter
 
@@ -162,17 +165,17 @@ def _medians(values: Mags, size: int) -> Mags:
 
 
 def _above_bass(bins_hz: Mags) -> Mags:
-    """The squared magnitude of a Butterworth high-pass of half BASS_ORDER: as if run there and back."""
+    """Gain of a Butterworth high-pass of half BASS_ORDER, applied forwards and backwards."""
     return (1.0 / (1.0 + (BASS_HZ / np.maximum(bins_hz, 1.0)) ** BASS_ORDER)).astype(np.float32)
 
 
 def _odd(length: float) -> int:
-    """The odd number that is nearest, 3 at least."""
+    """The nearest odd number, 3 at least."""
     return max(3, 2 * math.floor(length / 2) + 1)
 
 
 def cut(samples: Samples, begin: int, length: int) -> Samples:
-    """`length` samples from `begin` on, a copy; zeros where there are none."""
+    """A copy of `length` samples from `begin`, with zeros outside the track."""
     out = np.zeros((samples.shape[0], length), np.float32)
     first, last = max(0, begin), min(samples.shape[1], begin + length)
     if first < last:

@@ -1,7 +1,7 @@
-"""The decoder's layers: read one at a time from a checkpoint's files, packed for the CPU's kernels.
+"""The decoder's layers: read one at a time from a checkpoint's files, and packed for the CPU's kernels.
 
-A true-size decoder is 5.5 GB in float32 and 1.4 GB in int8. Reading layer by layer keeps one
-layer of the checkpoint in memory beside what is made of it.
+The published decoder is 5.5 GB in float32 and 1.4 GB in int8. Reading layer by layer holds only one
+float32 layer in memory beside the packed ones.
 """
 
 from __future__ import annotations
@@ -31,33 +31,32 @@ MATRICES = {
     "down": ("fc2",),
 }
 NORMS = {"attention_norm": "self_attn_layer_norm", "feed_forward_norm": "final_layer_norm"}
-WIDEST_HEAD = 512  # products of int16 and int8 are summed in 32 bits
-LARGEST_GROUP = 128  # inputs that share a scale of the activations
-GROUP_STEP = 16  # the int8 kernel takes four times four inputs at a time
+LARGEST_HEAD = 512  # products of int16 and int8 are summed in 32 bits
+LARGEST_GROUP = 128  # inputs that share one scale of the activations
+GROUP_STEP = 16  # the int8 kernel takes four times four inputs at once
 
 
 @dataclass(frozen=True, eq=False)
 class LayerFiles:
-    """Where a checkpoint's layers are."""
+    """The layers in a checkpoint's files."""
 
     folder: Path
     shape: Shape
 
     def layers(self) -> Iterator[dict[str, Samples]]:
-        """Each layer's matrices (outputs, inputs) and norms (2, hidden), float32, under our names.
+        """Each layer's matrices (outputs, inputs) and norms (2, hidden), float32, by the names used here.
 
         Raises:
-            BadCheckpoint: a tensor is missing, of another shape, or can't be read.
+            BadCheckpoint: a tensor is missing, has another shape, or can't be read.
         """
         from safetensors import SafetensorError, safe_open
 
-        files: dict[
-            str, Any
-        ] = {}  # anew for each layer: what was read of a file stays mapped while it is open
-        where = self._where()
+        # Opened again for each layer: the pages that were read stay mapped while a file is open.
+        files: dict[str, Any] = {}
+        file_of = self._file_of()
 
         def tensor(name: str) -> Samples:
-            file = self.folder / where.get(name, WEIGHTS)
+            file = self.folder / file_of.get(name, WEIGHTS)
             try:
                 if file.name not in files:
                     files[file.name] = safe_open(file, framework="pt")
@@ -78,12 +77,12 @@ class LayerFiles:
             for name, size in sizes(self.shape).items():
                 if layer[name].shape != size:
                     raise BadCheckpoint(
-                        f"{self.folder}: the {name!r} weights of layer {index} are of the size "
+                        f"{self.folder}: the {name!r} weights of layer {index} have the shape "
                         f"{layer[name].shape}, config.json says {size}."
                     )
             yield layer
 
-    def _where(self) -> dict[str, str]:
+    def _file_of(self) -> dict[str, str]:
         if not (self.folder / INDEX).is_file():
             return {}
         names: dict[str, str] = json.loads((self.folder / INDEX).read_bytes())["weight_map"]
@@ -100,7 +99,9 @@ class Stack:
 
     @classmethod
     def empty(cls, shape: Shape, precision: Precision) -> Stack:
-        """Room for all layers, nothing in it."""
+        """Memory for all layers, not filled."""
+        from pipeline.engines.musicgen.kernels import aligned
+
         return cls(
             shape,
             precision,
@@ -116,7 +117,7 @@ class Stack:
         return stack
 
     def put(self, index: int, layer: dict[str, Samples]) -> None:
-        """Pack a layer into its place."""
+        """Pack one layer."""
         from pipeline.engines.musicgen.kernels import pack_columns, quantize_rows
 
         for name in MATRICES:
@@ -128,54 +129,46 @@ class Stack:
             self.arrays[name][index] = layer[name]
 
     def group(self, inputs: int) -> int:
-        """How many inputs share a scale of the activations: the most that divide them evenly."""
+        """Number of inputs that share one scale of the activations: the largest that divides them evenly."""
         sizes = range(min(LARGEST_GROUP, inputs) // GROUP_STEP * GROUP_STEP, 0, -GROUP_STEP)
         return next(size for size in sizes if inputs % size == 0)
 
 
 def layout(shape: Shape, precision: Precision) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Sizes and types of a stack's arrays, by name; matrices are (layers, outputs / 16, inputs * 16)."""
+    """Shape and type of a stack's arrays, by name; matrices are (layers, outputs / 16, inputs * 16)."""
     from pipeline.engines.musicgen.kernels import LANES
 
     quantized = precision == "int8"
     arrays: dict[str, tuple[tuple[int, ...], type]] = {}
-    n, of_a_layer = shape.layers, sizes(shape)
+    n, layer_sizes = shape.layers, sizes(shape)
     for name in MATRICES:
-        outputs, inputs = of_a_layer[name]
+        outputs, inputs = layer_sizes[name]
         kind = np.uint8 if quantized else np.float32
         arrays[name] = ((n, outputs // LANES, inputs * LANES), kind)
         arrays[f"{name}_scales"] = ((n, outputs if quantized else 0), np.float32)
-    return arrays | {name: ((n, *of_a_layer[name]), np.float32) for name in NORMS}
+    return arrays | {name: ((n, *layer_sizes[name]), np.float32) for name in NORMS}
 
 
 def sizes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """Of one layer's matrices, (outputs, inputs), and norms, (weight and bias, hidden)."""
-    hidden, wide = shape.hidden, shape.wide
+    """Shapes of one layer's matrices, (outputs, inputs), and norms, (weight and bias, hidden)."""
+    hidden, feed_forward = shape.hidden, shape.feed_forward
     matrices = {
         "qkv": (3 * hidden, hidden),
         "out": (hidden, hidden),
-        "up": (wide, hidden),
-        "down": (hidden, wide),
+        "up": (feed_forward, hidden),
+        "down": (hidden, feed_forward),
     }
     return matrices | dict.fromkeys(NORMS, (2, hidden))
 
 
 def check_shape(shape: Shape) -> None:
-    """Raise BadCheckpoint if the kernels' layout doesn't fit; every published checkpoint does."""
+    """Raise BadCheckpoint unless the shape fits the kernels' layout, as all published ones do."""
     from pipeline.engines.musicgen.kernels import LANES
 
-    dim = shape.hidden // shape.heads
-    sizes = (shape.hidden, shape.wide, dim, shape.codebooks * shape.vocabulary)
-    if any(size % LANES for size in sizes) or shape.hidden % shape.heads or dim > WIDEST_HEAD:
+    widths = (shape.hidden, shape.feed_forward, shape.head_size, shape.codebooks * shape.vocabulary)
+    if any(width % LANES for width in widths) or shape.hidden % shape.heads or shape.head_size > LARGEST_HEAD:
         raise BadCheckpoint(
-            f"The CPU's kernels need widths in multiples of {LANES}, and heads of {WIDEST_HEAD} at most; "
-            f"this checkpoint's heads are {dim} wide, its layers {shape.hidden} and {shape.wide}."
+            f"The CPU's kernels need widths in multiples of {LANES}, and heads of {LARGEST_HEAD} at most; "
+            f"this checkpoint's heads are {shape.head_size} wide, its layers {shape.hidden} and "
+            f"{shape.feed_forward}."
         )
-
-
-def aligned(size: tuple[int, ...], kind: type) -> Array:
-    """An array that begins at a cache line."""
-    n_bytes = int(np.prod(size)) * np.dtype(kind).itemsize
-    room = np.empty(n_bytes + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + n_bytes].view(kind).reshape(size)

@@ -1,18 +1,19 @@
-"""What the melody conditioning hears of a track: all of it, or what drums and bass leave.
+"""What the melody of a track is taken from: the whole mix, or the mix without drums and bass.
 
-MusicGen's chroma names the strongest pitch class of each moment, and the model learned it from
-recordings without drums and bass: audiocraft separates them with demucs and keeps the stems
-"vocals" and "other". Of the whole mix it often is the kick drum or the bass that is named. Music
-that is melodic already is better left as it is (audiocraft #478).
+MusicGen's chroma names the strongest pitch class at each moment, and the model was trained on
+recordings whose drums and bass were removed: audiocraft separates them with demucs and keeps the
+stems "vocals" and "other". In a whole mix the strongest pitch often is that of the kick drum or the
+bass. Music that has no drums is better left as it is (audiocraft #478).
 
 - `mix`: the track as it is.
-- `harmonic`: what is steady in time, above the bass; see `harmonic`.
-- `demucs`: its stems "vocals" and "other"; see `separation`.
-- `auto`: `mix` where there are hardly any strokes (`percussive_share`), else `demucs` where it is
+- `harmonic`: its harmonic part above the bass, see `hpss`.
+- `demucs`: its stems "vocals" and "other", see `demucs`.
+- `auto`: `mix` if the track is hardly percussive (`percussive_share`), else `demucs` where it is
   installed with its weights on this machine, else `harmonic`.
 
-What is heard only becomes chroma, which is of the channels' mean: both filters give one channel.
-The same audio gives the same bits; with demucs, on the same machine and build of torch.
+The result is used for chroma only, which is taken from the mean of the channels, so both filters
+return one channel. The same audio gives the same bits; with demucs, on the same machine and build
+of torch.
 """
 
 from __future__ import annotations
@@ -27,49 +28,48 @@ from pipeline.engines.musicgen.hpss import harmonic, percussive_share
 from pipeline.records import Audio
 
 Melody = Literal["auto", "mix", "harmonic", "demucs"]
-Way = Literal["mix", "harmonic", "demucs"]
+Source = Literal["mix", "harmonic", "demucs"]
 
-MELODIC = 0.085  # below this share of strokes there are no drums to speak of: see docs/musicgen.md
+MELODIC = 0.085  # a track with a smaller percussive share has no drums to speak of: see docs/musicgen.md
 
 
 @dataclass(frozen=True, eq=False)
-class Heard:
-    """What the chroma is made of."""
+class MelodySource:
+    """The audio that the chroma is computed of."""
 
     audio: Audio  # of the track's length and rate; one channel unless it is the track itself
-    how: Way
-    percussive_share: float | None = None  # what `auto` decided by, in [0, 1]; None: not asked, or silence
+    source: Source
+    percussive_share: float | None = None  # in [0, 1]; None: not computed, or the track is silent
 
 
-def listen(
+def melody_source(
     audio: Audio,
-    how: Melody,
+    wanted: Melody,
     *,
     should_stop: StopFn,
     device: str = "cpu",
     cache_dir: Path | None = None,
-) -> Heard:
+) -> MelodySource:
     """The part of a track that its melody is taken from.
 
-    `device` is demucs', `cache_dir` the hub's cache its weights may be in (None: the library's).
+    `device` is for demucs, `cache_dir` the hub's cache that its weights may be in (None: the library's).
 
     Raises:
         Stopped: soon after `should_stop` turned true.
-        MissingPackage, MissingWeights, BadCheckpoint: `how` is demucs, and it can't be used; `auto`
+        MissingPackage, MissingWeights, BadCheckpoint: `wanted` is demucs, and it can't be used; `auto`
             does without it.
     """
     share: float | None = None
     separator: Separator | None = None
-    if how == "auto":
-        how, share = "mix", percussive_share(audio)
-        if share is not None and share >= MELODIC:
-            separator = separator_if_any(device, cache_dir)
-            how = "demucs" if separator else "harmonic"
-    elif how == "demucs":
+    is_percussive = wanted == "harmonic"
+    if wanted == "demucs":
         separator = open_separator(device, cache_dir)
-    heard = audio
+    elif wanted == "auto":
+        share = percussive_share(audio)
+        is_percussive = share is not None and share >= MELODIC
+        separator = separator_if_any(device, cache_dir) if is_percussive else None
     if separator:
-        heard = without_rhythm(audio, separator, should_stop)
-    elif how == "harmonic":
-        heard = harmonic(audio, should_stop)
-    return Heard(heard, how, share)
+        return MelodySource(without_rhythm(audio, separator, should_stop), "demucs", share)
+    if is_percussive:
+        return MelodySource(harmonic(audio, should_stop), "harmonic", share)
+    return MelodySource(audio, "mix", share)

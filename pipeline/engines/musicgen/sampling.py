@@ -1,11 +1,11 @@
-"""Picking tokens, in audiocraft's order: guide, divide by the temperature, cut the tail, draw.
+"""Picking tokens, in audiocraft's order: guidance, temperature, top-k or top-p, draw.
 
 The noise of a draw is a pure function of (seed, step, codebook, token): Philox4x64-10 (Salmon et al.
 2011, "Parallel random numbers: as easy as 1, 2, 3") with the seed as its key and the rest as its
-counter. Nothing has to be kept between steps, so a variation's tokens can't depend on its
-neighbours, on their order, or on where a run was interrupted. The draw is the Gumbel-max trick
-(Gumbel 1954; Maddison et al. 2014): the largest of log p + Gumbel noise is a sample of p, and since
-each token has its own noise, cutting the tail moves no other token's luck.
+counter. There is no state between steps, so a variation's tokens can't depend on the other requests,
+on their order, or on where a run was interrupted. The draw is the Gumbel-max trick (Gumbel 1954;
+Maddison et al. 2014): the largest of log p + Gumbel noise is a sample of p. As each token has noise of
+its own, cutting the tail changes no noise of the tokens that remain.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Tokens = NDArray[np.int64]  # (codebooks,)
 class SamplingParams:
     """How tokens are picked; see `MusicgenParams` for the ranges."""
 
-    temperature: float = 1.0  # 0: the likeliest
+    temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 250  # 0: all
     top_p: float = 0.0  # 0: off; otherwise replaces top_k, as in audiocraft
-    guidance: float = 3.0  # 1: none
+    guidance: float = 3.0  # 1: no guidance
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,20 @@ class Sampler:
         """One token per codebook at a step, counted from 0; `unconditional` is None without guidance.
 
         Raises:
-            EngineFailure: the logits aren't finite.
+            EngineFailure: the logits are not finite.
         """
         logits = conditional
         if unconditional is not None:
             logits = unconditional + (conditional - unconditional) * self.params.guidance
         if not np.isfinite(logits).all():
-            raise EngineFailure("musicgen gave NaN or infinity instead of probabilities.")
+            raise EngineFailure("musicgen computed NaN or infinity instead of probabilities.")
         if self.params.temperature == 0:
             return np.asarray(logits.argmax(axis=-1))
-        return draw(log_chances(logits, self.params), gumbel(self.seed, step, *logits.shape))
+        return draw(log_probabilities(logits, self.params), gumbel(self.seed, step, *logits.shape))
 
 
-def log_chances(logits: Logits, params: SamplingParams) -> Logits:
-    """Logits over the temperature, up to a constant per row; -inf for the tail that is cut off."""
+def log_probabilities(logits: Logits, params: SamplingParams) -> Logits:
+    """Log-probabilities at the temperature, up to a constant per row; -inf for the tail that is cut."""
     scaled = logits / params.temperature
     scaled -= scaled.max(axis=-1, keepdims=True)
     if params.top_p > 0:
@@ -72,22 +72,22 @@ def gumbel(seed: int, step: int, codebooks: int, vocabulary: int) -> Logits:
         np.random.Philox(key=seed, counter=[0, codebook, step, 0]).random_raw(vocabulary)
         for codebook in range(codebooks)
     ]
-    uniform = ((np.stack(rows) >> np.uint64(12)) + 0.5) * 2.0**-52  # in (0, 1), both ends left out
+    uniform = ((np.stack(rows) >> np.uint64(12)) + 0.5) * 2.0**-52  # in (0, 1), without 0 and 1
     return np.asarray(-np.log(-np.log(uniform)))
 
 
-def draw(chances: Logits, noise: Logits) -> Tokens:
-    """Gumbel-max: one token per row, with probabilities that are the softmax of `chances`."""
-    return np.asarray((chances + noise).argmax(axis=-1), dtype=np.int64)
+def draw(log_probabilities: Logits, noise: Logits) -> Tokens:
+    """Gumbel-max: one token per row, with the probabilities softmax(`log_probabilities`)."""
+    return np.asarray((log_probabilities + noise).argmax(axis=-1), dtype=np.int64)
 
 
 def _nucleus(scaled: Logits, top_p: float) -> NDArray[np.bool_]:
-    """True for the likeliest tokens up to the one that brings their sum to `top_p`; ties by index."""
-    chances = np.exp(scaled)
-    chances /= chances.sum(axis=-1, keepdims=True)
-    order = np.argsort(-chances, axis=-1, kind="stable")
-    ranked = np.take_along_axis(chances, order, axis=-1)
+    """True for the likeliest tokens up to the one at which their sum reaches `top_p`; ties by index."""
+    probabilities = np.exp(scaled)
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    order = np.argsort(-probabilities, axis=-1, kind="stable")
+    ranked = np.take_along_axis(probabilities, order, axis=-1)
     before = ranked.cumsum(axis=-1) - ranked
-    keep = np.zeros(chances.shape, dtype=bool)
+    keep = np.zeros(probabilities.shape, dtype=bool)
     np.put_along_axis(keep, order, before < top_p, axis=-1)
     return keep

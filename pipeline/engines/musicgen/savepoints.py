@@ -1,8 +1,8 @@
-"""Tokens of unfinished variations, kept on the disk so that a killed run goes on where it was.
+"""The tokens of unfinished variations, saved to disk so that a run that was killed can be resumed.
 
-A file per request, a few kilobytes, written whole every few seconds of audio. Only tokens are
-kept: noise is a function of the step, and keys and values outlive a kill in memory (`shm`) or are made
-again from the tokens.
+There is one file per request, a few kilobytes, replaced every few seconds of audio. Nothing but
+tokens is saved: the noise is a function of the step, and keys and values are computed again from the
+tokens.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.engines.musicgen.decoder import Tokens
-from pipeline.fs.atomic import write_whole
+from pipeline.fs.atomic import write_atomically
 
 log = logging.getLogger("pipeline")
 
 SUFFIX = ".tokens.npz"
-CLOSED = (errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_WRITABLE = (errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Savepoints:
-    """A folder of them."""
+    """The savepoints of one home."""
 
-    folder: Path | None  # None: nothing is kept
-    _told: list[str] = field(default_factory=list, compare=False)
+    folder: Path | None  # None: nothing is saved
+    _warnings: list[str] = field(default_factory=list, compare=False)
 
     def load(self, identity: str, shape: tuple[int, int]) -> Tokens | None:
-        """The codes (codebooks, frames) that were saved for a request, if there are any of that shape."""
+        """The codes (codebooks, frames) saved for a request; None if there are none of that shape."""
         if self.folder is None:
             return None
         try:
             with np.load(io.BytesIO(self._path(identity).read_bytes()), allow_pickle=False) as saved:
-                codes, whose = saved["codes"].astype(np.int64), str(saved["identity"])
-        except Exception:  # not there, or damaged, of which the libraries raise anything
-            return None  # then it is made from its beginning
-        return codes if whose == identity and codes.shape == shape else None
+                codes, saved_identity = saved["codes"].astype(np.int64), str(saved["identity"])
+        except Exception:  # no file, or a damaged one, for which the libraries raise any error
+            return None
+        return codes if saved_identity == identity and codes.shape == shape else None
 
     def save(self, identity: str, codes: Tokens) -> None:
-        """A folder that can't be used is told once: the work goes on without.
+        """Replace a request's savepoint. A folder that can't be written is logged once, and nothing is saved.
 
         Raises:
             OSError: the disk is full, or fails.
@@ -57,18 +57,18 @@ class Savepoints:
             return
         path = self._path(identity)
         try:
-            write_whole(
+            write_atomically(
                 path, path.with_suffix(".tmp"), partial(_write, identity, codes), verify=lambda file: None
             )
         except OSError as error:
-            if error.errno not in CLOSED:
+            if error.errno not in NOT_WRITABLE:
                 raise
-            if not self._told:
-                log.warning("musicgen: unfinished tokens can't be kept (%s): a kill would lose them", error)
-                self._told.append(str(error))
+            if not self._warnings:
+                log.warning("musicgen: unfinished tokens can't be saved (%s): a kill would lose them", error)
+                self._warnings.append(str(error))
 
     def drop(self, identity: str) -> None:
-        """Forget a request that is done with."""
+        """Delete the savepoint of a finished request."""
         if self.folder is not None:
             with suppress(OSError):
                 self._path(identity).unlink(missing_ok=True)
@@ -79,7 +79,7 @@ class Savepoints:
 
 
 def identity(*facts: Any) -> str:
-    """A name for all that the tokens of a request depend on; the facts are JSON values."""
+    """A digest of everything that the tokens of a request depend on, given as JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -1,74 +1,66 @@
-"""Many variations at once, each as if it were alone.
+"""Continuous batching: all requests of a call share each pass over the decoder's weights.
 
-Every step runs one pass over the decoder's weights for all rows that are under way; reading the
-weights is what a step costs, so rows are nearly free. A variation takes two rows with guidance,
-told its condition and told nothing, and one without. When one is finished, or has come to the end
-of its window, its rows are given to the next in line: eight tracks with one variation each cost
-what one track with eight does. Prefixes are run once and shared by all rows that are told the same.
+Reading the weights is what a step costs, so further rows are nearly free. A request takes one row,
+or two with classifier-free guidance (conditional and unconditional). When a request is finished or
+reaches the end of its window, its rows go to the next one that waits: eight tracks with one
+variation each cost about as much as one track with eight. A prefix is run once and shared by all
+rows that have the same. Each request gets the tokens that it would get alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from pipeline.engines.musicgen.conditioning import Conditions
-from pipeline.engines.musicgen.decoder import Decoder, Feed, Memory, Tokens
-from pipeline.engines.musicgen.sampling import Sampler
-from pipeline.engines.musicgen.shm import Files
-from pipeline.engines.musicgen.windows import UNKNOWN, Delayed, Window
+from pipeline.engines.musicgen.decoder import Decoder, StepInput, Tokens
+from pipeline.engines.musicgen.sampling import Logits, Sampler
+from pipeline.engines.musicgen.windows import UNKNOWN, DelayedWindow, Window
 from pipeline.errors import PipelineError, Stopped
 from pipeline.records import Samples
 
-log = logging.getLogger("pipeline")
+# Errors that fail one request and not the others; torch raises RuntimeError when memory runs out.
+REQUEST_ERRORS = (PipelineError, RuntimeError, ValueError, MemoryError)
 
-# Of one request; torch says RuntimeError for no memory left.
-BREAKING = (PipelineError, RuntimeError, ValueError, MemoryError)
-
-STEPS_AT_ONCE = 64  # of what is known already: asked to stop in between
+KNOWN_STEPS_AT_ONCE = 64  # how many known steps are run between two checks for a stop
 
 
 @dataclass(eq=False)
-class Voice:
-    """One variation under way."""
+class RequestState:
+    """One variation while its tokens are made."""
 
     request_id: str
     conditions: Conditions
     sampler: Sampler
     windows: tuple[Window, ...]
-    codes: Tokens  # (codebooks, frames), UNKNOWN where nothing was picked yet
-    heard: str = "mix"  # what the melody was taken from: mix, harmonic or demucs
-    identity: str = ""  # of all that its tokens depend on
-    delayed: Delayed | None = None  # the window it is in
-    position: int = 0  # steps of the window that the memory holds
-    slots: list[int] = field(default_factory=list)
-    prefixes: list[int] = field(default_factory=list)
+    codes: Tokens  # (codebooks, frames), UNKNOWN where no token was picked yet
+    melody_source: str = "mix"  # what the melody was taken from: mix, harmonic or demucs
+    identity: str = ""  # digest of everything that the tokens depend on
+    delayed: DelayedWindow | None = None  # the current window
+    position: int = 0  # steps of the current window that the KV cache holds
+    slots: list[int] = field(default_factory=list)  # of its rows: conditional, then unconditional
+    prefixes: list[int] = field(default_factory=list)  # prefix slot of each row
 
     @property
     def n_rows(self) -> int:
         return 1 if self.sampler.params.guidance == 1 else 2
 
-    @property
-    def known_frames(self) -> int:
-        """Frames whose tokens are all known."""
-        return int((self.codes != UNKNOWN).all(axis=0).sum())
-
     def prefix_keys(self, window: Window, frames_per_s: float) -> list[bytes]:
-        """What each row is told in a window, to be known by: digests."""
-        conditions = self.conditions
-        chroma = conditions.window(window.start / frames_per_s)
-        told = _digest(_digest(chroma.tobytes()) + _digest(conditions.text.tobytes()))
-        nothing = _digest(b"nothing %d" % len(conditions.text))
-        return [told, nothing][: self.n_rows]
+        """A digest of the prefix of each row in a window."""
+        text = self.conditions.text
+        chroma = self.conditions.chroma_at(window.start / frames_per_s)
+        conditional = _digest(_digest(chroma.tobytes()) + _digest(text.tobytes()))
+        unconditional = _digest(b"unconditional %d" % len(text))
+        return [conditional, unconditional][: self.n_rows]
 
     def next_window(self) -> Window | None:
-        """The first one that has something left to pick."""
+        """The first window with a token that is not picked yet."""
         unknown = (self.codes == UNKNOWN).any(axis=0)
         return next((w for w in self.windows if unknown[w.start : w.start + w.frames].any()), None)
 
@@ -77,204 +69,182 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def distinct_prefixes(voices: Sequence[Voice], frames_per_s: float) -> int:
-    """How many prefixes there are in all: no more are ever needed at once."""
-    keys = (
-        key for voice in voices for window in voice.windows for key in voice.prefix_keys(window, frames_per_s)
+def distinct_prefixes(requests: Sequence[RequestState], frames_per_s: float) -> int:
+    """Number of different prefixes of all windows of these requests."""
+    return len(
+        {
+            key
+            for request in requests
+            for window in request.windows
+            for key in request.prefix_keys(window, frames_per_s)
+        }
     )
-    return len(set(keys))
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A voice that has all its tokens, or why it never will."""
+class FinishedRequest:
+    """A request with all its tokens, or with the error that prevents them."""
 
-    voice: Voice
+    state: RequestState
     error: Exception | None = None
 
 
 @dataclass(eq=False)
-class Prefixes:
-    """Which prefixes the memory holds, under what they are of, and how many rows use each."""
+class PrefixCache:
+    """Which prefix is in which slot of the KV cache, and how many rows use it."""
 
-    memory: Memory
-    users: dict[int, int] = field(default_factory=dict)
-    places: dict[bytes, int] = field(init=False)
+    n_slots: int
+    prefill: Callable[[int, Samples], None]  # stores a prefix in a slot
+    slots: dict[bytes, int] = field(default_factory=dict)  # by digest, the longest stored first
+    users: Counter[int] = field(default_factory=Counter)  # rows, by slot
 
-    def __post_init__(self) -> None:
-        self.places = self.memory.held_prefixes()
+    def acquire(self, key: bytes, inputs: Callable[[], Samples]) -> int:
+        """The slot of a prefix for one more row; `inputs` is called unless the prefix is stored."""
+        if key not in self.slots:
+            slot = self._free_slot()
+            self.prefill(slot, inputs())
+            self.slots[key] = slot
+        self.users[self.slots[key]] += 1
+        return self.slots[key]
 
-    def take(self, key: bytes, inputs: Callable[[], Samples]) -> int:
-        """The place of a prefix, run now unless it is there; one more row uses it."""
-        if key not in self.places:
-            place = self._free()
-            self.memory.prefill(place, inputs(), key)
-            self.places[key] = place
-        place = self.places[key]
-        self.users[place] = self.users.get(place, 0) + 1
-        return place
+    def release(self, slot: int) -> None:
+        """One row fewer uses the prefix, which stays stored until its slot is needed."""
+        self.users[slot] -= 1
 
-    def give_back(self, place: int) -> None:
-        self.users[place] -= 1
-
-    def _free(self) -> int:
-        """A place nobody uses; the one that was filled longest ago makes room."""
-        for key, place in self.places.items():
-            if not self.users.get(place):
-                if len(self.places) == len(self.memory.places):
-                    del self.places[key]
-                    return place
-                break
-        return next(place for place in self.memory.places if place not in self.places.values())
+    def _free_slot(self) -> int:
+        """An empty slot, or that of the unused prefix which was stored first, which is dropped."""
+        if len(self.slots) < self.n_slots:
+            return next(slot for slot in range(self.n_slots) if slot not in self.slots.values())
+        unused = next(key for key, slot in self.slots.items() if not self.users[slot])
+        return self.slots.pop(unused)
 
 
 @dataclass(eq=False)
-class Batch:
-    """The voices of one call, over one memory."""
+class Scheduler:
+    """Runs the requests of one call in the rows of one KV cache."""
 
-    decoder: Decoder
+    decoder: Decoder[Any]
     rows: int  # at once, at least two
-    n_prefixes: int  # at once: as many as rows, or as there are
-    steps: int  # of the longest window, with its lags
+    n_prefixes: int  # prefixes stored at once: one per row, or fewer if there are fewer different ones
+    steps: int  # of the longest window, with its delays
     prefix_steps: int  # of the longest prefix
-    lags: np.ndarray
+    delays: np.ndarray  # see `DelayedWindow`
     frames_per_s: float
-    on_step: Callable[[Voice, bool], None]  # after each step, and each block of known ones: False
-    check_stop: Callable[[], None]  # raises to end it all
-    files: Callable[[], AbstractContextManager[Files | None]] = nullcontext  # where its memory is
+    on_step: Callable[[RequestState, bool], None]  # after each step (True) or block of known steps (False)
+    check_stop: Callable[[], None]  # raises Stopped
 
-    def run(self, voices: Sequence[Voice]) -> Iterator[Ended]:
-        """All voices to their ends, in the order in which they get there; those begun already go first."""
-        with self.files() as files:
-            yield from self._run(voices, self.memory(files))
+    def __post_init__(self) -> None:
+        self.cache = self.decoder.new_cache(self.rows, self.steps, self.n_prefixes, self.prefix_steps)
+        self.prefixes = PrefixCache(self.n_prefixes, partial(self.decoder.prefill, self.cache))
+        self.free = list(range(self.rows))
 
-    def memory(self, files: Files | None = None) -> Memory:
-        """Room for all rows, in files if they can be used."""
-        sizes = self.rows, self.steps, self.n_prefixes, self.prefix_steps
-        if files is not None:
-            try:
-                return self.decoder.memory(*sizes, files)
-            except (OSError, MemoryError) as error:
-                files.give_up(error)
-        return self.decoder.memory(*sizes)
+    def run(self, requests: Sequence[RequestState]) -> Iterator[FinishedRequest]:
+        """Yield each request as soon as it is finished.
 
-    def _run(self, voices: Sequence[Voice], memory: Memory) -> Iterator[Ended]:
-        prefixes = Prefixes(memory)
-        waiting, active = deque(sorted(voices, key=lambda voice: not voice.known_frames)), list[Voice]()
-        free = memory.choose_rows([row for voice in waiting for row in self._known(voice)])
+        Raises:
+            Stopped: as `check_stop`.
+        """
+        waiting, active = deque(requests), list[RequestState]()
         while waiting or active:
-            while waiting and len(free) >= waiting[0].n_rows:
-                voice = waiting.popleft()
-                window = voice.next_window()
-                if window is None:
-                    yield Ended(voice)
-                    continue
-                try:
-                    self.begin(voice, window, memory, prefixes, free)
-                except Stopped:
-                    raise
-                except BREAKING as broken:
-                    self._leave(voice, free, prefixes)
-                    yield Ended(voice, broken)
-                    continue
-                active.append(voice)
-            if not active:
+            yield from self._admit(waiting, active)
+            if active:
+                yield from self._advance(waiting, active)
+
+    def _admit(self, waiting: deque[RequestState], active: list[RequestState]) -> Iterator[FinishedRequest]:
+        """Begin the next window of waiting requests, in order, while there are rows for the first of them."""
+        while waiting and len(self.free) >= waiting[0].n_rows:
+            request = waiting.popleft()
+            window = request.next_window()
+            if window is None:
+                yield FinishedRequest(request)
                 continue
-            ended: list[Ended] = []
-            for voice, error in self.step(active, memory):
-                active.remove(voice)
-                self._leave(voice, free, prefixes)
-                if error is None and voice.next_window() is not None:
-                    waiting.appendleft(voice)
-                else:
-                    ended.append(Ended(voice, error))
-            if ended and not waiting:
-                for slot in free:  # before others make sound of what has ended, which takes memory too
-                    memory.release(slot)
-            yield from ended
+            try:
+                self.begin(request, window)
+            except Stopped:
+                raise
+            except REQUEST_ERRORS as error:
+                self._free_rows(request)
+                yield FinishedRequest(request, error)
+            else:
+                active.append(request)
 
-    @staticmethod
-    def _leave(voice: Voice, free: list[int], prefixes: Prefixes) -> None:
-        for slot in voice.slots:
-            prefixes.memory.leave_row(slot)
-        free += voice.slots
-        for place in voice.prefixes:
-            prefixes.give_back(place)
-        voice.slots, voice.prefixes = [], []
+    def _advance(self, waiting: deque[RequestState], active: list[RequestState]) -> Iterator[FinishedRequest]:
+        """One step of all active requests; the rows of those at the end of their window become free."""
+        finished = []
+        for request, error in self.step(active):
+            active.remove(request)
+            self._free_rows(request)
+            if error is None and request.next_window() is not None:
+                waiting.appendleft(request)
+            else:
+                finished.append(FinishedRequest(request, error))
+        if finished and not waiting:
+            for slot in self.free:  # the caller decodes what is finished, which takes memory too
+                self.cache.release(slot)
+        yield from finished
 
-    def _known(self, voice: Voice) -> list[tuple[bytes, Tokens]]:
-        """Of each row that is to go on: its prefix, and what is told the steps that are known."""
-        window = voice.next_window() if voice.known_frames else None
-        if window is None:
-            return []
-        told = self._delayed(voice, window).known
-        return [(key, told) for key in voice.prefix_keys(window, self.frames_per_s)]
-
-    def _delayed(self, voice: Voice, window: Window) -> Delayed:
-        return Delayed(voice.codes, window, self.lags, self.decoder.shape.vocabulary)
-
-    def begin(
-        self, voice: Voice, window: Window, memory: Memory, prefixes: Prefixes, free: list[int]
-    ) -> None:
-        """Take rows, run a window's prefixes, and all steps but one of what is known and not held already."""
+    def begin(self, request: RequestState, window: Window) -> None:
+        """Take rows, run the window's prefixes, and run the steps whose tokens are known."""
         self.check_stop()
-        conditions = voice.conditions
-        voice.delayed = self._delayed(voice, window)
-        known = voice.delayed.known
-        voice.position = last = len(known)
-        start_s = window.start / self.frames_per_s
-        inputs = (lambda: conditions.told(conditions.window(start_s)), conditions.nothing)
-        for key, its_inputs in zip(voice.prefix_keys(window, self.frames_per_s), inputs, strict=False):
-            slot, held = memory.take_row(key, known, free)
-            free.remove(slot)
-            voice.slots.append(slot)
-            voice.position = min(voice.position, held)
-            voice.prefixes.append(prefixes.take(key, its_inputs))
-        if voice.position:
-            log.info("musicgen: keys and values of a killed run: goes on at step %d", voice.position)
-        while voice.position < last:
+        request.delayed = DelayedWindow(request.codes, window, self.delays, self.decoder.shape.vocabulary)
+        request.position = 0
+        start_s, conditions = window.start / self.frames_per_s, request.conditions
+        prefixes = (lambda: conditions.conditional(conditions.chroma_at(start_s)), conditions.unconditional)
+        for key, inputs in zip(request.prefix_keys(window, self.frames_per_s), prefixes, strict=False):
+            request.slots.append(self.free.pop())
+            request.prefixes.append(self.prefixes.acquire(key, inputs))
+        known = request.delayed.known_steps
+        while request.position < known:
             self.check_stop()
-            upto = min(voice.position + STEPS_AT_ONCE, last)
-            memory.advance(self._feeds(voice, upto))
-            voice.position = upto
-            self.on_step(voice, False)
+            end = min(request.position + KNOWN_STEPS_AT_ONCE, known)
+            self.decoder.advance(self.cache, self._inputs(request, end))
+            request.position = end
+            self.on_step(request, False)
 
-    def _feeds(self, voice: Voice, upto: int) -> list[Feed]:
-        assert voice.delayed is not None
-        tokens = voice.delayed.told(voice.position, upto)
+    def _inputs(self, request: RequestState, end: int) -> list[StepInput]:
+        """The inputs of a request's rows from its position up to step `end`, excluded."""
+        assert request.delayed is not None
+        tokens = request.delayed.inputs(request.position, end)
         return [
-            Feed(slot, prefix, voice.position, tokens)
-            for slot, prefix in zip(voice.slots, voice.prefixes, strict=True)
+            StepInput(slot, prefix, request.position, tokens)
+            for slot, prefix in zip(request.slots, request.prefixes, strict=True)
         ]
 
-    def step(self, active: Sequence[Voice], memory: Memory) -> list[tuple[Voice, PipelineError | None]]:
-        """One step of all; those whose window is done or that failed."""
+    def step(self, active: Sequence[RequestState]) -> list[tuple[RequestState, PipelineError | None]]:
+        """Pick one step's tokens; returns the requests that failed or are at the end of their window."""
         self.check_stop()
-        feeds = [feed for voice in active for feed in self._feeds(voice, voice.position + 1)]
-        feeds.sort(key=lambda feed: feed.prefix)  # neighbours share what the processor's caches hold
-        logits = dict(zip((feed.slot for feed in feeds), memory.advance(feeds), strict=True))
-        ended: list[tuple[Voice, PipelineError | None]] = []
-        for voice in active:
-            told, *nothing = (logits[slot] for slot in voice.slots)
+        inputs = [one for request in active for one in self._inputs(request, request.position + 1)]
+        inputs.sort(key=lambda one: one.prefix)  # neighbours share what the processor's caches hold
+        logits = self.decoder.advance(self.cache, inputs)
+        by_slot = dict(zip((one.slot for one in inputs), logits, strict=True))
+        ended: list[tuple[RequestState, PipelineError | None]] = []
+        for request in active:
             try:
-                self._pick(voice, told, nothing[0] if nothing else None)
+                _pick(request, [by_slot[slot].astype(np.float64) for slot in request.slots])
             except PipelineError as error:
-                ended.append((voice, error))
+                ended.append((request, error))
                 continue
-            self.on_step(voice, True)
-            assert voice.delayed is not None
-            if voice.position == voice.delayed.steps:
-                ended.append((voice, None))
+            self.on_step(request, True)
+            assert request.delayed is not None
+            if request.position == request.delayed.steps:
+                ended.append((request, None))
         return ended
 
-    def _pick(self, voice: Voice, told: Samples, nothing: Samples | None) -> None:
-        """Noise belongs to the step counted from the beginning of the piece: each token's is its own."""
-        delayed = voice.delayed
-        assert delayed is not None
-        picked = voice.sampler.pick(
-            delayed.window.start + voice.position,
-            told.astype(np.float64),
-            None if nothing is None else nothing.astype(np.float64),
-        )
-        delayed.put(voice.position, picked)
-        voice.position += 1
+    def _free_rows(self, request: RequestState) -> None:
+        self.free += request.slots
+        for slot in request.prefixes:
+            self.prefixes.release(slot)
+        request.slots, request.prefixes = [], []
+
+
+def _pick(request: RequestState, logits: Sequence[Logits]) -> None:
+    """Pick the tokens of the next step from the logits of a request's rows.
+
+    The noise depends on the step counted from the beginning of the piece, not of the window.
+    """
+    delayed = request.delayed
+    assert delayed is not None
+    conditional, unconditional = logits[0], logits[1] if len(logits) > 1 else None
+    step = delayed.window.start + request.position
+    delayed.store(request.position, request.sampler.pick(step, conditional, unconditional))
+    request.position += 1

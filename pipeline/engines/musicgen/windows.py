@@ -1,8 +1,8 @@
-"""Music of any length in windows that the model can make.
+"""Music of any length, made in windows that the model can make, and the delay pattern within a window.
 
-The model has never seen more than 30 s at once. What is longer is made in windows of that length,
-each beginning with the last 12 s of the one before, given as they are, and going on from there
-(a stride of 18 s: audiocraft's `extend_stride`).
+The model was trained on 30 s. Longer music is made in windows of that length. Each begins with the
+last 12 s of the one before, which stay as they are, and continues from there (a stride of 18 s, as
+audiocraft's `extend_stride`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pipeline.engines.musicgen.decoder import Tokens
 
 STRIDE = 0.6  # of a window: 18 s of 30
 
-UNKNOWN = -1
+UNKNOWN = -1  # stands for a token that was not picked yet
 
 
 @dataclass(frozen=True)
 class Window:
-    """Frames `start` to `start + frames`, made in one go."""
+    """Frames `start` to `start + frames` of a piece, made without a break."""
 
     start: int
     frames: int
@@ -36,45 +36,40 @@ def windows(n_frames: int, longest: int, stride: int) -> tuple[Window, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Delayed:
-    """One window's tokens as the decoder sees them: codebook k stands `lags[k]` steps late.
+class DelayedWindow:
+    """The tokens of one window as the decoder sees them: codebook k is `delays[k]` steps late.
 
-    Step i picks frame i - lags[k] of each codebook k, and is told what step i - 1 picked (Copet et
-    al. 2023, 2.3, the delay pattern).
+    Step i picks frame i - delays[k] of each codebook k, and its input is what step i - 1 picked
+    (Copet et al. 2023, section 2.3, the delay pattern).
     """
 
-    codes: NDArray[np.int64]  # (codebooks, all frames), UNKNOWN where nothing was picked yet; a view
+    codes: NDArray[np.int64]  # a view of (codebooks, all frames), UNKNOWN where no token was picked yet
     window: Window
-    lags: NDArray[np.int64]  # (codebooks,)
+    delays: NDArray[np.int64]  # (codebooks,)
     pad: int  # the token that stands where there is no frame
 
     @property
     def steps(self) -> int:
-        return self.window.frames + int(self.lags.max())
+        return self.window.frames + int(self.delays.max())
 
     @property
     def known_steps(self) -> int:
-        """How many steps from the first have nothing left to pick."""
+        """How many steps, from the first, have no token left to pick."""
         start, frames = self.window.start, self.window.frames
         known = (self.codes[:, start : start + frames] != UNKNOWN).sum(axis=1)
         unfinished = known < frames
-        return int((known + self.lags)[unfinished].min()) if unfinished.any() else self.steps
+        return int((known + self.delays)[unfinished].min()) if unfinished.any() else self.steps
 
-    @property
-    def known(self) -> Tokens:
-        """What those steps are told, (steps, codebooks)."""
-        return self.told(0, self.known_steps)
-
-    def told(self, first: int, last: int) -> Tokens:
-        """What steps `first` to `last`, without it, are told: (steps, codebooks)."""
-        frames = np.arange(first, last)[:, None] - 1 - self.lags
+    def inputs(self, first: int, end: int) -> Tokens:
+        """The inputs of steps `first` to `end`, excluded: (steps, codebooks)."""
+        frames = np.arange(first, end)[:, None] - 1 - self.delays
         inside = (frames >= 0) & (frames < self.window.frames)
         at = self.window.start + np.where(inside, frames, 0)
-        return np.where(inside, self.codes[np.arange(len(self.lags)), at], self.pad)
+        return np.where(inside, self.codes[np.arange(len(self.delays)), at], self.pad)
 
-    def put(self, step: int, picked: Tokens) -> None:
-        """Keep what was picked at a step, (codebooks,), wherever it was not known."""
-        frames = step - self.lags
+    def store(self, step: int, picked: Tokens) -> None:
+        """Store the tokens (codebooks,) picked at a step, except where a token was known before."""
+        frames = step - self.delays
         inside = (frames >= 0) & (frames < self.window.frames)
         books = np.flatnonzero(inside)
         at = self.window.start + frames[books]

@@ -1,10 +1,10 @@
 """The weight-free generator: recomposes a track's own bars into a piece of the asked length.
 
-In the way of the Infinite Jukebox (Lamere 2012, after Jehan 2005) and of music retargeting
-(Wenner et al. 2013): find the beats and bars, measure how alike the surroundings of every two
-beats are, search the best path of the asked length through the beats, and join its pieces on the
-beat. Each step's module says its method and source; read them in this order: `spectra`, `beats`,
-`similarity`, `bars`, `analysis`, `lattice`, `path`, `render`, `generator`.
+Method, as in the Infinite Jukebox (Lamere 2012, after Jehan 2005) and in music retargeting (Wenner et al.
+2013): find the beats and bars, measure how similar the contexts of every two beats are, search a path of
+the asked length through the beats, and join its pieces on the beat. Each module names its method and
+source. They build on each other in this order: `spectra`, `beats`, `similarity`, `bars`, `analysis`,
+`lattice`, `path`, `render`, `generator`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VERSION = "1"
 
 
 class RemixParams(Params):
-    """What one remix can be told, beside its length and seed."""
+    """Parameters of one remix, beside its length and seed."""
 
     temperature: float = Field(
         default=0.8,

@@ -1,14 +1,15 @@
 """Tempo and beat times of a track, and whether it has beats at all.
 
-Tempo: the beat period whose first four multiples the autocorrelation of the onset envelope favours
-most, under a log-normal prior over tempo (Ellis 2007, "Beat tracking by dynamic programming").
-Beats: his dynamic programme. His beats sit on analysis frames and wander with the loudest onset
-nearby; here they are fitted afterwards: to one even grid where the music keeps one (anything
-sequenced or played to a click), else to short local lines. A last shift, the same for all beats, puts
-them on the steepest rise of the sound itself.
+Tempo: the beat period with the highest mean autocorrelation of the onset envelope over its first four
+multiples, weighted by a log-normal prior over tempo (Ellis 2007, "Beat tracking by dynamic programming").
+Beats: dynamic programming as in the same paper. These beats lie on analysis frames and drift towards
+the loudest onset nearby, so they are fitted afterwards: to one even grid where the music keeps a steady
+tempo (anything sequenced or played to a click), otherwise to short local lines. Finally all beats are
+shifted by one offset that puts them on the steepest rise of the level.
 
-Pulse clarity is the mean of the normalized autocorrelation over those multiples (after Lartillot et al.
-2008, "Multi-feature modeling of pulse clarity"). Below CLEAR_PULSE the track gets an even grid instead.
+Pulse clarity is the mean of the normalized autocorrelation over the four multiples (after Lartillot et al.
+2008, "Multi-feature modeling of pulse clarity"). A track below CLEAR_PULSE gets evenly spaced
+pseudo-beats instead.
 """
 
 from __future__ import annotations
@@ -20,51 +21,49 @@ import scipy.fft
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d, uniform_filter1d
 
-from pipeline.engines.remix.spectra import FRAME_RATE_HZ, RATE_HZ, Floats
-
-Doubles = NDArray[np.float64]
+from pipeline.engines.remix.spectra import FRAME_RATE_HZ, RATE_HZ, Doubles, Floats
 
 SLOWEST_BPM, FASTEST_BPM = 55.0, 215.0
 PRIOR_BPM, PRIOR_OCTAVES = 118.0, 0.9
-MULTIPLES = 4  # of the beat period that vote for it
-FINE_MULTIPLES = 24  # that sharpen it afterwards
+MULTIPLES = 4  # of the beat period, over which the autocorrelation is averaged
+FINE_MULTIPLES = 24  # the same for the final refinement of the period
 CLEAR_PULSE = 0.16
-LEAST_BEATS = 8  # fewer say nothing about a tempo
-TIGHTNESS = 400.0  # of the beat tracker: how dearly it pays for leaving the tempo
-STEADY_S = 0.006  # a grid is even when half of the beats lie closer to it than this
-LOCAL_BEATS = 2  # to either side, of the line that smooths an uneven beat
-NEAR_EDGE_S = 0.02  # a beat this close to the track's start or end lies on it
-GRID_S = 0.5  # pseudo-beats of music without beats
-STEP = 22  # samples, 1 ms: the resolution of the last shift
-LEAST_GRID = 8  # pseudo-beats, however short the music
+MIN_BEATS = 8  # with fewer the tempo is unreliable and pseudo-beats are used
+TIGHTNESS = 400.0  # weight of the beat tracker's penalty for intervals off the tempo
+STEADY_S = 0.006  # the tempo is steady if the median distance of the beats from an even grid is less
+LOCAL_BEATS = 2  # neighbours to either side to which a local line is fitted
+NEAR_EDGE_S = 0.02  # a beat this close to the track's start or end is moved onto it
+GRID_S = 0.5  # length of a pseudo-beat
+STEP = 22  # samples, 1 ms: resolution of the final shift
+MIN_PSEUDO_BEATS = 8  # of the shortest track
 
 
 @dataclass(frozen=True, eq=False)
 class Beats:
-    """Edges between beats: beat k is heard from edges_s[k] to edges_s[k + 1]."""
+    """Edges between beats: beat k lasts from edges_s[k] to edges_s[k + 1]."""
 
     edges_s: Doubles  # (beats + 1,), rising, within the track
-    tempo_bpm: float | None  # None: no beats, an even grid
+    tempo_bpm: float | None  # None: the edges are pseudo-beats
     pulse_clarity: float  # -1 to 1
 
 
-def find(onsets: Floats, mono: Floats) -> Beats:
-    """The beats of mono sound at RATE_HZ, (samples,), with its onset strengths, (frames,)."""
+def track_beats(onsets: Floats, mono: Floats) -> Beats:
+    """The beats of mono sound at RATE_HZ, (samples,); `onsets` are its onset strengths, (frames,)."""
     duration_s = mono.size / RATE_HZ
-    envelope = _level(onsets)
+    envelope = _normalized(onsets)
     period, clarity = _period(envelope)
-    if clarity < CLEAR_PULSE or duration_s * FRAME_RATE_HZ < LEAST_BEATS * period:
-        n_beats = max(LEAST_GRID, round(duration_s / GRID_S))
+    if clarity < CLEAR_PULSE or duration_s * FRAME_RATE_HZ < MIN_BEATS * period:
+        n_beats = max(MIN_PSEUDO_BEATS, round(duration_s / GRID_S))
         return Beats(np.linspace(0.0, duration_s, n_beats + 1), None, clarity)
-    frames = _track(envelope, period)
-    times_s = _fit(_sharpen(frames, envelope), period) / FRAME_RATE_HZ
+    frames = _beat_frames(envelope, period)
+    times_s = _fit(_interpolated(frames, envelope), period) / FRAME_RATE_HZ
     times_s = times_s + _attack_shift_s(times_s, mono)
     edges_s = _extend(times_s, duration_s)
     return Beats(edges_s, 60.0 / float(np.median(np.diff(edges_s))), clarity)
 
 
-def _level(onsets: Floats) -> Doubles:
-    """The envelope without its slow part and of unit deviation."""
+def _normalized(onsets: Floats) -> Doubles:
+    """The onset envelope without its moving average, scaled to unit standard deviation."""
     slow = uniform_filter1d(onsets.astype(np.float64), max(3, round(1.5 * FRAME_RATE_HZ)), mode="nearest")
     flat = onsets - slow
     return np.asarray(flat / max(float(flat.std()), 1e-9))
@@ -85,7 +84,7 @@ def _period(envelope: Doubles) -> tuple[float, float]:
 
 
 def _autocorrelation(envelope: Doubles) -> Doubles:
-    """Per lag, corrected for the overlap that shrinks with it, 1 at lag 0; up to half the length."""
+    """For lags up to half the length, divided by the number of overlapping frames; 1 at lag 0."""
     n = envelope.size
     spectrum = scipy.fft.rfft(envelope, scipy.fft.next_fast_len(2 * n))
     raw = scipy.fft.irfft(np.abs(spectrum) ** 2)[: max(2, n // 2)]
@@ -94,37 +93,36 @@ def _autocorrelation(envelope: Doubles) -> Doubles:
 
 
 def _comb(correlation: Doubles, periods: Doubles, multiples: int) -> Doubles:
-    """Mean of the autocorrelation at 1 to `multiples` times each period, as far as it reaches."""
+    """Mean of the autocorrelation at 1 to `multiples` times each period, without lags beyond its end."""
     lags = periods[:, None] * np.arange(1, multiples + 1)
     inside = lags <= correlation.size - 1
     values = np.interp(lags, np.arange(correlation.size), correlation) * inside
     return np.asarray(values.sum(axis=1) / np.maximum(inside.sum(axis=1), 1))
 
 
-def _track(envelope: Doubles, period: float) -> NDArray[np.int64]:
-    """Ellis's dynamic programme: the frames of the beats."""
+def _beat_frames(envelope: Doubles, period: float) -> NDArray[np.int64]:
+    """The frames of the beats by Ellis's dynamic programming."""
     local = gaussian_filter1d(envelope, period / 32)
     gaps = np.arange(round(period / 2), round(period * 2) + 1)
-    price = -TIGHTNESS * np.log(gaps / period) ** 2
-    reversed_price, first, last = price[::-1].copy(), int(gaps[0]), int(gaps[-1])
-    total, before = local.copy(), np.full(local.size, -1, np.int64)
-    padded = np.concatenate([np.zeros(last), total])  # a beat before the start costs nothing
+    penalty = -TIGHTNESS * np.log(gaps / period) ** 2
+    reversed_penalty, first, last = penalty[::-1].copy(), int(gaps[0]), int(gaps[-1])
+    previous = np.full(local.size, -1, np.int64)
+    total = np.concatenate([np.zeros(last), local])  # zeros: the first beat has no predecessor and no penalty
     for frame in range(local.size):
-        reachable = padded[frame : frame + last - first + 1] + reversed_price
+        reachable = total[frame : frame + last - first + 1] + reversed_penalty
         best = int(np.argmax(reachable))
-        padded[last + frame] = local[frame] + reachable[best]
-        before[frame] = frame - last + best
-    total = padded[last:]
-    frame = total.size - 1 - int(np.argmax(total[-round(period) :][::-1]))
+        total[last + frame] = local[frame] + reachable[best]
+        previous[frame] = frame - last + best
+    frame = local.size - 1 - int(np.argmax(total[last:][-round(period) :][::-1]))
     beats = []
     while frame >= 0:
         beats.append(frame)
-        frame = int(before[frame])
+        frame = int(previous[frame])
     return np.array(beats[::-1], np.int64)
 
 
-def _sharpen(frames: NDArray[np.int64], envelope: Doubles) -> Doubles:
-    """Each beat on the nearest peak of the envelope within 4 frames, between frames by a parabola."""
+def _interpolated(frames: NDArray[np.int64], envelope: Doubles) -> Doubles:
+    """Each beat moved to the envelope's peak within 4 frames, by parabolic interpolation between frames."""
     smooth = gaussian_filter1d(envelope, 1.0)
     out = frames.astype(np.float64)
     for k, frame in enumerate(frames):
@@ -139,7 +137,7 @@ def _sharpen(frames: NDArray[np.int64], envelope: Doubles) -> Doubles:
 
 
 def _fit(times: Doubles, period: float) -> Doubles:
-    """Beats on one even grid if they keep it, else on local lines through their neighbours."""
+    """Beats on one even grid if the tempo is steady, otherwise on lines fitted to their neighbours."""
     steps = np.maximum(1, np.round(np.diff(times) / period)).astype(np.int64)
     index = np.concatenate([[0], np.cumsum(steps)])
     slope, start = _line(index.astype(np.float64), times)
@@ -156,7 +154,7 @@ def _fit(times: Doubles, period: float) -> Doubles:
 
 
 def _line(x: Doubles, y: Doubles) -> tuple[float, float]:
-    """Slope and intercept of the line of least absolute error, by reweighting."""
+    """Slope and intercept of the line of least absolute error, by iteratively reweighted least squares."""
     weights = np.ones(x.size)
     slope, start = 1.0, 0.0
     for _ in range(12):
@@ -166,7 +164,7 @@ def _line(x: Doubles, y: Doubles) -> tuple[float, float]:
 
 
 def _attack_shift_s(times_s: Doubles, mono: Floats) -> float:
-    """From the fitted beats to the steepest rise of level around them, within 40 ms, in seconds."""
+    """The shift, within 40 ms, at which the level around the beats rises most steeply on average."""
     level = np.abs(mono[: mono.size // STEP * STEP]).reshape(-1, STEP).max(axis=1).astype(np.float64)
     rise = np.maximum(0.0, np.diff(gaussian_filter1d(np.log1p(20 * level), 2.0), prepend=0.0))
     shifts = np.arange(-40, 41)
@@ -176,7 +174,7 @@ def _attack_shift_s(times_s: Doubles, mono: Floats) -> float:
 
 
 def _extend(times_s: Doubles, duration_s: float) -> Doubles:
-    """The beats carried on at their end tempos to the edges of the track."""
+    """The beats extrapolated to both ends of the track at the tempo of the first and the last beat."""
     head, tail = times_s[1] - times_s[0], times_s[-1] - times_s[-2]
     before = times_s[0] - head * np.arange(int(times_s[0] / head) + 1, 0, -1)
     after = times_s[-1] + tail * np.arange(1, int((duration_s - times_s[-1]) / tail) + 2)

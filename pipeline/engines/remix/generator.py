@@ -1,4 +1,4 @@
-"""The generator: analysis shared by the requests of a track, then a way and its sound for each."""
+"""The generator: one analysis for all requests of a track, then a path and its rendering for each."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.remix import VERSION, RemixParams
 from pipeline.engines.remix.analysis import Analysis, analyse
-from pipeline.engines.remix.path import Way, find
+from pipeline.engines.remix.path import BeatPath, find_path
 from pipeline.engines.remix.render import Join, render
 from pipeline.errors import BadAudio, EngineFailure, PipelineError, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 STEPS = 3  # analysis, search, rendering
-KEPT_TRACKS = 2
-SHORTEST_S = 0.25
+CACHED_TRACKS = 2
+MIN_DURATION_S = 0.25  # of the source
 SILENT = 1e-5  # a peak below this is silence
 
 
@@ -31,12 +31,12 @@ class RemixGenerator:
 
     def __init__(self, sample_rate: int) -> None:
         self.sample_rate = sample_rate
-        self._tracks: OrderedDict[bytes, Analysis] = OrderedDict()  # a cache: saves time, changes nothing
+        self._analyses: OrderedDict[bytes, Analysis] = OrderedDict()  # the last used, by a hash of the sound
 
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation | Failure]:
-        """Yield one result per request, the requests of a track together."""
+        """Yield one result per request; the requests of a track follow each other."""
         order = {track_id: at for at, track_id in enumerate(dict.fromkeys(r.track_id for r in requests))}
         for request in sorted(requests, key=lambda r: order[r.track_id]):
             try:
@@ -51,79 +51,64 @@ class RemixGenerator:
                 yield Failure(request.request_id, error)
 
     def _vary(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Variation:
-        steps = _Steps(request.request_id, progress, should_stop)
+        def step(done: int) -> None:
+            progress(request.request_id, done, STEPS)
+            if done < STEPS:
+                check_stop(should_stop, "remix")
+
+        step(0)
         params = RemixParams.model_validate(dict(request.params))
         n_samples = round(request.duration_s * self.sample_rate)
         _check(request, self.sample_rate, n_samples)
         track = self._analysis(request.audio)
-        steps.next()
-        way = find(
+        step(1)
+        path = find_path(
             track,
             request.duration_s,
             temperature=params.temperature,
             min_segment=params.min_segment_beats,
             seed=request.seed,
         )
-        steps.next()
-        samples, joins = render(request.audio, track, way, n_samples, params.crossfade_ms / 1000)
+        step(2)
+        samples, joins = render(request.audio, track, path, n_samples, params.crossfade_ms / 1000)
         if not np.isfinite(samples).all() or np.abs(samples).max() < SILENT:
-            raise EngineFailure("remix made silence or numbers that are not finite")
-        steps.next()
-        details = describe(track, way, joins, request.duration_s)
+            raise EngineFailure("remix made silence or samples that are not finite numbers")
+        step(STEPS)
+        details = _details(track, path, joins, request.duration_s)
         return Variation(request.request_id, Audio(samples, self.sample_rate), details)
 
     def _analysis(self, audio: Audio) -> Analysis:
-        """The analysis of this sound, made or remembered."""
+        """The analysis of this sound, from the cache if it is there."""
         key = hashlib.blake2b(np.ascontiguousarray(audio.samples).data, digest_size=16)
         key.update(repr((audio.samples.shape, audio.sample_rate)).encode())
         digest = key.digest()
-        if digest not in self._tracks:
-            self._tracks[digest] = analyse(audio)
-        self._tracks.move_to_end(digest)
-        while len(self._tracks) > KEPT_TRACKS:
-            self._tracks.popitem(last=False)
-        return self._tracks[digest]
-
-
-class _Steps:
-    """Tells how far a request is, and stops between its steps."""
-
-    def __init__(self, request_id: str, progress: ProgressFn, should_stop: StopFn) -> None:
-        self._request_id, self._progress, self._should_stop = request_id, progress, should_stop
-        self._done = -1
-        self.next()
-
-    def next(self) -> None:
-        """One step further.
-
-        Raises:
-            Stopped: it was asked to.
-        """
-        self._done += 1
-        self._progress(self._request_id, self._done, STEPS)
-        if self._done < STEPS and self._should_stop():
-            raise Stopped("stopped while remixing")
+        if digest not in self._analyses:
+            self._analyses[digest] = analyse(audio)
+        self._analyses.move_to_end(digest)
+        while len(self._analyses) > CACHED_TRACKS:
+            self._analyses.popitem(last=False)
+        return self._analyses[digest]
 
 
 def _check(request: VariationRequest, sample_rate: int, n_samples: int) -> None:
     audio = request.audio
     if audio.sample_rate != sample_rate:
-        raise EngineFailure(f"remix was loaded for {sample_rate} Hz and given {audio.sample_rate} Hz")
+        raise EngineFailure(f"remix was loaded for {sample_rate} Hz but the track has {audio.sample_rate} Hz")
     if n_samples < 1:
-        raise EngineFailure(f"remix was asked for {request.duration_s} s, which is no sample")
-    if audio.duration_s < SHORTEST_S:
-        raise BadAudio(f"the normalized audio lasts {audio.duration_s:.2f} s; remix needs {SHORTEST_S} s")
+        raise EngineFailure(f"a variation of {request.duration_s} s has no samples")
+    if audio.duration_s < MIN_DURATION_S:
+        raise BadAudio(f"the normalized audio lasts {audio.duration_s:.2f} s; remix needs {MIN_DURATION_S} s")
     if not np.isfinite(audio.samples).all():
-        raise BadAudio("the normalized audio has numbers that are not finite")
+        raise BadAudio("the normalized audio has samples that are not finite numbers")
     if np.abs(audio.samples).max() < SILENT:
         raise BadAudio("the normalized audio is silent")
 
 
-def describe(track: Analysis, way: Way, joins: Sequence[Join], duration_s: float) -> Mapping[str, Any]:
-    """What the manifest says of a remix, as JSON values.
+def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s: float) -> Mapping[str, Any]:
+    """A remix's details for the manifest, as JSON values.
 
-    A join's `score` is its similarity: 1 where what surrounds both sides is the same, 0 where it is as
-    different as the typical pair of places at the same position in the bar.
+    A join's `score` is its similarity: 1 if the contexts of both sides are the same, 0 if they differ as much
+    as those of a typical pair of edges at the same position in the bar.
     """
     scores = [float(track.similarities[join.edges]) for join in joins]
     return {
@@ -132,8 +117,8 @@ def describe(track: Analysis, way: Way, joins: Sequence[Join], duration_s: float
         "meter": None if track.tempo_bpm is None else track.meter,
         "beats": track.n_beats,
         "pulse_clarity": round(track.pulse_clarity, 3),
-        "start_s": round(way.start_s, 3),
-        "ending": "own" if way.ends else "fade",
+        "start_s": round(path.start_s, 3),
+        "ending": "own" if path.to_ending else "fade",
         "joins": [
             {
                 "out_s": round(join.out_s, 3),
@@ -144,16 +129,16 @@ def describe(track: Analysis, way: Way, joins: Sequence[Join], duration_s: float
             for join, score in zip(joins, scores, strict=True)
         ],
         "mean_score": round(float(np.mean(scores)), 3) if scores else None,
-        "coverage": round(_coverage(track.duration_s, way, joins, duration_s), 3),
+        "coverage": round(_coverage(track.duration_s, path, joins, duration_s), 3),
     }
 
 
-def _coverage(source_s: float, way: Way, joins: Sequence[Join], duration_s: float) -> float:
-    """Share of the source that is heard at least once."""
-    heard = np.zeros(max(1, round(source_s * 100)), dtype=bool)
-    at_s, position_s = 0.0, way.start_s
+def _coverage(source_s: float, path: BeatPath, joins: Sequence[Join], duration_s: float) -> float:
+    """Share of the source that is played at least once."""
+    played = np.zeros(max(1, round(source_s * 100)), dtype=bool)
+    at_s, position_s = 0.0, path.start_s
     for join in joins:
-        heard[round(position_s * 100) : round(join.from_s * 100)] = True
+        played[round(position_s * 100) : round(join.from_s * 100)] = True
         at_s, position_s = join.out_s, join.to_s
-    heard[round(position_s * 100) : round((position_s + duration_s - at_s) * 100)] = True
-    return float(heard.mean())
+    played[round(position_s * 100) : round((position_s + duration_s - at_s) * 100)] = True
+    return float(played.mean())

@@ -1,18 +1,16 @@
-"""The search for a way through the beats that has the asked length.
+"""The search for a path through the beats that has the asked length.
 
-A way plays beats in order and at some edges jumps to another, never within `min_segment` beats of the
-last jump. Among the ways of one length from a start to an end:
+A path plays beats in order and at some edges joins to another edge; at least `min_segment` beats are played
+between two joins. Among the paths of one length from a start to an end:
 
-- temperature 0 takes the best: few joins of high score (as the retargeting of Wenner et al. 2013).
-- a temperature T > 0 draws by chance. At every edge the music goes on or jumps, with a probability
-  of exp(-1/T) where the joins are as good as the track has them and less elsewhere, to a target of
-  weight exp(score / T), given that the way has the asked length and end (see `lattice`). A way with no
-  join from the track's start is a copy and not taken if there are others.
+- temperature 0 takes the best one: few joins, with high scores (as the retargeting of Wenner et al. 2013).
+- a temperature T > 0 draws. At each edge the probability of a join is exp(-1/T) where the joins are as good
+  as the track's best, and lower elsewhere; a target has the weight exp(score / T). The draw is conditional
+  on the asked length and end (see `lattice`). Of DRAWS paths, one of the better half is taken: those with
+  the best joins and the fewest repeated beats. A copy of the track's start is not taken if there are others.
 
-Of DRAWS ways one of the better half is taken: those that repeat themselves least and join best.
-
-Only joins pass that are among the track's best (GATES). The gate opens further if no way of that length
-exists, or so few that seeds would often give the same.
+Only the best share of the track's joins may be used, the first of GATES. A larger share is tried if there is
+no path of the asked length, or so few that many seeds would give the same one.
 """
 
 from __future__ import annotations
@@ -22,41 +20,38 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.engines.remix.analysis import Analysis
-from pipeline.engines.remix.lattice import Doubles, Moves, pick, walk, weigh, weight_of_start
+from pipeline.engines.remix.lattice import Moves, draw_index, draw_joins, path_weights, start_weight
+from pipeline.engines.remix.spectra import Doubles
 from pipeline.errors import EngineFailure
 
-GATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # share of all possible joins that may be used
-VARIED_GATE = 0.1  # to which the gate opens for the sake of variety
-LEAST_SIMILARITY = 0.15  # of a join, at any gate but the last
-TARGETS = 16  # most targets kept per edge
-LAST_TARGETS = 64  # at the last gate
-REFERENCE = 0.01  # share of the joins that count as "as good as the track has them"
+Joins = tuple[tuple[int, int], ...]  # (edge left, edge entered) of each
+
+GATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of all possible joins that may be used
+VARIETY_GATE = 0.1  # the largest share that is tried for the sake of variety alone
+MIN_SIMILARITY = 0.15  # of a join, at all gates but the last
+MAX_TARGETS, MAX_TARGETS_AT_LAST_GATE = 16, 64  # per edge
+REFERENCE = 0.01  # the best share of the joins, which defines "as good as the track's best"
 SCORE_WEIGHT = 8.0  # in the exponent, at temperature 1
-JOIN_PRICE = 2.0  # at temperature 0: two joins without a fault cost as much as one of score 0
-FROZEN = 0.01  # temperatures up to here are 0
+JOIN_COST = 2.0  # at temperature 0: two joins of score 1 cost as much as one of score 0
+FROZEN = 0.01  # temperatures up to here count as 0
 DRAWS = 32
-VARIED = 26  # different ways among the draws that are variety enough
-SECTION_START = 1.25  # weight at temperature 1 of starting at some section, against 1 of the track's start
-PICKUP = -4.0  # log weight of starting some beats before a downbeat, which can let the ending land
-END_SILENCE_S = 0.35  # most silence after an ending
-LANDING_S = 0.05  # by which an ending may miss that, and its dying away
-RESERVE = 0.1  # most, of the beats planned, where their length varies
-RECENT_BARS = 16  # repeating what was heard this long ago counts as repetition
-WORST_WEIGHT, REPEAT_WEIGHT = 0.5, 1.0  # in the choice between the ways drawn
+ENOUGH_VARIETY = 26  # different paths among the draws
+SECTION_START = 1.25  # weight at temperature 1 of starting at a section; the track's start has 1
+PICKUP = -4.0  # log weight of starting a few beats before a downbeat, by which the ending can fit
+MAX_END_SILENCE_S = 0.35  # after the track's own ending
+LANDING_S = 0.05  # tolerance of both limits on when the ending comes
+MAX_RESERVE = 0.1  # share of beats planned beyond the asked length where the beats vary in length
+RECENT_BARS = 16  # a beat that was played within these bars counts as repeated
+WORST_WEIGHT, REPEAT_WEIGHT = 0.5, 1.0  # in a path's fault
 
 
 @dataclass(frozen=True)
-class Way:
-    """What to play: from `start_s` of the source, leaving at the first edge of each join for the second."""
+class BeatPath:
+    """What to play: from `start_s` of the source on, with these joins."""
 
     start_s: float
-    joins: tuple[tuple[int, int], ...]
-    ends: bool  # it plays the track's own ending; else its last seconds must be faded
-
-    @property
-    def copies(self) -> bool:
-        """Whether it only plays the track from its start."""
-        return not self.joins and self.start_s == 0.0
+    joins: Joins
+    to_ending: bool  # it plays the track's own ending; otherwise its last seconds must be faded
 
 
 @dataclass(frozen=True)
@@ -66,173 +61,181 @@ class _Start:
     log_weight: float
 
 
-def find(track: Analysis, duration_s: float, *, temperature: float, min_segment: int, seed: int) -> Way:
-    """The way of that length; a function of its arguments alone.
+def find_path(
+    track: Analysis, duration_s: float, *, temperature: float, min_segment: int, seed: int
+) -> BeatPath:
+    """The path of this length, which depends on the arguments alone.
 
     Raises:
-        EngineFailure: there is none; no track of two bars or more is known to have none.
+        EngineFailure: there is none; this has not been seen with any track of two bars or more.
     """
     rng = np.random.default_rng(seed) if temperature > FROZEN else None
-    ending_s = track.duration_s - track.spare_tail_s
-    copy = Way(0.0, (), ends=duration_s >= ending_s)
-    if rng is None and duration_s <= track.duration_s and (copy.ends or not track.ends):
-        return copy
-    min_segment = max(1, min(min_segment, track.n_beats // 3))
-    found: Way | None = None
-    for ends, gate in _attempts(track.ends, rng is not None):
-        if found is not None and (gate > VARIED_GATE or found.ends != ends):
-            break
-        moves = _moves(track, gate, temperature, min_segment)
-        ways = _draw(track, duration_s, moves, rng, ends=ends, temperature=temperature)
-        if rng is not None and gate <= VARIED_GATE:
-            ways = [way for way in ways if not way[1].copies]
-        found = _choose(ways, rng) or found
-        if found is not None and (rng is None or len({way for _, way in ways}) >= VARIED):
-            break
+    reaches_end = duration_s >= track.duration_s - track.spare_tail_s
+    if rng is None and duration_s <= track.duration_s and (reaches_end or not track.has_ending):
+        return BeatPath(0.0, (), to_ending=reaches_end)
+    search = _Search(track, duration_s, temperature, max(1, min(min_segment, track.n_beats // 3)), rng)
+    found = search.find(to_ending=True) if track.has_ending else None
+    found = found or search.find(to_ending=False)
     if found is None:
-        raise EngineFailure(f"found no way to make {duration_s:.1f} s of a track of {track.duration_s:.1f} s")
+        raise EngineFailure(
+            f"found no path of {duration_s:.1f} s through a track of {track.duration_s:.1f} s"
+        )
     return found
 
 
-def _attempts(has_ending: bool, drawn: bool) -> list[tuple[bool, float]]:
-    """(to the track's own ending, gate), in the order they are tried."""
-    usable = [gate for gate in GATES if drawn or gate >= VARIED_GATE]
-    return [(True, gate) for gate in usable if has_ending and gate <= VARIED_GATE] + [
-        (False, gate) for gate in usable
-    ]
+@dataclass(frozen=True)
+class _Search:
+    """One request's search; without `rng` it takes the best path instead of drawing."""
+
+    track: Analysis
+    duration_s: float
+    temperature: float
+    min_segment: int
+    rng: np.random.Generator | None
+
+    def find(self, *, to_ending: bool) -> BeatPath | None:
+        """A path through the narrowest gate that gives one and, if drawn, enough variety."""
+        found: BeatPath | None = None
+        for gate in GATES:
+            if self.rng is None and gate < VARIETY_GATE:
+                continue
+            if gate > VARIETY_GATE and (to_ending or found):
+                break
+            candidates = self._candidates(gate, to_ending)
+            found = self._choose(candidates) or found
+            if found and (self.rng is None or len({path for _, path in candidates}) >= ENOUGH_VARIETY):
+                break
+        return found
+
+    def _candidates(self, gate: float, to_ending: bool) -> list[tuple[float, BeatPath]]:
+        """The best path, or up to DRAWS drawn ones, each with its fault."""
+        starts = self._starts(to_ending)
+        if not starts:
+            return []
+        moves = self._moves(gate)
+        final = np.full(self.track.n_beats + 1, -np.inf)
+        final[-1 if to_ending else slice(0, -1)] = (
+            0.0  # before the last beat, sound is left to fill the length
+        )
+        longest = max(start.n_beats for start in starts)
+        table = path_weights(moves, final, longest, best=self.rng is None)
+        weights: Doubles = np.array(
+            [start.log_weight + start_weight(table, moves, start.edge, start.n_beats) for start in starts]
+        )
+        if not np.isfinite(weights).any():
+            return []
+        candidates = []
+        for _ in range(DRAWS if self.rng else 1):
+            start = starts[draw_index(weights, self.rng)]
+            joins = draw_joins(table, moves, start.edge, start.n_beats, self.rng)
+            if to_ending and not self._ends_in_time(start, joins):
+                continue
+            if self.rng and gate <= VARIETY_GATE and not joins and start.edge == 0:
+                continue  # a copy
+            start_s = float(self.track.edges_s[start.edge]) if start.edge else 0.0
+            candidates.append((self._fault(start, joins), BeatPath(start_s, joins, to_ending)))
+        return candidates
+
+    def _choose(self, candidates: list[tuple[float, BeatPath]]) -> BeatPath | None:
+        """One of the better half of those with the first one's start and number of joins.
+
+        The first one was drawn, so these two are left to the draw.
+        """
+        if not candidates:
+            return None
+        _, first = candidates[0]
+        rivals = [
+            (fault, path)
+            for fault, path in candidates
+            if path.start_s == first.start_s and len(path.joins) == len(first.joins)
+        ]
+        rivals.sort(key=lambda rival: rival[0])
+        n_better = (len(rivals) + 1) // 2
+        return rivals[0 if self.rng is None else int(self.rng.integers(n_better))][1]
+
+    def _moves(self, gate: float) -> Moves:
+        """The joins that pass the gate, and the log weights of joining and of playing on."""
+        track, is_last_gate = self.track, gate == GATES[-1]
+        n_joins = int(np.isfinite(track.scores).sum())
+        allowed = track.scores.copy()
+        allowed[:, track.n_beats - self.min_segment + 1 :] = -np.inf  # too near the end for a segment
+        if not is_last_gate:
+            allowed[track.similarities < MIN_SIMILARITY] = -np.inf
+        ranked = np.sort(allowed[np.isfinite(allowed)])[::-1].astype(np.float64)
+        n_targets = min(MAX_TARGETS_AT_LAST_GATE if is_last_gate else MAX_TARGETS, allowed.shape[1])
+        targets = np.argsort(-allowed, axis=1, kind="stable")[:, :n_targets]
+        scores = np.take_along_axis(allowed, targets, axis=1).astype(np.float64)
+        if ranked.size:
+            scores[scores < ranked[min(max(round(gate * n_joins), 1), ranked.size) - 1]] = -np.inf
+        if self.rng is None or not ranked.size:
+            return Moves(np.zeros(len(scores)), targets, scores - JOIN_COST, self.min_segment)
+        reference = ranked[min(int(REFERENCE * n_joins), ranked.size - 1)]
+        exponent = SCORE_WEIGHT / self.temperature * (scores - reference)
+        total = np.logaddexp.reduce(exponent, axis=1, keepdims=True)
+        any_join = -1.0 / self.temperature + np.minimum(total, 0.0)  # log of the probability of joining here
+        join = np.full_like(exponent, -np.inf)
+        np.subtract(exponent + any_join, total, out=join, where=np.isfinite(total))
+        return Moves(np.log1p(-np.exp(any_join[:, 0])), targets, join, self.min_segment)
+
+    def _starts(self, to_ending: bool) -> list[_Start]:
+        """Every start, with every number of beats, that can give the asked length."""
+        track = self.track
+        beats_s = np.diff(track.edges_s)
+        beat_s = float(np.median(beats_s))
+        reserve = min(MAX_RESERVE, float(beats_s.std() / beats_s.mean()))
+        tail_s = track.duration_s - float(track.edges_s[-1])
+        starts = []
+        for edge, log_weight in self._start_edges(to_ending):
+            wanted_s = self.duration_s - (float(track.edges_s[0]) if edge == 0 else 0.0)
+            if to_ending:
+                least = (wanted_s - tail_s - MAX_END_SILENCE_S) / beat_s
+                most = (wanted_s - tail_s + track.spare_tail_s) / beat_s
+                lengths = range(max(0, int(np.ceil(least))), int(np.floor(most)) + 1)
+            else:
+                n_beats = max(0, int(np.ceil(wanted_s / beat_s * (1.0 + reserve) - 0.5)))
+                lengths = range(n_beats, n_beats + 1)
+            starts += [_Start(edge, n_beats, log_weight) for n_beats in lengths]
+        return starts
+
+    def _start_edges(self, to_ending: bool) -> list[tuple[int, float]]:
+        """Edges to start at and their log weights: the track's start, sections, and pickups to both."""
+        track, edges = self.track, [(0, 0.0)]
+        if self.rng and track.sections:
+            log_weight = float(np.log(SECTION_START * self.temperature / len(track.sections)))
+            edges += [(edge, log_weight) for edge in track.sections]
+        if to_ending:
+            downbeats = [(track.meter, 0.0), *edges[1:]]
+            edges += [
+                (edge - k, weight + PICKUP) for edge, weight in downbeats for k in range(1, track.meter)
+            ]
+        return edges
+
+    def _ends_in_time(self, start: _Start, joins: Joins) -> bool:
+        """Whether the track's ending fits the asked length, given the true lengths of the beats."""
+        track = self.track
+        lead_s = 0.0 if start.edge else float(track.edges_s[0])
+        points = [start.edge, *(edge for join in joins for edge in join), track.n_beats]
+        played_s = float(np.diff(track.edges_s[points])[::2].sum())
+        missing_s = self.duration_s - lead_s - played_s - (track.duration_s - float(track.edges_s[-1]))
+        return -track.spare_tail_s - LANDING_S <= missing_s <= MAX_END_SILENCE_S + LANDING_S
+
+    def _fault(self, start: _Start, joins: Joins) -> float:
+        """The mean and the worst loss of score at the joins, and the share of beats repeated soon."""
+        if not joins:
+            return 0.0
+        losses = 1.0 - np.array([self.track.scores[join] for join in joins])
+        recent = RECENT_BARS * max(self.track.meter, 4)
+        last_played: dict[int, int] = {}
+        n_repeated = 0
+        for at, beat in enumerate(_beats(start, joins)):
+            n_repeated += at - last_played.get(beat, -recent - 1) <= recent
+            last_played[beat] = at
+        repeated = n_repeated / max(start.n_beats, 1)
+        return float(losses.mean() + WORST_WEIGHT * losses.max() + REPEAT_WEIGHT * repeated)
 
 
-def _moves(track: Analysis, gate: float, temperature: float, min_segment: int) -> Moves:
-    """What may be played at each edge, through this gate."""
-    n_joins = int(np.isfinite(track.scores).sum())
-    scores = track.scores.copy()
-    scores[:, track.n_beats - min_segment + 1 :] = -np.inf  # no room for a segment
-    if gate < GATES[-1]:
-        scores[track.similarities < LEAST_SIMILARITY] = -np.inf
-    known = np.sort(scores[np.isfinite(scores)])[::-1].astype(np.float64)
-    n_targets = min(TARGETS if gate < GATES[-1] else LAST_TARGETS, scores.shape[1])
-    targets = np.argsort(-scores, axis=1, kind="stable")[:, :n_targets]
-    kept = np.take_along_axis(scores, targets, axis=1).astype(np.float64)
-    if known.size == 0:
-        return Moves(np.zeros(len(scores)), targets, kept, min_segment)
-    kept[kept < known[min(max(round(gate * n_joins), 1), known.size) - 1]] = -np.inf
-    if temperature <= FROZEN:
-        return Moves(np.zeros(len(scores)), targets, kept - JOIN_PRICE, min_segment)
-    exponent = SCORE_WEIGHT / temperature * (kept - known[min(int(REFERENCE * n_joins), known.size - 1)])
-    total = np.logaddexp.reduce(exponent, axis=1, keepdims=True)
-    leave = -1.0 / temperature + np.minimum(total, 0.0)  # log of the probability of jumping here
-    jump = np.full_like(exponent, -np.inf)
-    np.subtract(exponent + leave, total, out=jump, where=np.isfinite(total))
-    return Moves(np.log1p(-np.exp(leave[:, 0])), targets, jump, min_segment)
-
-
-def _starts(track: Analysis, duration_s: float, ends: bool, temperature: float) -> list[_Start]:
-    """Every start from which the length can come out."""
-    beat_s = float(np.median(np.diff(track.edges_s)))
-    tail_s = track.duration_s - float(track.edges_s[-1])
-    out = []
-    for edge, weight in _start_edges(track, ends, temperature):
-        wanted_s = duration_s - (float(track.edges_s[0]) if edge == 0 else 0.0)
-        if ends:
-            least = (wanted_s - tail_s - END_SILENCE_S) / beat_s
-            most = (wanted_s - tail_s + track.spare_tail_s) / beat_s
-            lengths = range(max(0, int(np.ceil(least))), int(np.floor(most)) + 1)
-        else:
-            n_beats = max(0, int(np.ceil(wanted_s / beat_s * _reserve(track) - 0.5)))
-            lengths = range(n_beats, n_beats + 1)
-        out += [_Start(edge, n_beats, weight) for n_beats in lengths]
-    return out
-
-
-def _reserve(track: Analysis) -> float:
-    """Factor for the beats planned, so that enough are left where their length varies; 1: an even grid."""
-    beats_s = np.diff(track.edges_s)
-    return 1.0 + RESERVE * min(1.0, float(beats_s.std() / beats_s.mean()) / RESERVE)
-
-
-def _lands(track: Analysis, duration_s: float, start: _Start, joins: tuple[tuple[int, int], ...]) -> bool:
-    """Whether the track's ending comes out in time, with the beats as long as they are."""
-    lead_s = 0.0 if start.edge else float(track.edges_s[0])
-    points = [start.edge, *(edge for join in joins for edge in join), track.n_beats]
-    played_s = float(np.diff(track.edges_s[points])[::2].sum())
-    missing_s = duration_s - lead_s - played_s - (track.duration_s - float(track.edges_s[-1]))
-    return -track.spare_tail_s - LANDING_S <= missing_s <= END_SILENCE_S + LANDING_S
-
-
-def _start_edges(track: Analysis, ends: bool, temperature: float) -> list[tuple[int, float]]:
-    """Edges to start at and their log weights: the track's start, sections, and pickups to both."""
-    edges = [(0, 0.0)]
-    if temperature > FROZEN and track.sections:
-        weight = float(np.log(SECTION_START * temperature / len(track.sections)))
-        edges += [(edge, weight) for edge in track.sections]
-    if ends:
-        bars = [(track.meter, 0.0), *edges[1:]]
-        edges += [(edge - k, weight + PICKUP) for edge, weight in bars for k in range(1, track.meter)]
-    return edges
-
-
-def _draw(
-    track: Analysis,
-    duration_s: float,
-    moves: Moves,
-    rng: np.random.Generator | None,
-    *,
-    ends: bool,
-    temperature: float,
-) -> list[tuple[float, Way]]:
-    """The best way, or DRAWS drawn ones, with their faults; none if there is none."""
-    starts = _starts(track, duration_s, ends, temperature)
-    if not starts:
-        return []
-    last = np.full(track.n_beats + 1, -np.inf)
-    last[-1 if ends else slice(0, -1)] = 0.0  # before the last beat there is sound left for what is missing
-    table = weigh(moves, last, max(start.n_beats for start in starts), best=rng is None)
-    weights: Doubles = np.array(
-        [start.log_weight + weight_of_start(table, moves, start.edge, start.n_beats) for start in starts]
-    )
-    if not np.isfinite(weights).any():
-        return []
-    ways = []
-    for _ in range(DRAWS if rng else 1):
-        start = starts[pick(weights, rng)]
-        joins = walk(table, moves, start.edge, start.n_beats, rng)
-        start_s = float(track.edges_s[start.edge]) if start.edge else 0.0
-        if ends and not _lands(track, duration_s, start, joins):
-            continue
-        ways.append((_fault(track, start, joins), Way(start_s, joins, ends)))
-    return ways
-
-
-def _choose(ways: list[tuple[float, Way]], rng: np.random.Generator | None) -> Way | None:
-    """One of the better half of those that start and join as often as the first, which chance decided."""
-    if not ways:
-        return None
-    first = ways[0][1]
-    rivals = [
-        item for item in ways if item[1].start_s == first.start_s and len(item[1].joins) == len(first.joins)
-    ]
-    rivals.sort(key=lambda item: item[0])
-    better = rivals[: (len(rivals) + 1) // 2]
-    return better[0 if rng is None else int(rng.integers(len(better)))][1]
-
-
-def _fault(track: Analysis, start: _Start, joins: tuple[tuple[int, int], ...]) -> float:
-    """What is wrong with a way: mean and worst join, and the share of beats heard again too soon."""
-    if not joins:
-        return 0.0
-    lost = 1.0 - np.array([track.scores[join] for join in joins])
-    recent = RECENT_BARS * max(track.meter, 4)
-    last_heard: dict[int, int] = {}
-    again = 0
-    for at, beat in enumerate(_beats(start, joins)):
-        again += at - last_heard.get(beat, -recent - 1) <= recent
-        last_heard[beat] = at
-    repeated = again / max(start.n_beats, 1)
-    return float(lost.mean() + WORST_WEIGHT * lost.max() + REPEAT_WEIGHT * repeated)
-
-
-def _beats(start: _Start, joins: tuple[tuple[int, int], ...]) -> list[int]:
-    """The source beat heard in each beat."""
+def _beats(start: _Start, joins: Joins) -> list[int]:
+    """The source's beats in the order in which they are played."""
     beats: list[int] = []
     edge = start.edge
     for leave, enter in joins:

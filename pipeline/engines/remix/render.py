@@ -1,12 +1,12 @@
-"""Plays a way at the track's own rate and channels: every join aligned to the sample and crossfaded.
+"""Renders a path at the track's own rate and channels: each join is aligned to the sample and crossfaded.
 
-The entered side is shifted by up to ALIGN_S to where it correlates best with the left side around the beat
-(as in the time-domain splicing of SOLA, Roucos and Wilgus 1985): copies of one sample, as sequenced music has
-them, then meet in phase, and beats that were placed a few milliseconds off fall on each other.
+The entered side is shifted by up to ALIGN_S to where it correlates best with the side that is left, around
+the beat (as in the time-domain splicing of SOLA, Roucos and Wilgus 1985). Copies of one sample, which are
+usual in sequenced music, then join in phase, and beats found a few milliseconds off are aligned.
 
-The crossfade's law follows what meets. With g = (cos, sin) of a rising angle the power of the sum is
-1 + 2 r cos sin for two sides of equal power and correlation r, so dividing by its root keeps the
-level for any r: equal power for unrelated sides (r = 0), equal gain for the same sound (r = 1).
+The crossfade's law depends on the correlation r of the two sides. With gains (cos, sin) of a rising angle,
+the sum of two sides of equal power has the power 1 + 2 r cos sin, so dividing by its root keeps the level
+for any r: equal power for unrelated sides (r = 0), equal gain for the same sound (r = 1).
 """
 
 from __future__ import annotations
@@ -17,25 +17,23 @@ import numpy as np
 import scipy.signal
 
 from pipeline.engines.remix.analysis import Analysis
-from pipeline.engines.remix.path import Way
+from pipeline.engines.remix.path import BeatPath
 from pipeline.records import Audio, Samples
 
-ALIGN_S = 0.02  # most shift to either side
+ALIGN_S = 0.02  # largest shift to either side
 ALIGN_WINDOW_S = 0.08  # compared to either side of the beat
-ALIGN_PRIOR = 1.0  # correlation that a shift by ALIGN_S must gain over none, where there is a beat to keep
+ALIGN_PRIOR = 1.0  # correlation that a shift by ALIGN_S must gain over none; 0 without beats
 GUARD_S = 0.005  # between the crossfade's end and the beat: attacks begin a little before their steepest rise
 BEATLESS_FADE_S = 0.25  # least crossfade without beats
-FADE_IN_S = 0.01  # before the first beat, when the way does not start at the track's start
-FADE_OUT_S, FADE_OUT_SHARE = (
-    4.0,
-    0.2,
-)  # of a piece that does not end by itself: seconds, at most this share of it
-RING_OUT_S = 0.4  # fade of an ending that dies away longer than there is room
+FADE_IN_S = 0.01  # before the first beat, unless the path starts at the track's start
+FADE_OUT_S = 4.0  # of a result without an ending
+MAX_FADE_OUT_SHARE = 0.2  # of its length
+DECAY_FADE_S = 0.4  # of an ending whose decay is longer than the result
 
 
 @dataclass(frozen=True)
 class Join:
-    """One join as it was made; seconds."""
+    """One join of the result, in seconds."""
 
     out_s: float  # where in the result
     from_s: float  # where the source was left
@@ -45,18 +43,18 @@ class Join:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of the source in the output; samples. Source sample = output sample + offset."""
+    """A stretch of the source in the output, in samples: source sample = output sample + offset."""
 
     at: int  # output sample of its join
     offset: int
-    fade: tuple[int, int]  # output samples between which it replaces the piece before
+    fade: tuple[int, int]  # output samples of the crossfade with the piece before
 
 
 def render(
-    audio: Audio, track: Analysis, way: Way, n_samples: int, crossfade_s: float
+    audio: Audio, track: Analysis, path: BeatPath, n_samples: int, crossfade_s: float
 ) -> tuple[Samples, tuple[Join, ...]]:
-    """The way's first n_samples, float32, (channels, n_samples), and the joins in them."""
-    pieces = _pieces(audio, track, way, n_samples, crossfade_s)
+    """The path's first n_samples, float32, (channels, n_samples), and the joins in them."""
+    pieces = _pieces(audio, track, path, n_samples, crossfade_s)
     source, rate = audio.samples, audio.sample_rate
     out = np.zeros((audio.channels, n_samples), np.float32)
     stops = [piece.fade[0] for piece in pieces[1:]] + [n_samples]
@@ -65,32 +63,34 @@ def render(
         out[:, first:stop] = _read(source, first + piece.offset, stop + piece.offset)
         if k > 0:
             _mix(out, source, pieces[k - 1].offset, piece)
-    _shape_ends(out, way, source.shape[1] - pieces[-1].offset, rate)
-    joins = zip(pieces[1:], pieces, way.joins, strict=False)
+    _fade_ends(out, path, source.shape[1] - pieces[-1].offset, rate)
+    joins = zip(pieces[1:], pieces, path.joins, strict=False)
     return out, tuple(
         Join(new.at / rate, (new.at + old.offset) / rate, (new.at + new.offset) / rate, edges)
         for new, old, edges in joins
     )
 
 
-def _pieces(audio: Audio, track: Analysis, way: Way, n_samples: int, crossfade_s: float) -> list[_Piece]:
-    """What plays when: the joins aligned, their fades within the pieces to both sides."""
+def _pieces(
+    audio: Audio, track: Analysis, path: BeatPath, n_samples: int, crossfade_s: float
+) -> list[_Piece]:
+    """The pieces of the output; joins are aligned, and no fade is longer than half of the pieces it joins."""
     rate, has_beat = audio.sample_rate, track.tempo_bpm is not None
     length = round((crossfade_s if has_beat else max(crossfade_s, BEATLESS_FADE_S)) * rate)
     edges = np.round(track.edges_s * rate).astype(np.int64)
-    start_s = max(0.0, way.start_s - FADE_IN_S)  # the fade must not dull the first attack
+    start_s = max(0.0, path.start_s - FADE_IN_S)  # the fade ends before the first attack
     pieces = [_Piece(0, round(start_s * rate), (0, 0))]
-    for k, (leave, enter) in enumerate(way.joins):
+    for k, (leave, enter) in enumerate(path.joins):
         offset = pieces[-1].offset
         at = int(edges[leave]) - offset
         if at >= n_samples:
             break
         shift = _alignment(audio.samples, int(edges[leave]), int(edges[enter]), rate, has_beat)
         offsets = (offset, int(edges[enter]) + shift - at)
-        next_leave = int(edges[way.joins[k + 1][0]]) if k + 1 < len(way.joins) else audio.n_samples
-        room = min(at - pieces[-1].at, next_leave - offsets[1] - at) // 2
+        next_leave = int(edges[path.joins[k + 1][0]]) if k + 1 < len(path.joins) else audio.n_samples
+        longest = min(at - pieces[-1].at, next_leave - offsets[1] - at) // 2
         guard = round(GUARD_S * rate) if has_beat else None
-        fade = _fade(at, offsets, audio.n_samples, min(length, room), guard)
+        fade = _fade(at, offsets, audio.n_samples, min(length, longest), guard)
         pieces.append(_Piece(at, offsets[1], (min(fade[0], n_samples), min(fade[1], n_samples))))
     return pieces
 
@@ -99,17 +99,17 @@ def _fade(
     at: int, offsets: tuple[int, int], n_source: int, length: int, guard: int | None
 ) -> tuple[int, int]:
     """Output samples of a crossfade: `guard` before the beat, or around the join if there is no beat."""
-    start = at + offsets[1] <= 0  # the track's own start is entered: there is nothing to fade in
-    if start and at + offsets[0] >= n_source:
-        return at, at  # a loop closes
-    if start or guard is None:
-        return at - length // 2, at + (0 if start else length - length // 2)
+    enters_start = at + offsets[1] <= 0  # nothing lies before the track's start that could be faded in
+    if enters_start and at + offsets[0] >= n_source:
+        return at, at  # from the end of a loop to its start
+    if enters_start or guard is None:
+        return at - length // 2, at + (0 if enters_start else length - length // 2)
     guard = min(guard, length)
     return max(0, at - length - guard), at - guard
 
 
 def _read(source: Samples, start: int, stop: int) -> Samples:
-    """Source samples, float32, (channels, stop - start); silence outside of the track."""
+    """Source samples, float32, (channels, stop - start); zeros outside of the track."""
     n = source.shape[1]
     inside = source[:, min(max(start, 0), n) : min(max(stop, 0), n)]
     if inside.shape[1] == stop - start:
@@ -119,7 +119,7 @@ def _read(source: Samples, start: int, stop: int) -> Samples:
 
 
 def _alignment(source: Samples, left: int, entered: int, rate: int, has_beat: bool) -> int:
-    """Samples by which to shift the entered side."""
+    """Shift of the entered side in samples."""
     if left >= source.shape[1]:
         return 0
     reach, half = round(ALIGN_S * rate), round(ALIGN_WINDOW_S * rate)
@@ -135,7 +135,7 @@ def _alignment(source: Samples, left: int, entered: int, rate: int, has_beat: bo
 
 
 def _mix(out: Samples, source: Samples, old_offset: int, piece: _Piece) -> None:
-    """Write the piece's crossfade with the piece before it."""
+    """Write the piece's crossfade with the one before it."""
     start, stop = piece.fade
     if start == stop:
         return
@@ -149,17 +149,17 @@ def _mix(out: Samples, source: Samples, old_offset: int, piece: _Piece) -> None:
     out[:, start:stop] = leaving * (np.cos(angle) / level) + entering * (np.sin(angle) / level)
 
 
-def _shape_ends(out: Samples, way: Way, n_left: int, rate: int) -> None:
-    """Fade what begins or stops in the middle of sound; the source lasts n_left samples of the output."""
+def _fade_ends(out: Samples, path: BeatPath, source_end: int, rate: int) -> None:
+    """Fade a beginning or an end inside of sound; `source_end`: output sample at which the source ends."""
     n = out.shape[1]
-    if way.start_s > 0:
+    if path.start_s > 0:
         fade_in = min(round(FADE_IN_S * rate), n)
         out[:, :fade_in] *= np.sin(0.5 * np.pi * np.arange(fade_in) / fade_in) ** 2
-    if n_left == n and way.ends:
+    if source_end == n and path.to_ending:
         return
-    length_s = RING_OUT_S if way.ends else min(FADE_OUT_S, FADE_OUT_SHARE * n / rate)
-    stop = min(n, n_left)
+    length_s = DECAY_FADE_S if path.to_ending else min(FADE_OUT_S, MAX_FADE_OUT_SHARE * n / rate)
+    stop = min(n, source_end)
     fade_out = min(round(length_s * rate), stop)
-    if way.ends and n_left < n:
+    if path.to_ending and source_end < n:
         fade_out = min(fade_out, round(FADE_IN_S * rate))
     out[:, stop - fade_out : stop] *= np.cos(0.5 * np.pi * (np.arange(fade_out) + 1) / fade_out) ** 2

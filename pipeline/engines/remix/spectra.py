@@ -1,8 +1,7 @@
 """Short-time spectra in a few bands, and the onset envelopes made of them.
 
-All of it is plain numpy on scipy's FFT. librosa has the same building blocks, but its import
-compiles numba code: 10 to 20 s in a process with an empty cache, several times what the analysis of
-a track takes.
+Everything is computed with numpy and scipy's FFT. librosa has the same building blocks, but importing
+it compiles numba code, which takes 10 to 20 s with an empty cache: several times the analysis of a track.
 
 Onset strength is the half-wave rectified rise of log-compressed band energies over three frames
 (spectral flux after Bello et al. 2005; log compression and the longer difference after Böck and
@@ -18,8 +17,9 @@ import scipy.fft
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
-RATE_HZ = 22050  # of all analysis
+RATE_HZ = 22050  # sample rate of all analysis
 HOP = 128  # samples between frames of the onset envelopes: 5.8 ms
 FRAME_RATE_HZ = RATE_HZ / HOP
 ONSET_FFT = 1024
@@ -30,22 +30,22 @@ N_MEL = 40
 LOWEST_PITCH = 33  # MIDI: 55 Hz
 N_PITCHES = 72  # six octaves, to 3.3 kHz
 FLUX_LAG = 3  # frames
-LOW_BAND_HZ, HIGH_BAND_HZ = 150.0, 2500.0  # kick and bass | body | hats and air
-COMPRESSION = 100.0  # log(1 + 100 x): 40 dB below the track's loud parts still count
-BLOCK_FRAMES = 2048  # spectra are made in blocks, so that an hour of music needs no more memory than a minute
+LOW_BAND_HZ, HIGH_BAND_HZ = 150.0, 2500.0  # below: kick and bass; above: hi-hats and air
+COMPRESSION = 100.0  # log(1 + 100 x): levels down to 40 dB below the track's loud parts matter
+BLOCK_FRAMES = 2048  # frames transformed at once, which bounds the memory for long tracks
 
 
 @dataclass(frozen=True, eq=False)
 class Spectra:
-    """What is heard when, as far as the analysis needs it; frames are centred on their time."""
+    """A track's spectra and onset strengths over time; each frame is centred on its time."""
 
     onsets: Floats  # (frames,): onset strength of all bands, at FRAME_RATE_HZ
-    band_onsets: Floats  # (3, frames): the same of the low, middle and high bands
+    band_onsets: Floats  # (3, frames): onset strength of the low, middle and high bands
     mel: Floats  # (N_MEL, frames): log-compressed band magnitudes, at FRAME_RATE_HZ
     pitches: Floats  # (N_PITCHES, tone frames): magnitude per semitone, at TONE_RATE_HZ
 
 
-def measure(mono: Floats) -> Spectra:
+def compute_spectra(mono: Floats) -> Spectra:
     """The spectra of mono sound at RATE_HZ, (samples,)."""
     mel = _bands(mono, ONSET_FFT, HOP, _mel_bank())
     loud = float(np.percentile(mel.max(axis=0), 90)) if mel.size else 0.0
@@ -71,8 +71,8 @@ def _bands(mono: Floats, n_fft: int, hop: int, bank: Floats) -> Floats:
     return out
 
 
-def _mel_edges_hz() -> NDArray[np.float64]:
-    """Corners of the triangles, (N_MEL + 2,), even on the mel scale 2595 log10(1 + f/700)."""
+def _mel_edges_hz() -> Doubles:
+    """Corners of the triangles, (N_MEL + 2,), evenly spaced on the mel scale 2595 log10(1 + f/700)."""
     mels = np.linspace(2595 * np.log10(1 + 30 / 700), 2595 * np.log10(1 + 10500 / 700), N_MEL + 2)
     return np.asarray(700 * (10 ** (mels / 2595) - 1))
 
@@ -82,13 +82,13 @@ def _mel_bank() -> Floats:
 
 
 def _pitch_bank() -> Floats:
-    """One triangle per semitone, a semitone to either side, equal temperament at A = 440 Hz."""
+    """One triangle per semitone that reaches a semitone to either side; equal temperament, A = 440 Hz."""
     midi = np.arange(LOWEST_PITCH - 1, LOWEST_PITCH + N_PITCHES + 1)
     return _triangles(440.0 * 2 ** ((midi - 69) / 12), TONE_FFT)
 
 
-def _triangles(edges_hz: NDArray[np.float64], n_fft: int) -> Floats:
-    """(len(edges) - 2, bins), each row a triangle of unit sum; never narrower than a bin's distance."""
+def _triangles(edges_hz: Doubles, n_fft: int) -> Floats:
+    """(len(edges) - 2, bins): triangles of unit sum whose sides are at least 1.01 bins wide."""
     bins_hz = np.arange(n_fft // 2 + 1) * (RATE_HZ / n_fft)
     left, centre, right = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
     least_hz = 1.01 * RATE_HZ / n_fft

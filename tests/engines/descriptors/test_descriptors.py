@@ -6,6 +6,7 @@ import io
 from functools import cache
 from itertools import combinations
 
+import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -15,7 +16,8 @@ from pipeline.audio import resample
 from pipeline.engines.base import Embedder, EngineSettings
 from pipeline.engines.descriptors import DIM, ENGINE, LAYOUT
 from pipeline.engines.descriptors.embedder import window_edges
-from pipeline.engines.descriptors.features import RATE_HZ, measured
+from pipeline.engines.descriptors.features import RATE_HZ, raw_features
+from pipeline.engines.descriptors.filters import chroma_bank, mel_bank
 from pipeline.errors import EngineFailure, Stopped
 from pipeline.records import Audio, Embedding, Samples
 
@@ -54,10 +56,10 @@ def block(name: str, audio: Audio) -> Samples:
     """A block's raw numbers for the first window of a track."""
     mono = resample(Audio(audio.mono()[None], audio.sample_rate), RATE_HZ).samples[0]
     start = sum(b.dims for b in LAYOUT[: [b.name for b in LAYOUT].index(name)])
-    return measured(mono[: 10 * RATE_HZ])[start:][: next(b.dims for b in LAYOUT if b.name == name)]
+    return raw_features(mono[: 10 * RATE_HZ])[start:][: next(b.dims for b in LAYOUT if b.name == name)]
 
 
-def test_the_layout_covers_the_vector_and_shares_out_its_length() -> None:
+def test_the_blocks_cover_the_vector_and_their_shares_sum_to_one() -> None:
     assert sum(b.dims for b in LAYOUT) == DIM == embedder().dim
     assert sum(b.share for b in LAYOUT) == pytest.approx(1.0)
     for b in LAYOUT:
@@ -120,7 +122,7 @@ def test_the_same_track_gives_the_same_bits() -> None:
         assert getattr(first, name).tobytes() == getattr(second, name).tobytes()
 
 
-def test_read_only_input_is_fine() -> None:
+def test_read_only_samples_are_accepted() -> None:
     audio = opening("drums", 2.0)
     assert not audio.samples.flags.writeable
     assert embed(audio).windows.shape == (1, DIM)
@@ -187,7 +189,7 @@ def test_transposition_turns_the_key_and_keeps_the_chords() -> None:
 
 
 def clicks(tempo_bpm: float) -> Audio:
-    """Short bursts of noise on every beat."""
+    """A short burst of noise on every beat."""
     samples, burst = np.zeros(10 * RATE_HZ, dtype=np.float32), np.random.default_rng(1).standard_normal(400)
     for start in np.arange(0.2, 9.9, 60 / tempo_bpm):
         samples[round(start * RATE_HZ) :][:400] += (0.3 * burst * np.hanning(400)).astype(np.float32)
@@ -195,7 +197,7 @@ def clicks(tempo_bpm: float) -> Audio:
 
 
 @pytest.mark.parametrize("tempo_bpm", [65.0, 90.0, 128.0, 180.0])
-def test_clicks_stand_out_in_the_band_of_their_tempo(tempo_bpm: float) -> None:
+def test_clicks_peak_in_the_band_of_their_tempo(tempo_bpm: float) -> None:
     # Reference: bands are eighths of an octave from 37.5 bpm up. Whole fractions of the tempo also repeat.
     tempo = block("tempo", clicks(tempo_bpm))
     fastest = max(np.flatnonzero(tempo > 0.7 * tempo.max()))
@@ -206,6 +208,14 @@ def test_clicks_a_second_are_counted() -> None:
     clarity, density, *_ = block("pulse", clicks(120.0))
     assert density == pytest.approx(2.0, abs=0.15)
     assert clarity > 0.8
+
+
+@pytest.mark.parametrize(("rate_hz", "n_fft"), [(RATE_HZ, 4096), (16000, 1024)])
+def test_the_filter_banks_are_librosas_to_the_bit(rate_hz: int, n_fft: int) -> None:
+    mel = librosa.filters.mel(sr=rate_hz, n_fft=n_fft, n_mels=40, fmin=30.0)
+    chroma = librosa.filters.chroma(sr=rate_hz, n_fft=n_fft, ctroct=5.0, octwidth=1.0)
+    np.testing.assert_array_equal(mel_bank(rate_hz, n_fft, 40, 30.0), mel)
+    np.testing.assert_array_equal(chroma_bank(rate_hz, n_fft), chroma.astype(np.float32))
 
 
 def test_noise_is_flat_and_a_sine_is_not() -> None:
@@ -247,11 +257,11 @@ def test_odd_input_has_finite_unit_vectors(audio: Audio) -> None:
     np.testing.assert_allclose(np.linalg.norm(embedding.track), 1, atol=1e-6)
 
 
-def test_silence_of_any_length_has_one_vector() -> None:
+def test_silence_of_any_length_has_the_same_vector() -> None:
     np.testing.assert_allclose(embed(silence(1.0)).track, embed(silence(22.0)).track, atol=1e-6)
 
 
-def test_samples_that_are_not_numbers_are_refused() -> None:
+def test_samples_that_are_not_finite_are_refused() -> None:
     audio = play("drums", seconds=1.0)
     audio.samples[0, 500] = np.nan
     with pytest.raises(EngineFailure, match="finite"):

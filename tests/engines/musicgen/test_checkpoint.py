@@ -1,4 +1,4 @@
-"""Opening checkpoints: what is accepted, and how each kind of damage is told."""
+"""Opening checkpoints: what is accepted, and the message for each kind of damage."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE
+from pipeline.engines.musicgen.checkpoint import load_checkpoint
 from pipeline.engines.pretrained import import_packages
-from pipeline.errors import BadCheckpoint, ConfigError, MissingPackage
+from pipeline.errors import BadCheckpoint, EngineUnusable, MissingPackage
 from pipeline.weights import hub
 
 
@@ -105,11 +106,11 @@ def other_activation(folder: Path) -> None:
         (lacks_a_weight, "lacks 1 of the model's weights, such as decoder.lm_heads.2.weight"),
         (lacks_a_layers_weight, "lacks decoder.model.decoder.layers.1.fc2.weight"),
         (more_layers, "lacks decoder.model.decoder.layers.2.self_attn.q_proj.weight"),
-        (other_widths, "'up' weights of layer 0 are of the size (64, 32), config.json says (80, 32)"),
+        (other_widths, "'up' weights of layer 0 have the shape (64, 32), config.json says (80, 32)"),
         (other_activation, "has the activation 'relu'; only 'gelu' is supported"),
     ],
 )
-def test_damage_is_told_in_one_sentence(copy: Path, damage: Callable[[Path], None], sentence: str) -> None:
+def test_damage_is_named_in_one_sentence(copy: Path, damage: Callable[[Path], None], sentence: str) -> None:
     damage(copy)
     with pytest.raises(BadCheckpoint) as caught:
         load(copy)
@@ -120,7 +121,7 @@ def test_damage_is_told_in_one_sentence(copy: Path, damage: Callable[[Path], Non
     assert "\n" not in message
 
 
-def test_widths_that_the_kernels_cannot_take_are_told(copy: Path) -> None:
+def test_widths_that_the_kernels_cannot_take_are_refused(copy: Path) -> None:
     changed_decoder(copy, num_attention_heads=4)
     with pytest.raises(
         BadCheckpoint, match=r"multiples of 16, and heads of 512 at most; .* heads are 8 wide"
@@ -133,7 +134,7 @@ def test_code_in_the_folder_is_not_run(copy: Path) -> None:
     config["auto_map"] = {"AutoModel": "evil.Model", "AutoConfig": "evil.Config"}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')")
-    load(copy)
+    load_checkpoint(hub.locate(str(copy)))
     assert not (copy / "ran").exists()
 
 
@@ -144,13 +145,15 @@ def test_shards_are_the_same_model(musicgen: Any, copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     model.save_pretrained(copy, max_shard_size="1MB")
     assert len(list(copy.glob("model-*-of-*.safetensors"))) > 2
-    ours, theirs = load(copy).checkpoint, musicgen.checkpoint
+    ours, theirs = load_checkpoint(hub.locate(str(copy))), musicgen.checkpoint
     for part in ("chroma_projection", "text_projection"):
         assert_same(getattr(ours, part), getattr(theirs, part))
     assert_same(ours.codec(), theirs.codec())
     assert_same(ours.text_encoder(), theirs.text_encoder())
     for ends in ("embeddings", "heads", "norm", "positions"):
-        np.testing.assert_array_equal(getattr(ours.ends(), ends), getattr(theirs.ends(), ends))
+        np.testing.assert_array_equal(
+            getattr(ours.embedding_and_head(), ends), getattr(theirs.embedding_and_head(), ends)
+        )
     for one, other in zip(ours.layers.layers(), theirs.layers.layers(), strict=True):
         for name in other:
             np.testing.assert_array_equal(one[name], other[name])
@@ -188,10 +191,10 @@ def test_a_package_that_isnt_there_comes_with_the_command_that_installs_it() -> 
         import_packages("musicgen", "json", "no_such_package")
 
 
-def test_a_device_that_isnt_there_is_told(musicgen_folder: Path) -> None:
+def test_a_device_that_is_not_there_is_refused(musicgen_folder: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match="device: cuda can't be used"):
+    with pytest.raises(EngineUnusable, match="device: cuda can't be used"):
         load(musicgen_folder, device="cuda")

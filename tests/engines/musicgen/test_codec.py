@@ -21,7 +21,9 @@ def encodecs(checkpoint: Any, codes: np.ndarray) -> np.ndarray:
     decode, channels = checkpoint.codec().decode, checkpoint.channels
     sides = [torch.from_numpy(codes[side::channels].copy())[None, None] for side in range(channels)]
     with torch.inference_mode():
-        return np.concatenate([decode(its, audio_scales=[None]).audio_values[0].numpy() for its in sides])
+        return np.concatenate(
+            [decode(tokens, audio_scales=[None]).audio_values[0].numpy() for tokens in sides]
+        )
 
 
 def music(checkpoint: Any, frames: int) -> np.ndarray:
@@ -29,7 +31,7 @@ def music(checkpoint: Any, frames: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("engine", ["musicgen", "stereo_musicgen"])
-def test_a_minute_is_decoded_in_one_go(engine: str, request: pytest.FixtureRequest) -> None:
+def test_a_minute_is_decoded_at_once(engine: str, request: pytest.FixtureRequest) -> None:
     """Reference: EnCodec on all of it, bit for bit."""
     checkpoint = request.getfixturevalue(engine).checkpoint
     codes = music(checkpoint, 60 * 50)
@@ -42,7 +44,7 @@ def test_a_minute_is_decoded_in_one_go(engine: str, request: pytest.FixtureReque
 def test_in_pieces_it_is_nearly_the_same_and_has_no_seam(engine: str, request: pytest.FixtureRequest) -> None:
     """Reference: EnCodec on all of it at once. Away from the joins 1e-3 of the largest sample.
 
-    At the joins the LSTM has forgotten most of what it lacks: 1e-2; levels of 50 ms within 0.1 dB.
+    At the joins the state of the LSTM differs: 1e-2; levels of 50 ms within 0.1 dB.
     """
     checkpoint = request.getfixturevalue(engine).checkpoint
     codes = music(checkpoint, FRAMES)
@@ -55,8 +57,8 @@ def test_in_pieces_it_is_nearly_the_same_and_has_no_seam(engine: str, request: p
         near[(join_s - 1) * RATE_HZ : (join_s + 1) * RATE_HZ] = True
         around = slice(round((join_s - 0.5) * RATE_HZ), round((join_s + 0.5) * RATE_HZ))
         ours, theirs = (
-            10 * np.log10((its[:, around].reshape(-1, 20, 1600) ** 2).mean(axis=2, dtype=np.float64))
-            for its in (pieces, whole)
+            10 * np.log10((samples[:, around].reshape(-1, 20, 1600) ** 2).mean(axis=2, dtype=np.float64))
+            for samples in (pieces, whole)
         )
         assert np.abs(ours - theirs).max() <= 0.1
     assert error[~near].max() <= 1e-3
@@ -64,8 +66,8 @@ def test_in_pieces_it_is_nearly_the_same_and_has_no_seam(engine: str, request: p
 
 
 @pytest.mark.parametrize("frames", [3001, 3003, 4499, 4500, 4502])
-def test_every_length_is_whole(musicgen: Any, frames: int) -> None:
-    """No gap and no doubling, also where a frame or two are left over: less than a fade is long."""
+def test_every_length_is_decoded_without_a_gap(musicgen: Any, frames: int) -> None:
+    """Also where one or two frames remain, fewer than a crossfade has."""
     codes = music(musicgen.checkpoint, frames)
     pieces, whole = (
         codec.decode(musicgen.checkpoint, musicgen.checkpoint.codec(), codes),

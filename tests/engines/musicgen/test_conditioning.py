@@ -1,4 +1,4 @@
-"""What the model is told of melody and prompt."""
+"""The conditions made of melody and prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RATE_HZ, WINDOW = 32000, 960_000
 
 
 def chroma_of(musicgen: Any, audio: Audio) -> np.ndarray:
-    return conditioning.listen(musicgen.checkpoint, audio, 30.0)
+    return conditioning.track_chroma(musicgen.checkpoint, audio, 30.0)
 
 
 def test_chroma_is_the_feature_extractors_of_the_same_sound(musicgen: Any) -> None:
@@ -31,7 +31,7 @@ def test_chroma_is_the_feature_extractors_of_the_same_sound(musicgen: Any) -> No
     ("pitch_hz", "pitch_class"), [(261.63, 0), (329.63, 4), (440.0, 9), (466.16, 10), (987.77, 11)]
 )
 @pytest.mark.parametrize("sample_rate", [32000, 44100])
-def test_a_tone_lights_its_own_pitch_class_alone(
+def test_a_tone_has_its_own_pitch_class_alone(
     musicgen: Any, pitch_hz: float, pitch_class: int, sample_rate: int
 ) -> None:
     chroma = chroma_of(musicgen, tones(pitch_hz, seconds=31.0, sample_rate=sample_rate))
@@ -44,30 +44,34 @@ def test_a_tone_lights_its_own_pitch_class_alone(
 def test_a_short_source_is_repeated_not_padded(musicgen: Any) -> None:
     """Silence would show as C (class 0)."""
     melody = tones(440.0, 659.26, seconds=4.0, sample_rate=RATE_HZ, channels=1)
-    window = conditioning.melody(melody, RATE_HZ, WINDOW)
+    window = conditioning.repeated_mono(melody, RATE_HZ, WINDOW)
     np.testing.assert_array_equal(window[128_000:256_000], melody.samples[0])
     assert set(chroma_of(musicgen, melody).argmax(axis=-1)) == {9, 4}
 
 
-def test_a_later_window_is_told_its_own_part_of_the_track(musicgen: Any) -> None:
-    """A for 20 s, then E: the window from 18 s hears A for 2 s, frames of 0.128 s, then E."""
+def test_a_later_window_has_the_chroma_of_its_own_part_of_the_track(musicgen: Any) -> None:
+    """A for 20 s, then E: the window from 18 s has A for 2 s, in frames of 0.128 s, then E."""
     checkpoint = musicgen.checkpoint
     first, second = (
         tones(pitch, seconds=s, sample_rate=RATE_HZ) for pitch, s in ((440.0, 20.0), (659.26, 30.0))
     )
     track = Audio(np.concatenate([first.samples, second.samples], axis=1), RATE_HZ)
-    chroma = conditioning.listen(checkpoint, track, 48.0)
+    chroma = conditioning.track_chroma(checkpoint, track, 48.0)
     conditions = conditioning.Conditions(
-        chroma, conditioning.chroma_rate(checkpoint), conditioning.text(checkpoint, ""), checkpoint
+        chroma, conditioning.chroma_rate(checkpoint), conditioning.encode_prompt(checkpoint, ""), checkpoint
     )
-    window = conditions.window(18.0).argmax(axis=-1)
+    window = conditions.chroma_at(18.0).argmax(axis=-1)
     assert (window[:14] == 9).all() and (window[18:] == 4).all()
-    assert conditions.told(conditions.window(18.0)).shape == conditions.nothing().shape == (236, 32)
+    assert (
+        conditions.conditional(conditions.chroma_at(18.0)).shape
+        == conditions.unconditional().shape
+        == (236, 32)
+    )
 
 
-def test_a_long_source_is_heard_from_its_beginning() -> None:
+def test_a_long_source_is_used_from_its_beginning() -> None:
     melody = tones(440.0, 659.26, seconds=80.0, sample_rate=RATE_HZ)
-    window = conditioning.melody(melody, RATE_HZ, WINDOW)
+    window = conditioning.repeated_mono(melody, RATE_HZ, WINDOW)
     np.testing.assert_array_equal(window, melody.samples[0, :WINDOW])
 
 
@@ -77,7 +81,7 @@ def test_resampling_a_beginning_gives_the_beginning_of_the_resampled() -> None:
 
     melody = tones(440.0, 659.26, seconds=40.0, sample_rate=44100, channels=1)
     whole = resample(melody, RATE_HZ).samples[0, :WINDOW]
-    np.testing.assert_allclose(conditioning.melody(melody, RATE_HZ, WINDOW), whole, atol=1e-6)
+    np.testing.assert_allclose(conditioning.repeated_mono(melody, RATE_HZ, WINDOW), whole, atol=1e-6)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
@@ -90,10 +94,10 @@ def test_no_prompt_is_the_models_null_condition(musicgen: Any, prompt: str) -> N
     null = processor.get_unconditional_inputs(1)
     assert null["input_ids"].tolist() == [[checkpoint.tokenizer.eos_token_id]]
     assert null["attention_mask"].tolist() == [[0]]
-    np.testing.assert_array_equal(conditioning.text(checkpoint, prompt), np.zeros((1, 32)))
+    np.testing.assert_array_equal(conditioning.encode_prompt(checkpoint, prompt), np.zeros((1, 32)))
 
 
-def test_a_prompt_is_told_with_its_end_token(musicgen: Any) -> None:
+def test_a_prompt_is_encoded_with_its_end_token(musicgen: Any) -> None:
     """Reference: the library's text encoder and projection on the tokens and the end token."""
     import torch
 
@@ -102,5 +106,5 @@ def test_a_prompt_is_told_with_its_end_token(musicgen: Any) -> None:
     with torch.inference_mode():
         hidden = checkpoint.text_encoder()(input_ids=torch.tensor([tokens])).last_hidden_state
         expected = checkpoint.text_projection(hidden)[0].numpy()
-    told = conditioning.text(checkpoint, " warm analog synths ")
-    np.testing.assert_allclose(told, expected, atol=1e-6)
+    found = conditioning.encode_prompt(checkpoint, " warm analog synths ")
+    np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Decoders against transformers' own model, and rows that know nothing of one another.
+"""Decoders against transformers' own model, and the independence of rows.
 
 The reference is the whole model as the library loads it from the same folder: its text encoder,
 projections, prefix and layers. Errors are relative: the largest difference over the largest logit.
@@ -33,15 +33,15 @@ EXACT = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A checkpoint, a teacher's tokens, and the library's logits after each of them."""
+    """A checkpoint, tokens to run (teacher forcing), and the library's logits after each of them."""
 
     folder: Path
     checkpoint: Any
     full: Any  # transformers' model
     conditions: Any
     tokens: np.ndarray  # (steps, codebooks)
-    told: np.ndarray  # (steps, codebooks, vocabulary)
-    nothing: np.ndarray  # the same, of guidance's null condition
+    conditional: np.ndarray  # (steps, codebooks, vocabulary)
+    unconditional: np.ndarray  # the same shape
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -62,11 +62,14 @@ def case(request: pytest.FixtureRequest, musicgen_checkpoint: BuildFn) -> Case:
     tokens[0] = 2048  # pads, as the delay pattern begins
     for step in range(1, 4):
         tokens[step, step * checkpoint.channels :] = 2048
-    chroma = conditioning.listen(checkpoint, tones(440.0, 554.37), 30.0)
+    chroma = conditioning.track_chroma(checkpoint, tones(440.0, 554.37), 30.0)
     conditions = conditioning.Conditions(
-        chroma, conditioning.chroma_rate(checkpoint), conditioning.text(checkpoint, PROMPT), checkpoint
+        chroma,
+        conditioning.chroma_rate(checkpoint),
+        conditioning.encode_prompt(checkpoint, PROMPT),
+        checkpoint,
     )
-    melodies = np.stack([conditions.window(0.0), np.eye(1, 12, dtype=np.float32).repeat(235, 0)])
+    melodies = np.stack([conditions.chroma_at(0.0), np.eye(1, 12, dtype=np.float32).repeat(235, 0)])
     text = checkpoint.tokenizer([PROMPT, PROMPT], return_tensors="pt")
     text["attention_mask"][1] = 0  # the null condition: no text, a steady C
     with torch.inference_mode():
@@ -75,51 +78,58 @@ def case(request: pytest.FixtureRequest, musicgen_checkpoint: BuildFn) -> Case:
             input_features=torch.from_numpy(melodies),
             decoder_input_ids=torch.from_numpy(np.tile(tokens.T, (2, 1))),
         ).logits.numpy()
-    told, nothing = logits.reshape(2, n_books, -1, 2048)[:, :, -STEPS:].swapaxes(1, 2)
-    return Case(folder, checkpoint, full, conditions, tokens, told, nothing)
+    conditional, unconditional = logits.reshape(2, n_books, -1, 2048)[:, :, -STEPS:].swapaxes(1, 2)
+    return Case(folder, checkpoint, full, conditions, tokens, conditional, unconditional)
 
 
 def error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def stepwise(decoder: Any, case: Case, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
-    """Logits after each step, told the condition and told nothing, both rows in one batch."""
-    from pipeline.engines.musicgen.decoder import Feed
+def guided(conditional: np.ndarray, unconditional: np.ndarray) -> np.ndarray:
+    """Classifier-free guidance with a scale of 3."""
+    return unconditional + 3 * (conditional - unconditional)
 
-    memory = decoder.memory(2, STEPS, 2, 256)
-    memory.prefill(0, case.conditions.told(case.conditions.window(0.0)))
-    memory.prefill(1, case.conditions.nothing())
+
+def stepwise(decoder: Any, case: Case, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
+    """Logits after each step of a conditional and an unconditional row in one batch."""
+    from pipeline.engines.musicgen.decoder import StepInput
+
+    cache = decoder.new_cache(2, STEPS, 2, 256)
+    decoder.prefill(cache, 0, case.conditions.conditional(case.conditions.chroma_at(0.0)))
+    decoder.prefill(cache, 1, case.conditions.unconditional())
     found = [
-        memory.advance([Feed(row, row, step, case.tokens[step : step + 1]) for row in (0, 1)])
+        decoder.advance(cache, [StepInput(row, row, step, case.tokens[step : step + 1]) for row in (0, 1)])
         for step in range(steps)
     ]
-    told, nothing = np.stack(found, axis=1)
-    return told, nothing
+    conditional, unconditional = np.stack(found, axis=1)
+    return conditional, unconditional
 
 
 @pytest.mark.parametrize("kind", ["float32", "torch"])
 def test_logits_are_the_librarys_at_every_step_with_and_without_condition(case: Case, kind: str) -> None:
-    told, nothing = stepwise(decoder_of(case.checkpoint, kind), case)
-    assert error(told, case.told) <= EXACT
-    assert error(nothing, case.nothing) <= EXACT
-    assert error(nothing + 3 * (told - nothing), case.nothing + 3 * (case.told - case.nothing)) <= EXACT
+    conditional, unconditional = stepwise(decoder_of(case.checkpoint, kind), case)
+    assert error(conditional, case.conditional) <= EXACT
+    assert error(unconditional, case.unconditional) <= EXACT
+    assert error(guided(conditional, unconditional), guided(case.conditional, case.unconditional)) <= EXACT
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("float16", 2e-2), ("bfloat16", 1e-1)])
 def test_half_precision_is_near_the_librarys_float32(case: Case, kind: str, tolerance: float) -> None:
     """Relative error of 11 and 8 bits, grown through the layers."""
-    told, nothing = stepwise(decoder_of(case.checkpoint, kind), case, steps=8)
-    assert error(told, case.told[:8]) <= tolerance
-    assert error(nothing, case.nothing[:8]) <= tolerance
+    conditional, unconditional = stepwise(decoder_of(case.checkpoint, kind), case, steps=8)
+    assert error(conditional, case.conditional[:8]) <= tolerance
+    assert error(unconditional, case.unconditional[:8]) <= tolerance
 
 
-def test_int8_chooses_as_float32_does(case: Case) -> None:
+def test_int8_has_the_distributions_of_float32(case: Case) -> None:
     """Reference: the library's float32; mean KL per codebook below the self-check's limit, 0.05 nats."""
-    from pipeline.engines.musicgen.precision import MAX_KL
+    from pipeline.engines.musicgen.int8_check import MAX_KL
 
     for found, theirs in zip(
-        stepwise(decoder_of(case.checkpoint, "int8"), case), (case.told, case.nothing), strict=True
+        stepwise(decoder_of(case.checkpoint, "int8"), case),
+        (case.conditional, case.unconditional),
+        strict=True,
     ):
         p, q = (_log_softmax(logits) for logits in (theirs, found))
         assert (np.exp(p) * (p - q)).sum(axis=-1).mean(axis=0).max() <= MAX_KL
@@ -150,12 +160,12 @@ def test_greedy_tokens_are_those_of_generate(
     with torch.inference_mode():
         case.full.generate(
             **case.checkpoint.tokenizer([PROMPT], return_tensors="pt"),
-            input_features=torch.from_numpy(case.conditions.window(0.0)[None]),
+            input_features=torch.from_numpy(case.conditions.chroma_at(0.0)[None]),
             do_sample=False,
             guidance_scale=guidance,
             max_length=25 + 4,
         )
-    theirs = np.stack(decoded, axis=1).reshape(case.checkpoint.codebooks, -1)  # sides take turns
+    theirs = np.stack(decoded, axis=1).reshape(case.checkpoint.codebooks, -1)  # channels alternate
     np.testing.assert_array_equal(codes(generator_with(case.checkpoint, kind), request), theirs)
 
 
@@ -172,19 +182,21 @@ def inputs(seed: int, steps: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((steps, 32)).astype(np.float32)
 
 
-def spoken(seed: int, steps: int) -> np.ndarray:
-    """Tokens that a row is told."""
+def random_tokens(seed: int, steps: int) -> np.ndarray:
+    """Inputs of a row's steps."""
     return np.random.default_rng(seed).integers(0, 2049, (steps, 4))
 
 
 def alone(decoder: Any, prefix: np.ndarray, tokens: np.ndarray) -> list[bytes]:
-    """The bits of the logits after each step of a row that has a memory for itself."""
-    from pipeline.engines.musicgen.decoder import Feed
+    """The bits of the logits after each step of a row that has a KV cache for itself."""
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    memory = decoder.memory(1, len(tokens), 1, len(prefix))
-    memory.prefill(0, prefix)
+    cache = decoder.new_cache(1, len(tokens), 1, len(prefix))
+    decoder.prefill(cache, 0, prefix)
     steps = range(len(tokens))
-    return [memory.advance([Feed(0, 0, step, tokens[step : step + 1])]).tobytes() for step in steps]
+    return [
+        decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])]).tobytes() for step in steps
+    ]
 
 
 def assert_same(decoder: Any, found: list[bytes], expected: list[bytes]) -> None:
@@ -199,113 +211,121 @@ def assert_same(decoder: Any, found: list[bytes], expected: list[bytes]) -> None
     assert found == expected
 
 
-def test_a_row_is_the_same_among_seven_others(decoder: Any) -> None:
+def test_a_row_has_the_same_bits_among_seven_others(decoder: Any) -> None:
     """Others in other slots, with other prefixes, of other lengths, at other positions, in any order."""
-    from pipeline.engines.musicgen.decoder import Feed
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    prefix, tokens = inputs(0, 239), spoken(0, 20)
-    memory = decoder.memory(9, 160, 9, 256)
+    prefix, tokens = inputs(0, 239), random_tokens(0, 20)
+    cache = decoder.new_cache(9, 160, 9, 256)
     lead = {slot: 1 + 19 * slot for slot in range(8) if slot != 5}  # how far the others are
     for slot, steps in lead.items():
-        memory.prefill(slot, inputs(slot + 1, 240 - 7 * slot))
-        memory.advance([Feed(slot, slot, 0, spoken(slot + 1, steps))])
-    memory.prefill(8, prefix)
+        decoder.prefill(cache, slot, inputs(slot + 1, 240 - 7 * slot))
+        decoder.advance(cache, [StepInput(slot, slot, 0, random_tokens(slot + 1, steps))])
+    decoder.prefill(cache, 8, prefix)
     found = []
     for step in range(len(tokens)):
-        feeds = [Feed(slot, slot, at + step, spoken(slot * 100 + step, 1)) for slot, at in lead.items()]
-        feeds.insert(step % 8, Feed(5, 8, step, tokens[step : step + 1]))
-        found.append(memory.advance(feeds)[step % 8].tobytes())
+        step_inputs = [
+            StepInput(slot, slot, at + step, random_tokens(slot * 100 + step, 1)) for slot, at in lead.items()
+        ]
+        step_inputs.insert(step % 8, StepInput(5, 8, step, tokens[step : step + 1]))
+        found.append(decoder.advance(cache, step_inputs)[step % 8].tobytes())
     assert_same(decoder, found, alone(decoder, prefix, tokens))
 
 
-def test_rows_that_share_a_prefix_are_each_as_if_they_were_alone(decoder: Any) -> None:
-    from pipeline.engines.musicgen.decoder import Feed
+def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(decoder: Any) -> None:
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    prefix, told = inputs(0, 100), [spoken(seed, 5) for seed in range(6)]
-    memory = decoder.memory(6, 8, 1, 100)
-    memory.prefill(0, prefix)
-    found: list[list[bytes]] = [[] for _ in told]
+    prefix, rows = inputs(0, 100), [random_tokens(seed, 5) for seed in range(6)]
+    cache = decoder.new_cache(6, 8, 1, 100)
+    decoder.prefill(cache, 0, prefix)
+    found: list[list[bytes]] = [[] for _ in rows]
     for step in range(5):
-        feeds = [Feed(slot, 0, step, tokens[step : step + 1]) for slot, tokens in enumerate(told)]
-        for slot, logits in enumerate(memory.advance(feeds)):
+        step_inputs = [StepInput(slot, 0, step, tokens[step : step + 1]) for slot, tokens in enumerate(rows)]
+        for slot, logits in enumerate(decoder.advance(cache, step_inputs)):
             found[slot].append(logits.tobytes())
-    for its, tokens in zip(found, told, strict=True):
-        assert_same(decoder, its, alone(decoder, prefix, tokens))
+    for bits, tokens in zip(found, rows, strict=True):
+        assert_same(decoder, bits, alone(decoder, prefix, tokens))
 
 
 @pytest.mark.parametrize("cuts", [(1,), (64, 128), (7, 16, 17, 129)], ids=str)
-def test_steps_told_at_once_are_the_steps_one_by_one(decoder: Any, cuts: tuple[int, ...]) -> None:
-    """How an interrupted run gets its keys and values back; with a neighbour told less at a time."""
-    from pipeline.engines.musicgen.decoder import Feed
+def test_steps_in_a_block_have_the_bits_of_single_steps(decoder: Any, cuts: tuple[int, ...]) -> None:
+    """How the known steps of an interrupted run are run; another row has one step at a time."""
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    prefix, tokens, others = inputs(0, 50), spoken(0, STEPS), spoken(1, STEPS)
+    prefix, tokens, others = inputs(0, 50), random_tokens(0, STEPS), random_tokens(1, STEPS)
     one_by_one = alone(decoder, prefix, tokens)
-    memory = decoder.memory(2, STEPS, 1, 50)
-    memory.prefill(0, prefix)
+    cache = decoder.new_cache(2, STEPS, 1, 50)
+    decoder.prefill(cache, 0, prefix)
     for number, (first, last) in enumerate(zip((0, *cuts), (*cuts, STEPS), strict=True)):
-        feeds = [Feed(0, 0, first, tokens[first:last]), Feed(1, 0, number, others[number : number + 1])]
-        assert_same(decoder, [memory.advance(feeds)[0].tobytes()], [one_by_one[last - 1]])
+        step_inputs = [
+            StepInput(0, 0, first, tokens[first:last]),
+            StepInput(1, 0, number, others[number : number + 1]),
+        ]
+        assert_same(decoder, [decoder.advance(cache, step_inputs)[0].tobytes()], [one_by_one[last - 1]])
 
 
-def test_a_place_keeps_nothing_of_who_was_there_before(decoder: Any) -> None:
-    from pipeline.engines.musicgen.decoder import Feed
+def test_a_slot_keeps_nothing_of_the_row_before(decoder: Any) -> None:
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    memory = decoder.memory(1, STEPS, 1, 239)
-    memory.prefill(0, 30 * inputs(1, 239))
-    memory.advance([Feed(0, 0, 0, spoken(1, STEPS))])
-    prefix, tokens = inputs(0, 21), spoken(0, 18)
-    memory.prefill(0, prefix)
-    found = [memory.advance([Feed(0, 0, step, tokens[step : step + 1])]).tobytes() for step in range(18)]
+    cache = decoder.new_cache(1, STEPS, 1, 239)
+    decoder.prefill(cache, 0, 30 * inputs(1, 239))
+    decoder.advance(cache, [StepInput(0, 0, 0, random_tokens(1, STEPS))])
+    prefix, tokens = inputs(0, 21), random_tokens(0, 18)
+    decoder.prefill(cache, 0, prefix)
+    found = [
+        decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])]).tobytes()
+        for step in range(18)
+    ]
     assert_same(decoder, found, alone(decoder, prefix, tokens))
 
 
-def test_more_rows_than_a_step_of_torch_takes_go_in_parts(decoder: Any) -> None:
-    from pipeline.engines.musicgen.decoder import Feed
+def test_more_rows_than_torchs_steps_have_run_in_parts(decoder: Any) -> None:
+    from pipeline.engines.musicgen.decoder import StepInput
 
-    memory = decoder.memory(40, 4, 1, 10)
-    memory.prefill(0, inputs(0, 10))
-    logits = memory.advance([Feed(slot, 0, 0, spoken(slot, 1)) for slot in range(40)])
+    cache = decoder.new_cache(40, 4, 1, 10)
+    decoder.prefill(cache, 0, inputs(0, 10))
+    logits = decoder.advance(cache, [StepInput(slot, 0, 0, random_tokens(slot, 1)) for slot in range(40)])
     for slot in (0, 31, 32, 39):
-        assert_same(decoder, [logits[slot].tobytes()], alone(decoder, inputs(0, 10), spoken(slot, 1)))
+        assert_same(decoder, [logits[slot].tobytes()], alone(decoder, inputs(0, 10), random_tokens(slot, 1)))
 
 
 @pytest.mark.parametrize("kind", ["int8", "float32"])
 def test_the_number_of_threads_changes_no_bit(case: Case, kind: str) -> None:
-    """Small models use one thread by themselves."""
-    from pipeline.engines.musicgen.decoder import Feed
+    """More threads than a decoder of this size uses by default."""
+    from pipeline.engines.musicgen.decoder import StepInput
 
     decoder, found = decoder_of(case.checkpoint, kind), []
     for threads in (1, 2, 3):
         decoder.threads = threads
-        memory = decoder.memory(3, 40, 1, 256)
-        memory.prefill(0, case.conditions.told(case.conditions.window(0.0)))
-        last = memory.advance([Feed(row, 0, 0, case.tokens[: 40 - row]) for row in range(3)])
+        cache = decoder.new_cache(3, 40, 1, 256)
+        decoder.prefill(cache, 0, case.conditions.conditional(case.conditions.chroma_at(0.0)))
+        last = decoder.advance(cache, [StepInput(row, 0, 0, case.tokens[: 40 - row]) for row in range(3)])
         found.append(last.tobytes())
     assert found[0] == found[1] == found[2]
 
 
 @dataclass(eq=False)
-class Noting:
-    """A kernel that notes who runs it; all of its threads have to be there at once."""
+class RecordingKernel:
+    """A kernel that records its threads; they all have to run at the same time."""
 
     threads: int
     begun: list[tuple[int, int]] = field(default_factory=list)  # number, thread
     error: Exception | None = None
 
     def __post_init__(self) -> None:
-        self.all_here = threading.Barrier(self.threads)
+        self.all_running = threading.Barrier(self.threads)
 
     def __call__(self, number: int, together: bool) -> None:
         self.begun.append((number, threading.get_ident()))
         if together:
-            self.all_here.wait(60)
+            self.all_running.wait(60)
         if number and self.error:
             raise self.error
 
 
 @pytest.fixture
-def sharing(musicgen: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A decoder that has three threads, on any machine."""
+def three_threads(musicgen: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A decoder with three threads, on any machine."""
     from pipeline.engines.musicgen import cpu_decoder
 
     decoder = decoder_of(musicgen.checkpoint, "float32")
@@ -315,32 +335,32 @@ def sharing(musicgen: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield decoder
 
 
-def test_a_kernel_runs_in_all_threads_but_the_first_time(sharing: Any) -> None:
-    kernel = Noting(3)
-    sharing._share(kernel, False)
+def test_a_kernel_runs_in_all_threads_except_the_first_time(three_threads: Any) -> None:
+    kernel = RecordingKernel(3)
+    three_threads._share(kernel, False)
     assert kernel.begun == [(0, threading.get_ident())]
     kernel.begun.clear()
-    sharing._share(kernel, True)
+    three_threads._share(kernel, True)
     assert {number for number, _ in kernel.begun} == {0, 1, 2}
     assert len({thread for _, thread in kernel.begun}) == 3
     assert (0, threading.get_ident()) in kernel.begun
 
 
-def test_an_error_in_another_thread_is_raised(sharing: Any) -> None:
-    kernel = Noting(3, error=ValueError("of a helper"))
-    sharing._share(kernel, False)
+def test_an_error_in_another_thread_is_raised(three_threads: Any) -> None:
+    kernel = RecordingKernel(3, error=ValueError("of a helper"))
+    three_threads._share(kernel, False)
     with pytest.raises(ValueError, match="of a helper"):
-        sharing._share(kernel, True)
+        three_threads._share(kernel, True)
 
 
-def test_threads_that_come_too_late_are_not_waited_for(sharing: Any) -> None:
-    """All helpers are at something else; this one does it all."""
+def test_threads_that_are_busy_are_not_waited_for(three_threads: Any) -> None:
+    """All helpers are busy; the calling thread does all the work."""
     from pipeline.engines.musicgen import cpu_decoder
 
-    kernel, go_on = Noting(3), threading.Event()
-    sharing._share(kernel, False)
-    busy = [cpu_decoder._helpers().submit(go_on.wait, 60) for _ in range(2)]
-    sharing._share(kernel, False)
-    go_on.set()
+    kernel, resume = RecordingKernel(3), threading.Event()
+    three_threads._share(kernel, False)
+    busy = [cpu_decoder._helpers().submit(resume.wait, 60) for _ in range(2)]
+    three_threads._share(kernel, False)
+    resume.set()
     assert [number for number, _ in kernel.begun] == [0, 0]
     assert all(other.result() for other in busy)

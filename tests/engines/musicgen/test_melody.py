@@ -1,7 +1,7 @@
-"""What the melody conditioning hears of a track.
+"""The melody source of a track.
 
-The music is synthesized, so that its melody is known by itself. Chroma is that of transformers'
-feature extractor, whose defaults are those of the published checkpoint: what the model is told.
+The music is synthesized, so that its melody is also known alone. Chroma is computed by transformers'
+feature extractor with its defaults, which are those of the published checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tones import tones
 
 from pipeline.engines.musicgen import hpss, melody
-from pipeline.engines.musicgen.melody import Heard, Melody, listen
+from pipeline.engines.musicgen.melody import Melody, MelodySource, melody_source
 from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio
 
@@ -34,8 +34,8 @@ def never() -> bool:
     return False
 
 
-def hear(audio: Audio, how: Melody, **options: Any) -> Heard:
-    return listen(audio, how, should_stop=never, **options)
+def source_of(audio: Audio, wanted: Melody, **options: Any) -> MelodySource:
+    return melody_source(audio, wanted, should_stop=never, **options)
 
 
 # --- music of known parts -----------------------------------------------------------------------------
@@ -64,9 +64,9 @@ def drums(seconds: float = 12.0) -> Doubles:
     """Kick, snare, toms and hats at 120 bpm, in eighths, RMS 0.1."""
     rng = np.random.default_rng(5)
     time_s = np.arange(RATE_HZ // 4) / RATE_HZ
-    dying = np.exp(-time_s / 0.08)
+    decay = np.exp(-time_s / 0.08)
     kick, tom = (
-        np.sin(2 * np.pi * (hz * time_s + 4 * (1 - np.exp(-time_s / 0.02)))) * dying for hz in (55.0, 110.0)
+        np.sin(2 * np.pi * (hz * time_s + 4 * (1 - np.exp(-time_s / 0.02)))) * decay for hz in (55.0, 110.0)
     )
     out = []
     for k in range(round(4 * seconds)):
@@ -87,7 +87,7 @@ def of(*parts: Any) -> Audio:
 
 @pytest.fixture(scope="session")
 def pitch_classes() -> Callable[[Audio], NDArray[np.int64]]:
-    """The pitch class named in each frame of chroma."""
+    """The pitch class of each frame of chroma."""
     pytest.importorskip("torchaudio", reason="torchaudio is not in the core install")
     transformers = pytest.importorskip("transformers", reason="transformers is not in the core install")
     from pipeline.audio import resample
@@ -104,7 +104,7 @@ def pitch_classes() -> Callable[[Audio], NDArray[np.int64]]:
 
 @pytest.fixture
 def without_demucs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the package isn't installed."""
+    """As if the package were not installed."""
     monkeypatch.setitem(sys.modules, "demucs", None)
     monkeypatch.setitem(sys.modules, "demucs.htdemucs", None)
 
@@ -115,90 +115,90 @@ def without_demucs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("drum_level", "bass_level", "at_most"), [(8.0, 0.0, 0.75), (0.0, 2.0, 0.5), (4.0, 2.0, 0.5)]
 )
-def test_the_melody_is_heard_through_drums_and_bass(
+def test_the_harmonic_part_keeps_the_melody_under_drums_and_bass(
     pitch_classes: Any, drum_level: float, bass_level: float, at_most: float
 ) -> None:
     """Reference: the chroma of the melody by itself. Levels are relative to it."""
     track = of(tune(), drum_level * drums(), bass_level * bass())
     expected = pitch_classes(of(tune()))
     assert np.mean(pitch_classes(track) == expected) < at_most
-    assert np.mean(pitch_classes(hear(track, "harmonic").audio) == expected) > 0.96
+    assert np.mean(pitch_classes(source_of(track, "harmonic").audio) == expected) > 0.96
 
 
-def test_hardly_anything_of_a_melody_is_lost(pitch_classes: Any) -> None:
+def test_the_harmonic_part_of_a_melody_alone_is_the_melody(pitch_classes: Any) -> None:
     expected = pitch_classes(of(tune()))
-    assert np.mean(pitch_classes(hear(of(tune()), "harmonic").audio) == expected) > 0.97
+    assert np.mean(pitch_classes(source_of(of(tune()), "harmonic").audio) == expected) > 0.97
 
 
 @pytest.mark.parametrize("sample_rate", [8000, 22050, 32000, 44100, 48000, 96000])
 def test_length_rate_and_type_are_kept(sample_rate: int) -> None:
     audio = tones(440.0, 660.0, seconds=1.0137, sample_rate=sample_rate)
-    heard = hear(audio, "harmonic")
-    assert heard.how == "harmonic"
-    assert heard.audio.sample_rate == sample_rate
-    assert heard.audio.samples.shape == (1, audio.n_samples)
-    assert heard.audio.samples.dtype == np.float32
+    found = source_of(audio, "harmonic")
+    assert found.source == "harmonic"
+    assert found.audio.sample_rate == sample_rate
+    assert found.audio.samples.shape == (1, audio.n_samples)
+    assert found.audio.samples.dtype == np.float32
 
 
 def test_a_steady_tone_passes_as_it_is() -> None:
     """Reference: the tone through the high-pass, 1/(1 + (200/440)^8); 2 % of its level; no delay."""
     time_s = np.arange(2 * RATE_HZ) / RATE_HZ
     tone = 0.5 * np.sin(2 * np.pi * 440.0 * time_s)
-    heard = hear(of(tone), "harmonic").audio.samples[0]
+    found = source_of(of(tone), "harmonic").audio.samples[0]
     middle = slice(RATE_HZ // 2, 3 * RATE_HZ // 2)
     gain = 1 / (1 + (hpss.BASS_HZ / 440.0) ** hpss.BASS_ORDER)
-    np.testing.assert_allclose(heard[middle], gain * tone[middle], atol=0.01)
+    np.testing.assert_allclose(found[middle], gain * tone[middle], atol=0.01)
 
 
 def test_the_mask_is_that_of_librosa() -> None:
     """Reference: librosa.decompose.hpss of the same magnitudes, and medians; 1e-5."""
-    from librosa.decompose import hpss
+    from librosa.decompose import hpss as librosa_hpss
 
     audio = of(tune(3.0), drums(3.0))
     grid = hpss._grid(audio, hpss.OVERLAP)
     magnitudes = np.abs(hpss._spectra(audio, grid, 0, grid.n_frames))
-    mask = hpss._stroke_mask(magnitudes, grid, hpss.TONE_S)
+    mask = hpss._percussive_mask(magnitudes, grid, hpss.HARMONIC_S)
     sizes = (
-        hpss._odd(hpss.TONE_S * RATE_HZ / grid.hop),
-        hpss._odd(hpss.STROKE_HZ * grid.fft / RATE_HZ),
+        hpss._odd(hpss.HARMONIC_S * RATE_HZ / grid.hop),
+        hpss._odd(hpss.PERCUSSIVE_HZ * grid.fft / RATE_HZ),
     )
-    tones_of_librosa, _ = hpss(magnitudes.T, kernel_size=sizes, mask=True)
+    tones_of_librosa, _ = librosa_hpss(magnitudes.T, kernel_size=sizes, mask=True)
     np.testing.assert_allclose(1 - mask.T, tones_of_librosa, atol=1e-5)
 
 
-def test_blocks_leave_no_trace() -> None:
-    """Reference: the same sound from another beginning, so that the blocks lie elsewhere; 1e-5 of 0.9."""
+def test_the_result_does_not_depend_on_the_blocks() -> None:
+    """Reference: the same sound with another beginning, which moves the blocks; 1e-5 of 0.9."""
     audio = of(tune(40.0), drums(40.0))
     grid = hpss._grid(audio, hpss.OVERLAP)
     assert grid.n_frames > 1.5 * hpss.BLOCK_FRAMES
     cut = 300 * grid.hop
-    whole = hear(audio, "harmonic").audio.samples[:, cut:]
-    later = hear(Audio(audio.samples[:, cut:], RATE_HZ), "harmonic").audio.samples
+    whole = source_of(audio, "harmonic").audio.samples[:, cut:]
+    later = source_of(Audio(audio.samples[:, cut:], RATE_HZ), "harmonic").audio.samples
     np.testing.assert_allclose(later[:, RATE_HZ:], whole[:, RATE_HZ:], atol=1e-5)
 
 
 def test_the_same_audio_gives_the_same_bits() -> None:
     audio = of(tune(3.0), drums(3.0))
     before = audio.samples.copy()
-    audio.samples.flags.writeable = False
-    first, again = hear(audio, "harmonic"), hear(audio, "harmonic")
+    audio.samples.fdelays.writeable = False
+    first, again = source_of(audio, "harmonic"), source_of(audio, "harmonic")
     np.testing.assert_array_equal(first.audio.samples, again.audio.samples)
     np.testing.assert_array_equal(audio.samples, before)
     assert hpss.percussive_share(audio) == hpss.percussive_share(audio)
 
 
-@pytest.mark.parametrize("how", ["mix", "harmonic", "auto"])
+@pytest.mark.parametrize("wanted", ["mix", "harmonic", "auto"])
 @pytest.mark.parametrize("n_samples", [0, 1, 100, 5000])
-def test_very_short_sounds_are_no_trouble(how: Melody, n_samples: int) -> None:
+def test_very_short_sounds_are_accepted(wanted: Melody, n_samples: int) -> None:
     audio = Audio(of(tune(0.5)).samples[:, :n_samples], RATE_HZ)
-    heard = hear(audio, how)
-    assert heard.audio.n_samples == n_samples
-    assert np.isfinite(heard.audio.samples).all()
+    found = source_of(audio, wanted)
+    assert found.audio.n_samples == n_samples
+    assert np.isfinite(found.audio.samples).all()
 
 
-def test_a_stop_is_heeded() -> None:
+def test_a_stop_ends_the_separation() -> None:
     with pytest.raises(Stopped):
-        listen(of(tune(1.0)), "harmonic", should_stop=lambda: True)
+        melody_source(of(tune(1.0)), "harmonic", should_stop=lambda: True)
 
 
 # --- auto ---------------------------------------------------------------------------------------------
@@ -214,44 +214,44 @@ def test_a_stop_is_heeded() -> None:
     ],
 )
 @pytest.mark.parametrize("gain", [1.0, 1e-3])
-def test_what_is_melodic_is_left_alone(melodic: Audio, gain: float) -> None:
+def test_auto_leaves_melodic_tracks_as_they_are(melodic: Audio, gain: float) -> None:
     audio = Audio(melodic.samples * np.float32(gain), melodic.sample_rate)
-    heard = hear(audio, "auto")
-    assert heard.how == "mix"
-    assert heard.audio is audio
-    assert heard.percussive_share is not None
-    assert heard.percussive_share < 0.5 * melody.MELODIC
+    found = source_of(audio, "auto")
+    assert found.source == "mix"
+    assert found.audio is audio
+    assert found.percussive_share is not None
+    assert found.percussive_share < 0.5 * melody.MELODIC
 
 
 @pytest.mark.parametrize("drum_level", [0.5, 1.0, 4.0])
-def test_drums_are_noticed(without_demucs: None, drum_level: float) -> None:
-    heard = hear(of(tune(), drum_level * drums()), "auto")
-    assert heard.how == "harmonic"
-    assert heard.percussive_share is not None
-    assert heard.percussive_share > 1.2 * melody.MELODIC
+def test_auto_filters_tracks_with_drums(without_demucs: None, drum_level: float) -> None:
+    found = source_of(of(tune(), drum_level * drums()), "auto")
+    assert found.source == "harmonic"
+    assert found.percussive_share is not None
+    assert found.percussive_share > 1.2 * melody.MELODIC
 
 
-def test_drums_are_noticed_beside_a_strong_bass(without_demucs: None) -> None:
-    assert hear(of(tune(), 2.0 * drums(), 2.0 * bass()), "auto").how == "harmonic"
+def test_auto_filters_tracks_with_drums_and_a_strong_bass(without_demucs: None) -> None:
+    assert source_of(of(tune(), 2.0 * drums(), 2.0 * bass()), "auto").source == "harmonic"
 
 
 @pytest.mark.parametrize("channel", [0, 1])
-def test_drums_are_noticed_in_either_half_of_a_track(without_demucs: None, channel: int) -> None:
+def test_auto_filters_tracks_with_drums_in_either_half(without_demucs: None, channel: int) -> None:
     silent = np.zeros(20 * RATE_HZ)
     halves = [drums(20.0), silent] if channel == 0 else [silent, drums(20.0)]
-    assert hear(of(tune(40.0), np.concatenate(halves)), "auto").how == "harmonic"
+    assert source_of(of(tune(40.0), np.concatenate(halves)), "auto").source == "harmonic"
 
 
-def test_silence_is_left_alone() -> None:
+def test_auto_leaves_silence_as_it_is() -> None:
     silence = Audio(np.zeros((2, RATE_HZ), np.float32), RATE_HZ)
-    heard = hear(silence, "auto")
-    assert (heard.how, heard.percussive_share) == ("mix", None)
-    assert not hear(silence, "harmonic").audio.samples.any()
+    found = source_of(silence, "auto")
+    assert (found.source, found.percussive_share) == ("mix", None)
+    assert not source_of(silence, "harmonic").audio.samples.any()
 
 
 def test_the_mix_is_the_track_itself() -> None:
     audio = of(tune(1.0), drums(1.0))
-    assert hear(audio, "mix").audio is audio
+    assert source_of(audio, "mix").audio is audio
 
 
 # --- demucs -------------------------------------------------------------------------------------------
@@ -259,20 +259,24 @@ def test_the_mix_is_the_track_itself() -> None:
 
 def test_a_missing_demucs_is_an_error_with_the_command(without_demucs: None) -> None:
     with pytest.raises(MissingPackage, match=r"pip install demucs=="):
-        hear(of(drums(1.0)), "demucs")
+        source_of(of(drums(1.0)), "demucs")
 
 
 @pytest.fixture
-def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty caches of the hub (`caches`/hub) and of torch; demucs is installed."""
-    pytest.importorskip("demucs.htdemucs", reason="demucs is not installed")
+def need_demucs() -> None:
+    import demucs.htdemucs  # noqa: F401
+
+
+@pytest.fixture
+def caches(need_demucs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty caches of the hub (`caches`/hub) and of torch."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
 
 def tiny_demucs() -> Any:
-    """A random HTDemucs of htdemucs' kind: four stems, stereo, but at 16 kHz and in 0.75 s segments."""
+    """A random HTDemucs like htdemucs: four stems, stereo, but at 16 kHz and in segments of 0.75 s."""
     import torch
     from demucs.htdemucs import HTDemucs
 
@@ -286,7 +290,7 @@ def tiny_demucs() -> Any:
             t_hidden_scale=1.0,
             **widths,
         )
-    return model.half().float().eval()  # what the files' half precision leaves of it
+    return model.half().float().eval()  # rounded as in the files, which are in half precision
 
 
 def as_safetensors(caches: Path, model: Any) -> Path:
@@ -337,19 +341,19 @@ def test_demucs_keeps_vocals_and_other(caches: Path, save: Any) -> None:
     model = tiny_demucs()
     save(caches, model)
     audio = tones(440.0, 554.37, 659.26, 880.0, seconds=2.3, sample_rate=16000)
-    heard = hear(audio, "demucs")
-    assert heard.how == "demucs"
+    found = source_of(audio, "demucs")
+    assert found.source == "demucs"
     stems_of = apply_model(model, torch.from_numpy(audio.samples)[None], shifts=0, split=True)[0]
     expected = (stems_of[2] + stems_of[3]).mean(dim=0).numpy()
-    assert heard.audio.samples.shape == (1, audio.n_samples)
-    np.testing.assert_allclose(heard.audio.samples[0], expected, atol=1e-5 * np.abs(expected).max())
+    assert found.audio.samples.shape == (1, audio.n_samples)
+    np.testing.assert_allclose(found.audio.samples[0], expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("channels", "sample_rate"), [(1, 44100), (2, 44100), (3, 22050)])
 def test_demucs_gives_the_tracks_length_and_rate(caches: Path, channels: int, sample_rate: int) -> None:
     as_safetensors(caches, tiny_demucs())
     audio = tones(440.0, seconds=1.2345, sample_rate=sample_rate, channels=channels)
-    first, again = hear(audio, "demucs"), hear(audio, "demucs")
+    first, again = source_of(audio, "demucs"), source_of(audio, "demucs")
     assert (first.audio.sample_rate, first.audio.samples.shape) == (sample_rate, (1, audio.n_samples))
     assert first.audio.samples.dtype == np.float32
     np.testing.assert_array_equal(first.audio.samples, again.audio.samples)
@@ -358,30 +362,30 @@ def test_demucs_gives_the_tracks_length_and_rate(caches: Path, channels: int, sa
 @pytest.mark.parametrize("n_samples", [0, 1, 100])
 def test_demucs_takes_very_short_sounds(caches: Path, n_samples: int) -> None:
     as_safetensors(caches, tiny_demucs())
-    heard = hear(Audio(of(tune(0.5)).samples[:, :n_samples], RATE_HZ), "demucs")
-    assert heard.audio.samples.shape == (1, n_samples)
-    assert np.isfinite(heard.audio.samples).all()
+    found = source_of(Audio(of(tune(0.5)).samples[:, :n_samples], RATE_HZ), "demucs")
+    assert found.audio.samples.shape == (1, n_samples)
+    assert np.isfinite(found.audio.samples).all()
 
 
-def test_demucs_heeds_a_stop(caches: Path) -> None:
+def test_a_stop_ends_demucs(caches: Path) -> None:
     as_safetensors(caches, tiny_demucs())
     with pytest.raises(Stopped):
-        listen(of(tune(1.0)), "demucs", should_stop=lambda: True)
+        melody_source(of(tune(1.0)), "demucs", should_stop=lambda: True)
 
 
 def test_auto_takes_demucs_for_mixed_material_only(caches: Path) -> None:
-    assert hear(of(tune(3.0), drums(3.0)), "auto").how == "harmonic"
+    assert source_of(of(tune(3.0), drums(3.0)), "auto").source == "harmonic"
     as_safetensors(caches, tiny_demucs())
-    assert hear(of(tune(3.0), drums(3.0)), "auto").how == "demucs"
-    assert hear(of(tune(3.0)), "auto").how == "mix"
+    assert source_of(of(tune(3.0), drums(3.0)), "auto").source == "demucs"
+    assert source_of(of(tune(3.0)), "auto").source == "mix"
 
 
 def test_missing_weights_are_an_error_with_the_command(caches: Path) -> None:
     elsewhere = caches / "my models"
     with pytest.raises(MissingWeights, match=r"hf download adefossez/HTDemucs 955717e8\.safetensors\."):
-        hear(of(drums(1.0)), "demucs")
+        source_of(of(drums(1.0)), "demucs")
     with pytest.raises(MissingWeights, match=r"--cache-dir '.*my models'\."):
-        hear(of(drums(1.0)), "demucs", cache_dir=elsewhere)
+        source_of(of(drums(1.0)), "demucs", cache_dir=elsewhere)
 
 
 @SAVERS
@@ -391,13 +395,13 @@ def test_damaged_weights_are_an_error_but_not_for_auto(
     path = save(caches, tiny_demucs())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BadCheckpoint, match="delete it and run hf download"):
-        hear(of(drums(1.0)), "demucs")
-    assert hear(of(tune(1.0), drums(1.0)), "auto").how == "harmonic"
+        source_of(of(drums(1.0)), "demucs")
+    assert source_of(of(tune(1.0), drums(1.0)), "auto").source == "harmonic"
     assert path.name in caplog.text
 
 
 class Foreign:
-    """What runs code when a careless unpickler opens it."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pytest.fail, ("code of the file was run",)
@@ -406,7 +410,7 @@ class Foreign:
 def test_no_code_of_a_pickle_is_run(caches: Path) -> None:
     as_pickle(caches, tiny_demucs(), training_args=Foreign())
     with pytest.raises(BadCheckpoint, match="can't be used"):
-        hear(of(drums(1.0)), "demucs")
+        source_of(of(drums(1.0)), "demucs")
 
 
 def test_only_htdemucs_is_opened(caches: Path) -> None:
@@ -416,4 +420,4 @@ def test_only_htdemucs_is_opened(caches: Path) -> None:
         path.read_bytes().replace(b"demucs.htdemucs.HTDemucs", b"demucs.demucs.DemucsOfMine"[:24])
     )
     with pytest.raises(BadCheckpoint, match="it holds a demucs"):
-        hear(of(drums(1.0)), "demucs")
+        source_of(of(drums(1.0)), "demucs")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from musicgen_setup import codes, generator_with, made, never, silent
+from musicgen_setup import codes, generator_with, never, no_progress, results_of
 from pydantic import ValidationError
 from tones import RequestFn
 
@@ -36,14 +36,12 @@ C_MAJOR, A_MINOR = (261.63, 329.63, 392.0), (220.0, 261.63, 329.63)
     ],
     ids=str,
 )
-def test_whatever_is_asked_for_changes_the_tokens(
-    musicgen: Any, request_for: RequestFn, change: dict
-) -> None:
+def test_every_parameter_changes_the_tokens(musicgen: Any, request_for: RequestFn, change: dict) -> None:
     assert not np.array_equal(codes(musicgen, request_for()), codes(musicgen, request_for(**change)))
 
 
 @pytest.mark.parametrize("change", [{"pitches_hz": C_MAJOR}, {"prompt": "fast drums"}], ids=str)
-def test_melody_and_prompt_count_without_chance_or_guidance(
+def test_melody_and_prompt_change_the_tokens_without_chance_or_guidance(
     musicgen: Any, request_for: RequestFn, change: dict
 ) -> None:
     plain = {"temperature": 0.0, "guidance": 1.0}
@@ -61,14 +59,14 @@ def test_a_request_gives_the_same_bits_alone_in_a_batch_and_in_any_order(
         request_for("b", pitches_hz=A_MINOR, prompt="warm synths", guidance=1.0),
         request_for("c", seed=0, temperature=1.4, duration_s=0.7),
     ]
-    together, reversed_ = made(musicgen, *requests), made(musicgen, *reversed(requests))
+    together, reversed_ = results_of(musicgen, *requests), results_of(musicgen, *reversed(requests))
     for wanted in requests:
-        (alone,) = made(musicgen, wanted).values()
+        (alone,) = results_of(musicgen, wanted).values()
         for other in (together[wanted.request_id], reversed_[wanted.request_id]):
             assert alone.audio.samples.tobytes() == other.audio.samples.tobytes()
 
 
-def test_other_users_of_the_global_random_state_notice_nothing(musicgen: Any, request_for: RequestFn) -> None:
+def test_the_global_random_state_is_not_used(musicgen: Any, request_for: RequestFn) -> None:
     import torch
 
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -78,30 +76,27 @@ def test_other_users_of_the_global_random_state_notice_nothing(musicgen: Any, re
 
 
 @pytest.mark.parametrize("duration_s", [0.05, 1.0, 1.013, 2.5])
-def test_asked_seconds_are_delivered_seconds(
-    musicgen: Any, request_for: RequestFn, duration_s: float
-) -> None:
-    (result,) = made(musicgen, request_for(duration_s=duration_s)).values()
+def test_the_result_has_the_asked_length(musicgen: Any, request_for: RequestFn, duration_s: float) -> None:
+    (result,) = results_of(musicgen, request_for(duration_s=duration_s)).values()
     assert result.audio.samples.shape == (1, round(duration_s * 32000))
     assert result.audio.samples.dtype == np.float32
     assert result.audio.sample_rate == musicgen.sample_rate == 32000
 
 
-def test_the_whole_window_of_30_s_can_be_asked_for(musicgen: Any, request_for: RequestFn) -> None:
-    (result,) = made(musicgen, request_for(duration_s=30.0, guidance=1.0)).values()
-    assert result.audio.n_samples == 960_000
-    assert result.details["frames"] == 1500
+def test_the_whole_window_can_be_asked_for(short_musicgen: Any, request_for: RequestFn) -> None:
+    (result,) = results_of(short_musicgen, request_for(duration_s=3.0)).values()
+    assert result.audio.n_samples == 96_000
+    assert (result.details["frames"], result.details["windows"]) == (150, 1)
 
 
-def test_more_than_the_window_is_made_in_windows(musicgen: Any, request_for: RequestFn) -> None:
-    (result,) = made(musicgen, request_for(duration_s=50.01, guidance=1.0)).values()
-    assert result.audio.n_samples == round(50.01 * 32000)
-    assert result.details["frames"] == 2501
-    assert result.details["windows"] == 3
+def test_more_than_the_window_is_made_in_windows(short_musicgen: Any, request_for: RequestFn) -> None:
+    (result,) = results_of(short_musicgen, request_for(duration_s=5.01, guidance=1.0)).values()
+    assert result.audio.n_samples == round(5.01 * 32000)
+    assert (result.details["frames"], result.details["windows"]) == (251, 3)
 
 
 def test_stereo_checkpoints_make_two_different_channels(stereo_musicgen: Any, request_for: RequestFn) -> None:
-    (result,) = made(stereo_musicgen, request_for(duration_s=1.013)).values()
+    (result,) = results_of(stereo_musicgen, request_for(duration_s=1.013)).values()
     left, right = result.audio.samples
     assert result.audio.samples.shape == (2, round(1.013 * 32000))
     assert not np.array_equal(left, right)
@@ -109,7 +104,7 @@ def test_stereo_checkpoints_make_two_different_channels(stereo_musicgen: Any, re
 
 
 @pytest.mark.parametrize("engine", ["musicgen", "stereo_musicgen"])
-def test_the_sound_is_encodecs_of_the_tokens(
+def test_the_sound_is_encodecs_decoding_of_the_tokens(
     engine: str, request_for: RequestFn, request: pytest.FixtureRequest
 ) -> None:
     """Reference: the bare audio encoder on the reported tokens, bit for bit."""
@@ -122,13 +117,13 @@ def test_the_sound_is_encodecs_of_the_tokens(
         decode = generator.checkpoint.codec().decode
         parts = [torch.from_numpy(tokens[channel::channels])[None, None] for channel in range(channels)]
         expected = torch.cat([decode(part, audio_scales=[None]).audio_values[0] for part in parts])
-    (result,) = made(generator, request_for()).values()
+    (result,) = results_of(generator, request_for()).values()
     np.testing.assert_array_equal(result.audio.samples, expected.numpy())
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("engine", ["exact_musicgen", "exact_stereo_musicgen"])
-def test_without_chance_it_is_the_librarys_greedy_search(
+def test_at_temperature_0_the_tokens_are_those_of_the_librarys_greedy_search(
     engine: str, request_for: RequestFn, guidance: float, request: pytest.FixtureRequest
 ) -> None:
     """Reference: transformers' generate() with its own guidance and greedy search, bit for bit."""
@@ -142,12 +137,12 @@ def test_without_chance_it_is_the_librarys_greedy_search(
     with torch.inference_mode():
         expected = model.eval().generate(
             **checkpoint.tokenizer(["warm piano"], return_tensors="pt"),
-            input_features=torch.from_numpy(conditioning.listen(checkpoint, wanted.audio, 30.0))[None],
+            input_features=torch.from_numpy(conditioning.track_chroma(checkpoint, wanted.audio, 30.0))[None],
             do_sample=False,
             guidance_scale=guidance,
             max_length=25 + 4,
         )
-    (result,) = made(generator, wanted).values()
+    (result,) = results_of(generator, wanted).values()
     np.testing.assert_array_equal(result.audio.samples, expected[0].numpy())
 
 
@@ -157,37 +152,32 @@ def test_progress_counts_every_frame_to_the_last(musicgen: Any, request_for: Req
     list(musicgen.generate(requests, progress=lambda *step: seen.append(step), should_stop=never))
     steps = [*range(1, 26), 25, 25, 25]  # frames of half a second, and the lag of the last of 4 codebooks
     for name in "ab":
-        its = [(done, total) for which, done, total in seen if which == name]
-        assert its == [(n, 26) for n in [*steps, 26]]  # the last is the sound
+        counted = [(done, total) for which, done, total in seen if which == name]
+        assert counted == [(n, 26) for n in [*steps, 26]]  # the last is the sound
 
 
-def test_progress_counts_each_piece_of_sound(musicgen: Any, request_for: RequestFn) -> None:
-    """100 s: two pieces of 30 s and one of 40 s."""
-    seen: list[tuple[int, int]] = []
-    request = request_for(duration_s=100.0, guidance=1.0, top_k=1)
-    list(musicgen.generate([request], progress=lambda *step: seen.append(step[1:]), should_stop=never))
-    assert seen[-4:] == [(5000 + n, 5003) for n in range(4)]
-
-
-def test_a_stop_is_heeded_between_pieces_of_sound(
+def test_progress_counts_each_decoded_piece_and_a_stop_between_them_keeps_the_tokens(
     musicgen: Any, request_for: RequestFn, tmp_path: Path
 ) -> None:
-    """What was picked is kept: the second time only sound is made."""
+    """100 s whose tokens are saved already: two pieces of 30 s and one of 40 s."""
     from pipeline.engines.musicgen.savepoints import Savepoints
 
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
-    request, seen = request_for(duration_s=100.0, guidance=1.0, top_k=1), list[int]()
+    request, seen = request_for(duration_s=100.0), list[tuple[int, int]]()
+    (state,) = engine.prepare([request], never)
+    engine.saved.save(state.identity, np.random.default_rng(0).integers(0, 2048, (4, 5000)))
 
     def run(should_stop: Any) -> Any:
-        progress = lambda *step: seen.append(step[1])  # noqa: E731
+        progress = lambda *step: seen.append(step[1:])  # noqa: E731
         return list(engine.generate([request], progress=progress, should_stop=should_stop))
 
     with pytest.raises(Stopped):
-        run(lambda: bool(seen) and seen[-1] == 5001)
+        run(lambda: bool(seen))
+    assert seen == [(5001, 5003)]
     seen.clear()
     (result,) = run(never)
     assert isinstance(result, Variation)
-    assert seen == [5001, 5002, 5003]
+    assert seen == [(5001, 5003), (5002, 5003), (5003, 5003)]
     assert not list(tmp_path.iterdir())
 
 
@@ -211,7 +201,7 @@ def test_it_stops_within_one_step(musicgen: Any, request_for: RequestFn) -> None
 
 def test_it_does_not_start_when_already_asked_to_stop(musicgen: Any, request_for: RequestFn) -> None:
     with pytest.raises(Stopped):
-        next(musicgen.generate([request_for()], progress=silent, should_stop=lambda: True))
+        next(musicgen.generate([request_for()], progress=no_progress, should_stop=lambda: True))
 
 
 def silence(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,9 +231,35 @@ def test_a_model_that_breaks_is_a_failure_of_each_request(
 
     with torch.no_grad():
         damage(broken.checkpoint, monkeypatch)
-    results = made(broken, request_for("a", prompt="warm"), request_for("b", prompt="warm"))
+    results = results_of(broken, request_for("a", prompt="warm"), request_for("b", prompt="warm"))
     assert [type(result.error) for result in results.values()] == [EngineFailure, EngineFailure]
     assert sentence in str(results["a"].error)
+
+
+def test_a_failed_request_does_not_hold_the_text_encoder(
+    musicgen: Any, request_for: RequestFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The traceback of the error refers to the builder of the conditions."""
+    import gc
+    import weakref
+
+    from pipeline.engines.musicgen.checkpoint import Checkpoint
+
+    opened: list[Any] = []
+    text_encoder = Checkpoint.text_encoder
+
+    def watched(self: Checkpoint) -> Any:
+        encoder = text_encoder(self)
+        opened.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(Checkpoint, "text_encoder", watched)
+    prepared = musicgen.prepare(
+        [request_for(prompt="warm"), request_for(prompt="slow", temperature=-1)], never
+    )
+    gc.collect()
+    assert len(prepared) == 2
+    assert [ref() for ref in opened] == [None]
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.engines.musicgen.sampling import Sampler, SamplingParams, draw, gumbel, log_chances
+from pipeline.engines.musicgen.sampling import Sampler, SamplingParams, draw, gumbel, log_probabilities
 from pipeline.errors import EngineFailure
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (4, 2048))
 
 
-def chances(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """What draws follow: the softmax."""
-    weights = np.exp(log_chances(logits, params))
+def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The softmax of the log-probabilities."""
+    weights = np.exp(log_probabilities(logits, params))
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
@@ -25,17 +25,17 @@ def test_temperature_and_top_k_are_the_librarys(temperature: float, top_k: int) 
     scores = transformers.TemperatureLogitsWarper(temperature)(None, torch.from_numpy(LOGITS))
     if top_k:
         scores = transformers.TopKLogitsWarper(top_k)(None, scores)
-    ours = chances(LOGITS, SamplingParams(temperature=temperature, top_k=top_k))
+    ours = probabilities(LOGITS, SamplingParams(temperature=temperature, top_k=top_k))
     np.testing.assert_allclose(ours, scores.softmax(-1).numpy(), atol=1e-12)
 
 
 def test_top_p_keeps_the_likeliest_up_to_that_probability_and_replaces_top_k() -> None:
-    kept = chances(np.log([[0.1, 0.4, 0.2, 0.3]]), SamplingParams(top_k=1, top_p=0.6))
+    kept = probabilities(np.log([[0.1, 0.4, 0.2, 0.3]]), SamplingParams(top_k=1, top_p=0.6))
     np.testing.assert_allclose(kept, [[0, 4 / 7, 0, 3 / 7]], atol=1e-12)
 
 
 def test_a_top_p_smaller_than_any_keeps_the_likeliest() -> None:
-    assert chances(LOGITS, SamplingParams(top_p=1e-9)).max(axis=-1).tolist() == [1, 1, 1, 1]
+    assert probabilities(LOGITS, SamplingParams(top_p=1e-9)).max(axis=-1).tolist() == [1, 1, 1, 1]
 
 
 def test_guidance_moves_away_from_the_null_condition() -> None:
@@ -89,7 +89,7 @@ def test_cutting_the_tail_moves_no_other_tokens_luck() -> None:
     for step in range(50):
         free = Sampler(SamplingParams(top_k=0), 3).pick(step, LOGITS, None)
         cut = Sampler(SamplingParams(top_k=250), 3).pick(step, LOGITS, None)
-        kept = np.isfinite(log_chances(LOGITS, SamplingParams(top_k=250)))[np.arange(4), free]
+        kept = np.isfinite(log_probabilities(LOGITS, SamplingParams(top_k=250)))[np.arange(4), free]
         assert (cut[kept] == free[kept]).all()
 
 

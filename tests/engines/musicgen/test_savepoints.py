@@ -1,4 +1,4 @@
-"""An interrupted variation goes on where it was, and comes out the same."""
+"""An interrupted variation is resumed where it was, with the same result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from musicgen_setup import generator_with, made, never
+from musicgen_setup import generator_with, never, results_of
 from tones import RequestFn
 
 from pipeline.engines.musicgen.savepoints import Savepoints
@@ -28,9 +28,9 @@ def interrupted(engine: Any, request: VariationRequest, steps: int) -> None:
 
 
 def picks(done: list[int]) -> int:
-    """Of the calls of `progress`, those of steps that picked something.
+    """How many calls of `progress` were for steps that picked tokens.
 
-    The others: blocks of what was known, each of more than one frame, and the sound at the end.
+    The others are for blocks of known steps, each of more than one frame, and for the sound at the end.
     """
     return sum(now - before <= 1 for before, now in pairwise([0, *done[:-1]]))
 
@@ -48,11 +48,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_stopped_request_is_resumed_and_comes_out_the_same(
+def test_a_stopped_request_is_resumed_with_the_same_result(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str, guidance: float
 ) -> None:
     request = request_for(duration_s=2.0, guidance=guidance)
-    (whole,) = made(generator_with(musicgen.checkpoint, kind), request).values()
+    (whole,) = results_of(generator_with(musicgen.checkpoint, kind), request).values()
     interrupted(generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path)), request, 60)
     assert len(list(tmp_path.iterdir())) == 1
     again = generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path))
@@ -62,43 +62,55 @@ def test_a_stopped_request_is_resumed_and_comes_out_the_same(
     assert not list(tmp_path.iterdir())
 
 
-def test_in_the_second_window_as_well(short_musicgen: Any, request_for: RequestFn, tmp_path: Path) -> None:
-    """Windows of 3 s, each going on 1.8 s after the one before."""
+def test_a_request_stopped_in_its_second_window_is_resumed(
+    short_musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """Windows of 3 s with a stride of 1.8 s."""
     checkpoint, request = short_musicgen.checkpoint, request_for(duration_s=5.0, guidance=1.0)
-    (whole,) = made(generator_with(checkpoint, "int8"), request).values()
+    (whole,) = results_of(generator_with(checkpoint, "int8"), request).values()
     interrupted(generator_with(checkpoint, "int8", saved=Savepoints(tmp_path)), request, 180)
     samples, steps = resumed(generator_with(checkpoint, "int8", saved=Savepoints(tmp_path)), request)
     assert steps < 100
     assert samples.tobytes() == whole.audio.samples.tobytes()
 
 
-def test_a_kill_costs_what_came_after_the_last_saving(
+def test_a_kill_costs_what_came_after_the_last_savepoint(
     musicgen: Any, request_for: RequestFn, tmp_path: Path
 ) -> None:
-    """A copy of the file as it stands after 470 steps: what a kill would leave."""
-    request, left = request_for(duration_s=12.0, guidance=1.0), tmp_path / "left"
+    """A copy of the file as it is after 150 steps: what a kill would leave. Every 100 steps are saved."""
+    request, left = request_for(duration_s=4.0, guidance=1.0), tmp_path / "left"
     left.mkdir()
     (tmp_path / "live").mkdir()
 
     def progress(request_id: str, done: int, total: int) -> None:
-        if done == 470:
+        if done == 150:
             for path in (tmp_path / "live").iterdir():
                 shutil.copy(path, left)
 
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path / "live"))
     (whole,) = engine.generate([request], progress=progress, should_stop=never)
     samples, steps = resumed(generator_with(musicgen.checkpoint, "int8", saved=Savepoints(left)), request)
-    assert steps == 603 - 400  # saved every 2 s, 100 steps
+    assert steps == 203 - 100
     assert samples.tobytes() == whole.audio.samples.tobytes()
 
 
-def test_of_a_stopped_batch_all_that_was_begun_is_kept_and_what_was_delivered_is_not(
+def test_requests_that_finish_together_are_all_saved_before_the_first_is_decoded(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
+    finished = engine.run([request_for(name) for name in "abc"], lambda *step: None, never)
+    next(finished)
+    codes = [np.load(path)["codes"] for path in tmp_path.iterdir()]
+    assert [(code >= 0).all() for code in codes] == [True] * 3
+
+
+def test_a_stopped_batch_saves_what_was_begun_and_not_what_was_delivered(
     any_musicgen: Any, request_for: RequestFn, tmp_path: Path
 ) -> None:
-    """Two rows: the first is delivered, the second stopped on its way, the third never begun."""
+    """Two rows: the first request is delivered, the second stopped half-way, the third never begun."""
     checkpoint, decoder = any_musicgen.checkpoint, any_musicgen.decoder
     requests = [request_for("a"), request_for("b", duration_s=0.7), request_for("c")]
-    whole = made(any_musicgen, *requests)
+    whole = results_of(any_musicgen, *requests)
     seen: dict[str, list[int]] = {name: [] for name in "abc"}
 
     def progress(request_id: str, done: int, total: int) -> None:
@@ -122,10 +134,10 @@ def test_of_a_stopped_batch_all_that_was_begun_is_kept_and_what_was_delivered_is
         assert result.audio.samples.tobytes() == whole[name].audio.samples.tobytes()
 
 
-def test_tokens_are_kept_until_the_result_was_taken(
+def test_tokens_are_saved_until_the_caller_asks_for_the_next_result(
     musicgen: Any, request_for: RequestFn, tmp_path: Path
 ) -> None:
-    """Whoever dies between getting a result and publishing it doesn't wait for it again."""
+    """A kill between the result and its publication costs no tokens."""
     request = request_for(duration_s=5.2, guidance=1.0)
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
     results = engine.generate([request], progress=lambda *step: None, should_stop=never)
@@ -135,7 +147,7 @@ def test_tokens_are_kept_until_the_result_was_taken(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_folder_nothing_is_kept(
+def test_without_a_folder_nothing_is_saved(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -145,7 +157,7 @@ def test_without_a_folder_nothing_is_kept(
 
 
 @pytest.mark.parametrize("change", [{"seed": 8}, {"temperature": 0.5}, {"prompt": "slow piano"}], ids=str)
-def test_tokens_of_another_request_are_not_taken(
+def test_tokens_of_another_request_are_not_used(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, change: dict
 ) -> None:
     interrupted(generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path)), request_for(), 10)
@@ -155,7 +167,7 @@ def test_tokens_of_another_request_are_not_taken(
     assert steps == 28
 
 
-def test_tokens_of_another_precision_are_not_taken(
+def test_tokens_of_another_precision_are_not_used(
     musicgen: Any, request_for: RequestFn, tmp_path: Path
 ) -> None:
     interrupted(generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path)), request_for(), 10)
@@ -168,7 +180,7 @@ def test_tokens_of_another_precision_are_not_taken(
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04 cut off", b"no archive"], ids=["empty", "cut", "other"]
 )
-def test_a_damaged_file_is_begun_anew(
+def test_a_request_with_a_damaged_savepoint_begins_again(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, content: bytes
 ) -> None:
     saved = Savepoints(tmp_path)
@@ -198,7 +210,7 @@ def test_no_flipped_byte_and_no_cut_is_ever_taken_for_tokens(tmp_path: Path) -> 
 # -- what is complete ---------------------------------------------------------------------------------
 
 
-def test_tokens_outlive_a_failure_to_make_sound(
+def test_tokens_stay_saved_when_decoding_fails(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.engines.musicgen import codec
@@ -209,23 +221,23 @@ def test_tokens_outlive_a_failure_to_make_sound(
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
     with monkeypatch.context() as broken:
         broken.setattr(codec, "decode", fail)
-        (failure,) = made(engine, request_for()).values()
+        (failure,) = results_of(engine, request_for()).values()
     assert isinstance(failure, Failure)
     assert resumed(engine, request_for())[1] == 0
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["int8", "torch"])
-def test_requests_with_all_their_tokens_go_straight_to_sound(
+def test_requests_with_all_their_tokens_are_only_decoded(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str
 ) -> None:
     """More of them than rows, beside one that has none yet."""
     engine = generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path), max_memory_gb=0.001)
     requests = [request_for(name) for name in "abc"]
-    whole = made(engine, *requests)
+    whole = results_of(engine, *requests)
     for request in requests:
         for _ in engine.run([request], lambda *step: None, never):
-            break  # its tokens are kept, nobody took the result
+            break  # the tokens stay saved, the result was not used
     steps: list[str] = []
     again = {
         result.request_id: result
@@ -239,8 +251,10 @@ def test_requests_with_all_their_tokens_go_straight_to_sound(
         assert again[name].audio.samples.tobytes() == whole[name].audio.samples.tobytes()
 
 
-def test_whoever_stops_asking_loses_nothing(musicgen: Any, request_for: RequestFn, tmp_path: Path) -> None:
-    """Two at once; the generator is closed when the shorter one is there."""
+def test_a_caller_that_asks_for_no_more_results_loses_no_tokens(
+    musicgen: Any, request_for: RequestFn, tmp_path: Path
+) -> None:
+    """Two requests at once; the generator is closed when the shorter one is delivered."""
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path))
     results = engine.generate(
         [request_for("a"), request_for("b", duration_s=1.0)], progress=lambda *step: None, should_stop=never
@@ -250,7 +264,7 @@ def test_whoever_stops_asking_loses_nothing(musicgen: Any, request_for: RequestF
     assert resumed(engine, request_for("b", duration_s=1.0))[1] == 53 - 28
 
 
-def test_tokens_under_another_ones_name_are_not_taken(tmp_path: Path) -> None:
+def test_a_file_under_the_name_of_another_request_is_not_used(tmp_path: Path) -> None:
     saved, codes = Savepoints(tmp_path), np.arange(80).reshape(4, 20)
     saved.save("one", codes)
     (path,) = tmp_path.iterdir()
@@ -258,17 +272,17 @@ def test_tokens_under_another_ones_name_are_not_taken(tmp_path: Path) -> None:
     assert saved.load("other", (4, 20)) is None
 
 
-def test_a_folder_that_cannot_be_used_is_told_once(
+def test_a_folder_that_cannot_be_written_is_logged_once(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path / "file" / "unfinished"))
-    results = made(engine, request_for("a"), request_for("b", duration_s=4.2))
+    results = results_of(engine, request_for("a"), request_for("b", duration_s=4.2))
     assert not any(isinstance(result, Failure) for result in results.values())
-    assert caplog.text.count("can't be kept") == 1
+    assert caplog.text.count("can't be saved") == 1
 
 
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
     import os
 

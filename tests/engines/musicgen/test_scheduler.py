@@ -1,4 +1,4 @@
-"""Many variations in few rows: each comes out as if it were alone, and nothing is run twice."""
+"""Continuous batching: each request gets the tokens it would get alone, and nothing is run twice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from musicgen_setup import Watched, codes_of, decoder_of, generator_with, run_batch, voice
+from musicgen_setup import CountingDecoder, codes_of, decoder_of, generator_with, request_state, run_requests
 from tones import RequestFn, tones
 
 from pipeline.errors import EngineFailure
@@ -31,7 +31,7 @@ def requests() -> list[VariationRequest]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[tuple[str, str], np.ndarray]:
-    """What each request gave by itself, by kind of decoder."""
+    """The tokens of each request alone, by kind of decoder."""
     return {}
 
 
@@ -47,40 +47,40 @@ def assert_as_alone(
         np.testing.assert_array_equal(found[request.request_id], alone[key], err_msg=request.request_id)
 
 
-def test_together_and_in_any_order_it_is_as_alone(
+def test_requests_together_in_any_order_get_the_tokens_they_get_alone(
     any_musicgen: Any, requests: list[VariationRequest], alone: dict
 ) -> None:
-    for order in (requests, requests[::-1], requests[3:] + requests[:3]):
+    for order in (requests, requests[3:] + requests[2::-1]):
         assert_as_alone(any_musicgen, requests, codes_of(any_musicgen, *order), alone)
 
 
-def test_in_as_few_rows_as_there_is_memory_for_it_is_as_alone(
+def test_requests_in_the_fewest_rows_get_the_tokens_they_get_alone(
     any_musicgen: Any, requests: list[VariationRequest], alone: dict
 ) -> None:
-    """A limit below what the process has already leaves two rows: one variation with guidance."""
-    decoder = Watched(any_musicgen.decoder)
+    """A limit below what the process holds already leaves two rows: one variation with guidance."""
+    decoder = CountingDecoder(any_musicgen.decoder)
     small = generator_with(any_musicgen.checkpoint, decoder, max_memory_gb=0.001)
     assert_as_alone(any_musicgen, requests, codes_of(small, *requests), alone)
     assert max(decoder.rows) == 2
 
 
 @pytest.mark.parametrize("rows", [3, 4, 5, 7])
-def test_any_number_of_rows_gives_the_same(musicgen: Any, rows: int) -> None:
-    """Guidance takes two rows; an odd one is left over, or taken by one without."""
+def test_any_number_of_rows_gives_the_same_tokens(musicgen: Any, rows: int) -> None:
+    """Guidance takes two rows; an odd row stays free, or is taken by a request without guidance."""
 
-    def voices() -> list[Any]:
+    def states() -> list[Any]:
         return [
-            voice(
+            request_state(
                 musicgen.checkpoint, str(n), frames=10 + 7 * (n % 3), seed=n, guidance=1.0 if n % 2 else 3.0
             )
             for n in range(7)
         ]
 
-    decoder = Watched(musicgen.decoder)
+    decoder = CountingDecoder(musicgen.decoder)
     found, plenty = (
         {
-            its.voice.request_id: its.voice.codes
-            for its in run_batch(musicgen.checkpoint, decoder, voices(), n)
+            finished.state.request_id: finished.state.codes
+            for finished in run_requests(musicgen.checkpoint, decoder, states(), n)
         }
         for n in (rows, 16)
     )
@@ -89,117 +89,133 @@ def test_any_number_of_rows_gives_the_same(musicgen: Any, rows: int) -> None:
         np.testing.assert_array_equal(found[name], codes)
 
 
-def test_rows_that_are_free_are_given_to_the_next_at_once(musicgen: Any) -> None:
-    """Of a short and a long variation in two rows, the short one's row takes a third beside the long one."""
-    voices = [
-        voice(musicgen.checkpoint, name, frames=frames, guidance=1.0)
+def test_a_free_row_goes_to_the_next_request_at_once(musicgen: Any) -> None:
+    """Two rows, a short and a long request: the third runs in the short one's row beside the long one."""
+    states = [
+        request_state(musicgen.checkpoint, name, frames=frames, guidance=1.0)
         for name, frames in (("short", 10), ("long", 40), ("third", 20))
     ]
-    decoder = Watched(musicgen.decoder)
-    ended = [its.voice.request_id for its in run_batch(musicgen.checkpoint, decoder, voices, 2)]
-    assert ended == ["short", "third", "long"]
+    decoder = CountingDecoder(musicgen.decoder)
+    order = [finished.state.request_id for finished in run_requests(musicgen.checkpoint, decoder, states, 2)]
+    assert order == ["short", "third", "long"]
     assert decoder.rows == [2] * (13 + 23) + [1] * (43 - 13 - 23)
 
 
-def test_those_that_were_begun_go_first(musicgen: Any) -> None:
-    """Others would take the rows that hold what they go on from."""
-    new, begun = (voice(musicgen.checkpoint, name, frames=20, guidance=1.0) for name in ("new", "begun"))
-    begun.codes[:, :10] = 5
-    ended = [
-        its.voice.request_id for its in run_batch(musicgen.checkpoint, musicgen.decoder, [new, begun], 1)
+def test_memory_is_given_back_before_decoding_unless_requests_wait(musicgen: Any) -> None:
+    """Three variations in two rows without guidance: the third one gets the first one's row."""
+    decoder = CountingDecoder(musicgen.decoder)
+    states = [
+        request_state(musicgen.checkpoint, name, frames=frames, guidance=1.0)
+        for name, frames in (("short", 10), ("long", 40), ("third", 20))
     ]
-    assert ended == ["begun", "new"]
+    released = [
+        (finished.state.request_id, list(decoder.released))
+        for finished in run_requests(musicgen.checkpoint, decoder, states, 2)
+    ]
+    assert released == [("short", []), ("third", [1]), ("long", [1, 1, 0])]
 
 
 # -- prefixes ----------------------------------------------------------------------------------------
 
 
-def prefills(musicgen: Any, rows: int, voices: list[Any]) -> int:
-    decoder = Watched(musicgen.decoder)
-    assert all(its.error is None for its in run_batch(musicgen.checkpoint, decoder, voices, rows))
+def prefills(musicgen: Any, rows: int, states: list[Any]) -> int:
+    decoder = CountingDecoder(musicgen.decoder)
+    assert all(
+        finished.error is None for finished in run_requests(musicgen.checkpoint, decoder, states, rows)
+    )
     return decoder.prefills
 
 
 @pytest.mark.parametrize("rows", [2, 4, 16])
 def test_the_variations_of_a_track_share_their_prefixes(musicgen: Any, rows: int) -> None:
-    """One of the track, one of nothing, however many variations there are and however few rows."""
-    voices = [voice(musicgen.checkpoint, str(n), frames=5, seed=n) for n in range(8)]
-    assert prefills(musicgen, rows, voices) == 2
+    """One conditional and one unconditional, however many variations there are and however few rows."""
+    states = [request_state(musicgen.checkpoint, str(n), frames=5, seed=n) for n in range(8)]
+    assert prefills(musicgen, rows, states) == 2
 
 
-def test_tracks_share_the_prefix_of_nothing(musicgen: Any) -> None:
+def test_tracks_share_the_unconditional_prefix(musicgen: Any) -> None:
     pitches = (220.0, 261.63, 293.66, 329.63)
-    voices = [voice(musicgen.checkpoint, str(f), frames=5, audio=tones(f)) for f in pitches]
-    assert prefills(musicgen, 8, voices) == 4 + 1
+    states = [request_state(musicgen.checkpoint, str(f), frames=5, audio=tones(f)) for f in pitches]
+    assert prefills(musicgen, 8, states) == 4 + 1
 
 
-def test_each_prompt_has_its_prefix_and_nothing_is_as_long(musicgen: Any) -> None:
+def test_each_prompt_has_a_prefix_and_an_unconditional_one_of_its_length(musicgen: Any) -> None:
     prompts = ("", "warm piano", "slow drums", "warm analog synths")
-    voices = [voice(musicgen.checkpoint, prompt, frames=5, prompt=prompt) for prompt in prompts]
-    assert prefills(musicgen, 8, voices) == 4 + 3  # 1, 3, 3 and 4 tokens
+    states = [request_state(musicgen.checkpoint, prompt, frames=5, prompt=prompt) for prompt in prompts]
+    assert prefills(musicgen, 8, states) == 4 + 3  # 1, 3, 3 and 4 tokens
 
 
-def test_without_guidance_nothing_has_no_prefix(musicgen: Any) -> None:
-    voices = [voice(musicgen.checkpoint, str(n), frames=5, seed=n, guidance=1.0) for n in range(4)]
-    assert prefills(musicgen, 4, voices) == 1
+def test_without_guidance_there_is_no_unconditional_prefix(musicgen: Any) -> None:
+    states = [request_state(musicgen.checkpoint, str(n), frames=5, seed=n, guidance=1.0) for n in range(4)]
+    assert prefills(musicgen, 4, states) == 1
 
 
-def test_a_prefix_that_had_to_make_room_is_run_again(musicgen: Any) -> None:
-    """More tracks than places; each variation still as alone."""
+def test_a_prefix_whose_slot_was_needed_is_run_again(musicgen: Any) -> None:
+    """More tracks than slots; each variation still has the tokens it gets alone."""
     pitches = (220.0, 261.63, 293.66, 220.0, 261.63)
-    voices = [voice(musicgen.checkpoint, str(n), frames=8, audio=tones(f)) for n, f in enumerate(pitches)]
-    for its in run_batch(musicgen.checkpoint, musicgen.decoder, voices, 2):
-        number = int(its.voice.request_id)
-        (single,) = run_batch(
+    states = [
+        request_state(musicgen.checkpoint, str(n), frames=8, audio=tones(f)) for n, f in enumerate(pitches)
+    ]
+    for finished in run_requests(musicgen.checkpoint, musicgen.decoder, states, 2):
+        number = int(finished.state.request_id)
+        (single,) = run_requests(
             musicgen.checkpoint,
             musicgen.decoder,
-            [voice(musicgen.checkpoint, "alone", frames=8, audio=tones(pitches[number]))],
+            [request_state(musicgen.checkpoint, "alone", frames=8, audio=tones(pitches[number]))],
             2,
         )
-        np.testing.assert_array_equal(its.voice.codes, single.voice.codes)
+        np.testing.assert_array_equal(finished.state.codes, single.state.codes)
 
 
 # -- failures ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [2, 6])
-def test_a_voice_whose_logits_are_not_numbers_fails_alone(any_musicgen: Any, rows: int) -> None:
+def test_a_request_whose_logits_are_not_numbers_fails_alone(any_musicgen: Any, rows: int) -> None:
     checkpoint = any_musicgen.checkpoint
-    good = [voice(checkpoint, name, frames=12, seed=seed) for seed, name in enumerate("ab")]
-    bad = voice(checkpoint, "bad", frames=12, prompt="fast drums")
-    decoder = Watched(any_musicgen.decoder)
-    decoder.broken = bad.conditions.told(bad.conditions.window(0.0))
+    good = [request_state(checkpoint, name, frames=12, seed=seed) for seed, name in enumerate("ab")]
+    bad = request_state(checkpoint, "bad", frames=12, prompt="fast drums")
+    decoder = CountingDecoder(any_musicgen.decoder)
+    decoder.broken = bad.conditions.conditional(bad.conditions.chroma_at(0.0))
     ended = {
-        its.voice.request_id: its for its in run_batch(checkpoint, decoder, [good[0], bad, good[1]], rows)
+        finished.state.request_id: finished
+        for finished in run_requests(checkpoint, decoder, [good[0], bad, good[1]], rows)
     }
     assert isinstance(ended["bad"].error, EngineFailure)
     assert "NaN or infinity" in str(ended["bad"].error)
     for seed, name in enumerate("ab"):
         assert ended[name].error is None
-        (single,) = run_batch(
-            checkpoint, any_musicgen.decoder, [voice(checkpoint, name, frames=12, seed=seed)], 2
+        (single,) = run_requests(
+            checkpoint, any_musicgen.decoder, [request_state(checkpoint, name, frames=12, seed=seed)], 2
         )
-        np.testing.assert_array_equal(ended[name].voice.codes, single.voice.codes)
+        np.testing.assert_array_equal(ended[name].state.codes, single.state.codes)
 
 
-def test_a_prefix_that_cannot_be_made_fails_its_voice_alone(
+def test_a_prefix_that_cannot_be_made_fails_its_request_alone(
     musicgen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In two rows: what the broken one took has to be free again."""
+    """In two rows: those of the failed request have to be free again."""
     from pipeline.engines.musicgen.conditioning import Conditions
 
-    checkpoint, told = musicgen.checkpoint, Conditions.told
-    bad = voice(checkpoint, "bad", frames=12, prompt="fast drums")
+    checkpoint, conditional = musicgen.checkpoint, Conditions.conditional
+    bad = request_state(checkpoint, "bad", frames=12, prompt="fast drums")
 
     def fail(self: Conditions, window: np.ndarray) -> np.ndarray:
         if self is bad.conditions:
-            raise MemoryError("no room")
-        return told(self, window)
+            raise MemoryError("no memory")
+        return conditional(self, window)
 
-    monkeypatch.setattr(Conditions, "told", fail)
-    voices = [voice(checkpoint, "a", frames=12), bad, voice(checkpoint, "b", frames=12, seed=1)]
-    ended = {its.voice.request_id: its.error for its in run_batch(checkpoint, musicgen.decoder, voices, 2)}
-    assert str(ended.pop("bad")) == "no room"
+    monkeypatch.setattr(Conditions, "conditional", fail)
+    states = [
+        request_state(checkpoint, "a", frames=12),
+        bad,
+        request_state(checkpoint, "b", frames=12, seed=1),
+    ]
+    ended = {
+        finished.state.request_id: finished.error
+        for finished in run_requests(checkpoint, musicgen.decoder, states, 2)
+    }
+    assert str(ended.pop("bad")) == "no memory"
     assert ended == {"a": None, "b": None}
 
 
@@ -207,8 +223,10 @@ def test_a_prefix_that_cannot_be_made_fails_its_voice_alone(
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
-def test_half_precision_makes_what_is_asked_for(musicgen: Any, request_for: RequestFn, kind: str) -> None:
-    """What a GPU calculates in; the same request gives the same tokens again."""
+def test_half_precision_makes_valid_tokens_and_the_same_again(
+    musicgen: Any, request_for: RequestFn, kind: str
+) -> None:
+    """The precision of a GPU, on the CPU."""
     engine = generator_with(musicgen.checkpoint, decoder_of(musicgen.checkpoint, kind))
     asked = [request_for("a", duration_s=0.2), request_for("b", duration_s=0.3, guidance=1.0)]
     found, again = codes_of(engine, *asked), codes_of(engine, *asked)

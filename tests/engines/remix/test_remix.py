@@ -1,4 +1,4 @@
-"""The remix generator keeps the engine contract: lengths, seeds, order, failures, stopping."""
+"""The remix generator fulfils the engine contract: lengths, seeds, order, failures, stopping."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def remix(audio: Audio, seconds: float, **params: Any) -> Variation:
     return result
 
 
-def test_it_is_found_by_its_card_and_needs_no_model() -> None:
+def test_its_card_is_found_and_names_no_model() -> None:
     card = cards()["remix"]
     assert (card.stage, card.rank, card.default_model) == ("generate", 0, None)
     assert card.params is RemixParams
@@ -113,11 +113,11 @@ MODES = {"music": "beats", "impulses": "beats"} | dict.fromkeys(["pads", "drone"
 
 
 @pytest.mark.parametrize(("name", "mode"), MODES.items())
-def test_music_without_beats_is_told_by_its_pulse(name: str, mode: str) -> None:
+def test_beats_are_used_only_where_the_music_has_them(name: str, mode: str) -> None:
     assert remix(SOURCES[name](), 10.0).details["mode"] == mode
 
 
-def test_the_same_seed_gives_the_same_samples_and_others_give_others() -> None:
+def test_equal_seeds_give_equal_samples_and_most_others_different_ones() -> None:
     first = [remix(SONG.audio, 24.0, seed=seed).audio.samples for seed in range(4)]
     again = [remix(SONG.audio, 24.0, seed=seed).audio.samples for seed in range(4)]
     for a, b in zip(first, again, strict=True):
@@ -125,7 +125,7 @@ def test_the_same_seed_gives_the_same_samples_and_others_give_others() -> None:
     assert len({samples.tobytes() for samples in first}) >= 3
 
 
-def test_a_result_does_not_depend_on_its_batch_or_on_what_is_remembered() -> None:
+def test_a_result_does_not_depend_on_its_batch_or_on_cached_analyses() -> None:
     other, third = synth.pads(8.0), synth.noise(4.0)
     wanted = request(SONG.audio, 20.0, seed=5, request_id="wanted")
     alone = run(wanted)["wanted"]
@@ -173,23 +173,22 @@ def test_a_variation_is_not_a_copy() -> None:
         assert not np.array_equal(samples, SONG.audio.samples)
 
 
-def test_joins_keep_the_least_segment() -> None:
+def test_joins_are_at_least_min_segment_beats_apart() -> None:
     details = remix(SONG.audio, 60.0, temperature=2.0, min_segment_beats=12).details
     times_s = [0.0, *(join["out_s"] for join in details["joins"])]
     assert len(times_s) > 2
-    assert (
-        min(np.diff(times_s)) > 12 * SONG.beat_s - 0.03
-    )  # the search for the best lag moves a join by up to 20 ms
+    tolerance_s = 0.03  # the alignment moves a join by up to 20 ms
+    assert min(np.diff(times_s)) > 12 * SONG.beat_s - tolerance_s
 
 
-def test_the_details_report_what_is_known_of_the_source() -> None:
+def test_the_details_describe_the_source() -> None:
     details = remix(SONG.audio, 45.0).details
     assert details["tempo_bpm"] == pytest.approx(124, rel=0.002)
     assert details["meter"] == 4 and details["ending"] == "own"
     assert 0 < details["coverage"] <= 1 and details["pulse_clarity"] > 0.5
 
 
-def test_a_read_only_memory_map_is_enough(tmp_path: Any) -> None:
+def test_a_read_only_memory_map_gives_the_same_samples(tmp_path: Any) -> None:
     np.save(tmp_path / "a.npy", SONG.audio.samples)
     mapped = Audio(np.load(tmp_path / "a.npy", mmap_mode="r"), 44100)
     np.testing.assert_array_equal(remix(mapped, 12.0).audio.samples, remix(SONG.audio, 12.0).audio.samples)
@@ -204,7 +203,9 @@ def test_a_read_only_memory_map_is_enough(tmp_path: Any) -> None:
     ],
     ids=["not finite", "silent", "0.1 s"],
 )
-def test_a_request_that_cant_be_made_fails_alone(spoil: Callable[[Any], Any], error: type[Exception]) -> None:
+def test_a_request_that_cannot_be_made_fails_alone(
+    spoil: Callable[[Any], Any], error: type[Exception]
+) -> None:
     bad = request(Audio(spoil(SONG.audio.samples).astype(np.float32), 44100), 10.0, request_id="bad")
     results = run(bad, request(SONG.audio, 10.0, request_id="good"))
     assert isinstance(results["good"], Variation)
@@ -212,7 +213,7 @@ def test_a_request_that_cant_be_made_fails_alone(spoil: Callable[[Any], Any], er
     assert isinstance(failure, Failure) and isinstance(failure.error, error)
 
 
-def test_another_rate_than_it_was_loaded_for_is_a_failure() -> None:
+def test_a_track_at_another_rate_than_the_engine_was_loaded_for_is_a_failure() -> None:
     generator: Any = ENGINE.load(EngineSettings(sample_rate=48000))
     (result,) = generator.generate(
         [request(SONG.audio, 5.0)], progress=lambda *_: None, should_stop=lambda: False
@@ -230,11 +231,10 @@ def test_it_stops_between_steps_and_keeps_what_it_yielded() -> None:
 
 
 def test_progress_rises_to_its_total() -> None:
-    told: list[tuple[str, int, int]] = []
-    generator = load(SONG.audio)
+    reported: list[tuple[str, int, int]] = []
     list(
-        generator.generate(
-            [request(SONG.audio, 10.0)], progress=lambda *a: told.append(a), should_stop=lambda: False
+        load(SONG.audio).generate(
+            [request(SONG.audio, 10.0)], progress=lambda *a: reported.append(a), should_stop=lambda: False
         )
     )
-    assert told == [("r", done, 3) for done in range(4)]
+    assert reported == [("r", done, 3) for done in range(4)]

@@ -1,4 +1,4 @@
-"""What a remix sounds like, in numbers: tempo, beats across joins, clicks, level, likeness at the joins."""
+"""Measured properties of remixes: tempo, beats across joins, clicks, level, similarity at the joins."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def remixes(audio: Audio, seconds: float, seeds: Sequence[int] = range(4), **par
 def around_joins(
     audio: Audio, variation: Variation, before_s: float, until_s: float
 ) -> list[tuple[Doubles, Doubles, Doubles]]:
-    """Per join: the result, and the source where it was left and where it was entered; mono."""
+    """Per join: the result, and the source around the edge left and around the edge entered; mono."""
     rate = audio.sample_rate
     first, last = round(before_s * rate), round(until_s * rate)
     result, source = variation.audio.mono().astype(float), audio.mono().astype(float)
@@ -55,14 +55,14 @@ def burst_db(sounds: tuple[Doubles, Doubles, Doubles]) -> float:
 
 
 def level_step_db(sounds: tuple[Doubles, Doubles, Doubles]) -> float:
-    """How far the level of the result lies outside of the levels of the two sides."""
+    """By how much the level of the result lies outside of the levels of the two sides."""
     result, left, entered = (10 * np.log10((sound**2).mean() + 1e-12) for sound in sounds)
     return float(max(0.0, min(left, entered) - result, result - max(left, entered)))
 
 
 @pytest.mark.parametrize("bpm", [84.0, 97.3, 120.0, 150.0])
 @pytest.mark.parametrize("meter", [3, 4, 7])
-def test_beats_are_found_to_the_millisecond(bpm: float, meter: int) -> None:
+def test_beats_are_found_within_4_ms(bpm: float, meter: int) -> None:
     piece = synth.play(bpm, "verse chorus", meter=meter)
     track = analyse(piece.audio)
     assert track.tempo_bpm == pytest.approx(bpm, rel=0.002)
@@ -72,7 +72,7 @@ def test_beats_are_found_to_the_millisecond(bpm: float, meter: int) -> None:
 
 
 def drifting(piece: synth.Piece, depth: float) -> tuple[Audio, Doubles, Doubles]:
-    """The piece with a tempo that swings by +-depth over 6 s; times, and the piece's time at each."""
+    """The piece with a tempo that varies by +-depth over 6 s; times, and the piece's time at each."""
     rate = piece.audio.sample_rate
     time_s = np.arange(piece.audio.n_samples) / rate
     piece_s = time_s + depth * 6 / (2 * np.pi) * np.sin(2 * np.pi * time_s / 6)
@@ -105,13 +105,13 @@ def test_impulses_stay_on_their_grid() -> None:
     for variation in remixes(audio, 30.0, temperature=2.0):
         assert variation.details["joins"]
         samples = variation.audio.samples[0, : -5 * 44100]  # the last seconds are faded
-        heard_s = np.flatnonzero(samples > 0.5) / 44100
-        np.testing.assert_allclose(np.diff(heard_s), 0.5, atol=0.0001)
+        times_s = np.flatnonzero(samples > 0.5) / 44100
+        np.testing.assert_allclose(np.diff(times_s), 0.5, atol=0.0001)
 
 
 @pytest.mark.parametrize("bpm", [90.0, 128.0])
 def test_the_tempo_of_the_result_is_the_sources(bpm: float) -> None:
-    """Independent of the engine: the strongest lag of the autocorrelated rise of energy, near eight beats."""
+    """Measured without the engine: the autocorrelation of the rising energy near a lag of eight beats."""
     piece = synth.play(bpm, "verse chorus verse")
     for variation in remixes(piece.audio, 40.0, seeds=[0, 1], temperature=1.5):
         frames = variation.audio.mono()[: 35 * 44100].reshape(-1, 441)
@@ -134,7 +134,7 @@ PIECES = {
 
 @pytest.mark.parametrize("name", PIECES)
 def test_joins_do_not_click(name: str) -> None:
-    """Up to the beat the fastest change lies within 1 dB of that of the two sides, which go on untouched."""
+    """Up to the beat, the fastest change is at most 1 dB above that of the two sides."""
     audio = PIECES[name]()
     beatless = name in {"pads", "drone"}
     before_s, until_s = (0.2, 0.2) if beatless else (CROSSFADE_S + 0.02, -0.002)
@@ -142,8 +142,7 @@ def test_joins_do_not_click(name: str) -> None:
     assert len(bursts) >= 8 and max(bursts) < 1.0
 
 
-def test_a_join_without_a_crossfade_would_be_heard_as_a_click() -> None:
-    """The measure of the test above sees what it is for."""
+def test_the_click_measure_finds_a_join_without_a_crossfade() -> None:
     audio = PIECES["drone"]()
     (variation,) = remixes(audio, 40.0, seeds=[0])
     bursts = []
@@ -163,8 +162,8 @@ def test_joins_keep_the_level(name: str) -> None:
     assert len(steps) >= 8 and max(steps) < 1.5
 
 
-def likeness(track: Analysis, variations: Sequence[Variation]) -> tuple[float, float]:
-    """Mean score of the joins made, and of random ones on the same beat of the bar."""
+def mean_scores(track: Analysis, variations: Sequence[Variation]) -> tuple[float, float]:
+    """Of the joins made, and of all joins to the same beat of the bar."""
     made = [join["score"] for variation in variations for join in variation.details["joins"]]
     edges = np.arange(1, track.n_beats - 1)
     leave, enter = np.meshgrid(edges, edges)
@@ -174,12 +173,12 @@ def likeness(track: Analysis, variations: Sequence[Variation]) -> tuple[float, f
 
 def test_joins_are_far_better_than_random_ones() -> None:
     audio = synth.play(sections="verse verse chorus verse chorus").audio
-    made, random = likeness(analyse(audio), remixes(audio, 30.0))
+    made, random = mean_scores(analyse(audio), remixes(audio, 30.0))
     assert made > 0.5 and made > random + 0.3
 
 
 def test_an_ending_is_played_to_its_end() -> None:
-    """The last second is the source's last second, a fade and up to 0.4 s of silence aside."""
+    """The last second is the source's last second, apart from a fade and up to 0.4 s of silence."""
     piece = synth.play(120, "verse chorus verse chorus")
     for variation in remixes(piece.audio, 50.0, temperature=1.0):
         assert variation.details["ending"] == "own"
@@ -190,7 +189,7 @@ def test_an_ending_is_played_to_its_end() -> None:
         assert np.abs(tail[-441:]).max() < 0.02
 
 
-def test_what_is_cut_off_ends_in_a_fade() -> None:
+def test_a_result_without_an_ending_is_faded() -> None:
     audio = synth.play(sections="verse verse chorus", ending=False).audio
     for variation in remixes(audio, 12.0):
         assert variation.details["ending"] == "fade"
@@ -200,9 +199,9 @@ def test_what_is_cut_off_ends_in_a_fade() -> None:
         assert abs(mono[-1]) < 1e-4
 
 
-@pytest.mark.skipif(not REAL, reason="the real tracks are not here")
+@pytest.mark.skipif(not REAL, reason="the real tracks are not on this machine")
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
-def test_real_tracks_are_joined_without_clicks_and_better_than_at_random(path: Path) -> None:
+def test_joins_of_real_tracks_do_not_click_and_are_better_than_random(path: Path) -> None:
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     audio = Audio(np.ascontiguousarray(samples.T), rate)
     variations = remixes(audio, 30.0)
@@ -210,5 +209,5 @@ def test_real_tracks_are_joined_without_clicks_and_better_than_at_random(path: P
     assert len(joins) >= 2
     assert max(burst_db(s) for s in joins) < 1.0
     assert max(level_step_db(s) for s in joins) < 2.0
-    made, random = likeness(analyse(audio), variations)
+    made, random = mean_scores(analyse(audio), variations)
     assert made > random + 0.2

@@ -15,7 +15,7 @@ its neighbours nor on the number of threads: that makes variations reproducible 
 
 from pipeline.engines.musicgen.kernels.amx import AMX
 from pipeline.engines.musicgen.kernels.attention import Attended, AttentionScratch, KeysValues
-from pipeline.engines.musicgen.kernels.packing import pack_columns, quantize_rows
+from pipeline.engines.musicgen.kernels.packing import aligned, pack_columns, quantize_rows
 from pipeline.engines.musicgen.kernels.processor import LANES, ROW_BLOCK
 from pipeline.engines.musicgen.kernels.products import (
     ADD,
@@ -50,6 +50,7 @@ __all__ = [
     "PackedRows",
     "Product",
     "ProductScratch",
+    "aligned",
     "pack_columns",
     "product_counters",
     "quantize_rows",

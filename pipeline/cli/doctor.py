@@ -1,0 +1,139 @@
+"""`doctor`: checks the installation, the machine and the home; a failed check does not end the others."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.app import App
+from pipeline.engines import cards
+from pipeline.engines.pretrained import check_device
+from pipeline.engines.selection import missing_packages
+from pipeline.errors import PipelineError, os_reason
+from pipeline.maintenance.reconcile import Finding, reconcile
+from pipeline.outbox.outbox import Outbox
+from pipeline.store.store import Store
+from pipeline.weights import hub
+from pipeline.workspace import ENGINES_FOLDER
+
+LOW_DISK_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of one check."""
+
+    mark: Literal["ok", "note", "bad"]
+    what: str
+    text: str
+
+
+def run_checks(app: App, *, repair: bool) -> Iterator[Check]:
+    """Run all checks.
+
+    Args:
+        repair: queue missing or altered results again, and remove leftovers. Only for the holder of
+            the instance lock.
+    """
+    yield Check("ok", "configuration", str(app.config_path or "built in"))
+    checks = {
+        "folders": _folders(app),
+        "decoders": _decoders(),
+        "engines": _engines(app),
+        "engine of embed": _choice(app, "embed"),
+        "engine of generate": _choice(app, "generate"),
+        "database": _database(app, repair=repair),
+    }
+    for what, results in checks.items():
+        try:
+            yield from results
+        except PipelineError as e:
+            yield Check("bad", what, str(e))
+        except OSError as e:
+            where = f" ({e.filename})" if e.filename else ""
+            yield Check("bad", what, os_reason(e) + where)
+
+
+def _folders(app: App) -> Iterator[Check]:
+    app.workspace.prepare()
+    yield Check("ok", "folders", f"{app.workspace.inbox}, {app.workspace.outbox}, {app.workspace.state}")
+    free = shutil.disk_usage(app.workspace.outbox).free
+    mark: Literal["ok", "bad"] = "bad" if free < LOW_DISK_BYTES else "ok"
+    yield Check(mark, "disk", f"{free / 1e9:.1f} GB free for the outbox")
+
+
+def _decoders() -> Iterator[Check]:
+    try:
+        import av
+        import soundfile
+    except (ImportError, OSError) as e:
+        yield Check("bad", "decoders", str(e))
+        return
+    yield Check("ok", "decoders", f"libsndfile {soundfile.__libsndfile_version__}, PyAV {av.__version__}")
+
+
+def _engines(app: App) -> Iterator[Check]:
+    """Which engines are installed, and what they have recorded about themselves."""
+    folder = app.workspace.state / ENGINES_FOLDER
+    for card in cards().values():
+        if missing := missing_packages(card):
+            text = f"needs {', '.join(missing)}: {card.install}"
+            yield Check("note", f"{card.stage} engine {card.name}", text)
+        else:
+            yield Check("ok", f"{card.stage} engine {card.name}", card.summary)
+        if card.upkeep and (found := card.upkeep.last_start(folder)):
+            yield Check("ok", f"{card.name} at its last start", found)
+
+
+def _choice(app: App, stage: Literal["embed", "generate"]) -> Iterator[Check]:
+    """Which engine the configuration uses for a stage, and whether everything that it needs is here."""
+    choice = app.choice(stage)
+    where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""
+    yield Check("ok", f"{stage} uses", f"{choice.card.name}: {choice.why}{where}")
+    if "torch" in choice.card.packages:
+        check_device(app.config.device)
+    if choice.needs_weights:
+        text = f"{choice.model} is not on this machine yet: {hub.FETCH_COMMAND}"
+        yield Check("note", f"{stage} weights", text)
+    if stage == "generate":
+        app.check_variations(choice)
+
+
+def _database(app: App, *, repair: bool) -> Iterator[Check]:
+    """Whether the database is intact, and if so, whether the outbox agrees with it."""
+    if not app.workspace.database.exists():
+        yield Check("ok", "database", "not created yet: nothing has been processed")
+        return
+    store = Store(app.workspace.database, read_only=not repair)
+    store.check()
+    counts = ", ".join(f"{n} {state}" for state, n in store.counts().items())
+    yield Check("ok", "database", f"intact: {counts}")
+    yield from _outbox(app, store, repair=repair)
+
+
+def _outbox(app: App, store: Store, *, repair: bool) -> Iterator[Check]:
+    """Whether every recorded result is in the outbox, byte for byte."""
+    findings = reconcile(
+        store,
+        Outbox(app.workspace.outbox),
+        app.workspace,
+        thorough=True,
+        repair=repair,
+        redo_missing=repair or app.config.retention.redo_missing,  # an explicit --repair wins
+        now=time.time(),
+    )
+    if app.workspace.is_locked() and not repair:  # files of the running instance look like leftovers
+        findings = [finding for finding in findings if finding.kind != "leftover"]
+    for finding in findings:
+        yield Check("note" if _is_harmless(finding) else "bad", finding.where, finding.text)
+    if not findings:
+        yield Check("ok", "outbox", "all results are as recorded")
+    elif not repair and any(finding.kind in ("result", "leftover") for finding in findings):
+        yield Check("note", "repair", "stop the running instance, if any, and run `doctor --repair`")
+
+
+def _is_harmless(finding: Finding) -> bool:
+    return finding.mended or finding.kind == "unknown"

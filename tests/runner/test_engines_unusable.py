@@ -1,0 +1,131 @@
+"""An engine that can't be loaded is the environment's fault: no track is claimed, counted or moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runner_setup import Answers, RunnerSetup, Unloadable
+
+from pipeline.engines import cards
+from pipeline.engines.base import EngineSettings
+from pipeline.engines.loading import LoadedEngines
+from pipeline.engines.selection import Choice
+from pipeline.errors import (
+    BadCheckpoint,
+    ConfigError,
+    DiskFull,
+    EngineUnusable,
+    FolderUnusable,
+    MissingPackage,
+    PipelineError,
+)
+from pipeline.records import Failure
+from pipeline.runner.runner import Runner
+
+
+@pytest.fixture
+def engines() -> Unloadable:
+    return Unloadable(Answers(), EngineUnusable("device: cuda can't be used"))
+
+
+@pytest.fixture
+def runner(setup: RunnerSetup, engines: Unloadable) -> Runner:
+    return replace(setup.runner(Answers()), engines=engines)
+
+
+def test_nothing_is_claimed_and_work_continues_once_the_engine_can_be_loaded(
+    setup: RunnerSetup, runner: Runner, engines: Unloadable
+) -> None:
+    hashes = setup.bring("a.wav", "b.wav")
+
+    for _ in range(3):
+        with pytest.raises(EngineUnusable, match="cuda can't be used"):
+            runner.drain()
+    assert setup.states(hashes) == [("queued", 0)] * 2
+    assert [setup.outcomes(sha256) for sha256 in hashes] == [[], []]
+    assert sorted(path.name for path in setup.workspace.inbox.rglob("*")) == ["a.wav", "b.wav"]
+
+    engines.error = None
+    runner.drain()
+    assert setup.states(hashes) == [("done", 0)] * 2
+
+
+def test_an_engine_that_no_due_track_needs_is_not_loaded(
+    setup: RunnerSetup, runner: Runner, engines: Unloadable
+) -> None:
+    [sha256] = setup.bring("a.wav")
+    setup.runner(Answers()).drain()
+    runner.drain()  # an empty queue needs no engine
+    setup.store.requeue(sha256, now=setup.now)
+
+    runner.drain()
+
+    assert setup.states([sha256]) == [("done", 0)]
+
+
+def test_weights_that_disappear_during_the_work_count_against_no_track(setup: RunnerSetup) -> None:
+    hashes = setup.bring("a.wav", "b.wav")
+    gone = BadCheckpoint("models/musicgen has no config.json")
+
+    with pytest.raises(BadCheckpoint):
+        setup.runner(Answers(lambda request: Failure(request.request_id, gone))).drain()
+
+    assert setup.states(hashes) == [("queued", 0)] * 2
+    setup.runner(Answers()).drain()
+    assert setup.states(hashes) == [("done", 0)] * 2
+
+
+def fail_with(error: Exception) -> Callable[[EngineSettings], Answers]:
+    def load(_: EngineSettings) -> Answers:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (ConfigError("int8 needs a CPU"), EngineUnusable, "int8 needs a CPU"),
+        (MissingPackage("pip install x"), MissingPackage, "pip install x"),
+        (ImportError("libcudart.so: cannot open"), EngineUnusable, "libcudart.so"),
+        (MemoryError(), EngineUnusable, "remix can't be loaded: MemoryError"),
+        (RuntimeError("damaged"), EngineUnusable, "remix can't be loaded: RuntimeError: damaged"),
+        (OSError(28, "No space left on device"), DiskFull, "no space left"),
+        (PermissionError(13, "Permission denied", "w.safetensors"), FolderUnusable, "w.safetensors"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_every_error_of_loading_is_an_environment_error(
+    error: Exception, kind: type[PipelineError], says: str
+) -> None:
+    choice = Choice(replace(cards()["remix"], load=fail_with(error)), None, None, "test")
+    engines = LoadedEngines(choice, EngineSettings(), choice, EngineSettings())
+
+    with pytest.raises(kind, match=says):
+        engines.generator()
+
+
+def test_a_track_that_waits_beyond_the_longest_backoff_is_due_since_the_clock_was_set_back(
+    setup: RunnerSetup, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, years_ahead = setup.bring("a.wav", "b.wav")
+    setup.store.claim([setup.track(years_ahead)])
+    setup.store.release(years_ahead, not_before=setup.now + 1e8)
+
+    setup.runner(Answers()).drain()
+
+    assert setup.states([now, years_ahead]) == [("done", 0)] * 2
+    assert "the clock was set back" in caplog.text
+
+
+def test_the_longest_regular_wait_is_kept(tmp_path: Path) -> None:
+    setup = RunnerSetup.at(tmp_path)
+    [sha256] = setup.bring("a.wav")
+    setup.store.claim([setup.track(sha256)])
+    setup.store.release(sha256, not_before=setup.now + 1.25 * setup.config.retry.max_backoff_s)
+
+    assert setup.runner(Answers()).drain() is False
+    assert setup.states([sha256]) == [("queued", 0)]
