@@ -91,7 +91,7 @@ def run(counters, phase, product, packed, amx, scratch):
     blocks = product.weights.shape[0]
     by_amx = amx.shape[0] > 0 and product.weights.itemsize == 1 and rows >= AMX_LEAST_ROWS
     by_amx = by_amx and product.group % AMX_UNIT == 0 and blocks % 2 == 0
-    if product.norm.shape[0] > 0:  # in each thread: that is quicker than a phase
+    if product.norm.shape[0] > 0:  # in each thread, which is faster than another phase
         for row in range(rows):
             scratch.statistics[row, 0], scratch.statistics[row, 1] = statistics(product.x[row])
     row_blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK

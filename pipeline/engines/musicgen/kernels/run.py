@@ -1,7 +1,8 @@
 """The two functions that the decoder calls, in all threads at once: the layers, and a single product.
 
-Only these two are in numba's cache on disk, with all that they call. Its key knows changes of this file
-alone, and the values that a function closes over; so both close over a digest of the package's files.
+Only these two are in numba's cache on disk, each with all the code that it calls. numba compiles a cached
+function again when its own file changes, or a value in its closure. So both close over a digest of all files
+of this package, and return it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from pipeline.engines.musicgen.kernels.phases import COUNTERS
 from pipeline.engines.musicgen.kernels.processor import LANES, OPTIONS
 from pipeline.engines.musicgen.kernels.products import ADD, GELU, STORE, PackedRows, Product
 
-_PHASES_PER_PRODUCT, _PHASES_PER_LAYER = 2, 10
 _MODES = (STORE, ADD, GELU, ADD)  # by matrix, see `Layers`
+_PHASES = 2  # of a product, and of attention
+_PHASES_PER_LAYER = _PHASES * (len(_MODES) + 1)
 _QKV, _DOWN = 0, 3
 
 
 class Layers(NamedTuple):
-    """All layers. Tuples are by matrix: queries with keys and values, output, and the feed-forward's two."""
+    """All layers. Tuples have an item per matrix: qkv, output, and the two of the feed-forward block."""
 
     weights: tuple[Any, ...]  # (layers, outputs / 16, inputs * 16), see `pack_columns`
     scales: tuple[Any, ...]  # float32 (layers, outputs), of int8 weights
@@ -61,7 +63,7 @@ class LayerBuffers(NamedTuple):
 
 def product_counters() -> np.ndarray:
     """`counters` of `run_product`."""
-    return np.zeros(COUNTERS * _PHASES_PER_PRODUCT, np.int64)
+    return np.zeros(COUNTERS * _PHASES, np.int64)
 
 
 def _sources() -> str:
