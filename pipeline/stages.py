@@ -18,7 +18,7 @@ from pipeline.records import (
     VariationRequest,
 )
 
-NORMALIZE_VERSION = "1"  # raised when the same file would be normalized to different samples
+NORMALIZE_VERSION = "2"  # raised when the same file would be normalized to different samples
 OUTPUT_VERSION = "1"  # raised when the same variation would be written as different bytes
 
 

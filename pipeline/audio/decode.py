@@ -1,9 +1,23 @@
-"""A sound file of any kind to samples at one rate, block by block, within limits.
+"""Decoding of an audio file of any kind to samples at one rate, within limits.
 
-libsndfile reads WAV, FLAC and Ogg, FFmpeg all the rest and what libsndfile won't; which of
-them is decided by the first bytes, never by the file's name. Each block is mixed down to at most two
-channels, checked and resampled before the next one is read, so memory holds the result and little else,
-however far a small file unpacks.
+FFmpeg is the decoder, and libsndfile is that of the few Ogg Vorbis files that FFmpeg does not open. The first
+bytes decide about the format, never the name. Each block is mixed down to at most two channels, checked and
+resampled before the next one is read, so that memory holds the result and little else, however far a small
+file unpacks.
+
+What is accepted:
+
+- A file that a player plays whole. Tags, padding and junk around the audio, size fields that are off, a
+  missing end-of-stream mark, a recording from the middle of a broadcast, and changes of sample rate or
+  channels on the way are no damage.
+- A file that lacks little: up to 0.1 s, or up to 1 % of its duration but no more than 5 s. The notes on the
+  source in the manifest say what is missing.
+- With `accept_truncated`, whatever can be decoded, again with a note.
+
+All else is refused. What is missing is the duration that the header states less what was decoded. Where it
+states none, it is estimated from the bytes that could not be decoded or that should follow. If a stream
+without a stated duration ends within a packet or a page, nobody knows how much is missing, and it is refused
+as well, unless it also begins in the middle.
 """
 
 from __future__ import annotations
@@ -11,35 +25,36 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.audio import wholeness
-from pipeline.audio.cut import Cut
-from pipeline.audio.downmix import MAX_CHANNELS, downmix_matrix, mix_down
-from pipeline.audio.readers import FFmpegReader, Reader, SndfileReader, UndecodableError, Window
+from pipeline.audio.container import Part, Window, parts, read_at
+from pipeline.audio.downmix import downmix_matrix, mix_down
+from pipeline.audio.ffmpeg import Block, Reader, UndecodableError
 from pipeline.audio.resampling import QUALITY
+from pipeline.audio.sndfile import SndfileReader
+from pipeline.audio.sniff import describe
 from pipeline.errors import BadAudio
 from pipeline.records import Audio, Samples, SourceInfo
 
 SLAB_FRAMES = 1 << 17  # large enough for the allocator to hand each slab back to the system
-MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 192_000
-
-
-_SNDFILE_KINDS = ("wav", "flac", "ogg")
+MISSING_SHARE, MISSING_LEAST_S, MISSING_MOST_S = 0.01, 0.1, 5.0  # what may be missing: see above
+NOTED_S = 0.025  # a block of Vorbis that the start of a recording costs is shorter, a frame of MP3 longer
+NOTED_SILENCE_SHARE, NOTED_SILENCE_S = 0.1, 1.0
+_HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What is refused, so that no file can fill memory or waste a night."""
+    """What is refused, so that no file can fill the memory or take hours."""
 
     min_duration_s: float = 1.0
     max_duration_s: float = 1200.0
     max_bytes: int = 1_000_000_000  # of the file
-    accept_truncated: bool = False  # take what is there of a file that is cut off
+    accept_truncated: bool = False  # take what can be decoded of a file that is cut off or damaged
 
 
 def decode(
@@ -48,8 +63,8 @@ def decode(
     """Read a file as float32 (1 or 2 channels, samples) at `sample_rate` Hz, and what it was before.
 
     Raises:
-        BadAudio: it is not sound, damaged or outside the limits; the message lacks the file's name.
-        OSError: the file is not there any more or the device fails, which is not the file's fault.
+        BadAudio: it is not audio, damaged or outside the limits; the message lacks the file's name.
+        OSError: the file does not exist any more or the device fails, which is not the file's fault.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: not to hang on a pipe
@@ -71,131 +86,211 @@ def decode_file(
         raise BadAudio("is empty: it has 0 bytes")
     if size > limits.max_bytes:
         raise BadAudio(f"is too big: {size:,} bytes, the limit is {limits.max_bytes:,}")
-    found = wholeness.inspect(file, size)
-    if found.cut and found.cut.present_s is not None and not limits.accept_truncated:
-        raise BadAudio(found.cut.sentence())
-    window = Window(file, found.start, found.end)
-    try:
-        with contextlib.closing(_open_reader(window, found, limits)) as reader:
-            return _read_all(reader, found, sample_rate, limits)
-    except UndecodableError as e:
-        if found.cut:
-            raise BadAudio(found.cut.sentence()) from e
-        raise BadAudio("is not audio in a format that can be read") from e
-    finally:
-        if window.error:  # whatever the decoder made of it, the device failed
-            raise window.error
-
-
-def _open_reader(window: Window, found: wholeness.Found, limits: DecodeLimits) -> Reader:
-    """libsndfile for what it does best, FFmpeg for the rest.
-
-    MPEG audio is FFmpeg's: libsndfile decodes it to the same samples through mpg123, which writes its
-    complaints, some about sound files, to the terminal. So is what is cut off, of which FFmpeg saves
-    more, and Ogg of more than two channels, of which FFmpeg knows where each belongs.
-    """
-    salvage = found.cut is not None or (limits.accept_truncated and found.kind == "flac")
-    if found.kind in _SNDFILE_KINDS and not salvage:
-        with contextlib.suppress(UndecodableError):
-            sound = SndfileReader(window)
-            if not sound.is_mpeg and (found.kind != "ogg" or sound.channels <= 2):
-                return sound
-            sound.close()
-    window.seek(0)
-    return FFmpegReader(window)
-
-
-def _read_all(
-    reader: Reader, found: wholeness.Found, sample_rate: int, limits: DecodeLimits
-) -> tuple[Audio, SourceInfo]:
-    if not MIN_RATE_HZ <= reader.sample_rate <= MAX_RATE_HZ:
-        raise BadAudio(
-            f"has a sample rate of {reader.sample_rate} Hz; {MIN_RATE_HZ} to {MAX_RATE_HZ} can be used"
-        )
-    if not 1 <= reader.channels <= MAX_CHANNELS:
-        raise BadAudio(f"has {reader.channels} channels; up to {MAX_CHANNELS} can be used")
-    sink = _Sink(reader, sample_rate, limits.max_duration_s)
-    broken: UndecodableError | None = None
-    try:
-        for block in reader.blocks():
-            sink.add(block)
-    except UndecodableError as e:
-        broken = e
-    present_s = sink.n_read / reader.sample_rate
-    if not limits.accept_truncated:
-        cut = found.cut or _shortfall(reader, found, present_s)
-        if cut:
-            raise BadAudio(cut.sentence(present_s)) from broken
-        if broken:
-            raise BadAudio(f"is damaged: it can't be decoded after {present_s:.1f} s") from broken
-    if sink.n_read == 0:
-        raise BadAudio("has no sound in it: not one sample can be decoded") from broken
-    if present_s < limits.min_duration_s:
-        raise BadAudio(f"is too short: {present_s:.2f} s, at least {limits.min_duration_s:g} s are needed")
-    info = SourceInfo(present_s, reader.sample_rate, reader.channels, reader.codec)
+    sink = _Sink(sample_rate, limits.max_duration_s)
+    account = _Account()
+    found = parts(file, size)
+    for part in found:
+        window = Window(file, part)
+        try:
+            with contextlib.closing(_open(window)) as reader:
+                for block in reader.blocks():
+                    sink.add(block)
+                account.add(part, reader)
+        except UndecodableError as e:
+            if len(found) == 1:
+                raise BadAudio(_not_audio(file, part)) from e
+            account.undecodable_parts += 1
+        finally:
+            if window.error:  # whatever the decoder made of it, the device failed
+                raise window.error
+    if not sink.read_s and not account.bad_bytes:
+        raise BadAudio("has no sound in it: not one sample can be decoded")
+    if not sink.read_s or account.is_noise:
+        raise BadAudio(_not_audio(file, found[0]))
+    problem = account.problem(sink.read_s)
+    if problem and not limits.accept_truncated:
+        raise BadAudio(f"{problem} (normalize.accept_truncated: true takes what is there)")
+    if sink.read_s < limits.min_duration_s - NOTED_S:
+        raise BadAudio(f"is too short: {sink.read_s:.2f} s, at least {limits.min_duration_s:g} s are needed")
+    notes = [problem] if problem else account.notes(sink.read_s)
+    rate, channels = sink.main_format
+    info = SourceInfo(sink.read_s, rate, channels, account.codec, (*notes, *sink.notes()))
     return Audio(sink.finish(), sample_rate), info
 
 
-def _shortfall(reader: Reader, found: wholeness.Found, present_s: float) -> Cut | None:
-    promised_s = found.promised_s if reader.promised_s is None else reader.promised_s
-    if found.kind == "ogg":  # libsndfile counts no further than it gets
-        promised_s = found.promised_s
-    if promised_s is None or present_s >= promised_s - reader.slack_s:
-        return None
-    return Cut(promised_s, present_s, what="cut off or damaged")
+def _open(window: Window) -> Reader | SndfileReader:
+    try:
+        return Reader(window)
+    except UndecodableError as e:
+        if window.peek(0, 4) != b"OggS":
+            raise
+        with contextlib.suppress(UndecodableError):
+            return SndfileReader(window)
+        raise e
+
+
+def _not_audio(file: BinaryIO, part: Part) -> str:
+    start, end = part.stretches[0]
+    return "is not audio in a format that can be read" + describe(
+        read_at(file, start, min(end - start, _HEAD_BYTES))
+    )
+
+
+@dataclass
+class _Account:
+    """What the parts of a file lack."""
+
+    codec: str = ""
+    missing_s: float = 0.0
+    bad_bytes: int = 0
+    undecodable_parts: int = 0
+    is_noise: bool = False
+    is_damaged: bool = False  # more than its end is missing
+    is_encrypted: bool = False
+    begins_late: bool = False
+    ends_early: str = ""  # what is incomplete where nothing tells how much is missing
+    ends_unmarked: bool = False
+
+    def add(self, part: Part, reader: Reader | SndfileReader) -> None:
+        self.codec = self.codec or reader.codec
+        self.missing_s += reader.missing_s
+        self.bad_bytes += reader.bad_bytes
+        self.is_noise |= reader.is_noise
+        self.is_damaged |= reader.has_gaps
+        self.begins_late |= reader.begins_late
+        self.ends_unmarked |= part.ends_unmarked
+        self.is_encrypted |= reader.bad_bytes > 0 and reader.is_encrypted()
+        if reader.ends_early:
+            self.ends_early = "the end of its last frame is missing"
+        if part.ends_in_page or (part.ends_unmarked and part.bytes_behind):
+            self.ends_early = "its last page is incomplete"
+
+    def problem(self, read_s: float) -> str:
+        """Why the file is not accepted as it is; empty if it is."""
+        total_s = read_s + self.missing_s
+        if self.is_encrypted:
+            raise BadAudio("is encrypted (copy protection) and can't be decoded")
+        if self.undecodable_parts:
+            return f"is damaged: {self.undecodable_parts} of the streams it is chained of can't be decoded"
+        if self.missing_s > min(max(MISSING_SHARE * total_s, MISSING_LEAST_S), MISSING_MOST_S):
+            what = "cut off or damaged" if self.is_damaged else "cut off"
+            return f"is {what}: {read_s:.1f} s of {total_s:.1f} s can be decoded"
+        if self.ends_early and not self.begins_late:
+            return f"is cut off: {self.ends_early} after {read_s:.1f} s"
+        return ""
+
+    def notes(self, read_s: float) -> list[str]:
+        """What is worth knowing about an accepted file."""
+        notes = []
+        if self.missing_s > NOTED_S:
+            total_s = read_s + self.missing_s
+            notes.append(f"{self.missing_s:.2f} s of {total_s:.2f} s are missing or can't be decoded")
+        elif self.bad_bytes:
+            notes.append(f"{self.bad_bytes} bytes that can't be decoded were left out")
+        if self.ends_early:
+            notes.append(f"{self.ends_early} after {read_s:.1f} s")
+        elif self.ends_unmarked:
+            notes.append("the end-of-stream mark is missing")
+        return notes
 
 
 class _Sink:
-    """Mixes down, checks and resamples block after block, and keeps the result."""
+    """Mixes down, checks and resamples block after block, and holds the result."""
 
-    def __init__(self, reader: Reader, sample_rate: int, max_duration_s: float) -> None:
-        self.n_read = 0  # samples per channel at the source's rate
-        self._rate = reader.sample_rate
+    def __init__(self, sample_rate: int, max_duration_s: float) -> None:
+        self._sample_rate = sample_rate
         self._max_duration_s = max_duration_s
-        self._matrix = downmix_matrix(reader.channels, reader.channel_names)
-        self._channels = min(reader.channels, 2)
+        self._n_read: Counter[tuple[int, int]] = Counter()  # samples by sample rate and channel count
+        self._silent_s = 0.0  # digital silence since the last sound
+        self._format: tuple[int, tuple[str, ...]] | None = None
+        self._matrix: Samples | None = None
+        self._stream: Any = None
+        self._slabs: deque[Samples] = deque()  # float32 (SLAB_FRAMES or fewer, channels)
+        self._n_filled = 0  # samples in the last slab
+
+    @property
+    def read_s(self) -> float:
+        return sum(n / rate for (rate, _), n in self._n_read.items())
+
+    @property
+    def main_format(self) -> tuple[int, int]:
+        """The sample rate in Hz and the number of channels of the longest part of the file."""
+        return max(self._n_read, key=lambda form: self._n_read[form] / form[0])
+
+    def notes(self) -> list[str]:
+        notes = []
+        formats = [
+            f"{rate} Hz, {channels} ch"
+            for (rate, channels), n in self._n_read.items()
+            if n > MISSING_LEAST_S * rate
+        ]
+        if len(formats) > 1:
+            notes.append(f"the format changes on the way: {'; '.join(formats)}")
+        if self._silent_s > max(NOTED_SILENCE_S, NOTED_SILENCE_SHARE * self.read_s):
+            notes.append(f"the last {self._silent_s:.1f} s are digital silence")
+        return notes
+
+    def add(self, block: Block) -> None:
+        samples, rate, names = block
+        if self._format != (rate, names):
+            self._begin(rate, names)
+        if self._matrix is not None:
+            samples = mix_down(samples, self._matrix)
+        self._check_finite(samples, rate)
+        self._n_read[rate, len(names)] += len(samples)
+        if self.read_s > self._max_duration_s:
+            raise BadAudio(f"is too long: more than {self._max_duration_s:g} s")
+        self._silent_s = 0.0 if samples[-1:].any() or samples.any() else self._silent_s + len(samples) / rate
+        self._store(samples, last=False)
+
+    def finish(self) -> Samples:
+        """Everything, float32 (channels, samples); each slab is released when it has been copied."""
+        self._end()
+        channels = max(slab.shape[1] for slab in self._slabs)
+        whole = np.empty((channels, sum(map(len, self._slabs))), dtype=np.float32)
+        at = 0
+        while self._slabs:
+            slab = self._slabs.popleft()
+            whole[:, at : at + len(slab)] = slab.T  # mono among stereo goes to both channels
+            at += len(slab)
+        return whole
+
+    def _begin(self, rate: int, names: tuple[str, ...]) -> None:
+        """Go on with samples of another format."""
+        self._end()
+        self._format = rate, names
+        self._matrix = downmix_matrix(names)
         self._stream = None
-        if sample_rate != reader.sample_rate:
+        if rate != self._sample_rate:
             import soxr
 
             self._stream = soxr.ResampleStream(
-                reader.sample_rate, sample_rate, self._channels, dtype="float32", quality=QUALITY
+                rate, self._sample_rate, min(len(names), 2), dtype="float32", quality=QUALITY
             )
-        self._slabs: deque[Samples] = deque()  # float32 (SLAB_FRAMES, channels) each, the last partly filled
-        self._n_kept = 0
+        self._add_slab()
 
-    def add(self, block: Samples) -> None:
-        """Take float32 (samples, channels)."""
-        if self._matrix is not None:
-            block = mix_down(block, self._matrix)
-        self._check_finite(block)
-        self.n_read += len(block)
-        if self.n_read > self._max_duration_s * self._rate:
-            raise BadAudio(f"is too long: more than {self._max_duration_s:g} s")
-        self._keep(block, last=False)
+    def _end(self) -> None:
+        if self._format is not None:
+            self._store(np.zeros((0, self._slabs[-1].shape[1]), dtype=np.float32), last=True)
+            self._slabs[-1] = self._slabs[-1][: self._n_filled]
 
-    def finish(self) -> Samples:
-        """Everything, float32 (channels, samples); the slabs are let go one by one as they are copied."""
-        self._keep(np.zeros((0, self._channels), dtype=np.float32), last=True)
-        whole = np.empty((self._channels, self._n_kept), dtype=np.float32)
-        for at in range(0, self._n_kept, SLAB_FRAMES):
-            part = whole[:, at : at + SLAB_FRAMES]
-            part[...] = self._slabs.popleft()[: part.shape[1]].T
-        return whole
+    def _add_slab(self) -> None:
+        assert self._format is not None
+        self._slabs.append(np.empty((SLAB_FRAMES, min(len(self._format[1]), 2)), dtype=np.float32))
+        self._n_filled = 0
 
-    def _keep(self, block: Samples, *, last: bool) -> None:
+    def _store(self, samples: Samples, *, last: bool) -> None:
         if self._stream is not None:
-            block = self._stream.resample_chunk(np.ascontiguousarray(block), last=last)
-        while len(block):
-            at = self._n_kept % SLAB_FRAMES
-            if at == 0:
-                self._slabs.append(np.empty((SLAB_FRAMES, self._channels), dtype=np.float32))
-            part, block = block[: SLAB_FRAMES - at], block[SLAB_FRAMES - at :]
-            self._slabs[-1][at : at + len(part)] = part
-            self._n_kept += len(part)
+            samples = self._stream.resample_chunk(np.ascontiguousarray(samples), last=last)
+        while len(samples):
+            if self._n_filled == SLAB_FRAMES:
+                self._add_slab()
+            part, samples = np.split(samples, [SLAB_FRAMES - self._n_filled])
+            self._slabs[-1][self._n_filled : self._n_filled + len(part)] = part
+            self._n_filled += len(part)
 
-    def _check_finite(self, block: Samples) -> None:
-        finite = np.isfinite(block).all(axis=1)
+    def _check_finite(self, samples: Samples, rate: int) -> None:
+        finite = np.isfinite(samples)
         if not finite.all():
-            at_s = (self.n_read + int(np.argmin(finite))) / self._rate
+            at_s = self.read_s + int(np.argmin(finite.all(axis=1))) / rate
             raise BadAudio(f"has a sample that is not a finite number at {at_s:.3f} s")

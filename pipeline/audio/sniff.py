@@ -1,53 +1,52 @@
-"""What a file is by its first bytes: which decoder to try first, and what a folder scan may skip.
+"""What a file is by its first bytes: what a folder scan takes for audio, and what a refusal calls it.
 
-Source of the magic numbers: the formats' own specifications (RIFF, RFC 9639 for FLAC, RFC 3533 for
-Ogg, ISO/IEC 11172-3 and 13818-7 for MPEG audio, ISO/IEC 14496-12 for MP4, RFC 8794 for EBML).
+The magic numbers come from the formats' own specifications.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
-from typing import Literal
 
-Kind = Literal[
-    "wav",
-    "aiff",
-    "flac",
-    "ogg",
-    "mpeg",
-    "adts",
-    "mp4",
-    "matroska",
-    "caf",
-    "au",
-    "w64",
-    "asf",
-    "avi",
-    "id3",
-    "other",
-]
+# Containers with a structure of their own. The pattern is matched at the beginning of the file.
+_CONTAINERS = {
+    "WAV": rb"(RIFF|RF64|BW64)....WAVE",
+    "AVI": rb"RIFF....AVI ",
+    "AIFF": rb"FORM....AIF[FC]",
+    "MP4": rb"....(ftyp|moov|mdat|wide|free|skip|styp|moof)",
+    "FLAC": rb"fLaC",
+    "Ogg": rb"OggS",
+    "Matroska": rb"\x1a\x45\xdf\xa3",
+    "CAF": rb"caff",
+    "AU": rb"\.snd",
+    "Wave64": rb"riff\x2e\x91\xcf\x11",
+    "Windows Media": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11",
+    "AMR": rb"#!AMR",
+    "Monkey's Audio": rb"MAC ",
+    "WavPack": rb"wvpk",
+    "True Audio": rb"TTA[12]",
+    "Musepack": rb"MPCK|MP\+",
+    "TAK": rb"tBaK",
+    "DSF": rb"DSD ",
+    "RealMedia": rb"\.RMF",
+    "Flash video": rb"FLV\x01",
+}
+# Streams of frames: MPEG audio and ADTS (not all bits of the header are possible), AC-3, DTS.
+_FRAMES = rb"\xff[\xe2-\xe7\xf0-\xff][^\xf0-\xff]|\x0b\x77|\x7f\xfe\x80\x01"
+_NOT_AUDIO = {
+    "a MIDI file, which holds notes and no sound": rb"MThd|RIFF....RMID",
+    "an HTML page": rb"(?i)\s*(<!doctype html|<html|<head)",
+    "an XML file": rb"\s*<\?xml",
+    "a playlist": rb"(?i)\s*(#EXTM3U|\[playlist\]|ffconcat)",
+    "a ZIP archive": rb"PK\x03\x04|PK\x05\x06",
+    "a compressed archive": rb"\x1f\x8b|Rar!|7z\xbc\xaf|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd",
+    "a PDF document": rb"%PDF",
+    "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM....\0\0\0\0",
+    "text": rb"[\t\n\r -~\x80-\xf7]+\Z|(\xff\xfe)([\t\n\r -~]\0)+\Z",
+    "filled with zeros": rb"\0+\Z",
+}
 
-_MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"moof")
-
-_MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (b"fLaC", "flac"),
-    (b"OggS", "ogg"),
-    (b"ID3", "id3"),
-    (b"\x1a\x45\xdf\xa3", "matroska"),
-    (b"caff", "caf"),
-    (b".snd", "au"),
-    (b"riff\x2e\x91\xcf\x11", "w64"),
-    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"),
-)
-
-# Beginnings of more that FFmpeg reads and people keep: AMR, Monkey's Audio, WavPack, True Audio, Musepack,
-# TAK, DSF, AC-3, DTS, RealAudio, Flash. Only a scan asks for these.
-_OTHER_HEADS = (
-    b"#!AMR", b"MAC ", b"wvpk", b"TTA", b"MPCK", b"MP+", b"tBaK", b"DSD ", b"\x0b\x77", b"\x7f\xfe\x80\x01",
-    b".RMF", b"FLV",
-)  # fmt: skip
-
-# Endings of sound files, and of films that may have sound.
+# Endings of audio files, and of films that may have audio.
 # fmt: off
 _ENDINGS = frozenset({
     "wav", "wave", "w64", "rf64", "bwf", "flac", "ogg", "oga", "opus", "spx", "mp3", "mp2", "mp1", "mpga",
@@ -59,35 +58,34 @@ _ENDINGS = frozenset({
 # fmt: on
 
 
-def kind_of(head: bytes) -> Kind:
-    """The container that `head`, the first 64 bytes or more of a file, announces."""
-    if head[:4] in (b"RIFF", b"RF64", b"BW64") and head[8:12] == b"WAVE":
-        return "wav"
-    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-        return "aiff"
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return "avi"
-    if head[4:8] in _MP4_FIRST_BOXES:
-        return "mp4"
-    return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None) or _mpeg_kind(head)
-
-
-def _mpeg_kind(head: bytes) -> Kind:
-    """MPEG audio and ADTS share the sync word; the two layer bits are zero in ADTS alone."""
-    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
-        return "other"
-    if head[1] & 0xF6 == 0xF0:
-        return "adts"
-    reserved = head[1] & 0x18 == 0x08 or head[1] & 0x06 == 0 or head[2] & 0x0C == 0x0C or head[2] >> 4 == 15
-    return "other" if reserved else "mpeg"
-
-
 def looks_like_audio(head: bytes, name: str) -> bool:
-    """Whether a folder scan should take this file for sound: by its first 64 bytes, or by its ending.
+    """Whether a folder scan should take this file for audio: by its first 64 bytes, or by its ending.
 
-    Either is enough: a wrongly named file is still decoded by its content, and a damaged one deserves
-    its error message rather than silence.
+    Either is enough: a wrongly named file is decoded by its content, and a damaged one deserves its error
+    message instead of silence.
     """
     if PurePath(name).suffix.lower()[1:] in _ENDINGS:
         return True
-    return kind_of(head) != "other" or head.startswith(_OTHER_HEADS)
+    return head.startswith(b"ID3") or is_container(head) or _matches(_FRAMES, head)
+
+
+def is_container(head: bytes) -> bool:
+    return any(_matches(pattern, head) for pattern in _CONTAINERS.values())
+
+
+def describe(head: bytes) -> str:
+    """How a refusal goes on for a file that begins with `head` and can't be decoded; empty if unknown."""
+    if not head:
+        return ": it holds nothing but tags"
+    for name, pattern in _CONTAINERS.items():
+        if _matches(pattern, head):
+            index = ", or its index (moov) is missing because the file is cut off" if name == "MP4" else ""
+            return f": it begins as {name}, but its header is damaged or incomplete{index}"
+    for what, pattern in _NOT_AUDIO.items():
+        if _matches(pattern, head):
+            return f": it is {what}"
+    return ""
+
+
+def _matches(pattern: bytes, head: bytes) -> bool:
+    return re.match(pattern, head, re.DOTALL) is not None

@@ -46,8 +46,8 @@ def write_wav(
     names are the keys of `INFO_CHUNKS`.
 
     Raises:
-        ValueError: a sample is not finite or outside [-1, 1], a tag is unknown, or the file would be
-            larger than 4 GiB.
+        ValueError: a sample is not finite or outside [-1, 1], a tag is unknown, or the file would exceed
+            4 GiB.
     """
     _check_range(audio.samples)
     width = 4 if bit_depth == "float" else bit_depth // 8

@@ -217,23 +217,14 @@ class Store:
         rows = self._db.execute("SELECT * FROM files WHERE root = ?", [os.fsencode(root)])
         return [file_of(row) for row in rows]
 
-    def file_and_track(self, path: Path) -> tuple[SourceFile, Track] | None:
-        """The file recorded at a path, with its track."""
-        rows = self._files_and_tracks("f.path = ?", os.fsencode(path))
-        return rows[0] if rows else None
-
-    def unarchived_below(self, root: Path) -> list[tuple[SourceFile, Track]]:
-        """Files of finished and failed tracks that may still have to be archived, with their tracks."""
-        where = "f.root = ? AND f.state IN ('waiting', 'aside') AND t.state IN ('done', 'failed')"
-        return self._files_and_tracks(where, os.fsencode(root))
-
-    def _files_and_tracks(self, where: str, value: bytes) -> list[tuple[SourceFile, Track]]:
-        columns = ", ".join(f"t.{name} AS t_{name}" for name in TRACK_COLUMNS)
-        sql = f"SELECT f.*, {columns} FROM files f JOIN tracks t USING (sha256) WHERE {where}"
-        return [
-            (file_of(row), track_of({name: row[f"t_{name}"] for name in TRACK_COLUMNS}))
-            for row in self._db.execute(sql, [value])
-        ]
+    def unarchived_below(self, root: Path) -> list[SourceFile]:
+        """Files of finished and failed tracks that may still have to be archived."""
+        rows = self._db.execute(
+            "SELECT f.* FROM files f JOIN tracks t USING (sha256) WHERE f.root = ?"
+            " AND f.state IN ('waiting', 'aside') AND t.state IN ('done', 'failed')",
+            [os.fsencode(root)],
+        )
+        return [file_of(row) for row in rows]
 
     def set_file_state(
         self, path: Path, state: FileState, *, moved_to: Path | None = None, inode: int | None = None

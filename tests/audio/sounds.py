@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -52,26 +53,67 @@ def ffmpeg_bytes(path: Path, name: str, seconds: float = 3.0) -> tuple[bytes, Sa
     """The bytes of one of FFMPEG_FILES, the samples that went in and their rate."""
     container, codec, rate, options = FFMPEG_FILES[name]
     samples = tones(seconds, rate)
-    with av.open(str(path), "w", format=container, options=options) as output:
-        stream = output.add_stream(codec, rate=rate, bit_rate=128_000, layout="stereo")
+    return encoded(path, samples, rate, container, codec, options=options), samples, rate
+
+
+def encoded(
+    path: Path,
+    samples: Samples,
+    rate: int,
+    container: str,
+    codec: str,
+    *,
+    layout: str = "stereo",
+    options: dict[str, str] | None = None,
+) -> bytes:
+    """What FFmpeg writes of float32 (samples, channels); `path` is used for it."""
+    with av.open(str(path), "w", format=container, options=options or {}) as output:
+        stream = output.add_stream(codec, rate=rate, bit_rate=128_000, layout=layout)
         context = stream.codec_context
         context.format = stream.codec.audio_formats[0]
         context.open()
-        for frame in _frames(samples, rate, context.format.name, context.frame_size or 4096):
+        for frame in _frames(samples, rate, context.format.name, layout, context.frame_size or 4096):
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
-    return path.read_bytes(), samples, rate
+    return path.read_bytes()
 
 
-def _frames(samples: Samples, rate: int, sample_format: str, size: int) -> list[av.AudioFrame]:
-    convert = av.AudioResampler(format=sample_format, layout="stereo", rate=rate)
+def _frames(samples: Samples, rate: int, sample_format: str, layout: str, size: int) -> list[av.AudioFrame]:
+    convert = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
     frames = []
     for start in range(0, len(samples), size):
         packed = np.ascontiguousarray(samples[start : start + size]).reshape(1, -1)
-        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout="stereo")
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
         frames += convert.resample(frame)
     return frames
+
+
+def wav_bytes(pcm: bytes, channels: int, *, mask: int | None = None, before_data: bytes = b"") -> bytes:
+    """A 16-bit WAV of 44.1 kHz; with a channel mask, WAVE_FORMAT_EXTENSIBLE."""
+    code = 1 if mask is None else 0xFFFE
+    form = struct.pack("<HHIIHH", code, channels, 44100, 44100 * channels * 2, channels * 2, 16)
+    if mask is not None:
+        form += struct.pack("<HHI", 22, 16, mask) + bytes.fromhex("0100000000001000800000aa00389b71")
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + before_data
+    body += b"data" + struct.pack("<I", len(pcm)) + pcm
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def id3v2(body: bytes) -> bytes:
+    """A tag with `body` as its content, e.g. cover art."""
+    size = bytes(len(body) >> shift & 0x7F for shift in (21, 14, 7, 0))
+    return b"ID3\x03\0\0" + size + body
+
+
+def apev2(n_bytes: int = 100) -> bytes:
+    """A tag with header and footer."""
+    item = struct.pack("<II", n_bytes, 0) + b"Title\0" + b"x" * n_bytes
+    header, footer = (
+        b"APETAGEX" + struct.pack("<IIII8x", 2000, len(item) + 32, 1, flags)
+        for flags in (0xA0000000, 0x80000000)
+    )
+    return header + item + footer
 
 
 def silent_film(path: Path, container: str, codec: str, n_frames: int = 25) -> bytes:

@@ -28,22 +28,31 @@ def complaint(path: Path, data: bytes, limits: DecodeLimits = LIMITS) -> str:
     return message
 
 
+NO_AUDIO = "is not audio in a format that can be read"
+
+
 @pytest.mark.parametrize(
-    "data",
+    ("data", "what"),
     [
-        b"This is text, not music.\n" * 400,
-        b"\xff\xfb\x90\x00 and text " * 300,  # the sync word of MPEG audio, by chance
-        np.random.default_rng(0).bytes(200_000),
-        bytes(100_000),
-        b"x",
-        b"ID3\x04\x00\x00\x00\x00\x00\x05hello",
-        b"fLaC",
-        b"\x1a\x45\xdf\xa3",
+        (b"This is text, not music.\n" * 400, "it is text"),
+        ("Das hier ist Text für Menschen.\n".encode() * 100, "it is text"),
+        ("This is text.\n".encode("utf-16"), "it is text"),
+        (b"\n<!DOCTYPE html><html><body>404</body></html>", "it is an HTML page"),
+        (b"PK\x03\x04" + bytes(range(256)), "it is a ZIP archive"),
+        (b"MThd\0\0\0\6\0\0\0\1\0\x60MTrk\0\0\0\4\0\xff\x2f\0", "it is a MIDI file"),
+        (bytes(100_000), "it is filled with zeros"),
+        (b"ID3\x04\x00\x00\x00\x00\x00\x05hello", "it holds nothing but tags"),
+        (b"fLaC", "it begins as FLAC, but its header is damaged or incomplete"),
+        (b"\x1a\x45\xdf\xa3", "it begins as Matroska, but its header is damaged or incomplete"),
+        (b"\0\0\0\x20ftypM4A \0\0\0\0", "its index (moov) is missing"),
+        (b"\xff\xfb\x90\x00 and text " * 300, ""),  # the sync word of MPEG audio, by chance
+        (np.random.default_rng(0).bytes(200_000), ""),
     ],
-    ids=["text", "sync", "random", "zeros", "one byte", "tag alone", "flac magic", "matroska magic"],
 )
-def test_what_is_no_sound_is_said_to_be_none(tmp_path: Path, data: bytes) -> None:
-    assert complaint(tmp_path / "renamed.mp3", data) == "is not audio in a format that can be read"
+def test_what_is_not_audio_is_called_what_it_is(tmp_path: Path, data: bytes, what: str) -> None:
+    message = complaint(tmp_path / "renamed.mp3", data)
+    assert message.startswith(NO_AUDIO)
+    assert what in message
 
 
 def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
@@ -52,7 +61,7 @@ def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
 
 def test_a_picture_is_no_audio(tmp_path: Path) -> None:
     picture = silent_film(tmp_path / "picture", "image2pipe", "png", 1)
-    assert complaint(tmp_path / "x.mp3", picture) == "is not audio in a format that can be read"
+    assert complaint(tmp_path / "x.mp3", picture) == f"{NO_AUDIO}: it is a picture"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,7 @@ def test_a_cut_file_says_how_much_of_it_is_there(
         assert promised_s == pytest.approx(8.0, abs=0.06)
         assert present_s == pytest.approx(8.0 * share, abs=0.45)  # what it takes to write the header
     else:
-        assert "its last page is missing" in message
+        assert "its last page is incomplete" in message
 
 
 @pytest.mark.parametrize("name", sorted(FFMPEG_FILES))
@@ -99,9 +108,8 @@ def test_cut_files_of_ffmpeg_are_found_out(tmp_path: Path, name: str) -> None:
         assert "cut off" in complaint(tmp_path / "the-file", data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize("container", ["FLAC", "MP3", "OGG", "WAV"])
-def test_one_missing_byte_is_enough(tmp_path: Path, container: str) -> None:
-    data = sndfile_bytes(tones(2.0, 44100), 44100, container)
+def test_one_missing_byte_of_an_ogg_page_is_enough(tmp_path: Path) -> None:
+    data = sndfile_bytes(tones(2.0, 44100), 44100, "OGG")
     assert "is cut off" in complaint(tmp_path / "the-file", data[:-1])
 
 
@@ -112,11 +120,6 @@ def test_a_hole_in_an_ogg_is_not_taken_for_its_end(tmp_path: Path) -> None:
     assert "is cut off or damaged" in complaint(tmp_path / "the-file", bytes(data))
 
 
-def test_ogg_streams_one_after_another_are_refused_rather_than_half_read(tmp_path: Path) -> None:
-    data = sndfile_bytes(tones(2.0, 44100), 44100, "OGG")
-    assert "several Ogg streams" in complaint(tmp_path / "the-file", data + data)
-
-
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
 def test_a_cut_file_is_taken_as_it_is_when_asked_to(
     tmp_path: Path, container: str, capfd: pytest.CaptureFixture[str]
@@ -125,6 +128,7 @@ def test_a_cut_file_is_taken_as_it_is_when_asked_to(
     (tmp_path / "the-file").write_bytes(data[: len(data) * 3 // 4])
     audio, info = decode(tmp_path / "the-file", sample_rate=44100, limits=DecodeLimits(accept_truncated=True))
     assert 4.0 < audio.duration_s == info.duration_s < 6.5
+    assert "is cut off" in info.notes[0]
     assert np.std(audio.samples) == pytest.approx(0.4 * 0.5**0.5, rel=0.1)
     assert capfd.readouterr().err == ""
 
@@ -173,7 +177,7 @@ def test_playlists_open_nothing(tmp_path: Path) -> None:
     ]
     for text in playlists:
         message = complaint(tmp_path / "list.m3u8", text.encode())
-        assert message == "is not audio in a format that can be read"
+        assert message.startswith(NO_AUDIO)
 
 
 def test_a_folder_or_a_pipe_is_no_file(tmp_path: Path) -> None:

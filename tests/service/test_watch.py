@@ -44,17 +44,10 @@ class Configuration:
     inbox: Path
     fresh: Processor | PipelineError
 
-    def reopened(self) -> Configuration:
+    def reloaded(self, runner: object) -> tuple[Configuration, Processor]:
         if isinstance(self.fresh, PipelineError):
             raise self.fresh
-        return self
-
-    def fetch_missing(self) -> None:
-        pass
-
-    def processor(self, *_: object, earlier: object = None) -> Processor:
-        assert isinstance(self.fresh, Processor)
-        return self.fresh
+        return self, self.fresh
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         return Watcher(self.inbox, signals.wake, polling=True), "polling (test)"

@@ -112,7 +112,7 @@ class AudiocraftGenerator:
             extend_stride=stride_s,
         )
         melody_s = plan[-1].offset / model.frame_rate + model.max_duration + MARGIN_S
-        melody = request.audio.samples[:, : math.ceil(melody_s * request.audio.sample_rate)]
+        melody = request.audio.mono_channels[:, : math.ceil(melody_s * request.audio.sample_rate)]
         with torch.inference_mode(), seeded(request.seed, model.device):
             sound, codes = model.generate_with_chroma(
                 [params.prompt.strip()],

@@ -180,7 +180,7 @@ def test_the_result_does_not_depend_on_the_blocks() -> None:
 def test_the_same_audio_gives_the_same_bits() -> None:
     audio = of(tune(3.0), drums(3.0))
     before = audio.samples.copy()
-    audio.samples.fdelays.writeable = False
+    audio.samples.flags.writeable = False
     first, again = source_of(audio, "harmonic"), source_of(audio, "harmonic")
     np.testing.assert_array_equal(first.audio.samples, again.audio.samples)
     np.testing.assert_array_equal(audio.samples, before)

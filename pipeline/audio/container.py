@@ -1,0 +1,239 @@
+"""Where in a file the audio lies: between the tags, and in one part for each chained Ogg stream.
+
+FFmpeg reads the containers. What it does not do is done here: find an ID3v2 tag in front of containers other
+than MPEG audio, tell a large tag in the middle of joined MP3 or ADTS files from sound, go on from one chained
+Ogg stream to another of a different format, and tell whether an Ogg file ends within a page.
+
+Sources: ID3v2.4 (3.1, 3.4), ID3v1, APEv2 and Lyrics3v2; RFC 3533 (6) for Ogg pages.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from pipeline.audio.sniff import is_container
+from pipeline.errors import BadAudio
+
+_CHUNK_BYTES = 1 << 20
+_OGG_PAGE_HEADER = struct.Struct("<4sBBqIIIB")
+_OGG_FIRST, _OGG_LAST = 0x02, 0x04
+_MAX_PARTS = 1000
+
+Stretch = tuple[int, int]  # first byte, byte behind the last
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes that one decoder reads, and how an Ogg stream ends."""
+
+    stretches: tuple[Stretch, ...]
+    ends_in_page: bool = False  # the last page is incomplete
+    ends_unmarked: bool = False  # the last page lacks the end-of-stream flag
+    bytes_behind: int = 0  # between the last page and the end of the part
+
+
+class Window(io.RawIOBase):
+    """The stretches of a part as one nameless read-only file.
+
+    FFmpeg reads it from C, where an exception is lost: the first OSError is kept in `error`, and the file
+    seems to end there, so that the caller can raise it afterwards.
+    """
+
+    def __init__(self, file: BinaryIO, part: Part) -> None:
+        super().__init__()
+        self._file = file
+        self._stretches = part.stretches
+        self._at = 0
+        self.skip = 0  # bytes at the beginning that are left out
+        self.error: OSError | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(end - start for start, end in self._stretches) - self.skip
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def peek(self, at: int, count: int) -> bytes:
+        """Up to `count` bytes from `at` on, without moving the position."""
+        position, self._at = self._at, max(0, at)
+        data = self.read(max(0, count)) or b""
+        self._at = position
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        at = self._at + self.skip
+        for start, end in self._stretches:
+            if at < end - start:
+                break
+            at -= end - start
+        else:
+            return 0
+        if self.error:
+            return 0
+        try:
+            data = read_at(self._file, start + at, min(len(view), end - start - at))
+        except OSError as e:
+            self.error = e
+            return 0
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def read_at(file: BinaryIO | Window, at: int, count: int) -> bytes:
+    file.seek(at)
+    return file.read(max(0, count)) or b""
+
+
+def parts(file: BinaryIO, size: int) -> list[Part]:
+    """The parts of an open file of `size` bytes, to be decoded one after another.
+
+    Raises:
+        BadAudio: there are more than a thousand chained Ogg streams.
+    """
+    start, end = _tags_end(file, size), _tags_start(file, size)
+    head = read_at(file, start, 64)
+    if head.startswith(b"OggS"):
+        return _ogg_parts(file, start, end)
+    if head[8:12] == b"WAVE":
+        return [Part(_wav_stretches(file, start, end))]
+    if is_container(head):
+        return [Part(((start, max(start, end)),))]
+    return [Part(tuple(_between_tags(file, start, end)))]
+
+
+def find(file: BinaryIO | Window, start: int, end: int, pattern: re.Pattern[bytes]) -> Iterator[int]:
+    """Where the pattern, of at most 32 bytes, occurs."""
+    for at in range(start, end, _CHUNK_BYTES):
+        data = read_at(file, at, min(_CHUNK_BYTES + 32, end - at))
+        for match in pattern.finditer(data):
+            if match.start() < _CHUNK_BYTES:
+                yield at + match.start()
+
+
+def _between_tags(file: BinaryIO, start: int, end: int) -> Iterator[Stretch]:
+    """A stream of MPEG audio or ADTS frames without the ID3v2 and APEv2 tags in it."""
+    for at in find(file, start, end, re.compile(rb"ID3[\2-\4]\0|APETAGEX")):
+        tag_start, tag_end = _tag_at(file, at)
+        if start <= tag_start < tag_end:
+            yield start, tag_start
+            start = min(tag_end, end)
+    yield start, max(start, end)
+
+
+def _tags_end(file: BinaryIO, size: int) -> int:
+    """The end of the tags in front, of which there may be several."""
+    end = 0
+    while end < size:
+        start, tag_end = _tag_at(file, end)
+        if not start == end < tag_end:
+            break
+        end = tag_end
+    return end
+
+
+def _tag_at(file: BinaryIO, at: int) -> Stretch:
+    """The tag that an ID3v2 header or an APEv2 header or footer at `at` belongs to; empty if it is none."""
+    head = read_at(file, at, 32)
+    if re.match(rb"ID3[\2-\4]\0.[\0-\x7f]{4}", head, re.DOTALL):
+        length = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        return at, at + 10 + length + (10 if head[5] & 0x10 else 0)
+    if len(head) == 32 and head.startswith(b"APETAGEX"):
+        length, _, flags = struct.unpack_from("<III", head, 12)
+        is_header = flags >> 29 & 1
+        return (at, at + 32 + length) if is_header else (at + 32 - length, at + 32)
+    return at, at
+
+
+def _tags_start(file: BinaryIO, size: int) -> int:
+    """Where the ID3v1, ID3v2, Lyrics3v2 and APEv2 tags at the end of the file begin."""
+    end = size
+    while (length := _tag_before(file, end)) and length <= end:
+        end -= length
+    return end
+
+
+def _tag_before(file: BinaryIO, end: int) -> int:
+    """Bytes of the tag that ends at `end`; 0 where there is none."""
+    tail = read_at(file, max(0, end - 128), min(end, 128))
+    if len(tail) == 128 and tail.startswith(b"TAG"):
+        return 128
+    if lyrics := re.search(rb"(\d{6})LYRICS200$", tail):
+        return int(lyrics[1]) + 15
+    if tail[-10:-7] == b"3DI":  # an ID3v2.4 footer repeats the header
+        return 20 + sum(byte << shift for byte, shift in zip(tail[-4:], (21, 14, 7, 0), strict=True))
+    if tail[-32:-24] == b"APETAGEX":
+        length, _, flags = struct.unpack_from("<III", tail, len(tail) - 20)
+        return int(length + 32 * (flags >> 31))
+    return 0
+
+
+def _wav_stretches(file: BinaryIO, start: int, end: int) -> tuple[Stretch, ...]:
+    """All of it, or without the chunks between `fmt ` and `data` if one of odd size lacks its pad byte.
+
+    FFmpeg reads the names of all later chunks from the wrong place then and does not find `data`.
+    """
+    at, format_end = start + 12, start + 12
+    while at + 8 <= end:
+        name, size = struct.unpack("<4sI", read_at(file, at, 8))
+        if name == b"data":
+            return ((start, end),)
+        if not re.match(rb"[ -~]{4}", name):
+            break
+        at += 8 + size + size % 2
+        format_end = at if name == b"fmt " else format_end
+    data = next(find(file, format_end, end, re.compile(rb"data")), start)
+    return ((start, format_end), (data, end)) if data > format_end > start + 12 else ((start, end),)
+
+
+def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Part]:
+    """One part for each link of the chain; multiplexed streams, whose first pages adjoin, are one link."""
+    found: list[Part] = []
+    link, last, first_pages_end = start, start, start
+    for page in find(file, start, end, re.compile(rb"OggS\0")):
+        flags, page_end = _ogg_page(file, page)
+        if flags & _OGG_FIRST:
+            if page != first_pages_end:
+                found.append(_ogg_part(file, link, last, page))
+                link = page
+            first_pages_end = page_end
+        if len(found) == _MAX_PARTS:
+            raise BadAudio(f"is more than {_MAX_PARTS} Ogg streams one after another")
+        last = page
+    return [*found, _ogg_part(file, link, last, end)]
+
+
+def _ogg_part(file: BinaryIO, start: int, last_page: int, end: int) -> Part:
+    flags, page_end = _ogg_page(file, last_page)
+    return Part(
+        ((start, end),),
+        ends_in_page=page_end > end,
+        ends_unmarked=not flags & _OGG_LAST,
+        bytes_behind=max(0, end - page_end),
+    )
+
+
+def _ogg_page(file: BinaryIO, at: int) -> tuple[int, int]:
+    """Flags and end of the page at `at`; an incomplete header counts as a page of its whole size."""
+    head = read_at(file, at, _OGG_PAGE_HEADER.size + 255)
+    _, _, flags, _, _, _, _, n_segments = _OGG_PAGE_HEADER.unpack(head[:27].ljust(27, b"\xff"))
+    segments = head[27 : 27 + n_segments].ljust(n_segments, b"\xff")
+    return flags, at + 27 + n_segments + sum(segments)
