@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config, Embed, Generate, load_config
-from pipeline.engines.base import EngineSettings
+from pipeline.engines.base import EngineSettings, StopFn
 from pipeline.errors import ConfigError
 from pipeline.store.store import Store
 from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
@@ -126,6 +126,18 @@ class App:
             raise ConfigError(f"{fresh.config_path}: other folders need a restart")
         return fresh
 
+    def reloaded(self, runner: Runner) -> tuple[App, Processor]:
+        """The configuration read again, and what works by it in the place of `runner`.
+
+        Raises:
+            PipelineError: it can't be used; see `reopened` and `fetch_missing`.
+        """
+        fresh = self.reopened()
+        fresh.fetch_missing()
+        return fresh, fresh.processor(
+            runner.store, runner.folder, runner.reporter, runner.should_stop, earlier=runner
+        )
+
     def engines(self, earlier: Engines | None = None) -> Engines:
         """The chosen engines; those that are loaded already stay if nothing about them has changed."""
         from pipeline.engines.loading import LoadedEngines
@@ -134,15 +146,11 @@ class App:
         for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
             model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
             log.info("%s: %s%s: %s", stage, choice.card.name, model, choice.why)
-        engines = LoadedEngines(
-            recipe.embedder,
-            self.settings(self.config.embed),
-            recipe.generator,
-            self.settings(self.config.generate),
+        return LoadedEngines(
+            (recipe.embedder, self.settings(self.config.embed)),
+            (recipe.generator, self.settings(self.config.generate)),
+            earlier,
         )
-        if isinstance(earlier, LoadedEngines):
-            engines.take_over(earlier)
-        return engines
 
     def open_store(self) -> Store:
         """The database for reading and writing; it is made if there is none."""
@@ -157,7 +165,7 @@ class App:
         store: Store,
         folder: InputFolder,
         reporter: Reporter,
-        signals: Signals,
+        should_stop: StopFn,
         *,
         earlier: Runner | None = None,
     ) -> Processor:
@@ -195,7 +203,7 @@ class App:
             engines=self.engines(None if earlier is None else earlier.engines),
             reporter=reporter,
             clock=time.time,
-            should_stop=signals.is_stopped,
+            should_stop=should_stop,
             outbox_device=self.workspace.outbox.stat().st_dev if earlier is None else earlier.outbox_device,
         )
         return Processor(ingest, runner)

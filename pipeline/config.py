@@ -141,7 +141,9 @@ class Generate(StageSettings):
 def _with_engine_sections(model: type[StageSettings], stage: str) -> type[StageSettings]:
     """A stage's model with a field for the section of each engine that declares one."""
     sections = {card.name: card.section for card in cards().values() if card.stage == stage and card.section}
-    fields: dict[str, Any] = {name: (section, section()) for name, section in sections.items()}
+    fields: dict[str, Any] = {
+        name: (section, section.model_construct()) for name, section in sections.items()
+    }
     return create_model(model.__name__, __base__=model, **fields)
 
 
@@ -171,7 +173,7 @@ Gigabytes = Annotated[float, Field(ge=0)] | None
 
 
 class Retention(Section):
-    """What `gc` may remove; None: nothing for that reason."""
+    """Limits beyond which `gc` removes files; None: no limit."""
 
     work_days: Days = 7.0
     archive_days: Days = None
@@ -182,7 +184,7 @@ class Retention(Section):
 
 
 class Config(Section):
-    """All of it."""
+    """The whole configuration."""
 
     # model_construct: validating the defaults would build each section's schema at import.
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"

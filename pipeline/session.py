@@ -19,7 +19,7 @@ from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
-from pipeline.progress import WatchedReporter, reporter_for
+from pipeline.progress import reporter_for
 from pipeline.runner.retry import recover_crashed
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
@@ -50,9 +50,9 @@ def open_session(
         try:
             _check_outbox_mount(app.workspace, store)
             given_up = _recover(app, store)
-            reporter = WatchedReporter(reporter_for(console), notifier.progress)
+            reporter = reporter_for(console, notifier.progress)
             with reporter:
-                processor = app.processor(store, folder, reporter, signals)
+                processor = app.processor(store, folder, reporter, signals.is_stopped)
                 processor.runner.result.failed |= given_up
                 yield Session(app, processor, store, signals, health, notifier, reporter)
         finally:
@@ -91,7 +91,9 @@ def watch_inbox(app: App, signals: Signals) -> None:
 
 
 def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable, pause_s: float) -> None:
-    health = Health(app.workspace.health)
+    health, notifier = Health(app.workspace.health), Notifier.from_env()
+    notifier.ready()  # a service that waits is running, and its watchdog must not act
+    notifier.progress()
     has_state = app.workspace.state.is_dir()
     with app.workspace.locked() if has_state else nullcontext():
         if has_state:
@@ -121,14 +123,10 @@ def _check_outbox_mount(workspace: Workspace, store: Store) -> None:
 def _recover(app: App, store: Store) -> set[str]:
     """Put in order what a killed instance left; returns the hashes of the tracks that are given up."""
     config, inbox = app.config, app.workspace.inbox
-    given_up = set()
-    for crashed in recover_crashed(store, config.retry, now=time.time()):
-        track, then = crashed.track, "is given up" if crashed.given_up else "will be tried again"
-        log.info("%s: was cut off in %s, %s", track.name, crashed.stage, then)
-        if crashed.given_up:
-            given_up.add(track.sha256)
-            files = store.files_of(track.sha256)
-            archive_files(store, files, inbox, config.intake, error=f"{track.name}: {crashed.error}")
+    given_up = recover_crashed(store, config.retry, now=time.time())
+    for track in given_up:
+        files = store.files_of(track.sha256)
+        archive_files(store, files, inbox, config.intake, error=f"{track.name}: {track.error}")
     recover_moves(store, inbox)
     for finding in reconcile(
         store,
@@ -140,7 +138,7 @@ def _recover(app: App, store: Store) -> set[str]:
         now=time.time(),
     ):
         log.warning("%s: %s", finding.where, finding.text)
-    return given_up
+    return {track.sha256 for track in given_up}
 
 
 def _release_and_exit(workspace: Workspace, signum: int, *, is_watching: bool) -> None:

@@ -16,6 +16,7 @@ from typing import IO
 
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
+from pipeline.fs.atomic import replacing
 from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
 
@@ -47,9 +48,9 @@ class Workspace:
         Raises:
             FolderUnusable: the outbox or the state is inside the inbox, so its files would become input.
         """
-        home = home.resolve()
+        home = Path(os.path.realpath(home))  # unlike Path.resolve, it does not raise for a loop of links
         inbox, outbox, state = (
-            (home / Path(folder).expanduser()).resolve()
+            Path(os.path.realpath(home / Path(folder).expanduser()))
             for folder in (folders.inbox, folders.outbox, folders.state)
         )
         for name, folder in (("outbox", outbox), ("state", state)):
@@ -90,7 +91,9 @@ class Workspace:
                     probe.write(b"x")
             except OSError as e:
                 kind = type(environment_error(e) or FolderUnusable())
-                raise kind(f"the {name} {folder} can't be used: {os_reason(e)}") from e
+                is_file = isinstance(e, FileExistsError | NotADirectoryError)
+                reason = "it is not a folder" if is_file else os_reason(e)
+                raise kind(f"the {name} {folder} (folders.{name}) can't be used: {reason}") from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -136,15 +139,6 @@ class Workspace:
         return Scratch(self.state / "work" / sha256)
 
 
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def _take(file: IO[str]) -> bool:
     """Lock, trying for half a second, since `is_locked` of another process holds the lock for a moment."""
     for _ in range(10):
@@ -178,12 +172,11 @@ class Scratch:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "normalized.part"
-        with _removed_on_error(temporary), temporary.open("wb") as file:
+        with replacing(self._normalized(key), temporary), temporary.open("wb") as file:
             # Through `write`: numpy's own writing to a real file does not report why it failed.
             np.save(SimpleNamespace(write=file.write), audio.samples)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self._normalized(key))
 
     def load_normalized(self, key: str, sample_rate: int) -> Audio | None:
         """The audio of `save_normalized`, mapped into memory and read-only; None if there is none."""

@@ -1,4 +1,4 @@
-"""A home of one's own for the program, with short sounds, and the program run in it."""
+"""Test homes with short tracks, and the program run in them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEAR, FAR = {"name": "near", "temperature": 0.4}, {"name": "far", "temperature":
 
 @dataclass(frozen=True)
 class Ran:
-    """What a run of the program came to."""
+    """The result of a run of the program."""
 
     code: int
     out: str
@@ -34,7 +34,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Home:
-    """A folder with an inbox, a configuration with the weight-free engines, and what came of them."""
+    """A home with an inbox and a configuration for the weight-free engines."""
 
     folder: Path
 
@@ -79,7 +79,7 @@ class Home:
         return sorted(path for path in self.outbox.iterdir() if path.is_dir())
 
     def manifest(self) -> dict[str, Any]:
-        """The only track's."""
+        """The manifest of the only track."""
         [folder] = self.folders
         loaded: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         return loaded

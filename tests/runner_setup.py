@@ -41,7 +41,7 @@ def noise(request: VariationRequest) -> Variation:
 
 @dataclass
 class Answers:
-    """A generator that answers each request as it is told, and remembers what it was asked for."""
+    """A generator that answers each request with a given function, and records what it was asked for."""
 
     answer: Answer = noise
     name: str = "answers"
@@ -127,7 +127,7 @@ class RunnerSetup:
         return cls(workspace, config, recipe, Store(workspace.database))
 
     def bring(self, *names: str) -> list[str]:
-        """Put a sound of its own under each name in the inbox and queue it; returns their hashes."""
+        """Put a different sound under each name into the inbox and queue it; returns their hashes."""
         paths = [self.workspace.inbox / name for name in names]
         hashes = [sha256_of(write_music(path, seed=n, seconds=1.5)) for n, path in enumerate(paths)]
         assert self.ingest(settle_s=0).scan(should_stop=lambda: False).queued == len(names)

@@ -38,6 +38,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_this_engine_and_its_peer_are_measured_and_compared(narrow: Path, tmp_path: Path) -> None:
     import bandwidth
     import musicgen

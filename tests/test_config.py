@@ -1,4 +1,4 @@
-"""The configuration: what is taken, and what each wrong key is told."""
+"""The configuration: what is taken, and what is refused and how."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("threads: 1.5", "threads: must be a whole number, not 1.5"),
         ("threads: 0", "threads: must be >= 1, not 0"),
@@ -139,8 +139,8 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
         (variation("seed: -1"), "generate.variations[0].seed: must be >= 0, not -1"),
     ],
 )  # fmt: skip
-def test_an_ill_typed_value_is_told_what_is_allowed(file: Path, text: str, told: str) -> None:
-    assert complaint(file, text) == f"{file}: {told}"
+def test_an_ill_typed_value_is_refused_with_what_is_allowed(file: Path, text: str, message: str) -> None:
+    assert complaint(file, text) == f"{file}: {message}"
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", r"a\\b", r"a\nb"])
@@ -151,7 +151,7 @@ def test_a_variation_name_that_is_no_file_name_is_refused(file: Path, name: str)
     )
 
 
-def test_all_problems_are_told_at_once_one_a_line(file: Path) -> None:
+def test_all_problems_are_reported_at_once_one_a_line(file: Path) -> None:
     lines = complaint(file, "threads: x\nretry: {max_attempts: 0, zzz: 1}").splitlines()
 
     assert len(lines) == 3
@@ -201,7 +201,7 @@ def test_a_number_of_seconds_is_what_its_digits_say(file: Path, written: str, se
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (variation("seed: 1:30"), 'must be a whole number, not "1:30": write the seconds as one number'),
         ("generate: {duration_s: 1:30}", 'not "1:30": write the seconds as one number, such as 90'),
@@ -212,8 +212,8 @@ def test_a_number_of_seconds_is_what_its_digits_say(file: Path, written: str, se
         ("generate: {duration_s: .inf}", "must be a finite number"),
     ],
 )
-def test_a_value_that_yaml_reads_as_another_type_is_explained(file: Path, text: str, told: str) -> None:
-    assert told in complaint(file, text)
+def test_a_value_that_yaml_reads_as_another_type_is_explained(file: Path, text: str, message: str) -> None:
+    assert message in complaint(file, text)
 
 
 @pytest.mark.parametrize(("word", "value"), [("yes", True), ("off", False), ("True", True)])
@@ -231,7 +231,7 @@ BOMB = "x-0: &a0 [0, 0]\n" + "".join(f"x-{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" fo
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("device: " + "[" * 3000 + "]" * 3000, "is nested too deeply"),
         ("\n".join(" " * i + "a:" for i in range(3000)), "is nested too deeply"),
@@ -249,10 +249,12 @@ BOMB = "x-0: &a0 [0, 0]\n" + "".join(f"x-{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" fo
         ("retry: {x-a: 1}", "retry.x-a: unknown key"),
     ],
 )
-def test_a_file_that_is_broken_or_means_harm_is_refused_in_one_line(file: Path, text: str, told: str) -> None:
+def test_a_file_that_is_broken_or_means_harm_is_refused_in_one_line(
+    file: Path, text: str, message: str
+) -> None:
     said = complaint(file, text)
     assert said.startswith(f"{file}: ")
-    assert told in said
+    assert message in said
     assert len(said.splitlines()) == 1
     assert len(said) < 300
 

@@ -140,7 +140,7 @@ def test_the_cron_line_runs_every_quarter_of_an_hour_as_the_service_s_user() -> 
 
 
 def run_cron_command(checkout: Path, *, exit_code: int) -> subprocess.CompletedProcess[str]:
-    """The line's command as cron runs it, with a program that says its words and ends with `exit_code`."""
+    """The line's command as cron runs it, with a program that prints its arguments."""
     (checkout / "run_pipeline.py").write_text(
         "import sys\nprint('ran', *sys.argv[1:])\nprint('to stderr', file=sys.stderr)\n"
         f"sys.exit({exit_code})\n"

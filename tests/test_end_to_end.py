@@ -25,17 +25,23 @@ def once(
     return run_once
 
 
-def test_once_on_a_folder_writes_the_outbox_and_leaves_the_folder_alone(home: Home, tmp_path: Path) -> None:
-    source = write_music(tmp_path / "music" / "Slow Song.wav")
-    before = sha256_of(source)
-
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Path]:
+    """A home after `once DIR`, started as people start it, and the track in that folder."""
+    folder = tmp_path_factory.mktemp("batch")
+    home = Home(folder / "home")
+    home.configure()
+    source = write_music(folder / "music" / "Slow Song.wav")
     ended = home.in_child("once", source.parent)
-
     assert (ended.code, ended.err.count("Traceback")) == (0, 0), ended.err
+    return home, source
+
+
+def test_once_on_a_folder_writes_the_outbox_and_leaves_the_folder_alone(batch: tuple[Home, Path]) -> None:
+    home, source = batch
     assert [path.name for path in source.parent.iterdir()] == ["Slow Song.wav"]
-    assert sha256_of(source) == before
     [folder] = home.folders
-    assert folder.name == f"Slow Song--{before[:8]}"
+    assert folder.name == f"Slow Song--{sha256_of(source)[:8]}"
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
         "embedding.npz",
         "manifest.json",
@@ -44,13 +50,12 @@ def test_once_on_a_folder_writes_the_outbox_and_leaves_the_folder_alone(home: Ho
     ]
 
 
-def test_the_manifest_says_what_lies_in_the_folder(home: Home, once: Once, tmp_path: Path) -> None:
-    source = write_music(tmp_path / "music" / "a.wav")
-    assert once(source.parent).code == 0
-
+def test_the_manifest_says_what_lies_in_the_folder(batch: tuple[Home, Path]) -> None:
+    home, source = batch
     made, [folder] = home.manifest(), home.folders
     assert made["source"].items() >= {
-        "name": "a.wav", "sha256": sha256_of(source), "duration_s": 3.0, "sample_rate": 22050, "channels": 2,
+        "name": "Slow Song.wav", "sha256": sha256_of(source), "duration_s": 3.0,
+        "sample_rate": 22050, "channels": 2,
     }.items()  # fmt: skip
     assert {"config_sha256", "created_at"} <= made.keys()
     assert made["embedding"]["engine"] == "descriptors"
@@ -66,9 +71,8 @@ def test_the_manifest_says_what_lies_in_the_folder(home: Home, once: Once, tmp_p
         assert sha256_of(folder / one["file"]) == one["sha256"]
 
 
-def test_the_embedding_file_has_unit_vectors_and_their_times(home: Home, once: Once, tmp_path: Path) -> None:
-    once(write_music(tmp_path / "music" / "a.wav").parent)
-
+def test_the_embedding_file_has_unit_vectors_and_their_times(batch: tuple[Home, Path]) -> None:
+    home, _ = batch
     dim, [folder] = home.manifest()["embedding"]["dim"], home.folders
     with np.load(folder / "embedding.npz", allow_pickle=False) as loaded:
         track, windows, times_s = loaded["track"], loaded["windows"], loaded["times_s"]
@@ -222,15 +226,6 @@ def test_after_keep_leaves_the_inbox_as_it_is(home: Home, once: Once) -> None:
     assert [p.name for p in home.inbox.iterdir()] == ["a.wav"]
 
 
-def test_after_delete_removes_the_source_once_it_is_done(home: Home, once: Once) -> None:
-    home.configure(intake={"settle_s": 0, "after": "delete"})
-    write_music(home.inbox / "a.wav")
-
-    assert once().code == 0
-    assert list(home.inbox.iterdir()) == []
-    assert len(home.manifest()["variations"]) == 2
-
-
 def test_the_inbox_named_as_the_folder_is_still_the_inbox(home: Home, once: Once) -> None:
     write_music(home.inbox / "a.wav")
 
@@ -239,17 +234,20 @@ def test_the_inbox_named_as_the_folder_is_still_the_inbox(home: Home, once: Once
     assert [str(p.relative_to(home.inbox)) for p in home.inbox.rglob("*.wav")] == ["done/a.wav"]
 
 
-def test_a_result_stands_when_its_source_is_gone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
+def test_after_delete_removes_the_source_and_a_requeue_without_it_is_refused(
+    home: Home, once: Once, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = Home(tmp_path)
     home.configure(intake={"settle_s": 0, "after": "delete"})
     write_music(home.inbox / "gone.wav")
-    assert run(capsys, monkeypatch, home, "once").code == 0
+    assert once().code == 0
+    assert list(home.inbox.iterdir()) == []
     before = contents(home.outbox)
-    assert run(capsys, monkeypatch, home, "requeue", "gone", "--stage", "generate").code == 0
-    ran = run(capsys, monkeypatch, home, "once")
-    assert ran.code == 1
-    assert "put it in the inbox again" in ran.err
+    assert len(before) == 3
+
+    refused = run(capsys, monkeypatch, home, "requeue", "gone", "--stage", "generate")
+
+    assert (refused.code, refused.out) == (1, "")
+    assert "its source is gone" in refused.err
+    assert once().code == 0
     assert contents(home.outbox) == before
     assert home.manifest()["source"]["name"] == "gone.wav"

@@ -1,4 +1,4 @@
-"""The plan of a track: what each change of the configuration makes new, and what it leaves alone."""
+"""The plan of a track: which keys each change of the configuration changes, and which stay."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_an_entry_put_before_leaves_the_others_sound_and_key_alone() -> None:
     assert keys(after)[1:] == keys(before)
     assert [unit.seed for unit in after.variations][1:] == [unit.seed for unit in before.variations]
     assert by_name(after)["faithful"].file == "variations/02-faithful.wav"
-    assert after.key != before.key  # the outbox looks different all the same: the files are renumbered
+    assert after.key != before.key  # the files are renumbered
 
 
 def test_a_raised_count_leaves_the_first_ones_alone() -> None:

@@ -193,10 +193,14 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
     store = _app(context).open_store()
     found = [store.find(name) for name in tracks] if tracks else store.tracks(TrackState.FAILED)
     for track in found:
-        if track.state == "failed" and track.stage == UNREADABLE and not store.units_of(track.sha256):
+        if (
+            track.state == TrackState.FAILED
+            and track.stage == UNREADABLE
+            and not store.units_of(track.sha256)
+        ):
             restore_to_inbox(store, track)
             typer.echo(f"{track.name}: will be read again at the next scan")
-        elif track.state == "failed":
+        elif track.state == TrackState.FAILED:
             store.requeue(track.sha256, now=time.time())
             typer.echo(f"{track.name}: queued again")
         else:
@@ -216,15 +220,15 @@ def requeue(
 
     Without --stage, only results that the configuration wants otherwise are made again.
     """
-    if stage is not None and stage not in list(Stage):
-        raise typer.BadParameter(f"must be one of {', '.join(Stage)}", param_hint="--stage")
     from pipeline.maintenance.reconcile import has_source
 
+    if stage is not None and stage not in list(Stage):
+        raise typer.BadParameter(f"must be one of {', '.join(Stage)}", param_hint="--stage")
     app = _app(context)
     store = app.open_store()
     found = store.find(track)
     if not has_source(found, store, app.workspace):
-        typer.echo(f"{found.name}: its source is gone, so it can't be processed again", err=True)
+        typer.echo(f"{found.name}: its source is gone: put it in the inbox first", err=True)
         return SOME_FAILED
     stages = [Stage(stage)] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):

@@ -5,7 +5,7 @@ can share one pass over a model's weights. A result depends on its own request a
 what else is in the list, and never on the order.
 
 An engine is one module (or package) of `pipeline/engines/` with a module-level `ENGINE`, an
-`EngineCard`. Its module must be cheap to import: heavy packages (torch, librosa, scipy) are
+`EngineCard`. Its module must be cheap to import: heavy packages (torch, scipy) are
 imported inside functions, so that `status` and `plan` answer at once.
 """
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 from pipeline.engines.base import Embedder, EngineSettings, Generator
 from pipeline.engines.selection import Choice
 from pipeline.errors import EngineUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
+
+Wanted = tuple[Choice, EngineSettings]
 
 log = logging.getLogger("pipeline")
 
@@ -22,39 +23,34 @@ class Engines(Protocol):
     def generator(self) -> Generator: ...
 
 
-@dataclass
 class LoadedEngines:
-    """The chosen engines, each loaded once."""
+    """The chosen engines, each loaded once. Engines of `earlier` that are the same are used again."""
 
-    embedder_choice: Choice
-    embedder_settings: EngineSettings
-    generator_choice: Choice
-    generator_settings: EngineSettings
-    _embedder: Embedder | None = field(default=None, init=False)
-    _generator: Generator | None = field(default=None, init=False)
-
-    def take_over(self, earlier: LoadedEngines) -> None:
-        """Use engines that are loaded already, where choice and settings are the same."""
-        if (earlier.embedder_choice, earlier.embedder_settings) == (
-            self.embedder_choice,
-            self.embedder_settings,
-        ):
-            self._embedder = earlier._embedder
-        if (earlier.generator_choice, earlier.generator_settings) == (
-            self.generator_choice,
-            self.generator_settings,
-        ):
-            self._generator = earlier._generator
+    def __init__(
+        self,
+        embedder: Wanted,
+        generator: Wanted,
+        earlier: Engines | None = None,
+    ) -> None:
+        self._wanted = (embedder, generator)
+        before = earlier._loaded if isinstance(earlier, LoadedEngines) else []
+        self._loaded: list[tuple[Wanted, Generator | Embedder]] = [
+            (wanted, engine) for wanted, engine in before if wanted in self._wanted
+        ]
 
     def embedder(self) -> Embedder:
-        if self._embedder is None:
-            self._embedder = cast(Embedder, _load(self.embedder_choice, self.embedder_settings))
-        return self._embedder
+        return cast(Embedder, self._load_once(self._wanted[0]))
 
     def generator(self) -> Generator:
-        if self._generator is None:
-            self._generator = cast(Generator, _load(self.generator_choice, self.generator_settings))
-        return self._generator
+        return cast(Generator, self._load_once(self._wanted[1]))
+
+    def _load_once(self, wanted: Wanted) -> Generator | Embedder:
+        for loaded, engine in self._loaded:
+            if loaded == wanted:
+                return engine
+        engine = _load(*wanted)
+        self._loaded.append((wanted, engine))
+        return engine
 
 
 def _load(choice: Choice, settings: EngineSettings) -> Generator | Embedder:

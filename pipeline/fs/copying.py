@@ -7,12 +7,13 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import BadAudio
+from pipeline.errors import BadAudio, os_reason
 
 READ_BYTES = 1 << 20
 MOVE_TRIES = 5
@@ -86,9 +87,17 @@ def copy_in(
         before = os.fstat(source.fileno())
         if not stat.S_ISREG(before.st_mode) or (expected is not None and FileIdentity.of(before) != expected):
             raise FileChanged(path)
-        sha256 = _copied(source, target, should_stop)
-        after = os.fstat(source.fileno())
-        if FileIdentity.of(after) != FileIdentity.of(before):
+        with _write_errors(target):
+            copy = target.open("wb")
+
+        def write(block: bytes) -> None:
+            with _write_errors(target):
+                copy.write(block)
+                copy.flush()
+
+        with copy:
+            sha256 = _digest(source, write, should_stop)
+        if FileIdentity.of(os.fstat(source.fileno())) != FileIdentity.of(before):
             raise FileChanged(path)
     return sha256
 
@@ -98,23 +107,15 @@ def _opened(path: Path, *, follow: bool) -> BinaryIO:
     try:
         return os.fdopen(os.open(path, flags), "rb")
     except (PermissionError, FileNotFoundError, IsADirectoryError) as e:
-        raise BadAudio(f"can't be read: {(e.strerror or 'unreadable').lower()}") from e
+        raise BadAudio(f"can't be read: {os_reason(e)}") from e
 
 
-def _copied(source: BinaryIO, target: Path, should_stop: Callable[[], bool]) -> str | None:
-    def write(block: bytes) -> None:
-        try:
-            out.write(block)
-            out.flush()
-        except OSError as e:
-            raise WriteFailed(e.errno, e.strerror, str(target)) from e
-
+@contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
     try:
-        out = target.open("wb")
+        yield
     except OSError as e:
         raise WriteFailed(e.errno, e.strerror, str(target)) from e
-    with out:
-        return _digest(source, write, should_stop)
 
 
 def _digest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, os_reason
@@ -40,11 +40,12 @@ def environment_error(
     return None
 
 
-def free_bytes(folders: Iterable[Path]) -> float:
-    """Free space on the fullest of the folders' disks.
+def count_that_fit(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
+    """How many things of that size fit on the disk and leave the reserve free.
 
     Raises:
-        FolderUnusable: one of them does not exist or can't be read.
+        DiskFull: not even one fits.
+        FolderUnusable: a folder does not exist or can't be read.
     """
     free = float("inf")
     for folder in folders:
@@ -52,16 +53,6 @@ def free_bytes(folders: Iterable[Path]) -> float:
             free = min(free, shutil.disk_usage(folder).free)
         except OSError as e:
             raise FolderUnusable(f"{folder} can't be used: {os_reason(e)}") from e
-    return free
-
-
-def count_that_fit(folders: Sequence[Path], *, each_bytes: float, reserve_bytes: float) -> int:
-    """How many things of that size fit on the disk and leave the reserve free.
-
-    Raises:
-        DiskFull: not even one fits.
-    """
-    free = free_bytes(folders)
     if free < each_bytes + reserve_bytes:
         raise DiskFull(
             f"{free / 1e6:.0f} MB are free for {', '.join(map(str, folders))}, and"

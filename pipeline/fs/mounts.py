@@ -31,7 +31,6 @@ class Mount:
 
     fstype: str
     mount_point: str
-    source: str
 
 
 def mount_of(path: Path, mountinfo: str | None = None) -> Mount | None:
@@ -98,15 +97,10 @@ def _mounts(mountinfo: str | None) -> list[Mount]:
 def _parsed(line: str) -> Mount | None:
     """`36 35 98:0 /root /mount/point options [optional fields] - fstype source super-options`."""
     fields = line.split(" ")
-    if "-" not in fields[6:]:
+    try:
+        return Mount(_unescaped(fields[fields.index("-", 6) + 1]), _unescaped(fields[4]))
+    except (ValueError, IndexError):
         return None
-    separator = fields.index("-", 6)
-    mount_point, after = fields[4], fields[separator + 1 :]
-    if not after:
-        return None
-    return Mount(
-        _unescaped(after[0]), _unescaped(mount_point), _unescaped(after[1]) if len(after) > 1 else ""
-    )
 
 
 def _unescaped(text: str) -> str:

@@ -98,7 +98,7 @@ def recover_moves(store: Store, inbox: Path) -> None:
 
     A moved file is recognised by its size, mtime and inode, which a rename keeps.
     """
-    missing = [(file, track) for file, track in store.unarchived_below(inbox) if _is_missing(file)]
+    missing = [file for file in store.unarchived_below(inbox) if _is_missing(file)]
     if not missing:
         return
     archived = {
@@ -106,7 +106,7 @@ def recover_moves(store: Store, inbox: Path) -> None:
         for folder in (DONE, FAILED)
         for path in sorted((inbox / folder).rglob("*"))
     }
-    for file, track in missing:
+    for file in missing:
         moved_to = archived.get(file.identity)
         if moved_to is None:
             if inbox.is_dir() and not os.path.lexists(file.path):
@@ -114,7 +114,7 @@ def recover_moves(store: Store, inbox: Path) -> None:
         elif moved_to.is_relative_to(inbox / DONE):
             store.set_file_state(file.path, FileState.SETTLED, moved_to=moved_to)
         else:
-            if not error_path(moved_to).exists():
+            if not error_path(moved_to).exists() and (track := store.track(file.sha256)):
                 write_error(moved_to, f"{track.name}: {track.error}")
             store.set_file_state(file.path, FileState.FAILED, moved_to=moved_to)
 

@@ -112,9 +112,9 @@ class Ingest:
         for scanned in scanned_files:
             if should_stop():
                 return
-            known = self.store.file_and_track(scanned.path)
-            if known is not None and self._is_unchanged(known[0], scanned):
-                self._check_known_file(*known, result)
+            known = self.store.file_at(scanned.path)
+            if known is not None and self._is_unchanged(known, scanned):
+                self._check_known_file(known, result)
             elif not scanned.marked:
                 result.unmarked += 1
             elif self.settings.marker is None and not self._is_ready(scanned):
@@ -248,7 +248,9 @@ class Ingest:
 
     # -- known files -----------------------------------------------------------------------------
 
-    def _check_known_file(self, file: SourceFile, track: Track, result: ScanResult) -> None:
+    def _check_known_file(self, file: SourceFile, result: ScanResult) -> None:
+        track = self.store.track(file.sha256)
+        assert track is not None
         if track.state == TrackState.FAILED:
             result.failed.add(track.sha256)
             if file.state == FileState.WAITING:  # a kill came before it was moved

@@ -29,57 +29,6 @@ LIMITS = {  # the reason of a refusal, by errno
 }
 
 
-class FolderEvents:
-    """Watches one folder and everything below it with watchdog; `watch` may be called repeatedly.
-
-    One observer serves the whole run and only its watches change, since every new observer takes an
-    inotify instance, of which the system has few.
-    """
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
-        self._observer: BaseObserver | None = None
-        self._overflow = _OverflowHandler()
-        self.is_on = False
-
-    def watch(self, root: Path) -> None:
-        """Begin to watch. Raises OSError or RuntimeError if the system refuses; then nothing is watched."""
-        self.release()
-        if self._observer is None or not self._observer.is_alive():
-            self.close()
-            self._observer = _started_observer()
-            logging.getLogger("watchdog").addHandler(self._overflow)
-        self._overflow.occurred = False
-        # The real path, as inotify would watch a link itself.
-        _schedule(self._observer, os.path.realpath(root), self._wake)
-        self.is_on = True
-
-    def missed(self) -> str | None:
-        """Why events may have been missed since `watch`, or None."""
-        if self._observer is None or not self.is_on:
-            return None
-        if self._overflow.occurred:
-            return "more changed at once than the system could report"
-        emitters = self._observer.emitters
-        if self._observer.is_alive() and emitters and all(emitter.is_alive() for emitter in emitters):
-            return None
-        return "a thread of the observer has ended"
-
-    def release(self) -> None:
-        """Remove the watches."""
-        self.is_on = False
-        if self._observer is not None:
-            self._observer.unschedule_all()
-
-    def close(self) -> None:
-        self.is_on = False
-        if self._observer is not None:
-            logging.getLogger("watchdog").removeHandler(self._overflow)
-            self._observer.stop()
-            self._observer.join()
-            self._observer = None
-
-
 class _OverflowHandler(logging.Handler):
     """Notices an overflow of the system's event queue, which watchdog only logs."""
 
@@ -88,14 +37,6 @@ class _OverflowHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if "overflow" in record.getMessage():
             self.occurred = True
-
-
-def _started_observer() -> BaseObserver:
-    from watchdog.observers import Observer
-
-    observer = Observer()
-    observer.start()
-    return observer
 
 
 def _schedule(observer: BaseObserver, root: str, wake: Callable[[], None]) -> None:
@@ -115,7 +56,11 @@ def _schedule(observer: BaseObserver, root: str, wake: Callable[[], None]) -> No
 
 
 class Watcher:
-    """Watches the folder `root`, which may vanish, come back and be replaced. Used from one thread."""
+    """Watches the folder `root`, which may vanish, come back and be replaced. Used from one thread.
+
+    One watchdog observer serves the whole run and only its watches change, since every new observer
+    takes an inotify instance, of which the system has few.
+    """
 
     def __init__(
         self,
@@ -130,7 +75,9 @@ class Watcher:
         self._wake = wake
         self._without_events = polling
         self._clock = clock
-        self._events = FolderEvents(wake)
+        self._observer: BaseObserver | None = None
+        self._overflow = _OverflowHandler()
+        self._is_watching = False
         self._identity: tuple[int, int] | None = None  # of the folder at the last check
         self._refused: str | None = None  # why the system refused to watch the folder
         self._retry_at = 0.0  # when to try again after that
@@ -138,7 +85,7 @@ class Watcher:
     @property
     def polling(self) -> bool:
         """Whether the folder has to be polled now, as its changes make no events."""
-        return not self._events.is_on
+        return not self._is_watching
 
     def start(self) -> None:
         """Begin to watch if that is possible; `check` reports what prevents it."""
@@ -151,42 +98,74 @@ class Watcher:
         except OSError as e:
             if self._identity is not None:
                 self._wake()
-            self._events.release()
+            self._release()
             self._identity = self._refused = None
             return f"{self.root} can't be watched: {os_reason(e)}"
         lost = self._lost(identity)
         if lost is not None or self._identity is None:
-            self._events.release()
+            self._release()
             self._refused = None
             self._wake()
         self._identity = identity
-        if not self._without_events and not self._events.is_on:
+        if not self._without_events and not self._is_watching:
             self._watch()
-        return self._refused or lost
+        if lost is not None and self._refused is None:
+            return f"changes in {self.root} may have been missed: {lost}; it is scanned again"
+        return self._refused
 
     def stop(self) -> None:
-        self._events.close()
+        """Stop watching, and end the observer's threads."""
+        self._is_watching = False
+        if self._observer is not None:
+            logging.getLogger("watchdog").removeHandler(self._overflow)
+            self._observer.stop()
+            self._observer.join()
+            self._observer = None
 
     def _lost(self, identity: tuple[int, int]) -> str | None:
-        reason = self._events.missed()
-        if reason is None and self._identity is not None and identity != self._identity:
-            reason = "another folder took its place"
-        if reason is None:
-            return None
-        return f"changes in {self.root} may have been missed: {reason}; it is scanned again"
+        """Why changes may have been missed since the last check, or None."""
+        if self._is_watching and self._observer is not None:
+            emitters = self._observer.emitters
+            if self._overflow.occurred:
+                return "more changed at once than the system could report"
+            if not (self._observer.is_alive() and emitters and all(each.is_alive() for each in emitters)):
+                return "a thread of the observer has ended"
+        if self._identity is not None and identity != self._identity:
+            return "another folder took its place"
+        return None
 
     def _watch(self) -> None:
         if self._refused is not None and self._clock() < self._retry_at:
             return
         self._refused, self._retry_at = None, self._clock() + RETRY_S
         try:
-            self._events.watch(self.root)
+            observer = self._running_observer()
+            self._overflow.occurred = False
+            _schedule(observer, os.path.realpath(self.root), self._wake)  # inotify would watch a link itself
         except (OSError, RuntimeError) as e:  # RuntimeError: no thread could be started
             reason = LIMITS.get(getattr(e, "errno", None) or 0, str(e))
             log.debug("no events from %s", self.root, exc_info=True)
             self._refused = f"{self.root} gives no events and is polled instead: {reason}"
         else:
+            self._is_watching = True
             self._wake()
+
+    def _running_observer(self) -> BaseObserver:
+        from watchdog.observers import Observer
+
+        if self._observer is None or not self._observer.is_alive():
+            self.stop()
+            observer = Observer()
+            observer.start()
+            self._observer = observer
+            logging.getLogger("watchdog").addHandler(self._overflow)
+        return self._observer
+
+    def _release(self) -> None:
+        """Remove the watches."""
+        self._is_watching = False
+        if self._observer is not None:
+            self._observer.unschedule_all()
 
 
 def _identity(root: Path) -> tuple[int, int]:

@@ -9,7 +9,6 @@ is only reported. To be called only by the holder of the instance lock, after `S
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 from pipeline.errors import os_reason
 from pipeline.fs.names import printable
-from pipeline.maintenance.retention import SHA256_PATTERN, finish_interrupted_removals
+from pipeline.maintenance.retention import finish_interrupted_removals, unneeded_copies
 from pipeline.outbox.outbox import TMP_SUFFIX, Outbox, Published, listed_files
 from pipeline.store.schema import Track, TrackState
 from pipeline.store.store import Store
@@ -217,14 +216,13 @@ def has_source(track: Track, store: Store, workspace: Workspace) -> bool:
 
 
 def _check_working_copies(store: Store, workspace: Workspace, *, repair: bool) -> Iterator[Finding]:
-    """Working copies that no track needs, and incomplete copies."""
-    states = {track.sha256: track.state for track in store.tracks()}
-    folder = workspace.state / "work"
-    for path in sorted(folder.iterdir(), key=os.fsencode) if folder.is_dir() else ():
-        state = states.get(path.name)
-        if path.name.startswith(".incoming-") or path.suffix == TMP_SUFFIX:
-            yield from _remove([path], repair=repair)
-        elif SHA256_PATTERN.fullmatch(path.name) and state not in (TrackState.QUEUED, TrackState.RUNNING):
-            yield from _remove([path], "is a working copy that nothing needs", repair=repair)
-        elif state == TrackState.QUEUED and path.is_dir():
-            yield from _remove(sorted(path.glob(f"*{TMP_SUFFIX}")), repair=repair)
+    """Working copies that no track needs, and incomplete files of queued tracks."""
+    tracks = {track.sha256: track for track in store.tracks()}
+    parts = [
+        part
+        for part in sorted((workspace.state / "work").glob(f"*/*{TMP_SUFFIX}"))
+        if (track := tracks.get(part.parent.name)) is not None and track.state == TrackState.QUEUED
+    ]
+    yield from _remove(parts, repair=repair)
+    copies = list(unneeded_copies(workspace, tracks))
+    yield from _remove(copies, "is a working copy that nothing needs", repair=repair)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from pipeline.config import Retention
 from pipeline.engines.base import UNFINISHED
 from pipeline.fs.copying import error_path
 from pipeline.fs.names import printable
-from pipeline.outbox.outbox import VARIATIONS, Outbox
+from pipeline.outbox.outbox import TMP_SUFFIX, VARIATIONS, Outbox
 from pipeline.store.schema import SourceFile, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import DONE, ENGINES_FOLDER, FAILED, Workspace
@@ -32,7 +32,7 @@ log = logging.getLogger("pipeline")
 DAY_S = 86400.0
 UNKNOWN_AT_LEAST_DAYS = 1.0  # a working copy that is not in the database may belong to a scan in progress
 MTIME_SLACK_NS = 2_000_000_000  # FAT stores times in steps of two seconds
-SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,23 @@ def _unlink(path: Path) -> bool:
     return True
 
 
-def _working_copies(store: Store, workspace: Workspace, tracks: dict[str, Track]) -> Iterator[Candidate]:
-    """Those of finished tracks and of tracks that are not in the database, and incomplete copies."""
+def unneeded_copies(workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Path]:
+    """Working copies of finished tracks and of tracks that are not in the database, and incomplete copies."""
     for path in _entries(workspace.state / "work"):
-        is_scratch = SHA256_PATTERN.fullmatch(path.name) is not None
-        track = tracks.get(path.name)
-        is_removable = is_scratch or path.name.startswith(".incoming-") or path.suffix == ".part"
-        if is_removable and not _is_in_work(track):
-            with suppress(FileNotFoundError):  # its track was finished meanwhile
-                size, since = _size_and_time(path)
-                least = 0.0 if track is not None else UNKNOWN_AT_LEAST_DAYS
-                remove = partial(_remove_copy, store, path, since)
-                yield Candidate("working copy", path, size, since, remove, least)
+        is_copy = (
+            _SHA256.fullmatch(path.name) or path.name.startswith(".incoming-") or path.suffix == TMP_SUFFIX
+        )
+        if is_copy and not _is_in_work(tracks.get(path.name)):
+            yield path
+
+
+def _working_copies(store: Store, workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Candidate]:
+    for path in unneeded_copies(workspace, tracks):
+        with suppress(FileNotFoundError):  # its track was finished meanwhile
+            size, since = _size_and_time(path)
+            least = 0.0 if path.name in tracks else UNKNOWN_AT_LEAST_DAYS
+            remove = partial(_remove_copy, store, path, since)
+            yield Candidate("working copy", path, size, since, remove, least)
 
 
 def _is_in_work(track: Track | None) -> bool:

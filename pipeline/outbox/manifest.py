@@ -40,9 +40,7 @@ def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
 
 def embedding_record(published: Published, embedder: Embedder, choice: Choice) -> Json:
     return {
-        "file": published.file,
-        "sha256": published.sha256,
-        "bytes": published.bytes,
+        **vars(published),
         "engine": embedder.name,
         "model": choice.model,
         "revision": choice.revision,
@@ -67,9 +65,7 @@ def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -
 
 def variation_record(published: Published, facts: Json, finished: Finished) -> Json:
     return {
-        "file": published.file,
-        "sha256": published.sha256,
-        "bytes": published.bytes,
+        **vars(published),
         **facts,
         "duration_s": finished.audio.duration_s,
         "sample_rate": finished.audio.sample_rate,

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 
 from pipeline.config import Retry
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
 
+log = logging.getLogger("pipeline")
+
 JITTER = 0.25  # of the wait, either way, so that tracks that failed together are not all retried together
-
-
-@dataclass(frozen=True)
-class Crashed:
-    """A track that was being processed when the process died."""
-
-    track: Track
-    stage: str
-    error: str
-    given_up: bool
 
 
 def backoff_s(sha256: str, attempts: int, settings: Retry) -> float:
@@ -34,7 +27,7 @@ def longest_backoff_s(settings: Retry) -> float:
     return settings.max_backoff_s * (1.0 + JITTER)
 
 
-def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Crashed]:
+def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Track]:
     """Close the attempts that a killed instance left open, and count the crash as a failed attempt.
 
     If several tracks were being processed, nobody knows which one caused the crash. So none of them
@@ -42,8 +35,11 @@ def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Crashe
     while it runs alone, that track is the cause. The first crash costs no wait, since most often it
     is a power cut or a `kill -9`; but the track goes to the end of the queue, so that the other
     tracks are finished whatever it does.
+
+    Returns:
+        The tracks that are given up.
     """
-    crashed = []
+    given_up = []
     with store.transaction():
         found = store.recover(now=now)
         for track, stage in found:
@@ -51,16 +47,18 @@ def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Crashe
             if len(found) > 1:
                 attempts = min(attempts, settings.max_attempts - 1)
             error = f"the program was killed or crashed during {stage}, {attempts} times in a row"
-            if given_up := attempts >= settings.max_attempts:
+            is_last = attempts >= settings.max_attempts
+            log.info("%s: %s, %s", track.name, error, "is given up" if is_last else "will be tried again")
+            if is_last:
                 store.fail(track.sha256, stage=stage, error=error, now=now, retry_at=None)
+                given_up.append(replace(track, error=error))
             else:
                 wait = backoff_s(track.sha256, attempts, settings) if attempts > 1 else 0.0
                 solo = attempts >= settings.max_attempts - 1
                 store.record_crash(
                     track.sha256, attempts=attempts, solo=solo, error=error, now=now, retry_at=now + wait
                 )
-            crashed.append(Crashed(track, stage, error, given_up))
-    return crashed
+    return given_up
 
 
 def local_time(when: float) -> str:

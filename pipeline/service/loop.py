@@ -21,7 +21,6 @@ from pipeline.service.health import Health
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import SHORTEST_WAIT_S, Signals
 from pipeline.store.store import Store
-from pipeline.workspace import InputFolder
 
 log = logging.getLogger("pipeline")
 
@@ -42,18 +41,8 @@ class Processor:
 class Configured(Protocol):
     """A configuration that can be read again; `pipeline.app.App` is one."""
 
-    def reopened(self) -> Configured: ...
-    def fetch_missing(self) -> None: ...
+    def reloaded(self, runner: Runner) -> tuple[Configured, Processor]: ...
     def watcher(self, signals: Signals) -> tuple[Watcher, str]: ...
-    def processor(
-        self,
-        store: Store,
-        folder: InputFolder,
-        reporter: Reporter,
-        signals: Signals,
-        *,
-        earlier: Runner | None = None,
-    ) -> Processor: ...
 
 
 @dataclass
@@ -160,7 +149,7 @@ class Watch:
     def _turn(self) -> float:
         """Scan if it is time to, then process one batch; returns how long to wait, in seconds."""
         try:
-            if self._pause_s:
+            if "disk" in self.session.health.conditions:
                 self.runner.free_space()
             self._scan_if_due()
             worked = self.runner.next_batch()
@@ -253,18 +242,13 @@ class Watch:
         session = self.session
         session.notifier.reloading()
         try:
-            app = session.app.reopened()
-            app.fetch_missing()
-            processor = app.processor(
-                session.store, self.ingest.folder, session.reporter, session.signals, earlier=self.runner
-            )
+            session.app, session.processor = session.app.reloaded(self.runner)
         except PipelineError as e:
             log.error("the configuration stays as it was: %s", e)
             session.health.degraded("configuration", f"stays as it was: {e}")
         else:
-            session.app, session.processor = app, processor
             self._watcher.stop()
-            self._watcher, self._mode = app.watcher(session.signals)
+            self._watcher, self._mode = session.app.watcher(session.signals)
             self._start_watcher()
             self._scan_at = -float("inf")
             log.info("the configuration was read again")

@@ -1,1 +1,1 @@
-"""The SQLite database: the only package that knows it."""
+"""The SQLite database of tracks; no other package uses SQLite."""

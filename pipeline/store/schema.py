@@ -89,7 +89,7 @@ class Track:
     """One input, identified by its content."""
 
     sha256: str
-    name: str  # the file name of its first file, printable
+    name: str  # the plainest of its file names before the first attempt, printable
     state: TrackState
     bytes: int
     queued_at: float

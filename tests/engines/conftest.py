@@ -74,12 +74,6 @@ def exact_stereo_musicgen(stereo_musicgen: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def torch_musicgen(musicgen: Any) -> Any:
-    """With the decoder that a GPU uses, on the CPU."""
-    return generator_with(musicgen.checkpoint, "torch")
-
-
-@pytest.fixture(scope="session")
 def clap_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need_models()
     from checkpoints import build_clap

@@ -1,9 +1,10 @@
-"""Small pieces of synthesized music with known beats, and sounds without beats."""
+"""Small pieces of synthesized music with known beats, and sounds without beats; each is made once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ class Piece:
     meter: int
 
 
+@cache
 def play(
     bpm: float = 120.0,
     sections: str = "verse verse chorus verse chorus",
@@ -88,6 +90,7 @@ def _add(out: Doubles, first: int, sound: Doubles, pan: float) -> None:
     out[:, first : first + kept.size] += np.array([[1.0 - pan], [1.0 + pan]]) * kept
 
 
+@cache
 def _note(pitch: int, seconds: float, rate: int, *, decay_s: float) -> Doubles:
     time_s = np.arange(round(seconds * rate)) / rate
     f = 440.0 * 2 ** ((pitch - 69) / 12)
@@ -115,6 +118,7 @@ def _hat(rate: int, rng: np.random.Generator) -> Doubles:
     return np.asarray(np.diff(rng.standard_normal(time_s.size), prepend=0.0) * np.exp(-time_s / 0.012))
 
 
+@cache
 def pads(seconds: float = 20.0, sample_rate: int = 44100) -> Audio:
     """Slow stereo chords that fade into each other, without onsets."""
     time_s = np.arange(round(seconds * sample_rate)) / sample_rate
@@ -127,6 +131,7 @@ def pads(seconds: float = 20.0, sample_rate: int = 44100) -> Audio:
     return Audio((0.3 * out / np.abs(out).max()).astype(np.float32), sample_rate)
 
 
+@cache
 def drone(seconds: float = 12.0, sample_rate: int = 44100) -> Audio:
     """One steady chord of sines, mono."""
     time_s = np.arange(round(seconds * sample_rate)) / sample_rate
@@ -134,12 +139,14 @@ def drone(seconds: float = 12.0, sample_rate: int = 44100) -> Audio:
     return Audio((0.1 * np.asarray(out)[None]).astype(np.float32), sample_rate)
 
 
+@cache
 def noise(seconds: float = 10.0, sample_rate: int = 44100) -> Audio:
     """White noise, mono."""
     values = np.random.default_rng(3).standard_normal((1, round(seconds * sample_rate)))
     return Audio((0.1 * values).astype(np.float32), sample_rate)
 
 
+@cache
 def impulses(seconds: float = 12.0, sample_rate: int = 44100, bpm: float = 120.0) -> Audio:
     """One sample of 0.9 on each beat, silence between, mono."""
     out = np.zeros((1, round(seconds * sample_rate)), np.float32)
@@ -147,6 +154,7 @@ def impulses(seconds: float = 12.0, sample_rate: int = 44100, bpm: float = 120.0
     return Audio(out, sample_rate)
 
 
+@cache
 def speech(seconds: float = 12.0, sample_rate: int = 44100) -> Audio:
     """Syllables of uneven length and pitch with pauses between them, mono."""
     rng = np.random.default_rng(11)

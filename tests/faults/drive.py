@@ -1,13 +1,13 @@
-"""The program as a child process, and engines whose behaviour a fault test needs.
+"""The program as a child process, and engines that behave as a fault test needs.
 
 `start` runs run_pipeline.py as people do. With `engines=True` this file itself is the program: the
 same command line, with a few engines registered beside the real ones:
 
     free-vectors, free        cost nothing: what is left is the queue's own cost
     paced                     takes 2 s per variation in steps with progress, stops when asked
-    stuck                     says nothing, does nothing and doesn't listen
+    stuck                     makes no progress and ignores requests to stop
 
-Conditions are waited for by looking again a bounded number of times; nothing here measures time.
+Conditions are checked again and again, a bounded number of times; nothing here measures time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pipeline.records import Audio, Embedding, Variation, VariationRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for this file as the program
-LOOK_EVERY_S = 0.05
+CHECK_EVERY_S = 0.05
 RATE_HZ, SECONDS, RESCAN_S = 8000, 1.2, 0.5  # of many small files
 PACE_STEPS, PACE_S = 40, 0.05
 AT_ONCE = {"PACE_S": "0"}  # environment: the paced engine without its pauses
@@ -113,7 +113,7 @@ def register() -> None:
 
 @dataclass
 class Child:
-    """The program at work in a process of its own."""
+    """The program in a child process."""
 
     home: Home
     process: subprocess.Popen[bytes]
@@ -135,7 +135,7 @@ class Child:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def said(self) -> str:
+    def text(self) -> str:
         return self.output.read_text(errors="replace")
 
     def cpu_s(self) -> float:
@@ -190,23 +190,23 @@ def stop(child: Child) -> int:
 def wait_until(
     condition: Callable[[], object], what: str, *, tries: int = 1200, child: Child | None = None
 ) -> None:
-    """ScanResult until the condition holds, at most `tries` times; a minute of patience by default."""
+    """Check until the condition holds, at most `tries` times; a minute of patience by default."""
     for _ in range(tries):
         is_over = child is not None and not child.is_alive()
         if condition():
             return
         if is_over:
             break
-        time.sleep(LOOK_EVERY_S)
-    said = f"\n{child.said()[-4000:]}" if child else ""
-    raise AssertionError(f"waited in vain: {what}{said}")
+        time.sleep(CHECK_EVERY_S)
+    text = f"\n{child.text()[-4000:]}" if child else ""
+    raise AssertionError(f"waited in vain: {what}{text}")
 
 
 # -- many small files ------------------------------------------------------------------------------
 
 
 def small(seed: int) -> bytes:
-    """A WAV of its own: 1.2 s, mono, 8 kHz, 16 bits, about 20 KB."""
+    """A WAV that no other number gives: 1.2 s, mono, 8 kHz, 16 bits, about 20 KB."""
     rng = np.random.default_rng(seed)
     t = np.arange(round(SECONDS * RATE_HZ)) / RATE_HZ
     tone = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 1000, 3)) / 3
@@ -226,7 +226,7 @@ def make_small(folder: Path, n: int) -> None:
 
 
 def small_and_free(home: Home) -> None:
-    """Many small files, engines that cost nothing, and nothing but looks to find a file by."""
+    """Many small files, engines that cost nothing, and no events: files are found by scans only."""
     home.configure(
         {"name": "one"},
         intake={"settle_s": 0.2, "watch": "polling", "poll_s": RESCAN_S, "rescan_s": RESCAN_S},
@@ -236,19 +236,19 @@ def small_and_free(home: Home) -> None:
     )
 
 
-# -- what it says of itself ------------------------------------------------------------------------
+# -- what the program reports ----------------------------------------------------------------------
 
 
 def status(home: Home) -> dict[str, Any]:
     """What `status --json` prints."""
     with start(home, "status", "--json", engines=True) as child:
-        assert child.ended() == 0, child.said()
-    facts: dict[str, Any] = json.loads(child.said())
+        assert child.ended() == 0, child.text()
+    facts: dict[str, Any] = json.loads(child.text())
     return facts
 
 
 def counts(home: Home) -> dict[str, int]:
-    """Tracks per state, from the store: the same as `status`, without a process for each look."""
+    """Tracks per state, from the store: the same as `status`, without starting a process each time."""
     if not (home.folder / "state" / "pipeline.db").exists():
         return {}
     store = home.store()
@@ -261,7 +261,7 @@ def counts(home: Home) -> dict[str, int]:
 
 
 def is_idle(home: Home, *, done: int) -> bool:
-    """Whether at least so many tracks are done and nothing is queued or at work."""
+    """Whether at least so many tracks are done and nothing is queued or running."""
     now = counts(home)
     return bool(now) and now["done"] >= done and not now["queued"] and not now["running"]
 

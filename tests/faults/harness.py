@@ -58,7 +58,7 @@ class Kind(IntFlag):
     """Which operations are counted; as in shim.c."""
 
     CHANGE = 1
-    SPACE = 2  # those that can need room on the disk; overwriting in place doesn't
+    SPACE = 2  # those that can need space on the disk, which overwriting in place does not
     READ = 4
 
 
@@ -218,7 +218,7 @@ class Zygote:
             raise AssertionError(f"the zygote doesn't answer: {answer}")
 
     def listen(self, timeout_s: float, *, until: Any) -> bool:
-        """Take in what the zygote says until a condition holds; False if it doesn't in that time."""
+        """Receive the zygote's messages until a condition holds; False if it does not in that time."""
         while not until():
             ready, _, _ = select.select([self._control], [], [], timeout_s)
             if not ready:

@@ -1,6 +1,6 @@
 """What must hold of a home after any faults, seen from outside: the outbox, the inbox, the store's facts.
 
-Each check raises AssertionError with words on what is wrong. The traces of the lives say how often
+Each check raises AssertionError with a text on what is wrong. The traces of the lives show how often
 something was published and how many units of work were made twice.
 """
 
@@ -124,12 +124,12 @@ def check_nothing_false(home: Home, reference: Reference) -> None:
 
 
 def check_folder(folder: Path, reference: Reference) -> None:
-    """A finished track: the very files of the reference, and each is what its manifest says."""
+    """A finished track: the very files of the reference, and each as its manifest describes it."""
     assert (folder / "manifest.json").exists(), f"{folder.name} is done without a manifest"
     found = _manifest(folder)
     for record in found["variations"]:
         path = folder / record["file"]
-        assert sha256_of(path) == record["sha256"], f"{path} isn't what the manifest says"
+        assert sha256_of(path) == record["sha256"], f"{path} isn't what the manifest describes"
         samples, rate = soundfile.read(path, always_2d=True)
         assert (len(samples), rate) == (round(record["duration_s"] * rate), record["sample_rate"]), path
         assert np.isfinite(samples).all(), path

@@ -1,5 +1,5 @@
-"""Writers of every habit, many at once, against one `watch`: nothing half-written is ever accepted, and
-whatever they end up with is made, once. The habits stand in writers.py.
+"""Many writers at once, with every habit of writers.py, against one `watch`: no incomplete file is ever
+accepted, and every final file is processed once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from writers import HABITS, INTAKE, Habit, Writer, marks_after_all, marks_at_onc
 class Trial:
     habit: str
     writer: Writer
-    error: str | None = None  # the program took a file away from under its writer
+    error: str | None = None  # the program moved a file that was still being written
 
 
 def run_trials(home: Home, n: int, *, seed: int, at_once: int, habits: tuple[Habit, ...]) -> list[Trial]:
@@ -39,7 +39,7 @@ def run_trials(home: Home, n: int, *, seed: int, at_once: int, habits: tuple[Hab
         try:
             habit(writer)
         except FileNotFoundError as e:
-            return Trial(habit.__name__, writer, f"{name}: taken away while it was written: {e}")
+            return Trial(habit.__name__, writer, f"{name}: moved while it was written: {e}")
         return Trial(habit.__name__, writer)
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -101,7 +101,7 @@ def _outbox_problems(home: Home, due: dict[str, str], legitimate: set[str]) -> l
 
 
 def _inbox_problems(home: Home, due: dict[str, str], overslept: set[str]) -> list[str]:
-    """Every source is put away, with its bytes, and none of them among the failed."""
+    """Every source is in the archive, with its bytes, and none among the failed."""
     left = [path for path in home.inbox.rglob("*") if path.is_file()]
     done = Counter(sha256_of(path) for path in left if path.is_relative_to(home.inbox / "done"))
     others = [path for path in left if not path.is_relative_to(home.inbox / "done")]
@@ -127,7 +127,7 @@ def all_made(home: Home, trials: list[Trial]) -> bool:
 
 
 def check(home: Home, child: Child, trials: list[Trial]) -> list[str]:
-    """Wait for the end of the work, stop the program, and look at everything."""
+    """Wait for the end of the work, stop the program, and check everything."""
     for _ in range(40):  # in rounds, so that what never comes is reported with all the rest
         try:
             wait_until(lambda: all_made(home, trials), "all is made", tries=20 + len(trials))
@@ -135,7 +135,7 @@ def check(home: Home, child: Child, trials: list[Trial]) -> list[str]:
         except AssertionError:
             if not any(counts(home).get(state) for state in ("queued", "running")):
                 break
-    assert stop(child) == 0, child.said()
+    assert stop(child) == 0, child.text()
     return problems(home, trials)
 
 

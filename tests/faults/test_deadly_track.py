@@ -1,4 +1,4 @@
-"""A file that kills the process, as a decoder's or an engine's bug would: it fails, the others get done."""
+"""A file that kills the process, as a bug in a decoder or an engine would: only that track fails."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_track_that_kills_fails_and_the_others_get_done(
     )
 
 
-def test_watch_goes_on_as_well(zygote: Zygote, reference: Reference, tmp_path: Path) -> None:
+def test_watch_recovers_as_well(zygote: Zygote, reference: Reference, tmp_path: Path) -> None:
     home = deadly_home(tmp_path / "home")
     deadly = sha256_of(home.inbox / "track 03.wav")
 

@@ -1,4 +1,4 @@
-"""The inbox itself goes away and comes back while `watch` runs: nothing is forgotten, work goes on."""
+"""The inbox itself disappears and returns while `watch` runs: nothing is lost, and work continues."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows(home: Home) -> tuple[int, int]:
 
 
 def away_and_back(home: Home, way: str) -> None:
-    """Take the inbox away, wait until the program says so, and bring one back."""
+    """Take the inbox away, wait until the program reports it, and bring one back."""
     away = home.folder / "inbox away"
     before = rows(home)
     if way == "removed":
@@ -59,8 +59,8 @@ def away_and_back(home: Home, way: str) -> None:
     pytest.param("removed", "polling", marks=pytest.mark.torture),
     pytest.param("replaced", "polling", marks=pytest.mark.torture),
 ])  # fmt: skip
-def test_the_inbox_goes_and_comes_back_and_work_goes_on(home: Home, way: str, watch: str) -> None:
-    rescan_s = 1.5 if way == "replaced" else 3600  # nothing but its own look at the fault may find it
+def test_work_continues_after_the_inbox_disappears_and_returns(home: Home, way: str, watch: str) -> None:
+    rescan_s = 1.5 if way == "replaced" else 3600  # so that only the check of the folder itself can find it
     home.configure(NEAR, intake={**INTAKE, "watch": watch, "rescan_s": rescan_s})
     with start(home, "watch") as child:
         wait_until(lambda: counts(home), "the program is up", child=child)
@@ -77,18 +77,19 @@ def test_the_inbox_goes_and_comes_back_and_work_goes_on(home: Home, way: str, wa
     assert counts(home)["failed"] == 0
 
 
-def test_what_finishes_while_the_inbox_is_away_is_put_away_when_it_is_back(home: Home) -> None:
+@pytest.mark.long
+def test_what_finishes_while_the_inbox_is_away_is_archived_when_it_is_back(home: Home) -> None:
     home.configure(
         {"name": "only"}, intake=INTAKE, embed={"engine": "free-vectors"}, generate={"engine": "paced"}
     )
     with start(home, "watch", engines=True) as child:
         wait_until(lambda: counts(home), "the program is up", child=child)
         path = put(home, "long.wav", 1)
-        wait_until(lambda: "generate" in log_of(home).partition("long.wav: queued")[2], "it is at work")
+        wait_until(lambda: "generate" in log_of(home).partition("long.wav: queued")[2], "it is generating")
         home.inbox.rename(home.folder / "away")
         wait_until(lambda: is_idle(home, done=1), "it is done without its inbox", child=child)
         (home.folder / "away").rename(home.inbox)
-        wait_until(lambda: not path.exists(), "its source is put away", child=child)
+        wait_until(lambda: not path.exists(), "its source is archived", child=child)
         assert stop(child) == 0
     assert [p.name for p in (home.inbox / "done").iterdir()] == ["long.wav"]
     assert rows(home) == (1, 1)
@@ -96,7 +97,7 @@ def test_what_finishes_while_the_inbox_is_away_is_put_away_when_it_is_back(home:
 
 @pytest.mark.torture
 def test_the_inbox_is_away_for_a_minute_with_a_queue_behind_it(home: Home) -> None:
-    """The queue is worked off from the working copies meanwhile; its sources are put away afterwards."""
+    """The queue is processed from the working copies meanwhile; the sources are archived afterwards."""
     home.configure(
         {"name": "only"},
         intake={"settle_s": SETTLE_S},
@@ -118,7 +119,7 @@ def test_the_inbox_is_away_for_a_minute_with_a_queue_behind_it(home: Home) -> No
         (home.folder / "away").rename(home.inbox)
         put(home, "after.wav", 1000)
         wait_until(lambda: is_idle(home, done=41), "all are done", child=child)
-        wait_until(lambda: len(list((home.inbox / "done").iterdir())) == 41, "all are put away", child=child)
+        wait_until(lambda: len(list((home.inbox / "done").iterdir())) == 41, "all are archived", child=child)
         wait_until(lambda: not is_degraded(home), "status is well again", tries=60, child=child)
         assert stop(child) == 0
     assert counts(home) == {"queued": 0, "running": 0, "done": 41, "failed": 0}

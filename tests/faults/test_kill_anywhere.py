@@ -20,7 +20,7 @@ from invariants import Case, check_finished, check_redone, kills
 
 FILES = 40
 LONGEST_LIFE_S = 0.5  # of those that are killed; a whole batch takes several seconds
-LOOK_EVERY_S = 0.05
+CHECK_EVERY_S = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,12 @@ def killed_at_random(zygote: Zygote, batch: Batch, verb: str, rng: random.Random
 
 
 def ends_by_itself(zygote: Zygote, batch: Batch, verb: str) -> None:
-    """A last life without faults: `once` ends, `watch` is told to when all is done."""
+    """A last life without faults: `once` ends, `watch` gets a signal when all is done."""
     batch.feed(len(batch.outside))
     life = zygote.start(batch.home, verb)
     batch.lives.append(life)
-    for _ in range(round(PATIENCE_S / LOOK_EVERY_S)):
-        if life.wait(LOOK_EVERY_S) is not None or is_over(batch.home):
+    for _ in range(round(PATIENCE_S / CHECK_EVERY_S)):
+        if life.wait(CHECK_EVERY_S) is not None or is_over(batch.home):
             break
     if verb == "watch":
         life.signal(signal.SIGTERM)

@@ -24,7 +24,7 @@ Point = tuple[int, Mode]
 
 @dataclass(frozen=True)
 class Found:
-    """What one way of dying came to."""
+    """The outcome of one way of dying."""
 
     lives: list[Life]
     redone: int

@@ -1,4 +1,4 @@
-"""Two daemons and a cron run at once: one works, the others end with 3."""
+"""Two daemons and a run of cron at the same time: one works, the others end with 3."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from invariants import Case, check_finished, check_redone
 
 FILES = 6
 LOCKED = 3
-LOOK_EVERY_S = 0.05
+CHECK_EVERY_S = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_of_three_started_at_once_one_works(
     home = case.home(tmp_path / "home")
 
     lives = [zygote.start(home, verb) for verb in verbs]
-    while not is_done(home) and any(life.wait(LOOK_EVERY_S) is None for life in lives):
+    while not is_done(home) and any(life.wait(CHECK_EVERY_S) is None for life in lives):
         pass
     for life, verb in zip(lives, verbs, strict=True):
         if verb == "watch" and life.wait(0) is None:  # the one that works; the others have given up

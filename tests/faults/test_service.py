@@ -1,4 +1,4 @@
-"""Life as a service: signals, a second instance, the word to systemd, and long idle days.
+"""The program as a service: signals, reloads, messages to systemd, and long idle times.
 
 The engines are the driver's own (drive.py), so that work lasts as long as a test needs it to.
 """
@@ -55,14 +55,14 @@ def is_generating(home: Home) -> bool:
 
 
 def made_without_a_fault(home: Home, folder: Path, *names: str) -> dict[str, str]:
-    """What the same sources become in a home of their own that nothing disturbs."""
+    """What the same sources become in another home without any disturbance."""
     other = Home(folder)
     other.folder.mkdir()
     (other.folder / "settings.yaml").write_text((home.folder / "settings.yaml").read_text())
     other.inbox.mkdir()
     drop(other, *names)
     with start(other, "once", engines=True, env=AT_ONCE) as child:
-        assert child.ended() == 0, child.said()
+        assert child.ended() == 0, child.text()
     return contents(other.outbox)
 
 
@@ -102,12 +102,12 @@ def test_a_signal_ends_the_work_at_its_next_step_and_a_later_run_ends_it_as_if_n
         wait_until(lambda: is_generating(home), "the variations are begun", child=child)
         began_s = time.monotonic()
         child.send(signum)
-        assert child.ended() == code, child.said()
+        assert child.ended() == code, child.text()
         figures.append(f"{verb} ended {time.monotonic() - began_s:.2f} s after {signum.name}")
     assert counts(home) == {"queued": 2, "running": 0, "done": 0, "failed": 0}
     assert attempts(home) == {"a.wav": 0, "b.wav": 0}
     with start(home, "once", engines=True, env=AT_ONCE) as child:
-        assert child.ended() == 0, child.said()
+        assert child.ended() == 0, child.text()
     assert contents(home.outbox) == undisturbed
 
 
@@ -125,11 +125,11 @@ def test_a_signal_at_any_moment_of_real_work_loses_nothing(
             wait_until(lambda: counts(home), "the program is up", child=child)
             time.sleep(rng.uniform(0.5, 3))
             began_s = time.monotonic()
-            assert stop(child) == 0, child.said()
+            assert stop(child) == 0, child.text()
             took_s.append(time.monotonic() - began_s)
     assert set(attempts(home).values()) <= {0}
     with start(home, "once") as child:
-        assert child.ended() == 0, child.said()
+        assert child.ended() == 0, child.text()
     figures.append(f"ended after at most {max(took_s):.2f} s")
     assert contents(home.outbox) == made_without_a_fault(home, tmp_path / "other", *names)
 
@@ -148,12 +148,12 @@ def test_an_engine_that_does_not_listen_is_left_by_force_with_its_track_queued(
         wait_until(at.exists, "the engine is stuck", child=child)
         began_s = time.monotonic()
         child.send(signal.SIGTERM)
-        assert child.ended(tries=20 * FORCED_S * 4) == code, child.said()
+        assert child.ended(tries=20 * FORCED_S * 4) == code, child.text()
         figures.append(f"{verb} with a stuck engine ended {time.monotonic() - began_s:.2f} s after SIGTERM")
     assert counts(home)["queued"] == 2
     pace(home)
     with start(home, "once", engines=True, env=AT_ONCE) as child:
-        assert child.ended() == 0, child.said()
+        assert child.ended() == 0, child.text()
     assert counts(home)["done"] == 2
     assert attempts(home) == {"a.wav": 0, "b.wav": 0}
 
@@ -168,7 +168,7 @@ def test_a_killed_run_leaves_no_lock_and_the_next_goes_on_without_waiting(
         child.send(signal.SIGKILL)
         child.ended()
     with start(home, "once", engines=True, env=AT_ONCE) as child:
-        assert child.ended() == 0, child.said()
+        assert child.ended() == 0, child.text()
     assert contents(home.outbox) == undisturbed
 
 
@@ -189,7 +189,7 @@ def test_sighup_in_the_middle_of_work_ends_that_work_under_the_old_configuration
     pace(home, {"name": "old"}, {"name": "older"})
     with start(home, "watch", engines=True) as child:
         drop(home, "first.wav")
-        wait_until(lambda: is_generating(home), "it is at work", child=child)
+        wait_until(lambda: is_generating(home), "it is generating", child=child)
         pace(home, {"name": "new"}, engine="free")
         child.send(signal.SIGHUP)
         wait_until(lambda: is_idle(home, done=1), "the first one is done", child=child)
@@ -200,6 +200,7 @@ def test_sighup_in_the_middle_of_work_ends_that_work_under_the_old_configuration
     assert variations(home, "second") == ["new"]
 
 
+@pytest.mark.long
 def test_sighup_keeps_the_configuration_that_works_while_the_new_one_does_not(home: Home) -> None:
     pace(home, {"name": "old"}, engine="free")
     settings = home.folder / "settings.yaml"
@@ -210,14 +211,14 @@ def test_sighup_keeps_the_configuration_that_works_while_the_new_one_does_not(ho
         for n, text in enumerate(broken, start=1):
             settings.unlink() if text is None else settings.write_text(text)
             child.send(signal.SIGHUP)
-            wait_until(lambda n=n: len(errors_in(log_of(home))) == n, "the error is said", child=child)
+            wait_until(lambda n=n: len(errors_in(log_of(home))) == n, "the error is logged", child=child)
             drop(home, f"{n}.wav")
-            wait_until(lambda n=n: is_idle(home, done=n), "work goes on", child=child)
+            wait_until(lambda n=n: is_idle(home, done=n), "work continues", child=child)
             assert variations(home, str(n)) == ["old"]
         settings.write_text(good.replace("old", "new"))
         child.send(signal.SIGHUP)
         drop(home, "mended.wav")
-        wait_until(lambda: is_idle(home, done=4), "work goes on", child=child)
+        wait_until(lambda: is_idle(home, done=4), "work continues", child=child)
         assert stop(child) == 0
     assert variations(home, "mended") == ["new"]
 
@@ -226,7 +227,7 @@ def errors_in(log: str) -> list[str]:
     return re.findall(r" ERROR .*settings\.yaml.*", log)
 
 
-# -- the word to systemd ---------------------------------------------------------------------------
+# -- messages to systemd ---------------------------------------------------------------------------
 
 
 class Manager:
@@ -268,18 +269,18 @@ def manager() -> Iterator[Manager]:
             made.close()
 
 
-def told(manager: Manager, watchdog_s: float) -> dict[str, str]:
+def environment(manager: Manager, watchdog_s: float) -> dict[str, str]:
     return {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": str(round(watchdog_s * 1e6))}
 
 
-def test_systemd_hears_of_the_start_of_idle_life_of_work_of_a_reload_and_of_the_end(home: Home) -> None:
+def test_start_idle_time_work_reload_and_end_are_reported_to_systemd(home: Home) -> None:
     pace(home)
-    with manager() as systemd, start(home, "watch", engines=True, env=told(systemd, 1.0)) as child:
-        wait_until(lambda: "READY=1" in systemd.messages, "it says that it is ready", child=child)
+    with manager() as systemd, start(home, "watch", engines=True, env=environment(systemd, 1.0)) as child:
+        wait_until(lambda: "READY=1" in systemd.messages, "it reports that it is ready", child=child)
         idle = systemd.fed()
         wait_until(lambda: systemd.fed() >= idle + 3, "it feeds the watchdog while idle", child=child)
         drop(home, "a.wav")
-        wait_until(lambda: is_generating(home), "it is at work", child=child)
+        wait_until(lambda: is_generating(home), "it is generating", child=child)
         working = systemd.fed()
         wait_until(lambda: systemd.fed() >= working + 2, "it feeds the watchdog at work", child=child)
         assert is_generating(home)
@@ -289,7 +290,7 @@ def test_systemd_hears_of_the_start_of_idle_life_of_work_of_a_reload_and_of_the_
         wait_until(lambda: systemd.messages.count("READY=1") > readies, "it is ready again", child=child)
         assert "RELOADING=1" in systemd.messages
         assert stop(child) == 0
-        wait_until(lambda: "STOPPING=1" in systemd.messages, "it says that it ends")
+        wait_until(lambda: "STOPPING=1" in systemd.messages, "it reports its end")
 
 
 @pytest.mark.long
@@ -298,9 +299,9 @@ def test_a_stuck_engine_does_not_feed_the_watchdog(home: Home, tmp_path: Path) -
     at = tmp_path / "stuck"
     with (
         manager() as systemd,
-        start(home, "watch", engines=True, env={**told(systemd, 1.0), STUCK_AT: str(at)}) as child,
+        start(home, "watch", engines=True, env={**environment(systemd, 1.0), STUCK_AT: str(at)}) as child,
     ):
-        wait_until(lambda: "READY=1" in systemd.messages, "it says that it is ready", child=child)
+        wait_until(lambda: "READY=1" in systemd.messages, "it reports that it is ready", child=child)
         drop(home, "a.wav")
         wait_until(at.exists, "the engine is stuck", child=child)
         time.sleep(0.5)  # what was on its way

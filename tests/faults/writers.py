@@ -1,7 +1,7 @@
 """The habits of those who write files into a watched folder, good and bad.
 
-A writer is a function that puts files into the inbox in its own way and says what it ended with.
-What no reader can know is not held against the program: once a writer has closed a file that looks
+A writer is a function that puts files into the inbox in some way and returns what it ended with.
+The program is not blamed for what no reader can know: once a writer has closed a file that looks
 whole and has left it alone for `settle_s`, that content is a file like any other, also if the
 writer comes back and changes it. Such contents are `legitimate`: they may be made or not. Writers
 watch their own clock, since a loaded machine can turn a short pause into a long one.
@@ -24,7 +24,7 @@ from home_folder import SAMPLE_RATE
 
 SETTLE_S = 0.4
 SHORT_S, LONG_S = 0.3 * SETTLE_S, (1.4 * SETTLE_S, 2.5 * SETTLE_S)  # pauses: within settle_s, and beyond it
-PATIENCE_S = 5 * SETTLE_S  # so long a file that is cut off is looked at again
+PATIENCE_S = 5 * SETTLE_S  # for so long a truncated file is read again
 INTAKE = {"settle_s": SETTLE_S, "rescan_s": 1.0, "poll_s": 0.3}
 
 
@@ -189,7 +189,7 @@ def rewrites_in_place_and_puts_mtime_back(w: Writer) -> None:
 
 
 def comes_back_to_a_whole_file(w: Writer) -> None:
-    """It can't be told from two files: both are legitimate, but the second one must not be missed."""
+    """Two files look the same: both are legitimate, but the second one must not be missed."""
     first, second = w.content("wav"), w.content("wav")
     w.path.write_bytes(first)
     w.long(first)

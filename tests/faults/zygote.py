@@ -1,7 +1,7 @@
 """Starts lives of the program quickly: imports everything once, then forks one process per life.
 
 Run by harness.Zygote, with shim.c loaded, over a socket of JSON messages. A life is the real
-program from the command line on (`pipeline.cli.commands.main`), in a process of its own; only the start of
+program from the command line on (`pipeline.cli.commands.main`), in a forked process; only the start of
 the interpreter and the imports are shared. Nothing here may start a thread or open the database.
 """
 

@@ -46,15 +46,13 @@ def test_a_path_lies_on_the_longest_mount_point_that_holds_it_and_the_last_of_se
     assert at(path) == (fstype, mount_point)
 
 
-def test_a_source_can_hold_blanks() -> None:
-    assert mount_of(Path("/srv/my music\t\\x"), TABLE) == Mount(
-        "cifs", "/srv/my music\t\\x", "//box/my share"
-    )
+def test_a_mount_point_can_hold_blanks() -> None:
+    assert mount_of(Path("/srv/my music\t\\x"), TABLE) == Mount("cifs", "/srv/my music\t\\x")
 
 
 def test_invalid_lines_are_skipped() -> None:
     assert mount_of(Path("/a"), "nonsense\n\n1 2 3\n1 2 0:1 / / rw -\n") is None
-    assert mount_of(Path("/a"), "nonsense\n1 2 0:1 / / rw - ext4 /dev/x rw\n") == Mount("ext4", "/", "/dev/x")
+    assert mount_of(Path("/a"), "nonsense\n1 2 0:1 / / rw - ext4 /dev/x rw\n") == Mount("ext4", "/")
 
 
 def test_what_is_mounted_within_a_folder_is_found() -> None:
@@ -84,8 +82,8 @@ def test_this_machines_own_mounts_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fstype", ["ext4", "xfs", "btrfs", "zfs", "tmpfs", "vfat", "exfat", "ntfs3", "apfs"])
 def test_local_disks_report_changes(fstype: str) -> None:
-    assert needs_polling(Mount(fstype, "/", "/dev/x")) is None
-    assert clock_is_ours(Mount(fstype, "/", "/dev/x"))
+    assert needs_polling(Mount(fstype, "/")) is None
+    assert clock_is_ours(Mount(fstype, "/"))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,7 @@ def test_local_disks_report_changes(fstype: str) -> None:
     ],
 )  # fmt: skip
 def test_file_systems_that_others_write_to_are_polled_and_have_another_clock(fstype: str, why: str) -> None:
-    mount = Mount(fstype, "/srv/in", "x")
+    mount = Mount(fstype, "/srv/in")
     reason = needs_polling(mount)
     assert reason is not None
     assert reason.startswith(f"{fstype} at /srv/in is ")
@@ -107,13 +105,13 @@ def test_file_systems_that_others_write_to_are_polled_and_have_another_clock(fst
 
 
 def test_an_overlay_is_polled_but_its_clock_is_this_machines() -> None:
-    mount = Mount("overlay", "/", "overlay")
+    mount = Mount("overlay", "/")
     assert needs_polling(mount) == "overlay at / is an overlay"
     assert clock_is_ours(mount)
 
 
 def test_fusectl_is_no_fuse_file_system() -> None:
-    assert needs_polling(Mount("fusectl", "/sys/fs/fuse/connections", "fusectl")) is None
+    assert needs_polling(Mount("fusectl", "/sys/fs/fuse/connections")) is None
 
 
 def test_without_mountinfo_events_are_used() -> None:

@@ -102,7 +102,8 @@ def test_every_error_of_loading_is_an_environment_error(
     error: Exception, kind: type[PipelineError], says: str
 ) -> None:
     choice = Choice(replace(cards()["remix"], load=fail_with(error)), None, None, "test")
-    engines = LoadedEngines(choice, EngineSettings(), choice, EngineSettings())
+    wanted = choice, EngineSettings()
+    engines = LoadedEngines(wanted, wanted)
 
     with pytest.raises(kind, match=says):
         engines.generator()

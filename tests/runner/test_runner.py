@@ -1,4 +1,4 @@
-"""The runner with engines handed in: whose failure it is, what is tried again, and what is kept."""
+"""The runner with injected engines: whose fault a failure is, what is tried again, and which results stay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.runner.retry import JITTER, backoff_s
 
 
 class FullDisk(Outbox):
-    """An outbox on whose disk there is no room for sound."""
+    """An outbox on whose disk there is no space for audio."""
 
     def publish(self, folder: str, file: str, write: Callable[..., object], **how: Any) -> Published:
         if file.endswith(".wav"):

@@ -1,4 +1,4 @@
-"""The news to systemd, as a real datagram socket hears it."""
+"""The messages to systemd, as a real datagram socket receives them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Manager:
         self.socket.bind(address)
         self.socket.settimeout(0)
 
-    def heard(self) -> list[str]:
+    def received(self) -> list[str]:
         messages = []
         while True:
             try:
@@ -46,21 +46,21 @@ def test_start_and_stop_are_told_in_systemd_s_words(manager: Manager, env: dict[
     notifier = Notifier.from_env(env)
     notifier.ready()
     notifier.stopping()
-    assert manager.heard() == ["READY=1", "STOPPING=1"]
+    assert manager.received() == ["READY=1", "STOPPING=1"]
 
 
 def test_a_reload_says_when_in_microseconds_of_the_monotonic_clock(
     manager: Manager, env: dict[str, str]
 ) -> None:
     Notifier.from_env(env, clock=lambda: 12.345678).reloading()
-    assert manager.heard() == ["RELOADING=1\nMONOTONIC_USEC=12345678"]
+    assert manager.received() == ["RELOADING=1\nMONOTONIC_USEC=12345678"]
 
 
 def test_the_clock_by_default_is_the_one_that_systemd_reads(manager: Manager, env: dict[str, str]) -> None:
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     Notifier.from_env(env).reloading()
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    [message] = manager.heard()
+    [message] = manager.received()
     assert before <= int(message.split("MONOTONIC_USEC=")[1]) <= after + 1
 
 
@@ -70,7 +70,7 @@ def test_a_status_is_one_short_line_sent_when_it_changes(manager: Manager, env: 
     notifier.status("3 queued READY=1")
     notifier.status("é" * 1000)
     notifier.status("\udcff.wav")
-    assert manager.heard() == ["STATUS=3 queued READY=1", "STATUS=" + "é" * STATUS_CHARS, "STATUS=?.wav"]
+    assert manager.received() == ["STATUS=3 queued READY=1", "STATUS=" + "é" * STATUS_CHARS, "STATUS=?.wav"]
 
 
 def test_progress_feeds_the_watchdog_at_most_four_times_per_period(
@@ -82,12 +82,12 @@ def test_progress_feeds_the_watchdog_at_most_four_times_per_period(
     for seconds in (0, 1, 149, 150, 151, 299, 300, 1000):
         now[0] = 100.0 + seconds
         notifier.progress()
-    assert manager.heard() == ["WATCHDOG=1"] * 4  # at 0, 150, 300 and 1000 s
+    assert manager.received() == ["WATCHDOG=1"] * 4  # at 0, 150, 300 and 1000 s
 
 
 def test_without_a_watchdog_progress_is_not_told(manager: Manager, env: dict[str, str]) -> None:
     Notifier.from_env(env).progress()
-    assert manager.heard() == []
+    assert manager.received() == []
 
 
 @pytest.mark.parametrize("usec", ["", "0", "-1", "soon", "1.5", "²"])
@@ -105,7 +105,7 @@ def test_names_in_the_abstract_namespace_are_reached() -> None:
     name = f"variations-test-{os.getpid()}"
     manager = Manager("\0" + name)
     Notifier.from_env({"NOTIFY_SOCKET": "@" + name}).ready()
-    assert manager.heard() == ["READY=1"]
+    assert manager.received() == ["READY=1"]
     manager.socket.close()
 
 
@@ -141,11 +141,11 @@ def test_a_listener_that_never_reads_stops_nobody(
     backlog = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
     for _ in range(backlog + 5):
         notifier.ready()
-    assert 0 < len(manager.heard()) <= backlog + 1
+    assert 0 < len(manager.received()) <= backlog + 1
 
 
 def test_no_descriptor_is_left_open(manager: Manager, env: dict[str, str]) -> None:
     before = len(list(Path("/dev/fd").iterdir()))
     say_everything(Notifier.from_env({**env, "WATCHDOG_USEC": "1000000"}))
-    assert len(manager.heard()) == 5
+    assert len(manager.received()) == 5
     assert len(list(Path("/dev/fd").iterdir())) == before

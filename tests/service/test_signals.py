@@ -1,4 +1,4 @@
-"""Signals turned into flags, and the end by force of what doesn't listen."""
+"""Signals turned into flags, and the forced end of work that does not stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.service.signals import Signals
 
 
 def arrived(signals: Signals) -> None:
-    """Wait until the thread that listens has passed a signal on; the signals rings then."""
+    """Wait until the listening thread has passed a signal on."""
     assert signals._woken.wait(10)
 
 
@@ -73,7 +73,7 @@ def test_a_signal_while_handlers_are_taken_off_goes_to_the_one_before(
 
 
 def open_descriptors() -> int:
-    """How many files are open; 0 where the system doesn't tell."""
+    """How many files are open; 0 where the system does not report it."""
     folder = Path("/proc/self/fd")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
@@ -89,7 +89,7 @@ def test_handlers_and_threads_are_gone_afterwards() -> None:
     assert open_descriptors() == descriptors
 
 
-def test_what_does_not_stop_in_time_is_ended_by_force() -> None:
+def test_work_that_does_not_stop_in_time_is_ended_by_force() -> None:
     overdue = threading.Event()
     signals = Signals(deadline_s=0.01, overdue=lambda number: overdue.set())
     with signals.on_signals():
@@ -97,7 +97,7 @@ def test_what_does_not_stop_in_time_is_ended_by_force() -> None:
         assert overdue.wait(10)
 
 
-def test_what_stops_in_time_is_not() -> None:
+def test_work_that_stops_in_time_is_not_ended_by_force() -> None:
     overdue = threading.Event()
     signals = Signals(deadline_s=1000, overdue=lambda number: overdue.set())
     with signals.on_signals():
@@ -116,14 +116,14 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         assert overdue.wait(10)
 
 
-def test_waiting_ends_when_it_rings_and_asking_quiets_the_bell() -> None:
+def test_waiting_ends_when_woken_and_asking_clears_the_wake() -> None:
     signals = Signals()
     signals.wake()
     signals.wait(1000)
     assert [signals.take_wake(), signals.take_wake()] == [True, False]
 
 
-def test_waiting_ends_at_a_stop_even_if_its_bell_was_quieted() -> None:
+def test_waiting_ends_at_a_stop_even_if_the_wake_was_taken() -> None:
     signals = Signals()
     signals.stop(signal.SIGTERM)
     signals.wait(1000)

@@ -112,7 +112,7 @@ class AudiocraftGenerator:
             extend_stride=stride_s,
         )
         heard_s = plan[-1].offset / model.frame_rate + model.max_duration + MARGIN_S
-        heard = request.audio.samples[:, : math.ceil(heard_s * request.audio.sample_rate)]
+        heard = request.audio.mono_channels[:, : math.ceil(heard_s * request.audio.sample_rate)]
         with torch.inference_mode(), seeded(request.seed, model.device):
             sound, codes = model.generate_with_chroma(
                 [params.prompt.strip()],

@@ -60,7 +60,8 @@ def without_rhythm(audio: Audio, separator: Separator, should_stop: StopFn) -> A
     """
     import torch
 
-    sound = _channels(resample(audio, separator.sample_rate).samples, separator.channels)
+    source = Audio(audio.mono_channels, audio.sample_rate)
+    sound = _channels(resample(source, separator.sample_rate).samples, separator.channels)
     length, stride = separator.segment, int(SEGMENT_STRIDE * separator.segment)
     rise = np.arange(1, length // 2 + 1, dtype=np.float32)
     weight = np.concatenate([rise, np.arange(length - length // 2, 0, -1, dtype=np.float32)])

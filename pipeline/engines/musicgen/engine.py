@@ -28,7 +28,7 @@ from pipeline.engines.musicgen.scheduler import (
 )
 from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, windows
 from pipeline.engines.pretrained import first_line
-from pipeline.errors import EngineFailure, PipelineError, Stopped
+from pipeline.errors import EngineFailure, EngineUnusable, PipelineError, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 SAVE_EVERY_S = 2.0  # of audio
@@ -162,7 +162,11 @@ class MusicgenGenerator:
         on_step: Callable[[RequestState, bool], None],
         check_stop: Callable[[], None],
     ) -> Scheduler:
-        """A scheduler for these requests, with as many rows as memory allows."""
+        """A scheduler for these requests, with as many rows as memory allows.
+
+        Raises:
+            EngineUnusable: there is no memory for one variation.
+        """
         steps = max(window.frames for state in states for window in state.windows) + int(self.delays.max())
         prefix_steps = self.checkpoint.chroma_length + max(len(state.conditions.text) for state in states)
         row_bytes, prefix_bytes = (self.decoder.cache_bytes(n) for n in (steps, prefix_steps))
@@ -173,17 +177,24 @@ class MusicgenGenerator:
             self.max_memory_gb,
             codec.decoding_bytes(self.checkpoint, max(state.codes.shape[1] for state in states)),
         )
-        return Scheduler(
-            decoder=self.decoder,
-            rows=rows,
-            n_prefixes=min(rows, n_prefixes),
-            steps=steps,
-            prefix_steps=prefix_steps,
-            delays=self.delays,
-            frames_per_s=self.frames_per_s,
-            on_step=on_step,
-            check_stop=check_stop,
-        )
+        while True:
+            try:
+                return Scheduler(
+                    decoder=self.decoder,
+                    rows=rows,
+                    n_prefixes=min(rows, n_prefixes),
+                    steps=steps,
+                    prefix_steps=prefix_steps,
+                    delays=self.delays,
+                    frames_per_s=self.frames_per_s,
+                    on_step=on_step,
+                    check_stop=check_stop,
+                )
+            except (MemoryError, RuntimeError) as error:  # the latter from torch, for a device's memory
+                if rows <= memory_budget.LEAST_ROWS:
+                    text = f"musicgen has no memory for one variation ({first_line(error)})"
+                    raise EngineUnusable(text) from error
+                rows = max(rows // 2, memory_budget.LEAST_ROWS)
 
     def _state(self, request: VariationRequest, builder: ConditionBuilder) -> RequestState:
         params = MusicgenParams.model_validate(dict(request.params))

@@ -140,7 +140,7 @@ def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.com
     import scipy.fft
 
     begin = (first - grid.overlap + 1) * grid.hop
-    sound = cut(audio.samples, begin, (last - first + grid.overlap - 1) * grid.hop).mean(axis=0)
+    sound = cut(audio.mono_channels, begin, (last - first + grid.overlap - 1) * grid.hop).mean(axis=0)
     frames = np.lib.stride_tricks.sliding_window_view(sound, grid.fft)[:: grid.hop] * grid.window
     return np.asarray(scipy.fft.rfft(frames, axis=1)[:, : grid.bins_hz.size])
 

@@ -62,7 +62,7 @@ def render(
         first = piece.fade[1]
         out[:, first:stop] = _read(source, first + piece.offset, stop + piece.offset)
         if k > 0:
-            _mix(out, source, pieces[k - 1].offset, piece)
+            _mix(out, audio, pieces[k - 1].offset, piece)
     _fade_ends(out, path, source.shape[1] - pieces[-1].offset, rate)
     joins = zip(pieces[1:], pieces, path.joins, strict=False)
     return out, tuple(
@@ -85,7 +85,7 @@ def _pieces(
         at = int(edges[leave]) - offset
         if at >= n_samples:
             break
-        shift = _alignment(audio.samples, int(edges[leave]), int(edges[enter]), rate, has_beat)
+        shift = _alignment(audio.mono_channels, int(edges[leave]), int(edges[enter]), rate, has_beat)
         offsets = (offset, int(edges[enter]) + shift - at)
         next_leave = int(edges[path.joins[k + 1][0]]) if k + 1 < len(path.joins) else audio.n_samples
         longest = min(at - pieces[-1].at, next_leave - offsets[1] - at) // 2
@@ -134,18 +134,18 @@ def _alignment(source: Samples, left: int, entered: int, rate: int, has_beat: bo
     return int(shifts[np.argmax(correlation - prior * (shifts / max(reach, 1)) ** 2)])
 
 
-def _mix(out: Samples, source: Samples, old_offset: int, piece: _Piece) -> None:
+def _mix(out: Samples, audio: Audio, old_offset: int, piece: _Piece) -> None:
     """Write the piece's crossfade with the one before it."""
     start, stop = piece.fade
     if start == stop:
         return
-    leaving = _read(source, start + old_offset, stop + old_offset)
-    entering = _read(source, start + piece.offset, stop + piece.offset)
-    a, b = leaving.mean(axis=0, dtype=np.float64), entering.mean(axis=0, dtype=np.float64)
+    left, entered = ((start + offset, stop + offset) for offset in (old_offset, piece.offset))
+    a, b = (_read(audio.mono_channels, *part).mean(axis=0, dtype=np.float64) for part in (left, entered))
     power = float((a**2).sum() * (b**2).sum())
     r = float(np.clip((a * b).sum() / np.sqrt(max(power, 1e-20)), 0.0, 1.0))
     angle = 0.5 * np.pi * (np.arange(stop - start) + 0.5) / (stop - start)
     level = np.sqrt(1.0 + 2.0 * r * np.cos(angle) * np.sin(angle))
+    leaving, entering = _read(audio.samples, *left), _read(audio.samples, *entered)
     out[:, start:stop] = leaving * (np.cos(angle) / level) + entering * (np.sin(angle) / level)
 
 

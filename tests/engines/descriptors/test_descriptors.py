@@ -6,7 +6,6 @@ import io
 from functools import cache
 from itertools import combinations
 
-import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -168,9 +167,7 @@ def test_different_bands_are_about_as_far_apart_as_unrelated_vectors() -> None:
 
 
 def test_windows_find_the_other_window_of_their_own_track_first() -> None:
-    versions = [
-        band(name, tempo_bpm=tempo, key=key) for name in BANDS for tempo, key in ((110.0, 0), (95.0, 5))
-    ]
+    versions = [band(name, key=key) for name in BANDS for key in (0, 2)]
     vectors = np.concatenate([version.windows for version in versions])
     track = np.repeat(np.arange(len(versions)), 2)
     cosines = vectors @ vectors.T - 2 * np.eye(len(vectors))
@@ -180,11 +177,11 @@ def test_windows_find_the_other_window_of_their_own_track_first() -> None:
 def test_transposition_turns_the_key_and_keeps_the_chords() -> None:
     # Tolerances: the chord magnitudes of one loop differ by 0.1 between progressions and by 0.03 here, where
     # notes fall elsewhere between the STFT's bins.
-    low, high = music("house"), music("house", key=3)
+    low, high = music("house"), music("house", key=2)
     key, turned = block("key", low), block("key", high)
     fits = [float(np.corrcoef(np.roll(key, k), turned)[0, 1]) for k in range(12)]
-    assert int(np.argmax(fits)) == 3
-    assert fits[3] > 0.9
+    assert int(np.argmax(fits)) == 2
+    assert fits[2] > 0.9
     np.testing.assert_allclose(block("chords", high)[:6], block("chords", low)[:6], atol=0.08)
 
 
@@ -210,8 +207,11 @@ def test_clicks_a_second_are_counted() -> None:
     assert clarity > 0.8
 
 
+@pytest.mark.long  # importing librosa's filters compiles them
 @pytest.mark.parametrize(("rate_hz", "n_fft"), [(RATE_HZ, 4096), (16000, 1024)])
 def test_the_filter_banks_are_librosas_to_the_bit(rate_hz: int, n_fft: int) -> None:
+    import librosa
+
     mel = librosa.filters.mel(sr=rate_hz, n_fft=n_fft, n_mels=40, fmin=30.0)
     chroma = librosa.filters.chroma(sr=rate_hz, n_fft=n_fft, ctroct=5.0, octwidth=1.0)
     np.testing.assert_array_equal(mel_bank(rate_hz, n_fft, 40, 30.0), mel)

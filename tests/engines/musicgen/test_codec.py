@@ -65,7 +65,7 @@ def test_in_pieces_it_is_nearly_the_same_and_has_no_seam(engine: str, request: p
     assert error[near].max() <= 1e-2
 
 
-@pytest.mark.parametrize("frames", [3001, 3003, 4499, 4500, 4502])
+@pytest.mark.parametrize("frames", [3001, 4499, 4502])
 def test_every_length_is_decoded_without_a_gap(musicgen: Any, frames: int) -> None:
     """Also where one or two frames remain, fewer than a crossfade has."""
     codes = music(musicgen.checkpoint, frames)

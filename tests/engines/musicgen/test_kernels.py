@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from checkpoints import need_models
 
-from pipeline.engines.musicgen.decoder import Ends, Feed, Shape
+from pipeline.engines.musicgen.decoder import EmbeddingAndHead, Shape, StepInput
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 24, 25, 53)  # around the kernels' 6, 16 and 24
 FLOAT32 = 1e-6  # relative, of float32 sums
@@ -360,12 +360,14 @@ def test_steps_taken_together_are_those_taken_alone(precision: str, dim: int) ->
     slots = ((0, 1), (1, 1), (2, 0))  # two rows of one prefix, one of another
 
     def after(ends: list[int]) -> np.ndarray:
-        memory = decoder.memory(3, LENGTHS, 2, 240)
-        memory.prefill(0, normal(5, 2 * dim, seed=3))
-        memory.prefill(1, normal(150, 2 * dim, seed=8))
+        cache = decoder.new_cache(3, LENGTHS, 2, 240)
+        decoder.prefill(cache, 0, normal(5, 2 * dim, seed=3))
+        decoder.prefill(cache, 1, normal(150, 2 * dim, seed=8))
         begins = [0, *ends[:-1]]
         found = [
-            memory.advance([Feed(slot, prefix, begin, tokens[begin:end, slot]) for slot, prefix in slots])
+            decoder.advance(
+                cache, [StepInput(slot, prefix, begin, tokens[begin:end, slot]) for slot, prefix in slots]
+            )
             for begin, end in zip(begins, ends, strict=True)
         ]
         return found[-1]
@@ -388,11 +390,13 @@ def test_whole_layers_by_amx_are_those_without(threads: int, monkeypatch: pytest
     tokens = np.random.default_rng(4).integers(0, 33, (LENGTHS, 2))
 
     def found() -> bytes:
-        memory = decoder.memory(2, LENGTHS, 2, 240)
-        memory.prefill(0, normal(150, 128, seed=3))
+        cache = decoder.new_cache(2, LENGTHS, 2, 240)
+        decoder.prefill(cache, 0, normal(150, 128, seed=3))
         blocks = [(0, 7), (7, 130), (130, LENGTHS)]
         return b"".join(
-            memory.advance([Feed(0, 0, a, tokens[a:b]), Feed(1, 1, a, tokens[a:b])]).tobytes()
+            decoder.advance(
+                cache, [StepInput(0, 0, a, tokens[a:b]), StepInput(1, 1, a, tokens[a:b])]
+            ).tobytes()
             for a, b in blocks
         )
 
@@ -409,10 +413,13 @@ def attended(precision: str, dim: int, prefix_steps: int, steps: int) -> tuple[n
     layers, ends = one_layer(dim), ends_of(2 * dim)
     prefix = normal(prefix_steps, 2 * dim, seed=3)
     tokens = np.random.default_rng(4).integers(0, 33, (steps, 2))
-    memory = CpuDecoder(Stack.packed(layers, precision), ends, 1).memory(2, steps, 2, 240)
+    decoder = CpuDecoder(Stack.packed(layers, precision), ends, 1)
+    cache = decoder.new_cache(2, steps, 2, 240)
     if prefix_steps:
-        memory.prefill(1, prefix)
-    found = [memory.advance([Feed(1, 1, step, tokens[step : step + 1])])[0] for step in range(steps)]
+        decoder.prefill(cache, 1, prefix)
+    found = [
+        decoder.advance(cache, [StepInput(1, 1, step, tokens[step : step + 1])])[0] for step in range(steps)
+    ]
     return np.stack(found), reference(next(layers.layers()), ends, prefix, tokens)
 
 
@@ -441,20 +448,22 @@ def one_layer(dim: int, wide: int = 16) -> Any:
     return Layers(Shape(1, hidden, 2, wide, 2, 32), values)
 
 
-def ends_of(hidden: int) -> Ends:
+def ends_of(hidden: int) -> EmbeddingAndHead:
     norm = np.stack([np.ones(hidden, np.float32), np.zeros(hidden, np.float32)])
-    return Ends(
+    return EmbeddingAndHead(
         normal(2, 33, hidden, seed=5), normal(64, hidden, seed=6), norm, normal(512, hidden, seed=7) * 0
     )
 
 
-def reference(layer: dict[str, np.ndarray], ends: Ends, prefix: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def reference(
+    layer: dict[str, np.ndarray], ends: EmbeddingAndHead, prefix: np.ndarray, tokens: np.ndarray
+) -> np.ndarray:
     """Logits after each token, float64, (steps, codebooks, vocabulary)."""
     import torch
     from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
     qkv, out, heads = (torch.from_numpy(a).double() for a in (layer["qkv"], layer["out"], ends.heads))
-    x = torch.from_numpy(np.concatenate([prefix, ends.embedded(tokens)])).double()
+    x = torch.from_numpy(np.concatenate([prefix, ends.embed(tokens)])).double()
     n, hidden = x.shape
     parts = (layer_norm(x, (hidden,)) @ qkv.T).reshape(n, 3, 2, hidden // 2).permute(1, 2, 0, 3)
     attended = scaled_dot_product_attention(*parts, is_causal=True).transpose(0, 1).reshape(n, hidden)

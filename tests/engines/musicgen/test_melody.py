@@ -150,6 +150,7 @@ def test_a_steady_tone_passes_as_it_is() -> None:
     np.testing.assert_allclose(found[middle], gain * tone[middle], atol=0.01)
 
 
+@pytest.mark.long  # importing librosa compiles its functions
 def test_the_mask_is_that_of_librosa() -> None:
     """Reference: librosa.decompose.hpss of the same magnitudes, and medians; 1e-5."""
     from librosa.decompose import hpss as librosa_hpss
@@ -180,7 +181,7 @@ def test_the_result_does_not_depend_on_the_blocks() -> None:
 def test_the_same_audio_gives_the_same_bits() -> None:
     audio = of(tune(3.0), drums(3.0))
     before = audio.samples.copy()
-    audio.samples.fdelays.writeable = False
+    audio.samples.flags.writeable = False
     first, again = source_of(audio, "harmonic"), source_of(audio, "harmonic")
     np.testing.assert_array_equal(first.audio.samples, again.audio.samples)
     np.testing.assert_array_equal(audio.samples, before)

@@ -9,6 +9,7 @@ import pytest
 from tones import RequestFn
 
 from pipeline.engines.musicgen import codec, memory_budget
+from pipeline.errors import EngineUnusable
 
 
 def rows_of(row_bytes: int) -> Callable[[int], int]:
@@ -84,3 +85,24 @@ def test_decoding_takes_more_memory_up_to_a_minute_of_music(musicgen: Any) -> No
     )
     assert ten == 10 * one
     assert longer == longest == 60 * one
+
+
+def test_rows_are_halved_while_there_is_no_memory_for_them_and_one_variation_is_the_least(
+    musicgen: Any, request_for: RequestFn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request_for(str(n), duration_s=0.2, seed=n) for n in range(5)]
+    states = musicgen.prepare(requests, lambda: False)
+    new_cache, limit, tried = musicgen.decoder.new_cache, 2, []
+
+    def limited(rows: int, *sizes: int) -> Any:
+        tried.append(rows)
+        if rows > limit:
+            raise MemoryError
+        return new_cache(rows, *sizes)
+
+    monkeypatch.setattr(musicgen.decoder, "new_cache", limited)
+    assert musicgen.scheduler(states, lambda *_: None, lambda: None).rows == 2
+    assert tried == [10, 5, 2]
+    limit = 1
+    with pytest.raises(EngineUnusable, match="no memory for one variation"):
+        musicgen.scheduler(states, lambda *_: None, lambda: None)

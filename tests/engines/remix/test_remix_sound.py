@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import soundfile
 import synth
 from numpy.typing import NDArray
 
+from pipeline.demo import INSTRUMENTAL
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.remix import ENGINE
 from pipeline.engines.remix.analysis import Analysis, analyse
@@ -132,21 +134,27 @@ PIECES = {
 }
 
 
+@cache
+def minutes(name: str) -> tuple[Audio, list[Variation]]:
+    """A piece and four remixes of 60 s."""
+    audio = PIECES[name]()
+    return audio, remixes(audio, 60.0)
+
+
 @pytest.mark.parametrize("name", PIECES)
 def test_joins_do_not_click(name: str) -> None:
     """Up to the beat, the fastest change is at most 1 dB above that of the two sides."""
-    audio = PIECES[name]()
+    audio, variations = minutes(name)
     beatless = name in {"pads", "drone"}
     before_s, until_s = (0.2, 0.2) if beatless else (CROSSFADE_S + 0.02, -0.002)
-    bursts = [burst_db(s) for v in remixes(audio, 60.0) for s in around_joins(audio, v, before_s, until_s)]
+    bursts = [burst_db(s) for v in variations for s in around_joins(audio, v, before_s, until_s)]
     assert len(bursts) >= 8 and max(bursts) < 1.0
 
 
 def test_the_click_measure_finds_a_join_without_a_crossfade() -> None:
-    audio = PIECES["drone"]()
-    (variation,) = remixes(audio, 40.0, seeds=[0])
+    audio, variations = minutes("drone")
     bursts = []
-    for _, left, entered in around_joins(audio, variation, 0.2, 0.2):
+    for _, left, entered in around_joins(audio, variations[0], 0.2, 0.2):
         cut = np.concatenate([left[: left.size // 2], np.roll(entered, 150)[left.size // 2 :]])
         bursts.append(burst_db((cut, left, entered)))
     assert min(bursts) > 6
@@ -154,11 +162,9 @@ def test_the_click_measure_finds_a_join_without_a_crossfade() -> None:
 
 @pytest.mark.parametrize("name", PIECES)
 def test_joins_keep_the_level(name: str) -> None:
-    audio = PIECES[name]()
+    audio, variations = minutes(name)
     before_s, until_s = (0.125, 0.125) if name in {"pads", "drone"} else (CROSSFADE_S + 0.005, -0.005)
-    steps = [
-        level_step_db(s) for v in remixes(audio, 60.0) for s in around_joins(audio, v, before_s, until_s)
-    ]
+    steps = [level_step_db(s) for v in variations for s in around_joins(audio, v, before_s, until_s)]
     assert len(steps) >= 8 and max(steps) < 1.5
 
 
@@ -172,7 +178,7 @@ def mean_scores(track: Analysis, variations: Sequence[Variation]) -> tuple[float
 
 
 def test_joins_are_far_better_than_random_ones() -> None:
-    audio = synth.play(sections="verse verse chorus verse chorus").audio
+    audio = synth.play(100).audio
     made, random = mean_scores(analyse(audio), remixes(audio, 30.0))
     assert made > 0.5 and made > random + 0.3
 
@@ -199,9 +205,12 @@ def test_a_result_without_an_ending_is_faded() -> None:
         assert abs(mono[-1]) < 1e-4
 
 
-@pytest.mark.skipif(not REAL, reason="the real tracks are not on this machine")
-@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
-def test_joins_of_real_tracks_do_not_click_and_are_better_than_random(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [INSTRUMENTAL, *(pytest.param(path, marks=pytest.mark.long) for path in REAL)],
+    ids=lambda path: path.stem,
+)
+def test_joins_of_produced_tracks_do_not_click_and_are_better_than_random(path: Path) -> None:
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     audio = Audio(np.ascontiguousarray(samples.T), rate)
     variations = remixes(audio, 30.0)
