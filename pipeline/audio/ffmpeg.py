@@ -34,7 +34,7 @@ _STATE_END = {"au", "mov", "ogg"}
 _FRAME_STREAMS = {"aac", "mp3"}
 _JOINED_SLACK_S = 0.2  # at most encoder delay and padding, which FFmpeg does not remove from joined files
 _ASF_SLACK_S = 0.1  # padding of packets that the duration includes
-_MOST_PADDING_S = 1.0  # behind the stated end; more is sound behind a wrong statement
+_MOST_PADDING_S = 0.15  # behind the stated end; more is sound behind a wrong statement
 _PADDING_BYTES = 1 << 12  # of zeros behind a stream of frames that count as padding
 _LATE_S = 0.5  # a stream whose first timestamp is later was recorded from the middle of a broadcast
 _GAP_S = 0.02
@@ -181,6 +181,8 @@ class Reader:
         self._time_base_s = float(self._stream.time_base or 0)
         self._packets = self._container.demux(self._stream)
         self._first = self._next()
+        if self._first is None and self._is_broken:
+            raise UndecodableError("not one packet can be read")
         self._first_pos = max(0, self._first.pos or 0) if self._first else 0
 
     def _data_goes_on(self) -> bool:
