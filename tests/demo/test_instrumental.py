@@ -26,6 +26,7 @@ def bundled() -> Signal:
 
 @pytest.fixture(scope="module")
 def rendered() -> Signal:
+    """Takes about ten seconds, so the tests that use it are long."""
     return render()
 
 
@@ -45,6 +46,7 @@ def test_the_bundled_file_is_small_stereo_vorbis_of_28_to_40_seconds_with_its_ti
     assert INSTRUMENTAL.stat().st_size <= 600 * 1024
 
 
+@pytest.mark.long
 def test_the_script_renders_what_the_bundled_file_holds(bundled: Signal, rendered: Signal) -> None:
     # Reference: the script's samples. Vorbis at 118 kbit/s keeps the wave below 4 kHz: measured 0.9984.
     assert bundled.shape == rendered.shape
@@ -95,6 +97,7 @@ def test_it_is_in_f_major_and_its_bridge_in_a_flat(bundled: Signal) -> None:
         assert int(np.argmax(fits)) == tonic
 
 
+@pytest.mark.long
 def test_sections_share_bars_that_can_be_exchanged(rendered: Signal) -> None:
     # Bars of the same chord in A and A' differ less than bars of A and of the bridge.
     def spectrum(bar: int) -> Signal:
@@ -107,6 +110,7 @@ def test_sections_share_bars_that_can_be_exchanged(rendered: Signal) -> None:
     assert same > other + 0.1
 
 
+@pytest.mark.long
 def test_mono_playback_loses_less_than_2_db_in_every_section(rendered: Signal) -> None:
     edges = np.cumsum([0] + [len(section.chords) for section in FORM]) * BAR
     for start, stop in pairwise(edges):
@@ -114,6 +118,7 @@ def test_mono_playback_loses_less_than_2_db_in_every_section(rendered: Signal) -
         assert 10 * np.log10(np.mean(piece.mean(axis=0) ** 2) / np.mean(piece**2)) > -2.0
 
 
+@pytest.mark.long
 def test_the_low_end_is_in_the_middle(rendered: Signal) -> None:
     low = signal.sosfilt(signal.butter(4, 110, fs=RATE, output="sos"), rendered)
     assert np.corrcoef(low)[0, 1] > 0.98
