@@ -33,7 +33,8 @@ def archive_files(
             if FileIdentity.of(file.current_path.lstat()) == file.identity:
                 _archive(store, file, settings, error)
         except FileNotFoundError:
-            if inbox.is_dir():  # while the whole inbox is away, no file counts as lost
+            # While the whole inbox is away, no file counts as lost.
+            if inbox.is_dir() and not os.path.lexists(file.current_path):
                 store.set_file_state(file.path, FileState.LOST)
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)

@@ -147,7 +147,8 @@ class Ingest:
                 scanned.real_path, incoming, expected=scanned.identity, should_stop=should_stop
             )
             if sha256 is not None:
-                self._adopt(incoming, sha256)
+                with copying.write_errors(incoming):
+                    self.workspace.scratch(sha256).adopt(incoming)
             self._failing_since.pop(scanned.path, None)
             return sha256
         except FileChanged:
@@ -161,12 +162,6 @@ class Ingest:
         finally:
             incoming.unlink(missing_ok=True)
         return None
-
-    def _adopt(self, incoming: Path, sha256: str) -> None:
-        try:
-            self.workspace.scratch(sha256).adopt(incoming)
-        except OSError as e:
-            raise WriteFailed(e.errno, e.strerror, str(incoming)) from e
 
     def _handle_device_error(self, scanned: ScannedFile, error: OSError, result: ScanResult) -> None:
         if isinstance(error, WriteFailed):

@@ -108,7 +108,6 @@ class Scanner:
 
     def _scanned(self, found: FoundFile, problems: set[str]) -> ScannedFile:
         place, stat = found.place, found.stat
-        real = "/".join(place.real)
         return ScannedFile(
             path=self.root / place.shown,
             display=printable(place.shown),
@@ -118,7 +117,7 @@ class Scanner:
             inode=stat.st_ino,
             device=stat.st_dev,
             marked=self._is_marked(found, problems),
-            link_target=None if real == place.shown else self.root / real,
+            link_target=self.root.joinpath(*place.real) if place.is_linked else None,
         )
 
     def _is_marked(self, found: FoundFile, problems: set[str]) -> bool:
