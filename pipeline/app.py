@@ -18,7 +18,6 @@ from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
 if TYPE_CHECKING:
     from pipeline.engines.loading import Engines
     from pipeline.engines.selection import Choice
-    from pipeline.fs.mounts import Mount
     from pipeline.intake.scanner import Scanner
     from pipeline.intake.watcher import Watcher
     from pipeline.plan import Recipe
@@ -173,7 +172,7 @@ class App:
 
         `earlier` is the runner of the configuration before: it passes its loaded engines on.
         """
-        from pipeline.fs.mounts import clock_is_ours
+        from pipeline.fs.mounts import mounts_of
         from pipeline.intake.ingest import Ingest
         from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
@@ -183,6 +182,7 @@ class App:
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox)
         intake = self.config.intake
+        trust_times = all(mount.clock_is_ours for mount in mounts_of(folder.path))
         ingest = Ingest(
             folder=folder,
             settings=intake,
@@ -192,7 +192,7 @@ class App:
             outbox=outbox,
             workspace=self.workspace,
             scanner=self.scanner(folder),
-            settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder.path)))),
+            settling=Settling(intake.settle_s, trust_times=trust_times),
         )
         runner = Runner(
             recipe=self.recipe,
@@ -217,21 +217,14 @@ class App:
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""
-        from pipeline.fs.mounts import needs_polling
+        from pipeline.fs.mounts import mounts_of
         from pipeline.intake.watcher import Watcher
 
         wanted = self.config.intake.watch
-        reasons = map(needs_polling, _mounts(self.workspace.inbox) if wanted == "auto" else ())
-        reason = next(filter(None, reasons), None)
+        mounts = mounts_of(self.workspace.inbox) if wanted == "auto" else []
+        reason = next(filter(None, (mount.why_polled for mount in mounts)), None)
         polling = wanted == "polling" or reason is not None
         why = reason or ("named in the configuration" if wanted != "auto" else "a local file system")
         return Watcher(self.workspace.inbox, signals.wake, polling=polling), (
             f"{'polling' if polling else 'events'} ({why})"
         )
-
-
-def _mounts(folder: Path) -> list[Mount | None]:
-    """The file system that a folder is on, and those mounted inside it."""
-    from pipeline.fs.mounts import mount_of, mounts_below
-
-    return [mount_of(folder), *mounts_below(folder)]

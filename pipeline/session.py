@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.app import App
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError
-from pipeline.fs.mounts import mount_of
+from pipeline.fs.mounts import mounts_of
 from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
@@ -109,10 +109,10 @@ def _check_outbox_mount(workspace: Workspace, store: Store) -> None:
     Raises:
         FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty.
     """
-    mount = mount_of(workspace.outbox)
-    if mount is None:
+    mounts = mounts_of(workspace.outbox)
+    if not mounts:
         return
-    before, now = store.fact("outbox mount"), str(mount.mount_point)
+    before, now = store.fact("outbox mount"), mounts[0].mount_point
     was_deeper = before is not None and len(before) > len(now) and workspace.outbox.is_relative_to(before)
     if was_deeper and not any(workspace.outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")

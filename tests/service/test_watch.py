@@ -75,7 +75,7 @@ class Daemon:
             LogReporter(),
         )
         self.watch = Watch(self.session, clock=lambda: self.monotonic)
-        self.watch._start_watcher()
+        self.watch._note_mode()
         self.signals.take_wake()  # of the start
 
     def turn(self) -> float:
