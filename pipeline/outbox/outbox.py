@@ -157,33 +157,27 @@ class Outbox:
     def find_intact(self, folder: str, wanted: Mapping[str, Published]) -> dict[str, Published]:
         """The wanted files that are there, by the same keys, with the names that they have now.
 
-        A run may have been killed while it renamed variations. So a variation that is not under its
-        recorded name is searched for by its content. No file is returned for two keys.
+        A run may have been killed while it renamed variations, so a file is found by its content; if
+        there are several, the one under the recorded name. No file is returned for two keys.
         """
-        found: dict[str, Published] = {}
-        used: set[str] = set()
+        found = {}
+        names_of = self._names_by_content(folder)
         for key, published in wanted.items():
-            if published.file not in used and self.is_intact(folder, published):
-                found[key] = published
-                used.add(published.file)
-        missing = {key: published for key, published in wanted.items() if key not in found}
-        if missing:
-            names = self._variations_by_content(folder, used)
-            for key, published in missing.items():
-                if same := names.get((published.sha256, published.bytes)):
-                    found[key] = replace(published, file=same.pop(0))
+            if names := names_of.get((published.sha256, published.bytes)):
+                name = published.file if published.file in names else names[0]
+                names.remove(name)
+                found[key] = replace(published, file=name)
         return found
 
-    def _variations_by_content(self, folder: str, used: set[str]) -> dict[tuple[str, int], list[str]]:
-        """The names of all variations but those `used`, by their SHA-256 and size."""
+    def _names_by_content(self, folder: str) -> dict[tuple[str, int], list[str]]:
+        """The names of a folder's files by their SHA-256 and size."""
         base = self.root / folder
         names: dict[tuple[str, int], list[str]] = {}
         for path in sorted([*self.own_files(folder), *self.temporary_files(folder)]):
-            name = str(path.relative_to(base))
-            # A file with TMP_SUFFIX may not have been flushed.
-            if path.parent != base and path.suffix != TMP_SUFFIX and name not in used:
+            if path.suffix != TMP_SUFFIX:  # those may not have been flushed
                 with suppress(OSError):
-                    names.setdefault((_sha256(path), path.stat().st_size), []).append(name)
+                    content = _sha256(path), path.stat().st_size
+                    names.setdefault(content, []).append(str(path.relative_to(base)))
         return names
 
     def read_manifest(self, folder: str) -> dict[str, Any] | None:
