@@ -209,11 +209,9 @@ class App:
         return Processor(ingest, runner)
 
     def scanner(self, folder: InputFolder) -> Scanner:
-        from pipeline.intake.scanner import Scanner, ScanRules
+        from pipeline.intake.scanner import Scanner
 
-        intake = self.config.intake
-        rules = ScanRules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
-        return Scanner(folder.path, rules)
+        return Scanner(folder, self.config.intake)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""
