@@ -128,7 +128,7 @@ def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
                 "stage": attempt.stage,
                 "since_s": round(time.time() - attempt.started_at, 1),
             }
-            for attempt in (store.open_attempts() if is_running else ())
+            for attempt in (store.attempts() if is_running else ())
         ],
         "waiting": [
             {"track": track.name, "until": track.not_before, "error": track.error}

@@ -39,10 +39,6 @@ class WriteFailed(OSError):
     """The copy couldn't be written: an error of the disk, not of the file that was copied."""
 
 
-def never() -> bool:
-    return False
-
-
 def hash_file(path: Path) -> str | None:
     """SHA-256 of a file's bytes; raises as `copy_in` does."""
     return copy_in(path, None, follow=True)
@@ -54,7 +50,7 @@ def copy_in(
     *,
     expected: FileIdentity | None = None,
     follow: bool = False,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> str | None:
     """Copy a file and hash the bytes that are written.
 
@@ -63,8 +59,7 @@ def copy_in(
 
     Args:
         target: None if the file is only hashed.
-        expected: the file's identity when it was found to be ready; checked on the open file. That it
-            stays the same until the last byte is checked in any case.
+        expected: the file's identity when it was found to be ready; checked on the open file.
         follow: whether `path` may be a symbolic link.
 
     Returns:

@@ -148,19 +148,16 @@ class Ingest:
             if scanned.path.exists():
                 until = patience_end(scanned.changed_s, self.settings, now=self.clock())
                 self._retry_or_fail(scanned, str(e), until, result)
+        except WriteFailed as e:
+            raise environment_error(e, in_track=False) or e from e
         except OSError as e:
-            self._handle_device_error(scanned, e, result)
+            if fault := environment_error(e):
+                raise fault from e
+            until = self._failing_since.get(scanned.path, self.clock()) + READ_PATIENCE_S
+            self._retry_or_fail(scanned, f"can't be read: {os_reason(e)}", until, result)
         finally:
             incoming.unlink(missing_ok=True)
         return None
-
-    def _handle_device_error(self, scanned: ScannedFile, error: OSError, result: ScanResult) -> None:
-        if isinstance(error, WriteFailed):
-            raise environment_error(error, in_track=False) or error from error
-        if fault := environment_error(error):
-            raise fault from error
-        until = self._failing_since.get(scanned.path, self.clock()) + READ_PATIENCE_S
-        self._retry_or_fail(scanned, f"can't be read: {os_reason(error)}", until, result)
 
     def _retry_or_fail(self, scanned: ScannedFile, error: str, until: float, result: ScanResult) -> None:
         """Leave a file that can't be read for the next scan; from `until` on, it has failed."""

@@ -42,6 +42,7 @@ class ScannedFile:
     """A regular file at the time of a scan."""
 
     path: Path
+    real_path: Path  # the one to open: no part of it below the scanned folder was a link
     display: str  # the path below the scanned folder, printable
     size: int  # bytes
     mtime_ns: int
@@ -49,12 +50,6 @@ class ScannedFile:
     inode: int
     device: int = 0
     marked: bool = True  # False: its marker is missing, or a download tool's own file is still there
-    link_target: Path | None = None  # the file itself, if `path` leads through a symbolic link
-
-    @property
-    def real_path(self) -> Path:
-        """The path to open; no part of it below the scanned folder was a link."""
-        return self.path if self.link_target is None else self.link_target
 
     @property
     def identity(self) -> FileIdentity:
@@ -81,10 +76,6 @@ class Place:
 
     real: tuple[str, ...] = ()  # its parts; none of them is a link
     shown: str = ""  # the path by which the user reaches it; the same if no link was followed
-
-    @property
-    def is_linked(self) -> bool:
-        return self.shown != "/".join(self.real)
 
     def below(self, name: str) -> Place:
         return Place((*self.real, name), f"{self.shown}/{name}" if self.shown else name)
@@ -192,6 +183,7 @@ class Scanner:
     def _scanned(self, place: Place, found: os.stat_result, siblings: frozenset[str]) -> ScannedFile:
         return ScannedFile(
             path=self.root / place.shown,
+            real_path=self.root.joinpath(*place.real),
             display=printable(place.shown),
             size=found.st_size,
             mtime_ns=found.st_mtime_ns,
@@ -199,7 +191,6 @@ class Scanner:
             inode=found.st_ino,
             device=found.st_dev,
             marked=self._is_marked(place, found.st_size, siblings),
-            link_target=self.root.joinpath(*place.real) if place.is_linked else None,
         )
 
     def _is_marked(self, place: Place, size: int, siblings: frozenset[str]) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pipeline")
 
-RETRY_S = 60.0  # between attempts to watch a folder after the system refused
 LIMITS = {  # the reason of a refusal, by errno
     errno.ENOSPC: "the limit fs.inotify.max_user_watches is reached",
     errno.EMFILE: "the limit fs.inotify.max_user_instances or that of open files is reached",
@@ -56,23 +54,13 @@ def _started(root: str, wake: Callable[[], None]) -> BaseObserver:
 class Watcher:
     """Watches the folder `root`, which may vanish, come back and be replaced. Used from one thread."""
 
-    def __init__(
-        self,
-        root: Path,
-        wake: Callable[[], None],
-        *,
-        polling: bool,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, root: Path, wake: Callable[[], None], *, polling: bool) -> None:
         """`polling`: use no events. `wake` is called from any thread."""
         self.root = root
         self._wake = wake
         self._without_events = polling
-        self._clock = clock
         self._observer: BaseObserver | None = None  # while the folder is watched
         self._identity: tuple[int, int] | None = None  # of the watched folder
-        self._refused: str | None = None  # why the system refused to watch the folder
-        self._retry_at = 0.0  # when to try again after that
 
     @property
     def polling(self) -> bool:
@@ -87,14 +75,11 @@ class Watcher:
             identity = _identity(self.root)
         except OSError as e:
             self.stop()
-            self._refused = None
             return f"{self.root} can't be watched: {os_reason(e)}"
         if self._observer is not None and (identity != self._identity or not _is_alive(self._observer)):
             log.warning("changes in %s may have been missed, so it is scanned again", self.root)
             self.stop()
-        if self._observer is None and (self._refused is None or self._clock() >= self._retry_at):
-            self._watch(identity)
-        return self._refused
+        return self._watch(identity) if self._observer is None else None
 
     def stop(self) -> None:
         """Stop watching, and end the observer's threads."""
@@ -103,18 +88,17 @@ class Watcher:
             self._observer.join()
             self._observer = None
 
-    def _watch(self, identity: tuple[int, int]) -> None:
+    def _watch(self, identity: tuple[int, int]) -> str | None:
+        """Begin to watch; returns why the system refused it."""
         try:
             # The real path, since inotify would watch a link itself.
             self._observer = _started(os.path.realpath(self.root), self._wake)
         except (OSError, RuntimeError) as e:  # RuntimeError: no thread could be started
-            log.debug("no events from %s", self.root, exc_info=True)
             reason = LIMITS.get(getattr(e, "errno", None) or 0, str(e))
-            self._refused = f"{self.root} gives no events and is polled instead: {reason}"
-            self._retry_at = self._clock() + RETRY_S
-        else:
-            self._identity, self._refused = identity, None
-            self._wake()
+            return f"{self.root} gives no events and is polled instead: {reason}"
+        self._identity = identity
+        self._wake()
+        return None
 
 
 def _is_alive(observer: BaseObserver) -> bool:
@@ -124,9 +108,7 @@ def _is_alive(observer: BaseObserver) -> bool:
 
 def _identity(root: Path) -> tuple[int, int]:
     """Device and inode of the folder. Raises OSError if it can't be listed or entered."""
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        found = os.stat(".", dir_fd=folder)
-    finally:
-        os.close(folder)
+    os.scandir(root).close()
+    (root / "..").stat()  # needs the permission to enter the folder
+    found = root.stat()
     return found.st_dev, found.st_ino

@@ -78,7 +78,8 @@ def reconcile(
                 if store.track(track.sha256) == track:  # no other process has queued or collected it since
                     store.requeue(track.sha256, now=now)
                     findings.append(replace(finding, text=f"{finding.text}: queued again", mended=True))
-    findings += _check_working_copies(store, workspace, repair=repair)
+    copies = list(unneeded_copies(workspace, {track.sha256: track for track in store.tracks()}))
+    findings += _remove(copies, "is a working copy that nothing needs", repair=repair)
     return findings
 
 
@@ -197,13 +198,3 @@ def has_source(track: Track, store: Store, workspace: Workspace) -> bool:
             if path.is_file() and path.stat().st_size == track.bytes:
                 return True
     return False
-
-
-# -- working copies --------------------------------------------------------------------------------
-
-
-def _check_working_copies(store: Store, workspace: Workspace, *, repair: bool) -> Iterator[Finding]:
-    """Working copies that no track needs."""
-    tracks = {track.sha256: track for track in store.tracks()}
-    copies = list(unneeded_copies(workspace, tracks))
-    yield from _remove(copies, "is a working copy that nothing needs", repair=repair)

@@ -143,15 +143,14 @@ def _is_in_work(track: Track | None) -> bool:
 
 
 def _remove_copy(store: Store, path: Path, since: float) -> bool:
-    with store.locked_track(path.name) as track, suppress(FileNotFoundError):
-        if _is_in_work(track) or _size_and_time(path)[1] != since:
+    with store.locked_track(path.name) as track:
+        if _is_in_work(track) or not path.exists() or _size_and_time(path)[1] != since:
             return False
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
         return True
-    return False
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:

@@ -61,13 +61,7 @@ def embedding(dim: int, n_windows: int) -> Verifier:
         try:
             with np.load(file, allow_pickle=False) as loaded:
                 arrays = {name: loaded[name] for name in loaded.files}
-        except (
-            ValueError,
-            TypeError,
-            OSError,
-            EOFError,
-            zipfile.BadZipFile,
-        ) as e:  # TypeError: not an archive
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
             raise EngineFailure(f"the written embedding can't be read: {e}") from e
         if tuple(sorted(arrays)) != _VECTORS:
             raise EngineFailure(f"the written embedding holds {', '.join(sorted(arrays)) or 'nothing'}")

@@ -477,16 +477,12 @@ class Store:
             )
         return found[0]
 
-    def attempts(self, sha256: str) -> list[Attempt]:
-        return self._attempts("sha256 = ?", sha256)
-
-    def open_attempts(self) -> list[Attempt]:
-        return self._attempts("ended_at IS NULL")
-
-    def _attempts(self, where: str, *values: str) -> list[Attempt]:
+    def attempts(self, sha256: str | None = None) -> list[Attempt]:
+        """The attempts at a track; without one, those at any track that have not ended."""
+        where = "ended_at IS NULL" if sha256 is None else "sha256 = :sha256"
         columns = "sha256, stage, started_at, ended_at, outcome, error"
-        rows = self._db.execute(f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id", values)
-        return [Attempt(**row) for row in rows]
+        sql = f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id"
+        return [Attempt(**row) for row in self._db.execute(sql, {"sha256": sha256})]
 
     def units_of(self, sha256: str) -> list[dict[str, Any]]:
         """Finished units of a track: key, stage, result, seconds, finished_at."""

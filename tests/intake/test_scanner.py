@@ -66,7 +66,7 @@ def test_a_scanned_file_has_the_size_and_times_of_the_file(tmp_path: Path) -> No
     found = path.stat()
 
     (scanned,) = scanner_of(tmp_path).scan()
-    assert (scanned.path, scanned.real_path, scanned.link_target) == (path, path, None)
+    assert (scanned.path, scanned.real_path) == (path, path)
     assert (scanned.size, scanned.inode, scanned.device) == (5, found.st_ino, found.st_dev)
     assert (scanned.mtime_ns, scanned.ctime_ns) == (found.st_mtime_ns, found.st_ctime_ns)
     assert scanned.marked

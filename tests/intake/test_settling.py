@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def scanned(*, mtime_s: float = 0.5, ctime_s: float = 0.5, size: int = 10) -> ScannedFile:
-    return ScannedFile(Path("/in/a.wav"), "a.wav", size, int(mtime_s * 1e9), int(ctime_s * 1e9), 7, 1)
+    path = Path("/in/a.wav")
+    return ScannedFile(path, path, "a.wav", size, int(mtime_s * 1e9), int(ctime_s * 1e9), 7, 1)
 
 
 def test_a_file_is_ready_once_its_times_are_old_enough() -> None:

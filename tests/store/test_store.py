@@ -287,7 +287,7 @@ def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_sta
         ("normalize", "done", 202.0),
         ("generate", "crashed", 900.0),
     ]
-    assert reopened.open_attempts() == []
+    assert reopened.attempts() == []
     assert reopened.recover(now=901.0) == []
     reopened.close()
 
@@ -299,7 +299,7 @@ def test_recovery_returns_no_track_that_was_not_running(store: Store) -> None:
 
     assert store.recover(now=900.0) == []
     assert state_of(store) == "done"
-    assert store.open_attempts() == []
+    assert store.attempts() == []
 
 
 # -- work --------------------------------------------------------------------------------------------
@@ -308,10 +308,10 @@ def test_recovery_returns_no_track_that_was_not_running(store: Store) -> None:
 def test_an_attempt_is_open_until_it_ends(store: Store) -> None:
     add(store)
     attempt = store.begin_attempt(sha("a"), "embed", now=1.0)
-    assert [(a.stage, a.outcome) for a in store.open_attempts()] == [("embed", None)]
+    assert [(a.stage, a.outcome) for a in store.attempts()] == [("embed", None)]
 
     store.end_attempt(attempt, outcome="failed", now=2.5, error="why", traceback="where")
-    assert store.open_attempts() == []
+    assert store.attempts() == []
     (ended,) = store.attempts(sha("a"))
     assert (ended.started_at, ended.ended_at, ended.outcome, ended.error) == (1.0, 2.5, "failed", "why")
 
