@@ -57,11 +57,12 @@ _ENCRYPTION = re.compile(
 _STREAMED_SIZES = range(0x7FFFF000, 0x100000000)  # written by programs that do not know the size yet
 _UNKNOWN_SIZE = 1 << 40  # the same in fields of 64 bits
 # How frames of DTS (ETSI TS 102 114, words of 16 or 14 bits) and bursts of IEC 61937 begin, in both byte
-# orders.
-_SYNC_WORDS = tuple(
-    bytes.fromhex(word) for word in ("7ffe8001", "fe7f0180", "1fffe800", "ff1f00e8", "f8724e1f", "72f81f4e")
+# orders. Single sync words occur in PCM as well, often where one channel is the other's negative.
+_SYNC_WORD = re.compile(
+    rb"\x7f\xfe\x80\x01|\xfe\x7f\x01\x80|\x1f\xff\xe8\x00|\xff\x1f\x00\xe8|\xf8\x72\x4e\x1f|\x72\xf8\x1f\x4e"
 )
-_MIN_SYNC_WORDS, _SYNC_SEARCH_S = 3, 10.0
+_SYNC_SEARCH_S = 10.0
+_SYNC_STEP_BYTES = 1024  # frames and bursts hold a multiple of 256 stereo samples
 
 
 class UndecodableError(Exception):
@@ -95,7 +96,8 @@ class Reader:
         self._behind_end: list[Samples] = []
         self._is_broken = False  # the container is, at the place where reading stopped
         self._is_integer = False
-        self._n_sync_words = 0
+        self._n_searched = 0  # bytes
+        self._sync_words: list[int] = []  # their first bytes
         self._open()
         if self.format == "mp3" and self._first_pos and _MP3_INFO.match(bytes(self._first)):
             self._window.skip = self._first_pos  # FFmpeg looks for the header frame at the beginning only
@@ -282,9 +284,11 @@ class Reader:
         """Refuse what FFmpeg tells apart in WAV alone: compressed audio in the place of PCM samples."""
         if self._is_integer and self.read_s < _SYNC_SEARCH_S:
             words = (samples * 32768).astype("<i2").tobytes()
-            self._n_sync_words += sum(map(words.count, _SYNC_WORDS))
-            if self._n_sync_words >= _MIN_SYNC_WORDS:
-                raise BadAudio("holds a DTS or Dolby Digital bit stream where its PCM samples should be")
+            self._sync_words += [self._n_searched + word.start() for word in _SYNC_WORD.finditer(words)]
+            self._n_searched += len(words)
+            for first, second, third in zip(*(self._sync_words[k:] for k in range(3)), strict=False):
+                if second - first == third - second and (second - first) % _SYNC_STEP_BYTES == 0:
+                    raise BadAudio("holds a DTS or Dolby Digital bit stream where its PCM samples should be")
 
     def _seconds(self, timestamp: int | None) -> float:
         return (timestamp or 0) * self._time_base_s
