@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -59,6 +61,12 @@ def test_the_cpu_build_has_the_same_versions_of_torch_and_torchaudio() -> None:
     assert included == ["-r requirements-core.txt", "-r requirements-models.txt"]
 
 
+def test_the_command_variations_starts_without_arguments() -> None:
+    [(name, place)] = PROJECT["project"]["scripts"].items()
+    assert name == "variations"
+    inspect.signature(pkgutil.resolve_name(place)).bind()
+
+
 def test_the_package_has_the_configuration_of_the_checkout() -> None:
     packaged = resources.files("pipeline.cli").joinpath("default.yaml")
     assert packaged.read_bytes() == (ROOT / "config" / "default.yaml").read_bytes()
@@ -67,7 +75,7 @@ def test_the_package_has_the_configuration_of_the_checkout() -> None:
 @pytest.mark.long
 def test_the_wheel_has_the_program_and_its_files_only(tmp_path: Path) -> None:
     """Built in a copy, as a build leaves its folder behind."""
-    checkout = tmp_path / "checkout"
+    checkout, target = tmp_path / "checkout", tmp_path / "site"
     checkout.mkdir()
     for name in ("pipeline", "config"):
         shutil.copytree(ROOT / name, checkout / name, symlinks=True)
@@ -90,3 +98,10 @@ def test_the_wheel_has_the_program_and_its_files_only(tmp_path: Path) -> None:
     }
     data = [name for name in names if name.startswith("pipeline/") and not name.endswith(".py")]
     assert sorted(data) == ["pipeline/cli/default.yaml", "pipeline/demo/paper-lanterns.ogg"]
+    install = ["install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run([*pip, *install], check=True, capture_output=True)
+    ran = subprocess.run(
+        [str(target / "bin" / "variations"), "--version"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={"PYTHONPATH": str(target)},
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout.split()[-1:]) == (0, [__version__]), ran.stderr

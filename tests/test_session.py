@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
 import pytest
-from home_folder import Home
+from home_folder import Home, run
 
 from pipeline.app import App
 from pipeline.errors import DiskFull, EngineUnusable, MissingWeights
@@ -57,3 +58,23 @@ def test_a_stop_that_came_before_the_start_failed_is_not_forgotten(
     monkeypatch.setattr(App, "fetch_missing", fail)
     watch_inbox(app, signals)
     assert len(tries) == 1
+
+
+def test_a_hangup_during_the_start_of_watch_does_not_end_it(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    open_app, reloads = App.open, []
+
+    def hang_up(*arguments: Any) -> App:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return open_app(*arguments)
+
+    def watch(_: App, signals: Signals) -> None:
+        assert signals._woken.wait(10)  # the listening thread has passed the signal on
+        reloads.append(signals.take_reload())
+
+    monkeypatch.setattr(App, "open", hang_up)
+    monkeypatch.setattr("pipeline.session.watch_inbox", watch)
+
+    assert run(capsys, monkeypatch, home, "watch").code == 0
+    assert reloads == [True]

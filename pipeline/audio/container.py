@@ -224,7 +224,7 @@ def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Part]:
 def _ogg_part(file: BinaryIO, start: int, last_page: int, end: int) -> Part:
     flags, page_end = _ogg_page(file, last_page)
     return Part(
-        ((start, end),),
+        ((start, min(page_end, end)),),
         ends_in_page=page_end > end,
         ends_unmarked=not flags & _OGG_LAST,
         bytes_behind=max(0, end - page_end),

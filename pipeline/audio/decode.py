@@ -90,23 +90,16 @@ def decode_file(
     account = _Account()
     found = parts(file, size)
     for part in found:
-        window = Window(file, part)
-        try:
-            with contextlib.closing(_open(window)) as reader:
-                for block in reader.blocks():
-                    sink.add(block)
-                account.add(part, reader)
-        except UndecodableError as e:
-            if len(found) == 1:
-                raise BadAudio(_not_audio(file, part)) from e
-            account.undecodable_parts += 1
-        finally:
-            if window.error:  # whatever the decoder made of it, the device failed
-                raise window.error
-    if not sink.read_s and not account.bad_bytes:
-        raise BadAudio("has no sound in it: not one sample can be decoded")
+        _decode_part(file, part, sink, account)
+    if account.is_encrypted:
+        raise BadAudio("is encrypted (copy protection) and can't be decoded")
     if not sink.read_s or account.is_noise:
-        raise BadAudio(_not_audio(file, found[0]))
+        start, end = found[0].stretches[0]
+        raise BadAudio(
+            describe(read_at(file, start, min(end - start, _HEAD_BYTES)))
+            if account.bad_bytes or account.undecodable_parts
+            else "has no sound in it: not one sample can be decoded"
+        )
     problem = account.problem(sink.read_s)
     if problem and not limits.accept_truncated:
         raise BadAudio(f"{problem} (normalize.accept_truncated: true takes what is there)")
@@ -118,6 +111,20 @@ def decode_file(
     return Audio(sink.finish(), sample_rate), info
 
 
+def _decode_part(file: BinaryIO, part: Part, sink: _Sink, account: _Account) -> None:
+    window = Window(file, part)
+    try:
+        with contextlib.closing(_open(window)) as reader:
+            for block in reader.blocks():
+                sink.add(block)
+            account.add(part, reader)
+    except UndecodableError:
+        account.undecodable_parts += 1
+    finally:
+        if window.error:  # whatever the decoder made of it, the device failed
+            raise window.error
+
+
 def _open(window: Window) -> Reader | SndfileReader:
     try:
         return Reader(window)
@@ -127,13 +134,6 @@ def _open(window: Window) -> Reader | SndfileReader:
         with contextlib.suppress(UndecodableError):
             return SndfileReader(window)
         raise e
-
-
-def _not_audio(file: BinaryIO, part: Part) -> str:
-    start, end = part.stretches[0]
-    return "is not audio in a format that can be read" + describe(
-        read_at(file, start, min(end - start, _HEAD_BYTES))
-    )
 
 
 @dataclass
@@ -159,7 +159,8 @@ class _Account:
         self.is_damaged |= reader.has_gaps
         self.begins_late |= reader.begins_late
         self.ends_unmarked |= part.ends_unmarked
-        self.is_encrypted |= reader.bad_bytes > 0 and reader.is_encrypted()
+        is_unplayable = reader.missing_s > MISSING_LEAST_S or reader.is_noise or not reader.read_s
+        self.is_encrypted |= is_unplayable and reader.is_encrypted()
         if reader.ends_early:
             self.ends_early = "the end of its last frame is missing"
         if part.ends_in_page or (part.ends_unmarked and part.bytes_behind):
@@ -168,8 +169,6 @@ class _Account:
     def problem(self, read_s: float) -> str:
         """Why the file is not accepted as it is; empty if it is."""
         total_s = read_s + self.missing_s
-        if self.is_encrypted:
-            raise BadAudio("is encrypted (copy protection) and can't be decoded")
         if self.undecodable_parts:
             return f"is damaged: {self.undecodable_parts} of the streams it is chained of can't be decoded"
         if self.missing_s > min(max(MISSING_SHARE * total_s, MISSING_LEAST_S), MISSING_MOST_S):

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pipeline.audio.container import Window, find
 from pipeline.errors import BadAudio
 from pipeline.records import Samples
@@ -32,6 +34,7 @@ _STATE_END = {"au", "mov", "ogg"}
 _FRAME_STREAMS = {"aac", "mp3"}
 _JOINED_SLACK_S = 0.2  # at most encoder delay and padding, which FFmpeg does not remove from joined files
 _ASF_SLACK_S = 0.1  # padding of packets that the duration includes
+_MOST_PADDING_S = 1.0  # behind the stated end; more is sound behind a wrong statement
 _PADDING_BYTES = 1 << 12  # of zeros behind a stream of frames that count as padding
 _LATE_S = 0.5  # a stream whose first timestamp is later was recorded from the middle of a broadcast
 _GAP_S = 0.02
@@ -51,6 +54,7 @@ _ENCRYPTION = re.compile(
     rb"sinf....frma|\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\x00\xa0\xc9\x55\xfc\x6e", re.DOTALL
 )
 _STREAMED_SIZES = range(0x7FFFF000, 0x100000000)  # written by programs that do not know the size yet
+_UNKNOWN_SIZE = 1 << 40  # the same in fields of 64 bits
 # How frames of DTS (ETSI TS 102 114, words of 16 or 14 bits) and bursts of IEC 61937 begin, in both byte
 # orders.
 _SYNC_WORDS = tuple(
@@ -87,6 +91,8 @@ class Reader:
         self._window = window
         self._file: Any = None
         self._good_bytes = 0
+        self._behind_end: list[Samples] = []
+        self._is_broken = False  # the container is, at the place where reading stopped
         self._is_integer = False
         self._n_sync_words = 0
         self._open()
@@ -96,7 +102,8 @@ class Reader:
         elif self.format == "wav" and self._data_goes_on():
             self._open({"ignore_length": "1"})
         self.declared_s = self._declared_s()  # None: not stated
-        self._missing_bytes = max(0, self._declared_bytes() - window.size)
+        missing_bytes = self._declared_bytes() - window.size
+        self._missing_bytes = missing_bytes if 0 < missing_bytes < _UNKNOWN_SIZE else 0
         if self.format in _FRAME_STREAMS:
             self.begins_late = self._first_pos > 0
         else:
@@ -187,6 +194,7 @@ class Reader:
         try:
             return next(self._packets, None)
         except self._errors:
+            self._is_broken = True
             return None
 
     def _frames(self) -> Iterator[Any]:
@@ -204,10 +212,7 @@ class Reader:
                 at_s = self._seconds(frame.pts)
                 self.has_gaps |= bad or at_s > expected_s + _GAP_S
                 bad, expected_s = False, at_s + frame.samples / max(1, frame.sample_rate)
-                if (
-                    frame.layout.nb_channels <= MAX_CHANNELS
-                    and MIN_RATE_HZ <= frame.sample_rate <= MAX_RATE_HZ
-                ):
+                if _is_usable(frame.sample_rate, frame.layout.nb_channels):
                     yield frame
             if packet.size:
                 self.ends_early = packet.is_corrupt
@@ -219,7 +224,8 @@ class Reader:
             self._finish_frame_stream(last, bad, sizes)
         else:
             is_cut = self.ends_early and self.format == "mov" and not self._stream.frames  # fragments
-            self.ends_early = is_cut or (bad and self.format == "flac" and self.declared_s is None)
+            breaks_off = self._is_broken or (bad and self.format == "flac")
+            self.ends_early = is_cut or (breaks_off and self.declared_s is None)
 
     def _is_header_frame(self, packet: Any) -> bool:
         """Whether another MP3 file, joined to the first, begins with this packet, which has no audio then."""
@@ -245,12 +251,21 @@ class Reader:
         """
         for part in resampler.resample(frame) if resampler else ():
             names = tuple(channel.name for channel in part.layout.channels)
-            samples = part.to_ndarray().reshape(-1, len(names))
-            if self.format in _STATE_END and self.declared_s is not None:
-                samples = samples[: round((self.declared_s - self.read_s) * part.sample_rate)]
+            samples = self._without_padding(part.to_ndarray().reshape(-1, len(names)), part.sample_rate)
             self._check_bit_stream(samples)
             self.read_s += len(samples) / part.sample_rate
             yield Block(samples, part.sample_rate, names)
+
+    def _without_padding(self, samples: Samples, sample_rate: int) -> Samples:
+        """Hold back what lies behind the stated end, until it is too much to be padding."""
+        if self.format not in _STATE_END or self.declared_s is None:
+            return samples
+        n_left = max(0, round((self.declared_s - self.read_s) * sample_rate))
+        self._behind_end.append(samples[n_left:])
+        if sum(map(len, self._behind_end)) <= _MOST_PADDING_S * sample_rate:
+            return samples[:n_left]
+        self.declared_s = None
+        return np.concatenate([samples[:n_left], *self._behind_end])
 
     def _check_bit_stream(self, samples: Samples) -> None:
         """Refuse what FFmpeg tells apart in WAV alone: compressed audio in the place of PCM samples."""
@@ -276,7 +291,7 @@ class Reader:
             return duration_s - (_ASF_SLACK_S if self.format == "asf" else 0.0) if duration_s else None
         if self.format == "avi":
             return self._seconds(self._stream.frames) or None
-        if self.codec == "opus" and self.format == "ogg":
+        if self.codec == "opus" and self.format == "ogg" and duration_s:
             pre_skip = int.from_bytes((self._context.extradata or b"")[10:12], "little")
             return duration_s - max(0.0, self._seconds(self._stream.start_time)) - pre_skip / 48000
         is_stated = self.format in _STATE_DURATION or (self.format == "caf" and "pcm" not in self.codec)
@@ -301,6 +316,10 @@ class Reader:
         return int.from_bytes(stated[1], "little") if stated else 0
 
 
+def _is_usable(sample_rate: int, channels: int) -> bool:
+    return MIN_RATE_HZ <= sample_rate <= MAX_RATE_HZ and channels <= MAX_CHANNELS
+
+
 def _mp3_declared_s(info: re.Match[bytes] | None) -> float | None:
     """The duration that the header frame of an MP3 file states, encoder delay and padding included."""
     if info is None or not (count := int.from_bytes(info[3] or info[4] or b"", "big")):
@@ -311,4 +330,4 @@ def _mp3_declared_s(info: re.Match[bytes] | None) -> float | None:
 
 
 def _refuse(url: str, flags: int, options: object) -> object:
-    raise PermissionError("an audio file may not open other files")
+    raise ValueError("an audio file may not open other files")

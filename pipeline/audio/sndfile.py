@@ -22,6 +22,7 @@ class SndfileReader:
 
     codec = "vorbis"
     bad_bytes = 0
+    read_s = 0.0
     has_gaps = is_noise = begins_late = ends_early = False
 
     def __init__(self, window: Window) -> None:
@@ -48,6 +49,7 @@ class SndfileReader:
         rate, names = int(self._sound.samplerate), ("NONE",) * int(self._sound.channels)
         try:
             while len(samples := self._sound.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+                self.read_s += len(samples) / rate
                 self.missing_s -= len(samples) / rate
                 yield Block(samples, rate, names)
         except self._errors:

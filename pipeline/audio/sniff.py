@@ -74,17 +74,19 @@ def is_container(head: bytes) -> bool:
 
 
 def describe(head: bytes) -> str:
-    """How a refusal goes on for a file that begins with `head` and can't be decoded; empty if unknown."""
+    """Why a file that begins with `head`, behind its tags, can't be decoded."""
+    no_audio = "is not audio in a format that can be read"
     if not head:
-        return ": it holds nothing but tags"
+        return f"{no_audio}: it holds nothing but tags"
+    if _matches(_CONTAINERS["MP4"], head):
+        return "is cut off or damaged: its index (moov) is missing or can't be read"
     for name, pattern in _CONTAINERS.items():
         if _matches(pattern, head):
-            index = ", or its index (moov) is missing because the file is cut off" if name == "MP4" else ""
-            return f": it begins as {name}, but its header is damaged or incomplete{index}"
+            return f"{no_audio}: it begins as {name}, but its header is damaged or incomplete"
     for what, pattern in _NOT_AUDIO.items():
         if _matches(pattern, head):
-            return f": it is {what}"
-    return ""
+            return f"{no_audio}: it is {what}"
+    return no_audio
 
 
 def _matches(pattern: bytes, head: bytes) -> bool:

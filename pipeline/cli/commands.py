@@ -193,10 +193,14 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
     store = _app(context).open_store()
     found = [store.find(name) for name in tracks] if tracks else store.tracks(TrackState.FAILED)
     for track in found:
-        if track.state == "failed" and track.stage == UNREADABLE and not store.units_of(track.sha256):
+        if (
+            track.state == TrackState.FAILED
+            and track.stage == UNREADABLE
+            and not store.units_of(track.sha256)
+        ):
             restore_to_inbox(store, track)
             typer.echo(f"{track.name}: will be read again at the next scan")
-        elif track.state == "failed":
+        elif track.state == TrackState.FAILED:
             store.requeue(track.sha256, now=time.time())
             typer.echo(f"{track.name}: queued again")
         else:

@@ -72,7 +72,8 @@ def _decoders() -> Iterator[Check]:
     except (ImportError, OSError) as e:
         yield Check("bad", "decoders", str(e))
         return
-    yield Check("ok", "decoders", f"libsndfile {soundfile.__libsndfile_version__}, PyAV {av.__version__}")
+    ffmpeg, sndfile = av.ffmpeg_version_info, soundfile.__libsndfile_version__
+    yield Check("ok", "decoders", f"FFmpeg {ffmpeg} (PyAV {av.__version__}), libsndfile {sndfile}")
 
 
 def _engines(app: App) -> Iterator[Check]:

@@ -149,7 +149,7 @@ class Watch:
     def _turn(self) -> float:
         """Scan if it is time to, then process one batch; returns how long to wait, in seconds."""
         try:
-            if self._pause_s:
+            if "disk" in self.session.health.conditions:
                 self.runner.free_space()
             self._scan_if_due()
             worked = self.runner.next_batch()

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -59,20 +59,19 @@ class Store:
             DatabaseDamaged, DiskFull, FolderUnusable: it can't be opened.
         """
         self._path, self._read_only, self._busy_timeout_s = path, read_only, busy_timeout_s
-        try:
-            self._refuse_lost_file()
+        self._refuse_lost_file()
+        with self._named_errors(), ExitStack() as on_error:
             self._db = self._connect()
+            on_error.callback(self.close)
             if not read_only:
                 self._refuse_damage("quick_check(1)")
                 self._migrate()
             elif self._is_readable() and MIGRATIONS.keys() - self._applied():
                 # Made by an older version, or a kill came before its first table.
                 Store(path, busy_timeout_s=busy_timeout_s).close()
-        except sqlite3.Error as e:
-            raise self._opening_error(e) from e
-        if unknown := self._applied() - MIGRATIONS.keys():
-            self.close()
-            raise FolderUnusable(f"{path} was made by a newer version of this program ({max(unknown)})")
+            if unknown := self._applied() - MIGRATIONS.keys():
+                raise FolderUnusable(f"{path} was made by a newer version of this program ({max(unknown)})")
+            on_error.pop_all()
 
     def _refuse_lost_file(self) -> None:
         """SQLite would take an empty file for a new database and delete the write-ahead log beside it."""
@@ -87,12 +86,17 @@ class Store:
         if found != ["ok"]:
             raise DatabaseDamaged(self._path, "; ".join(" ".join(text.split()) for text in found[:3]))
 
-    def _opening_error(self, error: sqlite3.Error) -> FolderUnusable:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without the extended part
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return DatabaseDamaged(self._path, str(error))
-        kind = DiskFull if code == sqlite3.SQLITE_FULL else FolderUnusable
-        return kind(f"the database {self._path} can't be used: {error}")
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Raise SQLite's errors as ones that name the file."""
+        try:
+            yield
+        except sqlite3.Error as e:
+            code = getattr(e, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without the extended part
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise DatabaseDamaged(self._path, str(e)) from e
+            kind = DiskFull if code == sqlite3.SQLITE_FULL else FolderUnusable
+            raise kind(f"the database {self._path} can't be used: {e}") from e
 
     def _migrate(self) -> None:
         from pipeline.store.migrations import migrations
@@ -498,10 +502,8 @@ class Store:
         Raises:
             DatabaseDamaged: it found something.
         """
-        try:
+        with self._named_errors():
             self._refuse_damage("integrity_check")
-        except sqlite3.DatabaseError as e:  # too damaged for the check itself
-            raise DatabaseDamaged(self._path, str(e)) from e
 
 
 def _arguments(folder: InputFolder) -> dict[str, Any]:

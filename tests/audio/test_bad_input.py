@@ -44,7 +44,6 @@ NO_AUDIO = "is not audio in a format that can be read"
         (b"ID3\x04\x00\x00\x00\x00\x00\x05hello", "it holds nothing but tags"),
         (b"fLaC", "it begins as FLAC, but its header is damaged or incomplete"),
         (b"\x1a\x45\xdf\xa3", "it begins as Matroska, but its header is damaged or incomplete"),
-        (b"\0\0\0\x20ftypM4A \0\0\0\0", "its index (moov) is missing"),
         (b"\xff\xfb\x90\x00 and text " * 300, ""),  # the sync word of MPEG audio, by chance
         (np.random.default_rng(0).bytes(200_000), ""),
     ],
@@ -53,6 +52,11 @@ def test_what_is_not_audio_is_called_what_it_is(tmp_path: Path, data: bytes, wha
     message = complaint(tmp_path / "renamed.mp3", data)
     assert message.startswith(NO_AUDIO)
     assert what in message
+
+
+def test_an_mp4_without_its_index_says_so(tmp_path: Path) -> None:
+    message = complaint(tmp_path / "x.m4a", b"\0\0\0\x20ftypM4A \0\0\0\0")
+    assert message == "is cut off or damaged: its index (moov) is missing or can't be read"
 
 
 def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:

@@ -488,7 +488,7 @@ def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
     lines = pipeline("doctor").out.splitlines()
     assert "ok    generate uses: remix: named in the configuration" in lines
     assert "ok    embed uses: descriptors: named in the configuration" in lines
-    assert any(line.startswith("ok    decoders: libsndfile") for line in lines)
+    assert any(line.startswith("ok    decoders: FFmpeg") for line in lines)
 
 
 def test_models_says_what_is_not_here_and_how_to_get_it(

@@ -100,11 +100,11 @@ def test_clap_has_the_vector_of_the_mono_sound(clap: Any) -> None:
 
 
 def test_musicgens_melody_sources_are_those_of_the_mono_sound() -> None:
-    from pipeline.engines.musicgen.conditioning import melody
+    from pipeline.engines.musicgen.conditioning import repeated_mono
     from pipeline.engines.musicgen.hpss import harmonic, percussive_share
 
     mono = Audio(SONG[np.newaxis], RATE_HZ)
-    np.testing.assert_array_equal(melody(ANTIPHASE, 32000, 10**5), melody(mono, 32000, 10**5))
+    np.testing.assert_array_equal(repeated_mono(ANTIPHASE, 32000, 10**5), repeated_mono(mono, 32000, 10**5))
     assert percussive_share(ANTIPHASE) == percussive_share(mono)
     separated = [harmonic(audio, lambda: False).samples for audio in (ANTIPHASE, mono)]
     np.testing.assert_array_equal(separated[0], separated[1])

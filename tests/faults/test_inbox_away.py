@@ -77,6 +77,7 @@ def test_work_continues_after_the_inbox_disappears_and_returns(home: Home, way: 
     assert counts(home)["failed"] == 0
 
 
+@pytest.mark.long
 def test_what_finishes_while_the_inbox_is_away_is_archived_when_it_is_back(home: Home) -> None:
     home.configure(
         {"name": "only"}, intake=INTAKE, embed={"engine": "free-vectors"}, generate={"engine": "paced"}

@@ -200,6 +200,7 @@ def test_sighup_in_the_middle_of_work_ends_that_work_under_the_old_configuration
     assert variations(home, "second") == ["new"]
 
 
+@pytest.mark.long
 def test_sighup_keeps_the_configuration_that_works_while_the_new_one_does_not(home: Home) -> None:
     pace(home, {"name": "old"}, engine="free")
     settings = home.folder / "settings.yaml"

@@ -7,13 +7,15 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from home_folder import write_music
 from runner_setup import Answers, RunnerSetup, Unloadable, but_for
 from stored_tracks import claim_due
 
-from pipeline.errors import ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
+from pipeline.errors import BadAudio, ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
+from pipeline.fs import copying
 from pipeline.intake.ingest import ScanResult
 from pipeline.intake.scanner import Scanner, ScanRules
 from pipeline.intake.watcher import Watcher
@@ -341,3 +343,25 @@ def test_once_of_a_folder_counts_each_track_once_however_many_scans_there_are(tm
 
     assert len(runner.result.done) == 2
     assert scan.up_to_date == set()
+
+
+def test_once_waits_for_a_new_file_that_may_not_be_read_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = RunnerSetup.at(tmp_path, settle_s=2.0)
+    path = write_music(setup.workspace.inbox / "a.wav", seconds=1.5)
+    setup.now = path.lstat().st_ctime
+    readable_at, real = setup.now + 8.0, copying.copy_in
+
+    def copy_in(source: Path, target: Path, **how: Any) -> str | None:
+        if setup.now < readable_at:
+            raise BadAudio("can't be read: permission denied")
+        return real(source, target, **how)
+
+    monkeypatch.setattr(copying, "copy_in", copy_in)
+    daemon = Daemon(setup)
+    daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
+
+    run_once(daemon.session)
+
+    assert daemon.states() == ["done"]

@@ -6,7 +6,6 @@ import io
 from functools import cache
 from itertools import combinations
 
-import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -208,8 +207,11 @@ def test_clicks_a_second_are_counted() -> None:
     assert clarity > 0.8
 
 
+@pytest.mark.long  # importing librosa's filters compiles them
 @pytest.mark.parametrize(("rate_hz", "n_fft"), [(RATE_HZ, 4096), (16000, 1024)])
 def test_the_filter_banks_are_librosas_to_the_bit(rate_hz: int, n_fft: int) -> None:
+    import librosa
+
     mel = librosa.filters.mel(sr=rate_hz, n_fft=n_fft, n_mels=40, fmin=30.0)
     chroma = librosa.filters.chroma(sr=rate_hz, n_fft=n_fft, ctroct=5.0, octwidth=1.0)
     np.testing.assert_array_equal(mel_bank(rate_hz, n_fft, 40, 30.0), mel)

@@ -150,6 +150,7 @@ def test_a_steady_tone_passes_as_it_is() -> None:
     np.testing.assert_allclose(found[middle], gain * tone[middle], atol=0.01)
 
 
+@pytest.mark.long  # importing librosa compiles its functions
 def test_the_mask_is_that_of_librosa() -> None:
     """Reference: librosa.decompose.hpss of the same magnitudes, and medians; 1e-5."""
     from librosa.decompose import hpss as librosa_hpss

@@ -14,6 +14,7 @@ import soundfile
 import synth
 from numpy.typing import NDArray
 
+from pipeline.demo import INSTRUMENTAL
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.remix import ENGINE
 from pipeline.engines.remix.analysis import Analysis, analyse
@@ -204,9 +205,12 @@ def test_a_result_without_an_ending_is_faded() -> None:
         assert abs(mono[-1]) < 1e-4
 
 
-@pytest.mark.skipif(not REAL, reason="the real tracks are not on this machine")
-@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
-def test_joins_of_real_tracks_do_not_click_and_are_better_than_random(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [INSTRUMENTAL, *(pytest.param(path, marks=pytest.mark.long) for path in REAL)],
+    ids=lambda path: path.stem,
+)
+def test_joins_of_produced_tracks_do_not_click_and_are_better_than_random(path: Path) -> None:
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     audio = Audio(np.ascontiguousarray(samples.T), rate)
     variations = remixes(audio, 30.0)
