@@ -18,7 +18,6 @@ from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
 if TYPE_CHECKING:
     from pipeline.engines.loading import Engines
     from pipeline.engines.selection import Choice
-    from pipeline.intake.scanner import Scanner
     from pipeline.intake.watcher import Watcher
     from pipeline.plan import Recipe
     from pipeline.progress import Reporter
@@ -174,6 +173,7 @@ class App:
         """
         from pipeline.fs.mounts import mounts_of
         from pipeline.intake.ingest import Ingest
+        from pipeline.intake.scanner import Scanner
         from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
         from pipeline.runner.runner import Runner
@@ -191,7 +191,7 @@ class App:
             store=store,
             outbox=outbox,
             workspace=self.workspace,
-            scanner=self.scanner(folder),
+            scanner=Scanner(folder, intake),
             settling=Settling(intake.settle_s, trust_times=trust_times),
         )
         runner = Runner(
@@ -207,11 +207,6 @@ class App:
             outbox_device=self.workspace.outbox.stat().st_dev if earlier is None else earlier.outbox_device,
         )
         return Processor(ingest, runner)
-
-    def scanner(self, folder: InputFolder) -> Scanner:
-        from pipeline.intake.scanner import Scanner
-
-        return Scanner(folder, self.config.intake)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""

@@ -49,6 +49,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
         FolderUnusable: the folder can't be read.
     """
     from pipeline.intake.copies import is_conflict_copy
+    from pipeline.intake.scanner import Scanner
 
     recipe = app.recipe
     for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
@@ -60,7 +61,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     store = app.read_store()
     is_idle = True
     try:
-        for scanned in app.scanner(folder).scan():
+        for scanned in Scanner(folder, app.config.intake).scan():
             is_idle = False
             note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
             yield f"{scanned.display}: {_planned(store, scanned, recipe)}{note}"

@@ -50,8 +50,7 @@ class Mount:
             return "a network file system"
         if self.fstype in SHARED_BY_HOST:
             return "shared by this machine's host"
-        is_fuse = self.fstype in FUSE or self.fstype.startswith(("fuse.", "fuseblk."))
-        return "a FUSE file system" if is_fuse else None
+        return "a FUSE file system" if self.fstype.partition(".")[0] in FUSE else None
 
 
 def mounts_of(path: Path, mountinfo: str | None = None) -> list[Mount]:

@@ -65,10 +65,6 @@ class ScannedFile:
         """How much later than `changed_s` the change may have been: times without fractions are coarse."""
         return COARSE_S if self.mtime_ns % NS_PER_S == 0 == self.ctime_ns % NS_PER_S else 0.0
 
-    def same_as(self, other: ScannedFile) -> bool:
-        """Unchanged. The ctime is not compared: indexers, backups and new hard links change it."""
-        return (self.identity, self.device) == (other.identity, other.device)
-
 
 @dataclass(frozen=True)
 class Place:

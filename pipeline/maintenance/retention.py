@@ -23,7 +23,7 @@ from pipeline.config import Retention
 from pipeline.engines.base import UNFINISHED
 from pipeline.fs.copying import error_path
 from pipeline.fs.names import printable
-from pipeline.outbox.outbox import TMP_SUFFIX, VARIATIONS, Outbox
+from pipeline.outbox.outbox import VARIATIONS, Outbox
 from pipeline.store.schema import SourceFile, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import DONE, ENGINES_FOLDER, FAILED, Workspace
@@ -32,7 +32,6 @@ log = logging.getLogger("pipeline")
 
 DAY_S = 86400.0
 UNKNOWN_AT_LEAST_S = DAY_S  # a working copy that is not in the database may belong to a scan in progress
-MTIME_SLACK_NS = 2_000_000_000  # FAT stores times in steps of two seconds
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -121,9 +120,7 @@ def _unlink(path: Path) -> bool:
 def unneeded_copies(workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Path]:
     """Working copies of finished tracks and of tracks that are not in the database, and incomplete copies."""
     for path in _entries(workspace.state / "work"):
-        is_copy = (
-            _SHA256.fullmatch(path.name) or path.name.startswith(".incoming-") or path.suffix == TMP_SUFFIX
-        )
+        is_copy = _SHA256.fullmatch(path.name) or path.name.startswith(".incoming-")
         if is_copy and not _is_in_work(tracks.get(path.name)):
             yield path
 
@@ -166,7 +163,7 @@ def _archived(store: Store, workspace: Workspace, tracks: Mapping[str, Track]) -
     """Recorded sources in `done` and `failed`."""
     for file in store.files_below(workspace.inbox):
         top = _archive_of(file, workspace.inbox)
-        if file.moved_to is None or top is None or not _is_unchanged(file.moved_to, file):
+        if file.moved_to is None or top is None or not file.is_in_place:
             continue
         track = tracks.get(file.sha256)
         is_needed = track is None or _is_in_work(track)
@@ -186,20 +183,12 @@ def _archive_of(file: SourceFile, inbox: Path) -> Path | None:
     return None
 
 
-def _is_unchanged(path: Path, file: SourceFile) -> bool:
-    try:
-        there = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return there.st_size == file.size and abs(there.st_mtime_ns - file.mtime_ns) <= MTIME_SLACK_NS
-
-
 def _remove_archived(store: Store, file: SourceFile, top: Path) -> bool:
     with store.locked_track(file.sha256) as track:
         current = store.file_at(file.path)
         if track is None or _is_in_work(track) or current is None or file.moved_to is None:
             return False
-        if current.moved_to != file.moved_to or not _is_unchanged(file.moved_to, file):
+        if current.moved_to != file.moved_to or not file.is_in_place:
             return False
         file.moved_to.unlink()
         error_path(file.moved_to).unlink(missing_ok=True)
