@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.engines import pretrained
 from pipeline.engines.musicgen import memory_budget
-from pipeline.engines.musicgen.decoder import EmbeddingAndHead, shape_of
+from pipeline.engines.musicgen.decoder import EmbeddingAndHead, Shape
 from pipeline.engines.musicgen.layers import LayerFiles
 from pipeline.errors import BadCheckpoint
 from pipeline.records import Samples
@@ -139,7 +139,14 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
             f"{weights.folder} has the activation {config.decoder.activation_function!r}; "
             f"only 'gelu' is supported."
         )
-    shape = shape_of(config.decoder)
+    shape = Shape(
+        layers=config.decoder.num_hidden_layers,
+        hidden=config.decoder.hidden_size,
+        heads=config.decoder.num_attention_heads,
+        feed_forward=config.decoder.ffn_dim,
+        codebooks=config.decoder.num_codebooks,
+        vocabulary=config.decoder.vocab_size,
+    )
     model = _open(weights.folder, device)
     return Checkpoint(
         weights=weights,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from pipeline.audio import resample
 from pipeline.engines.base import StopFn
 from pipeline.engines.musicgen.checkpoint import Checkpoint, LazyModel
-from pipeline.engines.musicgen.melody import Melody, Source, melody_source
+from pipeline.engines.musicgen.melody import Melody, melody_source
 from pipeline.records import Audio, Samples
 
 
@@ -53,7 +54,6 @@ class Conditions:
         return np.concatenate([project_chroma(self.checkpoint, silence), np.zeros_like(self.text)])
 
 
-@dataclass(eq=False)
 class ConditionBuilder:
     """Builds the conditions of a call's requests, each track's chroma and each prompt once.
 
@@ -61,44 +61,25 @@ class ConditionBuilder:
     hold the text encoder.
     """
 
-    checkpoint: Checkpoint
-    cache_dir: Path | None  # of the hub
-    should_stop: StopFn
-    _melodies: dict[tuple[int, Melody], tuple[Audio, Source]] = field(default_factory=dict)
-    _chroma: dict[tuple[int, Melody, float], Samples] = field(default_factory=dict)
-    _prompts: dict[str, Samples] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._text_encoder = LazyModel(self.checkpoint.text_encoder)
-
-    def melody(self, audio: Audio, wanted: Melody) -> tuple[Audio, Source]:
-        """As `melody_source`."""
-        key = (id(audio), wanted)
-        if key not in self._melodies:
-            self._melodies[key] = melody_source(
-                audio,
-                wanted,
-                should_stop=self.should_stop,
-                device=self.checkpoint.device,
-                cache_dir=self.cache_dir,
-            )
-        return self._melodies[key]
+    def __init__(self, checkpoint: Checkpoint, cache_dir: Path | None, should_stop: StopFn) -> None:
+        """`cache_dir`: of the hub."""
+        self.checkpoint, self._text_encoder = checkpoint, LazyModel(checkpoint.text_encoder)
+        device = checkpoint.device
+        self.melody = cache(
+            partial(melody_source, should_stop=should_stop, device=device, cache_dir=cache_dir)
+        )
+        self._chroma = cache(partial(track_chroma, checkpoint))
+        self._prompt = cache(partial(encode_prompt, checkpoint, open_encoder=self._text_encoder.open))
 
     def conditions(self, audio: Audio, wanted: Melody, prompt: str, end_s: float) -> Conditions:
         """`end_s`: end of the last window in the track."""
-        key = (id(audio), wanted, end_s)
-        if key not in self._chroma:
-            source, _ = self.melody(audio, wanted)
-            self._chroma[key] = track_chroma(self.checkpoint, source, end_s)
-        if prompt not in self._prompts:
-            self._prompts[prompt] = encode_prompt(self.checkpoint, prompt, self._text_encoder.open)
-        return Conditions(self._chroma[key], self._prompts[prompt], self.checkpoint)
+        source, _ = self.melody(audio, wanted)
+        return Conditions(self._chroma(source, end_s), self._prompt(prompt), self.checkpoint)
 
     def close(self) -> None:
         """Release everything that was built, and the text encoder."""
-        self._melodies.clear()
-        self._chroma.clear()
-        self._prompts.clear()
+        for built in (self.melody, self._chroma, self._prompt):
+            built.cache_clear()
         self._text_encoder.close()
 
 

@@ -27,8 +27,7 @@ from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights
 from pipeline.records import Audio
 from pipeline.weights.hub import hub_cache
 
-DEMUCS_VERSION = "4.0.1"
-INSTALL_COMMAND = f"pip install demucs=={DEMUCS_VERSION}"
+INSTALL_COMMAND = "pip install demucs==4.0.1"
 DEMUCS_CLASS = "demucs.htdemucs.HTDemucs"
 SIGNATURE = "955717e8"  # names the files of htdemucs' one model
 HUB_ID = "adefossez/HTDemucs"
@@ -59,19 +58,25 @@ def without_rhythm(audio: Audio, model: Any, device: str, should_stop: StopFn) -
 def find(cache_dir: Path | None) -> Path:
     """The file of demucs' weights; it is not opened, and nothing is imported.
 
+    It is the safetensors of demucs 4.1 in the hub's cache, or the pickle of demucs 4.0 in torch's cache.
+
     Raises:
         MissingPackage: demucs is not installed.
         MissingWeights: its weights are not on this machine.
     """
     if find_spec("demucs") is None:
         raise _missing("demucs")
-    path = _find_weights(cache_dir)
-    if path is None:
-        raise MissingWeights(
-            f"melody: demucs needs the weights of htdemucs, which aren't on this machine: "
-            f"{_fetch_command(cache_dir)}."
-        )
-    return path
+    repo = hub_cache(cache_dir) / f"models--{HUB_ID.replace('/', '--')}"
+    # As torch.hub.get_dir(), without importing torch, which takes seconds.
+    torch_home = os.getenv("TORCH_HOME", os.getenv("XDG_CACHE_HOME", "~/.cache") + "/torch")
+    pickles = Path(torch_home).expanduser() / "hub" / "checkpoints"
+    for folder, pattern in (repo, f"snapshots/*/{SIGNATURE}.safetensors"), (pickles, f"{SIGNATURE}-*.th"):
+        for path in sorted(folder.glob(pattern)):
+            return path
+    raise MissingWeights(
+        f"melody: demucs needs the weights of htdemucs, which aren't on this machine: "
+        f"{_fetch_command(cache_dir)}."
+    )
 
 
 def open_model(cache_dir: Path | None) -> Any:
@@ -106,21 +111,6 @@ def _library() -> Any:
 
 def _missing(package: str) -> MissingPackage:
     return MissingPackage(f"melody: demucs needs {package}: {INSTALL_COMMAND}.")
-
-
-def _find_weights(cache_dir: Path | None) -> Path | None:
-    """The safetensors of demucs 4.1 in the hub's cache, else the pickle of demucs 4.0 in torch's cache."""
-    repo = hub_cache(cache_dir) / f"models--{HUB_ID.replace('/', '--')}"
-    places = [(repo / "snapshots", f"*/{SIGNATURE}.safetensors")]
-    places.append((_torch_cache() / "checkpoints", f"{SIGNATURE}-*.th"))
-    found = [path for folder, pattern in places for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return found[0] if found else None
-
-
-def _torch_cache() -> Path:
-    """As torch.hub.get_dir(), without importing torch, which takes seconds."""
-    caches = os.getenv("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.getenv("TORCH_HOME", f"{caches}/torch")).expanduser() / "hub"
 
 
 def _fetch_command(cache_dir: Path | None) -> str:

@@ -58,6 +58,8 @@ def check_int8(
     checkpoint: Checkpoint, decoder: Decoder[Any], ends: EmbeddingAndHead, threads: int | None
 ) -> Int8Check:
     """Let the int8 decoder write a passage, and compare its distributions with those of float32."""
+    from scipy.special import log_softmax
+
     prefix = _prefix(checkpoint)
     cache = decoder.new_cache(1, PASSAGE_STEPS, 1, len(prefix))
     decoder.prefill(cache, 0, prefix)
@@ -68,7 +70,7 @@ def check_int8(
         found.append(decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])])[0])
         tokens[step + 1] = sampler.pick(step, found[step].astype(np.float64), None)
     exact = _float32_logits(checkpoint, ends, prefix, tokens[:-1], threads)
-    p, q = _log_softmax(exact), _log_softmax(np.stack(found))
+    p, q = (log_softmax(logits.astype(np.float64), axis=-1) for logits in (exact, np.stack(found)))
     kl = (np.exp(p) * (p - q)).sum(axis=-1).mean(axis=0)
     same = (p.argmax(axis=-1) == q.argmax(axis=-1)).mean(axis=0)
     return Int8Check(
@@ -102,9 +104,3 @@ def _float32_logits(
         layer_stack.put(0, layer)
         decoder.run(x)
     return decoder.logits(x[len(prefix) :])
-
-
-def _log_softmax(logits: Samples) -> Samples:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))

@@ -9,9 +9,8 @@ rows that have the same. Each request gets the tokens that it would get alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,22 +51,16 @@ class RequestState:
     def n_rows(self) -> int:
         return 1 if self.sampler.params.guidance == 1 else 2
 
-    def prefix_keys(self, window: Window) -> list[bytes]:
-        """A digest of the prefix of each row in a window."""
-        text = self.conditions.text
-        chroma = self.conditions.chroma_at(window.start)
-        conditional = _digest(_digest(chroma.tobytes()) + _digest(text.tobytes()))
-        unconditional = _digest(b"unconditional %d" % len(text))
+    def prefix_keys(self, window: Window) -> list[Hashable]:
+        """What tells the prefix of each row in a window from others."""
+        chroma, text = self.conditions.chroma_at(window.start), self.conditions.text
+        conditional, unconditional = (chroma.tobytes(), text.tobytes()), len(text)
         return [conditional, unconditional][: self.n_rows]
 
     def next_window(self) -> Window | None:
         """The first window with a token that is not picked yet."""
         unknown = (self.codes == UNKNOWN).any(axis=0)
         return next((w for w in self.windows if unknown[w.start : w.start + w.frames].any()), None)
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
 
 
 def distinct_prefixes(requests: Sequence[RequestState]) -> int:
@@ -82,10 +75,10 @@ class PrefixCache:
 
     n_slots: int
     prefill: Callable[[int, Samples], None]  # stores a prefix in a slot
-    slots: dict[bytes, int] = field(default_factory=dict)  # by digest, the longest stored first
+    slots: dict[Hashable, int] = field(default_factory=dict)  # by key, the longest stored first
     users: Counter[int] = field(default_factory=Counter)  # rows, by slot
 
-    def acquire(self, key: bytes, inputs: Callable[[], Samples]) -> int:
+    def acquire(self, key: Hashable, inputs: Callable[[], Samples]) -> int:
         """The slot of a prefix for one more row; `inputs` is called unless the prefix is stored."""
         if key not in self.slots:
             slot = self._free_slot()
