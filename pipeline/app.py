@@ -13,7 +13,7 @@ from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings, StopFn
 from pipeline.errors import ConfigError
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
+from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace, expand_user
 
 if TYPE_CHECKING:
     from pipeline.engines.loading import Engines
@@ -55,8 +55,8 @@ class App:
 
     def settings(self, section: Embed | Generate) -> EngineSettings:
         model = section.model
-        if model is not None and (self.home / Path(model).expanduser()).is_dir():
-            model = str((self.home / Path(model).expanduser()).resolve())
+        if model is not None and (folder := self.home / expand_user(model)).is_dir():
+            model = str(folder.resolve())
         return EngineSettings(
             sample_rate=self.config.normalize.sample_rate,
             model=model,
