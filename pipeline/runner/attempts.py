@@ -6,7 +6,7 @@ import errno
 import logging
 import sqlite3
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +152,11 @@ class Attempts:
         An error that may pass because the source is still being written, or because the inbox is
         missing, is not counted.
         """
-        if job.over or self._wait_for_complete_file(job, error) or self._wait_for_inbox(job, error):
+        if job.over or self._wait_for_complete_file(job, error):
+            return
+        if isinstance(error, SourceAway):
+            self._put_off(job, error, until=self.clock() + MISSING_INBOX_PAUSE_S)
+            log.info("%s: %s", job.track.name, error_text(error))
             return
         track, text, now = job.track, error_text(error), self.clock()
         current = self.store.track(track.sha256)  # units finished since the claim reset the count
@@ -207,14 +211,6 @@ class Attempts:
             log.info("%s: %s; the file is new, so it will be read again", track.name, error_text(error))
         return True
 
-    def _wait_for_inbox(self, job: Job, error: Exception) -> bool:
-        """Whether the source can't be read only because the whole inbox is missing."""
-        if not isinstance(error, SourceAway):
-            return False
-        self._put_off(job, error, until=self.clock() + MISSING_INBOX_PAUSE_S)
-        log.info("%s: %s", job.track.name, error_text(error))
-        return True
-
     def _put_off(self, job: Job, error: Exception, *, until: float) -> None:
         """Queue the track again for a later time without counting an attempt."""
         with self.store.transaction():
@@ -222,20 +218,14 @@ class Attempts:
             self.store.release(job.track.sha256, not_before=until)
         job.over = True
 
-    def put_back(self, jobs: Sequence[Job]) -> None:
-        """Queue unfinished tracks again after a stop or an environment error.
+    def put_back(self) -> None:
+        """Queue the running tracks again after a stop or an environment error.
 
         If the database can't be written, the next start does it.
         """
-        try:
-            for job in jobs:
-                if not job.over:
-                    self.end(job, AttemptOutcome.STOPPED)
-                    self.store.release(job.track.sha256)
-        except sqlite3.Error:
-            with suppress(sqlite3.Error):
-                self.store.reopen()
-                self.store.release_all(now=self.clock())
+        with suppress(sqlite3.Error):
+            self.store.reopen()
+            self.store.release_all(now=self.clock())
 
 
 def error_text(error: Exception) -> str:

@@ -157,7 +157,7 @@ class Runner:
             for step in steps:
                 step([job for job in jobs if not job.over])
         except BaseException as e:
-            self.attempts.put_back(jobs)
+            self.attempts.put_back()
             if (fault := environment_error(e)) and fault is not e:
                 raise fault from e
             raise
