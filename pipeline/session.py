@@ -97,7 +97,6 @@ def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable,
     has_state = app.workspace.state.is_dir()
     with app.workspace.locked() if has_state else nullcontext():
         if has_state:
-            health.open()
             health.degraded(condition_name(fault), str(fault))
         log.warning("%s; trying again in %.0f s", fault, pause_s)
         signals.wait(pause_s)
