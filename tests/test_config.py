@@ -106,6 +106,10 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
         (r'folders: {outbox: "a\0b"}', r'folders.outbox: must not contain a NUL character, not "a\u0000b"'),
         ('embed: {model: ""}', 'embed.model: must have at least 1 character, not ""'),
         (
+            "generate: {variations: [{name: a, seed: 0123}]}",
+            "line 1, column 41: 0123 would be read as an octal number: write it without the leading zero",
+        ),
+        (
             "intake: {marker: done}",
             'intake.marker: must begin with a dot and have no slash, such as .done, not "done"',
         ),
