@@ -119,7 +119,7 @@ def _unlink(path: Path) -> bool:
 
 def unneeded_copies(workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Path]:
     """Working copies of finished tracks and of tracks that are not in the database, and incomplete copies."""
-    for path in _entries(workspace.state / "work"):
+    for path in sorted((workspace.state / "work").glob("*")):
         is_copy = _SHA256.fullmatch(path.name) or path.name.startswith(".incoming-")
         if is_copy and not _is_in_work(tracks.get(path.name)):
             yield path
@@ -152,7 +152,7 @@ def _remove_copy(store: Store, path: Path, since: float) -> bool:
 
 def _size_and_time(path: Path) -> tuple[int, float]:
     """Size in bytes of a file or of a folder's files, and the latest mtime."""
-    found = [each.lstat() for each in (path, *_entries(path))]
+    found = [each.lstat() for each in (path, *path.glob("*"))]
     return sum(one.st_size for one in (found[1:] or found)), max(one.st_mtime for one in found)
 
 
@@ -234,13 +234,6 @@ def _remove_collected(store: Store, outbox: Outbox, sha256: str) -> None:
 
 
 # -- files and folders ---------------------------------------------------------------------------------------
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir(), key=os.fsencode)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _bytes_of(paths: list[Path]) -> int:
