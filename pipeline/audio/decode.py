@@ -150,6 +150,7 @@ class _Account:
     begins_late: bool = False
     ends_early: str = ""  # what is incomplete where nothing tells how much is missing
     ends_unmarked: bool = False
+    is_longer: bool = False
 
     def add(self, part: Part, reader: Reader | SndfileReader) -> None:
         self.codec = self.codec or reader.codec
@@ -157,6 +158,7 @@ class _Account:
         self.bad_bytes += reader.bad_bytes
         self.is_noise |= reader.is_noise
         self.is_damaged |= reader.has_gaps
+        self.is_longer |= reader.is_longer
         self.begins_late |= reader.begins_late
         self.ends_unmarked |= part.ends_unmarked
         is_unplayable = reader.missing_s > MISSING_LEAST_S or reader.is_noise or not reader.read_s
@@ -190,6 +192,8 @@ class _Account:
             notes.append(f"{self.ends_early} after {read_s:.1f} s")
         elif self.ends_unmarked:
             notes.append("the end-of-stream mark is missing")
+        if self.is_longer:
+            notes.append("the header states an end before that of the sound")
         return notes
 
 

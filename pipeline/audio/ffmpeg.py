@@ -35,6 +35,7 @@ _FRAME_STREAMS = {"aac", "mp3"}
 _JOINED_SLACK_S = 0.2  # at most encoder delay and padding, which FFmpeg does not remove from joined files
 _ASF_SLACK_S = 0.1  # padding of packets that the duration includes
 _MOST_PADDING_S = 1.0  # behind the stated end; more is sound behind a wrong statement
+_JUNK_S = 0.1  # behind the stated end of PCM samples; more is sound behind a wrong statement
 _PADDING_BYTES = 1 << 12  # of zeros behind a stream of frames that count as padding
 _LATE_S = 0.5  # a stream whose first timestamp is later was recorded from the middle of a broadcast
 _GAP_S = 0.02
@@ -60,6 +61,8 @@ _UNKNOWN_SIZE = 1 << 40  # the same in fields of 64 bits
 _SYNC_WORDS = tuple(
     bytes.fromhex(word) for word in ("7ffe8001", "fe7f0180", "1fffe800", "ff1f00e8", "f8724e1f", "72f81f4e")
 )
+_CHUNK_NAME = re.compile(rb"(?!RIFF|data)[ -~]{4}")
+_PADDING_SEARCH_BYTES = 1 << 20
 _MIN_SYNC_WORDS, _SYNC_SEARCH_S = 3, 10.0
 
 
@@ -87,6 +90,7 @@ class Reader:
         self.read_s = 0.0
         self.bad_bytes = 0  # of packets that can't be decoded
         self.has_gaps = False  # something is missing before the end
+        self.is_longer = False  # sound was found behind the end that the header states
         self.ends_early = False  # the data ends within a packet, and no header says how much should follow
         self._window = window
         self._file: Any = None
@@ -99,11 +103,16 @@ class Reader:
         if self.format == "mp3" and self._first_pos and _MP3_INFO.match(bytes(self._first)):
             self._window.skip = self._first_pos  # FFmpeg looks for the header frame at the beginning only
             self._open()
-        elif self.format == "wav" and self._data_goes_on():
-            self._open({"ignore_length": "1"})
         self.declared_s = self._declared_s()  # None: not stated
         missing_bytes = self._declared_bytes() - window.size
         self._missing_bytes = missing_bytes if 0 < missing_bytes < _UNKNOWN_SIZE else 0
+        if (n_behind := self._bytes_behind_data()) > _JUNK_S * (self._context.bit_rate or 0) / 8:
+            if self.format == "wav":
+                self.is_longer = True
+                self._open({"ignore_length": "1"})
+            else:
+                self.has_gaps = True
+                self._missing_bytes = n_behind
         if self.format in _FRAME_STREAMS:
             self.begins_late = self._first_pos > 0
         else:
@@ -181,14 +190,16 @@ class Reader:
         self._first = self._next()
         self._first_pos = max(0, self._first.pos or 0) if self._first else 0
 
-    def _data_goes_on(self) -> bool:
-        """Whether a WAV file has more behind its `data` chunk than in it, and no other chunk there."""
-        start = self._first_pos
-        head = self._window.peek(start - 8, 8)
-        end = start + int.from_bytes(head[4:], "little")
-        behind = self._window.peek(end + end % 2, 4)
-        goes_on = head[:4] == b"data" and end > start and self._window.size - end > end - start
-        return goes_on and not re.match(rb"[ -~]{4}", behind)
+    def _bytes_behind_data(self) -> int:
+        """Bytes behind the stated end of PCM samples that are neither chunks nor zeros."""
+        end = self._declared_bytes()
+        if self.format not in ("wav", "w64", "caf") or end <= self._first_pos:
+            return 0
+        # Chunks follow at once, behind a pad byte, or in W64 at a multiple of 8 bytes.
+        if any(_CHUNK_NAME.match(self._window.peek(at, 4)) for at in {end, end + end % 2, end + -end % 8}):
+            return 0
+        is_padding = not self._window.peek(end, _PADDING_SEARCH_BYTES).strip(b"\0")
+        return 0 if is_padding else self._window.size - end
 
     def _next(self) -> Any:
         try:

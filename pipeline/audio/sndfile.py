@@ -23,7 +23,7 @@ class SndfileReader:
     codec = "vorbis"
     bad_bytes = 0
     read_s = 0.0
-    has_gaps = is_noise = begins_late = ends_early = False
+    has_gaps = is_noise = is_longer = begins_late = ends_early = False
 
     def __init__(self, window: Window) -> None:
         import soundfile

@@ -258,10 +258,32 @@ def test_a_data_chunk_whose_size_is_a_little_off_is_whole(tmp_path: Path, change
     assert info.notes == ()
 
 
-def test_a_data_chunk_that_states_far_too_little_is_read_to_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stated_s", [0.005, 0.75, 1.3])
+def test_a_data_chunk_that_states_too_little_is_read_to_the_end(tmp_path: Path, stated_s: float) -> None:
     data = bytearray(sndfile_bytes(tones(1.5, 44100), 44100, "WAV"))
-    data[40:44] = (1000).to_bytes(4, "little")
-    assert decoded(tmp_path, bytes(data))[0].n_samples == 66150
+    data[40:44] = round(stated_s * 44100 * 4).to_bytes(4, "little")
+    audio, info = decoded(tmp_path, bytes(data))
+    assert audio.n_samples == 66150
+    assert info.notes == ("the header states an end before that of the sound",)
+
+
+@pytest.mark.parametrize("behind", [bytes(200_000), b"LIST" + (90_000).to_bytes(4, "little") + b"x" * 90_000])
+def test_padding_and_chunks_behind_the_data_are_no_sound(tmp_path: Path, behind: bytes) -> None:
+    audio, info = decoded(tmp_path, sndfile_bytes(tones(1.5, 44100), 44100, "WAV") + behind)
+    assert (audio.n_samples, info.notes) == (66150, ())
+
+
+@pytest.mark.parametrize(
+    ("container", "size_at", "stated_bytes"),
+    [("W64", 16, (132_324).to_bytes(8, "little")), ("CAF", 4, (132_304).to_bytes(8))],
+)
+def test_sound_behind_the_stated_end_of_other_containers_is_not_passed_over(
+    tmp_path: Path, container: str, size_at: int, stated_bytes: bytes
+) -> None:
+    data = bytearray(sndfile_bytes(tones(1.5, 44100), 44100, container, "PCM_16"))
+    size_at += data.rindex(b"data", 0, 5000)
+    data[size_at : size_at + 8] = stated_bytes
+    assert "0.8 s of 1.5 s" in refusal(tmp_path, bytes(data))
 
 
 @pytest.mark.parametrize("size", [0, 100, 0xFFFFFFFF])
