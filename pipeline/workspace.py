@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import IO
 
 from pipeline.config import Folders
-from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
+from pipeline.errors import AlreadyRunning, ConfigError, FolderUnusable, os_reason
 from pipeline.fs.atomic import replacing
 from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
@@ -46,7 +46,7 @@ class Workspace:
         """Resolve the configured folders in `home`.
 
         Raises:
-            FolderUnusable: the outbox or the state is inside the inbox, so its files would become input.
+            ConfigError: the outbox or the state is inside the inbox, so its files would become input.
         """
         home = Path(os.path.realpath(home))  # unlike Path.resolve, it does not raise for a loop of links
         inbox, outbox, state = (
@@ -55,9 +55,7 @@ class Workspace:
         )
         for name, folder in (("outbox", outbox), ("state", state)):
             if folder.is_relative_to(inbox) or inbox.is_relative_to(folder):
-                raise FolderUnusable(
-                    f"folders.{name} ({folder}) and folders.inbox ({inbox}) lie in one another"
-                )
+                raise ConfigError(f"folders.{name} ({folder}) and folders.inbox ({inbox}) lie in one another")
         return cls(home, inbox, outbox, state)
 
     @property
