@@ -646,3 +646,18 @@ def test_completion_is_for_the_name_that_the_program_was_started_by(
     with pytest.raises(SystemExit):
         variations()
     assert capsys.readouterr().out == "status\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["show"], "TRACK <str> Part of a track's name, or the start of its hash."),
+        (["retry"], "Parts of names, or the starts of hashes; default: all that failed."),
+        (["models", "fetch"], "Hub ids; default: the models that the configuration can use."),
+        (["models", "path"], "MODEL <str> The hub id."),
+    ],
+)
+def test_the_help_of_a_command_says_what_its_argument_is(
+    pipeline: Pipeline, words: list[str], says: str
+) -> None:
+    assert says in " ".join(pipeline(*words, "--help").out.split())
