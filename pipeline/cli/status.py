@@ -40,6 +40,8 @@ def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
         parts.append(f"{scan_result.read_errors} can't be read now and are left for the next run")
     if scan_result.unsettled:
         parts.append(f"{scan_result.unsettled} are still being written and are left for the next run")
+    if scan_result.unmarked:
+        parts.append(f"{scan_result.unmarked} have no marker file yet")
     return f"{', '.join(parts)}; results are in {outbox}"
 
 

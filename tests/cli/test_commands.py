@@ -236,6 +236,12 @@ def test_status_knows_whether_an_instance_is_running(processed: Home, pipeline: 
         assert json.loads(pipeline("status", "--json").out)["instance"] is True
 
 
+def test_once_says_how_many_files_wait_for_their_marker(home: Home, pipeline: Pipeline) -> None:
+    home.configure(intake={"settle_s": 0, "marker": ".done"})
+    write_music(home.inbox / "song.wav")
+    assert "0 done, 0 failed, 1 have no marker file yet" in pipeline("once").out
+
+
 def test_plan_says_what_once_would_do_and_does_nothing(home: Home, pipeline: Pipeline) -> None:
     assert "nothing to do" in pipeline("plan").out
     write_music(home.inbox / "song.wav")
