@@ -6,6 +6,7 @@ reference movies name further files and addresses, and anyone may put a file int
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
@@ -34,8 +35,7 @@ _STATE_END = {"au", "mov", "ogg"}
 _FRAME_STREAMS = {"aac", "mp3"}
 _JOINED_SLACK_S = 0.2  # at most encoder delay and padding, which FFmpeg does not remove from joined files
 _ASF_SLACK_S = 0.1  # padding of packets that the duration includes
-_MOST_PADDING_S = 1.0  # behind the stated end; more is sound behind a wrong statement
-_JUNK_S = 0.1  # behind the stated end of PCM samples; more is sound behind a wrong statement
+_MOST_PADDING_S = 0.15  # behind the stated end; more is sound behind a wrong statement
 _PADDING_BYTES = 1 << 12  # of zeros behind a stream of frames that count as padding
 _LATE_S = 0.5  # a stream whose first timestamp is later was recorded from the middle of a broadcast
 _GAP_S = 0.02
@@ -57,13 +57,14 @@ _ENCRYPTION = re.compile(
 _STREAMED_SIZES = range(0x7FFFF000, 0x100000000)  # written by programs that do not know the size yet
 _UNKNOWN_SIZE = 1 << 40  # the same in fields of 64 bits
 # How frames of DTS (ETSI TS 102 114, words of 16 or 14 bits) and bursts of IEC 61937 begin, in both byte
-# orders.
-_SYNC_WORDS = tuple(
-    bytes.fromhex(word) for word in ("7ffe8001", "fe7f0180", "1fffe800", "ff1f00e8", "f8724e1f", "72f81f4e")
+# orders. Single sync words occur in PCM as well, often where one channel is the other's negative.
+_SYNC_WORD = re.compile(
+    rb"\x7f\xfe\x80\x01|\xfe\x7f\x01\x80|\x1f\xff\xe8\x00|\xff\x1f\x00\xe8|\xf8\x72\x4e\x1f|\x72\xf8\x1f\x4e"
 )
-_CHUNK_NAME = re.compile(rb"(?!RIFF|data)[ -~]{4}")
+_CHUNK_NAME = re.compile(rb"(?!RIFF|data)[ -~]{4}|ID3")  # or a tag
 _PADDING_SEARCH_BYTES = 1 << 20
-_MIN_SYNC_WORDS, _SYNC_SEARCH_S = 3, 10.0
+_SYNC_SEARCH_S = 10.0
+_SYNC_STEP_BYTES = 1024  # frames and bursts hold a multiple of 256 stereo samples
 
 
 class UndecodableError(Exception):
@@ -98,7 +99,8 @@ class Reader:
         self._behind_end: list[Samples] = []
         self._is_broken = False  # the container is, at the place where reading stopped
         self._is_integer = False
-        self._n_sync_words = 0
+        self._n_searched = 0  # bytes
+        self._sync_words: list[int] = []  # their first bytes
         self._open()
         if self.format == "mp3" and self._first_pos and _MP3_INFO.match(bytes(self._first)):
             self._window.skip = self._first_pos  # FFmpeg looks for the header frame at the beginning only
@@ -106,7 +108,7 @@ class Reader:
         self.declared_s = self._declared_s()  # None: not stated
         missing_bytes = self._declared_bytes() - window.size
         self._missing_bytes = missing_bytes if 0 < missing_bytes < _UNKNOWN_SIZE else 0
-        if (n_behind := self._bytes_behind_data()) > _JUNK_S * (self._context.bit_rate or 0) / 8:
+        if (n_behind := self._bytes_behind_data()) > _MOST_PADDING_S * (self._context.bit_rate or 0) / 8:
             if self.format == "wav":
                 self.is_longer = True
                 self._open({"ignore_length": "1"})
@@ -138,18 +140,19 @@ class Reader:
 
     def blocks(self) -> Iterator[Block]:
         """All that can be decoded, in order; what can't be is counted and left out, as players do."""
-        import av
-
-        resampler: Any = None
+        graph: Any = None
         form = None
         for frame in self._frames():
             if form != (frame.format.name, frame.layout.name, frame.sample_rate):
-                yield from self._convert(resampler, None)
-                resampler = av.AudioResampler(format="flt", frame_size=_BLOCK_FRAMES)
+                yield from self._convert(graph, None)
+                try:
+                    graph = _to_packed_floats(frame)
+                except self._errors as e:
+                    raise UndecodableError(str(e)) from e
                 form = (frame.format.name, frame.layout.name, frame.sample_rate)
                 self._is_integer = frame.format.name.startswith("s")
-            yield from self._convert(resampler, frame)
-        yield from self._convert(resampler, None)
+            yield from self._convert(graph, frame)
+        yield from self._convert(graph, None)
 
     def _open(self, options: dict[str, str] | None = None) -> None:
         """Open the container, or open it anew, and read the first packet."""
@@ -184,10 +187,13 @@ class Reader:
             raise BadAudio(f"has a sample rate of {rate} Hz; {MIN_RATE_HZ} to {MAX_RATE_HZ} can be used")
         if channels > MAX_CHANNELS:
             raise BadAudio(f"has {channels} channels; up to {MAX_CHANNELS} can be used")
+        self._context.thread_count = 1
         self.codec = str(self._context.codec.canonical_name)
         self._time_base_s = float(self._stream.time_base or 0)
         self._packets = self._container.demux(self._stream)
         self._first = self._next()
+        if self._first is None and self._is_broken:
+            raise UndecodableError("not one packet can be read")
         self._first_pos = max(0, self._first.pos or 0) if self._first else 0
 
     def _bytes_behind_data(self) -> int:
@@ -254,18 +260,24 @@ class Reader:
         used = self._first_pos + self._good_bytes + len(end) - len(end.rstrip(b"\0"))
         self.bad_bytes = max(self.bad_bytes, self._window.size - used)
 
-    def _convert(self, resampler: Any, frame: Any) -> Iterator[Block]:
-        """A frame, or with None the rest, as blocks of float32 with full scale at 1.
-
-        FFmpeg does the conversion: PyAV 18.1's `to_ndarray` reads a plane too many, out of bounds, from
-        frames of eight planar channels.
-        """
-        for part in resampler.resample(frame) if resampler else ():
+    def _convert(self, graph: Any, frame: Any) -> Iterator[Block]:
+        """Push a frame, or with None the end, and pull the blocks that are ready."""
+        if graph is None:
+            return
+        with contextlib.suppress(*self._errors):
+            graph.push(frame)
+        while (part := self._pull(graph)) is not None:
             names = tuple(channel.name for channel in part.layout.channels)
             samples = self._without_padding(part.to_ndarray().reshape(-1, len(names)), part.sample_rate)
             self._check_bit_stream(samples)
             self.read_s += len(samples) / part.sample_rate
             yield Block(samples, part.sample_rate, names)
+
+    def _pull(self, graph: Any) -> Any:
+        try:
+            return graph.pull()
+        except self._errors:  # it needs more, or it is at its end
+            return None
 
     def _without_padding(self, samples: Samples, sample_rate: int) -> Samples:
         """Hold back what lies behind the stated end, until it is too much to be padding."""
@@ -282,9 +294,11 @@ class Reader:
         """Refuse what FFmpeg tells apart in WAV alone: compressed audio in the place of PCM samples."""
         if self._is_integer and self.read_s < _SYNC_SEARCH_S:
             words = (samples * 32768).astype("<i2").tobytes()
-            self._n_sync_words += sum(map(words.count, _SYNC_WORDS))
-            if self._n_sync_words >= _MIN_SYNC_WORDS:
-                raise BadAudio("holds a DTS or Dolby Digital bit stream where its PCM samples should be")
+            self._sync_words += [self._n_searched + word.start() for word in _SYNC_WORD.finditer(words)]
+            self._n_searched += len(words)
+            for first, second, third in zip(*(self._sync_words[k:] for k in range(3)), strict=False):
+                if second - first == third - second and (second - first) % _SYNC_STEP_BYTES == 0:
+                    raise BadAudio("holds a DTS or Dolby Digital bit stream where its PCM samples should be")
 
     def _seconds(self, timestamp: int | None) -> float:
         return (timestamp or 0) * self._time_base_s
@@ -325,6 +339,28 @@ class Reader:
             return 8 + int(struct.unpack("<I", head[4:8])[0])
         stated = _ASF_FILE_SIZE.search(head) if self.format == "asf" else None
         return int.from_bytes(stated[1], "little") if stated else 0
+
+
+def _to_packed_floats(frame: Any) -> Any:
+    """A filter graph from frames like this one to blocks of float32 with full scale at 1.
+
+    FFmpeg converts, because PyAV 18.1's `to_ndarray` reads out of bounds from frames of eight planar
+    channels; and PyAV's `AudioResampler` does not do it, because its graph has threads.
+    """
+    import av.filter
+
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add(
+        "abuffer",
+        sample_rate=str(frame.sample_rate),
+        sample_fmt=frame.format.name,
+        channel_layout=frame.layout.name,
+        time_base=f"1/{frame.sample_rate}",
+    )
+    graph.link_nodes(source, graph.add("aformat", "sample_fmts=flt"), graph.add("abuffersink")).configure()
+    graph.set_audio_frame_size(_BLOCK_FRAMES)
+    return graph
 
 
 def _is_usable(sample_rate: int, channels: int) -> bool:

@@ -1,4 +1,4 @@
-"""The instrumental that comes with the program, for `make demo`: Paper Lanterns, made by `compose`."""
+"""The bundled instrumental of `make demo`, Paper Lanterns, made by `compose`."""
 
 from pathlib import Path
 

@@ -2,9 +2,9 @@
 
     python -m pipeline.demo.compose OUT.ogg
 
-Reproducible: the samples, to the bit on one machine (another processor or libm may round otherwise);
-the file, but for the serial number that libsndfile draws at random for every Ogg stream, and the pages'
-checksums over it.
+The samples are the same to the bit on one machine; another processor or libm may round differently. The
+file is the same except for the random serial number that libsndfile gives to every Ogg stream, and the
+checksums of the pages, which include it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CEILING = 10 ** (-1.6 / 20)  # leaves Vorbis 0.6 dB to overshoot within -1 dBTP
 SEED = 20
 OGG_COMPRESSION = 0.6  # libsndfile: 0 best quality, 1 smallest
 
-# part: gain in dB, sends to reverb and echo, how deep the kick dips it
+# part: gain in dB, sends to reverb and echo, depth of the ducking by the kick
 MIX = {
     "kick": (-7.5, 0.0, 0.0, 0.0),
     "drums": (-7.0, 0.1, 0.0, 0.0),
@@ -68,7 +68,7 @@ class Note(NamedTuple):
     start: int  # sample
     length_s: float
     velocity: float
-    half: int  # of the bar: which of its two chords holds
+    half: int  # of the bar, for its chord
     token: str
 
 
@@ -100,7 +100,7 @@ def play_chords(bar: Bar, start: int, buses: Buses) -> None:
 
 
 def play_arpeggio(bar: Bar, start: int, buses: Buses) -> None:
-    """The chord's voices one by one, an octave up, from side to side."""
+    """The chord's voices one by one, an octave up, alternating between the sides."""
     for i, note in enumerate(notes(start, ARPEGGIO)):
         name = CHORDS[bar.halves[note.half]][1].split()[int(note.token) - 1]
         sound = tone(synth.PLUCK, 2 * note_hz(name), note.length_s, note.velocity)
@@ -143,7 +143,7 @@ def play_drums(bar: Bar, start: int, buses: Buses, rng: np.random.Generator) -> 
 
 
 def play_end(start: int, buses: Buses) -> None:
-    """The last chord, left to ring."""
+    """The last chord, until it has decayed."""
     root, voicing = CHORDS[LAST_CHORD]
     for note in voicing.split():
         add_at(buses["piano"], start, synth.electric_piano(note_hz(note), 2.4, 0.9))
@@ -154,7 +154,7 @@ def play_end(start: int, buses: Buses) -> None:
 
 
 def mix(buses: Buses, kicks: list[int], rng: np.random.Generator) -> Signal:
-    """All parts at their levels, dipped by the kick, with a shared echo and reverb."""
+    """All parts at their levels, ducked by the kick, with a shared echo and reverb."""
     dry, to_reverb, to_echo = np.zeros((3, *buses["kick"].shape))
     for part, (gain_db, reverb_send, echo_send, dip) in MIX.items():
         sound = 10 ** (gain_db / 20) * synth.ducking(dry.shape[1], kicks, dip) * buses[part]
@@ -166,12 +166,12 @@ def mix(buses: Buses, kicks: list[int], rng: np.random.Generator) -> Signal:
 
 
 def mastered(bus: Signal) -> Signal:
-    """Rumble off, faded to zero, at LOUDNESS_LUFS (BS.1770-4) under the true-peak ceiling."""
+    """High-passed, faded to zero, at LOUDNESS_LUFS (BS.1770-4) under the true-peak ceiling."""
     bus = signal.sosfilt(signal.butter(2, 28, "highpass", fs=RATE, output="sos"), bus)
     bus *= synth.ramps(bus.shape[1], 0.002, 1.2)
     measure = pyloudnorm.Meter(RATE).integrated_loudness
     loud = bus
-    for _ in range(3):  # limiting takes a little loudness away, so the gain is found in rounds
+    for _ in range(3):  # limiting lowers the loudness a little, so the gain is found iteratively
         bus = bus * 10 ** ((LOUDNESS_LUFS - measure(loud.T)) / 20)
         loud = synth.limited(bus, CEILING)
     return loud

@@ -1,8 +1,8 @@
 """The score of the bundled instrumental, as data.
 
-Paper Lanterns: 126 beats a minute, F major; the bridge stands in A flat, a minor third up, and comes
-home through C7b9. Intro (2 bars), A, A', B, A'' (4 bars each), and a last chord that rings out. The
-voicings move by steps, and the bars of A, A' and A'' share their rhythm: they can trade places.
+Paper Lanterns: 126 beats a minute, F major; the bridge stands in A flat, a minor third up, and returns
+through C7b9. Intro (2 bars), A, A', B, A'' (4 bars each), and a last chord that decays. The
+voicings move by steps, and the bars of A, A' and A'' share their rhythm, so that they can be exchanged.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DRUMS = {
         "hat": "5.3.6.345.3.6.34",
     },
 }
-FILLS = {  # lines that take the place of those above in a section's last bar
+FILLS = {  # lines that replace those above in a section's last bar
     "four": {
         "clap": "....8.......8.67",
         "hat": "42.342.442......",
@@ -71,7 +71,7 @@ class Section(NamedTuple):
 
     chords: tuple[str, ...]
     melody: tuple[str, ...]
-    parts: str  # what plays besides bass, piano, pad and drums
+    parts: str  # instruments besides bass, piano, pad and drums
     bass: str = "walk"
     comp: str = "push"
     drums: str = "four"

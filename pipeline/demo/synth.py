@@ -1,7 +1,7 @@
 """Instruments, effects and mastering for the bundled instrumental: numpy and scipy, no samples.
 
 Pitched sounds are sums of partials that all lie below 18 kHz (additive, or FM of a small index), so
-nothing folds back at Nyquist. A harmonic series under a moving low-pass is one polynomial: the
+there is no aliasing. A harmonic series under a moving low-pass is one polynomial: the
 imaginary part of sum a_k z^k with z = r(t) exp(i phi(t)), by Horner's rule; r <= 1 damps harmonic k
 by r^k. Every sound starts and ends at zero through raised-cosine ramps.
 
@@ -31,7 +31,7 @@ class Voice(NamedTuple):
     """A subtractive synth's patch; times in s."""
 
     harmonics: Signal
-    r: tuple[float, float, float]  # brightness: where it rests, what the attack adds, how long that lasts
+    r: tuple[float, float, float]  # brightness: at rest, added by the attack, decay of the attack
     decay_s: float
     attack_s: float
     release_s: float  # after the note's length
@@ -138,7 +138,7 @@ def drum(hz: float, drop_hz: float, decay_s: float, velocity: float) -> Signal:
 
 
 def noise(sound: Noise, rng: np.random.Generator, velocity: float) -> Signal:
-    """One stroke, in its place between the speakers; (2, samples)."""
+    """One stroke at its panning position; (2, samples)."""
     t = times(5 * sound.decay_s + 0.03)
     envelope = np.zeros(t.size)
     for k in range(sound.strokes):
@@ -163,7 +163,7 @@ def add_at(bus: Signal, start: int, sound: Signal) -> None:
 
 
 def echo(bus: Signal, delay: int, repeats: int, feedback: float) -> Signal:
-    """The repeats alone, crossing from side to side, each a little duller than the last."""
+    """The repeats without the input, alternating between the sides, each with less treble than the last."""
     out = np.zeros_like(bus)
     duller = signal.butter(1, 4200, fs=RATE, output="sos")
     tap = bus
@@ -174,7 +174,7 @@ def echo(bus: Signal, delay: int, repeats: int, feedback: float) -> Signal:
 
 
 def reverb(bus: Signal, rng: np.random.Generator, decay_s: float) -> Signal:
-    """The wet sound alone: convolution with noise whose treble dies three times as fast (T60 = decay_s)."""
+    """The wet signal: convolution with noise whose treble decays three times as fast (T60 = decay_s)."""
     t = times(1.5 * decay_s)
     hiss = rng.standard_normal((2, t.size))
     low = signal.sosfilt(signal.butter(1, [220, 2500], "bandpass", fs=RATE, output="sos"), hiss)
@@ -186,7 +186,7 @@ def reverb(bus: Signal, rng: np.random.Generator, decay_s: float) -> Signal:
 
 
 def ducking(n: int, starts: list[int], depth: float) -> Signal:
-    """A gain of `n` samples that dips at each start (4 ms) and recovers within 0.3 s: the pump of a kick."""
+    """A gain of `n` samples that dips at each start (4 ms) and recovers within 0.3 s: side-chain ducking."""
     t = times(0.3)
     dip = depth * np.exp(-t / 0.09) * ramps(t.size, 0.004, 0.1)
     gain = np.ones(n)
@@ -196,7 +196,7 @@ def ducking(n: int, starts: list[int], depth: float) -> Signal:
 
 
 def limited(bus: Signal, ceiling: float, window_s: float = 0.006) -> Signal:
-    """ScanResult-ahead limiting of the true peak, read on the signal oversampled four times (BS.1770-4)."""
+    """Look-ahead limiting of the true peak, measured on the signal oversampled four times (BS.1770-4)."""
     peaks = np.abs(signal.resample_poly(bus, 4, 1, axis=1)).max(axis=0).reshape(-1, 4).max(axis=1)
     size = 2 * round(window_s * RATE / 2) + 1
     needed = ndimage.minimum_filter1d(ceiling / np.maximum(peaks, ceiling), size)

@@ -1,4 +1,4 @@
-"""All engines, found by their cards: a new engine is one new module of this package."""
+"""The registry of engines: every module of this package with an `ENGINE` is one, see `base`."""
 
 from __future__ import annotations
 

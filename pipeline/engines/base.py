@@ -1,12 +1,13 @@
-"""The two protocols every engine follows, and the card by which it is found.
+"""The two protocols of engines, and the card by which an engine is found.
+
+To add an engine, add one module (or package) to `pipeline/engines/`. It defines `ENGINE`, an
+`EngineCard`, whose `load` returns an object with the methods of `Generator` or `Embedder`. The card
+is read by all commands, so importing the module must be fast: heavy packages (torch, scipy)
+are imported inside functions.
 
 A generator takes a list of requests, of one track or of many, because the variations of a batch
-can share one pass over a model's weights. A result depends on its own request alone: never on
-what else is in the list, and never on the order.
-
-An engine is one module (or package) of `pipeline/engines/` with a module-level `ENGINE`, an
-`EngineCard`. Its module must be cheap to import: heavy packages (torch, scipy) are
-imported inside functions, so that `status` and `plan` answer at once.
+can share one pass over the weights of a model. A result must depend on its own request alone: not
+on the other requests in the list, and not on their order.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def check_stop(should_stop: StopFn, engine: str) -> None:
 
 
 class ProgressFn(Protocol):
-    """Told how far one request is: `done` of `total` steps of whatever the engine counts."""
+    """Takes the progress of one request: `done` of `total` steps, whatever the engine counts as a step."""
 
     def __call__(self, request_id: str, done: int, total: int) -> None: ...
 
@@ -44,15 +45,15 @@ class Generator(Protocol):
 
     name: str
     version: str
-    sample_rate: int  # Hz, of what it delivers
+    sample_rate: int  # of the variations, Hz
 
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation | Failure]:
-        """Yield one result per request, as they finish, in any order.
+        """Yield one result per request, in the order in which they are finished.
 
         Raises:
-            Stopped: soon after `should_stop` turned true; what was yielded before stays valid.
+            Stopped: soon after `should_stop` returned true; results yielded before stay valid.
         """
         ...
 
@@ -62,25 +63,25 @@ class Embedder(Protocol):
 
     name: str
     version: str
-    dim: int
+    dim: int  # of the vectors
 
     def embed(self, audio: Audio, *, should_stop: StopFn) -> Embedding:
         """Embed one normalized track.
 
         Raises:
-            Stopped: soon after `should_stop` turned true.
+            Stopped: soon after `should_stop` returned true.
         """
         ...
 
 
 class Params(BaseModel):
-    """Base of an engine's per-variation parameters: closed, immutable, with ranges and defaults."""
+    """Base of an engine's parameters of one variation. Every field has a range and a default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class NoParams(Params):
-    """For engines that take none."""
+    """For engines without parameters."""
 
 
 class EngineSection(Params):
@@ -107,7 +108,7 @@ class EngineSettings:
 
 
 class Upkeep(Protocol):
-    """What an engine may tell the commands without being loaded, beside its card."""
+    """What an engine can do for the commands without being loaded, beside its card."""
 
     def last_start(self, state_dir: Path) -> str | None:
         """What the last start found out, in one line for `doctor`; None if there was no start."""
@@ -124,11 +125,11 @@ class Upkeep(Protocol):
 
 @dataclass(frozen=True)
 class EngineCard:
-    """What is known of an engine without loading it."""
+    """Facts about an engine that are known without loading it."""
 
     name: str
     stage: Literal["generate", "embed"]
-    version: str  # raised whenever the same request would give other bits
+    version: str  # to be raised whenever the same request would give other bits
     summary: str  # one line for `doctor` and the README
     params: type[Params]
     load: Callable[[EngineSettings], Generator] | Callable[[EngineSettings], Embedder]
@@ -136,11 +137,11 @@ class EngineCard:
     install: str = "pip install -r requirements-core.txt"  # the command that brings them
     default_model: str | None = None  # a hub id; None: no weights needed
     layout: Layout = TRANSFORMERS  # the format of its models' folders
-    companions: tuple[tuple[str, Layout], ...] = ()  # hub models it loads besides, if a request needs them
-    license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of what it makes
+    companions: tuple[tuple[str, Layout], ...] = ()  # more hub models, loaded if a request needs them
+    license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of the results
     section: type[EngineSection] | None = None  # its own section of the configuration
     upkeep: Upkeep | None = None
-    rank: int = 0  # `auto` takes the usable engine of the highest rank; below 0: never
+    rank: int = 0  # `auto` takes the usable engine of the highest rank, and none below 0
 
     def is_meant_by(self, engine: str) -> bool:
         """Whether the configuration's `engine`, a name or "auto", can mean this one."""

@@ -1,11 +1,11 @@
 """CLAP vectors (Wu et al. 2023, arXiv:2211.06687) of whole tracks, on transformers.
 
-The model hears 10 s at 48 kHz. Given more, the library crops at random, and one file no longer
-has one vector (LAION-AI/CLAP #166). So the track is cut here: consecutive windows of exactly
-10 s, the rest dropped; a track under 10 s is one window, repeated and padded by the library. The
-track's vector is the mean of its windows' unit vectors, brought to unit length.
+The model takes 10 s at 48 kHz. Of longer audio the library takes a random crop, so that one file no
+longer has one vector (LAION-AI/CLAP #166). Therefore the track is cut here into consecutive windows of
+exactly 10 s, and the rest is dropped; a track under 10 s is one window, which the library repeats and
+pads. The vector of the track is the mean of the unit vectors of its windows, scaled to unit length.
 
-Fusion checkpoints are refused: what they add is a random choice of crops.
+Fusion checkpoints are refused because they choose random crops.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ VERSION = "1"
 MODEL_TYPE = "clap"
 DEFAULT_MODEL = "laion/clap-htsat-unfused"
 LICENSE = "Apache-2.0 (CLAP weights)"
-BATCH_WINDOWS = 4  # what of a long track is in memory at once; more is hardly faster on a CPU
+BATCH_WINDOWS = 4  # windows that are in memory at once; more are hardly faster on a CPU
 
 
 class ClapEmbedder:
-    """CLAP's audio tower behind the embedder protocol."""
+    """An embedder made of CLAP's audio tower."""
 
     name = "clap"
     version = VERSION
@@ -44,7 +44,7 @@ class ClapEmbedder:
 
         Raises:
             Stopped: within a few windows of `should_stop` turning true.
-            EngineFailure: the model gave NaN.
+            EngineFailure: the model returned NaN, infinity or zeros.
         """
         import numpy as np
 
@@ -59,7 +59,7 @@ class ClapEmbedder:
             vectors.append(self._vectors(windows[start : start + BATCH_WINDOWS]))
         raw = np.concatenate(vectors)
         if not np.isfinite(raw).all() or not raw.any(axis=-1).all():
-            raise EngineFailure("clap gave NaN, infinity or nothing instead of a vector.")
+            raise EngineFailure("clap returned NaN, infinity or zeros instead of a vector.")
         window_vectors = unit(raw)
         ends_s = np.cumsum([len(window) for window in windows]) / rate
         starts_s = np.concatenate([[0.0], ends_s[:-1]])
@@ -76,7 +76,7 @@ class ClapEmbedder:
         features = self._feature_extractor(
             windows,
             sampling_rate=self._feature_extractor.sampling_rate,
-            truncation="rand_trunc",  # of exact windows there is nothing to truncate
+            truncation="rand_trunc",  # which leaves windows of the exact length as they are
             return_tensors="pt",
         )
         with torch.inference_mode():
@@ -85,13 +85,13 @@ class ClapEmbedder:
 
 
 def cut(mono: Samples, window: int) -> list[Samples]:
-    """Consecutive windows of exactly `window` samples, without the rest; all of a shorter track."""
+    """Consecutive windows of exactly `window` samples, without the rest; a shorter track is one window."""
     whole = len(mono) // window
     return [mono[i * window : (i + 1) * window] for i in range(whole)] or [mono]
 
 
 def unit(vectors: np.ndarray[Any, Any]) -> Samples:
-    """Along the last axis, scaled to length 1; float32."""
+    """Vectors along the last axis, scaled to length 1, in float32."""
     import numpy as np
 
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
@@ -99,25 +99,25 @@ def unit(vectors: np.ndarray[Any, Any]) -> Samples:
 
 
 def load_clap(weights: Weights, device: str = "cpu", threads: int | None = None) -> ClapEmbedder:
-    """Load a checkpoint's audio tower in float32. `threads` is torch's, for the whole process.
+    """Load a checkpoint's audio tower in float32. `threads` sets torch's threads for the whole process.
 
     Raises:
-        BadCheckpoint: another kind of model, a fusion one, or files are missing or damaged.
-        MissingPackage: torch or transformers isn't installed.
-        ConfigError: there is no such device.
+        BadCheckpoint: it is another kind of model or a fusion checkpoint, or files are missing or damaged.
+        MissingPackage: torch or transformers is not installed.
+        EngineUnusable: the device can't be used.
     """
     config = pretrained.check_folder(weights.folder, MODEL_TYPE, DEFAULT_MODEL)
     if (config.get("audio_config") or {}).get("enable_fusion"):
         raise BadCheckpoint(
-            f"{weights.model} is a fusion checkpoint, which looks at random parts of a track: "
-            f"use an unfused one, such as {DEFAULT_MODEL}."
+            f"{weights.model} is a fusion checkpoint, which takes random parts of a track: "
+            f"use a checkpoint without fusion, such as {DEFAULT_MODEL}."
         )
     pretrained.import_packages("clap", "torch", "transformers")
     import transformers
 
     pretrained.prepare(device, threads)
     extractor = pretrained.load_part(transformers.ClapFeatureExtractor, weights.folder)
-    # Half the model is its text tower, which nothing here needs.
+    # Half of the model is its text tower, which is not needed here.
     audio_config = pretrained.load_part(transformers.ClapConfig, weights.folder).audio_config
     model = pretrained.load_model(
         transformers.ClapAudioModelWithProjection, weights.folder, device, config=audio_config
@@ -126,7 +126,7 @@ def load_clap(weights: Weights, device: str = "cpu", threads: int | None = None)
 
 
 def license_of(model: str | None) -> str:
-    """The weights' licence, as far as it can be known."""
+    """The licence of a model's weights; for other checkpoints a reference to their own."""
     return LICENSE if model in (None, DEFAULT_MODEL) else f"that of the checkpoint {model}"
 
 

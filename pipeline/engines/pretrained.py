@@ -1,6 +1,6 @@
-"""What the engines on transformers share: opening a checked folder's files, and nothing of the network.
+"""Loading of models for the engines on transformers, from a local folder and without the network.
 
-Only safetensors are read, in float32, and no code of the folder is ever run.
+Weights are read from safetensors only, in float32, and no code in the folder is ever run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pipeline.weights.layout import PREPROCESSORS
 
 
 def check_folder(folder: Path, model_type: str, example: str) -> dict[str, Any]:
-    """The folder's configuration, if it is a model of that type with its preprocessor's settings.
+    """The configuration of a model's folder.
 
     Raises:
-        BadCheckpoint: it isn't; the message names `example`, a model that would do.
+        BadCheckpoint: the model is of another type, or has no settings of its preprocessor. The message
+            names `example`, a model that can be used.
     """
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -35,13 +36,13 @@ def check_folder(folder: Path, model_type: str, example: str) -> dict[str, Any]:
 
 
 def require_any(folder: Path, names: tuple[str, ...], what: str) -> None:
-    """Raise BadCheckpoint unless one of these files is there."""
+    """Raise BadCheckpoint unless one of these files exists."""
     if not any((folder / name).is_file() for name in names):
         raise BadCheckpoint(f"{folder} has no {what}: {' or '.join(names)} is missing.")
 
 
 def import_packages(engine: str, *names: str) -> None:
-    """Import what an engine needs; MissingPackage with the command that installs it, if that fails."""
+    """Import packages; raises MissingPackage with the command that installs one that is missing."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -52,7 +53,7 @@ def import_packages(engine: str, *names: str) -> None:
 
 
 def prepare(device: str, threads: int | None) -> None:
-    """Settle what is the whole process's: torch's threads (None: as they are), transformers' silence.
+    """Set what holds for the whole process: the number of torch's threads (None: unchanged), quiet logging.
 
     Raises:
         EngineUnusable: see `check_device`.
@@ -61,7 +62,7 @@ def prepare(device: str, threads: int | None) -> None:
     import torch
     import transformers
 
-    # Its bars and hints would end up between the lines of a log; what matters is raised.
+    # Its progress bars and hints would appear between the lines of a log; errors are raised.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if threads is not None:
@@ -88,12 +89,10 @@ def check_device(device: str) -> None:
 
 
 def load_model(model_class: Any, folder: Path, device: str, **options: Any) -> Any:
-    """A transformers model from a folder: float32, in eval mode, on the device.
-
-    `options` go to the class's from_pretrained.
+    """Load a transformers model in float32 and eval mode; `options` are passed to from_pretrained.
 
     Raises:
-        BadCheckpoint: it can't be loaded, or not every weight of the model is there.
+        BadCheckpoint: it can't be loaded, or weights of the model are missing.
     """
     import torch
 
@@ -106,7 +105,7 @@ def load_model(model_class: Any, folder: Path, device: str, **options: Any) -> A
 
 
 def load_part(part_class: Any, folder: Path) -> Any:
-    """A transformers configuration, processor, feature extractor or tokenizer from a folder.
+    """Load a transformers configuration, processor, feature extractor or tokenizer.
 
     Raises:
         BadCheckpoint: it can't be loaded.
@@ -115,7 +114,7 @@ def load_part(part_class: Any, folder: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without a full stop: for a sentence of ours."""
+    """The first line of an error's text without its full stop, as part of a sentence."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line.rstrip(".") for line in lines if line), type(error).__name__)
 
@@ -125,5 +124,5 @@ def _load(loaded_class: Any, folder: Path, **options: Any) -> Any:
         return loaded_class.from_pretrained(folder, local_files_only=True, **options)
     except MemoryError:
         raise
-    except Exception as error:  # of a damaged file the libraries raise anything, KeyError included
+    except Exception as error:  # for damaged files the libraries raise errors of any type
         raise BadCheckpoint(f"{folder} can't be loaded: {first_line(error)}.") from error

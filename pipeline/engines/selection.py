@@ -1,7 +1,7 @@
-"""Which engine a stage uses, and why, found out without loading anything.
+"""The choice of an engine for a stage, made without loading it.
 
-`auto` takes the usable engine of the highest rank: its packages are installed, and its weights,
-if it has any, are already on this machine. A named engine is taken as it is or not at all.
+`auto` takes the engine of the highest rank that can be used: its packages are installed, and its
+weights, if it needs any, are on this machine. For an engine that is named there is no replacement.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pipeline.weights import hub
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine for a stage."""
+    """The engine that a stage uses."""
 
     card: EngineCard
     model: str | None  # hub id or folder; None: an engine without weights
-    revision: str | None  # exactly what lies on this machine; None: no weights, or not there yet
-    why: str  # for the log and `doctor`
-    folder: Path | None = None  # where the weights are
+    revision: str | None  # of the weights on this machine; None: no weights, or not downloaded yet
+    why: str  # reason for the choice, for the log and `doctor`
+    folder: Path | None = None  # of the weights
 
     @property
     def license(self) -> str:
@@ -32,16 +32,16 @@ class Choice:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether the weights have to be fetched before the engine can be loaded."""
+        """Whether the weights have to be downloaded before the engine can be loaded."""
         return self.model is not None and self.folder is None
 
 
 def select_engine(stage: str, engine: str, settings: EngineSettings) -> Choice:
-    """The engine for a stage; `settings.model` and `.revision` are what the configuration names.
+    """Choose the engine for a stage: `engine` is a name or "auto".
 
     Raises:
-        MissingPackage: a named engine's packages are not installed.
-        BadCheckpoint: the folder the configuration names is not a usable checkpoint.
+        MissingPackage: packages of a named engine are not installed, or `auto` finds no engine.
+        BadCheckpoint: the folder that the configuration names is not a usable checkpoint.
     """
     if engine != "auto":
         card = cards()[engine]

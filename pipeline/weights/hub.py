@@ -1,11 +1,10 @@
-"""Where models' weights are: a local folder or the hub's cache, and how they get there.
+"""Finding and downloading the weights of models, in a local folder or in the hub's cache.
 
-Only what a model's layout names is ever downloaded: safetensors and settings, unless an engine
-says otherwise. Looking something up needs neither the network
-nor the hub's library: the cache's layout (`models--org--name/{refs,snapshots,blobs}`) and the
-variables that place it are part of huggingface_hub's documentation ("Understand caching",
-"Environment variables"), and `status` and `doctor` must answer at once, in a core install too.
-Only `fetch` imports the library.
+Only the files of a model's layout are downloaded, which for most engines are safetensors and settings.
+Only `fetch` imports the hub's library. `locate` reads the cache itself, so that `status` and `doctor`
+are fast and work without the library; the cache's layout (`models--org--name/{refs,snapshots,blobs}`)
+and its environment variables are documented by huggingface_hub ("Understand caching", "Environment
+variables").
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from pipeline.weights.layout import TRANSFORMERS, Layout, fingerprint, read_json
 FETCH_COMMAND = "python run_pipeline.py models fetch"
 INSTALL_COMMAND = "pip install -r requirements.txt"
 
-# The revision used where none is asked for, if it isn't the default branch.
-# laion/clap-htsat-unfused has only a pickle on `main` (8fa0f1c, 2023); its safetensors are the
-# hub's own conversion of that file, one commit on top, never merged. A commit can't be moved.
+# Revisions that are used instead of the default branch where the configuration names none.
+# laion/clap-htsat-unfused has only a pickle on `main` (8fa0f1c, 2023). Its safetensors are in the
+# hub's conversion of that file, a commit that was never merged. A commit does not change.
 KNOWN_REVISIONS = {"laion/clap-htsat-unfused": "79b58ed25fc00386262a2bea4b19fd21dc4310a0"}
 DEFAULT_REVISION = "main"
 
@@ -40,7 +39,7 @@ class Weights:
     """A usable checkpoint on this machine."""
 
     folder: Path  # holds the files of the model's layout
-    model: str  # as asked for: a hub id or a folder
+    model: str  # hub id or folder, as given
     revision: str  # hub: the commit; folder: "sha256:" and 16 hex digits, see `fingerprint`
 
 
@@ -51,8 +50,8 @@ class CachedModel:
     model: str  # hub id
     revision: str  # commit
     model_type: str  # of its config.json: "musicgen_melody", "clap", ...; "" without one
-    size_bytes: int  # of the files it refers to; snapshots of one model may share them
-    complete: bool  # false: pickles only, or a download that was cut off
+    size_bytes: int  # of its files, which other snapshots of the model may share
+    complete: bool  # false: only pickles, or a download that was cut off
 
 
 def locate(
@@ -62,14 +61,14 @@ def locate(
     *,
     layout: Layout = TRANSFORMERS,
 ) -> Weights | None:
-    """Find a model on this machine, without the network; None if it isn't here.
+    """Find a model on this machine, without the network; None if it is not here.
 
-    `model` is a folder if there is one of that name, else a hub id. `revision` (commit, tag or
-    branch; None: `KNOWN_REVISIONS`, else main) is of the hub; a folder has none. `cache_dir` None
-    is the library's own default, see `hub_cache`.
+    `model` is a folder if one of that name exists, otherwise a hub id. `revision` is a commit, tag or
+    branch of the hub (None: that of `KNOWN_REVISIONS`, otherwise main), and not used for a folder.
+    `cache_dir` None is the library's default, see `hub_cache`.
 
     Raises:
-        BadCheckpoint: the folder is there but can't be used, or the cached weights are damaged.
+        BadCheckpoint: the folder can't be used, or the cached weights are damaged.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -93,24 +92,24 @@ def fetch(
     progress: bool = True,
     endpoint: str | None = None,
 ) -> Weights:
-    """Bring a model into the hub's cache, or up to date; on a terminal, with the library's bars.
+    """Download a model into the hub's cache, or update it, with the library's progress bars on a terminal.
 
-    `endpoint` replaces the hub's address (default: HF_ENDPOINT, else the public hub). What can't
-    be looked up now but is cached whole is taken as it is.
+    `endpoint` replaces the hub's address (default: HF_ENDPOINT, otherwise the public hub). If the hub
+    can't be reached, a complete model in the cache is used.
 
     Raises:
-        MissingWeights: not here, and not to be had now: no network, HF_HUB_OFFLINE, no such model
-            or revision, or no permission.
-        BadCheckpoint: what is there has no usable weights in this layout.
-        MissingPackage: huggingface_hub isn't installed.
+        MissingWeights: the model is not here and can't be downloaded: there is no network,
+            HF_HUB_OFFLINE is set, no such model or revision exists, or permission is missing.
+        BadCheckpoint: the model has no usable weights in this layout.
+        MissingPackage: huggingface_hub is not installed.
         FolderUnusable: the cache can't be written.
     """
     if Path(model).expanduser().is_dir():
         found = locate(model, layout=layout)
-        assert found is not None  # a folder is usable or raises
+        assert found is not None  # `locate` raises if the folder can't be used
         return found
     if not HUB_ID.fullmatch(model):
-        raise MissingWeights(f"There is no folder {model}, and it isn't a hub id such as org/name.")
+        raise MissingWeights(f"There is no folder {model}, and it is not a hub id such as org/name.")
     revision = revision or _default_revision(model)
     try:
         snapshot = _download(model, revision, cache_dir, layout, progress=progress, endpoint=endpoint)
@@ -126,7 +125,7 @@ def fetch(
 
 
 def cached(cache_dir: Path | None = None) -> list[CachedModel]:
-    """Every model snapshot in the hub's cache, sorted by id; other programs' models as well."""
+    """All snapshots of models in the hub's cache, sorted by id, including those of other programs."""
     return sorted(
         (
             _describe(repo, snapshot)
@@ -139,7 +138,7 @@ def cached(cache_dir: Path | None = None) -> list[CachedModel]:
 
 
 def hub_cache(cache_dir: Path | None = None) -> Path:
-    """The hub's cache folder: `cache_dir`, else what HF_HUB_CACHE or HF_HOME say, as the library does."""
+    """The hub's cache folder: `cache_dir`, otherwise from the environment as the library finds it."""
     if cache_dir is not None:
         return cache_dir.expanduser()
     env = os.environ
@@ -168,13 +167,13 @@ def _snapshot(repo: Path, revision: str) -> Path | None:
 
 
 def _arrived(snapshot: Path, layout: Layout) -> bool:
-    """Whether all of a snapshot that is loaded is here: what every model needs, and what the hub has."""
+    """Whether a snapshot has every file that is loaded: those that all models need, and those of the hub."""
     listed = _listed(snapshot, layout)
     return not layout.missing(snapshot) and all((snapshot / name).is_file() for name in listed)
 
 
 def _listed(snapshot: Path, layout: Layout) -> Iterator[str]:
-    """The files the hub has of a snapshot, of those we load: huggingface_hub 2 and later notes them."""
+    """Names of the layout's files that the hub has for a snapshot, as huggingface_hub 2 and later records."""
     note = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
     for name in read_json(note).get("files", {}) if note.is_file() else ():
         if "/" not in name and any(Path(name).match(pattern) for pattern in layout.files):
@@ -223,7 +222,7 @@ def _download(
     except ImportError as error:
         raise MissingPackage(f"Fetching {model} needs huggingface_hub: {INSTALL_COMMAND}.") from error
     try:
-        # Asked first, and once: the download would retry a dead network for half a minute.
+        # One request first, as the download would retry a dead network for half a minute.
         hub.HfApi(endpoint=endpoint).repo_info(model, revision=revision, timeout=TIMEOUT_S)
         folder = hub.snapshot_download(
             model,
@@ -234,15 +233,15 @@ def _download(
             **({} if progress else {"tqdm_class": _silent_bar()}),
         )
     except errors.GatedRepoError as error:
-        raise MissingWeights(f"{model} needs its licence accepted on the hub, and a login there.") from error
+        raise MissingWeights(f"{model} is gated: accept its licence on the hub, and log in there.") from error
     except errors.RepositoryNotFoundError as error:
-        raise MissingWeights(f"The hub has no model {model}, or it needs a login.") from error
+        raise MissingWeights(f"The hub has no model {model}, or the model needs a login.") from error
     except errors.RevisionNotFoundError as error:
         raise MissingWeights(f"{model} has no revision {revision} on the hub.") from error
     except (ConnectionError, TimeoutError, httpx.HTTPError, errors.XetDownloadError) as error:
         raise MissingWeights(_not_here(model, offline=hub.is_offline_mode())) from error
     except OSError as error:
-        if error.errno is None:  # the library's own, of files the hub doesn't give
+        if error.errno is None:  # raised by the library for files that the hub does not provide
             raise MissingWeights(_not_here(model, offline=hub.is_offline_mode())) from error
         where = hub_cache(cache_dir)
         raise FolderUnusable(f"{model} can't be stored in {where}: {error.strerror}.") from error
@@ -252,12 +251,12 @@ def _download(
 def _not_here(model: str, *, offline: bool) -> str:
     if offline:
         return (
-            f"{model} isn't on this machine and HF_HUB_OFFLINE forbids fetching it: "
-            f"unset it and run `{FETCH_COMMAND}`."
+            f"{model} is not on this machine and HF_HUB_OFFLINE forbids downloading it: "
+            f"unset HF_HUB_OFFLINE and run `{FETCH_COMMAND}`."
         )
     return (
-        f"{model} isn't (wholly) on this machine and the hub can't be reached: "
-        f"once there is a network, run `{FETCH_COMMAND}`."
+        f"{model} is missing or incomplete on this machine and the hub can't be reached: "
+        f"run `{FETCH_COMMAND}` once there is a network."
     )
 
 

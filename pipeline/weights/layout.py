@@ -1,7 +1,7 @@
-"""A model's folder: which files are loaded from it, and whether they are whole.
+"""The files of a model's folder, and checks that they are complete.
 
-In transformers' format, which all functions here are about unless they are given another layout,
-only safetensors count as weights: a pickle (`.bin`, `.pt`) can run code when it is opened.
+Folders are in transformers' format unless another `Layout` is given. Only safetensors count as
+weights there, because a pickle (`.bin`, `.pt`) can run code when it is opened.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ LOADED_FILES = (
 )
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-SMALL_FILE_BYTES = 4 << 20  # files up to this size go into a fingerprint whole
-BLOCK_BYTES, BLOCKS = 1 << 16, 16  # what of a larger one does, evenly spaced
+SMALL_FILE_BYTES = 4 << 20  # smaller files are in a fingerprint completely
+BLOCK_BYTES, BLOCKS = 1 << 16, 16  # of larger files, evenly spaced
 
 
-def missing(folder: Path, *, hears: bool = True) -> list[str]:
-    """The files a checkpoint lacks of its config, weights and preprocessor settings.
+def missing(folder: Path, *, takes_audio: bool = True) -> list[str]:
+    """The names of the config, weights and preprocessor settings that a checkpoint lacks.
 
-    Models that don't hear (`hears`), such as text encoders, have no preprocessor.
+    Models that take no audio, such as text encoders, have no preprocessor.
 
     Raises:
-        BadCheckpoint: the index of its shards isn't one.
+        BadCheckpoint: the index of its shards is not valid.
     """
     lacking = [name for name in ("config.json", *_shards(folder)) if not (folder / name).is_file()]
-    if hears and not any((folder / name).is_file() for name in PREPROCESSORS):
+    if takes_audio and not any((folder / name).is_file() for name in PREPROCESSORS):
         lacking.append(PREPROCESSORS[0])
     return lacking
 
 
-def check(folder: Path, *, hears: bool = True) -> None:
-    """Raise BadCheckpoint, saying what is missing or damaged, unless `folder` can be loaded."""
-    if lacking := missing(folder, hears=hears):
+def check(folder: Path, *, takes_audio: bool = True) -> None:
+    """Raise BadCheckpoint with what is missing or damaged, unless `folder` can be loaded."""
+    if lacking := missing(folder, takes_audio=takes_audio):
         if lacking[0] == "config.json":
-            raise BadCheckpoint(f"{folder} has no config.json, so it isn't a model's folder.")
+            raise BadCheckpoint(f"{folder} has no config.json, so it is not a model's folder.")
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         if WEIGHTS in lacking and pickles:
             raise BadCheckpoint(
@@ -67,21 +67,21 @@ def check(folder: Path, *, hears: bool = True) -> None:
 class Layout:
     """A format of models' folders."""
 
-    files: tuple[str, ...]  # what is loaded, by name or pattern: nothing else of a hub's is downloaded
-    missing: Callable[[Path], list[str]]  # the files a folder lacks; empty: none
+    files: tuple[str, ...]  # names or patterns of the files that are loaded; only these are downloaded
+    missing: Callable[[Path], list[str]]  # names of the files that a folder lacks
     check: Callable[[Path], None]  # raises BadCheckpoint unless the folder can be loaded
 
 
 TRANSFORMERS = Layout(LOADED_FILES, missing, check)
-TEXT_ENCODER = Layout(LOADED_FILES, partial(missing, hears=False), partial(check, hears=False))
+TEXT_ENCODER = Layout(LOADED_FILES, partial(missing, takes_audio=False), partial(check, takes_audio=False))
 
 
 def fingerprint(folder: Path, files: tuple[str, ...] = LOADED_FILES) -> str:
-    """A quick identity of a local checkpoint: "sha256:" and 16 hex digits.
+    """A fast identity of a local checkpoint: "sha256:" and 16 hex digits.
 
-    Over the names and sizes of the files a model is loaded from, the whole of those up to 4 MiB,
-    and of larger ones the first 64 KiB, the last and 14 between, evenly spaced. Made to notice
-    another checkpoint in the same folder, fine-tuned ones included; not an integrity check.
+    The digest is over the names and sizes of the files that are loaded, all bytes of files up to 4 MiB,
+    and 16 blocks of 64 KiB of larger ones, evenly spaced from the first to the last. It notices another
+    checkpoint in the same folder, a fine-tuned one included, but is no integrity check.
     """
     digest = hashlib.sha256()
     for path in sorted(_loaded_files(folder, files)):
@@ -95,7 +95,7 @@ def fingerprint(folder: Path, files: tuple[str, ...] = LOADED_FILES) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; BadCheckpoint if it isn't one."""
+    """The JSON object in a file; raises BadCheckpoint if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """The header's offsets must end where the file does: a cheap test for a cut-off download."""
+    """Check that the header's offsets end where the file does, which finds downloads that were cut off."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -120,7 +120,7 @@ def _check_safetensors(path: Path) -> None:
     if size != 8 + header_bytes + end:
         raise BadCheckpoint(
             f"{path} is cut off or damaged: it has {size} bytes of {8 + header_bytes + end}; "
-            f"delete it and get it again."
+            f"delete it and download it again."
         )
 
 
@@ -142,5 +142,5 @@ def _shards(folder: Path) -> list[str]:
     index = read_json(folder / INDEX)
     names = sorted(set(index["weight_map"].values())) if isinstance(index.get("weight_map"), dict) else []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise BadCheckpoint(f"{INDEX} in {folder} doesn't name the weights' files.")
+        raise BadCheckpoint(f"{INDEX} in {folder} does not name the files of the weights.")
     return names

@@ -207,6 +207,14 @@ def test_dts_in_flac_is_refused_and_not_played_as_noise(tmp_path: Path, word: st
     assert "bit stream where its PCM samples should be" in refusal(tmp_path, flac)
 
 
+def test_sync_words_that_occur_by_chance_in_antiphase_stereo_are_sound(tmp_path: Path) -> None:
+    left = np.random.default_rng(0).integers(-400, -380, 44100).astype("<i2")
+    samples = np.stack([left, ~left], axis=1)  # (-385, 384) reads 7ffe8001
+    assert samples.tobytes().count(bytes.fromhex("7ffe8001")) > 100
+    audio, _ = decoded(tmp_path, sndfile_bytes(samples, 44100, "WAV", "PCM_16"))
+    assert audio.n_samples == 44100
+
+
 # Tags and size fields
 
 TAGS_BEHIND = [
@@ -267,8 +275,10 @@ def test_a_data_chunk_that_states_too_little_is_read_to_the_end(tmp_path: Path, 
     assert info.notes == ("the header states an end before that of the sound",)
 
 
-@pytest.mark.parametrize("behind", [bytes(200_000), b"LIST" + (90_000).to_bytes(4, "little") + b"x" * 90_000])
-def test_padding_and_chunks_behind_the_data_are_no_sound(tmp_path: Path, behind: bytes) -> None:
+@pytest.mark.parametrize(
+    "behind", [bytes(200_000), COVER, b"LIST" + (90_000).to_bytes(4, "little") + b"x" * 90_000]
+)
+def test_padding_tags_and_chunks_behind_the_data_are_no_sound(tmp_path: Path, behind: bytes) -> None:
     audio, info = decoded(tmp_path, sndfile_bytes(tones(1.5, 44100), 44100, "WAV") + behind)
     assert (audio.n_samples, info.notes) == (66150, ())
 

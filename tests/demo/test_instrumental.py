@@ -1,4 +1,4 @@
-"""The bundled instrumental: what its file is, and that its script still makes it."""
+"""The bundled instrumental: properties of its file, and that its script still renders it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def bundled() -> Signal:
 
 @pytest.fixture(scope="module")
 def rendered() -> Signal:
+    """Takes about ten seconds, so the tests that use it are long."""
     return render()
 
 
@@ -33,9 +34,9 @@ def chroma(samples: Signal) -> Signal:
     """Energy per pitch class above 130 Hz, C first, from one long spectrum a half bar."""
     spectra = np.abs(signal.stft(samples.mean(axis=0), RATE, nperseg=16384)[2]) ** 0.5
     hz = np.fft.rfftfreq(16384, 1 / RATE)
-    heard = (hz > 130) & (hz < 2100)
-    classes = np.round(12 * np.log2(hz[heard] / 440) + 9).astype(int) % 12
-    return np.bincount(classes, weights=spectra[heard].sum(axis=1)) / np.bincount(classes)
+    band = (hz > 130) & (hz < 2100)
+    classes = np.round(12 * np.log2(hz[band] / 440) + 9).astype(int) % 12
+    return np.bincount(classes, weights=spectra[band].sum(axis=1)) / np.bincount(classes)
 
 
 def test_the_bundled_file_is_small_stereo_vorbis_of_28_to_40_seconds_with_its_title() -> None:
@@ -45,6 +46,7 @@ def test_the_bundled_file_is_small_stereo_vorbis_of_28_to_40_seconds_with_its_ti
     assert INSTRUMENTAL.stat().st_size <= 600 * 1024
 
 
+@pytest.mark.long
 def test_the_script_renders_what_the_bundled_file_holds(bundled: Signal, rendered: Signal) -> None:
     # Reference: the script's samples. Vorbis at 118 kbit/s keeps the wave below 4 kHz: measured 0.9984.
     assert bundled.shape == rendered.shape
@@ -78,7 +80,7 @@ def test_its_beat_is_the_scores_tempo_throughout(bundled: Signal) -> None:
     # Reference: the score. The strongest lag of the onset curve's autocorrelation near a beat's length.
     hop = 256
     spectra = np.abs(signal.stft(bundled.mean(axis=0), RATE, nperseg=2048, noverlap=2048 - hop)[2])
-    onsets = np.maximum(np.diff(np.log1p(1000 * spectra), axis=1), 0).sum(axis=0)
+    onsets = np.maximum(np.diff(np.log1p(1000 * spectra), axis=1), 0).sum(axis=0)  # spectral flux
     for part in np.array_split(onsets[round(2 * BAR / hop) : round(BARS * BAR / hop)], 3):
         curve = part - part.mean()
         correlation = signal.correlate(curve, curve)[curve.size - 1 :]
@@ -87,14 +89,15 @@ def test_its_beat_is_the_scores_tempo_throughout(bundled: Signal) -> None:
         assert 60 * RATE / hop / beat == pytest.approx(TEMPO_BPM, rel=0.02)
 
 
-def test_it_stands_in_f_major_and_its_bridge_in_a_flat(bundled: Signal) -> None:
+def test_it_is_in_f_major_and_its_bridge_in_a_flat(bundled: Signal) -> None:
     scale = np.isin(np.arange(12), [0, 2, 4, 5, 7, 9, 11]).astype(float)
     for first, last, tonic in ((2, 10, 5), (10, 13, 8), (14, 18, 5)):  # bars without the pivot chord
-        heard = chroma(bundled[:, first * BAR : last * BAR])
-        fits = [float(heard @ np.roll(scale, key)) for key in range(12)]
+        energies = chroma(bundled[:, first * BAR : last * BAR])
+        fits = [float(energies @ np.roll(scale, key)) for key in range(12)]
         assert int(np.argmax(fits)) == tonic
 
 
+@pytest.mark.long
 def test_sections_share_bars_that_can_be_exchanged(rendered: Signal) -> None:
     # Bars of the same chord in A and A' differ less than bars of A and of the bridge.
     def spectrum(bar: int) -> Signal:
@@ -107,6 +110,7 @@ def test_sections_share_bars_that_can_be_exchanged(rendered: Signal) -> None:
     assert same > other + 0.1
 
 
+@pytest.mark.long
 def test_mono_playback_loses_less_than_2_db_in_every_section(rendered: Signal) -> None:
     edges = np.cumsum([0] + [len(section.chords) for section in FORM]) * BAR
     for start, stop in pairwise(edges):
@@ -114,6 +118,7 @@ def test_mono_playback_loses_less_than_2_db_in_every_section(rendered: Signal) -
         assert 10 * np.log10(np.mean(piece.mean(axis=0) ** 2) / np.mean(piece**2)) > -2.0
 
 
+@pytest.mark.long
 def test_the_low_end_is_in_the_middle(rendered: Signal) -> None:
     low = signal.sosfilt(signal.butter(4, 110, fs=RATE, output="sos"), rendered)
     assert np.corrcoef(low)[0, 1] > 0.98

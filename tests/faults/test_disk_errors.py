@@ -115,7 +115,7 @@ def test_a_disk_error_at_some_operations_loses_nothing(
     zygote: Zygote, case: Case, tmp_path: Path, figures: list[str], number: int
 ) -> None:
     n, rng = n_operations(zygote, case, tmp_path / "calm", number), random.Random(number)
-    points = [(k, sticky) for sticky in (False, True) for k in sorted(rng.sample(range(1, n + 1), 6))]
+    points = [(k, sticky) for sticky in (False, True) for k in sorted(rng.sample(range(1, n + 1), 4))]
     figures.append(survey(zygote, case, tmp_path, number, points))
 
 

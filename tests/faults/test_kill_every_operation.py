@@ -82,7 +82,7 @@ def test_dying_at_some_operations_loses_nothing(
     zygote: Zygote, one_track: Case, tmp_path: Path, figures: list[str]
 ) -> None:
     points = all_points(calm_life(zygote, one_track, tmp_path / "calm"))
-    ways = [[point] for point in sorted(random.Random(4).sample(points, 16))]
+    ways = [[point] for point in sorted(random.Random(4).sample(points, 12))]
     figures.append(survey(zygote, one_track, tmp_path, ways, f"{len(ways)} of {len(points)} operations"))
 
 

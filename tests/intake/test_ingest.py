@@ -446,7 +446,7 @@ def test_a_file_that_may_not_be_read_and_is_not_new_fails(
     path, device = write_music(setup.workspace.inbox / "a.wav"), Failing(monkeypatch, setup)
     device.closed = True
     setup.now = path.lstat().st_ctime + 5 * setup.config.intake.settle_s + 0.1
-    assert setup.scan().unreadable == 1
+    assert len(setup.scan().unreadable) == 1
 
     error = setup.workspace.inbox / "failed" / "a.wav.error.txt"
     assert error.read_text() == "a.wav can't be read: permission denied\n"

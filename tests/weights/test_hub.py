@@ -125,8 +125,11 @@ class TestFolders:
             (FILES | {"model.safetensors": safetensors()[:-1]}, "cut off or damaged"),
             (FILES | {"model.safetensors": b""}, "cut off or not a safetensors file"),
             (FILES | {"model.safetensors": b"PK" * 99}, "not a safetensors file"),
-            (SHARDED | {"model.safetensors.index.json": b"{}"}, "doesn't name the weights' files"),
-            (SHARDED | {"model.safetensors.index.json": index("../x")}, "doesn't name the weights' files"),
+            (SHARDED | {"model.safetensors.index.json": b"{}"}, "does not name the files of the weights"),
+            (
+                SHARDED | {"model.safetensors.index.json": index("../x")},
+                "does not name the files of the weights",
+            ),
             (SHARDED | {"model.safetensors.index.json": b"{"}, "not readable JSON"),
         ],
     )
@@ -134,9 +137,9 @@ class TestFolders:
         self, tmp_path: Path, files: dict[str, bytes], sentence: str
     ) -> None:
         folder = write(tmp_path / "mine", files)
-        for look in (locate, fetch):
+        for find in (locate, fetch):
             with pytest.raises(BadCheckpoint) as caught:
-                look(str(folder))
+                find(str(folder))
             assert sentence in str(caught.value)
             assert str(folder) in str(caught.value)
 
@@ -203,7 +206,7 @@ class TestCache:
 
     def test_damaged_weights_say_so(self, tmp_path: Path) -> None:
         cache_snapshot(tmp_path, FILES | {"model.safetensors": safetensors()[:-1]})
-        with pytest.raises(BadCheckpoint, match="delete it and get it again"):
+        with pytest.raises(BadCheckpoint, match="delete it and download it again"):
             locate(MODEL, cache_dir=tmp_path)
 
     def test_clap_has_its_safetensors_at_a_known_commit(self, tmp_path: Path) -> None:
@@ -282,7 +285,7 @@ class TestFetch:
 
     def test_a_dead_network_names_the_command_at_once(self, tmp_path: Path) -> None:
         pytest.importorskip("huggingface_hub")
-        for model in (MODEL, "laion/clap-htsat-unfused"):  # a branch and a commit are looked up differently
+        for model in (MODEL, "laion/clap-htsat-unfused"):  # one by its branch, one by a commit
             with pytest.raises(MissingWeights, match=r"run `python run_pipeline.py models fetch`") as caught:
                 fetch(model, cache_dir=tmp_path, endpoint=closed_port())
             assert "\n" not in str(caught.value)
@@ -301,7 +304,7 @@ class TestFetch:
         assert FETCH_COMMAND in said
         assert server.asked == []
 
-    def test_unknown_models_and_revisions_are_told_apart(self, tmp_path: Path) -> None:
+    def test_unknown_models_and_unknown_revisions_have_different_errors(self, tmp_path: Path) -> None:
         pytest.importorskip("huggingface_hub")
         with serve(MODEL, COMMIT, PUBLISHED) as server:
             with pytest.raises(MissingWeights, match="no revision v9"):
@@ -327,7 +330,7 @@ class TestFetch:
             fetch(MODEL, cache_dir=tmp_path / "file", endpoint=server.endpoint, progress=False)
 
 
-def test_looking_needs_neither_torch_nor_the_hubs_library(tmp_path: Path) -> None:
+def test_locating_needs_neither_torch_nor_the_hubs_library(tmp_path: Path) -> None:
     code = (
         "import sys; from pipeline.weights import hub\n"
         "hub.locate('facebook/musicgen-melody'); hub.cached()\n"

@@ -1,10 +1,10 @@
 """Melody-conditioned MusicGen (Copet et al. 2023, arXiv:2306.05284), on audiocraft, its authors' library.
 
-For checkpoints in audiocraft's own format, and to hold other engines against the original. Only
-when named: `auto` never takes it. `checkpoint` knows the format, `conditioners` are audiocraft's
-without their downloads, `loader` opens a checkpoint, `engine` is the generator.
+It serves checkpoints in audiocraft's own format, and comparisons of other engines with the original.
+`auto` never chooses it. `checkpoint` reads the format, `conditioners` are audiocraft's without their
+downloads, `loader` builds the model, and `engine` is the generator.
 
-Unlike audiocraft, it takes the melody from the whole mix: vocals and drums are not separated first.
+Unlike audiocraft, it takes the melody from the whole mix, without separating vocals and drums first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 class AudiocraftParams(Params):
-    """What one variation can be told, beside its length and seed; the defaults are audiocraft's."""
+    """The parameters of one variation, beside its length and seed, with audiocraft's defaults."""
 
     prompt: str = Field(
         default="",

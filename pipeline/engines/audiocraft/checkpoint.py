@@ -1,13 +1,13 @@
 """A checkpoint in audiocraft's format: `state_dict.bin` (the language model) and
 `compression_state_dict.bin` (EnCodec), as `audiocraft.utils.export` writes them.
 
-Both are pickles, which can run code when they are opened. So they are opened by torch's restricted
-unpickler, which knows tensors and plain values and refuses all else; nothing is added to what it
-allows. An exported checkpoint needs no more: its configuration, `xp.cfg`, is YAML in a string. One
-fresh from training holds a pickled OmegaConf object instead, and is refused until it is exported.
+Both are pickles, which can run code when they are opened. So they are opened with torch's restricted
+unpickler, which allows tensors and plain values only. That is enough for an exported checkpoint, whose
+configuration, `xp.cfg`, is YAML in a string. A checkpoint straight from training has a pickled OmegaConf
+object instead, and is refused until it is exported.
 
-The text encoder isn't part of a checkpoint, and the EnCodec of a fine-tuned one may be named only:
-see `companion`.
+The text encoder is not part of a checkpoint, and a fine-tuned checkpoint may have the name of an EnCodec
+model in the place of its weights: see `companion`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from pipeline.weights.layout import Layout
 
 LANGUAGE_MODEL, ENCODEC = "state_dict.bin", "compression_state_dict.bin"
 FILES = (LANGUAGE_MODEL, ENCODEC)
-T5_BASE = "google-t5/t5-base"  # what checkpoints call t5-base
+T5_BASE = "google-t5/t5-base"  # named t5-base in checkpoints
 HUB_NAMES = {"t5-small": "google-t5/t5-small", "t5-base": T5_BASE, "t5-large": "google-t5/t5-large"}
 
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """One of a checkpoint's two files, read."""
+    """The content of one of a checkpoint's two files."""
 
     state: dict[str, Any]  # tensors by name
-    config: Any  # omegaconf.DictConfig: what the model was built with
+    config: Any  # omegaconf.DictConfig that the model was built from
 
 
 def missing(folder: Path) -> list[str]:
@@ -42,27 +42,29 @@ def missing(folder: Path) -> list[str]:
 
 
 def check(folder: Path) -> None:
-    """Raise BadCheckpoint unless both files are there and whole, as far as a look can tell."""
+    """Raise BadCheckpoint unless both files exist and are archives with a complete directory."""
     if lacking := missing(folder):
         hint = ""
         if (folder / "config.json").is_file():
-            hint = " (for a folder in transformers' format take the engine musicgen)"
+            hint = " (for a folder in transformers' format use the engine musicgen)"
         raise BadCheckpoint(
-            f"{folder} is no checkpoint in audiocraft's format: {', '.join(lacking)} missing{hint}."
+            f"{folder} is not a checkpoint in audiocraft's format: {', '.join(lacking)} missing{hint}."
         )
     for name in FILES:
         if not zipfile.is_zipfile(folder / name):  # its directory is at the end
-            raise BadCheckpoint(f"{folder / name} is cut off or wasn't written by torch.save: get it again.")
+            raise BadCheckpoint(
+                f"{folder / name} is cut off or was not written by torch.save: download it again."
+            )
 
 
 AUDIOCRAFT = Layout(FILES, missing, check)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file's plain values and tensors; the tensors stay on the disk until they are used.
+    """Read a file's plain values and tensors; tensors are mapped into memory and read when they are used.
 
     Raises:
-        BadCheckpoint: it is damaged, or holds anything else.
+        BadCheckpoint: it is damaged, or contains objects of other types.
     """
     import pickle
 
@@ -72,21 +74,21 @@ def read(path: Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise BadCheckpoint(
-            f"{path} holds more than tensors and settings, which is never loaded because it can run code: "
+            f"{path} contains more than tensors and settings, which is never loaded because it can run code: "
             f"export it with audiocraft.utils.export."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise BadCheckpoint(f"{path} can't be read: {first_line(error)}.") from error
     if not isinstance(found, dict):
-        raise BadCheckpoint(f"{path} isn't a checkpoint of audiocraft's.")
+        raise BadCheckpoint(f"{path} is not a checkpoint of audiocraft.")
     return found
 
 
 def package(path: Path, content: dict[str, Any]) -> Package:
-    """What `read` found in `path`, as a model's weights and configuration.
+    """The weights and the configuration in what `read` returned for `path`.
 
     Raises:
-        BadCheckpoint: it isn't that.
+        BadCheckpoint: these are missing, or the configuration is not valid.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -94,7 +96,7 @@ def package(path: Path, content: dict[str, Any]) -> Package:
 
     state, text = content.get("best_state"), content.get("xp.cfg")
     if not isinstance(state, dict) or not isinstance(text, str):
-        raise BadCheckpoint(f"{path} isn't an exported checkpoint: export it with audiocraft.utils.export.")
+        raise BadCheckpoint(f"{path} is not an exported checkpoint: export it with audiocraft.utils.export.")
     try:
         return Package(state, OmegaConf.create(text))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -104,16 +106,16 @@ def package(path: Path, content: dict[str, Any]) -> Package:
 def companion(folder: Path, name: str, layout: Layout, cache_dir: Path | None) -> Path:
     """The folder of another model, `name`, that the checkpoint in `folder` refers to.
 
-    That is `folder/name` if there is one, else what the hub's cache has under this name or the
-    hub's own for it; else it is fetched.
+    That is `folder/name` if it exists, otherwise the model of that name, or of the hub's name for it, in
+    the hub's cache. A model that is not there is downloaded.
 
     Raises:
-        MissingWeights: it is not here, and not to be had now.
-        BadCheckpoint: it is there but can't be used.
+        MissingWeights: it is not on this machine and can't be downloaded now.
+        BadCheckpoint: it can't be used.
     """
     if (folder / name).is_dir():
         found = hub.locate(str(folder / name), layout=layout)
-        assert found is not None  # a folder is usable or raises
+        assert found is not None  # `locate` raises if the folder can't be used
         return found.folder
     hub_name = HUB_NAMES.get(name, name)
     for known in dict.fromkeys((hub_name, name)):

@@ -1,7 +1,7 @@
-"""audiocraft's two conditioners without what they download when they are made.
+"""audiocraft's two conditioners without the downloads in their constructors.
 
-Both keep audiocraft's arithmetic and the names of its weights; only their constructors are ours.
-Imports audiocraft: import this module only where it is about to be used.
+The arithmetic and the names of the weights are audiocraft's. This module imports audiocraft, so it is
+imported only where a checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from audiocraft.utils.autocast import TorchAutocast
 from pipeline.errors import BadCheckpoint
 
 TextEncoder = tuple[Any, Any]  # a T5 tokenizer and its encoder
-# Settings of audiocraft's that are about training: evaluation sets, caches, how lengths are matched.
+# Settings that only training uses: evaluation sets, caches, how lengths are matched.
 TRAINING_ONLY = ("match_len_on_eval", "eval_wavs", "n_eval_wavs", "cache_path")
 
 
 class MixChromaConditioner(ChromaStemConditioner):  # type: ignore[misc]  # the library is untyped here
     """Chroma of the whole mix.
 
-    audiocraft's own loads demucs and takes the chroma of vocals and other instruments alone. For a
-    mix with strong drums and bass that is better, for what is melodic already it isn't
-    (facebookresearch/audiocraft #478), and demucs' weights are a pickle from a server of their own.
+    audiocraft's own conditioner separates vocals and other instruments with demucs and takes their chroma.
+    That is better for a mix with strong drums and bass, but not for melodic input
+    (facebookresearch/audiocraft #478), and demucs' weights are a pickle that would have to be downloaded.
     """
 
     def __init__(self, output_dim: int, duration_s: float, device: str, **settings: Any) -> None:
@@ -44,17 +44,17 @@ class MixChromaConditioner(ChromaStemConditioner):  # type: ignore[misc]  # the 
         self.chroma = ChromaExtractor(**chroma).to(device)
         self.chroma_len = self._get_chroma_len()
         self.eval_wavs = self.cache = None
-        # As `MusicGen.get_pretrained` has it: always a whole window of chroma, repeated if need be.
+        # As in `MusicGen.get_pretrained`: always a whole window of chroma, repeated if the melody is short.
         self.match_len_on_eval, self._use_masking = True, False
 
     def _get_stemmed_wav(self, wav: torch.Tensor, sample_rate: int) -> torch.Tensor:
-        """The melody to look at, (items, 1, samples): all of it. It is at the model's rate already."""
+        """The audio whose chroma is taken, (items, 1, samples), at the model's rate: the whole mix."""
         assert sample_rate == self.sample_rate
         return wav
 
 
 class PromptConditioner(T5Conditioner):  # type: ignore[misc]  # the library is untyped here
-    """T5, opened when there is first something to read."""
+    """T5, loaded for the first prompt that is not empty."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class PromptConditioner(T5Conditioner):  # type: ignore[misc]  # the library is 
         normalize_text: bool,
         open_t5: Callable[[], TextEncoder],
     ) -> None:
-        """`open_t5` may raise: then the request fails that has a prompt."""
+        """An error that `open_t5` raises fails the request with the prompt."""
         TextConditioner.__init__(self, dim, output_dim)
         self.device, self.finetune, self.word_dropout = device, False, 0.0
         self.normalize_text, self._open_t5 = False, open_t5
@@ -76,8 +76,8 @@ class PromptConditioner(T5Conditioner):  # type: ignore[misc]  # the library is 
     def _text_encoder(self) -> TextEncoder:
         if self._is_normalizing:
             raise BadCheckpoint(
-                "This checkpoint normalizes prompts with spaCy's en_core_web_sm, which is not loaded: "
-                "leave the prompt empty, or take another checkpoint."
+                "This checkpoint normalizes prompts with spaCy's en_core_web_sm, which is not supported: "
+                "leave the prompt empty, or use another checkpoint."
             )
         return self._open_t5()
 
@@ -90,13 +90,13 @@ class PromptConditioner(T5Conditioner):  # type: ignore[misc]  # the library is 
         return self._text_encoder[1]
 
     def tokenize(self, x: list[str | None]) -> Any:
-        """As audiocraft's; without any text only a mask, which says so."""
+        """As in audiocraft; without any text the result is an attention mask of zeros alone."""
         if not any(x):
             return {"attention_mask": torch.zeros(len(x), 1, dtype=torch.long, device=self.device)}
         return super().tokenize(x)
 
     def forward(self, inputs: Any) -> Any:
-        """As audiocraft's, (items, tokens, dim) and their mask: no text is one masked token."""
+        """As in audiocraft, (items, tokens, dim) and their mask; without text it is one masked token."""
         if "input_ids" in inputs:
             return super().forward(inputs)
         mask = inputs["attention_mask"]
@@ -104,6 +104,6 @@ class PromptConditioner(T5Conditioner):  # type: ignore[misc]  # the library is 
 
 
 def in_float32(device: str) -> Any:
-    """A context that keeps out the half precision in which audiocraft runs the rest on a GPU."""
+    """A context without the half precision in which audiocraft runs the other parts on a GPU."""
     kind = torch.device(device).type
     return TorchAutocast(enabled=kind != "cpu", device_type=kind, dtype=torch.float32)

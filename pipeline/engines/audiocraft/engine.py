@@ -1,9 +1,9 @@
-"""The generator: requests in, variations out, one after the other, each by a `MusicGen` of its own.
+"""The generator: one request after the other, each with its own `MusicGen` object.
 
-audiocraft keeps a request's parameters on the model and draws from torch's global generator. Here
-a `MusicGen`, which is a thin shell around the weights, is made for each request, gets all
-parameters at once, and runs under a seeded generator that is put back afterwards. So a result
-depends on its own request alone. Its two-step guidance, which ignores the asked coefficient, is off.
+audiocraft stores a request's parameters on the model and draws from torch's global random generator.
+Here a `MusicGen`, which is a thin wrapper around the weights, is made for each request, gets all
+parameters at once, and runs with a seeded generator whose state is restored afterwards. So a result
+depends on its own request alone. audiocraft's two-step guidance ignores the coefficient and is off.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from pipeline.records import Audio, Failure, Samples, Variation, VariationReques
 if TYPE_CHECKING:
     import torch
 
-STRIDE = 0.6  # of the window: what audiocraft moves on by beyond it, 18 of 30 s
+STRIDE = 0.6  # of a window: the distance of windows in longer pieces, 18 of 30 s
 MIN_FRAMES = 4  # one per codebook: the shortest run in which the delay pattern is whole
-MARGIN_S = 1.0  # of melody beyond the last window: its last chroma frames look 0.26 s past its end
+MARGIN_S = 1.0  # of melody after the last window: its last chroma frames reach 0.26 s past its end
 GOLDEN_RATIO = 0x9E3779B1  # times 2**-32: Knuth's multiplier, which spreads bits
 
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """What the model made."""
+    """The output of the model."""
 
     samples: Samples  # float32, (channels, frames * hop)
     codes: NDArray[np.int64]  # (codebooks, frames); stereo checkpoints interleave left and right
-    windows: int  # how many it took
+    windows: int  # number of windows
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Window:
 
 
 class AudiocraftGenerator:
-    """audiocraft's MusicGen-Melody behind the generator protocol.
+    """A generator made of audiocraft's MusicGen-Melody.
 
     The same request gives the same samples bit for bit on the same machine, with the same torch
-    and number of threads. While it works it uses torch's global random generator: nothing else in
-    the process should draw from that meanwhile.
+    and number of threads. It uses torch's global random generator, so no other thread of the process
+    may draw from that while `generate` runs.
     """
 
     name = "audiocraft"
@@ -69,19 +69,19 @@ class AudiocraftGenerator:
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation | Failure]:
-        """Yield a result per request, in order. A step makes one frame: 50 are one second.
+        """Yield a result per request, in order. A step makes one frame, of which a second has 50.
 
-        Beyond the model's window (30 s) audiocraft goes on by windows that overlap by 12 s, each
-        with the melody of its own time, repeated from the start where the source ends.
+        A piece that is longer than the model's window (30 s) is made in windows that overlap by 12 s.
+        Each window follows the melody of its own time, repeated from the start where the source ends.
 
         Raises:
-            Stopped: within one step of `should_stop` turning true.
+            Stopped: within one step after `should_stop` returned true.
         """
         for request in requests:
             yield self._result(request, progress, should_stop)
 
     def run(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Generated:
-        """Whole frames of tokens and sound, at least as long as asked for."""
+        """Whole frames of tokens and audio, of at least the requested length."""
         import torch
 
         check_stop(should_stop, "audiocraft")
@@ -93,14 +93,14 @@ class AudiocraftGenerator:
         plan = windows(n_frames, longest, int(model.frame_rate * stride_s))
         total, done = sum(self._steps(window) for window in plan), 0
 
-        def on_step(*_: int) -> None:  # audiocraft counts from the start again in each window
+        def on_step(*_: int) -> None:  # audiocraft's own count starts again in each window
             nonlocal done
             done += 1
             check_stop(should_stop, "audiocraft")
             progress(request.request_id, done, total)
 
         model.set_custom_progress_callback(on_step)
-        # audiocraft rounds frames down, in floating point: half a frame more is the same number for certain.
+        # audiocraft rounds frames down in floating point; half a frame more makes that certain.
         model.set_generation_params(
             use_sampling=params.temperature > 0,
             temperature=params.temperature,
@@ -111,31 +111,31 @@ class AudiocraftGenerator:
             duration=model.max_duration if n_frames == longest else (n_frames + 0.5) / model.frame_rate,
             extend_stride=stride_s,
         )
-        heard_s = plan[-1].offset / model.frame_rate + model.max_duration + MARGIN_S
-        heard = request.audio.mono_channels[:, : math.ceil(heard_s * request.audio.sample_rate)]
+        melody_s = plan[-1].offset / model.frame_rate + model.max_duration + MARGIN_S
+        melody = request.audio.mono_channels[:, : math.ceil(melody_s * request.audio.sample_rate)]
         with torch.inference_mode(), seeded(request.seed, model.device):
             sound, codes = model.generate_with_chroma(
                 [params.prompt.strip()],
-                [torch.tensor(heard)],
+                [torch.tensor(melody)],
                 request.audio.sample_rate,
-                progress=True,  # without it the callback isn't asked
+                progress=True,  # without it the callback is not called
                 return_tokens=True,
             )
         return Generated(sound[0].to("cpu", torch.float32).numpy(), codes[0].cpu().numpy(), len(plan))
 
     def _musicgen(self) -> Any:
-        """audiocraft's model, new, around the weights."""
+        """A new `MusicGen` with the loaded weights."""
         from audiocraft.models import MusicGen
 
         checkpoint = self.checkpoint
         lm = checkpoint.language_model
-        # The constructor insists on a window above the default stride, 18 s, which not all checkpoints have.
+        # The constructor refuses windows below the default stride of 18 s, which some checkpoints have.
         model = MusicGen(checkpoint.weights.model, checkpoint.encodec, lm, max_duration=math.inf)
         model.max_duration = float(lm.cfg.dataset.segment_duration)
         return model
 
     def _steps(self, window: Window) -> int:
-        """How often the language model is asked in a window: once a frame, and for the codebooks' lag."""
+        """Calls of the language model in a window: one per frame, and those that the delay pattern adds."""
         pattern = self.checkpoint.language_model.pattern_provider.get_pattern(window.stop)
         return len(pattern.layout) - int(pattern.get_first_step_with_timesteps(window.start))
 
@@ -148,8 +148,8 @@ class AudiocraftGenerator:
             raise
         except PipelineError as error:
             return Failure(request.request_id, error)
-        except Exception as error:  # audiocraft asserts, torch runs out of memory or gets NaN to draw from
-            failure = EngineFailure(f"audiocraft broke off: {type(error).__name__}: {first_line(error)}.")
+        except Exception as error:  # assertions, lack of memory, NaN in the distribution
+            failure = EngineFailure(f"audiocraft failed: {type(error).__name__}: {first_line(error)}.")
             failure.__cause__ = error
             return Failure(request.request_id, failure)
 
@@ -166,7 +166,7 @@ class AudiocraftGenerator:
 
 
 def windows(n_frames: int, longest: int, stride: int) -> list[Window]:
-    """The windows in which audiocraft makes `n_frames`: of `longest` frames at most, `stride` apart."""
+    """The windows that make `n_frames` frames: each of `longest` frames at most, `stride` frames apart."""
     plan = [Window(0, 0, min(n_frames, longest))]
     while plan[-1].offset + plan[-1].stop < n_frames:
         offset = plan[-1].offset + stride
@@ -176,7 +176,7 @@ def windows(n_frames: int, longest: int, stride: int) -> list[Window]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded, of the CPU and of the device, and as before afterwards."""
+    """Seed torch's global generators of the CPU and of the device, and restore them afterwards."""
     import torch
 
     on_gpu = device.type == "cuda"
@@ -189,5 +189,5 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def folded(seed: int) -> int:
-    """A seed in 32 bits, all that torch's generator on the CPU looks at; small ones are as they were."""
+    """A seed as 32 bits, as torch's generator on the CPU ignores all others; small seeds are unchanged."""
     return (seed ^ (seed >> 32) * GOLDEN_RATIO) & 0xFFFFFFFF

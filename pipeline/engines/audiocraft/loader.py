@@ -1,4 +1,4 @@
-"""Opening a checkpoint in audiocraft's format, with audiocraft's builders and nothing of the network."""
+"""Loading of checkpoints in audiocraft's format, with audiocraft's builders and without its downloads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MELODY_CHECKPOINT = "such as facebook/musicgen-melody"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A loaded model. Nothing of a request is ever kept on it."""
+    """A loaded model. It has no state of a request."""
 
     weights: Weights  # where it was loaded from
     language_model: Any  # audiocraft.models.LMModel, in eval mode
@@ -45,33 +45,33 @@ class Checkpoint:
 def load_checkpoint(
     weights: Weights, device: str = "cpu", threads: int | None = None, *, cache_dir: Path | None = None
 ) -> Checkpoint:
-    """Load a checkpoint: float32 on the CPU, float16 on a GPU, as audiocraft does.
+    """Load a checkpoint in float32 on the CPU and in float16 on a GPU, as audiocraft does.
 
-    `threads` is torch's, for the whole process; None leaves it. `cache_dir` is where the hub's
-    models are kept that the checkpoint refers to.
+    `threads` sets torch's threads for the whole process; None leaves them. `cache_dir` is the hub's cache,
+    for models that the checkpoint refers to.
 
     Raises:
-        BadCheckpoint: another kind of model, or files are missing, damaged or hold code.
-        MissingWeights: it names an EnCodec that is not here, and not to be had now.
-        MissingPackage: a package isn't installed.
-        ConfigError: there is no such device.
+        BadCheckpoint: it is another kind of model, or files are missing, damaged or contain code.
+        MissingWeights: it refers to an EnCodec that is not on this machine and can't be downloaded now.
+        MissingPackage: a package is not installed.
+        EngineUnusable: the device can't be used.
     """
     import_packages()
     pretrained.prepare(device, threads)
     import torch
 
     open_t5 = functools.partial(_open_t5, weights.folder, device, cache_dir)
-    # Building fills all weights at random before they are replaced.
+    # The builders draw random weights before those of the checkpoint replace them.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of audiocraft's age: what torch has since deprecated
+        warnings.simplefilter("ignore")  # audiocraft uses functions that torch has since deprecated
         language_model = _language_model(weights.folder / LANGUAGE_MODEL, device, open_t5)
         encodec = _encodec(weights.folder / ENCODEC, device, cache_dir)
     return Checkpoint(weights, language_model, encodec, device)
 
 
 def import_packages() -> None:
-    """Import what the engine needs; MissingPackage with the command that installs it, if that fails."""
-    # It warns that its kernels for GPUs are off; nothing here uses them.
+    """Import all packages; raises MissingPackage with the commands that install them."""
+    # xformers warns that its kernels for GPUs are disabled; they are not used here.
     logging.getLogger("xformers").setLevel(logging.ERROR)
     for name in (*PACKAGES, "audiocraft.models"):
         try:
@@ -94,12 +94,12 @@ def _language_model(path: Path, device: str, open_t5: Callable[[str], Any]) -> A
         conditioners = _conditioners(path, found, device, open_t5)
         config.device = device
         config.dtype = "float32" if device == "cpu" else "float16"
-        config.conditioners = {}  # audiocraft's download what they may need; ours are put in their place
-        # Minutes of drawing numbers that the checkpoint replaces.
+        config.conditioners = {}  # those of audiocraft would download models; ours replace them below
+        # Without this, drawing random weights takes minutes.
         config.transformer_lm.update(weight_init=None, depthwise_init=None, zero_bias_init=False)
         model = builders.get_lm_model(config)
     model.condition_provider = ConditioningProvider(conditioners, device=device).to(device)
-    model.cfg = config  # where MusicGen looks for the window's length and for stereo
+    model.cfg = config  # from which MusicGen takes the length of a window and stereo
     return _fill(model, found, path)
 
 
@@ -109,10 +109,10 @@ def _conditioners(path: Path, found: Package, device: str, open_t5: Callable[[st
     from pipeline.engines.audiocraft.conditioners import MixChromaConditioner, PromptConditioner
 
     wanted = OmegaConf.to_container(found.config.conditioners, resolve=True)
-    wanted.pop("args", None)  # about training
+    wanted.pop("args", None)  # for training
     if {name: settings["model"] for name, settings in wanted.items()} != CONDITIONERS:
         raise BadCheckpoint(
-            f"{path} is not conditioned on a melody and a prompt: take one that is, {MELODY_CHECKPOINT}."
+            f"{path} is not conditioned on a melody and a prompt: use one that is, {MELODY_CHECKPOINT}."
         )
     dim = found.config.transformer_lm.dim
     t5 = wanted["description"]["t5"]
@@ -134,7 +134,7 @@ def _encodec(path: Path, device: str, cache_dir: Path | None) -> Any:
     from audiocraft.models import HFEncodecCompressionModel, builders
 
     content = read(path)
-    if "pretrained" in content:  # as in fine-tuned checkpoints: a name instead of weights
+    if "pretrained" in content:  # fine-tuned checkpoints have a name in the place of weights
         import transformers
 
         folder = companion(path.parent, str(content["pretrained"]), TRANSFORMERS, cache_dir)
@@ -152,25 +152,25 @@ def _open_t5(folder: Path, device: str, cache_dir: Path | None, name: str) -> tu
     import transformers
 
     where = companion(folder, name, TEXT_ENCODER, cache_dir)
-    # In the middle of the first request with a prompt, whose draws must be those of any other time.
+    # This happens during the first request with a prompt, and must not change what that request draws.
     with torch.random.fork_rng(devices=[]):
         tokenizer = pretrained.load_part(transformers.T5Tokenizer, where)
         return tokenizer, pretrained.load_model(transformers.T5EncoderModel, where, device)
 
 
 def _fill(model: Any, found: Package, path: Path) -> Any:
-    """The model with the checkpoint's weights, ready for use. Every weight has to be there, and no other."""
+    """The model with the checkpoint's weights, in eval mode; the names of all weights have to agree."""
     try:
         model.load_state_dict(found.state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadCheckpoint(f"{path} doesn't fit its own configuration: {reason}") from error
+        raise BadCheckpoint(f"The weights in {path} don't fit its configuration: {reason}") from error
     return model.eval()
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What audiocraft raises of a configuration that isn't what its builders expect, as BadCheckpoint."""
+    """Turn errors of audiocraft's builders about the configuration into BadCheckpoint."""
     from omegaconf.errors import OmegaConfBaseException
 
     try:

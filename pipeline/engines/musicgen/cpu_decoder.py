@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.engines.musicgen import kernels
 from pipeline.engines.musicgen.decoder import EmbeddingAndHead, StepInput
 from pipeline.engines.musicgen.kv_cache import CpuKVCache, Indices, Slots, SlotShape
-from pipeline.engines.musicgen.layers import MATRICES, NORMS, Stack, aligned
+from pipeline.engines.musicgen.layers import MATRICES, Stack
 from pipeline.records import Samples
 
 WORTH_A_THREAD = 1 << 22  # weights: with fewer, waking threads takes longer than they save
@@ -104,65 +105,43 @@ class CpuDecoder:
 
     def _run_part(self, x: Samples, own: Slots, part: Entries, prefixes: Slots) -> None:
         """Entries through all layers, in place: x (entries, hidden)."""
-        shape, arrays, entries = self.shape, self.stack.arrays, len(x)
-        group, wide_group = self.stack.group(shape.hidden), self.stack.group(shape.feed_forward)
-        scratch = (
-            np.empty(entries * max(shape.hidden, shape.feed_forward), np.int32),
-            np.empty((entries, 2 * (shape.hidden // group)), np.float32),
-            np.empty((entries, 2 * (shape.feed_forward // wide_group)), np.float32),
-            np.empty((entries, 3 * shape.hidden), np.float32),
-            np.empty((entries, shape.hidden), np.float32),
-            np.empty((entries, shape.feed_forward), np.float32),
-            NO_NORM,
-            self._thread_scratch(entries, shape.head_size),
-        )
-        self._share(
-            kernels.run_layers,
-            np.zeros(2 * kernels.PHASES_PER_LAYER * shape.layers, np.int64),
+        arguments = (
             x,
-            shape.heads,
-            tuple(arrays[name] for matrix in MATRICES for name in (matrix, f"{matrix}_scales")),
-            tuple(arrays[name] for name in NORMS),
-            (group, wide_group),
-            own.arrays,
-            own.first_heads(part.slots),
-            prefixes.arrays,
-            prefixes.first_heads(part.prefixes),
-            part.positions,
-            part.prefix_lengths,
+            self._layers,
+            own.attended(part.slots, part.positions + 1),
+            prefixes.attended(part.prefixes, part.prefix_lengths),
+            kernels.LayerBuffers.empty(self._layers, len(x)),
             amx(),
-            scratch,
         )
+        scratch = [
+            (kernels.ProductScratch.empty(len(x)), kernels.AttentionScratch.empty(self.shape.head_size))
+            for _ in range(self.threads)
+        ]
+        self._share(kernels.run_layers, arguments, scratch)
 
     def logits(self, x: Samples) -> Samples:
         """The last normalization and the LM heads: (rows, hidden) to (rows, codebooks, vocabulary)."""
         rows, hidden = x.shape
         out = np.empty((rows, self.shape.codebooks * self.shape.vocabulary), np.float32)
-        self._share(
-            kernels.run_product,
-            np.zeros(4, np.int64),
-            self.heads,
-            NO_SCALES,
-            x,
-            self.ends.norm,
-            self.stack.group(hidden),
-            np.empty(rows * hidden, np.int32),
-            np.empty((rows, 2), np.float32),
-            out,
-            kernels.STORE,
+        group = self.stack.group(hidden)
+        arguments = (
+            kernels.product_counters(),
+            kernels.Product(self.heads, NO_SCALES, group, self.ends.norm, x, out, kernels.STORE),
+            kernels.PackedRows.empty(rows, hidden, group),
             amx(),
-            self._thread_scratch(rows, kernels.LANES),
         )
+        scratch = [kernels.ProductScratch.empty(rows) for _ in range(self.threads)]
+        self._share(kernels.run_product, arguments, scratch)
         return out.reshape(rows, self.shape.codebooks, self.shape.vocabulary)
 
-    def _share(self, kernel: Any, *arguments: Any) -> None:
-        """Run a kernel in all threads; a thread that starts late finds nothing left to do.
+    def _share(self, kernel: Any, arguments: tuple[Any, ...], scratch: Sequence[Any]) -> None:
+        """Run a kernel in all threads, each with scratch of its own; one that starts late has nothing to do.
 
         The first time it runs in this thread alone, as compiling it may need a large stack.
         """
 
         def take_part(thread: int) -> None:
-            kernel(thread, *arguments)
+            kernel(*arguments, scratch[thread])
 
         threads = self.threads if kernel in self._compiled else 1
         others = [_helpers().submit(take_part, thread) for thread in range(1, threads)]
@@ -172,8 +151,17 @@ class CpuDecoder:
                 other.result()
         self._compiled.add(kernel)
 
-    def _thread_scratch(self, entries: int, dim: int) -> Samples:
-        return aligned((self.threads, kernels.scratch_size(entries, dim)), np.float32)
+    @cached_property
+    def _layers(self) -> kernels.Layers:
+        shape, arrays = self.shape, self.stack.arrays
+        no_norms = np.empty((shape.layers, 0, 0), np.float32)
+        hidden, wide = self.stack.group(shape.hidden), self.stack.group(shape.feed_forward)
+        return kernels.Layers(
+            weights=tuple(arrays[name] for name in MATRICES),
+            scales=tuple(arrays[f"{name}_scales"] for name in MATRICES),
+            norms=(arrays["attention_norm"], no_norms, arrays["feed_forward_norm"], no_norms),
+            groups=(hidden, hidden, hidden, wide),
+        )
 
 
 def cores() -> int:

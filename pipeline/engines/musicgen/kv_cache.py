@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engines.musicgen.kernels import Attended, KeysValues
+
 STEPS_UNIT = 128  # the kernels take slots in multiples of so many steps
 
 Indices = NDArray[np.int64]
@@ -47,10 +49,11 @@ class Slots:
             *(_anonymous(size, kind) for size, kind in (numbers, scales) * 2), strict=True
         )
 
-    def first_heads(self, slots: Indices) -> Indices:
-        """Index in `arrays` of the first head of these slots in each layer: (layers, slots)."""
+    def attended(self, slots: Indices, lengths: Indices) -> Attended:
+        """The first `lengths` steps of these slots, as the kernels take them."""
         layers = np.arange(self.shape.layers, dtype=np.int64)[:, None]
-        return np.asarray((slots * self.shape.layers + layers) * self.shape.heads)
+        first_heads = (slots * self.shape.layers + layers) * self.shape.heads
+        return Attended(KeysValues(*self.arrays), first_heads, lengths)
 
     def release(self, slot: int) -> None:
         """Give a slot's memory back to the system, as far as it is whole pages; it can be used again."""

@@ -100,6 +100,8 @@ class Stack:
     @classmethod
     def empty(cls, shape: Shape, precision: Precision) -> Stack:
         """Memory for all layers, not filled."""
+        from pipeline.engines.musicgen.kernels import aligned
+
         return cls(
             shape,
             precision,
@@ -170,11 +172,3 @@ def check_shape(shape: Shape) -> None:
             f"this checkpoint's heads are {shape.head_size} wide, its layers {shape.hidden} and "
             f"{shape.feed_forward}."
         )
-
-
-def aligned(size: tuple[int, ...], kind: type) -> Array:
-    """An array that begins at a cache line, not filled."""
-    n_bytes = int(np.prod(size)) * np.dtype(kind).itemsize
-    memory = np.empty(n_bytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + n_bytes].view(kind).reshape(size)

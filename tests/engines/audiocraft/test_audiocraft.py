@@ -151,7 +151,7 @@ def test_a_text_encoder_needs_no_preprocessor(tmp_path: Path) -> None:
     [
         ({}, "state_dict.bin, compression_state_dict.bin missing."),
         ({"state_dict.bin": b""}, ": compression_state_dict.bin missing."),
-        ({"config.json": b"{}", "model.safetensors": b""}, "take the engine musicgen"),
+        ({"config.json": b"{}", "model.safetensors": b""}, "use the engine musicgen"),
         ({FILES[0]: archives()[FILES[0]], FILES[1]: archives()[FILES[1]][:-1]}, f"{FILES[1]} is cut off"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_folder_of_another_kind_says_so(tmp_path: Path, files: dict[str, bytes
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_local_checkpoint_is_told_from_another_by_its_fingerprint(tmp_path: Path) -> None:
+def test_local_checkpoints_differ_by_their_fingerprints(tmp_path: Path) -> None:
     write(tmp_path, archives())
     before = hub.locate(str(tmp_path), layout=AUDIOCRAFT)
     (tmp_path / FILES[0]).write_bytes(b"PK" + archives()[FILES[0]])
@@ -250,7 +250,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def fetch(model: str, *args: Any, **options: Any) -> Any:
         names.append(model)
-        raise MissingWeights(f"{model} isn't on this machine.")
+        raise MissingWeights(f"{model} is not on this machine.")
 
     monkeypatch.setattr(hub, "fetch", fetch)
     yield names
@@ -413,15 +413,15 @@ def test_a_stereo_model_makes_two_different_channels(
 def test_nothing_is_loaded_that_a_request_doesnt_need(
     copied: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch, request_for: RequestFn
 ) -> None:
-    """No separation, no spaCy model, and T5 only for a prompt: then its lack is told."""
+    """No separation and no spaCy model; T5 is needed for a prompt only, and reported if it is missing."""
     import spacy
 
     monkeypatch.setitem(sys.modules, "demucs", None)
     monkeypatch.setattr(spacy, "load", lambda name: pytest.fail(f"{name} was loaded"))
     settings = EngineSettings(model=str(copied), cache_dir=copied / "hub")
-    results = made(ENGINE.load(settings), request_for("plain"), request_for("told", prompt="piano"))
+    results = made(ENGINE.load(settings), request_for("plain"), request_for("prompted", prompt="piano"))
     assert isinstance(results["plain"], Variation)
-    assert isinstance(results["told"].error, MissingWeights)
+    assert isinstance(results["prompted"].error, MissingWeights)
     assert asked == ["google-t5/t5-small"]
 
 
@@ -446,9 +446,9 @@ def test_prompts_that_need_a_spacy_model_are_refused_and_the_rest_goes_on(
 
     model = build(tmp_path / "normalizing", normalize_text=True)
     normalizing = ENGINE.load(EngineSettings(model=str(model)))
-    results = made(normalizing, request_for("told", prompt="piano"), request_for("plain"))
-    assert isinstance(results["told"].error, BadCheckpoint)
-    assert "en_core_web_sm" in str(results["told"].error)
+    results = made(normalizing, request_for("prompted", prompt="piano"), request_for("plain"))
+    assert isinstance(results["prompted"].error, BadCheckpoint)
+    assert "en_core_web_sm" in str(results["prompted"].error)
     assert isinstance(results["plain"], Variation)
 
 
@@ -517,8 +517,8 @@ def no_width(content: dict) -> None:
     [
         (with_code, "never loaded because it can run code"),
         (fresh_from_training, "export it with audiocraft.utils.export"),
-        (dict.clear, "isn't an exported checkpoint"),
-        (without_weight, "doesn't fit its own configuration"),
+        (dict.clear, "is not an exported checkpoint"),
+        (without_weight, "don't fit its configuration"),
         (text_only, "not conditioned on a melody and a prompt"),
         (no_yaml, "can't be read"),
         (no_width, "can't be used"),
@@ -542,7 +542,7 @@ def test_reading_refuses_what_isnt_a_dictionary(need_audiocraft: None, tmp_path:
     import torch
 
     torch.save([1], tmp_path / "list.bin")
-    with pytest.raises(BadCheckpoint, match="isn't a checkpoint"):
+    with pytest.raises(BadCheckpoint, match="is not a checkpoint"):
         checkpoint.read(tmp_path / "list.bin")
     (tmp_path / "pickle.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(BadCheckpoint, match="can't be read"):

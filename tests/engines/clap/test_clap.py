@@ -118,7 +118,7 @@ def test_fusion_checkpoints_are_refused(tmp_path: Path) -> None:
     from checkpoints import build_clap
 
     folder = build_clap(tmp_path / "fused", fusion=True)
-    with pytest.raises(BadCheckpoint, match="looks at random parts of a track"):
+    with pytest.raises(BadCheckpoint, match="takes random parts of a track"):
         ENGINE.load(EngineSettings(model=str(folder)))
 
 

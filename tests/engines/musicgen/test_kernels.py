@@ -1,7 +1,8 @@
-"""The compiled arithmetic, piece by piece, against numpy and torch in float64."""
+"""The compiled kernels, one operation at a time, against numpy and torch in float64."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def _models() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """Weights as the kernels want them, and as they are."""
+    """Weights in the kernels' layout, and the same weights in float64."""
 
     packed: np.ndarray
     scales: np.ndarray
@@ -55,8 +56,8 @@ def prepared(weights: np.ndarray, precision: str) -> Product:
     inputs = weights.shape[1]
     group = Stack(Shape(0, inputs, 1, inputs, 1, 1), "int8", {}).group(inputs)
     if precision == "float32":
-        nothing = np.empty(0, np.float32)
-        return Product(pack_columns(weights), nothing, weights.astype(np.float64), group)
+        no_scales = np.empty(0, np.float32)
+        return Product(pack_columns(weights), no_scales, weights.astype(np.float64), group)
     quantized, scales = quantize_rows(weights)
     plain = quantized.astype(np.float64) * scales[:, None]
     return Product(pack_columns(quantized), scales, plain, group)
@@ -78,22 +79,18 @@ def multiplied(
 
     rows, inputs = x.shape
     out = np.full((rows, len(product.plain)), 7.0, np.float32) if onto is None else onto.copy()
-    shared = (
-        np.zeros(4, np.int64),
-        product.packed,
-        product.scales,
-        x,
-        np.empty((0, 0), np.float32) if norm is None else norm,
-        product.group,
-        np.empty(rows * inputs, np.int32),
-        np.empty((rows, 2 * (inputs // product.group)), np.float32),
-        out,
-        getattr(kernels, mode),
+    norm = np.empty((0, 0), np.float32) if norm is None else norm
+    arguments = (
+        kernels.product_counters(),
+        kernels.Product(product.packed, product.scales, product.group, norm, x, out, getattr(kernels, mode)),
+        kernels.PackedRows.empty(rows, inputs, product.group),
         amx() if by_amx else np.empty(0, np.uint8),
-        np.empty((threads, kernels.scratch_size(rows, kernels.LANES)), np.float32),
     )
+    scratch = [kernels.ProductScratch.empty(rows) for _ in range(threads)]
+    sources = b"".join(path.read_bytes() for path in sorted(Path(kernels.__path__[0]).glob("*.py")))
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda thread: kernels.run_product(thread, *shared), range(threads)))
+        compiled_from = set(pool.map(lambda own: kernels.run_product(*arguments, own), scratch))
+    assert compiled_from == {hashlib.sha256(sources).hexdigest()}  # not from an outdated cache
     return out
 
 
@@ -108,14 +105,14 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize(("outputs", "inputs"), [(48, 32), (16, 592), (176, 1536)])
-def test_products_are_numpys(precision: str, rows: int, outputs: int, inputs: int) -> None:
+def test_products_equal_those_of_numpy(precision: str, rows: int, outputs: int, inputs: int) -> None:
     """Reference: float64 over the same weights. 592 is 16 * 37: its divisors make small groups of inputs."""
     product, x = prepared(normal(outputs, inputs), precision), normal(rows, inputs, seed=1)
     assert error(multiplied(product, x), product.times(x)) <= FLOAT32
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_row_of_a_product_depends_on_no_other_and_on_no_thread(precision: str) -> None:
+def test_a_row_of_a_product_depends_neither_on_other_rows_nor_on_threads(precision: str) -> None:
     product, x = prepared(normal(176, 592), precision), normal(53, 592, seed=1)
     together = multiplied(product, x, threads=3)
     for row in (0, 5, 23, 24, 47, 48, 52):
@@ -125,29 +122,29 @@ def test_a_row_of_a_product_depends_on_no_other_and_on_no_thread(precision: str)
 
 @pytest.mark.parametrize("rows", [5, 15, 16, 17, 31, 32, 33, 53])
 @pytest.mark.parametrize(("outputs", "inputs"), [(32, 64), (288, 1536), (48, 64)])
-@pytest.mark.parametrize("mode", ["STORE", "ADD", "GELU"])
-def test_amx_finds_the_same_bits(rows: int, outputs: int, inputs: int, mode: str) -> None:
-    """Reference: the products without it. 48 outputs are an odd number of blocks, which it doesn't take."""
+def test_amx_finds_the_same_bits(rows: int, outputs: int, inputs: int) -> None:
+    """Reference: the products without it. 48 outputs are an odd number of blocks, which AMX does not take."""
     from pipeline.engines.musicgen.cpu_decoder import amx
 
     if not amx().size:
-        pytest.skip("this processor has no AMX, or the system doesn't allow it")
+        pytest.skip("this processor has no AMX, or the system does not allow it")
     product, x = prepared(normal(outputs, inputs), "int8"), normal(rows, inputs, seed=1)
     norm, onto = normal(2, inputs, seed=2), normal(rows, outputs, seed=3)
-    found = [
-        multiplied(product, x, norm=norm, mode=mode, onto=onto, by_amx=by_amx) for by_amx in (True, False)
-    ]
-    assert found[0].tobytes() == found[1].tobytes()
+    for mode in ("STORE", "ADD", "GELU"):
+        found = [
+            multiplied(product, x, norm=norm, mode=mode, onto=onto, by_amx=by_amx) for by_amx in (True, False)
+        ]
+        assert found[0].tobytes() == found[1].tobytes()
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_product_can_be_added_to_what_is_there(precision: str) -> None:
+def test_a_product_can_be_added_to_the_output(precision: str) -> None:
     product, x, onto = prepared(normal(48, 32), precision), normal(7, 32, seed=1), normal(7, 48, seed=2)
     added = multiplied(product, x, mode="ADD", onto=onto)
     assert error(added, onto + product.times(x)) <= FLOAT32
 
 
-def test_int8_errs_by_half_a_step_at_most() -> None:
+def test_int8_products_are_within_half_a_quantization_step() -> None:
     """Bound: half a scale per weight times the inputs, and half a scale per input times the weights."""
     weights, x = normal(48, 1536), normal(5, 1536, seed=1)
     product = prepared(weights, "int8")
@@ -194,7 +191,7 @@ def test_activations_of_very_different_sizes_keep_their_own_precision() -> None:
     assert error(multiplied(product, x[1:2]), quiet.astype(np.float64) @ product.plain.T) <= INT8
 
 
-def test_gelu_is_torchs() -> None:
+def test_gelu_equals_that_of_torch() -> None:
     """Reference: torch's exact GELU in float64; absolute 2e-6, and relative to x 1e-6 where it is large."""
     import torch
 
@@ -208,7 +205,7 @@ def test_gelu_is_torchs() -> None:
 @pytest.mark.parametrize(
     ("offset", "size"), [(0.0, 1.0), (3.0, 0.1), (-100.0, 10.0), (0.0, 1e-4), (0.0, 1e5)]
 )
-def test_layer_normalization_is_torchs(offset: float, size: float) -> None:
+def test_layer_normalization_equals_that_of_torch(offset: float, size: float) -> None:
     """Reference: torch's in float64; the mean is rounded in float32: 1e-5 of the largest."""
     import torch
 
@@ -262,9 +259,9 @@ Found = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
-    """What is compiled for this and other processors, as far as this one has their instructions.
+    """Results of code for this and other processors, as far as this one has their instructions.
 
-    First as it was just compiled, then as it comes from numba's cache.
+    The first results are of code that was just compiled, the second of the same code from numba's cache.
     """
     from llvmlite.binding import get_host_cpu_features
 
@@ -290,11 +287,12 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["own", *PROCESSORS])
 def test_bits_are_the_same_just_compiled_and_from_the_cache_and_on_any_processor(
     which: str, elsewhere: dict[str, list[Found]]
 ) -> None:
-    """Compilers reorder and fuse by what stands around a function, unless it isn't left to them."""
+    """Reference: code for this processor, just compiled. A free compiler fuses sums as the context allows."""
     if which not in elsewhere:
         pytest.skip(f"this processor has no {which}")
     for found in elsewhere[which]:
@@ -317,7 +315,7 @@ def test_packed_columns_hold_sixteen_outputs_side_by_side() -> None:
     np.testing.assert_array_equal(packed.astype(int) - 128, quads)
 
 
-def test_quantized_rows_are_within_half_a_step() -> None:
+def test_quantized_rows_are_within_half_a_quantization_step() -> None:
     from pipeline.engines.musicgen.kernels import quantize_rows
 
     weights = normal(48, 40) * np.logspace(-20, 20, 48, dtype=np.float32)[:, None]
@@ -337,7 +335,7 @@ LENGTHS = 260  # every number of own steps up to there: past 16s, 128 and 256
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("int8", 0.05)])
-@pytest.mark.parametrize("prefix_steps", [0, 1, 15, 16, 17, 127, 128, 129, 239])
+@pytest.mark.parametrize("prefix_steps", [0, 1, 16, 17, 128, 239])
 @pytest.mark.parametrize("dim", [16, 64, 272])
 def test_attention_is_softmax_attention_at_every_length(
     precision: str, tolerance: float, prefix_steps: int, dim: int
@@ -379,12 +377,12 @@ def test_steps_taken_together_are_those_taken_alone(precision: str, dim: int) ->
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_whole_layers_by_amx_are_those_without(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference: the same layers without AMX, to the bit. All four matrices are of sizes that it takes."""
+    """Reference: the same layers without AMX, to the bit. AMX takes all four matrices."""
     from pipeline.engines.musicgen import cpu_decoder
     from pipeline.engines.musicgen.layers import Stack
 
     if not cpu_decoder.amx().size:
-        pytest.skip("this processor has no AMX, or the system doesn't allow it")
+        pytest.skip("this processor has no AMX, or the system does not allow it")
     decoder = cpu_decoder.CpuDecoder(Stack.packed(one_layer(64, 256), "int8"), ends_of(128))
     decoder.threads = threads
     tokens = np.random.default_rng(4).integers(0, 33, (LENGTHS, 2))
