@@ -15,13 +15,18 @@ from types import SimpleNamespace
 from typing import IO
 
 from pipeline.config import Folders
-from pipeline.errors import AlreadyRunning, ConfigError, FolderUnusable, os_reason
+from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
 from pipeline.fs.atomic import replacing
 from pipeline.fs.disk import environment_error
 from pipeline.records import Audio
 
 ENGINES_FOLDER = "engines"  # in the state folder: where engines store files
 DONE, FAILED = "done", "failed"  # the archive's folders in the inbox, which are never scanned
+
+
+def expand_user(path: str) -> str:
+    """Expand a leading "~"; the name of an unknown user stays, while Path.expanduser would raise."""
+    return os.path.expanduser(path)  # noqa: PTH111
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,18 @@ class Workspace:
         """Resolve the configured folders in `home`.
 
         Raises:
-            ConfigError: the outbox or the state is inside the inbox, so its files would become input.
+            FolderUnusable: the outbox or the state is inside the inbox, so its files would become input.
         """
         home = Path(os.path.realpath(home))  # unlike Path.resolve, it does not raise for a loop of links
         inbox, outbox, state = (
-            Path(os.path.realpath(home / Path(folder).expanduser()))
+            Path(os.path.realpath(home / expand_user(folder)))
             for folder in (folders.inbox, folders.outbox, folders.state)
         )
         for name, folder in (("outbox", outbox), ("state", state)):
             if folder.is_relative_to(inbox) or inbox.is_relative_to(folder):
-                raise ConfigError(f"folders.{name} ({folder}) and folders.inbox ({inbox}) lie in one another")
+                raise FolderUnusable(
+                    f"folders.{name} ({folder}) and folders.inbox ({inbox}) lie in one another"
+                )
         return cls(home, inbox, outbox, state)
 
     @property

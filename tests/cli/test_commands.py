@@ -88,12 +88,6 @@ def test_a_folder_that_holds_the_outbox_is_refused(home: Home, pipeline: Pipelin
     assert (ended.code, "must not lie in one another" in ended.err) == (2, True)
 
 
-def test_an_inbox_that_holds_the_outbox_is_a_configuration_error(home: Home, pipeline: Pipeline) -> None:
-    home.configure(folders={"inbox": "."})
-    ended = pipeline("once")
-    assert (ended.code, "lie in one another" in ended.err) == (2, True)
-
-
 @pytest.mark.parametrize("verb", ["once", "watch", "plan", "status", "doctor"])
 def test_an_unknown_key_is_2_with_file_path_and_nearest_key(
     home: Home, pipeline: Pipeline, verb: str
