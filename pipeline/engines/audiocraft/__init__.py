@@ -9,11 +9,9 @@ Unlike audiocraft, it takes the melody from the whole mix, without separating vo
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, T5_BASE
-from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
-from pipeline.engines.musicgen import DEFAULT_MODEL, license_of
+from pipeline.engines.base import EngineCard, EngineSettings, Generator
+from pipeline.engines.musicgen import DEFAULT_MODEL, SamplingParams, license_of
 from pipeline.weights.layout import TEXT_ENCODER
 
 VERSION = "1"
@@ -25,33 +23,6 @@ PACKAGES = (
     *("torch", "torchaudio", "transformers", "audiocraft"),
     *("einops", "flashy", "julius", "num2words", "omegaconf", "spacy", "torchmetrics", "xformers"),
 )
-
-
-class AudiocraftParams(Params):
-    """The parameters of one variation, beside its length and seed, with audiocraft's defaults."""
-
-    prompt: str = Field(
-        default="",
-        max_length=500,
-        description="what it should sound like, in English; empty: the melody alone",
-    )
-    temperature: float = Field(
-        default=1.0, ge=0.0, le=5.0, description="higher is bolder; 0: always the likeliest token"
-    )
-    top_k: int = Field(default=250, ge=0, le=2048, description="choose among so many tokens; 0: among all")
-    top_p: float = Field(
-        default=0.0,
-        ge=0.0,
-        le=1.0,
-        description="choose among the likeliest tokens that together have this probability, "
-        "instead of top_k; 0: off",
-    )
-    guidance: float = Field(
-        default=3.0,
-        ge=1.0,
-        le=20.0,
-        description="how strictly melody and prompt are followed; 1: unguided (no quicker in audiocraft)",
-    )
 
 
 def _load(settings: EngineSettings) -> Generator:
@@ -72,7 +43,7 @@ ENGINE = EngineCard(
     stage="generate",
     version=VERSION,
     summary="as musicgen, on audiocraft and in its checkpoint format (MusicGen-Melody; weights CC-BY-NC-4.0)",
-    params=AudiocraftParams,
+    params=SamplingParams,
     load=_load,
     packages=PACKAGES,
     install=INSTALL_COMMAND,

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engines.audiocraft import VERSION, AudiocraftParams
+from pipeline.engines.audiocraft import VERSION
 from pipeline.engines.audiocraft.loader import Checkpoint
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
+from pipeline.engines.musicgen import SamplingParams
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import EngineFailure, PipelineError, Stopped
 from pipeline.records import Audio, Failure, Samples, Variation, VariationRequest
@@ -85,7 +86,7 @@ class AudiocraftGenerator:
         import torch
 
         check_stop(should_stop, "audiocraft")
-        params = AudiocraftParams.model_validate(dict(request.params))
+        params = SamplingParams.model_validate(dict(request.params))
         model = self._musicgen()
         n_frames = max(MIN_FRAMES, math.ceil(self._n_samples(request) * model.frame_rate / self.sample_rate))
         stride_s = STRIDE * model.max_duration

@@ -41,8 +41,8 @@ FOLDER = "musicgen"  # of this engine's files in the state folder
 LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"
 
 
-class MusicgenParams(Params):
-    """The parameters of one variation, beside its length and seed.
+class SamplingParams(Params):
+    """The parameters of one variation that MusicGen has in every engine, beside its length and seed.
 
     The defaults are those of audiocraft, with which the weights were published.
     """
@@ -67,8 +67,13 @@ class MusicgenParams(Params):
         default=3.0,
         ge=1.0,
         le=20.0,
-        description="how strictly melody and prompt are followed; 1: without guidance, in half the rows",
+        description="how strictly melody and prompt are followed; 1: without guidance (quicker in musicgen)",
     )
+
+
+class MusicgenParams(SamplingParams):
+    """The parameters of one variation by this engine."""
+
     melody: Literal["auto", "mix", "harmonic", "demucs"] = Field(
         default="auto",
         description="what the melody is taken from: the whole mix, its harmonic part, or vocals and other "

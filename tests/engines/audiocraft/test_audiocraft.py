@@ -18,18 +18,16 @@ import numpy as np
 import pytest
 from fake_hub import serve
 from home_folder import ROOT, Home, run, write_music
-from pydantic import ValidationError
 from tones import RequestFn, tones
 
 from pipeline.app import App
 from pipeline.cli.models import wanted_models
 from pipeline.engines import cards, selection
-from pipeline.engines.audiocraft import ENGINE, INSTALL_COMMAND, PACKAGES, AudiocraftParams, checkpoint
+from pipeline.engines.audiocraft import ENGINE, INSTALL_COMMAND, PACKAGES, checkpoint
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, FILES
 from pipeline.engines.audiocraft.engine import Window, windows
 from pipeline.engines.audiocraft.loader import import_packages
 from pipeline.engines.base import EngineSettings
-from pipeline.engines.musicgen import MusicgenParams
 from pipeline.errors import BadCheckpoint, EngineFailure, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 from pipeline.weights import hub
@@ -186,19 +184,6 @@ def test_local_checkpoints_differ_by_their_fingerprints(tmp_path: Path) -> None:
 )
 def test_windows_of_30_s_follow_one_another_by_18_s(frames: int, expected: list[Window]) -> None:
     assert windows(frames, 1500, 900) == expected
-
-
-def test_parameters_mean_and_allow_what_musicgens_do() -> None:
-    for name, field in AudiocraftParams.model_fields.items():
-        theirs = MusicgenParams.model_fields[name]
-        assert (field.annotation, field.default, field.metadata) == (
-            theirs.annotation,
-            theirs.default,
-            theirs.metadata,
-        )
-        assert field.description == theirs.description or name == "guidance"  # it saves no time here
-    with pytest.raises(ValidationError):
-        AudiocraftParams.model_validate({"tempo": 120})
 
 
 # -- with audiocraft -------------------------------------------------------------------------------
