@@ -1,9 +1,8 @@
 """Decoding of an audio file of any kind to samples at one rate, within limits.
 
-FFmpeg is the decoder. The first
-bytes decide about the format, never the name. Each block is mixed down to at most two channels, checked and
-resampled before the next one is read, so that memory holds the result and little else, however far a small
-file unpacks.
+FFmpeg is the decoder. The first bytes decide about the format, never the name. Each block is mixed down to
+at most two channels, checked and resampled before the next one is read, so that memory holds the result and
+little else, however far a small file unpacks.
 
 What is accepted:
 
