@@ -1,8 +1,9 @@
 """Decoding of an audio file of any kind to samples at one rate, within limits.
 
-FFmpeg is the decoder. The first bytes decide about the format, never the name. Each block is mixed down to
-at most two channels, checked and resampled before the next one is read, so that memory holds the result and
-little else, however far a small file unpacks.
+FFmpeg is the decoder, and libsndfile is that of the few Ogg Vorbis files that FFmpeg does not open. The first
+bytes decide about the format, never the name. Each block is mixed down to at most two channels, checked and
+resampled before the next one is read, so that memory holds the result and little else, however far a small
+file unpacks.
 
 What is accepted:
 
@@ -35,6 +36,7 @@ from pipeline.audio.container import Window, find, parts
 from pipeline.audio.downmix import downmix_matrix, mix_down
 from pipeline.audio.ffmpeg import Block, Reader, UndecodableError
 from pipeline.audio.resampling import QUALITY
+from pipeline.audio.sndfile import SndfileReader
 from pipeline.audio.sniff import describe
 from pipeline.errors import BadAudio
 from pipeline.records import Audio, Samples, SourceInfo
@@ -47,6 +49,8 @@ _HEAD_BYTES = 4096
 _ENCRYPTION = re.compile(
     rb"sinf....frma|\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\x00\xa0\xc9\x55\xfc\x6e", re.DOTALL
 )
+
+AnyReader = Reader | SndfileReader
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,10 @@ def decode_file(
     return Audio(sink.finish(), sample_rate), info
 
 
-def _decode_part(window: Window, sink: _Sink) -> Reader | None:
+def _decode_part(window: Window, sink: _Sink) -> AnyReader | None:
     """The reader after it has read everything; None if FFmpeg can't make sense of the part."""
     try:
-        with contextlib.closing(Reader(window)) as reader:
+        with contextlib.closing(_open(window)) as reader:
             for block in reader.blocks():
                 sink.add(block)
         return reader
@@ -127,7 +131,16 @@ def _decode_part(window: Window, sink: _Sink) -> Reader | None:
             raise window.error
 
 
-def _problem(readers: list[Reader], n_parts: int, read_s: float) -> str:
+def _open(window: Window) -> AnyReader:
+    try:
+        return Reader(window)
+    except UndecodableError:
+        if window.peek(0, 4) != b"OggS":
+            raise
+        return SndfileReader(window)
+
+
+def _problem(readers: list[AnyReader], n_parts: int, read_s: float) -> str:
     """Why the file is not accepted as it is; empty if it is."""
     missing_s = sum(reader.missing_s for reader in readers)
     total_s = read_s + missing_s
@@ -141,7 +154,7 @@ def _problem(readers: list[Reader], n_parts: int, read_s: float) -> str:
     return ""
 
 
-def _notes(readers: list[Reader], read_s: float) -> list[str]:
+def _notes(readers: list[AnyReader], read_s: float) -> list[str]:
     """What is worth knowing about an accepted file."""
     notes = []
     missing_s = sum(reader.missing_s for reader in readers)
@@ -157,7 +170,7 @@ def _notes(readers: list[Reader], read_s: float) -> list[str]:
     return notes
 
 
-def _ends_early(readers: list[Reader]) -> str:
+def _ends_early(readers: list[AnyReader]) -> str:
     """What is incomplete at an end where nothing tells how much is missing; empty if nothing is."""
     if any(reader.window.ends_in_page for reader in readers):
         return "its last page is incomplete"

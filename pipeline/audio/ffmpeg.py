@@ -87,15 +87,17 @@ class Reader:
         self._behind_end: list[Samples] = []
         self._is_broken = False  # the container is, at the place where reading stopped
         self._is_integer = False
+        buffered = io.BufferedReader(window, 1 << 16)
         try:
             self._container = av.open(
-                io.BufferedReader(window, 1 << 16),
+                buffered,
                 mode="r",
                 options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
                 metadata_errors="replace",
                 io_open=_refuse,
             )
         except self._errors as e:
+            buffered.detach()  # otherwise it would close the window
             raise UndecodableError(str(e)) from e
         self.format = self._container.format.name.split(",")[0]
         self._stream: Any = self._container.streams.best("audio")
@@ -115,6 +117,8 @@ class Reader:
         self._packets = self._container.demux(self._stream)
         self._first = self._next()
         if self._first is None and self._is_broken:
+            self.close()
+            buffered.detach()
             raise UndecodableError("not one packet can be read")
         self._first_pos = max(0, self._first.pos or 0) if self._first else 0
         self._declared_s = self._stated_s()  # None: not stated
