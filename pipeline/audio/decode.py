@@ -118,7 +118,12 @@ def _decode_part(file: BinaryIO, part: Part, sink: _Sink) -> Reader | None:
     """The reader after it has read everything; None if FFmpeg can't make sense of the part."""
     window = Window(file, part)
     try:
-        with contextlib.closing(Reader(window, part)) as reader:
+        reader = Reader(window, part)
+        if reader.goes_on():
+            reader.close()
+            window = Window(file, part)  # the reader closes its own
+            reader = Reader(window, part, to_end=True)
+        with contextlib.closing(reader):
             for block in reader.blocks():
                 sink.add(block)
         return reader
@@ -156,6 +161,8 @@ def _notes(readers: list[Reader], read_s: float) -> list[str]:
         notes.append(f"{early} after {read_s:.1f} s")
     elif any(reader.part.ends_unmarked for reader in readers):
         notes.append("the end-of-stream mark is missing")
+    if any(reader.to_end for reader in readers):
+        notes.append("the header states an end before that of the sound")
     return notes
 
 
