@@ -121,6 +121,7 @@ def _decode_part(window: Window, sink: _Sink) -> AnyReader | None:
     """The reader after it has read everything; None if FFmpeg can't make sense of the part."""
     try:
         with contextlib.closing(_open(window)) as reader:
+            window = reader.window
             for block in reader.blocks():
                 sink.add(block)
         return reader
@@ -133,11 +134,15 @@ def _decode_part(window: Window, sink: _Sink) -> AnyReader | None:
 
 def _open(window: Window) -> AnyReader:
     try:
-        return Reader(window)
+        reader = Reader(window)
     except UndecodableError:
         if window.peek(0, 4) != b"OggS":
             raise
         return SndfileReader(window)
+    if not reader.goes_on():
+        return reader
+    reader.close()
+    return Reader(window.again(), to_end=True)
 
 
 def _problem(readers: list[AnyReader], n_parts: int, read_s: float) -> str:
@@ -167,6 +172,8 @@ def _notes(readers: list[AnyReader], read_s: float) -> list[str]:
         notes.append(f"{early} after {read_s:.1f} s")
     elif any(reader.window.ends_unmarked for reader in readers):
         notes.append("the end-of-stream mark is missing")
+    if any(reader.to_end for reader in readers):
+        notes.append("the header states an end before that of the sound")
     return notes
 
 

@@ -50,6 +50,8 @@ _SYNC_WORD = re.compile(
     rb"\x7f\xfe\x80\x01|\xfe\x7f\x01\x80|\x1f\xff\xe8\x00|\xff\x1f\x00\xe8|\xf8\x72\x4e\x1f|\x72\xf8\x1f\x4e"
 )
 _SYNC_SEARCH_S = 10.0
+_CHUNK = re.compile(rb"(?!RIFF|data)[ -~]{4}|ID3")
+_PADDING_SEARCH_BYTES = 1 << 20
 _SYNC_STEP_BYTES = 1024  # frames and bursts hold a multiple of 256 stereo samples
 
 
@@ -73,10 +75,12 @@ class Reader:
         BadAudio: there is no audio stream, or it can't be used.
     """
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, *, to_end: bool = False) -> None:
+        """`to_end`: read a WAV file on beyond the stated end of its data."""
         import av
 
         av.logging.set_level(None)
+        self.to_end = to_end
         self.read_s = 0.0
         self.bad_bytes = 0  # of packets that can't be decoded
         self.ends_early = False  # the data ends within a packet, and no header says how much should follow
@@ -92,7 +96,11 @@ class Reader:
             self._container = av.open(
                 buffered,
                 mode="r",
-                options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
+                options={
+                    "format_whitelist": _FORMATS,
+                    "protocol_whitelist": "none",
+                    "ignore_length": str(int(to_end)),
+                },
                 metadata_errors="replace",
                 io_open=_refuse,
             )
@@ -131,6 +139,19 @@ class Reader:
     def close(self) -> None:
         self._container.close()
         self._container = self._stream = self._packets = self._first = None  # they hold the decoder's memory
+
+    def goes_on(self) -> bool:
+        """Whether there is sound behind the stated end of a WAV file, and not a chunk, a tag or zeros."""
+        end = self._stated_bytes()
+        rate_bytes = (self._stream.codec_context.bit_rate or 0) / 8
+        if (
+            self.format != "wav"
+            or not self._first_pos < end < self.window.size - _MOST_PADDING_S * rate_bytes
+        ):
+            return False
+        if any(_CHUNK.match(self.window.peek(at, 4)) for at in (end, end + end % 2)):
+            return False
+        return bool(self.window.peek(end, _PADDING_SEARCH_BYTES).strip(b"\0"))
 
     @property
     def missing_s(self) -> float:

@@ -266,6 +266,23 @@ def test_a_data_chunk_whose_size_is_a_little_off_is_whole(tmp_path: Path, change
     assert info.notes == ()
 
 
+@pytest.mark.parametrize("stated_s", [0.005, 0.75, 1.3])
+def test_a_data_chunk_that_states_too_little_is_read_to_the_end(tmp_path: Path, stated_s: float) -> None:
+    data = bytearray(sndfile_bytes(tones(1.5, 44100), 44100, "WAV"))
+    data[40:44] = (round(stated_s * 44100) * 4).to_bytes(4, "little")
+    audio, info = decoded(tmp_path, bytes(data))
+    assert audio.n_samples == 66150
+    assert info.notes == ("the header states an end before that of the sound",)
+
+
+@pytest.mark.parametrize(
+    "behind", [bytes(200_000), COVER, b"LIST" + (90_000).to_bytes(4, "little") + b"x" * 90_000]
+)
+def test_padding_tags_and_chunks_behind_the_data_are_no_sound(tmp_path: Path, behind: bytes) -> None:
+    audio, info = decoded(tmp_path, sndfile_bytes(tones(1.5, 44100), 44100, "WAV") + behind)
+    assert (audio.n_samples, info.notes) == (66150, ())
+
+
 @pytest.mark.parametrize("size", [0, 100, 0xFFFFFFFF])
 def test_the_size_of_the_whole_riff_does_not_matter(tmp_path: Path, size: int) -> None:
     data = bytearray(sndfile_bytes(tones(1.5, 44100), 44100, "WAV"))
