@@ -85,10 +85,9 @@ class App:
         """
         from pipeline.plan import plan_variations
 
-        settings = self.settings(self.config.generate)
         if upkeep := generator.card.upkeep:
             for planned in plan_variations(self.config.generate, generator.card):
-                upkeep.check_params(planned.params, settings)
+                upkeep.check_params(planned.params)
 
     @cached_property
     def recipe(self) -> Recipe:

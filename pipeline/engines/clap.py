@@ -103,7 +103,6 @@ def load_clap(weights: Weights, device: str = "cpu", threads: int | None = None)
 
     Raises:
         BadCheckpoint: it is another kind of model or a fusion checkpoint, or files are missing or damaged.
-        MissingPackage: torch or transformers is not installed.
         EngineUnusable: the device can't be used.
     """
     config = pretrained.check_folder(weights.folder, MODEL_TYPE, DEFAULT_MODEL)
@@ -112,7 +111,6 @@ def load_clap(weights: Weights, device: str = "cpu", threads: int | None = None)
             f"{weights.model} is a fusion checkpoint, which takes random parts of a track: "
             f"use a checkpoint without fusion, such as {DEFAULT_MODEL}."
         )
-    pretrained.import_packages("clap", "torch", "transformers")
     import transformers
 
     pretrained.prepare(device, threads)
@@ -133,9 +131,7 @@ def license_of(model: str | None) -> str:
 def _load(settings: EngineSettings) -> Embedder:
     from pipeline.weights import hub
 
-    model = settings.model or DEFAULT_MODEL
-    found = hub.locate(model, settings.revision, settings.cache_dir)
-    found = found or hub.fetch(model, settings.revision, settings.cache_dir)
+    found = hub.find_or_fetch(settings.model or DEFAULT_MODEL, settings.revision)
     return load_clap(found, settings.device, settings.threads)
 
 

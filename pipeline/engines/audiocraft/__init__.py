@@ -9,11 +9,9 @@ Unlike audiocraft, it takes the melody from the whole mix, without separating vo
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, T5_BASE
-from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
-from pipeline.engines.musicgen import DEFAULT_MODEL, license_of
+from pipeline.engines.base import EngineCard, EngineSettings, Generator
+from pipeline.engines.musicgen import DEFAULT_MODEL, SamplingParams, license_of
 from pipeline.weights.layout import TEXT_ENCODER
 
 VERSION = "1"
@@ -27,44 +25,12 @@ PACKAGES = (
 )
 
 
-class AudiocraftParams(Params):
-    """The parameters of one variation, beside its length and seed, with audiocraft's defaults."""
-
-    prompt: str = Field(
-        default="",
-        max_length=500,
-        description="what it should sound like, in English; empty: the melody alone",
-    )
-    temperature: float = Field(
-        default=1.0, ge=0.0, le=5.0, description="higher is bolder; 0: always the likeliest token"
-    )
-    top_k: int = Field(default=250, ge=0, le=2048, description="choose among so many tokens; 0: among all")
-    top_p: float = Field(
-        default=0.0,
-        ge=0.0,
-        le=1.0,
-        description="choose among the likeliest tokens that together have this probability, "
-        "instead of top_k; 0: off",
-    )
-    guidance: float = Field(
-        default=3.0,
-        ge=1.0,
-        le=20.0,
-        description="how strictly melody and prompt are followed; 1: unguided (no quicker in audiocraft)",
-    )
-
-
 def _load(settings: EngineSettings) -> Generator:
-    from pipeline.engines.audiocraft.engine import AudiocraftGenerator
-    from pipeline.engines.audiocraft.loader import load_checkpoint
+    from pipeline.engines.audiocraft.loader import load
     from pipeline.weights import hub
 
-    model = settings.model or DEFAULT_MODEL
-    where = (model, settings.revision, settings.cache_dir)
-    found = hub.locate(*where, layout=AUDIOCRAFT) or hub.fetch(*where, layout=AUDIOCRAFT)
-    return AudiocraftGenerator(
-        load_checkpoint(found, settings.device, settings.threads, cache_dir=settings.cache_dir)
-    )
+    found = hub.find_or_fetch(settings.model or DEFAULT_MODEL, settings.revision, layout=AUDIOCRAFT)
+    return load(found, settings.device, settings.threads)
 
 
 ENGINE = EngineCard(
@@ -72,7 +38,7 @@ ENGINE = EngineCard(
     stage="generate",
     version=VERSION,
     summary="as musicgen, on audiocraft and in its checkpoint format (MusicGen-Melody; weights CC-BY-NC-4.0)",
-    params=AudiocraftParams,
+    params=SamplingParams,
     load=_load,
     packages=PACKAGES,
     install=INSTALL_COMMAND,

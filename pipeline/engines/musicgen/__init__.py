@@ -41,8 +41,8 @@ FOLDER = "musicgen"  # of this engine's files in the state folder
 LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"
 
 
-class MusicgenParams(Params):
-    """The parameters of one variation, beside its length and seed.
+class SamplingParams(Params):
+    """The parameters of one variation, beside its length, seed and melody source.
 
     The defaults are those of audiocraft, with which the weights were published.
     """
@@ -67,8 +67,13 @@ class MusicgenParams(Params):
         default=3.0,
         ge=1.0,
         le=20.0,
-        description="how strictly melody and prompt are followed; 1: without guidance, in half the rows",
+        description="how strictly melody and prompt are followed; 1: unguided, in half of musicgen's rows",
     )
+
+
+class MusicgenParams(SamplingParams):
+    """The parameters of one variation, beside its length and seed."""
+
     melody: Literal["auto", "mix", "harmonic", "demucs"] = Field(
         default="auto",
         description="what the melody is taken from: the whole mix, its harmonic part, or vocals and other "
@@ -109,12 +114,12 @@ class MusicgenUpkeep:
             return None
         return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
 
-    def check_params(self, params: Mapping[str, Any], settings: EngineSettings) -> None:
+    def check_params(self, params: Mapping[str, Any]) -> None:
         """Demucs and its weights are not installed with the engine."""
         if params["melody"] == "demucs":
             from pipeline.engines.musicgen import demucs
 
-            demucs.find(settings.cache_dir)
+            demucs.find()
 
 
 def _load(settings: EngineSettings) -> Generator:
@@ -127,9 +132,7 @@ def _load(settings: EngineSettings) -> Generator:
 
     section = settings.sections.get(ENGINE.name, MusicgenSection())
     assert isinstance(section, MusicgenSection)
-    model = settings.model or DEFAULT_MODEL
-    weights = hub.locate(model, settings.revision, settings.cache_dir)
-    weights = weights or hub.fetch(model, settings.revision, settings.cache_dir)
+    weights = hub.find_or_fetch(settings.model or DEFAULT_MODEL, settings.revision)
     checkpoint = load_checkpoint(weights, settings.device, settings.threads)
     folder = settings.state_dir / FOLDER if settings.state_dir is not None else None
     decoder, check = open_decoder(checkpoint, section.precision, settings.threads, folder)
@@ -140,7 +143,6 @@ def _load(settings: EngineSettings) -> Generator:
         check,
         max_memory_gb=section.max_memory_gb,
         saved=Savepoints(None if folder is None else folder / UNFINISHED),
-        cache_dir=settings.cache_dir,
     )
 
 

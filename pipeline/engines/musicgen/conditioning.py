@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,6 @@ class ConditionBuilder:
     """
 
     checkpoint: Checkpoint
-    cache_dir: Path | None  # of the hub
     should_stop: StopFn
     _melodies: dict[tuple[int, Melody], MelodySource] = field(default_factory=dict)
     _chroma: dict[tuple[int, Melody, float], Samples] = field(default_factory=dict)
@@ -74,11 +72,7 @@ class ConditionBuilder:
         key = (id(audio), wanted)
         if key not in self._melodies:
             self._melodies[key] = melody_source(
-                audio,
-                wanted,
-                should_stop=self.should_stop,
-                device=self.checkpoint.device,
-                cache_dir=self.cache_dir,
+                audio, wanted, should_stop=self.should_stop, device=self.checkpoint.device
             )
         return self._melodies[key]
 

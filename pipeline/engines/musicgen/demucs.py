@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import shlex
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
@@ -27,7 +26,6 @@ from pipeline.engines.musicgen.hpss import cut
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights
 from pipeline.records import Audio, Samples
-from pipeline.weights.hub import hub_cache
 
 log = logging.getLogger("pipeline")
 
@@ -36,6 +34,7 @@ INSTALL_COMMAND = f"pip install demucs=={DEMUCS_VERSION}"
 DEMUCS_CLASS = "demucs.htdemucs.HTDemucs"
 SIGNATURE = "955717e8"  # names the files of htdemucs' one model
 HUB_ID = "adefossez/HTDemucs"
+FETCH_COMMAND = f"hf download {HUB_ID} {SIGNATURE}.safetensors"
 KEPT_STEMS = ("vocals", "other")
 SEGMENT_STRIDE = 0.75  # of a segment; demucs' own default
 
@@ -90,10 +89,10 @@ def _channels(samples: Samples, channels: int) -> Samples:
     return np.broadcast_to(samples.mean(axis=0, dtype=np.float32), (channels, samples.shape[1]))
 
 
-def separator_if_any(device: str, cache_dir: Path | None) -> Separator | None:
+def separator_if_any(device: str) -> Separator | None:
     """demucs, if it can be used. Weights that are present but can't be used are logged."""
     try:
-        return open_separator(device, cache_dir)
+        return open_separator(device)
     except BadCheckpoint as error:
         log.warning("%s The melody is taken without demucs.", error)
     except (MissingPackage, MissingWeights):
@@ -101,8 +100,8 @@ def separator_if_any(device: str, cache_dir: Path | None) -> Separator | None:
     return None
 
 
-def find(cache_dir: Path | None) -> Path:
-    """The file of demucs' weights; it is not opened, and nothing is imported.
+def find() -> Path:
+    """The file of demucs' weights, which is not opened; torch and demucs are not imported.
 
     Raises:
         MissingPackage: demucs is not installed.
@@ -110,23 +109,22 @@ def find(cache_dir: Path | None) -> Path:
     """
     if find_spec("demucs") is None:
         raise _missing("demucs")
-    path = _find_weights(cache_dir)
+    path = _find_weights()
     if path is None:
         raise MissingWeights(
-            f"melody: demucs needs the weights of htdemucs, which aren't on this machine: "
-            f"{_fetch_command(cache_dir)}."
+            f"melody: demucs needs the weights of htdemucs, which aren't on this machine: {FETCH_COMMAND}."
         )
     return path
 
 
-def open_separator(device: str, cache_dir: Path | None) -> Separator:
+def open_separator(device: str) -> Separator:
     """Open htdemucs from this machine. No code of its files is run.
 
     Raises:
         MissingPackage, MissingWeights: as `find`.
         BadCheckpoint: the weights can't be used.
     """
-    path = find(cache_dir)
+    path = find()
     model_class = _model_class()
     try:
         args, kwargs, state = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
@@ -137,7 +135,7 @@ def open_separator(device: str, cache_dir: Path | None) -> Separator:
         raise
     except Exception as error:  # for a damaged file the libraries raise any error
         raise BadCheckpoint(
-            f"{path} can't be used ({first_line(error)}): delete it and run {_fetch_command(cache_dir)}."
+            f"{path} can't be used ({first_line(error)}): delete it and run {FETCH_COMMAND}."
         ) from error
     return Separator(
         model=model.eval().to(device),
@@ -160,9 +158,11 @@ def _missing(package: str) -> MissingPackage:
     return MissingPackage(f"melody: demucs needs {package}: {INSTALL_COMMAND}.")
 
 
-def _find_weights(cache_dir: Path | None) -> Path | None:
+def _find_weights() -> Path | None:
     """The safetensors of demucs 4.1 in the hub's cache, else the pickle of demucs 4.0 in torch's cache."""
-    repo = hub_cache(cache_dir) / f"models--{HUB_ID.replace('/', '--')}"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repo = Path(HF_HUB_CACHE) / f"models--{HUB_ID.replace('/', '--')}"
     places = [(repo / "snapshots", f"*/{SIGNATURE}.safetensors")]
     places.append((_torch_cache() / "checkpoints", f"{SIGNATURE}-*.th"))
     found = [path for folder, pattern in places for path in sorted(folder.glob(pattern)) if path.is_file()]
@@ -173,11 +173,6 @@ def _torch_cache() -> Path:
     """As torch.hub.get_dir(), without importing torch, which takes seconds."""
     caches = os.getenv("XDG_CACHE_HOME", "~/.cache")
     return Path(os.getenv("TORCH_HOME", f"{caches}/torch")).expanduser() / "hub"
-
-
-def _fetch_command(cache_dir: Path | None) -> str:
-    where = f" --cache-dir {shlex.quote(str(cache_dir))}" if cache_dir else ""
-    return f"hf download {HUB_ID} {SIGNATURE}.safetensors{where}"
 
 
 Package = tuple[list[Any], dict[str, Any], dict[str, Any]]  # arguments of HTDemucs, and its state

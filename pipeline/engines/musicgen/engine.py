@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,6 @@ class MusicgenGenerator:
         max_memory_gb: float | None = None,
         saved: Savepoints | None = None,
         stride: float = STRIDE,
-        cache_dir: Path | None = None,
     ) -> None:
         """Wrap an open checkpoint.
 
@@ -64,12 +62,10 @@ class MusicgenGenerator:
             max_memory_gb: of the whole process; None: a share of what the system has free.
             saved: None: an interrupted call begins again.
             stride: of the windows, as a share of their length.
-            cache_dir: the hub's cache; None: the library's own.
         """
         self.checkpoint, self.decoder, self.check = checkpoint, decoder, check
         self.sample_rate = checkpoint.sample_rate
-        self.max_memory_gb, self.cache_dir = max_memory_gb, cache_dir
-        self.saved = saved or Savepoints(None)
+        self.max_memory_gb, self.saved = max_memory_gb, saved or Savepoints(None)
         self.frames_per_s = checkpoint.sample_rate / checkpoint.hop_samples
         self.window_frames = round(checkpoint.window_s * self.frames_per_s)
         self.stride_frames = round(checkpoint.window_s * stride * self.frames_per_s)
@@ -143,7 +139,7 @@ class MusicgenGenerator:
         self, requests: Sequence[VariationRequest], should_stop: StopFn
     ) -> list[RequestState | Failure]:
         """The conditions and saved tokens of each request, or why it can't be made."""
-        builder = ConditionBuilder(self.checkpoint, self.cache_dir, should_stop)
+        builder = ConditionBuilder(self.checkpoint, should_stop)
         prepared: list[RequestState | Failure] = []
         for request in requests:
             try:

@@ -19,7 +19,6 @@ of torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pipeline.engines.base import StopFn
@@ -42,17 +41,10 @@ class MelodySource:
     percussive_share: float | None = None  # in [0, 1]; None: not computed, or the track is silent
 
 
-def melody_source(
-    audio: Audio,
-    wanted: Melody,
-    *,
-    should_stop: StopFn,
-    device: str = "cpu",
-    cache_dir: Path | None = None,
-) -> MelodySource:
+def melody_source(audio: Audio, wanted: Melody, *, should_stop: StopFn, device: str = "cpu") -> MelodySource:
     """The part of a track that its melody is taken from.
 
-    `device` is for demucs, `cache_dir` the hub's cache that its weights may be in (None: the library's).
+    `device` is for demucs.
 
     Raises:
         Stopped: soon after `should_stop` turned true.
@@ -63,11 +55,11 @@ def melody_source(
     separator: Separator | None = None
     is_percussive = wanted == "harmonic"
     if wanted == "demucs":
-        separator = open_separator(device, cache_dir)
+        separator = open_separator(device)
     elif wanted == "auto":
         share = percussive_share(audio)
         is_percussive = share is not None and share >= MELODIC
-        separator = separator_if_any(device, cache_dir) if is_percussive else None
+        separator = separator_if_any(device) if is_percussive else None
     if separator:
         return MelodySource(without_rhythm(audio, separator, should_stop), "demucs", share)
     if is_percussive:
