@@ -6,6 +6,7 @@ reference movies name further files and addresses, and anyone may put a file int
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
@@ -131,18 +132,19 @@ class Reader:
 
     def blocks(self) -> Iterator[Block]:
         """All that can be decoded, in order; what can't be is counted and left out, as players do."""
-        import av
-
-        resampler: Any = None
+        graph: Any = None
         form = None
         for frame in self._frames():
             if form != (frame.format.name, frame.layout.name, frame.sample_rate):
-                yield from self._convert(resampler, None)
-                resampler = av.AudioResampler(format="flt", frame_size=_BLOCK_FRAMES)
+                yield from self._convert(graph, None)
+                try:
+                    graph = _to_packed_floats(frame)
+                except self._errors as e:
+                    raise UndecodableError(str(e)) from e
                 form = (frame.format.name, frame.layout.name, frame.sample_rate)
                 self._is_integer = frame.format.name.startswith("s")
-            yield from self._convert(resampler, frame)
-        yield from self._convert(resampler, None)
+            yield from self._convert(graph, frame)
+        yield from self._convert(graph, None)
 
     def _open(self, options: dict[str, str] | None = None) -> None:
         """Open the container, or open it anew, and read the first packet."""
@@ -177,6 +179,7 @@ class Reader:
             raise BadAudio(f"has a sample rate of {rate} Hz; {MIN_RATE_HZ} to {MAX_RATE_HZ} can be used")
         if channels > MAX_CHANNELS:
             raise BadAudio(f"has {channels} channels; up to {MAX_CHANNELS} can be used")
+        self._context.thread_count = 1
         self.codec = str(self._context.codec.canonical_name)
         self._time_base_s = float(self._stream.time_base or 0)
         self._packets = self._container.demux(self._stream)
@@ -247,18 +250,24 @@ class Reader:
         used = self._first_pos + self._good_bytes + len(end) - len(end.rstrip(b"\0"))
         self.bad_bytes = max(self.bad_bytes, self._window.size - used)
 
-    def _convert(self, resampler: Any, frame: Any) -> Iterator[Block]:
-        """A frame, or with None the rest, as blocks of float32 with full scale at 1.
-
-        FFmpeg does the conversion: PyAV 18.1's `to_ndarray` reads a plane too many, out of bounds, from
-        frames of eight planar channels.
-        """
-        for part in resampler.resample(frame) if resampler else ():
+    def _convert(self, graph: Any, frame: Any) -> Iterator[Block]:
+        """Push a frame, or with None the end, and pull the blocks that are ready."""
+        if graph is None:
+            return
+        with contextlib.suppress(*self._errors):
+            graph.push(frame)
+        while (part := self._pull(graph)) is not None:
             names = tuple(channel.name for channel in part.layout.channels)
             samples = self._without_padding(part.to_ndarray().reshape(-1, len(names)), part.sample_rate)
             self._check_bit_stream(samples)
             self.read_s += len(samples) / part.sample_rate
             yield Block(samples, part.sample_rate, names)
+
+    def _pull(self, graph: Any) -> Any:
+        try:
+            return graph.pull()
+        except self._errors:  # it needs more, or it is at its end
+            return None
 
     def _without_padding(self, samples: Samples, sample_rate: int) -> Samples:
         """Hold back what lies behind the stated end, until it is too much to be padding."""
@@ -320,6 +329,28 @@ class Reader:
             return 8 + int(struct.unpack("<I", head[4:8])[0])
         stated = _ASF_FILE_SIZE.search(head) if self.format == "asf" else None
         return int.from_bytes(stated[1], "little") if stated else 0
+
+
+def _to_packed_floats(frame: Any) -> Any:
+    """A filter graph from frames like this one to blocks of float32 with full scale at 1.
+
+    FFmpeg converts, because PyAV 18.1's `to_ndarray` reads out of bounds from frames of eight planar
+    channels; and PyAV's `AudioResampler` does not do it, because its graph has threads.
+    """
+    import av.filter
+
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add(
+        "abuffer",
+        sample_rate=str(frame.sample_rate),
+        sample_fmt=frame.format.name,
+        channel_layout=frame.layout.name,
+        time_base=f"1/{frame.sample_rate}",
+    )
+    graph.link_nodes(source, graph.add("aformat", "sample_fmts=flt"), graph.add("abuffersink")).configure()
+    graph.set_audio_frame_size(_BLOCK_FRAMES)
+    return graph
 
 
 def _is_usable(sample_rate: int, channels: int) -> bool:

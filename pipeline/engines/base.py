@@ -2,8 +2,8 @@
 
 To add an engine, add one module (or package) to `pipeline/engines/`. It defines `ENGINE`, an
 `EngineCard`, whose `load` returns an object with the methods of `Generator` or `Embedder`. The card
-is read by all commands, so importing the module must be fast: heavy packages (torch, librosa,
-scipy) are imported inside functions.
+is read by all commands, so importing the module must be fast: heavy packages (torch, scipy)
+are imported inside functions.
 
 A generator takes a list of requests, of one track or of many, because the variations of a batch
 can share one pass over the weights of a model. A result must depend on its own request alone: not

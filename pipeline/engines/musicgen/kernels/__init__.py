@@ -33,27 +33,3 @@ from pipeline.engines.musicgen.kernels.run import (
     run_layers,
     run_product,
 )
-
-__all__ = [
-    "ADD",
-    "AMX",
-    "GELU",
-    "LANES",
-    "LARGEST_GROUP",
-    "ROW_BLOCK",
-    "STORE",
-    "Attended",
-    "AttentionScratch",
-    "KeysValues",
-    "LayerBuffers",
-    "Layers",
-    "PackedRows",
-    "Product",
-    "ProductScratch",
-    "aligned",
-    "pack_columns",
-    "product_counters",
-    "quantize_rows",
-    "run_layers",
-    "run_product",
-]
