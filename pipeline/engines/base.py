@@ -136,7 +136,7 @@ class EngineCard:
     install: str = "pip install -r requirements-core.txt"  # the command that brings them
     default_model: str | None = None  # a hub id; None: no weights needed
     layout: Layout = TRANSFORMERS  # the format of its models' folders
-    companions: tuple[tuple[str, Layout], ...] = ()  # more hub models, loaded if a request needs them
+    companions: tuple[str, ...] = ()  # more hub models that it may load, in transformers' format
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of the results
     section: type[EngineSection] | None = None  # its own section of the configuration
     upkeep: Upkeep | None = None

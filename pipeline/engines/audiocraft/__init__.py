@@ -12,7 +12,6 @@ from __future__ import annotations
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, T5_BASE
 from pipeline.engines.base import EngineCard, EngineSettings, Generator
 from pipeline.engines.musicgen import DEFAULT_MODEL, SamplingParams, license_of
-from pipeline.weights.layout import TEXT_ENCODER
 
 VERSION = "1"
 INSTALL_COMMAND = (
@@ -44,7 +43,7 @@ ENGINE = EngineCard(
     install=INSTALL_COMMAND,
     default_model=DEFAULT_MODEL,
     layout=AUDIOCRAFT,
-    companions=((T5_BASE, TEXT_ENCODER),),
+    companions=(T5_BASE,),
     license_of=license_of,
     rank=-1,
 )

@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def companion(folder: Path, name: str, layout: Layout) -> Path:
+def companion(folder: Path, name: str) -> Path:
     """The folder of another model, `name`, that the checkpoint in `folder` refers to.
 
     That is `folder/name` if it exists, otherwise the model of that name, or of the hub's name for it, in
@@ -80,7 +80,7 @@ def companion(folder: Path, name: str, layout: Layout) -> Path:
         BadCheckpoint: it can't be used.
     """
     if (folder / name).is_dir():
-        return hub.find_or_fetch(str(folder / name), layout=layout).folder
-    if found := hub.locate(name, layout=layout):
+        return hub.find_or_fetch(str(folder / name)).folder
+    if found := hub.locate(name):
         return found.folder
-    return hub.find_or_fetch(HUB_NAMES.get(name, name), layout=layout).folder
+    return hub.find_or_fetch(HUB_NAMES.get(name, name)).folder

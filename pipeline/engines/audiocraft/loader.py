@@ -14,7 +14,6 @@ from pipeline.engines.audiocraft.checkpoint import ENCODEC, LANGUAGE_MODEL, comp
 from pipeline.engines.audiocraft.engine import AudiocraftGenerator
 from pipeline.errors import BadCheckpoint, PipelineError
 from pipeline.weights.hub import Weights
-from pipeline.weights.layout import TEXT_ENCODER, TRANSFORMERS
 
 CONDITIONERS = {"self_wav": "chroma_stem", "description": "t5"}  # those of MusicGen-Melody
 PROMPT_WEIGHTS = "condition_provider.conditioners.description.output_proj.weight"
@@ -85,7 +84,7 @@ def _conditioners(folder: Path, config: Any, prompt_dim: int, device: str) -> di
         raise BadCheckpoint(
             f"{folder / LANGUAGE_MODEL} normalizes prompts with spaCy, which is not supported."
         )
-    where = companion(folder, t5["name"], TEXT_ENCODER)
+    where = companion(folder, t5["name"])
     tokenizer = pretrained.load_part(transformers.T5Tokenizer, where)
     encoder = pretrained.load_model(transformers.T5EncoderModel, where, device)
     return {
@@ -105,7 +104,7 @@ def _encodec(folder: Path, device: str) -> Any:
     if "pretrained" in content:  # fine-tuned checkpoints have a name in the place of weights
         import transformers
 
-        where = companion(folder, content["pretrained"], TRANSFORMERS)
+        where = companion(folder, content["pretrained"])
         model = pretrained.load_model(transformers.EncodecModel, where, device)
         return HFEncodecCompressionModel(model).eval()
     config = OmegaConf.create(content["xp.cfg"])

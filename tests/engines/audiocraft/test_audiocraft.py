@@ -31,7 +31,7 @@ from pipeline.engines.musicgen.windows import windows
 from pipeline.errors import BadCheckpoint, EngineFailure, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 from pipeline.weights import hub
-from pipeline.weights.layout import TEXT_ENCODER, TRANSFORMERS
+from pipeline.weights.layout import TRANSFORMERS
 
 MODEL, COMMIT = "facebook/musicgen-melody", "0" * 39 + "1"
 C_MAJOR, A_MINOR = (261.63, 329.63, 392.0), (220.0, 261.63, 329.63)
@@ -90,7 +90,7 @@ def test_auto_doesnt_fetch_its_weights_and_naming_it_fetches_all_of_them(home: H
         return [(model, layout) for model, _, _, layout in wanted_models(app, None)]
 
     assert wanted("auto") == [(MODEL, TRANSFORMERS)]
-    assert wanted("audiocraft") == [(MODEL, AUDIOCRAFT), ("google-t5/t5-base", TEXT_ENCODER)]
+    assert wanted("audiocraft") == [(MODEL, AUDIOCRAFT), ("google-t5/t5-base", TRANSFORMERS)]
 
 
 def archives() -> dict[str, bytes]:
@@ -124,9 +124,10 @@ def test_of_the_hub_only_its_two_files_are_downloaded(hub_cache: Path) -> None:
 
 def test_a_text_encoder_needs_no_preprocessor(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    assert hub.locate(str(tmp_path), layout=TEXT_ENCODER) is not None
+    assert hub.locate(str(tmp_path)) is not None
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadCheckpoint, match=r"preprocessor_config.json missing"):
         hub.locate(str(tmp_path))
 
