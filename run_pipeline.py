@@ -4,12 +4,12 @@
 import sys
 from pathlib import Path
 
-from pipeline.cli import main
-
 HOME = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
     try:
+        from pipeline.cli import main
+
         sys.exit(main(default_home=HOME))
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] == "pipeline":

@@ -35,7 +35,7 @@ The configuration is a YAML file: `config/default.yaml` in the home folder, or t
 nearest known one. The environment variable `DEVICE` has precedence over `device`. `watch` reads the
 file again on SIGHUP.
 
-Numbers are read as YAML 1.2 has them: `0123` is 123. Merge keys (`<<: *base`) work, duplicate keys are
+Merge keys (`<<: *base`) work, duplicate keys are
 refused, and keys at the top level that begin with `x-` or a dot are ignored, so that they can hold
 anchors.
 

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings, StopFn
+from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
+from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
+from pipeline.intake.scanner import Scanner, ScanRules
+from pipeline.plan import Recipe, plan_variations
 from pipeline.store.store import Store
-from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace
+from pipeline.weights import hub
+from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace, expand_user
 
 if TYPE_CHECKING:
     from pipeline.engines.loading import Engines
-    from pipeline.engines.selection import Choice
-    from pipeline.fs.mounts import Mount
-    from pipeline.intake.scanner import Scanner
     from pipeline.intake.watcher import Watcher
-    from pipeline.plan import Recipe
     from pipeline.progress import Reporter
     from pipeline.runner.runner import Runner
     from pipeline.service.loop import Processor
@@ -55,8 +56,8 @@ class App:
 
     def settings(self, section: Embed | Generate) -> EngineSettings:
         model = section.model
-        if model is not None and (self.home / Path(model).expanduser()).is_dir():
-            model = str((self.home / Path(model).expanduser()).resolve())
+        if model is not None and (folder := self.home / expand_user(model)).is_dir():
+            model = str(folder.resolve())
         return EngineSettings(
             sample_rate=self.config.normalize.sample_rate,
             model=model,
@@ -67,13 +68,7 @@ class App:
             sections=section.sections,
         )
 
-    def choices(self) -> tuple[Choice, Choice]:
-        """The embedder and the generator, chosen without loading or fetching anything."""
-        return self.choice("embed"), self.choice("generate")
-
     def choice(self, stage: Literal["embed", "generate"]) -> Choice:
-        from pipeline.engines.selection import select_engine
-
         section = self.config.embed if stage == "embed" else self.config.generate
         return select_engine(stage, section.engine, self.settings(section))
 
@@ -83,19 +78,15 @@ class App:
         Raises:
             MissingPackage, MissingWeights: it does not.
         """
-        from pipeline.plan import plan_variations
-
         if upkeep := generator.card.upkeep:
             for planned in plan_variations(self.config.generate, generator.card):
                 upkeep.check_params(planned.params)
 
     @cached_property
     def recipe(self) -> Recipe:
-        from pipeline.plan import Recipe
-
-        embedder, generator = self.choices()
+        generator = self.choice("generate")
         self.check_variations(generator)
-        return Recipe(self.config, embedder, generator)
+        return Recipe(self.config, self.choice("embed"), generator)
 
     def fetch_missing(self) -> None:
         """Download the weights of named engines that are not on this machine yet.
@@ -104,15 +95,14 @@ class App:
             MissingWeights: they can't be downloaded now.
             MissingPackage, MissingWeights: see `check_variations`, which comes before any download.
         """
-        from pipeline.weights import hub
-
-        choices = self.choices()
+        sections = (self.config.embed, self.config.generate)
+        # Not `self.recipe`, which is made once: the choice may be another after the download.
+        choices = (self.choice("embed"), self.choice("generate"))
         self.check_variations(choices[1])
-        revisions = (self.config.embed.revision, self.config.generate.revision)
-        for choice, revision in zip(choices, revisions, strict=True):
+        for choice, section in zip(choices, sections, strict=True):
             if choice.needs_weights and choice.model is not None:
                 log.info("fetching the weights of %s (%s)", choice.model, choice.license)
-                hub.fetch(choice.model, revision, layout=choice.card.layout)
+                hub.fetch(choice.model, section.revision, layout=choice.card.layout)
 
     def reopened(self) -> App:
         """The same home with its configuration read again.
@@ -134,21 +124,7 @@ class App:
         fresh = self.reopened()
         fresh.fetch_missing()
         return fresh, fresh.processor(
-            runner.store, runner.folder, runner.reporter, runner.should_stop, earlier=runner
-        )
-
-    def engines(self, earlier: Engines | None = None) -> Engines:
-        """The chosen engines; those that are loaded already stay if nothing about them has changed."""
-        from pipeline.engines.loading import LoadedEngines
-
-        recipe = self.recipe
-        for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
-            model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
-            log.info("%s: %s%s: %s", stage, choice.card.name, model, choice.why)
-        return LoadedEngines(
-            (recipe.embedder, self.settings(self.config.embed)),
-            (recipe.generator, self.settings(self.config.generate)),
-            earlier,
+            runner.store, runner.folder, runner.reporter, runner.should_stop, earlier=runner.engines
         )
 
     def open_store(self) -> Store:
@@ -166,19 +142,23 @@ class App:
         reporter: Reporter,
         should_stop: StopFn,
         *,
-        earlier: Runner | None = None,
+        earlier: Engines | None = None,
     ) -> Processor:
         """The ingest and the runner of this configuration.
 
-        `earlier` is the runner of the configuration before: it passes its loaded engines on.
+        Engines of the `earlier` configuration that are loaded already stay if nothing about them has changed.
         """
-        from pipeline.fs.mounts import clock_is_ours
+        from pipeline.engines.loading import LoadedEngines
         from pipeline.intake.ingest import Ingest
         from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
         from pipeline.runner.runner import Runner
         from pipeline.service.loop import Processor
 
+        recipe = self.recipe
+        for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
+            model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
+            log.info("%s: %s%s: %s", stage, choice.card.name, model, choice.why)
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox)
         intake = self.config.intake
@@ -186,7 +166,7 @@ class App:
             folder=folder,
             settings=intake,
             disk=self.config.disk,
-            recipe=self.recipe,
+            recipe=recipe,
             store=store,
             outbox=outbox,
             workspace=self.workspace,
@@ -194,29 +174,29 @@ class App:
             settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder.path)))),
         )
         runner = Runner(
-            recipe=self.recipe,
+            recipe=recipe,
             workspace=self.workspace,
             folder=folder,
             store=store,
             outbox=outbox,
-            engines=self.engines(None if earlier is None else earlier.engines),
+            engines=LoadedEngines(
+                (recipe.embedder, self.settings(self.config.embed)),
+                (recipe.generator, self.settings(self.config.generate)),
+                earlier,
+            ),
             reporter=reporter,
             clock=time.time,
             should_stop=should_stop,
-            outbox_device=self.workspace.outbox.stat().st_dev if earlier is None else earlier.outbox_device,
         )
         return Processor(ingest, runner)
 
     def scanner(self, folder: InputFolder) -> Scanner:
-        from pipeline.intake.scanner import Scanner, ScanRules
-
         intake = self.config.intake
         rules = ScanRules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
         return Scanner(folder.path, rules)
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""
-        from pipeline.fs.mounts import needs_polling
         from pipeline.intake.watcher import Watcher
 
         wanted = self.config.intake.watch
@@ -231,6 +211,4 @@ class App:
 
 def _mounts(folder: Path) -> list[Mount | None]:
     """The file system that a folder is on, and those mounted inside it."""
-    from pipeline.fs.mounts import mount_of, mounts_below
-
     return [mount_of(folder), *mounts_below(folder)]

@@ -7,33 +7,21 @@ meaning of each field is written beside it in config/default.yaml.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from pipeline import config_errors
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSection
 from pipeline.errors import ConfigError
 
-MAX_VALUES = 100_000  # in a file, with its aliases expanded
 FOR_ANCHORS = ("x-", ".")  # how top-level keys begin that are ignored: they hold anchors for merge keys
 
 Duration = Annotated[float, Field(ge=0.1, le=3600)] | Literal["source"]
@@ -43,15 +31,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
-def _home_is_known(path: str) -> str:
-    try:
-        Path(path).expanduser()
-    except RuntimeError as e:
-        raise PydanticCustomError("unknown_user", "names a user that this machine does not have") from e
-    return path
-
-
-PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValidator(_home_is_known)]
+PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 
 
 class Folders(Section):
@@ -70,16 +50,11 @@ class Intake(Section):
     subfolders: Literal["flatten", "keep"] = "flatten"
     follow_symlinks: bool = False
     spool_gb: Annotated[float, Field(gt=0)] = 10.0
-    ignore: tuple[str, ...] = (
+    ignore: Annotated[tuple[str, ...], Field(strict=False)] = (
         "*.txt", "*.md", "*.nfo", "*.log", "*.cue", "*.m3u", "*.m3u8", "*.pls", "*.pdf",
         "*.jpg", "*.jpeg", "*.png", "*.gif", "*.webp", "Thumbs.db", "desktop.ini",
         "*.asd", "*.reapeaks", "*.pkf", "*.pek", "*.sfk",
     )  # fmt: skip
-
-    @field_validator("ignore", mode="before")
-    @classmethod
-    def _list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class Normalize(Section):
@@ -127,22 +102,18 @@ class VariationSpec(BaseModel):
 class Generate(StageSettings):
     duration_s: Duration = 30.0
     batch_tracks: Annotated[int, Field(ge=1, le=64)] = 8
-    variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1)] = (
+    variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1, strict=False)] = (
         VariationSpec.model_construct(name="faithful", temperature=0.6, count=2),
         VariationSpec.model_construct(name="bold", temperature=[1.0, 1.2]),
     )
 
-    @field_validator("variations", mode="before")
-    @classmethod
-    def _list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
 
 def _with_engine_sections(model: type[StageSettings], stage: str) -> type[StageSettings]:
     """A stage's model with a field for the section of each engine that declares one."""
-    sections = {card.name: card.section for card in cards().values() if card.stage == stage and card.section}
     fields: dict[str, Any] = {
-        name: (section, section.model_construct()) for name, section in sections.items()
+        card.name: (card.section, card.section.model_construct())
+        for card in cards().values()
+        if card.stage == stage and card.section
     }
     return create_model(model.__name__, __base__=model, **fields)
 
@@ -244,82 +215,36 @@ def _read(path: Path) -> dict[str, Any]:
         ConfigError: it can't be read, or is not a YAML mapping.
     """
     try:
-        raw = _parsed(path.read_bytes())
+        raw = yaml.load(path.read_bytes(), _Loader)
     except OSError as e:
         raise ConfigError(f"{path}: can't be read: {e.strerror}") from e
-    except RecursionError as e:
-        raise ConfigError(f"{path}: is nested too deeply") from e
-    except yaml.reader.ReaderError as e:
-        raise ConfigError(f"{path}: is not UTF-8 text: {e.reason} (position {e.position})") from e
     except yaml.MarkedYAMLError as e:
         raise ConfigError(f"{path}: {config_errors.of_yaml(e)}") from e
-    except ValueError as e:  # such as "!!int x", or a number of thousands of digits
-        raise ConfigError(f"{path}: has a number that can't be read: {e}") from e
+    except (yaml.YAMLError, RecursionError, ValueError) as e:  # ValueError: such as "!!int x"
+        raise ConfigError(f"{path}: can't be read as YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path}: must be a mapping of keys, not {config_errors.shown(raw)}")
     return {key: value for key, value in (raw or {}).items() if not str(key).startswith(FOR_ANCHORS)}
 
 
-def _parsed(data: bytes) -> Any:
-    loader = _Loader(data)
-    node = loader.get_single_node()
-    if _size(node, {}) > MAX_VALUES:
-        problem = f"aliases expand to more than {MAX_VALUES} values, or contain themselves"
-        raise yaml.MarkedYAMLError(problem=problem)
-    return None if node is None else loader.construct_document(node)
-
-
-def _size(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """The number of values in a node with its aliases expanded, by `id`; a cycle counts as too many."""
-    if id(node) not in sizes:
-        sizes[id(node)] = MAX_VALUES + 1
-        children = node.value if isinstance(node, yaml.CollectionNode) else ()
-        if isinstance(node, yaml.MappingNode):
-            children = itertools.chain.from_iterable(children)
-        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
-    return sizes[id(node)]
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML with merge keys, without duplicate keys, and with the numbers of YAML 1.2.
+    """YAML with merge keys, without duplicate keys, and without the octal numbers of YAML 1.1."""
 
-    PyYAML follows YAML 1.1, where 0123 is 83, 1:30 is 90, 1e3 is text and 2024-01-01 is a date. Its
-    yes, no, on and off and its 1_000 stay.
-    """
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            problem = f"{node.value} would be read as an octal number: write it without the leading zero"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return int(super().construct_yaml_int(node))
 
-    def __init__(self, stream: bytes) -> None:
-        super().__init__(stream)
-        self._checked: set[int] = set()
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Insert the pairs of merge keys, which may repeat keys, once the node's own keys are checked."""
-        if id(node) not in self._checked:
-            self._checked.add(id(node))
-            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and keys[key.value] > 1:
-                    problem = f"the key {key.value!r} is given twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        super().flatten_mapping(node)
-
-    def construct_integer(self, node: yaml.ScalarNode) -> int:
-        text = node.value.replace("_", "")
-        return int(text, 0 if text.lstrip("+-")[1:2].isalpha() else 10)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return node
 
 
-_INTEGER = re.compile(r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|\d[\d_]*)$")
-_FLOAT = re.compile(
-    r"[-+]?((\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
-)
-_Loader.yaml_constructors = {
-    tag: construct
-    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-    if tag != "tag:yaml.org,2002:timestamp"
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag.endswith((":bool", ":null", ":merge"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

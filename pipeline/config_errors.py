@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -14,32 +15,12 @@ from yaml import MarkedYAMLError
 from pipeline.engines import cards
 from pipeline.engines.base import EngineCard
 
-_KINDS = {
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "string_type": "must be text",
-    "bool_type": "must be true or false",
-    "tuple_type": "must be a list",
-    "model_type": "must be a mapping of keys",
-    "model_attributes_type": "must be a mapping of keys",
-    "too_short": "must have at least one entry",
-    "string_too_short": "must not be empty",
-}
-_RANGES = {
-    "greater_than": ("gt", ">"),
-    "greater_than_equal": ("ge", ">="),
-    "less_than": ("lt", "<"),
-    "less_than_equal": ("le", "<="),
-}
 _PATTERNS = {  # by a part of the pattern; the first that matches counts
     "cuda": "must be cpu, cuda or cuda:N",
     r"^\.": "must begin with a dot and have no slash, such as .done",
     r"^[^./": "must not begin with a dot or contain a slash or control character",
     r"^[^\x00]": "must not contain a NUL character",
 }
-_SEXAGESIMAL = re.compile(r"\d+(:[0-5]?\d)+(\.\d*)?")
 
 
 def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -47,12 +28,13 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
     found: dict[str, list[str]] = {}
     inputs: dict[str, str] = {}
     for error in e.errors():
-        unknown = error["type"] == "extra_forbidden"
-        named = error["loc"][-1:] if unknown else ()  # a key of the file, even if it is called "float"
-        loc = (
-            *(part for part in error["loc"][: -1 if unknown else None] if not _is_union_branch(part)),
-            *named,
-        )
+        *parents, last = error["loc"]
+        unknown = (
+            error["type"] == "extra_forbidden"
+        )  # then `last` is a key of the file, even if it is "float"
+        loc = [part for part in parents if not _is_union_branch(part)]
+        if unknown or not _is_union_branch(last):
+            loc.append(last)
         where = _path(loc)
         if error["type"] == "too_short" and error["input"]:
             continue  # pydantic counts only the valid entries; each invalid one has an error of its own
@@ -112,29 +94,17 @@ def _of_param(where: str, key: str, value: Any, takers: Sequence[EngineCard]) ->
 
 
 def _words(error: Any) -> str:
-    context = error.get("ctx", {})
-    kind = error["type"]
-    if kind in _KINDS:
-        return _KINDS[kind]
-    if kind in _RANGES:
-        key, sign = _RANGES[kind]
-        return f"must be {sign} {context[key]:g}"
-    if kind == "literal_error":
-        return f"must be {context['expected']}"
-    if kind == "string_pattern_mismatch":
-        return next(words for part, words in _PATTERNS.items() if part in context["pattern"])
-    return str(error["msg"][0].lower() + error["msg"][1:])
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return "must be a mapping of keys"
+    if error["type"] == "string_pattern_mismatch":
+        return next(words for part, words in _PATTERNS.items() if part in error["ctx"]["pattern"])
+    return re.sub(r"^\w+ should ", "must ", str(error["msg"])).replace("valid tuple", "list")
 
 
 def _hint(error: Any) -> str:
     """What to do about a value that YAML reads as another type than its author meant."""
-    kind, value = error["type"], error["input"]
-    if kind == "string_type" and isinstance(value, bool | int | float):
-        return ": put it in quotes"
-    is_number = kind in ("int_type", "float_type", "literal_error")
-    if is_number and isinstance(value, str) and _SEXAGESIMAL.fullmatch(value):
-        return ": write the seconds as one number, such as 90"
-    return ""
+    is_unquoted = error["type"] == "string_type" and isinstance(error["input"], bool | int | float | date)
+    return ": put it in quotes" if is_unquoted else ""
 
 
 def of_yaml(e: MarkedYAMLError) -> str:

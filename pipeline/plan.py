@@ -30,28 +30,20 @@ UNKNOWN_DURATION_S = 300.0  # assumed for results as long as the source until th
 class PlannedVariation:
     """One variation of the expanded configuration, the same for every track."""
 
-    index: int  # 1-based: the number in the file's name
+    file: str  # below the track's folder in the outbox
     name: str
     duration_s: float | Literal["source"]
     seed: int | None  # None: derived from the track's content
     occurrence: int  # how many earlier variations have the same name and parameters
     params: Mapping[str, Any]  # the engine's parameters, complete with defaults
 
-    @property
-    def file(self) -> str:
-        return f"variations/{self.index:02d}-{file_safe(self.name)}.wav"
-
 
 @dataclass(frozen=True)
-class VariationUnit:
+class VariationUnit(PlannedVariation):
     """One variation of one track."""
 
     key: str
-    file: str  # below the track's folder in the outbox
-    name: str
     seed: int
-    duration_s: float | Literal["source"]
-    params: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -104,10 +96,7 @@ class Recipe:
         for planned in plan_variations(self.config.generate, self.generator.card):
             seed = derived_seed(sha256, planned) if planned.seed is None else planned.seed
             inputs = ["generate", normalize, made_by, planned.name, planned.params, planned.duration_s, seed]
-            key = digest(inputs)
-            units.append(
-                VariationUnit(key, planned.file, planned.name, seed, planned.duration_s, planned.params)
-            )
+            units.append(VariationUnit(**{**vars(planned), "seed": seed}, key=digest(inputs)))
         return TrackPlan(sha256, normalize, embed, tuple(units))
 
 
@@ -132,10 +121,8 @@ def plan_variations(generate: Generate, card: EngineCard) -> list[PlannedVariati
                 if (identity, seed, duration_s) in given:
                     continue
                 given.add((identity, seed, duration_s))
-            occurrence = seen[identity]
-            planned.append(
-                PlannedVariation(len(planned) + 1, spec.name, duration_s, seed, occurrence, params)
-            )
+            file = f"variations/{len(planned) + 1:02d}-{file_safe(spec.name)}.wav"
+            planned.append(PlannedVariation(file, spec.name, duration_s, seed, seen[identity], params))
             seen[identity] += 1
     return planned
 

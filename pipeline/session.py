@@ -14,12 +14,12 @@ from rich.console import Console
 
 from pipeline.app import App
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError
-from pipeline.fs.mounts import mount_of
 from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import reporter_for
+from pipeline.runner.outbox_mount import check_outbox_mount
 from pipeline.runner.retry import recover_crashed
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
@@ -48,7 +48,7 @@ def open_session(
         store = app.open_store()
         signals.overdue = partial(_release_and_exit, app.workspace, is_watching=is_watching)
         try:
-            _check_outbox_mount(app.workspace, store)
+            check_outbox_mount(app.workspace.outbox, store)
             given_up = _recover(app, store)
             reporter = reporter_for(console, notifier.progress)
             with reporter:
@@ -97,27 +97,9 @@ def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable,
     has_state = app.workspace.state.is_dir()
     with app.workspace.locked() if has_state else nullcontext():
         if has_state:
-            health.open()
             health.degraded(condition_name(fault), str(fault))
         log.warning("%s; trying again in %.0f s", fault, pause_s)
         signals.wait(pause_s)
-
-
-def _check_outbox_mount(workspace: Workspace, store: Store) -> None:
-    """Refuse an outbox whose disk is not mounted, since all results would seem lost and be made again.
-
-    Raises:
-        FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty.
-    """
-    mount = mount_of(workspace.outbox)
-    if mount is None:
-        return
-    before, now = store.fact("outbox mount"), str(mount.mount_point)
-    was_deeper = before is not None and len(before) > len(now) and workspace.outbox.is_relative_to(before)
-    if was_deeper and not any(workspace.outbox.iterdir()):
-        raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
-    if before != now:
-        store.set_fact("outbox mount", now)
 
 
 def _recover(app: App, store: Store) -> set[str]:

@@ -24,6 +24,11 @@ ENGINES_FOLDER = "engines"  # in the state folder: where engines store files
 DONE, FAILED = "done", "failed"  # the archive's folders in the inbox, which are never scanned
 
 
+def expand_user(path: str) -> str:
+    """Expand a leading "~"; the name of an unknown user stays, while Path.expanduser would raise."""
+    return os.path.expanduser(path)  # noqa: PTH111
+
+
 @dataclass(frozen=True)
 class InputFolder:
     """The folder that a command takes tracks from: the inbox, or the DIR of `once DIR`."""
@@ -50,7 +55,7 @@ class Workspace:
         """
         home = Path(os.path.realpath(home))  # unlike Path.resolve, it does not raise for a loop of links
         inbox, outbox, state = (
-            Path(os.path.realpath(home / Path(folder).expanduser()))
+            Path(os.path.realpath(home / expand_user(folder)))
             for folder in (folders.inbox, folders.outbox, folders.state)
         )
         for name, folder in (("outbox", outbox), ("state", state)):

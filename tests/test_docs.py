@@ -50,7 +50,7 @@ def test_its_parameters_are_checked_like_any_other_engine_s(
     home.configure({"name": "slow", "semitones": 99}, generate={"engine": "varispeed"})
     refused = run(capsys, monkeypatch, home, "once")
     assert refused.code == 2
-    assert "generate.variations[0].semitones: must be <= 12 for varispeed" in refused.err
+    assert "generate.variations[0].semitones: must be less than or equal to 12 for varispeed" in refused.err
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

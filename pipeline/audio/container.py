@@ -4,7 +4,7 @@ FFmpeg reads the containers. What it does not do is done here: find an ID3v2 tag
 than MPEG audio, tell a large tag in the middle of joined MP3 or ADTS files from sound, go on from one chained
 Ogg stream to another of a different format, and tell whether an Ogg file ends within a page.
 
-Sources: ID3v2.4 (3.1, 3.4), ID3v1, APEv2 and Lyrics3v2; RFC 3533 (6) for Ogg pages.
+Sources: ID3v2.4 (3.1, 3.4), ID3v1 and APEv2; RFC 3533 (6) for Ogg pages.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ class Part:
     """Bytes that one decoder reads, and how an Ogg stream ends."""
 
     stretches: tuple[Stretch, ...]
-    ends_in_page: bool = False  # the last page is incomplete
+    ends_in_page: bool = False  # the last page is incomplete, or junk follows it in place of the last one
     ends_unmarked: bool = False  # the last page lacks the end-of-stream flag
-    bytes_behind: int = 0  # between the last page and the end of the part
 
 
 class Window(io.RawIOBase):
@@ -49,12 +48,11 @@ class Window(io.RawIOBase):
         self._file = file
         self._stretches = part.stretches
         self._at = 0
-        self.skip = 0  # bytes at the beginning that are left out
         self.error: OSError | None = None
 
     @property
     def size(self) -> int:
-        return sum(end - start for start, end in self._stretches) - self.skip
+        return sum(end - start for start, end in self._stretches)
 
     def readable(self) -> bool:
         return True
@@ -72,14 +70,14 @@ class Window(io.RawIOBase):
 
     def peek(self, at: int, count: int) -> bytes:
         """Up to `count` bytes from `at` on, without moving the position."""
-        position, self._at = self._at, max(0, at)
-        data = self.read(max(0, count)) or b""
+        position, self._at = self._at, at
+        data = self.read(count) or b""
         self._at = position
         return data
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        at = self._at + self.skip
+        at = self._at
         for start, end in self._stretches:
             if at < end - start:
                 break
@@ -98,9 +96,9 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def read_at(file: BinaryIO | Window, at: int, count: int) -> bytes:
-    file.seek(at)
-    return file.read(max(0, count)) or b""
+def read_at(file: BinaryIO, at: int, count: int) -> bytes:
+    file.seek(max(0, at))
+    return file.read(max(0, count))
 
 
 def parts(file: BinaryIO, size: int) -> list[Part]:
@@ -109,18 +107,16 @@ def parts(file: BinaryIO, size: int) -> list[Part]:
     Raises:
         BadAudio: there are more than a thousand chained Ogg streams.
     """
-    start, end = _tags_end(file, size), _tags_start(file, size)
+    start = _tags_end(file, size)
     head = read_at(file, start, 64)
     if head.startswith(b"OggS"):
-        return _ogg_parts(file, start, end)
-    if head[8:12] == b"WAVE":
-        return [Part(_wav_stretches(file, start, end))]
+        return _ogg_parts(file, start, size)
     if is_container(head):
-        return [Part(((start, max(start, end)),))]
-    return [Part(tuple(_between_tags(file, start, end)))]
+        return [Part(((start, size),))]
+    return [Part(tuple(_between_tags(file, start, size)))]
 
 
-def find(file: BinaryIO | Window, start: int, end: int, pattern: re.Pattern[bytes]) -> Iterator[int]:
+def find(file: BinaryIO, start: int, end: int, pattern: re.Pattern[bytes]) -> Iterator[int]:
     """Where the pattern, of at most 32 bytes, occurs."""
     for at in range(start, end, _CHUNK_BYTES):
         data = read_at(file, at, min(_CHUNK_BYTES + 32, end - at))
@@ -130,7 +126,9 @@ def find(file: BinaryIO | Window, start: int, end: int, pattern: re.Pattern[byte
 
 
 def _between_tags(file: BinaryIO, start: int, end: int) -> Iterator[Stretch]:
-    """A stream of MPEG audio or ADTS frames without the ID3v2 and APEv2 tags in it."""
+    """A stream of MPEG audio or ADTS frames without the ID3v2, APEv2 and last ID3v1 tags in it."""
+    if read_at(file, end - 128, 3) == b"TAG":
+        end -= 128
     for at in find(file, start, end, re.compile(rb"ID3[\2-\4]\0|APETAGEX")):
         tag_start, tag_end = _tag_at(file, at)
         if start <= tag_start < tag_end:
@@ -142,12 +140,9 @@ def _between_tags(file: BinaryIO, start: int, end: int) -> Iterator[Stretch]:
 def _tags_end(file: BinaryIO, size: int) -> int:
     """The end of the tags in front, of which there may be several."""
     end = 0
-    while end < size:
-        start, tag_end = _tag_at(file, end)
-        if not start == end < tag_end:
-            break
-        end = tag_end
-    return end
+    while (tag := _tag_at(file, end)) and tag[0] == end < tag[1]:
+        end = tag[1]
+    return min(end, size)
 
 
 def _tag_at(file: BinaryIO, at: int) -> Stretch:
@@ -161,47 +156,6 @@ def _tag_at(file: BinaryIO, at: int) -> Stretch:
         is_header = flags >> 29 & 1
         return (at, at + 32 + length) if is_header else (at + 32 - length, at + 32)
     return at, at
-
-
-def _tags_start(file: BinaryIO, size: int) -> int:
-    """Where the ID3v1, ID3v2, Lyrics3v2 and APEv2 tags at the end of the file begin."""
-    end = size
-    while (length := _tag_before(file, end)) and length <= end:
-        end -= length
-    return end
-
-
-def _tag_before(file: BinaryIO, end: int) -> int:
-    """Bytes of the tag that ends at `end`; 0 where there is none."""
-    tail = read_at(file, max(0, end - 128), min(end, 128))
-    if len(tail) == 128 and tail.startswith(b"TAG"):
-        return 128
-    if lyrics := re.search(rb"(\d{6})LYRICS200$", tail):
-        return int(lyrics[1]) + 15
-    if tail[-10:-7] == b"3DI":  # an ID3v2.4 footer repeats the header
-        return 20 + sum(byte << shift for byte, shift in zip(tail[-4:], (21, 14, 7, 0), strict=True))
-    if tail[-32:-24] == b"APETAGEX":
-        length, _, flags = struct.unpack_from("<III", tail, len(tail) - 20)
-        return int(length + 32 * (flags >> 31))
-    return 0
-
-
-def _wav_stretches(file: BinaryIO, start: int, end: int) -> tuple[Stretch, ...]:
-    """All of it, or without the chunks between `fmt ` and `data` if one of odd size lacks its pad byte.
-
-    FFmpeg reads the names of all later chunks from the wrong place then and does not find `data`.
-    """
-    at, format_end = start + 12, start + 12
-    while at + 8 <= end:
-        name, size = struct.unpack("<4sI", read_at(file, at, 8))
-        if name == b"data":
-            return ((start, end),)
-        if not re.match(rb"[ -~]{4}", name):
-            break
-        at += 8 + size + size % 2
-        format_end = at if name == b"fmt " else format_end
-    data = next(find(file, format_end, end, re.compile(rb"data")), start)
-    return ((start, format_end), (data, end)) if data > format_end > start + 12 else ((start, end),)
 
 
 def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Part]:
@@ -223,12 +177,9 @@ def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Part]:
 
 def _ogg_part(file: BinaryIO, start: int, last_page: int, end: int) -> Part:
     flags, page_end = _ogg_page(file, last_page)
-    return Part(
-        ((start, min(page_end, end)),),
-        ends_in_page=page_end > end,
-        ends_unmarked=not flags & _OGG_LAST,
-        bytes_behind=max(0, end - page_end),
-    )
+    is_unmarked = not flags & _OGG_LAST
+    is_cut = page_end > end or (is_unmarked and page_end < end)
+    return Part(((start, min(page_end, end)),), ends_in_page=is_cut, ends_unmarked=is_unmarked)
 
 
 def _ogg_page(file: BinaryIO, at: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Decoding of an audio file of any kind to samples at one rate, within limits.
 
-FFmpeg is the decoder, and libsndfile is that of the few Ogg Vorbis files that FFmpeg does not open. The first
+FFmpeg is the decoder. The first
 bytes decide about the format, never the name. Each block is mixed down to at most two channels, checked and
 resampled before the next one is read, so that memory holds the result and little else, however far a small
 file unpacks.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -31,20 +32,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.audio.container import Part, Window, parts, read_at
+from pipeline.audio.container import Part, Window, find, parts, read_at
 from pipeline.audio.downmix import downmix_matrix, mix_down
 from pipeline.audio.ffmpeg import Block, Reader, UndecodableError
 from pipeline.audio.resampling import QUALITY
-from pipeline.audio.sndfile import SndfileReader
 from pipeline.audio.sniff import describe
 from pipeline.errors import BadAudio
 from pipeline.records import Audio, Samples, SourceInfo
 
-SLAB_FRAMES = 1 << 17  # large enough for the allocator to hand each slab back to the system
 MISSING_SHARE, MISSING_LEAST_S, MISSING_MOST_S = 0.01, 0.1, 5.0  # what may be missing: see above
 NOTED_S = 0.025  # a block of Vorbis that the start of a recording costs is shorter, a frame of MP3 longer
 NOTED_SILENCE_SHARE, NOTED_SILENCE_S = 0.1, 1.0
 _HEAD_BYTES = 4096
+# Protected sample entries (ISO/IEC 14496-12, 8.12.1) and the content encryption object of ASF.
+_ENCRYPTION = re.compile(
+    rb"sinf....frma|\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\x00\xa0\xc9\x55\xfc\x6e", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -87,110 +90,80 @@ def decode_file(
     if size > limits.max_bytes:
         raise BadAudio(f"is too big: {size:,} bytes, the limit is {limits.max_bytes:,}")
     sink = _Sink(sample_rate, limits.max_duration_s)
-    account = _Account()
     found = parts(file, size)
-    for part in found:
-        _decode_part(file, part, sink, account)
-    if account.is_encrypted:
+    readers = [reader for part in found if (reader := _decode_part(file, part, sink))]
+    problem = _problem(readers, len(found), sink.read_s)
+    is_noise = any(reader.is_noise for reader in readers)
+    is_empty = not sink.read_s
+    if (problem or is_noise or is_empty) and any(find(file, 0, size, _ENCRYPTION)):
         raise BadAudio("is encrypted (copy protection) and can't be decoded")
-    if not sink.read_s or account.is_noise:
+    if is_empty or is_noise:
         start, end = found[0].stretches[0]
         raise BadAudio(
             describe(read_at(file, start, min(end - start, _HEAD_BYTES)))
-            if account.bad_bytes or account.undecodable_parts
+            if len(readers) < len(found) or any(reader.bad_bytes for reader in readers)
             else "has no sound in it: not one sample can be decoded"
         )
-    problem = account.problem(sink.read_s)
     if problem and not limits.accept_truncated:
         raise BadAudio(f"{problem} (normalize.accept_truncated: true takes what is there)")
     if sink.read_s < limits.min_duration_s - NOTED_S:
         raise BadAudio(f"is too short: {sink.read_s:.2f} s, at least {limits.min_duration_s:g} s are needed")
-    notes = [problem] if problem else account.notes(sink.read_s)
+    notes = [problem] if problem else _notes(readers, sink.read_s)
     rate, channels = sink.main_format
-    info = SourceInfo(sink.read_s, rate, channels, account.codec, (*notes, *sink.notes()))
+    info = SourceInfo(sink.read_s, rate, channels, readers[0].codec, (*notes, *sink.notes()))
     return Audio(sink.finish(), sample_rate), info
 
 
-def _decode_part(file: BinaryIO, part: Part, sink: _Sink, account: _Account) -> None:
+def _decode_part(file: BinaryIO, part: Part, sink: _Sink) -> Reader | None:
+    """The reader after it has read everything; None if FFmpeg can't make sense of the part."""
     window = Window(file, part)
     try:
-        with contextlib.closing(_open(window)) as reader:
+        with contextlib.closing(Reader(window, part)) as reader:
             for block in reader.blocks():
                 sink.add(block)
-            account.add(part, reader)
+        return reader
     except UndecodableError:
-        account.undecodable_parts += 1
+        return None
     finally:
         if window.error:  # whatever the decoder made of it, the device failed
             raise window.error
 
 
-def _open(window: Window) -> Reader | SndfileReader:
-    try:
-        return Reader(window)
-    except UndecodableError as e:
-        if window.peek(0, 4) != b"OggS":
-            raise
-        with contextlib.suppress(UndecodableError):
-            return SndfileReader(window)
-        raise e
+def _problem(readers: list[Reader], n_parts: int, read_s: float) -> str:
+    """Why the file is not accepted as it is; empty if it is."""
+    missing_s = sum(reader.missing_s for reader in readers)
+    total_s = read_s + missing_s
+    if len(readers) < n_parts:
+        return f"is damaged: {n_parts - len(readers)} of the streams it is chained of can't be decoded"
+    if missing_s > min(max(MISSING_SHARE * total_s, MISSING_LEAST_S), MISSING_MOST_S):
+        return f"is cut off or damaged: {read_s:.1f} s of {total_s:.1f} s can be decoded"
+    early = _ends_early(readers)
+    if early and not any(reader.begins_late for reader in readers):
+        return f"is cut off: {early} after {read_s:.1f} s"
+    return ""
 
 
-@dataclass
-class _Account:
-    """What the parts of a file lack."""
+def _notes(readers: list[Reader], read_s: float) -> list[str]:
+    """What is worth knowing about an accepted file."""
+    notes = []
+    missing_s = sum(reader.missing_s for reader in readers)
+    bad_bytes = sum(reader.bad_bytes for reader in readers)
+    if missing_s > NOTED_S:
+        notes.append(f"{missing_s:.2f} s of {read_s + missing_s:.2f} s are missing or can't be decoded")
+    elif bad_bytes:
+        notes.append(f"{bad_bytes} bytes that can't be decoded were left out")
+    if early := _ends_early(readers):
+        notes.append(f"{early} after {read_s:.1f} s")
+    elif any(reader.part.ends_unmarked for reader in readers):
+        notes.append("the end-of-stream mark is missing")
+    return notes
 
-    codec: str = ""
-    missing_s: float = 0.0
-    bad_bytes: int = 0
-    undecodable_parts: int = 0
-    is_noise: bool = False
-    is_damaged: bool = False  # more than its end is missing
-    is_encrypted: bool = False
-    begins_late: bool = False
-    ends_early: str = ""  # what is incomplete where nothing tells how much is missing
-    ends_unmarked: bool = False
 
-    def add(self, part: Part, reader: Reader | SndfileReader) -> None:
-        self.codec = self.codec or reader.codec
-        self.missing_s += reader.missing_s
-        self.bad_bytes += reader.bad_bytes
-        self.is_noise |= reader.is_noise
-        self.is_damaged |= reader.has_gaps
-        self.begins_late |= reader.begins_late
-        self.ends_unmarked |= part.ends_unmarked
-        is_unplayable = reader.missing_s > MISSING_LEAST_S or reader.is_noise or not reader.read_s
-        self.is_encrypted |= is_unplayable and reader.is_encrypted()
-        if reader.ends_early:
-            self.ends_early = "the end of its last frame is missing"
-        if part.ends_in_page or (part.ends_unmarked and part.bytes_behind):
-            self.ends_early = "its last page is incomplete"
-
-    def problem(self, read_s: float) -> str:
-        """Why the file is not accepted as it is; empty if it is."""
-        total_s = read_s + self.missing_s
-        if self.undecodable_parts:
-            return f"is damaged: {self.undecodable_parts} of the streams it is chained of can't be decoded"
-        if self.missing_s > min(max(MISSING_SHARE * total_s, MISSING_LEAST_S), MISSING_MOST_S):
-            what = "cut off or damaged" if self.is_damaged else "cut off"
-            return f"is {what}: {read_s:.1f} s of {total_s:.1f} s can be decoded"
-        if self.ends_early and not self.begins_late:
-            return f"is cut off: {self.ends_early} after {read_s:.1f} s"
-        return ""
-
-    def notes(self, read_s: float) -> list[str]:
-        """What is worth knowing about an accepted file."""
-        notes = []
-        if self.missing_s > NOTED_S:
-            total_s = read_s + self.missing_s
-            notes.append(f"{self.missing_s:.2f} s of {total_s:.2f} s are missing or can't be decoded")
-        elif self.bad_bytes:
-            notes.append(f"{self.bad_bytes} bytes that can't be decoded were left out")
-        if self.ends_early:
-            notes.append(f"{self.ends_early} after {read_s:.1f} s")
-        elif self.ends_unmarked:
-            notes.append("the end-of-stream mark is missing")
-        return notes
+def _ends_early(readers: list[Reader]) -> str:
+    """What is incomplete at an end where nothing tells how much is missing; empty if nothing is."""
+    if any(reader.part.ends_in_page for reader in readers):
+        return "its last page is incomplete"
+    return "the end of its last frame is missing" if any(reader.ends_early for reader in readers) else ""
 
 
 class _Sink:
@@ -204,8 +177,7 @@ class _Sink:
         self._format: tuple[int, tuple[str, ...]] | None = None
         self._matrix: Samples | None = None
         self._stream: Any = None
-        self._slabs: deque[Samples] = deque()  # float32 (SLAB_FRAMES or fewer, channels)
-        self._n_filled = 0  # samples in the last slab
+        self._blocks: deque[Samples] = deque()  # at the wanted rate: float32 (samples, channels)
 
     @property
     def read_s(self) -> float:
@@ -240,18 +212,18 @@ class _Sink:
         if self.read_s > self._max_duration_s:
             raise BadAudio(f"is too long: more than {self._max_duration_s:g} s")
         self._silent_s = 0.0 if samples[-1:].any() or samples.any() else self._silent_s + len(samples) / rate
-        self._store(samples, last=False)
+        self._store(samples)
 
     def finish(self) -> Samples:
-        """Everything, float32 (channels, samples); each slab is released when it has been copied."""
+        """Everything, float32 (channels, samples); each block is released when it has been copied."""
         self._end()
-        channels = max(slab.shape[1] for slab in self._slabs)
-        whole = np.empty((channels, sum(map(len, self._slabs))), dtype=np.float32)
+        channels = max(block.shape[1] for block in self._blocks)
+        whole = np.empty((channels, sum(map(len, self._blocks))), dtype=np.float32)
         at = 0
-        while self._slabs:
-            slab = self._slabs.popleft()
-            whole[:, at : at + len(slab)] = slab.T  # mono among stereo goes to both channels
-            at += len(slab)
+        while self._blocks:
+            block = self._blocks.popleft()
+            whole[:, at : at + len(block)] = block.T  # mono among stereo goes to both channels
+            at += len(block)
         return whole
 
     def _begin(self, rate: int, names: tuple[str, ...]) -> None:
@@ -266,27 +238,15 @@ class _Sink:
             self._stream = soxr.ResampleStream(
                 rate, self._sample_rate, min(len(names), 2), dtype="float32", quality=QUALITY
             )
-        self._add_slab()
 
     def _end(self) -> None:
-        if self._format is not None:
-            self._store(np.zeros((0, self._slabs[-1].shape[1]), dtype=np.float32), last=True)
-            self._slabs[-1] = self._slabs[-1][: self._n_filled]
+        if self._stream is not None:
+            self._store(np.zeros((0, self._blocks[-1].shape[1]), dtype=np.float32), last=True)
 
-    def _add_slab(self) -> None:
-        assert self._format is not None
-        self._slabs.append(np.empty((SLAB_FRAMES, min(len(self._format[1]), 2)), dtype=np.float32))
-        self._n_filled = 0
-
-    def _store(self, samples: Samples, *, last: bool) -> None:
+    def _store(self, samples: Samples, *, last: bool = False) -> None:
         if self._stream is not None:
             samples = self._stream.resample_chunk(np.ascontiguousarray(samples), last=last)
-        while len(samples):
-            if self._n_filled == SLAB_FRAMES:
-                self._add_slab()
-            part, samples = np.split(samples, [SLAB_FRAMES - self._n_filled])
-            self._slabs[-1][self._n_filled : self._n_filled + len(part)] = part
-            self._n_filled += len(part)
+        self._blocks.append(samples)
 
     def _check_finite(self, samples: Samples, rate: int) -> None:
         finite = np.isfinite(samples)

@@ -10,13 +10,12 @@ import contextlib
 import io
 import re
 import struct
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.audio.container import Window, find
+from pipeline.audio.container import Part, Window
 from pipeline.errors import BadAudio
 from pipeline.records import Samples
 
@@ -29,31 +28,19 @@ _FORMATS = (
     "mj2,mp3,mpc,mpc8,mpeg,mpegts,mxf,nut,ogg,oma,rm,spdif,tak,truehd,tta,voc,w64,wav,wv,xwma"
 )
 # Containers whose header states the duration; for others FFmpeg may guess it from the bit rate.
-_STATE_DURATION = {"aiff", "ape", "au", "dsf", "flac", "mov", "mpc8", "ogg", "tak", "tta", "wv"}
+_STATE_DURATION = {"aiff", "ape", "au", "caf", "dsf", "flac", "mov", "mpc8", "ogg", "tak", "tta", "wv"}
 # Containers that state to the sample where the audio ends, while FFmpeg may go on with padding or tags.
 _STATE_END = {"au", "mov", "ogg"}
 _FRAME_STREAMS = {"aac", "mp3"}
-_JOINED_SLACK_S = 0.2  # at most encoder delay and padding, which FFmpeg does not remove from joined files
-_ASF_SLACK_S = 0.1  # padding of packets that the duration includes
 _MOST_PADDING_S = 0.15  # behind the stated end; more is sound behind a wrong statement
-_PADDING_BYTES = 1 << 12  # of zeros behind a stream of frames that count as padding
 _LATE_S = 0.5  # a stream whose first timestamp is later was recorded from the middle of a broadcast
-_GAP_S = 0.02
-# The header frame of an MP3 file: MPEG version, sample rate, number of frames by Xing and LAME or Fraunhofer.
+# The header frame of an MP3 file with the number of frames, by Xing and LAME or by Fraunhofer.
 _MP3_INFO = re.compile(
-    rb"\xff([\xe2-\xff])(.).{10,35}?"
+    rb"\xff[\xe2-\xff].{11,36}?"
     rb"(?:(?:Xing|Info)\0\0\0(?:[\1\3\5\7\x09\x0b\x0d\x0f](.{4}))?|VBRI.{10}(.{4}))",
     re.DOTALL,
 )
-_MP3_RATES_HZ = (44100, 48000, 32000, 0)
 _HEAD_BYTES = 4096  # more than a frame of MP3 has
-_ASF_FILE_SIZE = re.compile(
-    rb"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11\x8e\xe4\x00\xc0\x0c\x20\x53\x65.{24}(.{8})", re.DOTALL
-)
-# Protected sample entries (ISO/IEC 14496-12, 8.12.1) and the content encryption object of ASF.
-_ENCRYPTION = re.compile(
-    rb"sinf....frma|\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\x00\xa0\xc9\x55\xfc\x6e", re.DOTALL
-)
 _STREAMED_SIZES = range(0x7FFFF000, 0x100000000)  # written by programs that do not know the size yet
 _UNKNOWN_SIZE = 1 << 40  # the same in fields of 64 bits
 # How frames of DTS (ETSI TS 102 114, words of 16 or 14 bits) and bursts of IEC 61937 begin, in both byte
@@ -85,28 +72,55 @@ class Reader:
         BadAudio: there is no audio stream, or it can't be used.
     """
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, part: Part) -> None:
+        import av
+
+        av.logging.set_level(None)
+        self.part = part
         self.read_s = 0.0
         self.bad_bytes = 0  # of packets that can't be decoded
-        self.has_gaps = False  # something is missing before the end
         self.ends_early = False  # the data ends within a packet, and no header says how much should follow
         self._window = window
-        self._file: Any = None
+        self._errors = (av.FFmpegError, ValueError)
         self._good_bytes = 0
+        self._good_s = 0.0  # of packets, encoder delay and padding included
         self._behind_end: list[Samples] = []
         self._is_broken = False  # the container is, at the place where reading stopped
         self._is_integer = False
         self._n_searched = 0  # bytes
         self._sync_words: list[int] = []  # their first bytes
-        self._open()
-        if self.format == "mp3" and self._first_pos and _MP3_INFO.match(bytes(self._first)):
-            self._window.skip = self._first_pos  # FFmpeg looks for the header frame at the beginning only
-            self._open()
-        elif self.format == "wav" and self._data_goes_on():
-            self._open({"ignore_length": "1"})
-        self.declared_s = self._declared_s()  # None: not stated
-        missing_bytes = self._declared_bytes() - window.size
-        self._missing_bytes = missing_bytes if 0 < missing_bytes < _UNKNOWN_SIZE else 0
+        try:
+            self._container = av.open(
+                io.BufferedReader(window, 1 << 16),
+                mode="r",
+                options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
+                metadata_errors="replace",
+                io_open=_refuse,
+            )
+        except self._errors as e:
+            raise UndecodableError(str(e)) from e
+        self.format = self._container.format.name.split(",")[0]
+        self._stream: Any = self._container.streams.best("audio")
+        if self._stream is None:
+            raise BadAudio("has no audio stream")
+        context = self._stream.codec_context
+        if context is None:
+            raise BadAudio("has an audio stream in a codec that can't be decoded")
+        rate, channels = context.sample_rate, context.channels
+        if rate and not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
+            raise BadAudio(f"has a sample rate of {rate} Hz; {MIN_RATE_HZ} to {MAX_RATE_HZ} can be used")
+        if channels > MAX_CHANNELS:
+            raise BadAudio(f"has {channels} channels; up to {MAX_CHANNELS} can be used")
+        context.thread_count = 1
+        self.codec = str(context.codec.canonical_name)
+        self._time_base_s = float(self._stream.time_base or 0)
+        self._packets = self._container.demux(self._stream)
+        self._first = self._next()
+        if self._first is None and self._is_broken:
+            raise UndecodableError("not one packet can be read")
+        self._first_pos = max(0, self._first.pos or 0) if self._first else 0
+        self._declared_s = self._stated_s()  # None: not stated
+        self._missing_bytes = max(0, self._stated_bytes() - window.size)
         if self.format in _FRAME_STREAMS:
             self.begins_late = self._first_pos > 0
         else:
@@ -118,17 +132,15 @@ class Reader:
     @property
     def missing_s(self) -> float:
         """How much less was read than there should be, by the header or by the bytes that were lost."""
-        lost_bytes = self._missing_bytes + (self.bad_bytes if self.declared_s is None else 0)
+        lost_bytes = self._missing_bytes + (self.bad_bytes if self._declared_s is None else 0)
         lost_s = lost_bytes * self.read_s / max(1, self._good_bytes)
-        return max(lost_s, (self.declared_s or 0.0) - self.read_s)
+        present_s = self._good_s if self.format == "mp3" else self.read_s
+        return max(lost_s, (self._declared_s or 0.0) - present_s)
 
     @property
     def is_noise(self) -> bool:
         """Whether so little can be decoded that it looks like audio by chance."""
-        return self.declared_s is None and self.bad_bytes > self._good_bytes
-
-    def is_encrypted(self) -> bool:
-        return any(True for _ in find(self._window, 0, self._window.size, _ENCRYPTION))
+        return self._declared_s is None and self.bad_bytes > 2 * self._good_bytes
 
     def blocks(self) -> Iterator[Block]:
         """All that can be decoded, in order; what can't be is counted and left out, as players do."""
@@ -146,57 +158,6 @@ class Reader:
             yield from self._convert(graph, frame)
         yield from self._convert(graph, None)
 
-    def _open(self, options: dict[str, str] | None = None) -> None:
-        """Open the container, or open it anew, and read the first packet."""
-        import av
-
-        av.logging.set_level(None)
-        self._errors = (av.FFmpegError, ValueError)
-        if self._file is not None:
-            self.close()
-            self._file.detach()  # otherwise it would close the window
-        self._window.seek(0)
-        self._file = io.BufferedReader(self._window, 1 << 16)
-        try:
-            self._container = av.open(
-                self._file,
-                mode="r",
-                options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"} | (options or {}),
-                metadata_errors="replace",
-                io_open=_refuse,
-            )
-        except self._errors as e:
-            raise UndecodableError(str(e)) from e
-        self.format = self._container.format.name.split(",")[0]
-        self._stream: Any = self._container.streams.best("audio")
-        if self._stream is None:
-            raise BadAudio("has no audio stream")
-        self._context = self._stream.codec_context
-        if self._context is None:
-            raise BadAudio("has an audio stream in a codec that can't be decoded")
-        rate, channels = self._context.sample_rate, self._context.channels
-        if rate and not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
-            raise BadAudio(f"has a sample rate of {rate} Hz; {MIN_RATE_HZ} to {MAX_RATE_HZ} can be used")
-        if channels > MAX_CHANNELS:
-            raise BadAudio(f"has {channels} channels; up to {MAX_CHANNELS} can be used")
-        self._context.thread_count = 1
-        self.codec = str(self._context.codec.canonical_name)
-        self._time_base_s = float(self._stream.time_base or 0)
-        self._packets = self._container.demux(self._stream)
-        self._first = self._next()
-        if self._first is None and self._is_broken:
-            raise UndecodableError("not one packet can be read")
-        self._first_pos = max(0, self._first.pos or 0) if self._first else 0
-
-    def _data_goes_on(self) -> bool:
-        """Whether a WAV file has more behind its `data` chunk than in it, and no other chunk there."""
-        start = self._first_pos
-        head = self._window.peek(start - 8, 8)
-        end = start + int.from_bytes(head[4:], "little")
-        behind = self._window.peek(end + end % 2, 4)
-        goes_on = head[:4] == b"data" and end > start and self._window.size - end > end - start
-        return goes_on and not re.match(rb"[ -~]{4}", behind)
-
     def _next(self) -> Any:
         try:
             return next(self._packets, None)
@@ -205,50 +166,46 @@ class Reader:
             return None
 
     def _frames(self) -> Iterator[Any]:
-        packet, last = self._first, b""
+        packet, last, is_bad = self._first, b"", False
         sizes: set[int] = set()  # of all packets but the last
-        expected_s, bad = sys.maxsize, False
         while packet is not None:
             try:
-                frames = [] if last and self._is_header_frame(packet) else packet.decode()
-                self._good_bytes += packet.size
+                frames = [] if self._is_header_frame(packet) else packet.decode()
+                failed = packet.is_corrupt and self.format == "mov"
             except self._errors:
-                frames, bad = [], True
-                self.bad_bytes += packet.size
+                frames, failed = [], True
             for frame in frames:
-                at_s = self._seconds(frame.pts)
-                self.has_gaps |= bad or at_s > expected_s + _GAP_S
-                bad, expected_s = False, at_s + frame.samples / max(1, frame.sample_rate)
-                if _is_usable(frame.sample_rate, frame.layout.nb_channels):
+                is_usable = MIN_RATE_HZ <= frame.sample_rate <= MAX_RATE_HZ
+                if is_usable and frame.layout.nb_channels <= MAX_CHANNELS:  # else it is damaged
                     yield frame
+            if failed:
+                self.bad_bytes += packet.size
+            else:
+                self._good_bytes += packet.size
+                self._good_s += self._seconds(packet.duration)
             if packet.size:
-                self.ends_early = packet.is_corrupt
+                is_bad = failed
                 if self.format in _FRAME_STREAMS:
                     sizes |= {len(last)} if last else set()
                     last = bytes(packet)
             packet = self._next()
-        if self.format in _FRAME_STREAMS:
-            self._finish_frame_stream(last, bad, sizes)
-        else:
-            is_cut = self.ends_early and self.format == "mov" and not self._stream.frames  # fragments
-            breaks_off = self._is_broken or (bad and self.format == "flac")
-            self.ends_early = is_cut or (breaks_off and self.declared_s is None)
+        if self.format in _FRAME_STREAMS:  # FFmpeg passes over bytes that belong to no frame
+            self.bad_bytes = max(self.bad_bytes, self._window.size - self._first_pos - self._good_bytes)
+            is_frame = last[:1] == b"\xff" and last[1:2] >= b"\xe0"
+            is_short = len(sizes) <= 2 and len(last) < min(sizes, default=0)  # at a constant bit rate
+            is_bad = is_frame and (is_bad or is_short)
+        self.ends_early = self._declared_s is None and (is_bad or self._is_broken)
 
     def _is_header_frame(self, packet: Any) -> bool:
-        """Whether another MP3 file, joined to the first, begins with this packet, which has no audio then."""
+        """Whether an MP3 file that is joined to another begins with this packet, which has no audio then."""
         info = _MP3_INFO.match(bytes(packet)) if self.format == "mp3" else None
-        if self.declared_s is not None:
-            self.declared_s += _mp3_declared_s(info) or 0.0
+        if info and self._declared_s is not None:
+            self._declared_s += self._mp3_stated_s(info, packet)
         return info is not None
 
-    def _finish_frame_stream(self, last: bytes, is_bad: bool, sizes: set[int]) -> None:
-        """Find what is missing without a header: FFmpeg passes over bytes that belong to no frame."""
-        is_frame = last[:1] == b"\xff" and last[1:2] >= b"\xe0"
-        is_short = len(sizes) <= 2 and len(last) < min(sizes, default=0)  # at a constant bit rate
-        self.ends_early = self.declared_s is None and is_frame and (is_bad or is_short)
-        end = self._window.peek(self._window.size - _PADDING_BYTES, _PADDING_BYTES)
-        used = self._first_pos + self._good_bytes + len(end) - len(end.rstrip(b"\0"))
-        self.bad_bytes = max(self.bad_bytes, self._window.size - used)
+    def _mp3_stated_s(self, info: re.Match[bytes], packet: Any) -> float:
+        """The duration that a header frame states, encoder delay and padding included; 0 for none."""
+        return int.from_bytes(info[1] or info[2] or b"") * self._seconds(packet.duration)
 
     def _convert(self, graph: Any, frame: Any) -> Iterator[Block]:
         """Push a frame, or with None the end, and pull the blocks that are ready."""
@@ -256,28 +213,26 @@ class Reader:
             return
         with contextlib.suppress(*self._errors):
             graph.push(frame)
-        while (part := self._pull(graph)) is not None:
+        while True:
+            try:
+                part = graph.pull()
+            except self._errors:  # it needs more, or it is at its end
+                return
             names = tuple(channel.name for channel in part.layout.channels)
             samples = self._without_padding(part.to_ndarray().reshape(-1, len(names)), part.sample_rate)
             self._check_bit_stream(samples)
             self.read_s += len(samples) / part.sample_rate
             yield Block(samples, part.sample_rate, names)
 
-    def _pull(self, graph: Any) -> Any:
-        try:
-            return graph.pull()
-        except self._errors:  # it needs more, or it is at its end
-            return None
-
     def _without_padding(self, samples: Samples, sample_rate: int) -> Samples:
         """Hold back what lies behind the stated end, until it is too much to be padding."""
-        if self.format not in _STATE_END or self.declared_s is None:
+        if self.format not in _STATE_END or self._declared_s is None:
             return samples
-        n_left = max(0, round((self.declared_s - self.read_s) * sample_rate))
+        n_left = max(0, round((self._declared_s - self.read_s) * sample_rate))
         self._behind_end.append(samples[n_left:])
         if sum(map(len, self._behind_end)) <= _MOST_PADDING_S * sample_rate:
             return samples[:n_left]
-        self.declared_s = None
+        self._declared_s = None
         return np.concatenate([samples[:n_left], *self._behind_end])
 
     def _check_bit_stream(self, samples: Samples) -> None:
@@ -293,42 +248,38 @@ class Reader:
     def _seconds(self, timestamp: int | None) -> float:
         return (timestamp or 0) * self._time_base_s
 
-    def _declared_s(self) -> float | None:
+    def _stated_s(self) -> float | None:
         duration_s = self._seconds(self._stream.duration)
         if self.format == "mp3":
-            before = self._window.peek(self._first_pos - _HEAD_BYTES, min(self._first_pos, _HEAD_BYTES))
-            stated_s = _mp3_declared_s(_MP3_INFO.search(before))
-            if stated_s is None or 0 <= stated_s - duration_s < _JOINED_SLACK_S:
-                return None if stated_s is None else duration_s
-            return stated_s - _JOINED_SLACK_S
-        if self.format in ("asf", "matroska") and not self._container.streams.video:
-            duration_s = float(self._container.duration or 0) / 1e6
-            return duration_s - (_ASF_SLACK_S if self.format == "asf" else 0.0) if duration_s else None
-        if self.format == "avi":
+            info = _MP3_INFO.search(self._before_first(_HEAD_BYTES))
+            return self._mp3_stated_s(info, self._first) or None if info else None
+        if self.format == "matroska" and not self._container.streams.video:
+            return float(self._container.duration or 0) / 1e6 or None
+        if self.format == "avi" or (self.format == "caf" and "pcm" in self.codec):
             return self._seconds(self._stream.frames) or None
         if self.codec == "opus" and self.format == "ogg" and duration_s:
-            pre_skip = int.from_bytes((self._context.extradata or b"")[10:12], "little")
+            pre_skip = int.from_bytes((self._stream.codec_context.extradata or b"")[10:12], "little")
             return duration_s - max(0.0, self._seconds(self._stream.start_time)) - pre_skip / 48000
-        is_stated = self.format in _STATE_DURATION or (self.format == "caf" and "pcm" not in self.codec)
-        return duration_s or None if is_stated else None
+        if self.format == "mov" and not self._stream.frames:  # what was found of its fragments
+            return None
+        return duration_s or None if self.format in _STATE_DURATION else None
 
-    def _declared_bytes(self) -> int:
-        """The least size that the header states for the data; 0 where it states none."""
-        head = self._window.peek(0, _HEAD_BYTES)
-        start = self._first_pos
-        before = self._window.peek(start - 24, min(start, 24)).rjust(24, b"\0")
+    def _stated_bytes(self) -> int:
+        """The least size of a file that holds all of its `data` chunk; 0 where the header does not tell."""
+        head, before = self._window.peek(0, 36), self._before_first(24).rjust(24, b"\0")
         if self.format == "wav" and before[16:20] == b"data":
             is_long = head[12:16] == b"ds64"
             (size,) = struct.unpack("<Q", head[28:36]) if is_long else struct.unpack("<I", before[20:])
-            return 0 if size in _STREAMED_SIZES and not is_long else start + int(size)
-        if self.format == "w64" and before[:4] == b"data":
-            return start - 24 + int(struct.unpack("<Q", before[16:])[0])
-        if self.format == "caf" and before[8:12] == b"data":
-            return start - 4 + int(struct.unpack(">q", before[12:20])[0])
-        if self.format == "avi":
-            return 8 + int(struct.unpack("<I", head[4:8])[0])
-        stated = _ASF_FILE_SIZE.search(head) if self.format == "asf" else None
-        return int.from_bytes(stated[1], "little") if stated else 0
+        elif self.format == "w64" and before[:4] == b"data":
+            size = struct.unpack("<Q", before[16:])[0] - 24
+        else:
+            return 0
+        return 0 if size in _STREAMED_SIZES or size > _UNKNOWN_SIZE else self._first_pos + int(size)
+
+    def _before_first(self, count: int) -> bytes:
+        """Up to `count` bytes before the first packet."""
+        start = max(0, self._first_pos - count)
+        return self._window.peek(start, self._first_pos - start)
 
 
 def _to_packed_floats(frame: Any) -> Any:
@@ -351,19 +302,6 @@ def _to_packed_floats(frame: Any) -> Any:
     graph.link_nodes(source, graph.add("aformat", "sample_fmts=flt"), graph.add("abuffersink")).configure()
     graph.set_audio_frame_size(_BLOCK_FRAMES)
     return graph
-
-
-def _is_usable(sample_rate: int, channels: int) -> bool:
-    return MIN_RATE_HZ <= sample_rate <= MAX_RATE_HZ and channels <= MAX_CHANNELS
-
-
-def _mp3_declared_s(info: re.Match[bytes] | None) -> float | None:
-    """The duration that the header frame of an MP3 file states, encoder delay and padding included."""
-    if info is None or not (count := int.from_bytes(info[3] or info[4] or b"", "big")):
-        return None
-    version, rate_hz = info[1][0] >> 3 & 3, _MP3_RATES_HZ[info[2][0] >> 2 & 3]
-    samples, divisor = {3: (1152, 1), 2: (576, 2), 0: (576, 4)}.get(version, (0, 1))
-    return count * samples * divisor / rate_hz if rate_hz else None
 
 
 def _refuse(url: str, flags: int, options: object) -> object:

@@ -55,11 +55,11 @@ def loudness_lufs(audio: Audio) -> float:
     if audio.n_samples < shortest:
         samples = np.resize(samples.T, (shortest, audio.channels)).T
     power = np.sum([_block_powers(channel, audio.sample_rate) for channel in samples], axis=0)
-    above = power[power >= _power_of(ABSOLUTE_GATE_LUFS)]
+    above = power[power >= 10.0 ** ((ABSOLUTE_GATE_LUFS + LUFS_OFFSET_DB) / 10)]
     if not len(above):
         return -math.inf
     relative_gate = float(np.mean(above)) * 10.0 ** (RELATIVE_GATE_LU / 10)
-    return _lufs_of(float(np.mean(above[above > relative_gate])))
+    return 10 * math.log10(float(np.mean(above[above > relative_gate]))) - LUFS_OFFSET_DB
 
 
 def _block_powers(channel: Samples, sample_rate: int) -> NDArray[np.float64]:
@@ -84,14 +84,6 @@ def _block_powers(channel: Samples, sample_rate: int) -> NDArray[np.float64]:
         energy[first : first + len(starts)] = np.add.reduceat(np.square(weighted), starts)
     blocks = np.convolve(energy, np.ones(STEPS_PER_BLOCK), mode="valid")
     return blocks / (BLOCK_S * sample_rate)
-
-
-def _power_of(lufs: float) -> float:
-    return float(10.0 ** ((lufs + LUFS_OFFSET_DB) / 10))
-
-
-def _lufs_of(power: float) -> float:
-    return 10 * math.log10(power) - LUFS_OFFSET_DB
 
 
 def true_peak_dbtp(audio: Audio) -> float:

@@ -214,7 +214,7 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
 def requeue(
     context: typer.Context,
     track: str,
-    stage: Annotated[str | None, typer.Option(help=f"First stage to repeat: {', '.join(Stage)}.")] = None,
+    stage: Annotated[Stage | None, typer.Option(help="First stage to repeat.")] = None,
 ) -> int:
     """Process a finished track again.
 
@@ -222,15 +222,13 @@ def requeue(
     """
     from pipeline.maintenance.reconcile import has_source
 
-    if stage is not None and stage not in list(Stage):
-        raise typer.BadParameter(f"must be one of {', '.join(Stage)}", param_hint="--stage")
     app = _app(context)
     store = app.open_store()
     found = store.find(track)
     if not has_source(found, store, app.workspace):
         typer.echo(f"{found.name}: its source is gone: put it in the inbox first", err=True)
         return SOME_FAILED
-    stages = [Stage(stage)] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
+    stages = [stage] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):
         typer.echo(f"{found.name}: is being processed; requeue it when it is done", err=True)
         return SOME_FAILED

@@ -13,7 +13,7 @@ from pipeline.engines import cards
 from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
 from pipeline.errors import PipelineError, os_reason
-from pipeline.maintenance.reconcile import Finding, reconcile
+from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.store.store import Store
 from pipeline.weights import hub
@@ -104,7 +104,7 @@ def _choice(app: App, stage: Literal["embed", "generate"]) -> Iterator[Check]:
 
 
 def _database(app: App, *, repair: bool) -> Iterator[Check]:
-    """Whether the database is intact, and if so, whether the outbox agrees with it."""
+    """Whether the database is intact, and if so, whether every recorded result is in the outbox."""
     if not app.workspace.database.exists():
         yield Check("ok", "database", "not created yet: nothing has been processed")
         return
@@ -112,11 +112,6 @@ def _database(app: App, *, repair: bool) -> Iterator[Check]:
     store.check()
     counts = ", ".join(f"{n} {state}" for state, n in store.counts().items())
     yield Check("ok", "database", f"intact: {counts}")
-    yield from _outbox(app, store, repair=repair)
-
-
-def _outbox(app: App, store: Store, *, repair: bool) -> Iterator[Check]:
-    """Whether every recorded result is in the outbox, byte for byte."""
     findings = reconcile(
         store,
         Outbox(app.workspace.outbox),
@@ -129,12 +124,9 @@ def _outbox(app: App, store: Store, *, repair: bool) -> Iterator[Check]:
     if app.workspace.is_locked() and not repair:  # files of the running instance look like leftovers
         findings = [finding for finding in findings if finding.kind != "leftover"]
     for finding in findings:
-        yield Check("note" if _is_harmless(finding) else "bad", finding.where, finding.text)
+        is_harmless = finding.mended or finding.kind == "unknown"
+        yield Check("note" if is_harmless else "bad", finding.where, finding.text)
     if not findings:
         yield Check("ok", "outbox", "all results are as recorded")
     elif not repair and any(finding.kind in ("result", "leftover") for finding in findings):
         yield Check("note", "repair", "stop the running instance, if any, and run `doctor --repair`")
-
-
-def _is_harmless(finding: Finding) -> bool:
-    return finding.mended or finding.kind == "unknown"

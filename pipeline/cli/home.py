@@ -26,7 +26,7 @@ def find_home(given: Path | None, default: Path | None, *, has_config: bool, pro
     home = given or default or Path.cwd()
     if not home.is_dir():
         problem = "does not exist" if not home.exists() else "is not a folder"
-    elif has_config or is_home(home):
+    elif has_config or (home / DEFAULT_CONFIG).is_file() or (home / Folders().inbox).is_dir():
         return home
     else:
         problem = f"is not a home: it has neither {DEFAULT_CONFIG} nor a folder inbox"
@@ -34,10 +34,6 @@ def find_home(given: Path | None, default: Path | None, *, has_config: bool, pro
         f"{printable(home)} {problem}: name another home with --home, or make one with"
         f" `{program} init {printable(home)}`"
     )
-
-
-def is_home(folder: Path) -> bool:
-    return (folder / DEFAULT_CONFIG).is_file() or (folder / Folders.model_fields["inbox"].default).is_dir()
 
 
 def make_home(folder: Path) -> Workspace:
@@ -50,7 +46,7 @@ def make_home(folder: Path) -> Workspace:
     config = folder / DEFAULT_CONFIG
     if config.exists():
         raise ConfigError(f"{printable(config)} exists: {printable(folder)} is a home already")
-    workspace = Workspace.of(folder, Folders.model_construct())
+    workspace = Workspace.of(folder, Folders())
     workspace.prepare()
     config.parent.mkdir(exist_ok=True)
     shutil.copyfile(TEMPLATE, config)

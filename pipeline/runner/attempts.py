@@ -1,4 +1,4 @@
-"""The policy for failures: whose fault an error is, what is tried again, and when a track is given up."""
+"""Tracks in processing, and the policy for failures: whose fault an error is, and what is tried again."""
 
 from __future__ import annotations
 
@@ -6,25 +6,72 @@ import errno
 import logging
 import sqlite3
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
-from pipeline.config import Retry
-from pipeline.errors import BadAudio, FolderUnusable, PipelineError, SourceAway, SourceGone, Stopped
+from pipeline.config import Config
+from pipeline.errors import (
+    BadAudio,
+    EngineFailure,
+    FolderUnusable,
+    PipelineError,
+    SourceAway,
+    SourceGone,
+    Stopped,
+)
 from pipeline.fs.disk import environment_error
+from pipeline.intake.archive import archive_files
+from pipeline.intake.ingest import recheck_time
+from pipeline.plan import TrackPlan, VariationUnit
 from pipeline.progress import Reporter
-from pipeline.records import Stage
-from pipeline.runner.job import Job
+from pipeline.records import Audio, Stage, VariationRequest
 from pipeline.runner.retry import backoff_s
 from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workspace
+from pipeline.workspace import Scratch, Workspace
 
 log = logging.getLogger("pipeline")
 
 MISSING_INBOX_PAUSE_S = 30.0  # between tries to read a source whose inbox is missing
-NO_SUCH_FILE = -float("inf")  # from `recheck_time`: no file has these bytes any more
+RESULT_CHECK = "outbox"  # recorded as the stage of a failure while existing results are checked
+
+
+@dataclass
+class Job:
+    """One track, its plan, and what is finished of it."""
+
+    track: Track
+    plan: TrackPlan
+    scratch: Scratch
+    normalized: dict[str, Any] = field(default_factory=dict)  # the record of the finished unit, or empty
+    embedding: dict[str, Any] = field(default_factory=dict)  # likewise
+    variations: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished units' records, by key
+    attempt: int | None = None  # id of the open attempt
+    stage: str = RESULT_CHECK  # the stage that runs now
+    over: bool = False  # done, failed or queued again
+
+    @property
+    def missing(self) -> list[VariationUnit]:
+        return [unit for unit in self.plan.variations if unit.key not in self.variations]
+
+    def audio(self) -> Audio:
+        """The normalized audio, mapped from the state folder."""
+        loaded = self.scratch.load_normalized(self.plan.normalize_key, self.normalized["sample_rate"])
+        if loaded is None:
+            raise EngineFailure("the normalized audio has disappeared from the state folder")
+        return loaded
+
+    def request(self, unit: VariationUnit, source: Audio) -> VariationRequest:
+        return VariationRequest(
+            request_id=unit.key,
+            track_id=self.track.sha256,
+            audio=source,
+            duration_s=source.duration_s if unit.duration_s == "source" else unit.duration_s,
+            seed=unit.seed,
+            params=unit.params,
+        )
 
 
 @dataclass
@@ -40,14 +87,12 @@ class RunResult:
 class Attempts:
     """Begins, ends and counts the attempts of claimed tracks."""
 
-    retry: Retry
+    config: Config
     workspace: Workspace
     store: Store
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
-    archive: Callable[[Track, str | None], None]  # the track's files; the text is why it failed
-    recheck_time: Callable[[str], float | None]  # see `pipeline.intake.ingest.recheck_time`
     result: RunResult = field(default_factory=RunResult)
 
     @contextmanager
@@ -107,14 +152,18 @@ class Attempts:
         An error that may pass because the source is still being written, or because the inbox is
         missing, is not counted.
         """
-        if job.over or self._wait_for_complete_file(job, error) or self._wait_for_inbox(job, error):
+        if job.over or self._wait_for_complete_file(job, error):
+            return
+        if isinstance(error, SourceAway):
+            self._put_off(job, error, until=self.clock() + MISSING_INBOX_PAUSE_S)
+            log.info("%s: %s", job.track.name, error_text(error))
             return
         track, text, now = job.track, error_text(error), self.clock()
         current = self.store.track(track.sha256)  # units finished since the claim reset the count
         attempts = (current or track).attempts + 1
         permanent = isinstance(error, PipelineError) and error.permanent
-        final = permanent or attempts >= self.retry.max_attempts
-        wait_s = backoff_s(track.sha256, attempts, self.retry)
+        final = permanent or attempts >= self.config.retry.max_attempts
+        wait_s = backoff_s(track.sha256, attempts, self.config.retry)
         log.debug("%s: %s failed", track.name, job.stage, exc_info=error)
         with self.store.transaction():
             self.end(job, AttemptOutcome.FAILED, error=error)
@@ -133,20 +182,23 @@ class Attempts:
         track = job.track
         self.result.failed.add(track.sha256)
         self.reporter.failed(track.name, text)
-        self.archive(
-            track, f"{track.name} {text}" if isinstance(error, BadAudio) else f"{track.name}: {text}"
-        )
+        self.archive(track, f"{track.name}{' ' if isinstance(error, BadAudio) else ': '}{text}")
         job.scratch.clear()
+
+    def archive(self, track: Track, error: str | None) -> None:
+        """Archive the track's files; `error`: why it failed."""
+        files = self.store.files_of(track.sha256)
+        archive_files(self.store, files, self.workspace.inbox, self.config.intake, error=error)
 
     def _wait_for_complete_file(self, job: Job, error: Exception) -> bool:
         """Whether the bytes that can't be used may be the beginning of a file that is still being written."""
         if not isinstance(error, BadAudio) or isinstance(error, SourceGone) or job.stage != Stage.NORMALIZE:
             return False
         track = job.track
-        until = self.recheck_time(track.sha256)
+        until = recheck_time(self.store, track.sha256, self.config.intake, now=self.clock())
         if until is None:
             return False
-        if until == NO_SUCH_FILE:
+        if until == -float("inf"):
             with self.store.transaction():
                 self.end(job, AttemptOutcome.STOPPED, error=error)
                 self.store.forget(track.sha256)
@@ -159,14 +211,6 @@ class Attempts:
             log.info("%s: %s; the file is new, so it will be read again", track.name, error_text(error))
         return True
 
-    def _wait_for_inbox(self, job: Job, error: Exception) -> bool:
-        """Whether the source can't be read only because the whole inbox is missing."""
-        if not isinstance(error, SourceAway):
-            return False
-        self._put_off(job, error, until=self.clock() + MISSING_INBOX_PAUSE_S)
-        log.info("%s: %s", job.track.name, error_text(error))
-        return True
-
     def _put_off(self, job: Job, error: Exception, *, until: float) -> None:
         """Queue the track again for a later time without counting an attempt."""
         with self.store.transaction():
@@ -174,20 +218,14 @@ class Attempts:
             self.store.release(job.track.sha256, not_before=until)
         job.over = True
 
-    def put_back(self, jobs: Sequence[Job]) -> None:
-        """Queue unfinished tracks again after a stop or an environment error.
+    def put_back(self) -> None:
+        """Queue the running tracks again after a stop or an environment error.
 
         If the database can't be written, the next start does it.
         """
-        try:
-            for job in jobs:
-                if not job.over:
-                    self.end(job, AttemptOutcome.STOPPED)
-                    self.store.release(job.track.sha256)
-        except sqlite3.Error:
-            with suppress(sqlite3.Error):
-                self.store.reopen()
-                self.store.release_all(now=self.clock())
+        with suppress(sqlite3.Error):
+            self.store.reopen()
+            self.store.release_all(now=self.clock())
 
 
 def error_text(error: Exception) -> str:

@@ -23,10 +23,6 @@ def backoff_s(sha256: str, attempts: int, settings: Retry) -> float:
     return wait * (1.0 + JITTER * (2.0 * share - 1.0))
 
 
-def longest_backoff_s(settings: Retry) -> float:
-    return settings.max_backoff_s * (1.0 + JITTER)
-
-
 def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Track]:
     """Close the attempts that a killed instance left open, and count the crash as a failed attempt.
 

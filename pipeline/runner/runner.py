@@ -22,20 +22,20 @@ from pipeline import audio, stages
 from pipeline.config import Normalize
 from pipeline.engines.base import Generator, ProgressFn
 from pipeline.engines.loading import Engines
-from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone, Stopped
+from pipeline.errors import BadAudio, DiskFull, EngineFailure, SourceAway, SourceGone, Stopped
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
-from pipeline.intake.archive import archive_files, is_in_place
-from pipeline.intake.ingest import PATIENCE, recheck_time
+from pipeline.intake.archive import is_in_place
+from pipeline.intake.ingest import PATIENCE
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
 from pipeline.plan import Recipe, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Embedding, Failure, Stage, Variation, VariationRequest
-from pipeline.runner.attempts import MISSING_INBOX_PAUSE_S, Attempts, RunResult
-from pipeline.runner.job import Job
-from pipeline.runner.retry import local_time, longest_backoff_s
+from pipeline.runner.attempts import MISSING_INBOX_PAUSE_S, Attempts, Job, RunResult
+from pipeline.runner.outbox_mount import check_outbox_mount
+from pipeline.runner.retry import JITTER, local_time
 from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
@@ -65,22 +65,12 @@ class Runner:
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
-    outbox_device: int | None = None  # the outbox's device when the program started; None: not checked
     _was_disk_full: bool = False  # the last batch ended because of it
 
     @cached_property
     def attempts(self) -> Attempts:
         return Attempts(
-            self.recipe.config.retry,
-            self.workspace,
-            self.store,
-            self.reporter,
-            self.clock,
-            self.should_stop,
-            archive=self._archive,
-            recheck_time=lambda sha256: recheck_time(
-                self.store, sha256, self.recipe.config.intake, now=self.clock()
-            ),
+            self.recipe.config, self.workspace, self.store, self.reporter, self.clock, self.should_stop
         )
 
     @property
@@ -95,7 +85,7 @@ class Runner:
         due, now = self.store.next_due(self.folder), self.clock()
         config = self.recipe.config
         settle_s = 2 * PATIENCE * config.intake.settle_s
-        longest_s = max(longest_backoff_s(config.retry), MISSING_INBOX_PAUSE_S, settle_s)
+        longest_s = max((1 + JITTER) * config.retry.max_backoff_s, MISSING_INBOX_PAUSE_S, settle_s)
         if due is None or due <= now + longest_s:
             return due
         log.warning(
@@ -105,24 +95,20 @@ class Runner:
         return now
 
     def drain(self) -> bool:
-        """Process all queued tracks that are due.
-
-        Returns:
-            Whether there were any.
-
-        Raises:
-            Stopped: it was asked to stop; unfinished tracks are queued again.
-            FolderUnusable, EngineUnusable: the disk, a folder or an engine can't be used; the same.
-        """
+        """Process all queued tracks that are due; False if there were none. Raises as `next_batch`."""
         worked = False
         while self.next_batch():
             worked = True
         return worked
 
     def next_batch(self) -> bool:
-        """Process the next batch of the queue; False if nothing was due. Raises as `drain`.
+        """Process the next batch of the queue; False if nothing was due.
 
         The first time that the disk is full, what can be made again is removed and one track is tried.
+
+        Raises:
+            Stopped: it was asked to stop; unfinished tracks are queued again.
+            FolderUnusable, EngineUnusable: the disk, a folder or an engine can't be used; the same.
         """
         try:
             worked = self._claim_and_process()
@@ -141,7 +127,7 @@ class Runner:
         due = self.next_due()
         if due is None or due > self.clock():
             return False
-        self._check_outbox_device()
+        check_outbox_mount(self.workspace.outbox, self.store)
         tracks = self.store.due(self._batch_size(), self.folder, now=self.clock())
         self._open_engines(tracks)
         claimed = self.store.claim(tracks)
@@ -171,18 +157,10 @@ class Runner:
             for step in steps:
                 step([job for job in jobs if not job.over])
         except BaseException as e:
-            self.attempts.put_back(jobs)
+            self.attempts.put_back()
             if (fault := environment_error(e)) and fault is not e:
                 raise fault from e
             raise
-
-    def _check_outbox_device(self) -> None:
-        """Refuse to write into the empty folder that an unmounted outbox leaves behind."""
-        device = self.workspace.outbox.stat().st_dev
-        if self.outbox_device is not None and device != self.outbox_device:
-            raise FolderUnusable(
-                f"{self.workspace.outbox} is on another disk than at the start: is its own disk mounted?"
-            )
 
     def _batch_size(self) -> int:
         """As many tracks as the configuration allows and the disk has space for; one after a full disk."""
@@ -394,16 +372,12 @@ class Runner:
                 track.sha256, plan_key=job.plan.key, source=job.normalized["source"], now=self.clock()
             )
         job.over = True
-        self._archive(track, None)
+        self.attempts.archive(track, None)
         job.scratch.clear()
         self.result.done.add(track.sha256)
         self.reporter.finished(track.name, f"{len(variations)} variations in {folder}")
 
     # -- helpers ---------------------------------------------------------------------------------
-
-    def _archive(self, track: Track, error: str | None) -> None:
-        files = self.store.files_of(track.sha256)
-        archive_files(self.store, files, self.workspace.inbox, self.recipe.config.intake, error=error)
 
     def _working_copy(self, job: Job) -> Path:
         """The track's bytes in the state folder, copied from a source and checked against the hash."""

@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,15 @@ from pipeline.errors import os_reason
 log = logging.getLogger("pipeline")
 
 
-@dataclass(frozen=True)
-class Condition:
-    """Something that keeps the instance from working as it should."""
-
-    since: float  # seconds since 1970
-    text: str  # a sentence for people
-
-
 class Health:
     """Keeps the file at `path` up to date. No method raises when the file can't be written."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self._clock = clock
-        self._conditions: dict[str, Condition] = {}
+        self.conditions: dict[str, dict[str, Any]] = {}  # what is wrong now, by its short name
         self._facts: dict[str, Any] = {}
         self._is_failing = False
-
-    @property
-    def conditions(self) -> dict[str, Condition]:
-        """What is wrong now, by its short name."""
-        return dict(self._conditions)
 
     def open(self) -> None:
         """Report that this process runs."""
@@ -48,18 +34,18 @@ class Health:
 
     def degraded(self, what: str, text: str) -> None:
         """Report that the condition `what` holds; a new text replaces the old one, `since` stays."""
-        before = self._conditions.get(what)
-        if before is not None and before.text == text:
+        before = self.conditions.get(what, {})
+        if before.get("text") == text:
             return
-        if before is None:
+        if not before:
             log.warning("%s", text)
-        self._conditions[what] = Condition(self._clock() if before is None else before.since, text)
+        self.conditions[what] = {"what": what, "since": before.get("since", self._clock()), "text": text}
         self._write()
 
     def well(self, what: str) -> None:
         """Report that the condition `what` is over, if it was reported."""
-        if (over := self._conditions.pop(what, None)) is not None:
-            log.info("%s: well again after %.0f s", what, max(self._clock() - over.since, 0))
+        if over := self.conditions.pop(what, None):
+            log.info("%s: well again after %.0f s", what, max(self._clock() - over["since"], 0))
             self._write()
 
     def note(self, **facts: object) -> None:
@@ -70,7 +56,7 @@ class Health:
 
     def close(self) -> None:
         """Report that no process runs."""
-        self._conditions.clear()
+        self.conditions.clear()
         self._facts.clear()
         self._write(is_running=False)
 
@@ -80,9 +66,7 @@ class Health:
             "pid": os.getpid() if is_running else None,
             "written_at": self._clock(),
             **self._facts,
-            "conditions": [
-                {"what": what, "since": c.since, "text": c.text} for what, c in self._conditions.items()
-            ],
+            "conditions": list(self.conditions.values()),
         }
         temporary = self.path.with_name(f"{self.path.name}.part")
         try:

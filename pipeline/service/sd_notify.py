@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 log = logging.getLogger("pipeline")
 
 SEND_PATIENCE_S = 1.0  # for a service manager that is slow to read
-STATUS_CHARS = 200
 
 
 @dataclass
@@ -27,7 +26,6 @@ class Notifier:
     watchdog_s: float | None  # systemd ends the service after this time without progress
     clock: Callable[[], float] = time.monotonic
     _progress_at: float | None = field(default=None, init=False)
-    _status: str | None = field(default=None, init=False)
 
     @classmethod
     def from_env(
@@ -47,11 +45,8 @@ class Notifier:
         self._send(f"RELOADING=1\nMONOTONIC_USEC={round(self.clock() * 1e6)}")
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`; sent only if it has changed."""
-        line = " ".join(text.split())[:STATUS_CHARS]
-        if line != self._status:
-            self._status = line
-            self._send(f"STATUS={line}")
+        """One line for `systemctl status`."""
+        self._send(f"STATUS={text}")
 
     def progress(self) -> None:
         """Progress was made. It is sent at most four times per `watchdog_s`, so it may be called freely."""

@@ -2,17 +2,15 @@
 
 Signals are read from the file descriptor that Python's C-level handler writes to, by a thread that
 does nothing else: so they are seen while the main thread is deep in a library's C code, and no lock
-is taken inside a handler. If the work has not ended `deadline_s` after it was asked to stop, the
-thread calls `overdue`, which is expected to release the work and end the process.
+is taken inside a handler. If the work has not ended `deadline_s` after it was asked to stop, or at a
+second Ctrl-C, `overdue` is called, which is expected to release the work and end the process.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,24 +84,21 @@ class Signals:
             os.close(reader)
 
     def _listen(self, reader: int, hangup_reloads: bool) -> None:
-        """Pass signals on until the pipe is closed; after a stop, until the deadline or a second Ctrl-C."""
+        """Pass signals on until the pipe is closed."""
+        deadline = threading.Timer(self.deadline_s, self._end_by_force)
+        deadline.daemon = True
         while number := os.read(reader, 1):
-            if number[0] == signal.SIGHUP and hangup_reloads:
+            if self.is_stopped():
+                if number[0] == signal.SIGINT:
+                    self._end_by_force()
+            elif number[0] == signal.SIGHUP and hangup_reloads:
                 self.reload()
             elif number[0] in (*STOPPING, signal.SIGHUP):
                 self.stop(number[0])
-                break
-        else:
-            return
-        until = time.monotonic() + self.deadline_s
-        while (left := until - time.monotonic()) > 0:
-            if not select.select([reader], [], [], left)[0]:
-                break
-            number = os.read(reader, 1)
-            if not number:  # the work has ended
-                return
-            if number[0] == signal.SIGINT:  # a second Ctrl-C
-                break
+                deadline.start()
+        deadline.cancel()
+
+    def _end_by_force(self) -> None:
         if self.overdue is not None:
             self.overdue(self.stopped_by or signal.SIGTERM)
 

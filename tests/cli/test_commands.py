@@ -72,7 +72,7 @@ def processed(template: tuple[Home, Path]) -> Home:
         (["show"], "Missing argument"),
         (["show", "nothing"], "nothing has been processed"),
         (["requeue", "nothing"], "there is no track 'nothing'"),
-        (["requeue", "nothing", "--stage", "master"], "normalize, embed, generate"),
+        (["requeue", "nothing", "--stage", "master"], "'normalize', 'embed', 'generate'"),
     ],
 )
 def test_bad_usage_is_2_and_says_what_is_wrong(pipeline: Pipeline, words: list[str], says: str) -> None:

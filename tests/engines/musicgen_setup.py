@@ -59,10 +59,10 @@ def generator_with(checkpoint: Any, decoder: Any, **options: Any) -> Any:
 def codes_of(engine: Any, *requests: VariationRequest) -> dict[str, Codes]:
     """The tokens of each request; any error is raised."""
     codes = {}
-    for finished in engine.run(requests, no_progress, never):
-        if finished.error is not None:
-            raise finished.error
-        codes[finished.state.request_id] = finished.state.codes
+    for state in engine.run(requests, no_progress, never):
+        if state.error is not None:
+            raise state.error
+        codes[state.request_id] = state.codes
     return codes
 
 
@@ -81,8 +81,8 @@ def request_state(checkpoint: Any, name: str = "a", *, audio: Audio | None = Non
     `choices`: `frames`, `seed`, `prompt`, `sampler`, `window_frames` and `stride_frames`, and the
     sampling's.
     """
-    from pipeline.engines.musicgen import conditioning
-    from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
+    from pipeline.engines.musicgen import SamplingParams, conditioning
+    from pipeline.engines.musicgen.sampling import Sampler
     from pipeline.engines.musicgen.scheduler import RequestState
     from pipeline.engines.musicgen.windows import UNKNOWN, windows
 
@@ -95,8 +95,7 @@ def request_state(checkpoint: Any, name: str = "a", *, audio: Audio | None = Non
         request_id=name,
         conditions=conditioning.Conditions(
             chroma=conditioning.track_chroma(checkpoint, audio, end_s),
-            frames_per_s=conditioning.chroma_rate(checkpoint),
-            text=conditioning.encode_prompt(checkpoint, prompt),
+            text=conditioning.encode_prompt(checkpoint, prompt, checkpoint.text_encoder),
             checkpoint=checkpoint,
         ),
         sampler=sampler or Sampler(SamplingParams(**choices), seed),
@@ -113,11 +112,10 @@ def run_requests(checkpoint: Any, decoder: Any, states: Sequence[Any], rows: int
     return Scheduler(
         decoder=decoder,
         rows=rows,
-        n_prefixes=min(rows, distinct_prefixes(states, 50.0)),
+        n_prefixes=min(rows, distinct_prefixes(states)),
         steps=max(window.frames for state in states for window in state.windows) + int(delays.max()),
         prefix_steps=checkpoint.chroma_length + max(len(state.conditions.text) for state in states),
         delays=delays,
-        frames_per_s=50.0,
         on_step=lambda state, is_new: None,
         check_stop=lambda: None,
     ).run(states)

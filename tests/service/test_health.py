@@ -75,7 +75,7 @@ def test_since_is_kept_while_the_text_of_a_condition_changes(
     health.well("disk")
     clock.now = 1100.0
     health.degraded("disk", "1 MB is free")
-    assert health.conditions["disk"].since == 1100.0
+    assert health.conditions["disk"]["since"] == 1100.0
 
 
 def test_a_condition_is_logged_when_it_begins_and_when_it_ends_and_never_between(

@@ -177,7 +177,7 @@ def test_a_valid_configuration_is_used_after_a_reload_and_a_wrong_one_is_not(set
     daemon.configuration.fresh = ConfigError("retry: must be a mapping")
     daemon.watch._reload()
     assert daemon.session.processor is daemon.processor
-    assert "stays as it was" in daemon.health.conditions["configuration"].text
+    assert "stays as it was" in daemon.health.conditions["configuration"]["text"]
 
     daemon.configuration.fresh = other
     daemon.watch._reload()
@@ -203,7 +203,7 @@ def test_a_device_error_during_a_scan_is_waited_out(setup: RunnerSetup) -> None:
 
     daemon.session.processor = Processor(Broken(), daemon.processor.runner)  # type: ignore[arg-type]
     assert daemon.turn() == 5.0
-    assert "input/output error" in daemon.health.conditions["folders"].text
+    assert "input/output error" in daemon.health.conditions["folders"]["text"]
 
 
 def test_working_copies_without_space_do_not_stop_the_queue(setup: RunnerSetup) -> None:
@@ -220,7 +220,7 @@ def test_working_copies_without_space_do_not_stop_the_queue(setup: RunnerSetup) 
     daemon.turn()
 
     assert daemon.states() == ["done"]
-    assert "no more files are taken in" in daemon.health.conditions["room"].text
+    assert "no more files are taken in" in daemon.health.conditions["room"]["text"]
 
 
 def test_a_long_scan_feeds_the_watchdog(setup: RunnerSetup) -> None:
@@ -292,7 +292,7 @@ def test_an_engine_that_cannot_be_loaded_is_waited_out_and_reported(setup: Runne
     daemon.session.processor = replace(daemon.processor, runner=runner)
 
     assert [daemon.turn() for _ in range(3)] == [5.0, 10.0, 20.0]
-    assert [(what, one.text) for what, one in daemon.health.conditions.items()] == [
+    assert [(what, one["text"]) for what, one in daemon.health.conditions.items()] == [
         ("engine", "device: cuda can't be used")
     ]
     assert (setup.workspace.inbox / "a.wav").exists()

@@ -42,7 +42,7 @@ LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"
 
 
 class SamplingParams(Params):
-    """The parameters of one variation, beside its length, seed and melody source.
+    """The parameters of one variation that MusicGen has in every engine, beside its length and seed.
 
     The defaults are those of audiocraft, with which the weights were published.
     """
@@ -67,12 +67,12 @@ class SamplingParams(Params):
         default=3.0,
         ge=1.0,
         le=20.0,
-        description="how strictly melody and prompt are followed; 1: unguided, in half of musicgen's rows",
+        description="how strictly melody and prompt are followed; 1: without guidance (quicker in musicgen)",
     )
 
 
 class MusicgenParams(SamplingParams):
-    """The parameters of one variation, beside its length and seed."""
+    """The parameters of one variation by this engine."""
 
     melody: Literal["auto", "mix", "harmonic", "demucs"] = Field(
         default="auto",

@@ -9,6 +9,7 @@ from their files by `layers`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines import pretrained
-from pipeline.engines.musicgen.decoder import EmbeddingAndHead, shape_of
+from pipeline.engines.musicgen import memory_budget
+from pipeline.engines.musicgen.decoder import EmbeddingAndHead, Shape
 from pipeline.engines.musicgen.layers import LayerFiles
 from pipeline.errors import BadCheckpoint
+from pipeline.records import Samples
 from pipeline.weights.hub import Weights
 
 MODEL_TYPE = "musicgen_melody"
@@ -36,7 +39,7 @@ class Checkpoint:
     device: str
     layers: LayerFiles  # the decoder's
     chroma_projection: Any  # torch.nn.Linear, from chroma to the decoder's inputs
-    text_projection: Any  # the same from the text encoder's outputs; None: they need none
+    text_projection: Any  # the same from the text encoder's outputs
 
     def text_encoder(self) -> Any:
         """transformers.T5EncoderModel, float32, read at every call.
@@ -52,7 +55,14 @@ class Checkpoint:
 
     def embedding_and_head(self) -> EmbeddingAndHead:
         """What stands before and after the decoder's layers, read at every call. Raises as `text_encoder`."""
-        return _embedding_and_head(_open(self.weights.folder, "cpu").decoder)
+        decoder = _open(self.weights.folder, "cpu").decoder
+        inner = decoder.model.decoder
+        return EmbeddingAndHead(
+            embeddings=np.stack([_array(embedding.weight) for embedding in inner.embed_tokens]),
+            heads=np.concatenate([_array(head.weight) for head in decoder.lm_heads]),
+            norm=np.stack([_array(inner.layer_norm.weight), _array(inner.layer_norm.bias)]),
+            positions=inner.embed_positions.get_embedding(MAX_POSITIONS, self.layers.shape.hidden).numpy(),
+        )
 
     @property
     def sample_rate(self) -> int:
@@ -63,6 +73,11 @@ class Checkpoint:
     def hop_samples(self) -> int:
         """Samples per frame of tokens."""
         return math.prod(self.config.audio_encoder.upsampling_ratios)
+
+    @property
+    def frames_per_s(self) -> float:
+        """Frames of tokens per second."""
+        return self.sample_rate / self.hop_samples
 
     @property
     def channels(self) -> int:
@@ -82,6 +97,24 @@ class Checkpoint:
     def window_s(self) -> float:
         """Length that the model was trained on, the longest that it makes without a break."""
         return float(self.feature_extractor.chunk_length)
+
+
+class LazyModel:
+    """A part of a checkpoint, read when it is first needed and held until `close`."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+        self._model: Any = None
+
+    def open(self) -> Any:
+        if self._model is None:
+            self._model = self._read()
+        return self._model
+
+    def close(self) -> None:
+        if self._model is not None:
+            self._model = None
+            memory_budget.return_unused()
 
 
 def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None = None) -> Checkpoint:
@@ -104,9 +137,15 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
             f"{weights.folder} has the activation {config.decoder.activation_function!r}; "
             f"only 'gelu' is supported."
         )
-    shape = shape_of(config.decoder)
+    shape = Shape(
+        layers=config.decoder.num_hidden_layers,
+        hidden=config.decoder.hidden_size,
+        heads=config.decoder.num_attention_heads,
+        feed_forward=config.decoder.ffn_dim,
+        codebooks=config.decoder.num_codebooks,
+        vocabulary=config.decoder.vocab_size,
+    )
     model = _open(weights.folder, device)
-    projected = config.text_encoder.hidden_size != config.decoder.hidden_size
     return Checkpoint(
         weights=weights,
         config=config,
@@ -115,7 +154,7 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
         device=device,
         layers=LayerFiles(weights.folder, shape),
         chroma_projection=_copied(model.audio_enc_to_dec_proj),
-        text_projection=_copied(model.enc_to_dec_proj) if projected else None,
+        text_projection=_copied(model.enc_to_dec_proj),
     )
 
 
@@ -134,17 +173,6 @@ def _copied(module: Any) -> Any:
     return module._apply(lambda tensor: tensor.clone())
 
 
-def _embedding_and_head(decoder: Any) -> EmbeddingAndHead:
-    """Those of a transformers.MusicgenMelodyForCausalLM."""
-    inner = decoder.model.decoder
-    norm = inner.layer_norm
-
-    def stacked(weights: list[Any]) -> Any:
-        return np.stack([weight.detach().cpu().numpy() for weight in weights])
-
-    return EmbeddingAndHead(
-        embeddings=stacked([embedding.weight for embedding in inner.embed_tokens]),
-        heads=np.concatenate([head.weight.detach().cpu().numpy() for head in decoder.lm_heads]),
-        norm=stacked([norm.weight, norm.bias]),
-        positions=inner.embed_positions.get_embedding(MAX_POSITIONS, norm.weight.shape[0]).numpy(),
-    )
+def _array(weight: Any) -> Samples:
+    found: Samples = weight.detach().numpy()
+    return found

@@ -9,13 +9,10 @@ the beginning of the piece, differs a little.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from pipeline.engines.musicgen import memory_budget
 from pipeline.engines.musicgen.checkpoint import Checkpoint
 from pipeline.engines.musicgen.decoder import Tokens
 from pipeline.records import Samples
@@ -27,31 +24,16 @@ FADE_S = 0.05
 DECODING_BYTES = 20  # per sample and filter: 1.2 GB measured for 30 s of the published checkpoint
 
 
-@dataclass(eq=False)
-class LazyCodec:
-    """EnCodec, read from the checkpoint when it is first used and held until `close`."""
-
-    checkpoint: Checkpoint
-
-    @cached_property
-    def model(self) -> Any:
-        return self.checkpoint.codec()
-
-    def close(self) -> None:
-        if self.__dict__.pop("model", None) is not None:
-            memory_budget.return_unused()
-
-
 def decoding_bytes(checkpoint: Checkpoint, n_frames: int) -> int:
     """Memory that `decode` needs while it runs, nearly all of it in the widest layers."""
-    seconds = min(n_frames * checkpoint.hop_samples / checkpoint.sample_rate, WHOLE_S)
+    seconds = min(n_frames / checkpoint.frames_per_s, WHOLE_S)
     filters: int = checkpoint.config.audio_encoder.num_filters
     return round(seconds * checkpoint.sample_rate * filters * DECODING_BYTES)
 
 
 def pieces(checkpoint: Checkpoint, n_frames: int) -> list[tuple[int, int]]:
     """First frame and end of each piece that is decoded at once."""
-    rate = checkpoint.sample_rate / checkpoint.hop_samples
+    rate = checkpoint.frames_per_s
     if n_frames <= WHOLE_S * rate:
         return [(0, n_frames)]
     piece = round(PIECE_S * rate)
@@ -66,8 +48,7 @@ def decode(
 
     `on_piece` is called after each of `pieces` with the number of pieces decoded so far.
     """
-    rate = checkpoint.sample_rate / checkpoint.hop_samples
-    context = round(CONTEXT_S * rate)
+    context = round(CONTEXT_S * checkpoint.frames_per_s)
     hop, fade = checkpoint.hop_samples, round(FADE_S * checkpoint.sample_rate)
     rising = np.linspace(0, 1, 2 * fade, dtype=np.float32)
     n_frames = codes.shape[1]

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from pipeline.audio import resample
 from pipeline.engines.base import StopFn
-from pipeline.engines.musicgen import memory_budget
-from pipeline.engines.musicgen.checkpoint import Checkpoint
-from pipeline.engines.musicgen.melody import Melody, MelodySource, melody_source
+from pipeline.engines.musicgen.checkpoint import Checkpoint, LazyModel
+from pipeline.engines.musicgen.melody import Melody, melody_source
 from pipeline.records import Audio, Samples
 
 
@@ -30,19 +29,19 @@ class Conditions:
     """The prefixes of one request."""
 
     chroma: Samples  # one-hot, (frames, 12), for all windows
-    frames_per_s: float  # of the chroma
     text: Samples  # the prompt's embedding, (tokens, hidden)
     checkpoint: Checkpoint
 
-    def chroma_at(self, start_s: float) -> Samples:
-        """The chroma of the window that starts at that time, (chroma length, 12)."""
+    def chroma_at(self, start: int) -> Samples:
+        """The chroma of the window that starts at that frame of tokens, (chroma length, 12)."""
         length = self.checkpoint.chroma_length
-        first = round(start_s * self.frames_per_s)
+        extractor = self.checkpoint.feature_extractor
+        first = round(start / self.checkpoint.frames_per_s * extractor.sampling_rate / extractor.hop_length)
         return np.resize(self.chroma[first : first + length], (length, self.chroma.shape[1]))
 
-    def conditional(self, chroma: Samples) -> Samples:
-        """The prefix of a window with that chroma: float32, (chroma length + tokens, hidden)."""
-        return np.concatenate([project_chroma(self.checkpoint, chroma), self.text])
+    def conditional(self, start: int) -> Samples:
+        """The prefix of the window that starts there: float32, (chroma length + tokens, hidden)."""
+        return np.concatenate([project_chroma(self.checkpoint, self.chroma_at(start)), self.text])
 
     def unconditional(self) -> Samples:
         """The prefix of the unconditional row, as long as `conditional`: the library's null condition.
@@ -54,7 +53,6 @@ class Conditions:
         return np.concatenate([project_chroma(self.checkpoint, silence), np.zeros_like(self.text)])
 
 
-@dataclass(eq=False)
 class ConditionBuilder:
     """Builds the conditions of a call's requests, each track's chroma and each prompt once.
 
@@ -62,47 +60,29 @@ class ConditionBuilder:
     hold the text encoder.
     """
 
-    checkpoint: Checkpoint
-    should_stop: StopFn
-    _melodies: dict[tuple[int, Melody], MelodySource] = field(default_factory=dict)
-    _chroma: dict[tuple[int, Melody, float], Samples] = field(default_factory=dict)
-    _prompts: dict[str, Samples] = field(default_factory=dict)
-
-    def melody(self, audio: Audio, wanted: Melody) -> MelodySource:
-        key = (id(audio), wanted)
-        if key not in self._melodies:
-            self._melodies[key] = melody_source(
-                audio, wanted, should_stop=self.should_stop, device=self.checkpoint.device
-            )
-        return self._melodies[key]
+    def __init__(self, checkpoint: Checkpoint, should_stop: StopFn) -> None:
+        self.checkpoint, self._text_encoder = checkpoint, LazyModel(checkpoint.text_encoder)
+        device = checkpoint.device
+        self.melody = cache(partial(melody_source, should_stop=should_stop, device=device))
+        self._chroma = cache(partial(track_chroma, checkpoint))
+        self._prompt = cache(partial(encode_prompt, checkpoint, open_encoder=self._text_encoder.open))
 
     def conditions(self, audio: Audio, wanted: Melody, prompt: str, end_s: float) -> Conditions:
         """`end_s`: end of the last window in the track."""
-        key = (id(audio), wanted, end_s)
-        if key not in self._chroma:
-            self._chroma[key] = track_chroma(self.checkpoint, self.melody(audio, wanted).audio, end_s)
-        if prompt not in self._prompts:
-            self._prompts[prompt] = encode_prompt(self.checkpoint, prompt, lambda: self._text_encoder)
-        frames_per_s = chroma_rate(self.checkpoint)
-        return Conditions(self._chroma[key], frames_per_s, self._prompts[prompt], self.checkpoint)
+        source, _ = self.melody(audio, wanted)
+        return Conditions(self._chroma(source, end_s), self._prompt(prompt), self.checkpoint)
 
     def close(self) -> None:
         """Release everything that was built, and the text encoder."""
-        self._melodies.clear()
-        self._chroma.clear()
-        self._prompts.clear()
-        if self.__dict__.pop("_text_encoder", None) is not None:
-            memory_budget.return_unused()
-
-    @cached_property
-    def _text_encoder(self) -> Any:
-        return self.checkpoint.text_encoder()
+        for built in (self.melody, self._chroma, self._prompt):
+            built.cache_clear()
+        self._text_encoder.close()
 
 
 def track_chroma(checkpoint: Checkpoint, audio: Audio, end_s: float) -> Samples:
     """One-hot chroma of a track from its beginning to `end_s`, repeated if it is shorter.
 
-    Returns float32, (frames, 12); `chroma_rate` frames a second.
+    Returns float32, (frames, 12).
     """
     extractor = checkpoint.feature_extractor
     n_samples = max(math.ceil(end_s * extractor.sampling_rate), extractor.n_samples)
@@ -112,12 +92,6 @@ def track_chroma(checkpoint: Checkpoint, audio: Audio, end_s: float) -> Samples:
     )
     result: Samples = features["input_features"][0].numpy()
     return result
-
-
-def chroma_rate(checkpoint: Checkpoint) -> float:
-    """Frames of chroma per second."""
-    extractor = checkpoint.feature_extractor
-    return float(extractor.sampling_rate / extractor.hop_length)
 
 
 def repeated_mono(audio: Audio, sample_rate: int, n_samples: int) -> Samples:
@@ -142,26 +116,20 @@ def project_chroma(checkpoint: Checkpoint, chroma: Samples) -> Samples:
     return projected
 
 
-def encode_prompt(
-    checkpoint: Checkpoint, prompt: str, open_encoder: Callable[[], Any] | None = None
-) -> Samples:
+def encode_prompt(checkpoint: Checkpoint, prompt: str, open_encoder: Callable[[], Any]) -> Samples:
     """A prompt as inputs of the decoder, (tokens, hidden), by T5 and the checkpoint's projection.
 
     An empty prompt is the model's own null condition: the end token alone, masked, which makes it a
     zero vector (`get_unconditional_inputs` of the library's processor; audiocraft's T5 conditioner
-    does the same with an empty string). `open_encoder` is called only for a prompt that is not empty;
-    None: the checkpoint's text encoder.
+    does the same with an empty string). `open_encoder` is called only for a prompt that is not empty.
     """
     prompt = prompt.strip()
     if not prompt:
         return np.zeros((1, checkpoint.layers.shape.hidden), np.float32)
     import torch
 
-    encoder = (open_encoder or checkpoint.text_encoder)()
     encoded = checkpoint.tokenizer([prompt], return_tensors="pt").to(checkpoint.device)
     with torch.inference_mode():
-        hidden = encoder(**encoded).last_hidden_state
-        if checkpoint.text_projection is not None:
-            hidden = checkpoint.text_projection(hidden)
-    embedding: Samples = hidden[0].cpu().numpy()
+        hidden = open_encoder()(**encoded).last_hidden_state
+        embedding: Samples = checkpoint.text_projection(hidden)[0].cpu().numpy()
     return embedding

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,15 +97,3 @@ class Decoder(Protocol[Cache]):
         Returns float32, (rows, codebooks, vocabulary). The logits of a row do not depend on the others.
         """
         ...
-
-
-def shape_of(config: Any) -> Shape:
-    """The shape in a checkpoint's decoder configuration (transformers.MusicgenMelodyDecoderConfig)."""
-    return Shape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        feed_forward=config.ffn_dim,
-        codebooks=config.num_codebooks,
-        vocabulary=config.vocab_size,
-    )

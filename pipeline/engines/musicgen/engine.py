@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,17 +12,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
-from pipeline.engines.musicgen import VERSION, MusicgenParams, codec, memory_budget, savepoints
-from pipeline.engines.musicgen.checkpoint import Checkpoint
-from pipeline.engines.musicgen.codec import LazyCodec
+from pipeline.engines.musicgen import VERSION, MusicgenParams, codec, memory_budget
+from pipeline.engines.musicgen.checkpoint import Checkpoint, LazyModel
 from pipeline.engines.musicgen.conditioning import ConditionBuilder
 from pipeline.engines.musicgen.decoder import Decoder
 from pipeline.engines.musicgen.int8_check import Int8Check
-from pipeline.engines.musicgen.sampling import Sampler, SamplingParams
+from pipeline.engines.musicgen.sampling import Sampler
 from pipeline.engines.musicgen.savepoints import Savepoints
 from pipeline.engines.musicgen.scheduler import (
     REQUEST_ERRORS,
-    FinishedRequest,
     RequestState,
     Scheduler,
     distinct_prefixes,
@@ -53,7 +53,6 @@ class MusicgenGenerator:
         *,
         max_memory_gb: float | None = None,
         saved: Savepoints | None = None,
-        stride: float = STRIDE,
     ) -> None:
         """Wrap an open checkpoint.
 
@@ -61,14 +60,12 @@ class MusicgenGenerator:
             check: of int8, for the manifest.
             max_memory_gb: of the whole process; None: a share of what the system has free.
             saved: None: an interrupted call begins again.
-            stride: of the windows, as a share of their length.
         """
         self.checkpoint, self.decoder, self.check = checkpoint, decoder, check
         self.sample_rate = checkpoint.sample_rate
         self.max_memory_gb, self.saved = max_memory_gb, saved or Savepoints(None)
-        self.frames_per_s = checkpoint.sample_rate / checkpoint.hop_samples
-        self.window_frames = round(checkpoint.window_s * self.frames_per_s)
-        self.stride_frames = round(checkpoint.window_s * stride * self.frames_per_s)
+        self.window_frames = round(checkpoint.window_s * checkpoint.frames_per_s)
+        self.stride_frames = round(checkpoint.window_s * STRIDE * checkpoint.frames_per_s)
         self.delays = np.arange(checkpoint.codebooks, dtype=np.int64) // checkpoint.channels
 
     def generate(
@@ -83,31 +80,29 @@ class MusicgenGenerator:
             Stopped: within one step, or one piece of sound, of `should_stop` turning true.
         """
         by_id = {request.request_id: request for request in requests}
-        lazy_codec = LazyCodec(self.checkpoint)
+        encodec = LazyModel(self.checkpoint.codec)
         try:
-            for finished in self.run(requests, progress, should_stop):
-                if isinstance(finished, Failure):
-                    yield finished
+            for state in self.run(requests, progress, should_stop):
+                if isinstance(state, Failure):
+                    yield state
                     continue
-                state = finished.state
-                request = by_id[state.request_id]
                 try:
-                    if finished.error is not None:
-                        raise finished.error
-                    result = self._variation(request, state, lazy_codec, progress, should_stop)
+                    if state.error is not None:
+                        raise state.error
+                    result = self._variation(by_id[state.request_id], state, encodec, progress, should_stop)
                 except Stopped:
                     raise
                 except REQUEST_ERRORS as error:
-                    yield Failure(request.request_id, _failure(error))
+                    yield Failure(state.request_id, _failure(error))
                     continue
                 yield result
                 self.saved.drop(state.identity)
         finally:
-            lazy_codec.close()
+            encodec.close()
 
     def run(
         self, requests: Sequence[VariationRequest], progress: ProgressFn, should_stop: StopFn
-    ) -> Iterator[FinishedRequest | Failure]:
+    ) -> Iterator[RequestState | Failure]:
         """The tokens of all requests, as they finish."""
         prepared = self.prepare(requests, should_stop)
         yield from (failure for failure in prepared if isinstance(failure, Failure))
@@ -116,11 +111,10 @@ class MusicgenGenerator:
             return
 
         def on_step(state: RequestState, is_new: bool) -> None:
-            assert state.delayed is not None
             frames = state.codes.shape[1]
             made = min(state.delayed.window.start + state.position, frames)
             progress(state.request_id, made, frames + self._pieces(state))
-            is_due = state.position % round(SAVE_EVERY_S * self.frames_per_s) == 0
+            is_due = state.position % round(SAVE_EVERY_S * self.checkpoint.frames_per_s) == 0
             if is_new and (is_due or state.position == state.delayed.steps):
                 self.saved.save(state.identity, state.codes)
 
@@ -129,7 +123,7 @@ class MusicgenGenerator:
         try:
             for finished in scheduler.run(states):
                 yield finished
-                unfinished.remove(finished.state)  # the caller that asks for more has used this result
+                unfinished.remove(finished)  # the caller that asks for more has used this result
         finally:  # also after a stop, an error, or when the caller asks for no more
             for state in unfinished:
                 if (state.codes != UNKNOWN).any():
@@ -166,7 +160,7 @@ class MusicgenGenerator:
         steps = max(window.frames for state in states for window in state.windows) + int(self.delays.max())
         prefix_steps = self.checkpoint.chroma_length + max(len(state.conditions.text) for state in states)
         row_bytes, prefix_bytes = (self.decoder.cache_bytes(n) for n in (steps, prefix_steps))
-        n_prefixes = distinct_prefixes(states, self.frames_per_s)
+        n_prefixes = distinct_prefixes(states)
         rows = memory_budget.rows_at_once(
             lambda rows: rows * row_bytes + min(rows, n_prefixes) * prefix_bytes,
             sum(state.n_rows for state in states),
@@ -182,7 +176,6 @@ class MusicgenGenerator:
                     steps=steps,
                     prefix_steps=prefix_steps,
                     delays=self.delays,
-                    frames_per_s=self.frames_per_s,
                     on_step=on_step,
                     check_stop=check_stop,
                 )
@@ -196,9 +189,9 @@ class MusicgenGenerator:
         params = MusicgenParams.model_validate(dict(request.params))
         n_frames = max(1, math.ceil(self._n_samples(request) / self.checkpoint.hop_samples))
         all_windows = windows(n_frames, self.window_frames, self.stride_frames)
-        end_s = all_windows[-1].start / self.frames_per_s + self.checkpoint.window_s
+        end_s = all_windows[-1].start / self.checkpoint.frames_per_s + self.checkpoint.window_s
         shape = (self.checkpoint.codebooks, n_frames)
-        melody_source = builder.melody(request.audio, params.melody).source
+        melody_source = builder.melody(request.audio, params.melody)[1]
         identity = self._identity(request, melody_source)
         codes = self.saved.load(identity, shape)
         return RequestState(
@@ -206,9 +199,7 @@ class MusicgenGenerator:
             conditions=builder.conditions(request.audio, params.melody, params.prompt, end_s),
             melody_source=melody_source,
             identity=identity,
-            sampler=Sampler(
-                SamplingParams(params.temperature, params.top_k, params.top_p, params.guidance), request.seed
-            ),
+            sampler=Sampler(params, request.seed),
             windows=all_windows,
             codes=np.full(shape, UNKNOWN, np.int64) if codes is None else codes,
         )
@@ -217,7 +208,7 @@ class MusicgenGenerator:
         self,
         request: VariationRequest,
         state: RequestState,
-        lazy_codec: LazyCodec,
+        encodec: LazyModel,
         progress: ProgressFn,
         should_stop: StopFn,
     ) -> Variation:
@@ -228,7 +219,7 @@ class MusicgenGenerator:
             check_stop(should_stop, self.name)
 
         check_stop(should_stop, self.name)
-        samples = codec.decode(self.checkpoint, lazy_codec.model, state.codes, on_piece)
+        samples = codec.decode(self.checkpoint, encodec.open(), state.codes, on_piece)
         samples = np.ascontiguousarray(samples[:, : self._n_samples(request)])
         if not np.isfinite(samples).all() or not samples.any():
             raise EngineFailure("musicgen made silence or NaN.")
@@ -247,7 +238,7 @@ class MusicgenGenerator:
 
         The melody source is part of it because it can depend on what is installed.
         """
-        return savepoints.identity(
+        facts = [
             VERSION,
             self.checkpoint.weights.revision,
             self.decoder.precision,
@@ -259,7 +250,8 @@ class MusicgenGenerator:
             request.duration_s,
             request.seed,
             dict(request.params),
-        )
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
     def _pieces(self, state: RequestState) -> int:
         return len(codec.pieces(self.checkpoint, state.codes.shape[1]))

@@ -53,7 +53,8 @@ class LayerFiles:
 
         # Opened again for each layer: the pages that were read stay mapped while a file is open.
         files: dict[str, Any] = {}
-        file_of = self._file_of()
+        index_file = self.folder / INDEX
+        file_of = json.loads(index_file.read_bytes())["weight_map"] if index_file.is_file() else {}
 
         def tensor(name: str) -> Samples:
             file = self.folder / file_of.get(name, WEIGHTS)
@@ -82,12 +83,6 @@ class LayerFiles:
                     )
             yield layer
 
-    def _file_of(self) -> dict[str, str]:
-        if not (self.folder / INDEX).is_file():
-            return {}
-        names: dict[str, str] = json.loads((self.folder / INDEX).read_bytes())["weight_map"]
-        return names
-
 
 @dataclass(frozen=True, eq=False)
 class Stack:
@@ -95,18 +90,21 @@ class Stack:
 
     shape: Shape
     precision: Precision
-    arrays: dict[str, Array]  # see `layout`
+    arrays: dict[str, Array]  # matrices are (layers, outputs / 16, inputs * 16), norms (layers, 2, hidden)
 
     @classmethod
     def empty(cls, shape: Shape, precision: Precision) -> Stack:
         """Memory for all layers, not filled."""
-        from pipeline.engines.musicgen.kernels import aligned
+        from pipeline.engines.musicgen.kernels import LANES, aligned
 
-        return cls(
-            shape,
-            precision,
-            {name: aligned(size, kind) for name, (size, kind) in layout(shape, precision).items()},
-        )
+        n, layer_sizes = shape.layers, sizes(shape)
+        arrays = {name: aligned((n, *layer_sizes[name]), np.float32) for name in NORMS}
+        for name in MATRICES:
+            outputs, inputs = layer_sizes[name]
+            kind, n_scales = (np.uint8, outputs) if precision == "int8" else (np.float32, 0)
+            arrays[name] = aligned((n, outputs // LANES, inputs * LANES), kind)
+            arrays[f"{name}_scales"] = aligned((n, n_scales), np.float32)
+        return cls(shape, precision, arrays)
 
     @classmethod
     def packed(cls, files: LayerFiles, precision: Precision) -> Stack:
@@ -132,21 +130,6 @@ class Stack:
         """Number of inputs that share one scale of the activations: the largest that divides them evenly."""
         sizes = range(min(LARGEST_GROUP, inputs) // GROUP_STEP * GROUP_STEP, 0, -GROUP_STEP)
         return next(size for size in sizes if inputs % size == 0)
-
-
-def layout(shape: Shape, precision: Precision) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape and type of a stack's arrays, by name; matrices are (layers, outputs / 16, inputs * 16)."""
-    from pipeline.engines.musicgen.kernels import LANES
-
-    quantized = precision == "int8"
-    arrays: dict[str, tuple[tuple[int, ...], type]] = {}
-    n, layer_sizes = shape.layers, sizes(shape)
-    for name in MATRICES:
-        outputs, inputs = layer_sizes[name]
-        kind = np.uint8 if quantized else np.float32
-        arrays[name] = ((n, outputs // LANES, inputs * LANES), kind)
-        arrays[f"{name}_scales"] = ((n, outputs if quantized else 0), np.float32)
-    return arrays | {name: ((n, *layer_sizes[name]), np.float32) for name in NORMS}
 
 
 def sizes(shape: Shape) -> dict[str, tuple[int, int]]:

@@ -18,13 +18,16 @@ of torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 from typing import Literal
 
 from pipeline.engines.base import StopFn
-from pipeline.engines.musicgen.demucs import Separator, open_separator, separator_if_any, without_rhythm
+from pipeline.engines.musicgen import demucs
 from pipeline.engines.musicgen.hpss import harmonic, percussive_share
+from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights
 from pipeline.records import Audio
+
+log = logging.getLogger("pipeline")
 
 Melody = Literal["auto", "mix", "harmonic", "demucs"]
 Source = Literal["mix", "harmonic", "demucs"]
@@ -32,36 +35,32 @@ Source = Literal["mix", "harmonic", "demucs"]
 MELODIC = 0.085  # a track with a smaller percussive share has no drums to speak of: see docs/musicgen.md
 
 
-@dataclass(frozen=True, eq=False)
-class MelodySource:
-    """The audio that the chroma is computed of."""
+def melody_source(
+    audio: Audio, wanted: Melody, *, should_stop: StopFn, device: str = "cpu"
+) -> tuple[Audio, Source]:
+    """The part of a track that its melody is taken from, and which part that is.
 
-    audio: Audio  # of the track's length and rate; one channel unless it is the track itself
-    source: Source
-    percussive_share: float | None = None  # in [0, 1]; None: not computed, or the track is silent
-
-
-def melody_source(audio: Audio, wanted: Melody, *, should_stop: StopFn, device: str = "cpu") -> MelodySource:
-    """The part of a track that its melody is taken from.
-
-    `device` is for demucs.
+    The audio has the track's length and rate, and one channel unless it is the track itself. `device` is
+    for demucs.
 
     Raises:
         Stopped: soon after `should_stop` turned true.
         MissingPackage, MissingWeights, BadCheckpoint: `wanted` is demucs, and it can't be used; `auto`
             does without it.
     """
-    share: float | None = None
-    separator: Separator | None = None
-    is_percussive = wanted == "harmonic"
-    if wanted == "demucs":
-        separator = open_separator(device)
-    elif wanted == "auto":
+    if wanted == "auto":
         share = percussive_share(audio)
-        is_percussive = share is not None and share >= MELODIC
-        separator = separator_if_any(device) if is_percussive else None
-    if separator:
-        return MelodySource(without_rhythm(audio, separator, should_stop), "demucs", share)
-    if is_percussive:
-        return MelodySource(harmonic(audio, should_stop), "harmonic", share)
-    return MelodySource(audio, "mix", share)
+        if share is None or share < MELODIC:
+            wanted = "mix"
+    if wanted == "mix":
+        return audio, "mix"
+    if wanted != "harmonic":
+        try:
+            model = demucs.open_model()
+            return demucs.without_rhythm(audio, model, device, should_stop), "demucs"
+        except (BadCheckpoint, MissingPackage, MissingWeights) as error:
+            if wanted == "demucs":
+                raise
+            if isinstance(error, BadCheckpoint):
+                log.warning("%s The melody is taken without demucs.", error)
+    return harmonic(audio, should_stop), "harmonic"

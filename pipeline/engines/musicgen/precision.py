@@ -1,8 +1,7 @@
 """The precision that the decoder computes in: int8 if it passes its check, otherwise float32.
 
-The first start with a checkpoint quantizes its layers and stores them, so that later starts do not
-read the float32 layers (see `quantized_store`). Every start checks int8 against float32 (see
-`int8_check`).
+The first start with a checkpoint quantizes its layers, checks them against float32 (see `int8_check`)
+and stores both (see `quantized_store`), so that later starts do not read the float32 layers.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pipeline.engines.musicgen import quantized_store
 from pipeline.engines.musicgen.checkpoint import Checkpoint
 from pipeline.engines.musicgen.decoder import Decoder, EmbeddingAndHead
-from pipeline.engines.musicgen.int8_check import Int8Check, compare, write_passage
+from pipeline.engines.musicgen.int8_check import Int8Check, check_int8
 from pipeline.engines.musicgen.layers import Stack, check_shape
-from pipeline.engines.musicgen.quantized_store import QuantizedStore
 from pipeline.errors import ConfigError
 
 log = logging.getLogger("pipeline")
@@ -44,34 +43,31 @@ def open_decoder(
     ends = checkpoint.embedding_and_head()
     check = None
     if precision != "float32":
-        store = QuantizedStore(folder, checkpoint.weights.revision)
-        decoder, check = _int8_decoder(checkpoint, ends, threads, store)
+        stack, check = _quantized(checkpoint, ends, threads, folder)
+        log.info("musicgen: %s", check.words)
         if check.passed:
-            return decoder, check
+            return CpuDecoder(stack, ends, threads), check
         log.warning("musicgen: int8 is too far from float32 with this checkpoint; float32 is used")
-        del decoder  # before the float32 layers take memory
+        del stack  # before the float32 layers take memory
     return CpuDecoder(Stack.packed(checkpoint.layers, "float32"), ends, threads), check
 
 
-def _int8_decoder(
-    checkpoint: Checkpoint, ends: EmbeddingAndHead, threads: int | None, store: QuantizedStore
-) -> tuple[Decoder[Any], Int8Check]:
-    """The int8 decoder, from the stored layers or from the checkpoint's, and its check."""
+def _quantized(
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, threads: int | None, folder: Path | None
+) -> tuple[Stack, Int8Check]:
+    """The quantized layers and their check, as they are stored or made now."""
     from pipeline.engines.musicgen.cpu_decoder import CpuDecoder
 
-    stored_stack = store.stack(checkpoint.layers.shape)
-    if stored_stack is None:
-        log.info("musicgen: compiling and quantizing, once for this machine and checkpoint; a minute or two")
-    stack = stored_stack or Stack.packed(checkpoint.layers, "int8")
-    decoder = CpuDecoder(stack, ends, threads)
-    stored_passage = store.passage() if stored_stack is not None else None
-    passage = stored_passage or write_passage(checkpoint, decoder, ends, threads)
-    check = compare(checkpoint, decoder, passage)
-    store.save(
-        None if stored_stack is not None else stack, None if stored_passage is not None else passage, check
-    )
-    log.info("musicgen: %s", check.words)
-    return decoder, check
+    path = quantized_store.path_of(folder, checkpoint.weights.revision) if folder else None
+    stored = quantized_store.read(path, checkpoint.layers.shape) if path else None
+    if stored:
+        return stored
+    log.info("musicgen: compiling and quantizing, once for this machine and checkpoint; a minute or two")
+    stack = Stack.packed(checkpoint.layers, "int8")
+    check = check_int8(checkpoint, CpuDecoder(stack, ends, threads), ends, threads)
+    if path:
+        quantized_store.save(path, stack, check)
+    return stack, check
 
 
 def _torch_decoder(checkpoint: Checkpoint, precision: str) -> Decoder[Any]:

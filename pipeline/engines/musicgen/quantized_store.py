@@ -1,119 +1,77 @@
-"""The quantized layers of a checkpoint on the disk, with the passage and the report of the int8 check."""
+"""The quantized layers of a checkpoint on the disk, with the result of their int8 check.
+
+They are in one file of numpy's npz format, which has a checksum for each array.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.engines.musicgen.decoder import Shape
-from pipeline.engines.musicgen.int8_check import Int8Check, Passage
-from pipeline.engines.musicgen.layers import Array, Stack, layout
+from pipeline.engines.musicgen.int8_check import Int8Check
+from pipeline.engines.musicgen.layers import Stack
 from pipeline.fs.atomic import replacing
 
 log = logging.getLogger("pipeline")
 
-LAYOUT = 3  # version of the files' format
-REPORT = "self-check.json"
+LAYOUT = 4  # version of the kernels' layout and of the file
+SUFFIX = ".int8"
+
+
+def path_of(folder: Path, revision: str) -> Path:
+    """The file of a checkpoint, by its revision."""
+    return folder / ("".join(c if c.isalnum() else "-" for c in revision) + SUFFIX)
 
 
 def last_check(folder: Path) -> Int8Check | None:
-    """The check of int8 at the last start; None if there was none."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        facts = json.loads((folder / REPORT).read_bytes())
-        return Int8Check(**{**facts, "kl": tuple(facts["kl"]), "top1": tuple(facts["top1"])})
-    return None
+    """The check of the layers that were made or read last; None if there are none."""
+    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+    try:
+        with files[-1].open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            return _check(saved)
+    except Exception:  # no file, or a damaged one, for which the libraries raise any error
+        return None
 
 
-@dataclass(frozen=True, eq=False)
-class QuantizedStore:
-    """The files of one checkpoint."""
-
-    folder: Path | None  # None: nothing is stored
-    revision: str
-
-    def stack(self, shape: Shape) -> Stack | None:
-        """The quantized layers; None if they are not there or damaged."""
-        if self.folder is None:
-            return None
-        try:
-            with self._file(".int8").open("rb", buffering=0) as file:
-                if file.read(len(self._header)) != self._header:
-                    return None
-                stack, digest = Stack.empty(shape, "int8"), hashlib.sha256()
-                for name in layout(shape, "int8"):
-                    _fill(file, stack.arrays[name])
-                    digest.update(_bytes(stack.arrays[name]))
-                return stack if file.read() == digest.digest() else None
-        except (OSError, EOFError):
-            return None
-
-    def passage(self) -> Passage | None:
-        """The passage of the int8 check; None if it is not there or damaged."""
-        try:
-            with np.load(io.BytesIO(self._file(".passage.npz").read_bytes()), allow_pickle=False) as saved:
-                return Passage(saved["tokens"], saved["logits"])
-        except Exception:  # no file, or a damaged one, for which the libraries raise any error
-            return None
-
-    def save(self, stack: Stack | None, passage: Passage | None, check: Int8Check) -> None:
-        """Write what is not None, and the report. A disk that is full is logged, and nothing is stored."""
-        if self.folder is None:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if stack is not None:
-                parts = [_bytes(stack.arrays[name]) for name in layout(stack.shape, "int8")]
-                digest = hashlib.sha256()
-                for part in parts:
-                    digest.update(part)
-                _write(self._file(".int8"), [self._header, *parts, digest.digest()])
-            if passage is not None:
-                content = io.BytesIO()
-                np.savez(content, tokens=passage.tokens, logits=passage.logits)
-                _write(self._file(".passage.npz"), [content.getbuffer()])
-            _write(self.folder / REPORT, [json.dumps(asdict(check)).encode()])
-        except OSError as error:
-            log.warning(
-                "musicgen: the quantized layers can't be stored (%s); the next start makes them again", error
-            )
-
-    def _file(self, suffix: str) -> Path:
-        assert self.folder is not None
-        return self.folder / ("".join(c if c.isalnum() else "-" for c in self.revision) + suffix)
-
-    @property
-    def _header(self) -> bytes:
-        return f"int8 layers, layout {LAYOUT}, of {self.revision}\n".encode().ljust(256)
+def read(path: Path, shape: Shape) -> tuple[Stack, Int8Check] | None:
+    """The layers and their check; None if the file is missing or damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            check, stack = _check(saved), Stack.empty(shape, "int8")
+            for name, array in stack.arrays.items():
+                array[:] = saved[name]
+    except Exception:  # no file, or a damaged one, for which the libraries raise any error
+        return None
+    with suppress(OSError):
+        path.touch()  # for `last_check`
+    return stack, check
 
 
-def _fill(file: Any, array: Array) -> None:
-    """Read an array's bytes; EOFError if the file has too few."""
-    rest = _bytes(array)
-    while rest:
-        count = file.readinto(rest)
-        if not count:
-            raise EOFError
-        rest = rest[count:]
+def _check(saved: Any) -> Int8Check:
+    if saved["layout"] != LAYOUT:
+        raise ValueError("it has another layout")
+    return Int8Check(**json.loads(str(saved["check"])))
 
 
-def _bytes(array: Array) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8).data)
-
-
-def _write(path: Path, parts: list[Any]) -> None:
-    """Write a file of these bytes, whole or not at all."""
+def save(path: Path, stack: Stack, check: Int8Check) -> None:
+    """Write a file. If the disk is full, that is logged, and nothing is stored."""
     temporary = path.with_suffix(".tmp")
-    with replacing(path, temporary), temporary.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    content: dict[str, Any] = {"layout": LAYOUT, "check": json.dumps(asdict(check)), **stack.arrays}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, temporary), temporary.open("wb") as file:
+            np.savez(file, **content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        log.warning(
+            "musicgen: the quantized layers can't be stored (%s): the next start makes them again", error
+        )

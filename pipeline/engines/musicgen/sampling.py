@@ -15,20 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.engines.musicgen import SamplingParams
 from pipeline.errors import EngineFailure
 
 Logits = NDArray[np.float64]  # (codebooks, vocabulary)
 Tokens = NDArray[np.int64]  # (codebooks,)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are picked; see `MusicgenParams` for the ranges."""
-
-    temperature: float = 1.0  # 0: the likeliest token
-    top_k: int = 250  # 0: all
-    top_p: float = 0.0  # 0: off; otherwise replaces top_k, as in audiocraft
-    guidance: float = 3.0  # 1: no guidance
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ rows that have the same. Each request gets the tokens that it would get alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -42,21 +41,20 @@ class RequestState:
     codes: Tokens  # (codebooks, frames), UNKNOWN where no token was picked yet
     melody_source: str = "mix"  # what the melody was taken from: mix, harmonic or demucs
     identity: str = ""  # digest of everything that the tokens depend on
-    delayed: DelayedWindow | None = None  # the current window
+    delayed: DelayedWindow = field(init=False)  # the current window, once it was begun
     position: int = 0  # steps of the current window that the KV cache holds
     slots: list[int] = field(default_factory=list)  # of its rows: conditional, then unconditional
     prefixes: list[int] = field(default_factory=list)  # prefix slot of each row
+    error: Exception | None = None  # what prevents its tokens
 
     @property
     def n_rows(self) -> int:
         return 1 if self.sampler.params.guidance == 1 else 2
 
-    def prefix_keys(self, window: Window, frames_per_s: float) -> list[bytes]:
-        """A digest of the prefix of each row in a window."""
-        text = self.conditions.text
-        chroma = self.conditions.chroma_at(window.start / frames_per_s)
-        conditional = _digest(_digest(chroma.tobytes()) + _digest(text.tobytes()))
-        unconditional = _digest(b"unconditional %d" % len(text))
+    def prefix_keys(self, window: Window) -> list[Hashable]:
+        """What tells the prefix of each row in a window from others."""
+        chroma, text = self.conditions.chroma_at(window.start), self.conditions.text
+        conditional, unconditional = (chroma.tobytes(), text.tobytes()), len(text)
         return [conditional, unconditional][: self.n_rows]
 
     def next_window(self) -> Window | None:
@@ -65,28 +63,10 @@ class RequestState:
         return next((w for w in self.windows if unknown[w.start : w.start + w.frames].any()), None)
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def distinct_prefixes(requests: Sequence[RequestState], frames_per_s: float) -> int:
+def distinct_prefixes(requests: Sequence[RequestState]) -> int:
     """Number of different prefixes of all windows of these requests."""
-    return len(
-        {
-            key
-            for request in requests
-            for window in request.windows
-            for key in request.prefix_keys(window, frames_per_s)
-        }
-    )
-
-
-@dataclass(frozen=True)
-class FinishedRequest:
-    """A request with all its tokens, or with the error that prevents them."""
-
-    state: RequestState
-    error: Exception | None = None
+    windows = [(request, window) for request in requests for window in request.windows]
+    return len({key for request, window in windows for key in request.prefix_keys(window)})
 
 
 @dataclass(eq=False)
@@ -95,10 +75,10 @@ class PrefixCache:
 
     n_slots: int
     prefill: Callable[[int, Samples], None]  # stores a prefix in a slot
-    slots: dict[bytes, int] = field(default_factory=dict)  # by digest, the longest stored first
+    slots: dict[Hashable, int] = field(default_factory=dict)  # by key, the longest stored first
     users: Counter[int] = field(default_factory=Counter)  # rows, by slot
 
-    def acquire(self, key: bytes, inputs: Callable[[], Samples]) -> int:
+    def acquire(self, key: Hashable, inputs: Callable[[], Samples]) -> int:
         """The slot of a prefix for one more row; `inputs` is called unless the prefix is stored."""
         if key not in self.slots:
             slot = self._free_slot()
@@ -129,7 +109,6 @@ class Scheduler:
     steps: int  # of the longest window, with its delays
     prefix_steps: int  # of the longest prefix
     delays: np.ndarray  # see `DelayedWindow`
-    frames_per_s: float
     on_step: Callable[[RequestState, bool], None]  # after each step (True) or block of known steps (False)
     check_stop: Callable[[], None]  # raises Stopped
 
@@ -138,8 +117,8 @@ class Scheduler:
         self.prefixes = PrefixCache(self.n_prefixes, partial(self.decoder.prefill, self.cache))
         self.free = list(range(self.rows))
 
-    def run(self, requests: Sequence[RequestState]) -> Iterator[FinishedRequest]:
-        """Yield each request as soon as it is finished.
+    def run(self, requests: Sequence[RequestState]) -> Iterator[RequestState]:
+        """Yield each request as soon as it has all its tokens, or an error.
 
         Raises:
             Stopped: as `check_stop`.
@@ -150,34 +129,35 @@ class Scheduler:
             if active:
                 yield from self._advance(waiting, active)
 
-    def _admit(self, waiting: deque[RequestState], active: list[RequestState]) -> Iterator[FinishedRequest]:
+    def _admit(self, waiting: deque[RequestState], active: list[RequestState]) -> Iterator[RequestState]:
         """Begin the next window of waiting requests, in order, while there are rows for the first of them."""
         while waiting and len(self.free) >= waiting[0].n_rows:
             request = waiting.popleft()
             window = request.next_window()
             if window is None:
-                yield FinishedRequest(request)
+                yield request
                 continue
             try:
                 self.begin(request, window)
             except Stopped:
                 raise
             except REQUEST_ERRORS as error:
+                request.error = error
                 self._free_rows(request)
-                yield FinishedRequest(request, error)
+                yield request
             else:
                 active.append(request)
 
-    def _advance(self, waiting: deque[RequestState], active: list[RequestState]) -> Iterator[FinishedRequest]:
+    def _advance(self, waiting: deque[RequestState], active: list[RequestState]) -> Iterator[RequestState]:
         """One step of all active requests; the rows of those at the end of their window become free."""
         finished = []
-        for request, error in self.step(active):
+        for request in self.step(active):
             active.remove(request)
             self._free_rows(request)
-            if error is None and request.next_window() is not None:
+            if request.error is None and request.next_window() is not None:
                 waiting.appendleft(request)
             else:
-                finished.append(FinishedRequest(request, error))
+                finished.append(request)
         if finished and not waiting:
             for slot in self.free:  # the caller decodes what is finished, which takes memory too
                 self.cache.release(slot)
@@ -188,9 +168,9 @@ class Scheduler:
         self.check_stop()
         request.delayed = DelayedWindow(request.codes, window, self.delays, self.decoder.shape.vocabulary)
         request.position = 0
-        start_s, conditions = window.start / self.frames_per_s, request.conditions
-        prefixes = (lambda: conditions.conditional(conditions.chroma_at(start_s)), conditions.unconditional)
-        for key, inputs in zip(request.prefix_keys(window, self.frames_per_s), prefixes, strict=False):
+        conditions = request.conditions
+        prefixes = (lambda: conditions.conditional(window.start), conditions.unconditional)
+        for key, inputs in zip(request.prefix_keys(window), prefixes, strict=False):
             request.slots.append(self.free.pop())
             request.prefixes.append(self.prefixes.acquire(key, inputs))
         known = request.delayed.known_steps
@@ -203,32 +183,27 @@ class Scheduler:
 
     def _inputs(self, request: RequestState, end: int) -> list[StepInput]:
         """The inputs of a request's rows from its position up to step `end`, excluded."""
-        assert request.delayed is not None
         tokens = request.delayed.inputs(request.position, end)
         return [
             StepInput(slot, prefix, request.position, tokens)
             for slot, prefix in zip(request.slots, request.prefixes, strict=True)
         ]
 
-    def step(self, active: Sequence[RequestState]) -> list[tuple[RequestState, PipelineError | None]]:
+    def step(self, active: Sequence[RequestState]) -> list[RequestState]:
         """Pick one step's tokens; returns the requests that failed or are at the end of their window."""
         self.check_stop()
         inputs = [one for request in active for one in self._inputs(request, request.position + 1)]
         inputs.sort(key=lambda one: one.prefix)  # neighbours share what the processor's caches hold
         logits = self.decoder.advance(self.cache, inputs)
         by_slot = dict(zip((one.slot for one in inputs), logits, strict=True))
-        ended: list[tuple[RequestState, PipelineError | None]] = []
         for request in active:
             try:
                 _pick(request, [by_slot[slot].astype(np.float64) for slot in request.slots])
             except PipelineError as error:
-                ended.append((request, error))
-                continue
-            self.on_step(request, True)
-            assert request.delayed is not None
-            if request.position == request.delayed.steps:
-                ended.append((request, None))
-        return ended
+                request.error = error
+            else:
+                self.on_step(request, True)
+        return [one for one in active if one.error or one.position == one.delayed.steps]
 
     def _free_rows(self, request: RequestState) -> None:
         self.free += request.slots
@@ -242,9 +217,7 @@ def _pick(request: RequestState, logits: Sequence[Logits]) -> None:
 
     The noise depends on the step counted from the beginning of the piece, not of the window.
     """
-    delayed = request.delayed
-    assert delayed is not None
-    conditional, unconditional = logits[0], logits[1] if len(logits) > 1 else None
-    step = delayed.window.start + request.position
-    delayed.store(request.position, request.sampler.pick(step, conditional, unconditional))
+    step = request.delayed.window.start + request.position
+    picked = request.sampler.pick(step, logits[0], logits[1] if len(logits) > 1 else None)
+    request.delayed.store(request.position, picked)
     request.position += 1

@@ -9,8 +9,7 @@ token: equal bits in any batch are promised by `cpu_decoder`, not here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +95,8 @@ class TorchDecoder:
         with torch.inference_mode():
             for step in range(max(len(one.tokens) for one in step_inputs)):
                 going = [index for index, one in enumerate(step_inputs) if step < len(one.tokens)]
-                for part in _parts(going):
+                for start in range(0, len(going), ROWS):
+                    part = going[start : start + ROWS]
                     logits = self._step(cache, [step_inputs[index] for index in part], step)
                     for index, row in zip(part, logits, strict=True):
                         last[index] = row
@@ -105,22 +105,32 @@ class TorchDecoder:
     def _step(self, cache: TorchKVCache, step_inputs: Sequence[StepInput], step: int) -> Samples:
         """One step of up to `ROWS` rows."""
         import torch
+        from torch.nn.functional import scaled_dot_product_attention as attention
 
         n, padding = len(step_inputs), ROWS - len(step_inputs)
         slots = np.array([one.slot for one in step_inputs] + [cache.rows.shape[2] - 1] * padding)
         positions = np.array([one.position + step for one in step_inputs] + [0] * padding)
-        lengths = cache.prefix_lengths[[one.prefix for one in step_inputs]]
+        lengths = [int(cache.prefix_lengths[one.prefix]) for one in step_inputs]
         tokens = np.zeros((ROWS, self.shape.codebooks), np.int64)
         tokens[:n] = [one.tokens[step] for one in step_inputs]
-        before = np.concatenate([lengths, np.zeros(padding, np.int64)])
+        before = np.array(lengths + [0] * padding)
         x = self._tensor(self.ends.embed(tokens) + self.ends.positions[before + positions])[:, None]
         slot_indices, step_indices = (torch.from_numpy(array).to(self.device) for array in (slots, positions))
-        contexts = [
-            _Context(one.slot, one.position + step + 1, one.prefix, int(length))
-            for one, length in zip(step_inputs, lengths, strict=True)
-        ]
-        out = self._run(x, _attention(cache, slot_indices, step_indices, contexts))
-        return self._logits(out[:, 0])[:n]
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            """Each row attends to its prefix and to its own steps up to this one."""
+            own, prefixes = cache.rows[layer], cache.prefixes[layer]
+            own[0][slot_indices, :, step_indices] = k[:, :, 0]
+            own[1][slot_indices, :, step_indices] = v[:, :, 0]
+            out = torch.zeros_like(q)
+            for row, (one, length) in enumerate(zip(step_inputs, lengths, strict=True)):
+                prefix = prefixes[:, one.prefix, :, :length]
+                steps = own[:, one.slot, :, : one.position + step + 1]
+                keys, values = torch.cat([prefix, steps], dim=2)
+                out[row] = attention(q[row, None], keys[None], values[None])[0]
+            return out
+
+        return self._logits(self._run(x, attend)[:, 0])[:n]
 
     def _run(self, x: torch.Tensor, attend: Any) -> torch.Tensor:
         """All layers over x (rows, steps, hidden); `attend(layer, q, k, v)` stores k and v and attends."""
@@ -149,38 +159,3 @@ class TorchDecoder:
         import torch
 
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, self.dtype)
-
-
-@dataclass(frozen=True)
-class _Context:
-    """The positions that a row attends to."""
-
-    slot: int
-    steps: int  # of its own
-    prefix: int
-    prefix_steps: int
-
-
-def _attention(
-    cache: TorchKVCache, slots: torch.Tensor, positions: torch.Tensor, contexts: Sequence[_Context]
-) -> Any:
-    """Attention of one step: each row over its prefix and its own steps up to this one."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention as attention
-
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        own, before = cache.rows[layer], cache.prefixes[layer]
-        own[0][slots, :, positions] = k[:, :, 0]
-        own[1][slots, :, positions] = v[:, :, 0]
-        out = torch.zeros_like(q)
-        for row, context in enumerate(contexts):
-            prefix = before[:, context.prefix, :, : context.prefix_steps]
-            keys_values = torch.cat([prefix, own[:, context.slot, :, : context.steps]], dim=2)
-            out[row] = attention(q[row, None], keys_values[0, None], keys_values[1, None])[0]
-        return out
-
-    return attend
-
-
-def _parts(indices: list[int]) -> Iterator[list[int]]:
-    return (indices[start : start + ROWS] for start in range(0, len(indices), ROWS))

@@ -64,12 +64,9 @@ def case(request: pytest.FixtureRequest, musicgen_checkpoint: BuildFn) -> Case:
         tokens[step, step * checkpoint.channels :] = 2048
     chroma = conditioning.track_chroma(checkpoint, tones(440.0, 554.37), 30.0)
     conditions = conditioning.Conditions(
-        chroma,
-        conditioning.chroma_rate(checkpoint),
-        conditioning.encode_prompt(checkpoint, PROMPT),
-        checkpoint,
+        chroma, conditioning.encode_prompt(checkpoint, PROMPT, checkpoint.text_encoder), checkpoint
     )
-    melodies = np.stack([conditions.chroma_at(0.0), np.eye(1, 12, dtype=np.float32).repeat(235, 0)])
+    melodies = np.stack([conditions.chroma_at(0), np.eye(1, 12, dtype=np.float32).repeat(235, 0)])
     text = checkpoint.tokenizer([PROMPT, PROMPT], return_tensors="pt")
     text["attention_mask"][1] = 0  # the null condition: no text, a steady C
     with torch.inference_mode():
@@ -96,7 +93,7 @@ def stepwise(decoder: Any, case: Case, steps: int = STEPS) -> tuple[np.ndarray, 
     from pipeline.engines.musicgen.decoder import StepInput
 
     cache = decoder.new_cache(2, STEPS, 2, 256)
-    decoder.prefill(cache, 0, case.conditions.conditional(case.conditions.chroma_at(0.0)))
+    decoder.prefill(cache, 0, case.conditions.conditional(0))
     decoder.prefill(cache, 1, case.conditions.unconditional())
     found = [
         decoder.advance(cache, [StepInput(row, row, step, case.tokens[step : step + 1]) for row in (0, 1)])
@@ -160,7 +157,7 @@ def test_greedy_tokens_are_those_of_generate(
     with torch.inference_mode():
         case.full.generate(
             **case.checkpoint.tokenizer([PROMPT], return_tensors="pt"),
-            input_features=torch.from_numpy(case.conditions.chroma_at(0.0)[None]),
+            input_features=torch.from_numpy(case.conditions.chroma_at(0)[None]),
             do_sample=False,
             guidance_scale=guidance,
             max_length=25 + 4,
@@ -298,7 +295,7 @@ def test_the_number_of_threads_changes_no_bit(case: Case, kind: str) -> None:
     for threads in (1, 2, 3):
         decoder.threads = threads
         cache = decoder.new_cache(3, 40, 1, 256)
-        decoder.prefill(cache, 0, case.conditions.conditional(case.conditions.chroma_at(0.0)))
+        decoder.prefill(cache, 0, case.conditions.conditional(0))
         last = decoder.advance(cache, [StepInput(row, 0, 0, case.tokens[: 40 - row]) for row in range(3)])
         found.append(last.tobytes())
     assert found[0] == found[1] == found[2]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.engines.musicgen.sampling import Sampler, SamplingParams, draw, gumbel, log_probabilities
+from pipeline.engines.musicgen import SamplingParams
+from pipeline.engines.musicgen.sampling import Sampler, draw, gumbel, log_probabilities
 from pipeline.errors import EngineFailure
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (4, 2048))

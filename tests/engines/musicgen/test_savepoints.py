@@ -264,24 +264,6 @@ def test_a_caller_that_asks_for_no_more_results_loses_no_tokens(
     assert resumed(engine, request_for("b", duration_s=1.0))[1] == 53 - 28
 
 
-def test_a_file_under_the_name_of_another_request_is_not_used(tmp_path: Path) -> None:
-    saved, codes = Savepoints(tmp_path), np.arange(80).reshape(4, 20)
-    saved.save("one", codes)
-    (path,) = tmp_path.iterdir()
-    path.rename(tmp_path / path.name.replace("one", "other"))
-    assert saved.load("other", (4, 20)) is None
-
-
-def test_a_folder_that_cannot_be_written_is_logged_once(
-    musicgen: Any, request_for: RequestFn, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    engine = generator_with(musicgen.checkpoint, "int8", saved=Savepoints(tmp_path / "file" / "unfinished"))
-    results = results_of(engine, request_for("a"), request_for("b", duration_s=4.2))
-    assert not any(isinstance(result, Failure) for result in results.values())
-    assert caplog.text.count("can't be saved") == 1
-
-
 def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
     import os

@@ -79,7 +79,7 @@ def test_any_number_of_rows_gives_the_same_tokens(musicgen: Any, rows: int) -> N
     decoder = CountingDecoder(musicgen.decoder)
     found, plenty = (
         {
-            finished.state.request_id: finished.state.codes
+            finished.request_id: finished.codes
             for finished in run_requests(musicgen.checkpoint, decoder, states(), n)
         }
         for n in (rows, 16)
@@ -96,7 +96,7 @@ def test_a_free_row_goes_to_the_next_request_at_once(musicgen: Any) -> None:
         for name, frames in (("short", 10), ("long", 40), ("third", 20))
     ]
     decoder = CountingDecoder(musicgen.decoder)
-    order = [finished.state.request_id for finished in run_requests(musicgen.checkpoint, decoder, states, 2)]
+    order = [finished.request_id for finished in run_requests(musicgen.checkpoint, decoder, states, 2)]
     assert order == ["short", "third", "long"]
     assert decoder.rows == [2] * (13 + 23) + [1] * (43 - 13 - 23)
 
@@ -109,7 +109,7 @@ def test_memory_is_given_back_before_decoding_unless_requests_wait(musicgen: Any
         for name, frames in (("short", 10), ("long", 40), ("third", 20))
     ]
     released = [
-        (finished.state.request_id, list(decoder.released))
+        (finished.request_id, list(decoder.released))
         for finished in run_requests(musicgen.checkpoint, decoder, states, 2)
     ]
     assert released == [("short", []), ("third", [1]), ("long", [1, 1, 0])]
@@ -157,14 +157,14 @@ def test_a_prefix_whose_slot_was_needed_is_run_again(musicgen: Any) -> None:
         request_state(musicgen.checkpoint, str(n), frames=8, audio=tones(f)) for n, f in enumerate(pitches)
     ]
     for finished in run_requests(musicgen.checkpoint, musicgen.decoder, states, 2):
-        number = int(finished.state.request_id)
+        number = int(finished.request_id)
         (single,) = run_requests(
             musicgen.checkpoint,
             musicgen.decoder,
             [request_state(musicgen.checkpoint, "alone", frames=8, audio=tones(pitches[number]))],
             2,
         )
-        np.testing.assert_array_equal(finished.state.codes, single.state.codes)
+        np.testing.assert_array_equal(finished.codes, single.codes)
 
 
 # -- failures ----------------------------------------------------------------------------------------
@@ -176,9 +176,9 @@ def test_a_request_whose_logits_are_not_numbers_fails_alone(any_musicgen: Any, r
     good = [request_state(checkpoint, name, frames=12, seed=seed) for seed, name in enumerate("ab")]
     bad = request_state(checkpoint, "bad", frames=12, prompt="fast drums")
     decoder = CountingDecoder(any_musicgen.decoder)
-    decoder.broken = bad.conditions.conditional(bad.conditions.chroma_at(0.0))
+    decoder.broken = bad.conditions.conditional(0)
     ended = {
-        finished.state.request_id: finished
+        finished.request_id: finished
         for finished in run_requests(checkpoint, decoder, [good[0], bad, good[1]], rows)
     }
     assert isinstance(ended["bad"].error, EngineFailure)
@@ -188,7 +188,7 @@ def test_a_request_whose_logits_are_not_numbers_fails_alone(any_musicgen: Any, r
         (single,) = run_requests(
             checkpoint, any_musicgen.decoder, [request_state(checkpoint, name, frames=12, seed=seed)], 2
         )
-        np.testing.assert_array_equal(ended[name].state.codes, single.state.codes)
+        np.testing.assert_array_equal(ended[name].codes, single.codes)
 
 
 def test_a_prefix_that_cannot_be_made_fails_its_request_alone(
@@ -200,10 +200,10 @@ def test_a_prefix_that_cannot_be_made_fails_its_request_alone(
     checkpoint, conditional = musicgen.checkpoint, Conditions.conditional
     bad = request_state(checkpoint, "bad", frames=12, prompt="fast drums")
 
-    def fail(self: Conditions, window: np.ndarray) -> np.ndarray:
+    def fail(self: Conditions, start: int) -> np.ndarray:
         if self is bad.conditions:
             raise MemoryError("no memory")
-        return conditional(self, window)
+        return conditional(self, start)
 
     monkeypatch.setattr(Conditions, "conditional", fail)
     states = [
@@ -212,7 +212,7 @@ def test_a_prefix_that_cannot_be_made_fails_its_request_alone(
         request_state(checkpoint, "b", frames=12, seed=1),
     ]
     ended = {
-        finished.state.request_id: finished.error
+        finished.request_id: finished.error
         for finished in run_requests(checkpoint, musicgen.decoder, states, 2)
     }
     assert str(ended.pop("bad")) == "no memory"

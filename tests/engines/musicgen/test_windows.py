@@ -196,7 +196,7 @@ class StepNumbers:
 
 def test_no_noise_is_drawn_twice(short_musicgen: Any) -> None:
     """Each token has the noise of the step of its own frame, and known tokens are not picked again."""
-    from pipeline.engines.musicgen.sampling import SamplingParams
+    from pipeline.engines.musicgen import SamplingParams
 
     sampler = StepNumbers(SamplingParams(guidance=1.0))
     piece = request_state(
