@@ -77,7 +77,7 @@ def describe(head: bytes) -> str:
     """Why a file that begins with `head`, behind its tags, can't be decoded."""
     no_audio = "is not audio in a format that can be read"
     if not head:
-        return f"{no_audio}: it holds nothing but tags"
+        return f"{no_audio}: it holds nothing but tags, or is cut off within them"
     if _matches(_CONTAINERS["MP4"], head):
         return "is cut off or damaged: its index (moov) is missing or can't be read"
     for name, pattern in _CONTAINERS.items():

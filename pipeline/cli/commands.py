@@ -102,7 +102,12 @@ Folder = Annotated[
 ]
 Tracks = Annotated[
     list[str] | None,
-    typer.Argument(help="Names of tracks, or the starts of their hashes; default: all that failed."),
+    typer.Argument(
+        metavar="TRACK", help="Parts of names, or the starts of hashes; default: all that failed."
+    ),
+]
+TrackName = Annotated[
+    str, typer.Argument(metavar="TRACK", help="Part of a track's name, or the start of its hash.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
@@ -175,7 +180,7 @@ def status(context: typer.Context, as_json: AsJson = False) -> int:
 
 
 @cli.command()
-def show(context: typer.Context, track: str, as_json: AsJson = False) -> int:
+def show(context: typer.Context, track: TrackName, as_json: AsJson = False) -> int:
     """Show one track: its stages, attempts, errors and files."""
     from pipeline.cli.status import show_facts, show_text
 
@@ -213,7 +218,7 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
 @cli.command()
 def requeue(
     context: typer.Context,
-    track: str,
+    track: TrackName,
     stage: Annotated[Stage | None, typer.Option(help="First stage to repeat.")] = None,
 ) -> int:
     """Process a finished track again.
@@ -240,7 +245,7 @@ def requeue(
 def doctor(
     context: typer.Context,
     repair: Annotated[
-        bool, typer.Option(help="Queue missing or altered results again and remove leftovers.")
+        bool, typer.Option("--repair", help="Queue missing or altered results again and remove leftovers.")
     ] = False,
 ) -> int:
     """Check the installation, the machine and the home."""
@@ -258,7 +263,9 @@ def doctor(
 @cli.command()
 def gc(
     context: typer.Context,
-    dry_run: Annotated[bool, typer.Option(help="List what would be removed, and remove nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")
+    ] = False,
 ) -> int:
     """Remove old files as `retention` in the configuration says."""
     from pipeline.maintenance.retention import collect
@@ -285,8 +292,14 @@ def models_list(context: typer.Context) -> int:
 
 
 @models.command("fetch")
-def models_fetch(context: typer.Context, names: Annotated[list[str] | None, typer.Argument()] = None) -> int:
-    """Download weights ahead of time; default: those that the configuration can use."""
+def models_fetch(
+    context: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Hub ids; default: the models that the configuration can use."),
+    ] = None,
+) -> int:
+    """Download weights ahead of time."""
     from pipeline.cli.models import wanted_models
     from pipeline.weights import hub
 
@@ -298,7 +311,9 @@ def models_fetch(context: typer.Context, names: Annotated[list[str] | None, type
 
 
 @models.command("path")
-def models_path(context: typer.Context, name: str) -> int:
+def models_path(
+    context: typer.Context, name: Annotated[str, typer.Argument(metavar="MODEL", help="The hub id.")]
+) -> int:
     """Print the folder with a model's weights."""
     from pipeline.weights import hub
 

@@ -12,7 +12,8 @@ from pipeline.app import App
 from pipeline.engines import cards
 from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
-from pipeline.errors import PipelineError, os_reason
+from pipeline.errors import PipelineError
+from pipeline.fs.disk import environment_error
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.store.store import Store
@@ -50,11 +51,11 @@ def run_checks(app: App, *, repair: bool) -> Iterator[Check]:
     for what, results in checks.items():
         try:
             yield from results
-        except PipelineError as e:
-            yield Check("bad", what, str(e))
-        except OSError as e:
-            where = f" ({e.filename})" if e.filename else ""
-            yield Check("bad", what, os_reason(e) + where)
+        except Exception as e:
+            error = environment_error(e, in_track=False) or e
+            if not isinstance(error, PipelineError):
+                raise
+            yield Check("bad", what, str(error))
 
 
 def _folders(app: App) -> Iterator[Check]:

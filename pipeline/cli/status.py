@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.intake.scanner import ScannedFile
     from pipeline.plan import Recipe
     from pipeline.runner.attempts import RunResult
+    from pipeline.store.schema import Track
     from pipeline.workspace import InputFolder
 
 LISTED = 20  # entries of the queue and failures that `status` lists
@@ -39,6 +40,8 @@ def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
         parts.append(f"{scan_result.read_errors} can't be read now and are left for the next run")
     if scan_result.unsettled:
         parts.append(f"{scan_result.unsettled} are still being written and are left for the next run")
+    if scan_result.unmarked:
+        parts.append(f"{scan_result.unmarked} have no marker file yet")
     return f"{', '.join(parts)}; results are in {outbox}"
 
 
@@ -49,6 +52,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
         FolderUnusable: the folder can't be read.
     """
     from pipeline.intake.copies import is_conflict_copy
+    from pipeline.intake.scanner import Scanner
 
     recipe = app.recipe
     for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
@@ -58,31 +62,37 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     names = ", ".join(Path(unit.file).name for unit in variations)
     yield f"each track: {len(variations)} variations: {names}"
     store = app.read_store()
-    is_idle = True
+    is_idle, listed = True, set[str]()
     try:
-        for scanned in app.scanner(folder).scan():
+        for scanned in Scanner(folder, app.config.intake).scan():
             is_idle = False
+            track = _track_of(store, scanned) if store else None
+            listed |= {track.sha256} if track else set()
             note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
-            yield f"{scanned.display}: {_planned(store, scanned, recipe)}{note}"
+            yield f"{scanned.display}: {_planned(store, scanned, track, recipe)}{note}"
     except OSError as e:
         raise FolderUnusable(f"{folder.path} can't be read: {os_reason(e)}") from e
     for track in store.tracks(TrackState.QUEUED) if store and folder.is_inbox else []:
         is_idle = False
-        yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
+        if track.sha256 not in listed:
+            yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
     if is_idle:
         yield "nothing to do"
 
 
-def _planned(store: Store | None, scanned: ScannedFile, recipe: Recipe) -> str:
+def _track_of(store: Store, scanned: ScannedFile) -> Track | None:
+    """The track that a file was taken in as; None if the file is new or has changed since."""
+    known = store.file_at(scanned.path)
+    is_same = known is not None and known.identity == scanned.identity and known.moved_to is None
+    return store.track(known.sha256) if known and is_same else None
+
+
+def _planned(store: Store | None, scanned: ScannedFile, track: Track | None, recipe: Recipe) -> str:
     """What `once` would do with one file, and why."""
-    known = store.file_at(scanned.path) if store else None
-    is_same = known is not None and known.identity == scanned.identity
-    if store is None or known is None or not is_same or known.moved_to is not None:
+    if store is None or track is None:
         return "new: normalize, embed, generate" if scanned.marked else "waits for its marker file"
-    track = store.track(known.sha256)
-    if track is None or track.state != "done":
-        error = f" ({track.error})" if track and track.error else ""
-        return f"{track.state if track else 'new'}{error}"
+    if track.state != TrackState.DONE:
+        return f"{track.state}{f' ({track.error})' if track.error else ''}"
     if track.collected_at is not None:
         return "up to date (its results were removed by gc)"
     wanted = recipe.plan(track.sha256)
@@ -128,7 +138,7 @@ def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
                 "stage": attempt.stage,
                 "since_s": round(time.time() - attempt.started_at, 1),
             }
-            for attempt in (store.open_attempts() if is_running else ())
+            for attempt in (store.attempts() if is_running else ())
         ],
         "waiting": [
             {"track": track.name, "until": track.not_before, "error": track.error}

@@ -6,10 +6,12 @@ import fcntl
 import json
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -227,6 +229,12 @@ def test_status_knows_whether_an_instance_is_running(processed: Home, pipeline: 
         assert json.loads(pipeline("status", "--json").out)["instance"] is True
 
 
+def test_once_says_how_many_files_wait_for_their_marker(home: Home, pipeline: Pipeline) -> None:
+    home.configure(intake={"settle_s": 0, "marker": ".done"})
+    write_music(home.inbox / "song.wav")
+    assert "0 done, 0 failed, 1 have no marker file yet" in pipeline("once").out
+
+
 def test_plan_says_what_once_would_do_and_does_nothing(home: Home, pipeline: Pipeline) -> None:
     assert "nothing to do" in pipeline("plan").out
     write_music(home.inbox / "song.wav")
@@ -317,7 +325,7 @@ def test_retry_takes_failed_tracks_again_and_a_mended_cause_lets_them_pass(
 
     home.configure()
     assert pipeline("retry").out == "song.wav: queued again\n"
-    assert "song.wav: queued" in pipeline("plan").out
+    assert pipeline("plan").out.count("song.wav: queued") == 1
     assert pipeline("once").code == 0
 
     assert sorted(str(p.relative_to(home.inbox)) for p in home.inbox.rglob("*") if p.is_file()) == [
@@ -474,6 +482,14 @@ def test_doctor_names_a_damaged_database_and_checks_the_rest(
     assert "ok    generate uses: remix" in ended.out
 
 
+def test_doctor_names_a_database_that_lacks_a_table(processed: Home, pipeline: Pipeline) -> None:
+    with closing(sqlite3.connect(processed.folder / "state" / "pipeline.db")) as database:
+        database.execute("DROP TABLE units")
+    ended = pipeline("doctor")
+    assert (ended.code, ended.err) == (1, "")
+    assert "bad   database: the database can't be used: no such table: units" in ended.out
+
+
 def test_doctor_goes_on_after_a_check_that_failed(home: Home, pipeline: Pipeline) -> None:
     home.outbox.write_text("not a folder")
     ended = pipeline("doctor")
@@ -627,3 +643,18 @@ def test_completion_is_for_the_name_that_the_program_was_started_by(
     with pytest.raises(SystemExit):
         variations()
     assert capsys.readouterr().out == "status\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["show"], "TRACK <str> Part of a track's name, or the start of its hash."),
+        (["retry"], "Parts of names, or the starts of hashes; default: all that failed."),
+        (["models", "fetch"], "Hub ids; default: the models that the configuration can use."),
+        (["models", "path"], "MODEL <str> The hub id."),
+    ],
+)
+def test_the_help_of_a_command_says_what_its_argument_is(
+    pipeline: Pipeline, words: list[str], says: str
+) -> None:
+    assert says in " ".join(pipeline(*words, "--help").out.split())
