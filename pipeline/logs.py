@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 
@@ -36,7 +38,13 @@ def logging_to(path: Path, console: Console) -> Iterator[None]:
 
 
 class FileHandler(RotatingFileHandler):
-    """Rotates by size."""
+    """Rotates by size, and opens the file anew when somebody has moved or removed it."""
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802  (logging's own name)
+        if self.stream is not None and not _is_at(self.baseFilename, self.stream):
+            self.stream.close()
+            self.stream = self._open()
+        return bool(super().shouldRollover(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
         """Ignore a line that can't be written, to a full disk for example: the terminal still shows it."""
@@ -55,3 +63,11 @@ class ConsoleHandler(logging.Handler):
         record.exc_text = None
         plain = logging.makeLogRecord({**record.__dict__, "exc_info": None})
         self._console.print(self.format(plain), markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_at(path: str, file: IO[str]) -> bool:
+    """Whether the open file is the one that has this path now."""
+    try:
+        return os.path.samestat(Path(path).stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

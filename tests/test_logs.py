@@ -28,3 +28,13 @@ def test_the_file_is_rotated_by_size(tmp_path: Path, quiet: None) -> None:
         log.info("second")
     assert "second" in path.read_text()
     assert path.stat().st_size < LOG_BYTES
+
+
+def test_a_log_file_that_was_moved_away_is_opened_anew(tmp_path: Path, quiet: None) -> None:
+    path, moved = tmp_path / "pipeline.log", tmp_path / "pipeline.log.old"
+    with logging_to(path, Console(quiet=True)):
+        log.info("first")
+        path.rename(moved)
+        log.info("second")
+    assert "first" in moved.read_text()
+    assert "second" in path.read_text()

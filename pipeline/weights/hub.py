@@ -5,6 +5,7 @@ Only the files of a model's layout are downloaded, which for most engines are sa
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def locate(model: str, revision: str | None = None, *, layout: Layout = TRANSFOR
     """
     if found := _in_folder(model, layout):
         return found
+    if not (_hub_cache() / f"models--{model.replace('/', '--')}").is_dir():
+        return None  # without importing the hub's library, which takes a quarter of a second
     try:
         import huggingface_hub as hub
 
@@ -126,6 +129,13 @@ def _in_folder(model: str, layout: Layout) -> Weights | None:
         return None
     layout.check(folder)
     return Weights(folder, model, fingerprint(folder, layout.files))
+
+
+def _hub_cache() -> Path:
+    """The hub's cache, where its library looks for it (HF_HUB_CACHE in huggingface_hub.constants)."""
+    home = os.getenv("HF_HOME") or f"{os.getenv('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = os.getenv("HF_HUB_CACHE") or os.getenv("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(cache)).expanduser()
 
 
 def _default(model: str) -> str:

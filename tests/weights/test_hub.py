@@ -328,3 +328,12 @@ def run(code: str, **variables: str) -> str:
         check=True,
     )
     return result.stdout
+
+
+def test_a_model_that_was_never_downloaded_is_missed_without_the_hub_s_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pipeline.weights import hub\n"
+        "assert hub.locate('facebook/musicgen-melody') is None\n"
+        "print('huggingface_hub' in sys.modules)"
+    )
+    assert run(code, HF_HUB_CACHE=str(tmp_path)).strip() == "False"
