@@ -13,8 +13,8 @@ from pipeline.config import Config, Embed, Generate, load_config
 from pipeline.engines.base import EngineSettings, StopFn
 from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
-from pipeline.fs.mounts import Mount, clock_is_ours, mount_of, mounts_below, needs_polling
-from pipeline.intake.scanner import Scanner, ScanRules
+from pipeline.fs.mounts import mounts_of
+from pipeline.intake.scanner import Scanner
 from pipeline.plan import Recipe, plan_variations
 from pipeline.store.store import Store
 from pipeline.weights import hub
@@ -163,6 +163,7 @@ class App:
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox)
         intake = self.config.intake
+        trust_times = all(mount.clock_is_ours for mount in mounts_of(folder.path))
         ingest = Ingest(
             folder=folder,
             settings=intake,
@@ -171,8 +172,8 @@ class App:
             store=store,
             outbox=outbox,
             workspace=self.workspace,
-            scanner=self.scanner(folder),
-            settling=Settling(intake.settle_s, trust_times=all(map(clock_is_ours, _mounts(folder.path)))),
+            scanner=Scanner(folder, intake),
+            settling=Settling(intake.settle_s, trust_times=trust_times),
         )
         runner = Runner(
             recipe=recipe,
@@ -191,25 +192,15 @@ class App:
         )
         return Processor(ingest, runner)
 
-    def scanner(self, folder: InputFolder) -> Scanner:
-        intake = self.config.intake
-        rules = ScanRules(intake.ignore, intake.marker, intake.follow_symlinks, is_inbox=folder.is_inbox)
-        return Scanner(folder.path, rules)
-
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""
         from pipeline.intake.watcher import Watcher
 
         wanted = self.config.intake.watch
-        reasons = map(needs_polling, _mounts(self.workspace.inbox) if wanted == "auto" else ())
-        reason = next(filter(None, reasons), None)
+        mounts = mounts_of(self.workspace.inbox) if wanted == "auto" else []
+        reason = next(filter(None, (mount.why_polled for mount in mounts)), None)
         polling = wanted == "polling" or reason is not None
         why = reason or ("named in the configuration" if wanted != "auto" else "a local file system")
         return Watcher(self.workspace.inbox, signals.wake, polling=polling), (
             f"{'polling' if polling else 'events'} ({why})"
         )
-
-
-def _mounts(folder: Path) -> list[Mount | None]:
-    """The file system that a folder is on, and those mounted inside it."""
-    return [mount_of(folder), *mounts_below(folder)]

@@ -16,7 +16,7 @@ from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
 from pipeline.errors import Stopped
 from pipeline.intake.ingest import Ingest, ScanResult
-from pipeline.intake.scanner import Scanner, ScanRules
+from pipeline.intake.scanner import Scanner
 from pipeline.intake.settling import Settling
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
@@ -144,9 +144,7 @@ class RunnerSetup:
             store=self.store,
             outbox=Outbox(self.workspace.outbox),
             workspace=self.workspace,
-            scanner=Scanner(
-                self.workspace.inbox, ScanRules(intake.ignore, intake.marker, intake.follow_symlinks)
-            ),
+            scanner=Scanner(self.workspace.input_folder, intake),
             settling=Settling(settle_s, trust_times=trust_times),
             clock=lambda: self.now,
         )

@@ -13,40 +13,33 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from pipeline.audio.sniff import is_container
 from pipeline.errors import BadAudio
 
 _CHUNK_BYTES = 1 << 20
-_OGG_PAGE_HEADER = struct.Struct("<4sBBqIIIB")
 _OGG_FIRST, _OGG_LAST = 0x02, 0x04
 _MAX_PARTS = 1000
 
 Stretch = tuple[int, int]  # first byte, byte behind the last
 
 
-@dataclass(frozen=True)
-class Part:
-    """Bytes that one decoder reads, and how an Ogg stream ends."""
-
-    stretches: tuple[Stretch, ...]
-    ends_in_page: bool = False  # the last page is incomplete, or junk follows it in place of the last one
-    ends_unmarked: bool = False  # the last page lacks the end-of-stream flag
-
-
 class Window(io.RawIOBase):
-    """The stretches of a part as one nameless read-only file.
+    """Stretches of a file that one decoder reads as one nameless read-only file, and how an Ogg stream ends.
 
     FFmpeg reads it from C, where an exception is lost: the first OSError is kept in `error`, and the file
     seems to end there, so that the caller can raise it afterwards.
     """
 
-    def __init__(self, file: BinaryIO, part: Part) -> None:
+    def __init__(
+        self, file: BinaryIO, *stretches: Stretch, ends_in_page: bool = False, ends_unmarked: bool = False
+    ) -> None:
         super().__init__()
         self._file = file
-        self._stretches = part.stretches
+        self._stretches = stretches
+        self.ends_in_page = ends_in_page  # the last page is incomplete, or junk follows in place of the last
+        self.ends_unmarked = ends_unmarked  # the last page lacks the end-of-stream flag
         self._at = 0
         self.error: OSError | None = None
 
@@ -101,7 +94,7 @@ def read_at(file: BinaryIO, at: int, count: int) -> bytes:
     return file.read(max(0, count))
 
 
-def parts(file: BinaryIO, size: int) -> list[Part]:
+def parts(file: BinaryIO, size: int) -> list[Window]:
     """The parts of an open file of `size` bytes, to be decoded one after another.
 
     Raises:
@@ -112,8 +105,8 @@ def parts(file: BinaryIO, size: int) -> list[Part]:
     if head.startswith(b"OggS"):
         return _ogg_parts(file, start, size)
     if is_container(head):
-        return [Part(((start, size),))]
-    return [Part(tuple(_between_tags(file, start, size)))]
+        return [Window(file, (start, size))]
+    return [Window(file, *_between_tags(file, start, size))]
 
 
 def find(file: BinaryIO, start: int, end: int, pattern: re.Pattern[bytes]) -> Iterator[int]:
@@ -158,9 +151,9 @@ def _tag_at(file: BinaryIO, at: int) -> Stretch:
     return at, at
 
 
-def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Part]:
+def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Window]:
     """One part for each link of the chain; multiplexed streams, whose first pages adjoin, are one link."""
-    found: list[Part] = []
+    found: list[Window] = []
     link, last, first_pages_end = start, start, start
     for page in find(file, start, end, re.compile(rb"OggS\0")):
         flags, page_end = _ogg_page(file, page)
@@ -175,16 +168,16 @@ def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Part]:
     return [*found, _ogg_part(file, link, last, end)]
 
 
-def _ogg_part(file: BinaryIO, start: int, last_page: int, end: int) -> Part:
+def _ogg_part(file: BinaryIO, start: int, last_page: int, end: int) -> Window:
     flags, page_end = _ogg_page(file, last_page)
     is_unmarked = not flags & _OGG_LAST
     is_cut = page_end > end or (is_unmarked and page_end < end)
-    return Part(((start, min(page_end, end)),), ends_in_page=is_cut, ends_unmarked=is_unmarked)
+    return Window(file, (start, min(page_end, end)), ends_in_page=is_cut, ends_unmarked=is_unmarked)
 
 
 def _ogg_page(file: BinaryIO, at: int) -> tuple[int, int]:
     """Flags and end of the page at `at`; an incomplete header counts as a page of its whole size."""
-    head = read_at(file, at, _OGG_PAGE_HEADER.size + 255)
-    _, _, flags, _, _, _, _, n_segments = _OGG_PAGE_HEADER.unpack(head[:27].ljust(27, b"\xff"))
-    segments = head[27 : 27 + n_segments].ljust(n_segments, b"\xff")
-    return flags, at + 27 + n_segments + sum(segments)
+    head = read_at(file, at, 27 + 255)
+    header, segments = head[:27].ljust(27, b"\xff"), head[27:]
+    n_segments = header[26]
+    return header[5], at + 27 + n_segments + sum(segments[:n_segments].ljust(n_segments, b"\xff"))

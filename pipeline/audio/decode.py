@@ -1,6 +1,6 @@
 """Decoding of an audio file of any kind to samples at one rate, within limits.
 
-FFmpeg is the decoder. The first
+FFmpeg is the decoder, and libsndfile is that of the few Ogg Vorbis files that FFmpeg does not open. The first
 bytes decide about the format, never the name. Each block is mixed down to at most two channels, checked and
 resampled before the next one is read, so that memory holds the result and little else, however far a small
 file unpacks.
@@ -32,10 +32,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.audio.container import Part, Window, find, parts, read_at
+from pipeline.audio.container import Window, find, parts
 from pipeline.audio.downmix import downmix_matrix, mix_down
 from pipeline.audio.ffmpeg import Block, Reader, UndecodableError
 from pipeline.audio.resampling import QUALITY
+from pipeline.audio.sndfile import SndfileReader
 from pipeline.audio.sniff import describe
 from pipeline.errors import BadAudio
 from pipeline.records import Audio, Samples, SourceInfo
@@ -48,6 +49,8 @@ _HEAD_BYTES = 4096
 _ENCRYPTION = re.compile(
     rb"sinf....frma|\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\x00\xa0\xc9\x55\xfc\x6e", re.DOTALL
 )
+
+AnyReader = Reader | SndfileReader
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,16 @@ def decode_file(
         raise BadAudio(f"is too big: {size:,} bytes, the limit is {limits.max_bytes:,}")
     sink = _Sink(sample_rate, limits.max_duration_s)
     found = parts(file, size)
-    readers = [reader for part in found if (reader := _decode_part(file, part, sink))]
+    head = found[0].peek(0, _HEAD_BYTES)
+    readers = [reader for window in found if (reader := _decode_part(window, sink))]
     problem = _problem(readers, len(found), sink.read_s)
     is_noise = any(reader.is_noise for reader in readers)
-    is_empty = not sink.read_s
+    is_empty = not sink.read_s or not readers
     if (problem or is_noise or is_empty) and any(find(file, 0, size, _ENCRYPTION)):
         raise BadAudio("is encrypted (copy protection) and can't be decoded")
     if is_empty or is_noise:
-        start, end = found[0].stretches[0]
         raise BadAudio(
-            describe(read_at(file, start, min(end - start, _HEAD_BYTES)))
+            describe(head)
             if len(readers) < len(found) or any(reader.bad_bytes for reader in readers)
             else "has no sound in it: not one sample can be decoded"
         )
@@ -114,16 +117,10 @@ def decode_file(
     return Audio(sink.finish(), sample_rate), info
 
 
-def _decode_part(file: BinaryIO, part: Part, sink: _Sink) -> Reader | None:
+def _decode_part(window: Window, sink: _Sink) -> AnyReader | None:
     """The reader after it has read everything; None if FFmpeg can't make sense of the part."""
-    window = Window(file, part)
     try:
-        reader = Reader(window, part)
-        if reader.goes_on():
-            reader.close()
-            window = Window(file, part)  # the reader closes its own
-            reader = Reader(window, part, to_end=True)
-        with contextlib.closing(reader):
+        with contextlib.closing(_open(window)) as reader:
             for block in reader.blocks():
                 sink.add(block)
         return reader
@@ -134,7 +131,21 @@ def _decode_part(file: BinaryIO, part: Part, sink: _Sink) -> Reader | None:
             raise window.error
 
 
-def _problem(readers: list[Reader], n_parts: int, read_s: float) -> str:
+def _open(window: Window) -> AnyReader:
+    try:
+        reader = Reader(window)
+    except UndecodableError:
+        if window.peek(0, 4) != b"OggS":
+            raise
+        return SndfileReader(window)
+    if not reader.goes_on():
+        return reader
+    reader.close()
+    window.seek(0)
+    return Reader(window, to_end=True)
+
+
+def _problem(readers: list[AnyReader], n_parts: int, read_s: float) -> str:
     """Why the file is not accepted as it is; empty if it is."""
     missing_s = sum(reader.missing_s for reader in readers)
     total_s = read_s + missing_s
@@ -148,7 +159,7 @@ def _problem(readers: list[Reader], n_parts: int, read_s: float) -> str:
     return ""
 
 
-def _notes(readers: list[Reader], read_s: float) -> list[str]:
+def _notes(readers: list[AnyReader], read_s: float) -> list[str]:
     """What is worth knowing about an accepted file."""
     notes = []
     missing_s = sum(reader.missing_s for reader in readers)
@@ -159,16 +170,16 @@ def _notes(readers: list[Reader], read_s: float) -> list[str]:
         notes.append(f"{bad_bytes} bytes that can't be decoded were left out")
     if early := _ends_early(readers):
         notes.append(f"{early} after {read_s:.1f} s")
-    elif any(reader.part.ends_unmarked for reader in readers):
+    elif any(reader.window.ends_unmarked for reader in readers):
         notes.append("the end-of-stream mark is missing")
     if any(reader.to_end for reader in readers):
         notes.append("the header states an end before that of the sound")
     return notes
 
 
-def _ends_early(readers: list[Reader]) -> str:
+def _ends_early(readers: list[AnyReader]) -> str:
     """What is incomplete at an end where nothing tells how much is missing; empty if nothing is."""
-    if any(reader.part.ends_in_page for reader in readers):
+    if any(reader.window.ends_in_page for reader in readers):
         return "its last page is incomplete"
     return "the end of its last frame is missing" if any(reader.ends_early for reader in readers) else ""
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.audio.container import Part, Window
+from pipeline.audio.container import Window
 from pipeline.errors import BadAudio
 from pipeline.records import Samples
 
@@ -32,6 +32,7 @@ _STATE_DURATION = {"aiff", "ape", "au", "caf", "dsf", "flac", "mov", "mpc8", "og
 # Containers that state to the sample where the audio ends, while FFmpeg may go on with padding or tags.
 _STATE_END = {"au", "mov", "ogg"}
 _FRAME_STREAMS = {"aac", "mp3"}
+_ASF_SLACK_S = 0.1  # padding of packets that the duration includes
 _MOST_PADDING_S = 0.15  # behind the stated end; more is sound behind a wrong statement
 _LATE_S = 0.5  # a stream whose first timestamp is later was recorded from the middle of a broadcast
 # The header frame of an MP3 file with the number of frames, by Xing and LAME or by Fraunhofer.
@@ -74,28 +75,26 @@ class Reader:
         BadAudio: there is no audio stream, or it can't be used.
     """
 
-    def __init__(self, window: Window, part: Part, *, to_end: bool = False) -> None:
+    def __init__(self, window: Window, *, to_end: bool = False) -> None:
         """`to_end`: read a WAV file on beyond the stated end of its data."""
         import av
 
         av.logging.set_level(None)
-        self.part = part
         self.to_end = to_end
         self.read_s = 0.0
         self.bad_bytes = 0  # of packets that can't be decoded
         self.ends_early = False  # the data ends within a packet, and no header says how much should follow
-        self._window = window
+        self.window = window
         self._errors = (av.FFmpegError, ValueError)
         self._good_bytes = 0
         self._good_s = 0.0  # of packets, encoder delay and padding included
         self._behind_end: list[Samples] = []
         self._is_broken = False  # the container is, at the place where reading stopped
         self._is_integer = False
-        self._n_searched = 0  # bytes
-        self._sync_words: list[int] = []  # their first bytes
+        self._buffered = io.BufferedReader(window, 1 << 16)
         try:
             self._container = av.open(
-                io.BufferedReader(window, 1 << 16),
+                self._buffered,
                 mode="r",
                 options={
                     "format_whitelist": _FORMATS,
@@ -106,6 +105,7 @@ class Reader:
                 io_open=_refuse,
             )
         except self._errors as e:
+            self._buffered.detach()  # otherwise it would close the window
             raise UndecodableError(str(e)) from e
         self.format = self._container.format.name.split(",")[0]
         self._stream: Any = self._container.streams.best("audio")
@@ -125,10 +125,12 @@ class Reader:
         self._packets = self._container.demux(self._stream)
         self._first = self._next()
         if self._first is None and self._is_broken:
+            self.close()
+            buffered.detach()
             raise UndecodableError("not one packet can be read")
         self._first_pos = max(0, self._first.pos or 0) if self._first else 0
         self._declared_s = self._stated_s()  # None: not stated
-        self._missing_bytes = max(0, self._stated_bytes() - window.size)
+        self._declared_bytes = self._stated_bytes()
         if self.format in _FRAME_STREAMS:
             self.begins_late = self._first_pos > 0
         else:
@@ -136,24 +138,28 @@ class Reader:
 
     def close(self) -> None:
         self._container.close()
+        self._buffered.detach()
+        self._container = self._stream = self._packets = self._first = None  # they hold the decoder's memory
 
     def goes_on(self) -> bool:
         """Whether there is sound behind the stated end of a WAV file, and not a chunk, a tag or zeros."""
-        end = self._stated_bytes()
+        end = self._declared_bytes
         rate_bytes = (self._stream.codec_context.bit_rate or 0) / 8
         if (
             self.format != "wav"
-            or not self._first_pos < end < self._window.size - _MOST_PADDING_S * rate_bytes
+            or not self._first_pos < end < self.window.size - _MOST_PADDING_S * rate_bytes
         ):
             return False
-        if any(_CHUNK.match(self._window.peek(at, 4)) for at in (end, end + end % 2)):
+        if any(_CHUNK.match(self.window.peek(at, 4)) for at in (end, end + end % 2)):
             return False
-        return bool(self._window.peek(end, _PADDING_SEARCH_BYTES).strip(b"\0"))
+        return bool(self.window.peek(end, _PADDING_SEARCH_BYTES).strip(b"\0"))
 
     @property
     def missing_s(self) -> float:
         """How much less was read than there should be, by the header or by the bytes that were lost."""
-        lost_bytes = self._missing_bytes + (self.bad_bytes if self._declared_s is None else 0)
+        lost_bytes = max(0, self._declared_bytes - self.window.size)
+        if self._declared_s is None:
+            lost_bytes += self.bad_bytes
         lost_s = lost_bytes * self.read_s / max(1, self._good_bytes)
         present_s = self._good_s if self.format == "mp3" else self.read_s
         return max(lost_s, (self._declared_s or 0.0) - present_s)
@@ -211,17 +217,19 @@ class Reader:
                     last = bytes(packet)
             packet = self._next()
         if self.format in _FRAME_STREAMS:  # FFmpeg passes over bytes that belong to no frame
-            self.bad_bytes = max(self.bad_bytes, self._window.size - self._first_pos - self._good_bytes)
+            self.bad_bytes = max(self.bad_bytes, self.window.size - self._first_pos - self._good_bytes)
             is_frame = last[:1] == b"\xff" and last[1:2] >= b"\xe0"
             is_short = len(sizes) <= 2 and len(last) < min(sizes, default=0)  # at a constant bit rate
             is_bad = is_frame and (is_bad or is_short)
-        self.ends_early = self._declared_s is None and (is_bad or self._is_broken)
+        # FFmpeg estimates the duration of an ASF file whose size is not the stated one.
+        is_stated = self.format != "asf" and (self._declared_s or self._declared_bytes)
+        self.ends_early = not is_stated and (is_bad or self._is_broken)
 
     def _is_header_frame(self, packet: Any) -> bool:
-        """Whether an MP3 file that is joined to another begins with this packet, which has no audio then."""
+        """Whether this packet is the header frame of an MP3 file behind another or behind junk."""
         info = _MP3_INFO.match(bytes(packet)) if self.format == "mp3" else None
-        if info and self._declared_s is not None:
-            self._declared_s += self._mp3_stated_s(info, packet)
+        if info and (self._declared_s is not None or packet is self._first):
+            self._declared_s = (self._declared_s or 0.0) + self._mp3_stated_s(info, packet)
         return info is not None
 
     def _mp3_stated_s(self, info: re.Match[bytes], packet: Any) -> float:
@@ -241,7 +249,8 @@ class Reader:
                 return
             names = tuple(channel.name for channel in part.layout.channels)
             samples = self._without_padding(part.to_ndarray().reshape(-1, len(names)), part.sample_rate)
-            self._check_bit_stream(samples)
+            if self._is_integer and self.read_s < _SYNC_SEARCH_S:
+                _check_bit_stream(samples)
             self.read_s += len(samples) / part.sample_rate
             yield Block(samples, part.sample_rate, names)
 
@@ -256,16 +265,6 @@ class Reader:
         self._declared_s = None
         return np.concatenate([samples[:n_left], *self._behind_end])
 
-    def _check_bit_stream(self, samples: Samples) -> None:
-        """Refuse what FFmpeg tells apart in WAV alone: compressed audio in the place of PCM samples."""
-        if self._is_integer and self.read_s < _SYNC_SEARCH_S:
-            words = (samples * 32768).astype("<i2").tobytes()
-            self._sync_words += [self._n_searched + word.start() for word in _SYNC_WORD.finditer(words)]
-            self._n_searched += len(words)
-            for first, second, third in zip(*(self._sync_words[k:] for k in range(3)), strict=False):
-                if second - first == third - second and (second - first) % _SYNC_STEP_BYTES == 0:
-                    raise BadAudio("holds a DTS or Dolby Digital bit stream where its PCM samples should be")
-
     def _seconds(self, timestamp: int | None) -> float:
         return (timestamp or 0) * self._time_base_s
 
@@ -274,8 +273,9 @@ class Reader:
         if self.format == "mp3":
             info = _MP3_INFO.search(self._before_first(_HEAD_BYTES))
             return self._mp3_stated_s(info, self._first) or None if info else None
-        if self.format == "matroska" and not self._container.streams.video:
-            return float(self._container.duration or 0) / 1e6 or None
+        if self.format in ("asf", "matroska") and not self._container.streams.video:
+            duration_s = float(self._container.duration or 0) / 1e6
+            return duration_s - (_ASF_SLACK_S if self.format == "asf" else 0.0) if duration_s else None
         if self.format == "avi" or (self.format == "caf" and "pcm" in self.codec):
             return self._seconds(self._stream.frames) or None
         if self.codec == "opus" and self.format == "ogg" and duration_s:
@@ -287,7 +287,7 @@ class Reader:
 
     def _stated_bytes(self) -> int:
         """The least size of a file that holds all of its `data` chunk; 0 where the header does not tell."""
-        head, before = self._window.peek(0, 36), self._before_first(24).rjust(24, b"\0")
+        head, before = self.window.peek(0, 36), self._before_first(24).rjust(24, b"\0")
         if self.format == "wav" and before[16:20] == b"data":
             is_long = head[12:16] == b"ds64"
             (size,) = struct.unpack("<Q", head[28:36]) if is_long else struct.unpack("<I", before[20:])
@@ -300,7 +300,7 @@ class Reader:
     def _before_first(self, count: int) -> bytes:
         """Up to `count` bytes before the first packet."""
         start = max(0, self._first_pos - count)
-        return self._window.peek(start, self._first_pos - start)
+        return self.window.peek(start, self._first_pos - start)
 
 
 def _to_packed_floats(frame: Any) -> Any:
@@ -323,6 +323,14 @@ def _to_packed_floats(frame: Any) -> Any:
     graph.link_nodes(source, graph.add("aformat", "sample_fmts=flt"), graph.add("abuffersink")).configure()
     graph.set_audio_frame_size(_BLOCK_FRAMES)
     return graph
+
+
+def _check_bit_stream(samples: Samples) -> None:
+    """Refuse what FFmpeg tells apart in WAV alone: compressed audio in the place of PCM samples."""
+    found = [word.start() for word in _SYNC_WORD.finditer((samples * 32768).astype("<i2").tobytes())]
+    for first, second, third in zip(found, found[1:], found[2:], strict=False):
+        if second - first == third - second and (second - first) % _SYNC_STEP_BYTES == 0:
+            raise BadAudio("holds a DTS or Dolby Digital bit stream where its PCM samples should be")
 
 
 def _refuse(url: str, flags: int, options: object) -> object:

@@ -49,7 +49,9 @@ def write_wav(
         ValueError: a sample is not finite or outside [-1, 1], a tag is unknown, or the file would exceed
             4 GiB.
     """
-    _check_range(audio.samples)
+    peak = np.max(np.abs(audio.samples), initial=0.0)
+    if not peak <= 1.0:  # false for NaN as well
+        raise ValueError(f"samples reach {peak:g}; a WAV file holds -1 to 1")
     width = 4 if bit_depth == "float" else bit_depth // 8
     frame = width * audio.channels
     code = _IEEE_FLOAT if bit_depth == "float" else _PCM
@@ -70,12 +72,6 @@ def write_wav(
     file.write(b"RIFF" + struct.pack("<I", total) + b"WAVE" + head + b"data" + struct.pack("<I", n_data))
     _write_samples(file, audio.samples, bit_depth)
     file.write(b"\0" * (n_data % 2))
-
-
-def _check_range(samples: Samples) -> None:
-    peak = np.max(np.abs(samples), initial=0.0)
-    if not peak <= 1.0:  # false for NaN as well
-        raise ValueError(f"samples reach {peak:g}; a WAV file holds -1 to 1")
 
 
 def _info_list(tags: Mapping[str, str]) -> bytes:

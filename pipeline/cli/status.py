@@ -52,6 +52,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
         FolderUnusable: the folder can't be read.
     """
     from pipeline.intake.copies import is_conflict_copy
+    from pipeline.intake.scanner import Scanner
 
     recipe = app.recipe
     for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
@@ -63,7 +64,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     store = app.read_store()
     is_idle, listed = True, set[str]()
     try:
-        for scanned in app.scanner(folder).scan():
+        for scanned in Scanner(folder, app.config.intake).scan():
             is_idle = False
             track = _track_of(store, scanned) if store else None
             listed |= {track.sha256} if track else set()
@@ -137,7 +138,7 @@ def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
                 "stage": attempt.stage,
                 "since_s": round(time.time() - attempt.started_at, 1),
             }
-            for attempt in (store.open_attempts() if is_running else ())
+            for attempt in (store.attempts() if is_running else ())
         ],
         "waiting": [
             {"track": track.name, "until": track.not_before, "error": track.error}

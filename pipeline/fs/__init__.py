@@ -1,1 +1,1 @@
-"""File-system helpers: atomic writes, copying, disk space, mounts, names and a safe walk."""
+"""File-system helpers: atomic writes, copying, disk space, mounts and names."""

@@ -15,15 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-_CREATE_TRIES = 3
-
 
 def write_atomically(
     path: Path,
     temporary: Path,
     write: Callable[[BinaryIO], object],
     *,
-    verify: Callable[[BinaryIO], None],
+    verify: Callable[[BinaryIO], None] | None = None,
 ) -> tuple[str, int]:
     """Write a file at `path` by way of `temporary` in the same folder; returns its SHA-256 and size in bytes.
 
@@ -38,12 +36,16 @@ def write_atomically(
     write(content)
     sha256, size = hashlib.sha256(content.getbuffer()).hexdigest(), len(content.getbuffer())
     with replacing(path, temporary):
-        with _create(temporary) as out:
+        _make_folder(temporary.parent)
+        temporary.unlink(missing_ok=True)  # a killed run may have left it
+        with temporary.open("xb") as out:
             out.write(content.getbuffer())
             out.flush()
             os.fsync(out.fileno())
         content.close()
-        verify(_read_back(temporary, sha256))
+        read_back = _read_back(temporary, sha256)
+        if verify is not None:
+            verify(read_back)
     return sha256, size
 
 
@@ -67,22 +69,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _create(path: Path) -> BinaryIO:
-    """Create a file and its folder; a file that a killed run left there is replaced.
-
-    Tried again if the folder vanishes meanwhile, since `gc` removes empty folders.
-    """
-    for tries_left in reversed(range(_CREATE_TRIES)):
-        try:
-            _make_folder(path.parent)
-            path.unlink(missing_ok=True)
-            return path.open("xb")
-        except FileNotFoundError:
-            if not tries_left:
-                raise
-    raise AssertionError("the last try returns or raises")
 
 
 def _make_folder(folder: Path) -> None:

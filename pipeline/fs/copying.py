@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -16,7 +15,6 @@ from typing import BinaryIO
 from pipeline.errors import BadAudio, os_reason
 
 READ_BYTES = 1 << 20
-MOVE_TRIES = 5
 MAX_NAME_BYTES = 255  # of one file name, on the usual file systems
 
 
@@ -41,28 +39,18 @@ class WriteFailed(OSError):
     """The copy couldn't be written: an error of the disk, not of the file that was copied."""
 
 
-def never() -> bool:
-    return False
-
-
-def hash_file(path: Path, *, should_stop: Callable[[], bool] = never) -> str | None:
-    """SHA-256 of a file's bytes; None if it was asked to stop.
-
-    Raises:
-        BadAudio: the file is missing or may not be read.
-        OSError: anything else, such as a failing device.
-    """
-    with _opened(path, follow=True) as source:
-        return _digest(source, None, should_stop)
+def hash_file(path: Path) -> str | None:
+    """SHA-256 of a file's bytes; raises as `copy_in` does."""
+    return copy_in(path, None, follow=True)
 
 
 def copy_in(
     path: Path,
-    target: Path,
+    target: Path | None,
     *,
     expected: FileIdentity | None = None,
     follow: bool = False,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> str | None:
     """Copy a file and hash the bytes that are written.
 
@@ -70,8 +58,8 @@ def copy_in(
     stays until the track is finished.
 
     Args:
-        expected: the file's identity when it was found to be ready; checked on the open file. That it
-            stays the same until the last byte is checked in any case.
+        target: None if the file is only hashed.
+        expected: the file's identity when it was found to be ready; checked on the open file.
         follow: whether `path` may be a symbolic link.
 
     Returns:
@@ -83,23 +71,26 @@ def copy_in(
         WriteFailed: the copy can't be written.
         OSError: anything else, such as a failing device.
     """
+    sha, written_to = hashlib.sha256(), target or Path(os.devnull)
     with _opened(path, follow=follow) as source:
         before = os.fstat(source.fileno())
         if not stat.S_ISREG(before.st_mode) or (expected is not None and FileIdentity.of(before) != expected):
             raise FileChanged(path)
-        with _write_errors(target):
-            copy = target.open("wb")
-
-        def write(block: bytes) -> None:
-            with _write_errors(target):
-                copy.write(block)
-                copy.flush()
-
+        with write_errors(written_to):
+            copy = written_to.open("wb")
         with copy:
-            sha256 = _digest(source, write, should_stop)
+            while block := source.read(READ_BYTES):
+                if should_stop():
+                    return None
+                if source.tell() > before.st_size:  # it grows while it is read, perhaps without end
+                    raise FileChanged(path)
+                sha.update(block)
+                with write_errors(written_to):
+                    copy.write(block)
+                    copy.flush()
         if FileIdentity.of(os.fstat(source.fileno())) != FileIdentity.of(before):
             raise FileChanged(path)
-    return sha256
+    return sha.hexdigest()
 
 
 def _opened(path: Path, *, follow: bool) -> BinaryIO:
@@ -111,44 +102,25 @@ def _opened(path: Path, *, follow: bool) -> BinaryIO:
 
 
 @contextmanager
-def _write_errors(target: Path) -> Iterator[None]:
+def write_errors(target: Path) -> Iterator[None]:
+    """Raise errors of a copy that is being written as WriteFailed."""
     try:
         yield
     except OSError as e:
         raise WriteFailed(e.errno, e.strerror, str(target)) from e
 
 
-def _digest(
-    source: BinaryIO, write: Callable[[bytes], object] | None, should_stop: Callable[[], bool]
-) -> str | None:
-    sha, size = hashlib.sha256(), os.fstat(source.fileno()).st_size
-    while block := source.read(READ_BYTES):
-        if should_stop():
-            return None
-        if source.tell() > size:  # it grows while it is read, perhaps without end
-            raise FileChanged(source.name)
-        sha.update(block)
-        if write is not None:
-            write(block)
-    return sha.hexdigest()
-
-
 def move_to_free_name(path: Path, target: Path) -> Path:
     """Move a file to `target`, or to a free name like it if there is such a file; returns the new path."""
     target = free_name(target)
-    for _ in range(MOVE_TRIES):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.move(path, target)
-        except FileNotFoundError:  # `gc` may have removed the folder while it was empty
-            path.lstat()
-        except OSError:
-            if os.path.lexists(path):  # the target is on another disk, and the copy is incomplete
-                target.unlink(missing_ok=True)
-            raise
-        else:
-            return target
-    raise FileNotFoundError(errno.ENOENT, "its folder was removed at every try", str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.move(path, target)
+    except OSError:
+        if os.path.lexists(path):  # the target is on another disk, and the copy is incomplete
+            target.unlink(missing_ok=True)
+        raise
+    return target
 
 
 def error_path(path: Path) -> Path:

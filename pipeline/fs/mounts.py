@@ -32,77 +32,53 @@ class Mount:
     fstype: str
     mount_point: str
 
+    @property
+    def why_polled(self) -> str | None:
+        """Why a watch there would miss changes, for the log; None if it would not."""
+        kind = self._foreign or ("an overlay" if self.fstype in STACKED else None)
+        return kind and f"{self.fstype} at {self.mount_point} is {kind}"
 
-def mount_of(path: Path, mountinfo: str | None = None) -> Mount | None:
-    """The mount that `path` lies on, or would lie on; None without mountinfo (macOS).
+    @property
+    def clock_is_ours(self) -> bool:
+        """Whether this machine's clock sets the times of files there, as far as the type tells."""
+        return self._foreign is None
+
+    @property
+    def _foreign(self) -> str | None:
+        """What kind of file system it is, if another machine or a program serves it."""
+        if self.fstype in NETWORK:
+            return "a network file system"
+        if self.fstype in SHARED_BY_HOST:
+            return "shared by this machine's host"
+        return "a FUSE file system" if self.fstype.partition(".")[0] in FUSE else None
+
+
+def mounts_of(path: Path, mountinfo: str | None = None) -> list[Mount]:
+    """The mount that `path` lies on, or would lie on, and those inside it; none without mountinfo (macOS).
 
     Args:
         mountinfo: the text of /proc/self/mountinfo; read from there if None.
     """
-    where = os.path.realpath(path)
-    holding = [mount for mount in _mounts(mountinfo) if _holds(mount.mount_point, where)]
-    longest = max((len(mount.mount_point) for mount in holding), default=0)
-    # Of several mounts on one mount point, the last one covers the others.
-    return next((mount for mount in reversed(holding) if len(mount.mount_point) == longest), None)
-
-
-def mounts_below(path: Path, mountinfo: str | None = None) -> list[Mount]:
-    """The mounts inside a folder, such as a share in the inbox."""
-    where = os.path.realpath(path)
-    return [
-        mount
-        for mount in _mounts(mountinfo)
-        if mount.mount_point != where and _holds(where, mount.mount_point)
-    ]
-
-
-def needs_polling(mount: Mount | None) -> str | None:
-    """Why a watch there would miss changes, for the log; None if it would not."""
-    if mount is None:
-        return None
-    where = f"{mount.fstype} at {mount.mount_point}"
-    if mount.fstype in NETWORK:
-        return f"{where} is a network file system"
-    if mount.fstype in SHARED_BY_HOST:
-        return f"{where} is shared by this machine's host"
-    if mount.fstype in STACKED:
-        return f"{where} is an overlay"
-    if _is_fuse(mount):
-        return f"{where} is a FUSE file system"
-    return None
-
-
-def clock_is_ours(mount: Mount | None) -> bool:
-    """Whether this machine's clock sets the times of files there, as far as the mount's type tells."""
-    return mount is None or not (mount.fstype in NETWORK or mount.fstype in SHARED_BY_HOST or _is_fuse(mount))
-
-
-def _is_fuse(mount: Mount) -> bool:
-    return mount.fstype in FUSE or mount.fstype.startswith(("fuse.", "fuseblk."))
-
-
-def _holds(folder: str, path: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
-
-
-def _mounts(mountinfo: str | None) -> list[Mount]:
     if mountinfo is None:
         try:
             mountinfo = MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")
         except OSError:
             return []
-    return [mount for line in mountinfo.split("\n") if (mount := _parsed(line)) is not None]
+    where = Path(os.path.realpath(path))
+    mounts = {  # of several mounts on one mount point, the last one covers the others
+        Path(mount.mount_point): mount for mount in map(_parsed, mountinfo.split("\n")) if mount is not None
+    }
+    holding = [mounts[folder] for folder in (where, *where.parents) if folder in mounts]
+    inside = [mount for folder, mount in mounts.items() if where in folder.parents]
+    return holding[:1] + inside
 
 
 def _parsed(line: str) -> Mount | None:
     """`36 35 98:0 /root /mount/point options [optional fields] - fstype source super-options`."""
     fields = line.split(" ")
     try:
-        return Mount(_unescaped(fields[fields.index("-", 6) + 1]), _unescaped(fields[4]))
+        # Spaces and backslashes are written as octal escapes, such as \\040.
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        return Mount(fields[fields.index("-", 6) + 1], point)
     except (ValueError, IndexError):
         return None
-
-
-def _unescaped(text: str) -> str:
-    """Spaces and backslashes are written as octal escapes, such as \\040."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -33,7 +33,8 @@ def archive_files(
             if FileIdentity.of(file.current_path.lstat()) == file.identity:
                 _archive(store, file, settings, error)
         except FileNotFoundError:
-            if inbox.is_dir():  # while the whole inbox is away, no file counts as lost
+            # While the whole inbox is away, no file counts as lost.
+            if inbox.is_dir() and not os.path.lexists(file.current_path):
                 store.set_file_state(file.path, FileState.LOST)
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
@@ -76,14 +77,6 @@ def _path_in_inbox(file: SourceFile) -> Path:
     return Path(*below.parts[1:]) if len(below.parts) > 1 and below.parts[0] in (DONE, FAILED) else below
 
 
-def is_in_place(file: SourceFile) -> bool:
-    """Whether the file is unchanged at the path where it is recorded."""
-    try:
-        return FileIdentity.of(file.current_path.lstat()) == file.identity
-    except OSError:
-        return False
-
-
 def restore_to_inbox(store: Store, track: Track) -> None:
     """Move a file that couldn't be read back to the inbox and forget it: the next scan takes it as new."""
     for file in store.files_of(track.sha256):
@@ -122,4 +115,4 @@ def recover_moves(store: Store, inbox: Path) -> None:
 def _is_missing(file: SourceFile) -> bool:
     """Whether the file is not where it is recorded, and no failed file that was put back in the inbox."""
     was_put_back = file.state == FileState.FAILED and os.path.lexists(file.path)
-    return not is_in_place(file) and not was_put_back
+    return not file.is_in_place and not was_put_back

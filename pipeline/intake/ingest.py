@@ -29,7 +29,6 @@ from pipeline.workspace import InputFolder, Workspace
 log = logging.getLogger("pipeline")
 
 PATIENCE = 5  # a file that can't be used is tried again until it has been unchanged for 5 * settle_s
-FILES_PER_TRANSACTION, TRANSACTION_S = 100, 2.0  # a transaction is committed after so many files or seconds
 MAX_SCAN_S = 30.0  # a scan that takes in files ends after so long, so that queued tracks are processed
 READ_PATIENCE_S = 30.0  # how long a file is tried again whose device fails
 
@@ -87,20 +86,12 @@ class Ingest:
         self.settling.keep_only(paths)
         for gone in self._failing_since.keys() - paths:
             del self._failing_since[gone]
-        taken: list[tuple[ScannedFile, str]] = []  # copied, but not recorded yet
-        recorded_at = self.clock()
         try:
             for scanned in self._ready_files(scanned_files, result, should_stop):
                 if (sha256 := self._copy(scanned, result, should_stop)) is not None:
-                    taken.append((scanned, sha256))
-                if len(taken) >= FILES_PER_TRANSACTION or self.clock() - recorded_at > TRANSACTION_S:
-                    batch, taken = taken, []
-                    self._record(batch, result)
-                    recorded_at = self.clock()
+                    self._add(scanned, sha256, result)
         except DiskFull as e:
             result.disk_full = e
-        finally:
-            self._record(taken, result)
         return result
 
     def _ready_files(
@@ -113,7 +104,7 @@ class Ingest:
             if should_stop():
                 return
             known = self.store.file_at(scanned.path)
-            if known is not None and self._is_unchanged(known, scanned):
+            if known is not None and self._was_taken_in(known, scanned):
                 self._check_known_file(known, result)
             elif not scanned.marked:
                 result.unmarked += 1
@@ -128,7 +119,7 @@ class Ingest:
                 spooled += scanned.size
                 yield scanned
 
-    def _is_unchanged(self, file: SourceFile, scanned: ScannedFile) -> bool:
+    def _was_taken_in(self, file: SourceFile, scanned: ScannedFile) -> bool:
         """Whether this very file was taken in from this folder and has not been moved since."""
         return file.moved_to is None and file.root == self.folder.path and file.identity == scanned.identity
 
@@ -147,7 +138,8 @@ class Ingest:
                 scanned.real_path, incoming, expected=scanned.identity, should_stop=should_stop
             )
             if sha256 is not None:
-                self._adopt(incoming, sha256)
+                with copying.write_errors(incoming):
+                    self.workspace.scratch(sha256).adopt(incoming)
             self._failing_since.pop(scanned.path, None)
             return sha256
         except FileChanged:
@@ -156,25 +148,16 @@ class Ingest:
             if scanned.path.exists():
                 until = patience_end(scanned.changed_s, self.settings, now=self.clock())
                 self._retry_or_fail(scanned, str(e), until, result)
+        except WriteFailed as e:
+            raise environment_error(e, in_track=False) or e from e
         except OSError as e:
-            self._handle_device_error(scanned, e, result)
+            if fault := environment_error(e):
+                raise fault from e
+            until = self._failing_since.get(scanned.path, self.clock()) + READ_PATIENCE_S
+            self._retry_or_fail(scanned, f"can't be read: {os_reason(e)}", until, result)
         finally:
             incoming.unlink(missing_ok=True)
         return None
-
-    def _adopt(self, incoming: Path, sha256: str) -> None:
-        try:
-            self.workspace.scratch(sha256).adopt(incoming)
-        except OSError as e:
-            raise WriteFailed(e.errno, e.strerror, str(incoming)) from e
-
-    def _handle_device_error(self, scanned: ScannedFile, error: OSError, result: ScanResult) -> None:
-        if isinstance(error, WriteFailed):
-            raise environment_error(error, in_track=False) or error from error
-        if fault := environment_error(error):
-            raise fault from error
-        until = self._failing_since.get(scanned.path, self.clock()) + READ_PATIENCE_S
-        self._retry_or_fail(scanned, f"can't be read: {os_reason(error)}", until, result)
 
     def _retry_or_fail(self, scanned: ScannedFile, error: str, until: float, result: ScanResult) -> None:
         """Leave a file that can't be read for the next scan; from `until` on, it has failed."""
@@ -199,18 +182,20 @@ class Ingest:
         result.unreadable.add(sha256)
         archive_files(self.store, [file], self.inbox, self.settings, error=f"{name} {error}")
 
-    def _record(self, taken: list[tuple[ScannedFile, str]], result: ScanResult) -> None:
-        """Add the copied files to the store in one transaction; then archive those of finished tracks."""
+    def _add(self, scanned: ScannedFile, sha256: str, result: ScanResult) -> None:
+        """Add a copied file to the store, and archive it if its track is finished."""
         with self.store.transaction():
-            added = [self._add(scanned, sha256, result) for scanned, sha256 in taken]
-        for track in filter(None, added):
-            self._check_results(track, result)
-            current = self.store.track(track.sha256)
-            if current is not None and current.state == TrackState.DONE:
-                self.workspace.scratch(track.sha256).clear()
+            is_queued, track = self._record(scanned, sha256)
+        if is_queued:
+            result.queued += 1
+            return
+        self._check_results(track, result)
+        current = self.store.track(sha256)
+        if current is not None and current.state == TrackState.DONE:
+            self.workspace.scratch(sha256).clear()
 
-    def _add(self, scanned: ScannedFile, sha256: str, result: ScanResult) -> Track | None:
-        """Add a file; returns its track if that was not queued by this."""
+    def _record(self, scanned: ScannedFile, sha256: str) -> tuple[bool, Track]:
+        """Returns whether this queued the track, and the track as it was found."""
         below = (
             scanned.path.parent.relative_to(self.folder.path) if self.settings.subfolders == "keep" else None
         )
@@ -221,18 +206,17 @@ class Ingest:
         is_new = self.store.add_file(file, name=name, folder=folder, now=self.clock())
         track = self.store.track(sha256)
         assert track is not None
-        if before is not None and before.state == FileState.FAILED and before.moved_to is not None:
-            _remove_stale_error(before.moved_to)
+        failed = before.moved_to if before is not None and before.state == FileState.FAILED else None
+        if failed is not None and not os.path.lexists(failed):  # it was put back in the inbox
+            error_path(failed).unlink(missing_ok=True)
+        is_failed = track.state == TrackState.FAILED
         if is_new:
             log.info("%s: queued", scanned.display)
-        elif track.state == TrackState.FAILED:  # the user put it here again, to have it tried again
+        elif is_failed:  # the user put it here again, to have it tried again
             self.store.requeue(sha256, now=self.clock())
-        else:
-            if is_plainer(name, track.name) and self.store.rename_track(sha256, name=name, folder=folder):
-                log.info("%s: has the content of %s, which is queued under this name now", name, track.name)
-            return track
-        result.queued += 1
-        return None
+        elif is_plainer(name, track.name) and self.store.rename_track(sha256, name=name, folder=folder):
+            log.info("%s: has the content of %s, which is queued under this name now", name, track.name)
+        return is_new or is_failed, track
 
     def _source_file(self, scanned: ScannedFile, sha256: str) -> SourceFile:
         return SourceFile(
@@ -291,12 +275,6 @@ class Ingest:
         if track.plan_key != self._plan_keys[track.sha256]:
             return True
         return is_new_file and not self.outbox.is_complete(track.folder)
-
-
-def _remove_stale_error(failed: Path) -> None:
-    """Remove the `.error.txt` of a failed file that was put back in the inbox."""
-    if not os.path.lexists(failed):
-        error_path(failed).unlink(missing_ok=True)
 
 
 def recheck_time(store: Store, sha256: str, settings: Intake, *, now: float) -> float | None:

@@ -1,34 +1,40 @@
-"""The files of one folder that may be tracks. Events only say when to scan; the scan is the truth."""
+"""The files of one folder that may be tracks. Events only say when to scan; the scan is the truth.
+
+A scan never leaves the folder. Each folder is opened in the open folder above it, never through a
+symbolic link, and files are examined in the open folder (openat(2) and O_NOFOLLOW). So a folder that
+is replaced by a link in the middle of a scan can't lead outside. A file may change between the scan
+and its being opened: compare its identity then.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import Intake
+from pipeline.errors import os_reason
 from pipeline.fs.copying import FileIdentity
 from pipeline.fs.names import printable
-from pipeline.fs.walk import FoundFile, Walk
 from pipeline.intake.ignore import Ignore, still_downloading
-from pipeline.workspace import DONE, FAILED
+from pipeline.workspace import DONE, FAILED, InputFolder
 
 log = logging.getLogger("pipeline")
 
 SNIFF_BYTES = 64
 COARSE_S = 2.0  # the coarsest file times are FAT's; other file systems without fractions count seconds
 NS_PER_S = 1_000_000_000
+MAX_FOLDER_BYTES = 4096 - 256 - 32  # of a path, so that a file's path below it, or in `failed`, still fits
+MAX_DEPTH = 200  # nested folders; pathlib can't make much deeper ones
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # removed, or replaced by something else
+OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
-
-@dataclass(frozen=True)
-class ScanRules:
-    """What a scan leaves out, and what it waits for."""
-
-    ignore: tuple[str, ...] = ()  # in addition to what is always ignored: see pipeline.intake.ignore
-    marker: str | None = None  # ".done": name.wav is complete once name.wav.done exists
-    follow_symlinks: bool = False  # only to files and folders below the scanned folder
-    is_inbox: bool = True  # `done` and `failed` are reserved, and every file is taken, audio or not
+FileId = tuple[int, int]  # device and inode
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class ScannedFile:
     """A regular file at the time of a scan."""
 
     path: Path
+    real_path: Path  # the one to open: no part of it below the scanned folder was a link
     display: str  # the path below the scanned folder, printable
     size: int  # bytes
     mtime_ns: int
@@ -43,12 +50,6 @@ class ScannedFile:
     inode: int
     device: int = 0
     marked: bool = True  # False: its marker is missing, or a download tool's own file is still there
-    link_target: Path | None = None  # the file itself, if `path` leads through a symbolic link
-
-    @property
-    def real_path(self) -> Path:
-        """The path to open; no part of it below the scanned folder was a link."""
-        return self.path if self.link_target is None else self.link_target
 
     @property
     def identity(self) -> FileIdentity:
@@ -64,19 +65,32 @@ class ScannedFile:
         """How much later than `changed_s` the change may have been: times without fractions are coarse."""
         return COARSE_S if self.mtime_ns % NS_PER_S == 0 == self.ctime_ns % NS_PER_S else 0.0
 
-    def same_as(self, other: ScannedFile) -> bool:
-        """Unchanged. The ctime is not compared: indexers, backups and new hard links change it."""
-        return (self.identity, self.device) == (other.identity, other.device)
+
+@dataclass(frozen=True)
+class Place:
+    """A path relative to the scanned folder."""
+
+    real: tuple[str, ...] = ()  # its parts; none of them is a link
+    shown: str = ""  # the path by which the user reaches it; the same if no link was followed
+
+    def below(self, name: str) -> Place:
+        return Place((*self.real, name), f"{self.shown}/{name}" if self.shown else name)
 
 
 class Scanner:
     """Scans one folder repeatedly; a problem is logged once, not at every scan."""
 
-    def __init__(self, root: Path, rules: ScanRules) -> None:
-        self.root = root
-        self.rules = rules
-        self._ignore = Ignore(rules.ignore)
+    def __init__(self, folder: InputFolder, settings: Intake) -> None:
+        self.root = folder.path
+        self._is_inbox = folder.is_inbox  # then every file is taken, audio or not
+        self._reserved = (DONE, FAILED) if folder.is_inbox else ()
+        self._marker = settings.marker
+        self._follow_symlinks = settings.follow_symlinks
+        self._ignore = Ignore(settings.ignore)
         self._logged: set[str] = set()
+        self._problems: set[str] = set()  # of this scan, as what follows
+        self._visited: set[FileId] = set()  # no folder is entered twice, so there are no loops
+        self._links: list[Place] = []
 
     def scan(self) -> Iterator[ScannedFile]:
         """Every regular file below the folder that may be a track, in the order of the names.
@@ -88,54 +102,126 @@ class Scanner:
             OSError: the folder itself can't be listed. A folder below it that vanishes or can't be
                 read does not hide the others.
         """
-        problems: set[str] = set()
-        walk = Walk(
-            root=self.root,
-            reserved=(DONE, FAILED) if self.rules.is_inbox else (),
-            follow_symlinks=self.rules.follow_symlinks,
-            is_ignored=self._ignore.matches,
-            is_wanted=self._is_wanted,
-            report=lambda shown, problem: self._report(f"{printable(shown)}: {problem}", problems),
-        )
-        for found in walk.files():
-            yield self._scanned(found, problems)
-        self._logged &= problems  # a problem that goes away and comes back is logged again
+        self._problems, self._visited, self._links = set(), set(), []
+        found_ids: set[FileId] = set()
+        root_fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name in self._reserved:  # by identity, since some file systems take `Done` for `done`
+                with suppress(OSError):  # it does not exist yet
+                    self._visited.add(_id(os.stat(name, dir_fd=root_fd)))
+            for found in self._below(root_fd, Place()):
+                found_ids.add((found.device, found.inode))
+                yield found
+            for link in self._links:  # grows when a link leads to a folder with links
+                for found in self._follow(root_fd, link):
+                    if (found.device, found.inode) not in found_ids:
+                        found_ids.add((found.device, found.inode))
+                        yield found
+        finally:
+            os.close(root_fd)
+        self._logged &= self._problems  # a problem that goes away and comes back is logged again
+
+    def _below(self, folder_fd: int, folder: Place) -> Iterator[ScannedFile]:
+        if (folder_id := _id(os.fstat(folder_fd))) in self._visited:
+            return
+        self._visited.add(folder_id)
+        names = sorted(os.listdir(folder_fd), key=os.fsencode)
+        siblings = frozenset(names)
+        for name in names:
+            place = folder.below(name)
+            if place.real[0] not in self._reserved and not self._ignore.matches(place.shown):
+                yield from self._entry(folder_fd, place, siblings)
+
+    def _entry(self, folder_fd: int, place: Place, siblings: frozenset[str]) -> Iterator[ScannedFile]:
+        """One file, or the files of one folder; none if it is gone or can't be read."""
+        name = place.real[-1]
+        try:
+            found = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+            if stat.S_ISLNK(found.st_mode) and self._follow_symlinks:
+                self._links.append(place)
+            elif stat.S_ISLNK(found.st_mode):
+                self._report(place.shown, "is a symbolic link, left alone (see intake.follow_symlinks)")
+            elif stat.S_ISDIR(found.st_mode) and self._is_too_deep(place):
+                self._report(f"{place.shown[:60]}…", "is nested too deeply, so its files are left alone")
+            elif stat.S_ISDIR(found.st_mode):
+                with _opened(folder_fd, (name,)) as fd:
+                    yield from self._below(fd, place)
+            elif stat.S_ISREG(found.st_mode) and self._is_wanted(name, folder_fd):
+                yield self._scanned(place, found, siblings)
+        except OSError as e:
+            if e.errno not in GONE:
+                self._report(place.shown, f"can't be read: {os_reason(e)}")
+
+    def _is_too_deep(self, folder: Place) -> bool:
+        n_bytes = len(os.fsencode(f"{self.root}/{folder.shown}"))
+        return len(folder.real) > MAX_DEPTH or n_bytes > MAX_FOLDER_BYTES
 
     def _is_wanted(self, name: str, folder_fd: int) -> bool:
-        if self.rules.marker is not None and name.endswith(self.rules.marker):
+        if self._marker is not None and name.endswith(self._marker):
             return False
-        return self.rules.is_inbox or _may_be_audio(name, folder_fd)
+        return self._is_inbox or _may_be_audio(name, folder_fd)
 
-    def _scanned(self, found: FoundFile, problems: set[str]) -> ScannedFile:
-        place, stat = found.place, found.stat
-        real = "/".join(place.real)
+    def _follow(self, root_fd: int, link: Place) -> Iterator[ScannedFile]:
+        """The files that a link leads to, if they lie below the scanned folder."""
+        try:
+            root = Path(os.path.realpath(self.root))
+            target = Path(os.path.realpath(root.joinpath(*link.real), strict=True))
+            if not target.is_relative_to(root):
+                self._report(link.shown, "is a symbolic link that leads out of the folder, left alone")
+                return
+            place = Place(target.relative_to(root).parts, link.shown)
+            if place.real and place.real[0] not in self._reserved:
+                with _opened(root_fd, place.real[:-1]) as fd:
+                    yield from self._entry(fd, place, frozenset(os.listdir(fd)))  # noqa: PTH208
+        except OSError:
+            self._report(link.shown, "is a symbolic link whose target can't be read")
+
+    def _scanned(self, place: Place, found: os.stat_result, siblings: frozenset[str]) -> ScannedFile:
         return ScannedFile(
             path=self.root / place.shown,
+            real_path=self.root.joinpath(*place.real),
             display=printable(place.shown),
-            size=stat.st_size,
-            mtime_ns=stat.st_mtime_ns,
-            ctime_ns=stat.st_ctime_ns,
-            inode=stat.st_ino,
-            device=stat.st_dev,
-            marked=self._is_marked(found, problems),
-            link_target=None if real == place.shown else self.root / real,
+            size=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+            ctime_ns=found.st_ctime_ns,
+            inode=found.st_ino,
+            device=found.st_dev,
+            marked=self._is_marked(place, found.st_size, siblings),
         )
 
-    def _is_marked(self, found: FoundFile, problems: set[str]) -> bool:
-        name = found.place.real[-1]
-        if self.rules.marker is not None and name + self.rules.marker not in found.siblings:
+    def _is_marked(self, place: Place, size: int, siblings: frozenset[str]) -> bool:
+        name = place.real[-1]
+        if self._marker is not None and name + self._marker not in siblings:
             return False
-        sign = still_downloading(name, found.stat.st_size, found.siblings)
+        sign = still_downloading(name, size, siblings)
         if sign is not None:
-            problem = f"left alone while {printable(sign)} says that it is being written"
-            self._report(f"{printable(found.place.shown)}: {problem}", problems)
+            self._report(place.shown, f"left alone while {printable(sign)} says that it is being written")
         return sign is None
 
-    def _report(self, problem: str, problems: set[str]) -> None:
-        problems.add(problem)
-        if problem not in self._logged:
-            self._logged.add(problem)
-            log.warning("%s", problem)
+    def _report(self, shown: str, problem: str) -> None:
+        text = f"{printable(shown)}: {problem}"
+        self._problems.add(text)
+        if text not in self._logged:
+            self._logged.add(text)
+            log.warning("%s", text)
+
+
+@contextmanager
+def _opened(folder_fd: int, parts: tuple[str, ...]) -> Iterator[int]:
+    """Open a folder below an open one, without following any link."""
+    fd = os.open(".", OPEN_FOLDER, dir_fd=folder_fd)
+    try:
+        for part in parts:
+            below = os.open(part, OPEN_FOLDER, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _id(found: os.stat_result) -> FileId:
+    return found.st_dev, found.st_ino
 
 
 def _may_be_audio(name: str, folder_fd: int) -> bool:

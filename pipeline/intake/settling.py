@@ -14,6 +14,7 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.fs.copying import FileIdentity
 from pipeline.intake.scanner import ScannedFile
 
 
@@ -23,17 +24,18 @@ class Settling:
 
     settle_s: float
     trust_times: bool = True  # whether the clock that sets the files' times is the clock of `now`
-    _seen: dict[Path, tuple[ScannedFile, float]] = field(default_factory=dict)
+    _seen: dict[Path, tuple[tuple[FileIdentity, int], float]] = field(default_factory=dict)
 
     def is_settled(self, scanned: ScannedFile, now: float) -> bool:
         """Whether nobody has written to the file for `settle_s`; `now` in seconds since the epoch."""
         wait_s = self.settle_s + scanned.granularity_s if self.settle_s > 0 else 0.0
         if self.trust_times and scanned.changed_s <= now - wait_s:
             return True
+        current = scanned.identity, scanned.device  # not the ctime, which indexers, backups and links change
         before, since = self._seen.get(scanned.path, (None, now))
-        if before is None or not before.same_as(scanned) or now < since:  # now < since: a clock was set back
+        if before != current or now < since:  # now < since: a clock was set back
             since = now
-            self._seen[scanned.path] = scanned, since
+            self._seen[scanned.path] = current, since
         return now - since >= wait_s
 
     def keep_only(self, paths: set[Path]) -> None:

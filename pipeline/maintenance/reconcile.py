@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pipeline.errors import os_reason
 from pipeline.fs.names import printable
 from pipeline.maintenance.retention import finish_interrupted_removals, unneeded_copies
-from pipeline.outbox.outbox import TMP_SUFFIX, Outbox, Published, listed_files
+from pipeline.outbox.outbox import Outbox, Published, listed_files
 from pipeline.store.schema import Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import Workspace
@@ -38,14 +38,6 @@ class Finding:
     where: str  # printable: a folder of the outbox, or a path
     text: str  # what is wrong and what was done about it
     mended: bool = False  # it is in order now, or will be once the queue is processed
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What is wrong with a finished track's results."""
-
-    text: str
-    needs_source: bool  # a result has to be made again; otherwise only the manifest has to be written
 
 
 def reconcile(
@@ -86,7 +78,8 @@ def reconcile(
                 if store.track(track.sha256) == track:  # no other process has queued or collected it since
                     store.requeue(track.sha256, now=now)
                     findings.append(replace(finding, text=f"{finding.text}: queued again", mended=True))
-    findings += _check_working_copies(store, workspace, repair=repair)
+    copies = list(unneeded_copies(workspace, {track.sha256: track for track in store.tracks()}))
+    findings += _remove(copies, "is a working copy that nothing needs", repair=repair)
     return findings
 
 
@@ -105,10 +98,8 @@ def _check_folders(outbox: Outbox, tracks: list[Track], *, repair: bool) -> Iter
             if state is None:
                 if outbox.read_manifest(folder) is not None:
                     yield Finding("unknown", printable(folder), "belongs to no track of this database")
-            elif state == TrackState.DONE:
+            elif state in (TrackState.DONE, TrackState.FAILED):  # the runner uses or removes those of others
                 yield from _remove(outbox.temporary_files(folder), repair=repair)
-            elif state != TrackState.RUNNING:  # a file between two names is complete and may still be used
-                yield from _remove(outbox.temporary_files(folder, (TMP_SUFFIX,)), repair=repair)
         except PermissionError as e:
             yield _unreadable(folder, e)
 
@@ -140,39 +131,36 @@ def _unreadable(folder: str, error: OSError) -> Finding:
 def _check_results(
     track: Track, store: Store, outbox: Outbox, workspace: Workspace, *, thorough: bool
 ) -> Finding | None:
+    units = [unit for unit in store.units_of(track.sha256) if "file" in unit["result"]]
+    where = printable(track.folder)
     try:
-        damage = _find_damage(track, store, outbox, thorough=thorough)
+        problem = _find_problem(track, units, outbox, thorough=thorough)
+        if problem is None:
+            return None
+        if has_source(track, store, workspace) or _has_all_results(track, units, outbox):
+            return Finding("result", where, problem)
+        return Finding("lost", where, f"{problem}; it can't be made again: its source is gone")
     except OSError as e:
         return _unreadable(track.folder, e)
-    if damage is None:
-        return None
-    where = printable(track.folder)
-    if damage.needs_source and not has_source(track, store, workspace):
-        return Finding("lost", where, f"{damage.text}; it can't be made again: its source is gone")
-    return Finding("result", where, damage.text)
 
 
-def _find_damage(track: Track, store: Store, outbox: Outbox, *, thorough: bool) -> Damage | None:
-    """Compare a finished track's folder with its records.
+def _find_problem(track: Track, units: list[dict[str, Any]], outbox: Outbox, *, thorough: bool) -> str | None:
+    """Compare a finished track's folder with its recorded results.
 
     Raises:
         OSError: something is there but can't be read.
     """
-    units = [unit for unit in store.units_of(track.sha256) if "file" in unit["result"]]
     finished_at = {(unit["result"]["file"], unit["result"]["sha256"]): unit["finished_at"] for unit in units}
     manifest = outbox.read_manifest(track.folder)
-    files = None if manifest is None else listed_files(manifest)
+    files = listed_files(manifest)
     if manifest is None or files is None:
-        problem = "manifest.json is missing or damaged"
-    elif not isinstance(source := manifest.get("source"), dict) or source.get("sha256") != track.sha256:
-        problem = "manifest.json belongs to another track"
-    elif any((one.file, one.sha256) not in finished_at for one in files):
-        problem = "manifest.json names files that are not recorded"
-    else:
-        problems = [_file_problem(track, one, outbox, finished_at, thorough=thorough) for one in files]
-        problem = ", ".join(filter(None, problems))
-        return Damage(problem, needs_source=True) if problem else None
-    return Damage(problem, needs_source=not _has_all_results(track, units, outbox))
+        return "manifest.json is missing or damaged"
+    if not isinstance(source := manifest.get("source"), dict) or source.get("sha256") != track.sha256:
+        return "manifest.json belongs to another track"
+    if any((one.file, one.sha256) not in finished_at for one in files):
+        return "manifest.json names files that are not recorded"
+    problems = [_file_problem(track, one, outbox, finished_at, thorough=thorough) for one in files]
+    return ", ".join(filter(None, problems)) or None
 
 
 def _has_all_results(track: Track, units: list[dict[str, Any]], outbox: Outbox) -> bool:
@@ -210,19 +198,3 @@ def has_source(track: Track, store: Store, workspace: Workspace) -> bool:
             if path.is_file() and path.stat().st_size == track.bytes:
                 return True
     return False
-
-
-# -- working copies --------------------------------------------------------------------------------
-
-
-def _check_working_copies(store: Store, workspace: Workspace, *, repair: bool) -> Iterator[Finding]:
-    """Working copies that no track needs, and incomplete files of queued tracks."""
-    tracks = {track.sha256: track for track in store.tracks()}
-    parts = [
-        part
-        for part in sorted((workspace.state / "work").glob(f"*/*{TMP_SUFFIX}"))
-        if (track := tracks.get(part.parent.name)) is not None and track.state == TrackState.QUEUED
-    ]
-    yield from _remove(parts, repair=repair)
-    copies = list(unneeded_copies(workspace, tracks))
-    yield from _remove(copies, "is a working copy that nothing needs", repair=repair)

@@ -12,17 +12,18 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from pipeline.config import Retention
 from pipeline.engines.base import UNFINISHED
 from pipeline.fs.copying import error_path
 from pipeline.fs.names import printable
-from pipeline.outbox.outbox import TMP_SUFFIX, VARIATIONS, Outbox
+from pipeline.outbox.outbox import VARIATIONS, Outbox
 from pipeline.store.schema import SourceFile, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import DONE, ENGINES_FOLDER, FAILED, Workspace
@@ -30,36 +31,26 @@ from pipeline.workspace import DONE, ENGINES_FOLDER, FAILED, Workspace
 log = logging.getLogger("pipeline")
 
 DAY_S = 86400.0
-UNKNOWN_AT_LEAST_DAYS = 1.0  # a working copy that is not in the database may belong to a scan in progress
-MTIME_SLACK_NS = 2_000_000_000  # FAT stores times in steps of two seconds
+UNKNOWN_AT_LEAST_S = DAY_S  # a working copy that is not in the database may belong to a scan in progress
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Removal:
-    """Something that was removed, or would be."""
+class Removable:
+    """Something that may be removed, or was."""
 
     what: str  # working copy | unfinished | archive | outbox
     path: Path
     bytes: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Something that may be removed."""
-
-    what: str
-    path: Path
-    bytes: int
     since: float  # when its age began, seconds since the epoch
-    remove: Callable[[], bool]  # returns False if it is needed again
-    least_days: float = 0.0
+    # Returns False if it is needed again; None: it is needed now.
+    remove: Callable[[], bool] | None = field(compare=False)
+    why: str = ""  # it was removed
 
 
 def collect(
     store: Store, workspace: Workspace, settings: Retention, *, now: float, dry_run: bool
-) -> list[Removal]:
+) -> list[Removable]:
     """Remove what is older or larger than the settings allow, the oldest first.
 
     What can't be removed is logged and is not in the list. With `dry_run` nothing is removed.
@@ -68,17 +59,16 @@ def collect(
     if not dry_run:
         finish_interrupted_removals(store, outbox)
     tracks = {track.sha256: track for track in store.tracks()}
-    thin_out = partial(_thin_out, now=now, dry_run=dry_run)
-    removed: list[Removal] = []
-    if settings.work_days is not None:
-        copies = [*_working_copies(store, workspace, tracks), *_unfinished(workspace)]
-        removed += thin_out(copies, 0, settings.work_days, None)
-    if settings.archive_days is not None or settings.archive_gb is not None:
-        archived, kept_bytes = _archived(store, workspace, tracks)
-        removed += thin_out(archived, kept_bytes, settings.archive_days, settings.archive_gb)
-    if settings.outbox_days is not None or settings.outbox_gb is not None:
-        results, kept_bytes = _results(store, outbox, tracks, now)
-        removed += thin_out(results, kept_bytes, settings.outbox_days, settings.outbox_gb)
+    work = chain(_working_copies(store, workspace, tracks, now), _unfinished(workspace))
+    archived, results = _archived(store, workspace, tracks), _results(store, outbox, tracks, now)
+    removed: list[Removable] = []
+    for found, days, gigabytes in (
+        (work, settings.work_days, None),
+        (archived, settings.archive_days, settings.archive_gb),
+        (results, settings.outbox_days, settings.outbox_gb),
+    ):
+        if days is not None or gigabytes is not None:
+            removed += _thin_out(list(found), days, gigabytes, now=now, dry_run=dry_run)
     return removed
 
 
@@ -90,29 +80,22 @@ def finish_interrupted_removals(store: Store, outbox: Outbox) -> None:
 
 
 def _thin_out(
-    candidates: Iterable[Candidate],
-    kept_bytes: int,
-    days: float | None,
-    gigabytes: float | None,
-    *,
-    now: float,
-    dry_run: bool,
-) -> list[Removal]:
-    """Remove what is too old, then the oldest until the total, including `kept_bytes`, is small enough."""
-    oldest_first = sorted(candidates, key=lambda one: (one.since, os.fsencode(one.path)))
-    total = kept_bytes + sum(one.bytes for one in oldest_first)
+    found: list[Removable], days: float | None, gigabytes: float | None, *, now: float, dry_run: bool
+) -> list[Removable]:
+    """Remove what is too old, then the oldest until the total, with what is needed, is small enough."""
+    total = sum(one.bytes for one in found)
     removed = []
-    for one in oldest_first:
-        if days is not None and now - one.since > max(days, one.least_days) * DAY_S:
-            why = f"older than {max(days, one.least_days):g} days"
+    for one in sorted(found, key=lambda one: (one.since, os.fsencode(one.path))):
+        if days is not None and now - one.since > days * DAY_S:
+            why = f"older than {days:g} days"
         elif gigabytes is not None and total > gigabytes * 1e9:
             why = f"the oldest beyond {gigabytes:g} GB"
         else:
             continue
         try:
-            if dry_run or one.remove():
+            if one.remove is not None and (dry_run or one.remove()):
                 total -= one.bytes
-                removed.append(Removal(one.what, one.path, one.bytes, why))
+                removed.append(replace(one, why=why))
         except (OSError, sqlite3.Error) as e:
             log.warning("%s: can't be removed: %s", printable(one.path), e)
     return removed
@@ -121,12 +104,12 @@ def _thin_out(
 # -- working copies --------------------------------------------------------------------------------
 
 
-def _unfinished(workspace: Workspace) -> Iterator[Candidate]:
+def _unfinished(workspace: Workspace) -> Iterator[Removable]:
     """What engines have stored of variations that were never finished."""
     for path in sorted((workspace.state / ENGINES_FOLDER).glob(f"*/{UNFINISHED}/*")):
         with suppress(OSError):  # it was finished meanwhile
             stat = path.stat()
-            yield Candidate("unfinished", path, stat.st_size, stat.st_mtime, partial(_unlink, path))
+            yield Removable("unfinished", path, stat.st_size, stat.st_mtime, partial(_unlink, path))
 
 
 def _unlink(path: Path) -> bool:
@@ -136,21 +119,20 @@ def _unlink(path: Path) -> bool:
 
 def unneeded_copies(workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Path]:
     """Working copies of finished tracks and of tracks that are not in the database, and incomplete copies."""
-    for path in _entries(workspace.state / "work"):
-        is_copy = (
-            _SHA256.fullmatch(path.name) or path.name.startswith(".incoming-") or path.suffix == TMP_SUFFIX
-        )
+    for path in sorted((workspace.state / "work").glob("*")):
+        is_copy = _SHA256.fullmatch(path.name) or path.name.startswith(".incoming-")
         if is_copy and not _is_in_work(tracks.get(path.name)):
             yield path
 
 
-def _working_copies(store: Store, workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Candidate]:
+def _working_copies(
+    store: Store, workspace: Workspace, tracks: Mapping[str, Track], now: float
+) -> Iterator[Removable]:
     for path in unneeded_copies(workspace, tracks):
         with suppress(FileNotFoundError):  # its track was finished meanwhile
             size, since = _size_and_time(path)
-            least = 0.0 if path.name in tracks else UNKNOWN_AT_LEAST_DAYS
-            remove = partial(_remove_copy, store, path, since)
-            yield Candidate("working copy", path, size, since, remove, least)
+            if path.name in tracks or now - since > UNKNOWN_AT_LEAST_S:
+                yield Removable("working copy", path, size, since, partial(_remove_copy, store, path, since))
 
 
 def _is_in_work(track: Track | None) -> bool:
@@ -158,51 +140,39 @@ def _is_in_work(track: Track | None) -> bool:
 
 
 def _remove_copy(store: Store, path: Path, since: float) -> bool:
-    with store.locked_track(path.name) as track, suppress(FileNotFoundError):
-        if _is_in_work(track) or _size_and_time(path)[1] != since:
+    with store.locked_track(path.name) as track:
+        if _is_in_work(track) or not path.exists() or _size_and_time(path)[1] != since:
             return False
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
         return True
-    return False
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:
     """Size in bytes of a file or of a folder's files, and the latest mtime."""
-    found = [each.lstat() for each in (path, *_entries(path))]
+    found = [each.lstat() for each in (path, *path.glob("*"))]
     return sum(one.st_size for one in (found[1:] or found)), max(one.st_mtime for one in found)
 
 
 # -- archive ---------------------------------------------------------------------------------------
 
 
-def _archived(store: Store, workspace: Workspace, tracks: dict[str, Track]) -> tuple[list[Candidate], int]:
-    """Recorded sources in `done` and `failed` that may be removed, and the bytes of those that may not."""
-    found, kept_bytes = [], 0
+def _archived(store: Store, workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Removable]:
+    """Recorded sources in `done` and `failed`."""
     for file in store.files_below(workspace.inbox):
         top = _archive_of(file, workspace.inbox)
-        if file.moved_to is None or top is None:
-            continue
-        try:
-            there = file.moved_to.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        if not _is_unchanged(file, there):
+        if file.moved_to is None or top is None or not file.is_in_place:
             continue
         track = tracks.get(file.sha256)
-        if track is None or _is_in_work(track):
-            kept_bytes += there.st_size
-            continue
-        size = there.st_size
-        with suppress(FileNotFoundError):
-            size += error_path(file.moved_to).lstat().st_size
+        is_needed = track is None or _is_in_work(track)
+        remove = None if is_needed else partial(_remove_archived, store, file, top)
+        size = _bytes_of([file.moved_to, error_path(file.moved_to)])
         # The move changed the ctime: a second copy that came later is not as old as its track.
-        since = max(track.finished_at or 0.0, there.st_ctime)
-        remove = partial(_remove_archived, store, file, top)
-        found.append(Candidate("archive", file.moved_to, size, since, remove))
-    return found, kept_bytes
+        finished_at = (track and track.finished_at) or 0.0
+        since = max(finished_at, file.moved_to.lstat().st_ctime)
+        yield Removable("archive", file.moved_to, size, since, remove)
 
 
 def _archive_of(file: SourceFile, inbox: Path) -> Path | None:
@@ -213,16 +183,12 @@ def _archive_of(file: SourceFile, inbox: Path) -> Path | None:
     return None
 
 
-def _is_unchanged(file: SourceFile, there: os.stat_result) -> bool:
-    return there.st_size == file.size and abs(there.st_mtime_ns - file.mtime_ns) <= MTIME_SLACK_NS
-
-
 def _remove_archived(store: Store, file: SourceFile, top: Path) -> bool:
     with store.locked_track(file.sha256) as track:
         current = store.file_at(file.path)
         if track is None or _is_in_work(track) or current is None or file.moved_to is None:
             return False
-        if current.moved_to != file.moved_to or not _is_unchanged(file, file.moved_to.lstat()):
+        if current.moved_to != file.moved_to or not file.is_in_place:
             return False
         file.moved_to.unlink()
         error_path(file.moved_to).unlink(missing_ok=True)
@@ -233,23 +199,13 @@ def _remove_archived(store: Store, file: SourceFile, top: Path) -> bool:
 # -- outbox ----------------------------------------------------------------------------------------
 
 
-def _results(
-    store: Store, outbox: Outbox, tracks: dict[str, Track], now: float
-) -> tuple[list[Candidate], int]:
-    """Results of finished tracks, and the bytes of those that may not be removed."""
-    found, kept_bytes = [], 0
+def _results(store: Store, outbox: Outbox, tracks: Mapping[str, Track], now: float) -> Iterator[Removable]:
     for track in tracks.values():
-        size = 0
-        for path in outbox.own_files(track.folder):
-            with suppress(FileNotFoundError):
-                size += path.lstat().st_size
-        if track.state != TrackState.DONE or track.collected_at is not None:
-            kept_bytes += size
-        elif size:
-            remove = partial(_remove_results, store, outbox, track, now)
+        if size := _bytes_of(outbox.own_files(track.folder)):
+            is_needed = track.state != TrackState.DONE or track.collected_at is not None
+            remove = None if is_needed else partial(_remove_results, store, outbox, track, now)
             folder = outbox.root / track.folder
-            found.append(Candidate("outbox", folder, size, track.finished_at or 0.0, remove))
-    return found, kept_bytes
+            yield Removable("outbox", folder, size, track.finished_at or 0.0, remove)
 
 
 def _remove_results(store: Store, outbox: Outbox, track: Track, now: float) -> bool:
@@ -277,14 +233,16 @@ def _remove_collected(store: Store, outbox: Outbox, sha256: str) -> None:
     _prune(outbox.root / track.folder / VARIATIONS, outbox.root)
 
 
-# -- folders ---------------------------------------------------------------------------------------
+# -- files and folders ---------------------------------------------------------------------------------------
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir(), key=os.fsencode)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+def _bytes_of(paths: list[Path]) -> int:
+    """The size of those of the files that exist."""
+    size = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            size += path.lstat().st_size
+    return size
 
 
 def _prune(folder: Path, top: Path) -> None:

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 
 from pipeline.fs import atomic
 from pipeline.fs.names import track_name
-from pipeline.outbox import verify as verifiers
 
 MANIFEST = "manifest.json"
 EMBEDDING = "embedding.npz"
@@ -29,7 +28,10 @@ VARIATIONS = "variations"
 TMP_PREFIX, TMP_SUFFIX = ".", ".part"  # of a file that is being written and not verified yet
 MOVING_SUFFIX = ".move"  # of a complete, verified file that is between two names
 SHORT_HASH = 8
-_NUMBERED = re.compile(r"[0-9]{2,}-.+\.wav", re.DOTALL)
+_OWN = re.compile(r"manifest\.json|embedding\.npz|variations/[0-9]{2,}-.+\.wav", re.DOTALL)
+_TEMPORARY = re.compile(
+    r"(\.manifest\.json|\.embedding\.npz|variations/\.[0-9]{2,}-.+\.wav)\.(part|move)", re.DOTALL
+)
 _TRACK_FOLDER = re.compile(r".+--[0-9a-f]{8}", re.DOTALL | re.IGNORECASE)
 
 
@@ -68,15 +70,11 @@ class Outbox:
         file: str,
         write: Callable[[BinaryIO], object],
         *,
-        verify: Callable[[BinaryIO], None],
+        verify: Callable[[BinaryIO], None] | None = None,
     ) -> Published:
         """Write a file atomically; an existing one is replaced.
 
-        `write` makes the content in memory; `verify` is given the bytes that were read back.
-
-        Raises:
-            OSError: it couldn't be written, or the disk returned other bytes than were written (EIO).
-            Exception: what `write` or `verify` raised. After any error there is no new file.
+        Raises what `write`, `verify` or `atomic.write_atomically` raise; then there is no new file.
         """
         path = self.root / folder / file
         sha256, size = atomic.write_atomically(path, _beside(path, TMP_SUFFIX), write, verify=verify)
@@ -94,12 +92,7 @@ class Outbox:
         existing = self.read_manifest(folder)
         if existing is not None and _undated(existing) == _undated(plain):
             return
-        self.publish(
-            folder,
-            MANIFEST,
-            lambda out: out.write(text.encode()),
-            verify=verifiers.manifest(plain),
-        )
+        self.publish(folder, MANIFEST, lambda out: out.write(text.encode()))
 
     def set_source_names(self, folder: str, names: list[str]) -> None:
         """Write all names of a finished track's source files to its manifest."""
@@ -164,32 +157,27 @@ class Outbox:
     def find_intact(self, folder: str, wanted: Mapping[str, Published]) -> dict[str, Published]:
         """The wanted files that are there, by the same keys, with the names that they have now.
 
-        A run may have been killed while it renamed variations. So a variation that is not under its
-        recorded name is searched for by its content. No file is returned for two keys.
+        A run may have been killed while it renamed variations, so a file is found by its content; if
+        there are several, the one under the recorded name. No file is returned for two keys.
         """
-        found: dict[str, Published] = {}
-        used: set[str] = set()
+        found = {}
+        names_of = self._names_by_content(folder)
         for key, published in wanted.items():
-            if published.file not in used and self.is_intact(folder, published):
-                found[key] = published
-                used.add(published.file)
-        missing = {key: published for key, published in wanted.items() if key not in found}
-        if missing:
-            names = self._variations_by_content(folder, used)
-            for key, published in missing.items():
-                if same := names.get((published.sha256, published.bytes)):
-                    found[key] = replace(published, file=same.pop(0))
+            if names := names_of.get((published.sha256, published.bytes)):
+                name = published.file if published.file in names else names[0]
+                names.remove(name)
+                found[key] = replace(published, file=name)
         return found
 
-    def _variations_by_content(self, folder: str, used: set[str]) -> dict[tuple[str, int], list[str]]:
-        """The names of all variations but those `used`, by their SHA-256 and size."""
+    def _names_by_content(self, folder: str) -> dict[tuple[str, int], list[str]]:
+        """The names of a folder's files by their SHA-256 and size."""
         base = self.root / folder
         names: dict[tuple[str, int], list[str]] = {}
-        for path in sorted([*self.own_files(folder), *self.temporary_files(folder, (MOVING_SUFFIX,))]):
-            name = str(path.relative_to(base))
-            if path.parent != base and name not in used:
+        for path in sorted([*self.own_files(folder), *self.temporary_files(folder)]):
+            if path.suffix != TMP_SUFFIX:  # those may not have been flushed
                 with suppress(OSError):
-                    names.setdefault((_sha256(path), path.stat().st_size), []).append(name)
+                    content = _sha256(path), path.stat().st_size
+                    names.setdefault(content, []).append(str(path.relative_to(base)))
         return names
 
     def read_manifest(self, folder: str) -> dict[str, Any] | None:
@@ -202,38 +190,49 @@ class Outbox:
 
     def manifest_lists(self, folder: str, published: Sequence[Published]) -> bool:
         """Whether there is a manifest that names exactly these files with these hashes."""
-        manifest = self.read_manifest(folder)
-        files = None if manifest is None else listed_files(manifest)
+        files = listed_files(self.read_manifest(folder))
         return files is not None and Counter(files) == Counter(published)
 
     def is_complete(self, folder: str) -> bool:
         """Whether there is a manifest, and all files that it lists have their size."""
-        manifest = self.read_manifest(folder)
-        files = None if manifest is None else listed_files(manifest)
-        return files is not None and all(_size(self.root / folder / one.file) == one.bytes for one in files)
+        files = listed_files(self.read_manifest(folder))
+        base = self.root / folder
+        try:
+            return files is not None and all((base / one.file).stat().st_size == one.bytes for one in files)
+        except OSError:
+            return False
 
     def track_folders(self) -> Iterator[str]:
         """Every folder that is named like a track's, also inside other folders; links are not followed."""
-        yield from _track_folders(self.root, "")
+
+        def raise_if_root(error: OSError) -> None:
+            # Another folder vanished or can't be read, which must not hide the others.
+            if error.filename == str(self.root) and not isinstance(error, FileNotFoundError):
+                raise error
+
+        for above, names, _ in os.walk(self.root, onerror=raise_if_root):
+            names[:] = [name for name in sorted(names, key=os.fsencode) if not name.startswith(".")]
+            found = [name for name in names if _TRACK_FOLDER.fullmatch(name)]
+            names[:] = [name for name in names if name not in found]
+            folders = (Path(above, name) for name in found)
+            yield from (str(path.relative_to(self.root)) for path in folders if not path.is_symlink())
 
     def own_files(self, folder: str) -> list[Path]:
         """The files in a track's folder with names that this program gives; users may add others."""
-        base = self.root / folder
-        own = [path for path in _files_in(base) if path.name in (MANIFEST, EMBEDDING)]
-        return own + [path for path in _files_in(base / VARIATIONS) if _NUMBERED.fullmatch(path.name)]
+        return self._files(folder, _OWN)
 
-    def temporary_files(
-        self, folder: str, suffixes: tuple[str, ...] = (TMP_SUFFIX, MOVING_SUFFIX)
-    ) -> list[Path]:
+    def temporary_files(self, folder: str) -> list[Path]:
         """The files in a track's folder that have a temporary name."""
+        return self._files(folder, _TEMPORARY)
+
+    def _files(self, folder: str, names: re.Pattern[str]) -> list[Path]:
         base = self.root / folder
-        own = [path for path in _files_in(base) if _meant(path, suffixes) in (MANIFEST, EMBEDDING)]
-        in_variations = _files_in(base / VARIATIONS)
-        return own + [path for path in in_variations if _NUMBERED.fullmatch(_meant(path, suffixes))]
+        files = [*_files_in(base), *_files_in(base / VARIATIONS)]
+        return [path for path in files if names.fullmatch(str(path.relative_to(base)))]
 
 
-def listed_files(manifest: Mapping[str, Any]) -> list[Published] | None:
-    """The files that a manifest names; None if it is not a valid manifest."""
+def listed_files(manifest: Any) -> list[Published] | None:
+    """The files that a manifest names; None if it is none, or not a valid one."""
     try:
         entries = [manifest["embedding"], *manifest["variations"]]
         found = [Published(entry["file"], entry["sha256"], entry["bytes"]) for entry in entries]
@@ -255,23 +254,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f"{TMP_PREFIX}{path.name}{suffix}")
-
-
-def _meant(path: Path, suffixes: tuple[str, ...]) -> str:
-    """The final name of a file with a temporary name; empty for any other file."""
-    name = path.name
-    if not name.startswith(TMP_PREFIX) or not name.endswith(suffixes):
-        return ""
-    return name[len(TMP_PREFIX) : name.rindex(".")]
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -280,19 +264,3 @@ def _files_in(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [Path(entry.path) for entry in entries if entry.is_file(follow_symlinks=False)]
-
-
-def _track_folders(folder: Path, prefix: str) -> Iterator[str]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-    except OSError as e:
-        if not prefix and not isinstance(e, FileNotFoundError):
-            raise
-        return  # it vanished or can't be read, which must not hide the others
-    for entry in entries:
-        if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
-            continue
-        if _TRACK_FOLDER.fullmatch(entry.name):
-            yield prefix + entry.name
-        else:
-            yield from _track_folders(Path(entry.path), f"{prefix}{entry.name}/")

@@ -6,9 +6,8 @@ That the bytes are those that were written is checked in pipeline/fs/atomic.py.
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -62,13 +61,7 @@ def embedding(dim: int, n_windows: int) -> Verifier:
         try:
             with np.load(file, allow_pickle=False) as loaded:
                 arrays = {name: loaded[name] for name in loaded.files}
-        except (
-            ValueError,
-            TypeError,
-            OSError,
-            EOFError,
-            zipfile.BadZipFile,
-        ) as e:  # TypeError: not an archive
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
             raise EngineFailure(f"the written embedding can't be read: {e}") from e
         if tuple(sorted(arrays)) != _VECTORS:
             raise EngineFailure(f"the written embedding holds {', '.join(sorted(arrays)) or 'nothing'}")
@@ -80,19 +73,5 @@ def embedding(dim: int, n_windows: int) -> Verifier:
         lengths = np.linalg.norm(np.vstack([arrays["track"][None], arrays["windows"]]), axis=1)
         if not np.allclose(lengths, 1.0, atol=UNIT_LENGTH_TOLERANCE):
             raise EngineFailure("the written embedding has vectors that are not of unit length")
-
-    return verify
-
-
-def manifest(expected: Mapping[str, Any]) -> Verifier:
-    """The file parses to exactly these JSON values."""
-
-    def verify(file: BinaryIO) -> None:
-        try:
-            found = json.loads(file.read().decode())
-        except ValueError as e:
-            raise EngineFailure(f"the written manifest can't be read: {e}") from e
-        if found != expected:
-            raise EngineFailure("the written manifest has other values")
 
     return verify

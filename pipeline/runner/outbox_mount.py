@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import FolderUnusable
-from pipeline.fs.mounts import mount_of
+from pipeline.fs.mounts import mounts_of
 from pipeline.store.store import Store
 
 
@@ -15,10 +15,10 @@ def check_outbox_mount(outbox: Path, store: Store) -> None:
     Raises:
         FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty.
     """
-    mount = mount_of(outbox)
-    if mount is None:
+    mounts = mounts_of(outbox)
+    if not mounts:
         return
-    before, now = store.fact("outbox mount"), str(mount.mount_point)
+    before, now = store.fact("outbox mount"), mounts[0].mount_point
     was_deeper = before is not None and len(before) > len(now) and outbox.is_relative_to(before)
     if was_deeper and not any(outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")

@@ -25,7 +25,6 @@ from pipeline.engines.loading import Engines
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, SourceAway, SourceGone, Stopped
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
-from pipeline.intake.archive import is_in_place
 from pipeline.intake.ingest import PATIENCE
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
@@ -177,7 +176,7 @@ class Runner:
         """
         self.workspace.drop_normalized()
         for track in [*self.store.tracks(TrackState.QUEUED), *self.store.tracks(TrackState.RUNNING)]:
-            if any(is_in_place(file) for file in self.store.files_of(track.sha256)):
+            if any(file.is_in_place for file in self.store.files_of(track.sha256)):
                 self.workspace.scratch(track.sha256).clear()
         self.store.release_all(now=self.clock())
 

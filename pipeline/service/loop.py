@@ -126,7 +126,7 @@ class Watch:
     def run(self) -> None:
         """Work until a signal asks to stop."""
         session = self.session
-        self._start_watcher()
+        self._note_mode()
         log.info("watching %s", self.ingest.folder.path)
         session.notifier.ready()
         try:
@@ -141,8 +141,7 @@ class Watch:
             session.notifier.stopping()
             self._watcher.stop()
 
-    def _start_watcher(self) -> None:
-        self._watcher.start()
+    def _note_mode(self) -> None:
         self.session.health.note(mode=self._mode)
         log.info("the inbox is watched by %s", self._mode)
 
@@ -249,7 +248,7 @@ class Watch:
         else:
             self._watcher.stop()
             self._watcher, self._mode = session.app.watcher(session.signals)
-            self._start_watcher()
+            self._note_mode()
             self._scan_at = -float("inf")
             log.info("the configuration was read again")
             session.health.well("configuration")

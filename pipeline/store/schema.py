@@ -127,6 +127,14 @@ class SourceFile:
     def identity(self) -> FileIdentity:
         return FileIdentity(self.size, self.mtime_ns, self.inode)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the file is unchanged at the path where it is recorded."""
+        try:
+            return FileIdentity.of(self.current_path.lstat()) == self.identity
+        except OSError:
+            return False
+
 
 @dataclass(frozen=True)
 class Attempt:

@@ -12,6 +12,7 @@ import sqlite3
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -40,6 +41,11 @@ _OF_FOLDER = (
 )
 LISTED = 10  # candidates that are named if a part of a name is ambiguous
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
+
+
+def _execute_all(statements: Iterable[str], db: sqlite_utils.Database) -> None:
+    for statement in statements:
+        db.execute(statement)
 
 
 def _folded(name: str) -> str:
@@ -99,15 +105,15 @@ class Store:
             raise kind(f"the database {self._path} can't be used: {e}") from e
 
     def _migrate(self) -> None:
-        from pipeline.store.migrations import migrations
+        # Imported here: it takes a quarter of a second, which commands that only read must not pay for.
+        from sqlite_utils import Database
+        from sqlite_utils.migrations import Migrations
 
+        migrations = Migrations("pipeline")
+        for name, statements in MIGRATIONS.items():
+            migrations(name=name)(partial(_execute_all, statements))
         with self.transaction():  # two processes must not apply the same migration
-            migrations.apply(self._for_writing())
-
-    def _for_writing(self) -> sqlite_utils.Database:
-        import sqlite_utils
-
-        return sqlite_utils.Database(self._db)
+            migrations.apply(Database(self._db))
 
     def _applied(self) -> set[str]:
         """The names of the migrations that were applied."""
@@ -169,17 +175,14 @@ class Store:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._roll_back()
+            with suppress(sqlite3.Error):  # SQLite has rolled back by itself after some errors
+                self._db.execute("ROLLBACK")
             raise
 
     def _insert(self, table: str, row: Mapping[str, Any]) -> int:
         """Insert a complete row, in place of one with the same key; returns its rowid."""
-        return int(self._for_writing()[table].insert(row, replace=True).last_rowid)
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:  # SQLite has rolled back by itself after some errors
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
+        sql = f"INSERT OR REPLACE INTO {table} ({', '.join(row)}) VALUES (:{', :'.join(row)})"
+        return int(self._db.execute(sql, row).lastrowid or 0)
 
     # -- arrival ---------------------------------------------------------------------------------
 
@@ -276,10 +279,9 @@ class Store:
 
     def end_waits(self, *, after: float) -> None:
         """Make queued tracks that wait for a time later than `after` due."""
-        with self.transaction():
-            self._db.execute(
-                "UPDATE tracks SET not_before = 0 WHERE state = 'queued' AND not_before > ?", [after]
-            )
+        self._db.execute(
+            "UPDATE tracks SET not_before = 0 WHERE state = 'queued' AND not_before > ?", [after]
+        )
 
     def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
         self._db.execute(
@@ -306,9 +308,12 @@ class Store:
             [not_before, sha256],
         )
 
-    def release_all(self, *, now: float) -> None:
+    def release_all(self, *, now: float, outcome: AttemptOutcome = AttemptOutcome.STOPPED) -> None:
         """Queue all running tracks again, uncounted. Only for the holder of the instance lock."""
-        self._close_attempts(AttemptOutcome.STOPPED, now)
+        with self.transaction():
+            sql = "UPDATE attempts SET ended_at = ?, outcome = ? WHERE ended_at IS NULL"
+            self._db.execute(sql, [now, outcome])
+            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
 
     def forget(self, sha256: str) -> None:
         """Delete all rows of a track, such as one made of bytes that were only part of a file."""
@@ -347,14 +352,8 @@ class Store:
                 "SELECT t.*, a.stage AS open_stage FROM attempts a JOIN tracks t USING (sha256)"
                 " WHERE a.ended_at IS NULL AND t.state = 'running' GROUP BY t.sha256"
             ).fetchall()
-            self._close_attempts(AttemptOutcome.CRASHED, now)
+            self.release_all(now=now, outcome=AttemptOutcome.CRASHED)
         return [(track_of({name: row[name] for name in TRACK_COLUMNS}), row["open_stage"]) for row in rows]
-
-    def _close_attempts(self, outcome: AttemptOutcome, now: float) -> None:
-        with self.transaction():
-            sql = "UPDATE attempts SET ended_at = ?, outcome = ? WHERE ended_at IS NULL"
-            self._db.execute(sql, [now, outcome])
-            self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
 
     def record_crash(
         self, sha256: str, *, attempts: int, solo: bool, error: str, now: float, retry_at: float
@@ -382,8 +381,7 @@ class Store:
 
     def begin_attempt(self, sha256: str, stage: str, *, now: float) -> int:
         """Record the start of an attempt at a stage; returns its id."""
-        with self.transaction():
-            return self._insert("attempts", {"sha256": sha256, "stage": stage, "started_at": now})
+        return self._insert("attempts", {"sha256": sha256, "stage": stage, "started_at": now})
 
     def end_attempt(
         self,
@@ -423,8 +421,7 @@ class Store:
         return None if row is None else str(row[0])
 
     def set_fact(self, name: str, value: str) -> None:
-        with self.transaction():
-            self._insert("facts", {"name": name, "value": value})
+        self._insert("facts", {"name": name, "value": value})
 
     # -- queries -------------------------------------------------------------------------------
 
@@ -480,16 +477,12 @@ class Store:
             )
         return found[0]
 
-    def attempts(self, sha256: str) -> list[Attempt]:
-        return self._attempts("sha256 = ?", sha256)
-
-    def open_attempts(self) -> list[Attempt]:
-        return self._attempts("ended_at IS NULL")
-
-    def _attempts(self, where: str, *values: str) -> list[Attempt]:
+    def attempts(self, sha256: str | None = None) -> list[Attempt]:
+        """The attempts at a track; without one, those at any track that have not ended."""
+        where = "ended_at IS NULL" if sha256 is None else "sha256 = :sha256"
         columns = "sha256, stage, started_at, ended_at, outcome, error"
-        rows = self._db.execute(f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id", values)
-        return [Attempt(**row) for row in rows]
+        sql = f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id"
+        return [Attempt(**row) for row in self._db.execute(sql, {"sha256": sha256})]
 
     def units_of(self, sha256: str) -> list[dict[str, Any]]:
         """Finished units of a track: key, stage, result, seconds, finished_at."""

@@ -347,6 +347,21 @@ def test_a_recording_from_the_middle_of_an_ogg_stream_is_whole(
     assert info.notes[0].startswith("its last page is incomplete")
 
 
+def test_vorbis_whose_first_header_comes_twice_is_decoded(tmp_path: Path) -> None:
+    """As some servers of web radio write it: players built on libvorbis accept it, FFmpeg does not."""
+    pages = _pages(ogg(2))
+    header = pages[0][28:]
+    page = bytearray(pages[2])
+    n = page[26]
+    page[27 + n : 27 + n] = header
+    page[26:27] = bytes([n + 1, len(header)])
+    page[22:26] = bytes(4)
+    page[22:26] = _ogg_crc(bytes(page)).to_bytes(4, "little")
+    audio, info = decoded(tmp_path, b"".join([*pages[:2], bytes(page), *pages[3:]]))
+    assert audio.n_samples == pytest.approx(2 * 44100, abs=1024)
+    assert info.codec == "vorbis"
+
+
 @pytest.mark.parametrize(("subtype", "rate"), [("VORBIS", 44100), ("OPUS", 48000)])
 def test_a_missing_end_of_stream_mark_costs_nothing(tmp_path: Path, subtype: str, rate: int) -> None:
     pages = _pages(ogg(2, rate, 2, subtype))

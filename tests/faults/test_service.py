@@ -49,7 +49,7 @@ def is_generating(home: Home) -> bool:
     if not counts(home):
         return False
     store = home.store()
-    stages = [attempt.stage for attempt in store.open_attempts()]
+    stages = [attempt.stage for attempt in store.attempts()]
     store.close()
     return "generate" in stages
 

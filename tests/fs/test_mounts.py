@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.fs.mounts import MOUNTINFO, Mount, clock_is_ours, mount_of, mounts_below, needs_polling
+from pipeline.fs.mounts import MOUNTINFO, Mount, mounts_of
 
 TABLE = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
 27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard
@@ -21,8 +21,7 @@ TABLE = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
 
 
 def at(path: str) -> tuple[str, str]:
-    mount = mount_of(Path(path), TABLE)
-    assert mount is not None
+    mount = mounts_of(Path(path), TABLE)[0]
     return mount.fstype, mount.mount_point
 
 
@@ -47,18 +46,18 @@ def test_a_path_lies_on_the_longest_mount_point_that_holds_it_and_the_last_of_se
 
 
 def test_a_mount_point_can_hold_blanks() -> None:
-    assert mount_of(Path("/srv/my music\t\\x"), TABLE) == Mount("cifs", "/srv/my music\t\\x")
+    assert mounts_of(Path("/srv/my music\t\\x"), TABLE) == [Mount("cifs", "/srv/my music\t\\x")]
 
 
 def test_invalid_lines_are_skipped() -> None:
-    assert mount_of(Path("/a"), "nonsense\n\n1 2 3\n1 2 0:1 / / rw -\n") is None
-    assert mount_of(Path("/a"), "nonsense\n1 2 0:1 / / rw - ext4 /dev/x rw\n") == Mount("ext4", "/")
+    assert mounts_of(Path("/a"), "nonsense\n\n1 2 3\n1 2 0:1 / / rw -\n") == []
+    assert mounts_of(Path("/a"), "nonsense\n1 2 0:1 / / rw - ext4 /dev/x rw\n") == [Mount("ext4", "/")]
 
 
 def test_what_is_mounted_within_a_folder_is_found() -> None:
-    assert [mount.fstype for mount in mounts_below(Path("/srv/data"), TABLE)] == ["nfs4"]
-    assert mounts_below(Path("/srv/data/nas"), TABLE) == []
-    assert mounts_below(Path("/srv/dat"), TABLE) == []
+    assert [mount.fstype for mount in mounts_of(Path("/srv/data"), TABLE)] == ["xfs", "nfs4"]
+    assert [mount.fstype for mount in mounts_of(Path("/srv/data/nas"), TABLE)] == ["nfs4"]
+    assert [mount.fstype for mount in mounts_of(Path("/srv/dat"), TABLE)] == ["ext4"]
 
 
 def test_a_link_to_a_mounted_folder_lies_where_it_leads(tmp_path: Path) -> None:
@@ -66,24 +65,21 @@ def test_a_link_to_a_mounted_folder_lies_where_it_leads(tmp_path: Path) -> None:
     (tmp_path / "inbox").symlink_to(tmp_path / "share")
     table = f"1 0 8:1 / / rw - ext4 /dev/x rw\n2 1 0:9 / {tmp_path}/share rw - nfs4 nas:/x rw\n"
 
-    mount = mount_of(tmp_path / "inbox" / "not-there-yet", table)
-    assert mount is not None
-    assert mount.fstype == "nfs4"
+    mounts = mounts_of(tmp_path / "inbox" / "not-there-yet", table)
+    assert [mount.fstype for mount in mounts] == ["nfs4"]
 
 
 @pytest.mark.skipif(not MOUNTINFO.exists(), reason="this system has no mountinfo")
 def test_this_machines_own_mounts_are_read(tmp_path: Path) -> None:
-    proc, mine = mount_of(Path("/proc/self/fdinfo")), mount_of(tmp_path)
-    assert proc is not None
+    proc, mine = mounts_of(Path("/proc/self/fdinfo"))[0], mounts_of(tmp_path)[0]
     assert proc.fstype == "proc"
-    assert mine is not None
     assert Path(mine.mount_point) in [Path("/"), *tmp_path.resolve().parents, tmp_path.resolve()]
 
 
 @pytest.mark.parametrize("fstype", ["ext4", "xfs", "btrfs", "zfs", "tmpfs", "vfat", "exfat", "ntfs3", "apfs"])
 def test_local_disks_report_changes(fstype: str) -> None:
-    assert needs_polling(Mount(fstype, "/")) is None
-    assert clock_is_ours(Mount(fstype, "/"))
+    assert Mount(fstype, "/").why_polled is None
+    assert Mount(fstype, "/").clock_is_ours
 
 
 @pytest.mark.parametrize(
@@ -97,24 +93,22 @@ def test_local_disks_report_changes(fstype: str) -> None:
 )  # fmt: skip
 def test_file_systems_that_others_write_to_are_polled_and_have_another_clock(fstype: str, why: str) -> None:
     mount = Mount(fstype, "/srv/in")
-    reason = needs_polling(mount)
+    reason = mount.why_polled
     assert reason is not None
     assert reason.startswith(f"{fstype} at /srv/in is ")
     assert why in reason
-    assert not clock_is_ours(mount)
+    assert not mount.clock_is_ours
 
 
 def test_an_overlay_is_polled_but_its_clock_is_this_machines() -> None:
     mount = Mount("overlay", "/")
-    assert needs_polling(mount) == "overlay at / is an overlay"
-    assert clock_is_ours(mount)
+    assert mount.why_polled == "overlay at / is an overlay"
+    assert mount.clock_is_ours
 
 
 def test_fusectl_is_no_fuse_file_system() -> None:
-    assert needs_polling(Mount("fusectl", "/sys/fs/fuse/connections")) is None
+    assert Mount("fusectl", "/sys/fs/fuse/connections").why_polled is None
 
 
 def test_without_mountinfo_events_are_used() -> None:
-    assert mount_of(Path("/in"), "") is None
-    assert needs_polling(None) is None
-    assert clock_is_ours(None)
+    assert mounts_of(Path("/in"), "") == []

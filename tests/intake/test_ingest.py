@@ -352,7 +352,6 @@ def scanned_names(setup: RunnerSetup, *names: str, content_seed: int = 0) -> lis
         "song (1).wav",
         "Copy of song.wav",
         "song.sync-conflict-20240101-123456-ABCDEFG.wav",
-        "zz copy.wav",
     ],
 )
 def test_of_equal_files_the_track_has_the_plainest_name(setup: RunnerSetup, copy: str) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from conftest import AsOtherUser
 
-from pipeline.intake.scanner import ScannedFile, Scanner, ScanRules
+from pipeline.config import Intake
+from pipeline.intake.scanner import ScannedFile, Scanner
 from pipeline.intake.settling import Settling, has_writer
+from pipeline.workspace import InputFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def scanned(*, mtime_s: float = 0.5, ctime_s: float = 0.5, size: int = 10) -> ScannedFile:
-    return ScannedFile(Path("/in/a.wav"), "a.wav", size, int(mtime_s * 1e9), int(ctime_s * 1e9), 7, 1)
+    path = Path("/in/a.wav")
+    return ScannedFile(path, path, "a.wav", size, int(mtime_s * 1e9), int(ctime_s * 1e9), 7, 1)
 
 
 def test_a_file_is_ready_once_its_times_are_old_enough() -> None:
@@ -135,7 +138,7 @@ def test_without_a_settling_time_every_file_is_ready(mtime_s: float, trust_times
 def test_a_file_that_was_written_to_is_ready_by_its_real_times(tmp_path: Path, trust_times: bool) -> None:
     (tmp_path / "a.wav").write_bytes(b"x")
     settling = Settling(settle_s=60.0, trust_times=trust_times)
-    scanner = Scanner(tmp_path, ScanRules())
+    scanner = Scanner(InputFolder(tmp_path, is_inbox=True), Intake())
     now = time.time()
 
     def is_ready(now: float) -> bool:

@@ -13,7 +13,7 @@ from stored_tracks import StoredTracks, claim_due, tree
 
 from pipeline.config import Retention
 from pipeline.maintenance import retention
-from pipeline.maintenance.retention import DAY_S, Removal, collect
+from pipeline.maintenance.retention import DAY_S, Removable, collect
 from pipeline.outbox.outbox import MANIFEST, Outbox
 from pipeline.store.schema import FileState
 from pipeline.store.store import Store
@@ -29,12 +29,12 @@ def stored(tmp_path: Path) -> Iterator[StoredTracks]:
     made.store.close()
 
 
-def gc(stored: StoredTracks, *, dry_run: bool = False, now: float = NOW, **settings: Any) -> list[Removal]:
+def gc(stored: StoredTracks, *, dry_run: bool = False, now: float = NOW, **settings: Any) -> list[Removable]:
     wanted = Retention.model_validate({"work_days": None, **settings})
     return collect(stored.store, stored.workspace, wanted, now=now, dry_run=dry_run)
 
 
-def names(removals: list[Removal]) -> list[str]:
+def names(removals: list[Removable]) -> list[str]:
     return [removal.path.name for removal in removals]
 
 
@@ -151,7 +151,7 @@ def test_a_track_worked_on_since_it_was_listed_keeps_its_results(
     requeued, again = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD)
     before, real = everything(stored), retention._thin_out
 
-    def meanwhile(*args: Any, **kwargs: Any) -> list[Removal]:
+    def meanwhile(*args: Any, **kwargs: Any) -> list[Removable]:
         other = Store(stored.workspace.database)  # somebody else's process
         other.requeue(requeued, now=NOW)
         other.requeue(again, now=NOW - 1)
@@ -334,7 +334,7 @@ def test_a_source_queued_since_it_was_listed_stays(
     sha256, other = stored.failed("a.wav", b"a", now=OLD), stored.failed("b.wav", b"b", now=OLD)
     real = retention._thin_out
 
-    def meanwhile(*args: Any, **kwargs: Any) -> list[Removal]:
+    def meanwhile(*args: Any, **kwargs: Any) -> list[Removable]:
         elsewhere = Store(stored.workspace.database)
         elsewhere.requeue(sha256, now=NOW)
         elsewhere.close()

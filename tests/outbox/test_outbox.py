@@ -300,23 +300,6 @@ def test_a_temporary_name_that_is_a_link_is_not_followed(outbox: Outbox, tmp_pat
     assert files(outbox) == {FIRST: b"music"}
 
 
-def test_a_folder_that_is_removed_while_it_is_made_is_made_again(
-    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, removed = atomic._make_folder, []
-
-    def make_and_lose(folder: Path) -> None:
-        real(folder)
-        if not removed:
-            folder.rmdir()  # as `gc` does with empty folders
-            removed.append(folder)
-
-    monkeypatch.setattr(atomic, "_make_folder", make_and_lose)
-    publish(outbox, FIRST, b"music")
-    assert len(removed) == 1
-    assert files(outbox) == {FIRST: b"music"}
-
-
 # -- the manifest ----------------------------------------------------------------------------------
 
 

@@ -119,10 +119,3 @@ def test_a_bare_array_is_no_embedding() -> None:
     file.seek(0)
     with pytest.raises(EngineFailure, match="read"):
         verify.embedding(4, 2)(file)
-
-
-def test_a_manifest_must_read_back_as_it_was_meant() -> None:
-    verify.manifest({"a": [1, 0.1, None, "é"]})(io.BytesIO('{"a": [1, 0.1, null, "é"]}'.encode()))
-    for content in (b'{"a": 2}', b"", b"\xff", b'{"a": '):
-        with pytest.raises(EngineFailure, match="manifest"):
-            verify.manifest({"a": 1})(io.BytesIO(content))

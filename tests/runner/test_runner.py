@@ -136,7 +136,7 @@ def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(setu
 
     assert setup.states([sha256]) == [("queued", 0)]
     assert setup.outcomes(sha256) == [("normalize", "done"), ("embed", "done"), ("generate", "stopped")]
-    assert setup.store.open_attempts() == []
+    assert setup.store.attempts() == []
     published = setup.files(sha256)
     assert sorted(published) == ["embedding.npz", "variations/01-v.wav"]
 
@@ -192,7 +192,7 @@ def test_a_full_disk_ends_the_run_and_fails_no_track(setup: RunnerSetup) -> None
         setup.runner(Answers(), outbox=FullDisk(setup.workspace.outbox)).drain()
 
     assert setup.states(hashes) == [("queued", 0), ("queued", 0)]
-    assert setup.store.open_attempts() == []
+    assert setup.store.attempts() == []
     assert sorted(p.name for p in setup.workspace.inbox.glob("*.wav")) == ["a.wav", "b.wav"]
 
     setup.runner(Answers()).drain()

@@ -17,7 +17,7 @@ from stored_tracks import claim_due
 from pipeline.errors import BadAudio, ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
 from pipeline.fs import copying
 from pipeline.intake.ingest import ScanResult
-from pipeline.intake.scanner import Scanner, ScanRules
+from pipeline.intake.scanner import Scanner
 from pipeline.intake.watcher import Watcher
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import LogReporter
@@ -75,7 +75,7 @@ class Daemon:
             LogReporter(),
         )
         self.watch = Watch(self.session, clock=lambda: self.monotonic)
-        self.watch._start_watcher()
+        self.watch._note_mode()
         self.signals.take_wake()  # of the start
 
     def turn(self) -> float:
@@ -255,7 +255,7 @@ def test_once_of_a_folder_does_not_wait_for_the_queue_of_another(tmp_path: Path)
     write_music(other / "b.wav", seed=3, seconds=1.5)
     daemon = Daemon(setup)
     folder = InputFolder(other, is_inbox=False)
-    ingest = replace(setup.ingest(), folder=folder, scanner=Scanner(other, ScanRules(is_inbox=False)))
+    ingest = replace(setup.ingest(), folder=folder, scanner=Scanner(folder, setup.config.intake))
 
     daemon.session.processor = Processor(ingest, replace(setup.runner(Answers()), folder=folder))
     run_once(daemon.session)
@@ -332,7 +332,7 @@ def test_once_of_a_folder_counts_each_track_once_however_many_scans_there_are(tm
         write_music(folder.path / name, seed=n, seconds=1.5)
     os.utime(folder.path / "old.wav", (before - 100, before - 100))
     daemon = Daemon(setup)
-    scanner = Scanner(folder.path, ScanRules(is_inbox=False))
+    scanner = Scanner(folder, setup.config.intake)
     ingest = replace(setup.ingest(trust_times=False), folder=folder, scanner=scanner)
     runner = replace(setup.runner(Answers()), folder=folder)
     daemon.session.processor = Processor(ingest, runner)
