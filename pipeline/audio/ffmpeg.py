@@ -126,7 +126,6 @@ class Reader:
         self._first = self._next()
         if self._first is None and self._is_broken:
             self.close()
-            buffered.detach()
             raise UndecodableError("not one packet can be read")
         self._first_pos = max(0, self._first.pos or 0) if self._first else 0
         self._declared_s = self._stated_s()  # None: not stated
