@@ -78,10 +78,9 @@ class App:
         Raises:
             MissingPackage, MissingWeights: it does not.
         """
-        settings = self.settings(self.config.generate)
         if upkeep := generator.card.upkeep:
             for planned in plan_variations(self.config.generate, generator.card):
-                upkeep.check_params(planned.params, settings)
+                upkeep.check_params(planned.params)
 
     @cached_property
     def recipe(self) -> Recipe:

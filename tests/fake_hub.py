@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 
 class Hub(ThreadingHTTPServer):
     """Serves `files` of `model` at `commit`, under the branch main; remembers what was asked for."""
@@ -79,12 +81,24 @@ def _digest(content: bytes) -> str:
 
 
 @contextmanager
+def hub_at(endpoint: str) -> Iterator[None]:
+    """Make the hub's library use this address, as HF_ENDPOINT does when the library is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield
+
+
+@contextmanager
 def serve(model: str, commit: str, files: dict[str, bytes]) -> Iterator[Hub]:
+    """Serve a model to the hub's library in this process."""
     hub = Hub(model, commit, files)
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield hub
+        with hub_at(hub.endpoint):
+            yield hub
     finally:
         hub.shutdown()
         thread.join()

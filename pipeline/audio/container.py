@@ -43,6 +43,15 @@ class Window(io.RawIOBase):
         self._at = 0
         self.error: OSError | None = None
 
+    def again(self) -> Window:
+        """The same stretches, for another decoder: one that is closed closes its window."""
+        return Window(
+            self._file,
+            *self._stretches,
+            ends_in_page=self.ends_in_page,
+            ends_unmarked=self.ends_unmarked,
+        )
+
     @property
     def size(self) -> int:
         return sum(end - start for start, end in self._stretches)

@@ -121,6 +121,7 @@ def _decode_part(window: Window, sink: _Sink) -> AnyReader | None:
     """The reader after it has read everything; None if FFmpeg can't make sense of the part."""
     try:
         with contextlib.closing(_open(window)) as reader:
+            window = reader.window
             for block in reader.blocks():
                 sink.add(block)
         return reader
@@ -141,8 +142,7 @@ def _open(window: Window) -> AnyReader:
     if not reader.goes_on():
         return reader
     reader.close()
-    window.seek(0)
-    return Reader(window, to_end=True)
+    return Reader(window.again(), to_end=True)
 
 
 def _problem(readers: list[AnyReader], n_parts: int, read_s: float) -> str:

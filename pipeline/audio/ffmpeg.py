@@ -91,10 +91,10 @@ class Reader:
         self._behind_end: list[Samples] = []
         self._is_broken = False  # the container is, at the place where reading stopped
         self._is_integer = False
-        self._buffered = io.BufferedReader(window, 1 << 16)
+        buffered = io.BufferedReader(window, 1 << 16)
         try:
             self._container = av.open(
-                self._buffered,
+                buffered,
                 mode="r",
                 options={
                     "format_whitelist": _FORMATS,
@@ -105,7 +105,7 @@ class Reader:
                 io_open=_refuse,
             )
         except self._errors as e:
-            self._buffered.detach()  # otherwise it would close the window
+            buffered.detach()  # otherwise it would close the window
             raise UndecodableError(str(e)) from e
         self.format = self._container.format.name.split(",")[0]
         self._stream: Any = self._container.streams.best("audio")
@@ -126,6 +126,7 @@ class Reader:
         self._first = self._next()
         if self._first is None and self._is_broken:
             self.close()
+            buffered.detach()
             raise UndecodableError("not one packet can be read")
         self._first_pos = max(0, self._first.pos or 0) if self._first else 0
         self._declared_s = self._stated_s()  # None: not stated
@@ -137,12 +138,11 @@ class Reader:
 
     def close(self) -> None:
         self._container.close()
-        self._buffered.detach()
         self._container = self._stream = self._packets = self._first = None  # they hold the decoder's memory
 
     def goes_on(self) -> bool:
         """Whether there is sound behind the stated end of a WAV file, and not a chunk, a tag or zeros."""
-        end = self._declared_bytes
+        end = self._stated_bytes()
         rate_bytes = (self._stream.codec_context.bit_rate or 0) / 8
         if (
             self.format != "wav"

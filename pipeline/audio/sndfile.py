@@ -22,7 +22,7 @@ class SndfileReader:
 
     codec = "vorbis"
     bad_bytes = 0
-    is_noise = to_end = begins_late = ends_early = False
+    is_noise = begins_late = ends_early = to_end = False
 
     def __init__(self, window: Window) -> None:
         import soundfile

@@ -28,9 +28,8 @@ def model_lines(app: App) -> Iterator[str]:
 
 def wanted_models(app: App, names: Sequence[str] | None) -> Iterator[tuple[str, str | None, str, Layout]]:
     """Model, revision, licence and layout of `names`, or of all that the configuration's engines can use."""
-    companions = {model: layout for card in cards().values() for model, layout in card.companions}
     for name in names or ():
-        yield name, None, LICENSE_UNKNOWN, companions.get(name, TRANSFORMERS)
+        yield name, None, LICENSE_UNKNOWN, TRANSFORMERS
     if names:
         return
     for section, stage in ((app.config.embed, "embed"), (app.config.generate, "generate")):
@@ -39,4 +38,4 @@ def wanted_models(app: App, names: Sequence[str] | None) -> Iterator[tuple[str, 
             if is_candidate and card.default_model is not None:
                 model = section.model or card.default_model
                 yield model, section.revision, card.license_of(model), card.layout
-                yield from ((name, None, LICENSE_UNKNOWN, layout) for name, layout in card.companions)
+                yield from ((name, None, LICENSE_UNKNOWN, TRANSFORMERS) for name in card.companions)

@@ -102,7 +102,6 @@ class EngineSettings:
     revision: str | None = None  # hub commit, tag or branch; None: the default branch
     device: str = "cpu"  # "cpu", "cuda", "cuda:1"
     threads: int | None = None  # None: all cores
-    cache_dir: Path | None = None  # the hub's cache; None: the library's own default
     state_dir: Path | None = None  # for files that save an engine work; None: it writes none
     sections: Mapping[str, EngineSection] = field(default_factory=dict)  # engines' own, by name
 
@@ -114,7 +113,7 @@ class Upkeep(Protocol):
         """What the last start found out, in one line for `doctor`; None if there was no start."""
         ...
 
-    def check_params(self, params: Mapping[str, Any], settings: EngineSettings) -> None:
+    def check_params(self, params: Mapping[str, Any]) -> None:
         """Check that this machine has what the parameters of a variation need.
 
         Raises:
@@ -137,7 +136,7 @@ class EngineCard:
     install: str = "pip install -r requirements-core.txt"  # the command that brings them
     default_model: str | None = None  # a hub id; None: no weights needed
     layout: Layout = TRANSFORMERS  # the format of its models' folders
-    companions: tuple[tuple[str, Layout], ...] = ()  # more hub models, loaded if a request needs them
+    companions: tuple[str, ...] = ()  # more hub models that it may load, in transformers' format
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of the results
     section: type[EngineSection] | None = None  # its own section of the configuration
     upkeep: Upkeep | None = None

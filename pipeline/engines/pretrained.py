@@ -5,51 +5,26 @@ Weights are read from safetensors only, in float32, and no code in the folder is
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BadCheckpoint, EngineUnusable, MissingPackage
+from pipeline.errors import BadCheckpoint, EngineUnusable
 from pipeline.weights.hub import INSTALL_COMMAND
-from pipeline.weights.layout import PREPROCESSORS
+from pipeline.weights.layout import read_json
 
 
 def check_folder(folder: Path, model_type: str, example: str) -> dict[str, Any]:
     """The configuration of a model's folder.
 
     Raises:
-        BadCheckpoint: the model is of another type, or has no settings of its preprocessor. The message
-            names `example`, a model that can be used.
+        BadCheckpoint: the model is of another type. The message names `example`, a model that can be used.
     """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        found = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadCheckpoint(f"{folder} has no readable config.json.") from error
-    if found != model_type:
+    config = read_json(folder / "config.json")
+    if (found := config.get("model_type")) != model_type:
         raise BadCheckpoint(
             f"{folder} holds a {found!r} model; this engine needs {model_type!r}, such as {example}."
         )
-    require_any(folder, PREPROCESSORS, "feature extractor")
-    return dict(config)
-
-
-def require_any(folder: Path, names: tuple[str, ...], what: str) -> None:
-    """Raise BadCheckpoint unless one of these files exists."""
-    if not any((folder / name).is_file() for name in names):
-        raise BadCheckpoint(f"{folder} has no {what}: {' or '.join(names)} is missing.")
-
-
-def import_packages(engine: str, *names: str) -> None:
-    """Import packages; raises MissingPackage with the command that installs one that is missing."""
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MissingPackage(
-                f"The {engine} engine needs {error.name or name}: {INSTALL_COMMAND}."
-            ) from error
+    return config
 
 
 def prepare(device: str, threads: int | None) -> None:
@@ -97,32 +72,28 @@ def load_model(model_class: Any, folder: Path, device: str, **options: Any) -> A
     import torch
 
     options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    model, info = _load(model_class, folder, **options)
+    model, info = load_part(model_class, folder, **options)
     lacking = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if lacking:
         raise BadCheckpoint(f"{folder} lacks {len(lacking)} of the model's weights, such as {lacking[0]}.")
     return model.eval().to(device)
 
 
-def load_part(part_class: Any, folder: Path) -> Any:
-    """Load a transformers configuration, processor, feature extractor or tokenizer.
+def load_part(part_class: Any, folder: Path, **options: Any) -> Any:
+    """Load a transformers configuration, processor, feature extractor, tokenizer or model.
 
     Raises:
         BadCheckpoint: it can't be loaded.
     """
-    return _load(part_class, folder)
+    try:
+        return part_class.from_pretrained(folder, local_files_only=True, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # for damaged files the libraries raise errors of any type
+        raise BadCheckpoint(f"{folder} can't be loaded: {first_line(error)}.") from error
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text without its full stop, as part of a sentence."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line.rstrip(".") for line in lines if line), type(error).__name__)
-
-
-def _load(loaded_class: Any, folder: Path, **options: Any) -> Any:
-    try:
-        return loaded_class.from_pretrained(folder, local_files_only=True, **options)
-    except MemoryError:
-        raise
-    except Exception as error:  # for damaged files the libraries raise errors of any type
-        raise BadCheckpoint(f"{folder} can't be loaded: {first_line(error)}.") from error

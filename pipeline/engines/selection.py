@@ -74,7 +74,7 @@ def _with_weights(card: EngineCard, settings: EngineSettings, *, why: str) -> Ch
     if card.default_model is None:
         return Choice(card, None, None, why)
     model = settings.model or card.default_model
-    found = hub.locate(model, settings.revision, settings.cache_dir, layout=card.layout)
+    found = hub.locate(model, settings.revision, layout=card.layout)
     if found is None:
         return Choice(card, model, None, why)
     return Choice(card, model, found.revision, why, found.folder)

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +29,22 @@ SMALL_FILE_BYTES = 4 << 20  # smaller files are in a fingerprint completely
 BLOCK_BYTES, BLOCKS = 1 << 16, 16  # of larger files, evenly spaced
 
 
-def missing(folder: Path, *, takes_audio: bool = True) -> list[str]:
+def missing(folder: Path) -> list[str]:
     """The names of the config, weights and preprocessor settings that a checkpoint lacks.
 
-    Models that take no audio, such as text encoders, have no preprocessor.
-
     Raises:
-        BadCheckpoint: the index of its shards is not valid.
+        BadCheckpoint: the config or the index of its shards is not valid.
     """
     lacking = [name for name in ("config.json", *_shards(folder)) if not (folder / name).is_file()]
-    if takes_audio and not any((folder / name).is_file() for name in PREPROCESSORS):
-        lacking.append(PREPROCESSORS[0])
+    has_preprocessor = any((folder / name).is_file() for name in PREPROCESSORS)
+    if not lacking and not has_preprocessor and read_json(folder / "config.json").get("model_type") != "t5":
+        lacking.append(PREPROCESSORS[0])  # a text encoder has none
     return lacking
 
 
-def check(folder: Path, *, takes_audio: bool = True) -> None:
+def check(folder: Path) -> None:
     """Raise BadCheckpoint with what is missing or damaged, unless `folder` can be loaded."""
-    if lacking := missing(folder, takes_audio=takes_audio):
+    if lacking := missing(folder):
         if lacking[0] == "config.json":
             raise BadCheckpoint(f"{folder} has no config.json, so it is not a model's folder.")
         pickles = sorted(path.name for path in folder.glob("*.bin"))
@@ -73,7 +71,6 @@ class Layout:
 
 
 TRANSFORMERS = Layout(LOADED_FILES, missing, check)
-TEXT_ENCODER = Layout(LOADED_FILES, partial(missing, takes_audio=False), partial(check, takes_audio=False))
 
 
 def fingerprint(folder: Path, files: tuple[str, ...] = LOADED_FILES) -> str:

@@ -139,15 +139,14 @@ def test_demucs_asked_for_and_not_here_is_2_before_any_work(
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not in the core install")
 def test_weights_of_demucs_are_looked_for_without_importing_anything(
-    home: Home, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    home: Home, pipeline: Pipeline, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A package of that name that can't be imported is enough to find that its weights are missing."""
     packages = home.folder / "packages"
     (packages / "demucs").mkdir(parents=True)
     (packages / "demucs" / "__init__.py").write_text("raise SystemError")
     home.configure(generate={"engine": "musicgen", "variations": [{"name": "clean", "melody": "demucs"}]})
-    for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
-        monkeypatch.setenv(name, str(home.folder / name))
+    monkeypatch.setenv("TORCH_HOME", str(home.folder / "torch"))
     monkeypatch.syspath_prepend(packages)
 
     ended, doctor = pipeline("plan"), pipeline("doctor")
@@ -508,11 +507,9 @@ def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
 
 
 def test_models_says_what_is_not_here_and_how_to_get_it(
-    home: Home, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    home: Home, pipeline: Pipeline, hub_cache: Path
 ) -> None:
     home.configure(generate={"engine": "auto"})
-    for name in ("HF_HOME", "HF_HUB_CACHE"):
-        monkeypatch.setenv(name, str(home.folder / "hub"))
 
     listed, path = pipeline("models", "list"), pipeline("models", "path", "facebook/musicgen-melody")
 

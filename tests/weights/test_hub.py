@@ -7,12 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from fake_hub import serve
+from fake_hub import hub_at, serve
 
-from pipeline.errors import BadCheckpoint, FolderUnusable, MissingWeights
+from pipeline.errors import BadCheckpoint, FolderUnusable, MissingPackage, MissingWeights
 from pipeline.weights.hub import FETCH_COMMAND, KNOWN_REVISIONS, CachedModel, Weights, cached, fetch, locate
 from pipeline.weights.layout import fingerprint
 
@@ -97,6 +98,11 @@ def without(files: dict[str, bytes], name: str) -> dict[str, bytes]:
     return {key: value for key, value in files.items() if key != name}
 
 
+needs_library = pytest.mark.skipif(
+    find_spec("huggingface_hub") is None, reason="huggingface_hub is not in the core install"
+)
+
+
 class TestFolders:
     @pytest.mark.parametrize("files", [FILES, SHARDED], ids=["one file", "shards"])
     def test_a_complete_folder_is_found_with_its_fingerprint(
@@ -167,25 +173,26 @@ class TestFolders:
         assert fingerprint(one) != fingerprint(two)
 
 
+@needs_library
 class TestCache:
     @pytest.mark.parametrize("files", [FILES, SHARDED], ids=["one file", "shards"])
     def test_a_complete_snapshot_is_found_by_branch_and_by_commit(
-        self, tmp_path: Path, files: dict[str, bytes]
+        self, hub_cache: Path, files: dict[str, bytes]
     ) -> None:
-        snapshot = cache_snapshot(tmp_path, files)
+        snapshot = cache_snapshot(hub_cache, files)
         expected = Weights(snapshot, MODEL, COMMIT)
-        assert locate(MODEL, cache_dir=tmp_path) == expected
-        assert locate(MODEL, "main", tmp_path) == expected
-        assert locate(MODEL, COMMIT, tmp_path) == expected
+        assert locate(MODEL) == expected
+        assert locate(MODEL, "main") == expected
+        assert locate(MODEL, COMMIT) == expected
 
-    def test_a_reference_with_a_slash_is_a_revision_too(self, tmp_path: Path) -> None:
-        snapshot = cache_snapshot(tmp_path, FILES, ref="refs/pr/3")
-        assert locate(MODEL, "refs/pr/3", tmp_path) == Weights(snapshot, MODEL, COMMIT)
+    def test_a_reference_with_a_slash_is_a_revision_too(self, hub_cache: Path) -> None:
+        snapshot = cache_snapshot(hub_cache, FILES, ref="refs/pr/3")
+        assert locate(MODEL, "refs/pr/3") == Weights(snapshot, MODEL, COMMIT)
 
     @pytest.mark.parametrize("revision", [OTHER_COMMIT, "v2", "../snapshots", ""])
-    def test_another_revision_is_not_taken_instead(self, tmp_path: Path, revision: str) -> None:
-        cache_snapshot(tmp_path, FILES, ref=None)
-        assert locate(MODEL, revision, tmp_path) is None
+    def test_another_revision_is_not_taken_instead(self, hub_cache: Path, revision: str) -> None:
+        cache_snapshot(hub_cache, FILES, ref=None)
+        assert locate(MODEL, revision) is None
 
     @pytest.mark.parametrize(
         "files",
@@ -195,156 +202,126 @@ class TestCache:
         ],
         ids=["config", "weights", "preprocessor", "shard"],
     )
-    def test_a_download_that_was_cut_off_is_not_there(self, tmp_path: Path, files: dict[str, bytes]) -> None:
-        cache_snapshot(tmp_path, files)
-        assert locate(MODEL, cache_dir=tmp_path) is None
+    def test_a_download_that_was_cut_off_is_not_there(self, hub_cache: Path, files: dict[str, bytes]) -> None:
+        cache_snapshot(hub_cache, files)
+        assert locate(MODEL) is None
 
-    def test_a_link_to_a_blob_that_is_gone_is_not_there(self, tmp_path: Path) -> None:
-        snapshot = cache_snapshot(tmp_path, FILES)
+    def test_a_link_to_a_blob_that_is_gone_is_not_there(self, hub_cache: Path) -> None:
+        snapshot = cache_snapshot(hub_cache, FILES)
         (snapshot / "model.safetensors").resolve().unlink()
-        assert locate(MODEL, cache_dir=tmp_path) is None
+        assert locate(MODEL) is None
 
-    def test_damaged_weights_say_so(self, tmp_path: Path) -> None:
-        cache_snapshot(tmp_path, FILES | {"model.safetensors": safetensors()[:-1]})
+    def test_damaged_weights_say_so(self, hub_cache: Path) -> None:
+        cache_snapshot(hub_cache, FILES | {"model.safetensors": safetensors()[:-1]})
         with pytest.raises(BadCheckpoint, match="delete it and download it again"):
-            locate(MODEL, cache_dir=tmp_path)
+            locate(MODEL)
 
-    def test_clap_has_its_safetensors_at_a_known_commit(self, tmp_path: Path) -> None:
+    def test_clap_has_its_safetensors_at_a_known_commit(self, hub_cache: Path) -> None:
         """On main it has a pickle alone, as older downloads of it do."""
         clap = "laion/clap-htsat-unfused"
         pickled = {"config.json": b"{}", "pytorch_model.bin": b"", "preprocessor_config.json": b"{}"}
-        cache_snapshot(tmp_path, pickled, model=clap)
-        assert locate(clap, cache_dir=tmp_path) is None
-        snapshot = cache_snapshot(tmp_path, FILES, model=clap, commit=KNOWN_REVISIONS[clap], ref=None)
-        assert locate(clap, cache_dir=tmp_path) == Weights(snapshot, clap, KNOWN_REVISIONS[clap])
+        cache_snapshot(hub_cache, pickled, model=clap)
+        assert locate(clap) is None
+        snapshot = cache_snapshot(hub_cache, FILES, model=clap, commit=KNOWN_REVISIONS[clap], ref=None)
+        assert locate(clap) == Weights(snapshot, clap, KNOWN_REVISIONS[clap])
 
-    def test_every_snapshot_is_listed_with_its_size(self, tmp_path: Path) -> None:
-        cache_snapshot(tmp_path, FILES)
-        cache_snapshot(tmp_path, {"config.json": b"{}", "pytorch_model.bin": b"123"}, model="a/pickle")
-        cache_snapshot(tmp_path, {"tokenizer.json": b"{}"}, model="a/cut-off")
-        (tmp_path / "datasets--a--b" / "snapshots" / COMMIT).mkdir(parents=True)
+    def test_every_snapshot_is_listed_with_its_size(self, hub_cache: Path) -> None:
+        cache_snapshot(hub_cache, FILES)
+        cache_snapshot(hub_cache, {"config.json": b"{}", "pytorch_model.bin": b"123"}, model="a/pickle")
+        cache_snapshot(hub_cache, {"tokenizer.json": b"{}"}, model="a/cut-off")
+        (hub_cache / "datasets--a--b" / "snapshots" / COMMIT).mkdir(parents=True)
         size = sum(map(len, FILES.values()))
-        assert cached(tmp_path) == [
+        assert cached() == [
             CachedModel("a/cut-off", COMMIT, "", 2, complete=False),
             CachedModel("a/pickle", COMMIT, "", 5, complete=False),
             CachedModel(MODEL, COMMIT, "musicgen_melody", size, complete=True),
         ]
 
-    def test_an_absent_cache_lists_nothing(self, tmp_path: Path) -> None:
-        assert cached(tmp_path / "none") == []
-
-    @pytest.mark.parametrize(
-        "env",
-        [
-            {},
-            {"HF_HOME": "{tmp}/home"},
-            {"HF_HUB_CACHE": "{tmp}/cache", "HF_HOME": "{tmp}/home"},
-            {"HUGGINGFACE_HUB_CACHE": "{tmp}/old"},
-            {"XDG_CACHE_HOME": "{tmp}/xdg"},
-            {"HF_HUB_CACHE": "~/mine/$USER_PART", "USER_PART": "x"},
-        ],
-        ids=lambda env: "+".join(env) or "none",
-    )
-    def test_the_cache_is_where_the_library_has_it(self, tmp_path: Path, env: dict[str, str]) -> None:
-        """Reference: huggingface_hub's own constant, in a fresh process with the same variables."""
-        pytest.importorskip("huggingface_hub")
-        code = (
-            "from huggingface_hub.constants import HF_HUB_CACHE; from pipeline.weights.hub import hub_cache; "
-            "print(HF_HUB_CACHE); print(hub_cache())"
-        )
-        variables = {name: value.replace("{tmp}", str(tmp_path)) for name, value in env.items()}
-        theirs, ours = run(code, **variables).splitlines()
-        assert ours == theirs
+    def test_an_absent_cache_lists_nothing(self, hub_cache: Path) -> None:
+        assert cached() == []
 
 
+@needs_library
 class TestFetch:
-    def test_only_safe_files_are_downloaded_and_then_found_without_network(self, tmp_path: Path) -> None:
-        pytest.importorskip("huggingface_hub")
+    def test_only_safe_files_are_downloaded_and_then_found_without_network(self, hub_cache: Path) -> None:
         with serve(MODEL, COMMIT, PUBLISHED) as server:
-            fetched = fetch(MODEL, cache_dir=tmp_path, endpoint=server.endpoint, progress=False)
+            fetched = fetch(MODEL)
         unwanted = {"state_dict.bin", "compression_state_dict.bin", "README.md", ".gitattributes"}
         assert server.downloaded == PUBLISHED.keys() - unwanted
         assert {path.name for path in fetched.folder.iterdir()} == server.downloaded
         assert fetched.revision == COMMIT
-        assert locate(MODEL, cache_dir=tmp_path) == fetched
+        assert locate(MODEL) == fetched
 
-    def test_what_is_cached_serves_when_the_network_is_gone(self, tmp_path: Path) -> None:
-        pytest.importorskip("huggingface_hub")
-        snapshot = cache_snapshot(tmp_path, FILES)
-        assert fetch(MODEL, cache_dir=tmp_path, endpoint=closed_port()).folder == snapshot
+    def test_what_is_cached_serves_when_the_network_is_gone(self, hub_cache: Path) -> None:
+        snapshot = cache_snapshot(hub_cache, FILES)
+        with hub_at(closed_port()):
+            assert fetch(MODEL).folder == snapshot
 
-    def test_a_download_cut_off_before_the_tokenizer_is_completed(self, tmp_path: Path) -> None:
+    def test_a_download_cut_off_before_the_tokenizer_is_completed(self, hub_cache: Path) -> None:
         """The library notes what the hub has; without that note the lack would go unnoticed."""
-        pytest.importorskip("huggingface_hub")
-        with serve(MODEL, COMMIT, PUBLISHED) as server:
-            fetched = fetch(MODEL, cache_dir=tmp_path, endpoint=server.endpoint, progress=False)
+        with serve(MODEL, COMMIT, PUBLISHED):
+            fetched = fetch(MODEL)
             (fetched.folder / "tokenizer.json").unlink()
-            assert locate(MODEL, cache_dir=tmp_path) is None
-            assert fetch(MODEL, cache_dir=tmp_path, endpoint=server.endpoint, progress=False) == fetched
+            assert locate(MODEL) is None
+            assert fetch(MODEL) == fetched
         assert (fetched.folder / "tokenizer.json").is_file()
 
-    def test_a_dead_network_names_the_command_at_once(self, tmp_path: Path) -> None:
-        pytest.importorskip("huggingface_hub")
+    def test_a_dead_network_names_the_command_at_once(self, hub_cache: Path) -> None:
         for model in (MODEL, "laion/clap-htsat-unfused"):  # one by its branch, one by a commit
-            with pytest.raises(MissingWeights, match=r"run `python run_pipeline.py models fetch`") as caught:
-                fetch(model, cache_dir=tmp_path, endpoint=closed_port())
+            with (
+                hub_at(closed_port()),
+                pytest.raises(MissingWeights, match=r"run `python run_pipeline.py models fetch`") as caught,
+            ):
+                fetch(model)
             assert "\n" not in str(caught.value)
 
-    def test_offline_mode_touches_no_network_and_is_named(self, tmp_path: Path) -> None:
-        pytest.importorskip("huggingface_hub")
+    def test_offline_mode_touches_no_network_and_is_named(self, hub_cache: Path) -> None:
         code = (
-            "import sys; from pathlib import Path\n"
             "from pipeline import errors; from pipeline.weights import hub\n"
-            "try: hub.fetch(sys.argv[1], cache_dir=Path(sys.argv[2]))\n"
+            f"try: hub.fetch({MODEL!r})\n"
             "except errors.MissingWeights as error: print(error)"
         )
         with serve(MODEL, COMMIT, PUBLISHED) as server:
-            said = run(code, MODEL, str(tmp_path), HF_HUB_OFFLINE="1", HF_ENDPOINT=server.endpoint)
+            variables = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": server.endpoint}
+            said = run(code, HF_HUB_CACHE=str(hub_cache), **variables)
         assert "HF_HUB_OFFLINE" in said
         assert FETCH_COMMAND in said
         assert server.asked == []
 
-    def test_unknown_models_and_unknown_revisions_have_different_errors(self, tmp_path: Path) -> None:
-        pytest.importorskip("huggingface_hub")
-        with serve(MODEL, COMMIT, PUBLISHED) as server:
+    def test_unknown_models_and_unknown_revisions_have_different_errors(self, hub_cache: Path) -> None:
+        with serve(MODEL, COMMIT, PUBLISHED):
             with pytest.raises(MissingWeights, match="no revision v9"):
-                fetch(MODEL, "v9", tmp_path, endpoint=server.endpoint)
+                fetch(MODEL, "v9")
             with pytest.raises(MissingWeights, match="no model some/other"):
-                fetch("some/other", None, tmp_path, endpoint=server.endpoint)
+                fetch("some/other")
 
-    def test_a_model_of_pickles_alone_is_refused_without_downloading_them(self, tmp_path: Path) -> None:
-        pytest.importorskip("huggingface_hub")
+    def test_a_model_of_pickles_alone_is_refused_without_downloading_them(self, hub_cache: Path) -> None:
         files = {"config.json": CONFIG, "preprocessor_config.json": b"{}", "pytorch_model.bin": b"pickle"}
-        said = r"at revision main: .*model.safetensors missing"
+        said = r"model.safetensors missing"
         with serve(MODEL, COMMIT, files) as server, pytest.raises(BadCheckpoint, match=said):
-            fetch(MODEL, cache_dir=tmp_path, endpoint=server.endpoint, progress=False)
+            fetch(MODEL)
         assert "pytorch_model.bin" not in server.downloaded
 
-    def test_a_cache_that_cant_be_written_says_so(self, tmp_path: Path) -> None:
-        pytest.importorskip("huggingface_hub")
-        (tmp_path / "file").write_bytes(b"")
-        with (
-            serve(MODEL, COMMIT, PUBLISHED) as server,
-            pytest.raises(FolderUnusable, match="can't be stored"),
-        ):
-            fetch(MODEL, cache_dir=tmp_path / "file", endpoint=server.endpoint, progress=False)
+    def test_a_cache_that_cant_be_written_says_so(self, hub_cache: Path) -> None:
+        hub_cache.write_bytes(b"")
+        with serve(MODEL, COMMIT, PUBLISHED), pytest.raises(FolderUnusable, match="can't be stored"):
+            fetch(MODEL)
 
 
-def test_locating_needs_neither_torch_nor_the_hubs_library(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pipeline.weights import hub\n"
-        "hub.locate('facebook/musicgen-melody'); hub.cached()\n"
-        "print(sorted({'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
-    )
-    assert run(code, HF_HOME=str(tmp_path)).strip() == "[]"
+def test_without_the_hubs_library_nothing_is_in_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # what a failed import leaves
+    assert locate(MODEL) is None
+    assert cached() == []
+    with pytest.raises(MissingPackage, match="needs huggingface_hub: pip install"):
+        fetch(MODEL)
 
 
-def run(code: str, *args: str, **variables: str) -> str:
+def run(code: str, **variables: str) -> str:
     """Run Python in a fresh process, with no variables of the hub's but these."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_", "XDG_"))}
     root = str(Path(__file__).parents[2])
     result = subprocess.run(
-        [sys.executable, "-c", code, *args],
+        [sys.executable, "-c", code],
         env={**inherited, "PYTHONPATH": root, **variables},
         capture_output=True,
         text=True,

@@ -12,7 +12,6 @@ from __future__ import annotations
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, T5_BASE
 from pipeline.engines.base import EngineCard, EngineSettings, Generator
 from pipeline.engines.musicgen import DEFAULT_MODEL, SamplingParams, license_of
-from pipeline.weights.layout import TEXT_ENCODER
 
 VERSION = "1"
 INSTALL_COMMAND = (
@@ -26,16 +25,11 @@ PACKAGES = (
 
 
 def _load(settings: EngineSettings) -> Generator:
-    from pipeline.engines.audiocraft.engine import AudiocraftGenerator
-    from pipeline.engines.audiocraft.loader import load_checkpoint
+    from pipeline.engines.audiocraft.loader import load
     from pipeline.weights import hub
 
-    model = settings.model or DEFAULT_MODEL
-    where = (model, settings.revision, settings.cache_dir)
-    found = hub.locate(*where, layout=AUDIOCRAFT) or hub.fetch(*where, layout=AUDIOCRAFT)
-    return AudiocraftGenerator(
-        load_checkpoint(found, settings.device, settings.threads, cache_dir=settings.cache_dir)
-    )
+    found = hub.find_or_fetch(settings.model or DEFAULT_MODEL, settings.revision, layout=AUDIOCRAFT)
+    return load(found, settings.device, settings.threads)
 
 
 ENGINE = EngineCard(
@@ -49,7 +43,7 @@ ENGINE = EngineCard(
     install=INSTALL_COMMAND,
     default_model=DEFAULT_MODEL,
     layout=AUDIOCRAFT,
-    companions=((T5_BASE, TEXT_ENCODER),),
+    companions=(T5_BASE,),
     license_of=license_of,
     rank=-1,
 )

@@ -13,11 +13,9 @@ model in the place of its weights: see `companion`.
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.engines.pretrained import first_line
 from pipeline.errors import BadCheckpoint
 from pipeline.weights import hub
 from pipeline.weights.layout import Layout
@@ -26,14 +24,6 @@ LANGUAGE_MODEL, ENCODEC = "state_dict.bin", "compression_state_dict.bin"
 FILES = (LANGUAGE_MODEL, ENCODEC)
 T5_BASE = "google-t5/t5-base"  # named t5-base in checkpoints
 HUB_NAMES = {"t5-small": "google-t5/t5-small", "t5-base": T5_BASE, "t5-large": "google-t5/t5-large"}
-
-
-@dataclass(frozen=True, eq=False)
-class Package:
-    """The content of one of a checkpoint's two files."""
-
-    state: dict[str, Any]  # tensors by name
-    config: Any  # omegaconf.DictConfig that the model was built from
 
 
 def missing(folder: Path) -> list[str]:
@@ -64,46 +54,22 @@ def read(path: Path) -> dict[str, Any]:
     """Read a file's plain values and tensors; tensors are mapped into memory and read when they are used.
 
     Raises:
-        BadCheckpoint: it is damaged, or contains objects of other types.
+        BadCheckpoint: it contains objects of other types.
     """
     import pickle
 
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except pickle.UnpicklingError as error:
         raise BadCheckpoint(
             f"{path} contains more than tensors and settings, which is never loaded because it can run code: "
             f"export it with audiocraft.utils.export."
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise BadCheckpoint(f"{path} can't be read: {first_line(error)}.") from error
-    if not isinstance(found, dict):
-        raise BadCheckpoint(f"{path} is not a checkpoint of audiocraft.")
-    return found
 
 
-def package(path: Path, content: dict[str, Any]) -> Package:
-    """The weights and the configuration in what `read` returned for `path`.
-
-    Raises:
-        BadCheckpoint: these are missing, or the configuration is not valid.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    state, text = content.get("best_state"), content.get("xp.cfg")
-    if not isinstance(state, dict) or not isinstance(text, str):
-        raise BadCheckpoint(f"{path} is not an exported checkpoint: export it with audiocraft.utils.export.")
-    try:
-        return Package(state, OmegaConf.create(text))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise BadCheckpoint(f"The configuration in {path} can't be read: {first_line(error)}.") from error
-
-
-def companion(folder: Path, name: str, layout: Layout, cache_dir: Path | None) -> Path:
+def companion(folder: Path, name: str) -> Path:
     """The folder of another model, `name`, that the checkpoint in `folder` refers to.
 
     That is `folder/name` if it exists, otherwise the model of that name, or of the hub's name for it, in
@@ -114,11 +80,7 @@ def companion(folder: Path, name: str, layout: Layout, cache_dir: Path | None) -
         BadCheckpoint: it can't be used.
     """
     if (folder / name).is_dir():
-        found = hub.locate(str(folder / name), layout=layout)
-        assert found is not None  # `locate` raises if the folder can't be used
+        return hub.find_or_fetch(str(folder / name)).folder
+    if found := hub.locate(name):
         return found.folder
-    hub_name = HUB_NAMES.get(name, name)
-    for known in dict.fromkeys((hub_name, name)):
-        if found := hub.locate(known, cache_dir=cache_dir, layout=layout):
-            return found.folder
-    return hub.fetch(hub_name, cache_dir=cache_dir, layout=layout).folder
+    return hub.find_or_fetch(HUB_NAMES.get(name, name)).folder

@@ -6,8 +6,6 @@ imported only where a checkpoint is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,9 +18,6 @@ from audiocraft.modules.conditioners import (
 )
 from audiocraft.utils.autocast import TorchAutocast
 
-from pipeline.errors import BadCheckpoint
-
-TextEncoder = tuple[Any, Any]  # a T5 tokenizer and its encoder
 # Settings that only training uses: evaluation sets, caches, how lengths are matched.
 TRAINING_ONLY = ("match_len_on_eval", "eval_wavs", "n_eval_wavs", "cache_path")
 
@@ -54,53 +49,14 @@ class MixChromaConditioner(ChromaStemConditioner):  # type: ignore[misc]  # the 
 
 
 class PromptConditioner(T5Conditioner):  # type: ignore[misc]  # the library is untyped here
-    """T5, loaded for the first prompt that is not empty."""
+    """A T5 that is loaded already."""
 
-    def __init__(
-        self,
-        dim: int,
-        output_dim: int,
-        device: str,
-        *,
-        normalize_text: bool,
-        open_t5: Callable[[], TextEncoder],
-    ) -> None:
-        """An error that `open_t5` raises fails the request with the prompt."""
+    def __init__(self, dim: int, output_dim: int, device: str, tokenizer: Any, encoder: Any) -> None:
         TextConditioner.__init__(self, dim, output_dim)
         self.device, self.finetune, self.word_dropout = device, False, 0.0
-        self.normalize_text, self._open_t5 = False, open_t5
-        self._is_normalizing = normalize_text
+        self.normalize_text, self.t5_tokenizer = False, tokenizer
+        self.__dict__["t5"] = encoder  # no submodule, as a checkpoint doesn't have its weights
         self.autocast = in_float32(device)
-
-    @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        if self._is_normalizing:
-            raise BadCheckpoint(
-                "This checkpoint normalizes prompts with spaCy's en_core_web_sm, which is not supported: "
-                "leave the prompt empty, or use another checkpoint."
-            )
-        return self._open_t5()
-
-    @property
-    def t5_tokenizer(self) -> Any:
-        return self._text_encoder[0]
-
-    @property
-    def t5(self) -> Any:
-        return self._text_encoder[1]
-
-    def tokenize(self, x: list[str | None]) -> Any:
-        """As in audiocraft; without any text the result is an attention mask of zeros alone."""
-        if not any(x):
-            return {"attention_mask": torch.zeros(len(x), 1, dtype=torch.long, device=self.device)}
-        return super().tokenize(x)
-
-    def forward(self, inputs: Any) -> Any:
-        """As in audiocraft, (items, tokens, dim) and their mask; without text it is one masked token."""
-        if "input_ids" in inputs:
-            return super().forward(inputs)
-        mask = inputs["attention_mask"]
-        return self.output_proj.weight.new_zeros(*mask.shape, self.output_dim), mask
 
 
 def in_float32(device: str) -> Any:

@@ -11,45 +11,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.engines.audiocraft import VERSION
-from pipeline.engines.audiocraft.loader import Checkpoint
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.musicgen import SamplingParams
+from pipeline.engines.musicgen.windows import STRIDE, windows
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import EngineFailure, PipelineError, Stopped
-from pipeline.records import Audio, Failure, Samples, Variation, VariationRequest
+from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 if TYPE_CHECKING:
     import torch
 
-STRIDE = 0.6  # of a window: the distance of windows in longer pieces, 18 of 30 s
 MIN_FRAMES = 4  # one per codebook: the shortest run in which the delay pattern is whole
 MARGIN_S = 1.0  # of melody after the last window: its last chroma frames reach 0.26 s past its end
 GOLDEN_RATIO = 0x9E3779B1  # times 2**-32: Knuth's multiplier, which spreads bits
-
-
-@dataclass(frozen=True, eq=False)
-class Generated:
-    """The output of the model."""
-
-    samples: Samples  # float32, (channels, frames * hop)
-    codes: NDArray[np.int64]  # (codebooks, frames); stereo checkpoints interleave left and right
-    windows: int  # number of windows
-
-
-@dataclass(frozen=True)
-class Window:
-    """One call of the language model: it continues `start` frames up to `stop`, counted in the window."""
-
-    offset: int  # where the window begins, in frames of the whole
-    start: int
-    stop: int
 
 
 class AudiocraftGenerator:
@@ -63,9 +42,10 @@ class AudiocraftGenerator:
     name = "audiocraft"
     version = VERSION
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.sample_rate = int(checkpoint.encodec.sample_rate)
+    def __init__(self, model: str, language_model: Any, encodec: Any) -> None:
+        """Of a checkpoint's name, its audiocraft.models.LMModel and its CompressionModel."""
+        self.model, self.language_model, self.encodec = model, language_model, encodec
+        self.sample_rate = int(encodec.sample_rate)
 
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
@@ -79,20 +59,30 @@ class AudiocraftGenerator:
             Stopped: within one step after `should_stop` returned true.
         """
         for request in requests:
-            yield self._result(request, progress, should_stop)
+            try:
+                yield self._variation(request, progress, should_stop)
+            except Stopped:
+                raise
+            except PipelineError as error:
+                yield Failure(request.request_id, error)
+            except Exception as error:  # assertions, lack of memory, NaN in the distribution
+                failure = EngineFailure(f"audiocraft failed: {type(error).__name__}: {first_line(error)}.")
+                failure.__cause__ = error
+                yield Failure(request.request_id, failure)
 
-    def run(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Generated:
-        """Whole frames of tokens and audio, of at least the requested length."""
+    def _variation(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Variation:
         import torch
 
         check_stop(should_stop, "audiocraft")
         params = SamplingParams.model_validate(dict(request.params))
         model = self._musicgen()
-        n_frames = max(MIN_FRAMES, math.ceil(self._n_samples(request) * model.frame_rate / self.sample_rate))
+        n_samples = round(request.duration_s * self.sample_rate)
+        n_frames = max(MIN_FRAMES, math.ceil(n_samples * model.frame_rate / self.sample_rate))
         stride_s = STRIDE * model.max_duration
-        longest = int(model.max_duration * model.frame_rate)
-        plan = windows(n_frames, longest, int(model.frame_rate * stride_s))
-        total, done = sum(self._steps(window) for window in plan), 0
+        longest, stride = int(model.max_duration * model.frame_rate), int(model.frame_rate * stride_s)
+        plan = windows(n_frames, longest, stride)
+        total = sum(self._steps(window.frames, longest - stride if window.start else 0) for window in plan)
+        done = 0
 
         def on_step(*_: int) -> None:  # audiocraft's own count starts again in each window
             nonlocal done
@@ -112,67 +102,35 @@ class AudiocraftGenerator:
             duration=model.max_duration if n_frames == longest else (n_frames + 0.5) / model.frame_rate,
             extend_stride=stride_s,
         )
-        melody_s = plan[-1].offset / model.frame_rate + model.max_duration + MARGIN_S
+        melody_s = plan[-1].start / model.frame_rate + model.max_duration + MARGIN_S
         melody = request.audio.mono_channels[:, : math.ceil(melody_s * request.audio.sample_rate)]
         with torch.inference_mode(), seeded(request.seed, model.device):
-            sound, codes = model.generate_with_chroma(
+            sound = model.generate_with_chroma(
                 [params.prompt.strip()],
                 [torch.tensor(melody)],
                 request.audio.sample_rate,
                 progress=True,  # without it the callback is not called
-                return_tokens=True,
             )
-        return Generated(sound[0].to("cpu", torch.float32).numpy(), codes[0].cpu().numpy(), len(plan))
+        samples = np.ascontiguousarray(sound[0, :, :n_samples].to("cpu", torch.float32).numpy())
+        details = {"frames": n_frames, "windows": len(plan)}
+        return Variation(request.request_id, Audio(samples, self.sample_rate), details)
 
     def _musicgen(self) -> Any:
         """A new `MusicGen` with the loaded weights."""
         from audiocraft.models import MusicGen
 
-        checkpoint = self.checkpoint
-        lm = checkpoint.language_model
         # The constructor refuses windows below the default stride of 18 s, which some checkpoints have.
-        model = MusicGen(checkpoint.weights.model, checkpoint.encodec, lm, max_duration=math.inf)
-        model.max_duration = float(lm.cfg.dataset.segment_duration)
+        model = MusicGen(self.model, self.encodec, self.language_model, max_duration=math.inf)
+        model.max_duration = float(self.language_model.cfg.dataset.segment_duration)
         return model
 
-    def _steps(self, window: Window) -> int:
-        """Calls of the language model in a window: one per frame, and those that the delay pattern adds."""
-        pattern = self.checkpoint.language_model.pattern_provider.get_pattern(window.stop)
-        return len(pattern.layout) - int(pattern.get_first_step_with_timesteps(window.start))
+    def _steps(self, frames: int, known: int) -> int:
+        """Calls of the language model in a window of which the first `known` frames are there already.
 
-    def _result(
-        self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn
-    ) -> Variation | Failure:
-        try:
-            return self._variation(request, progress, should_stop)
-        except Stopped:
-            raise
-        except PipelineError as error:
-            return Failure(request.request_id, error)
-        except Exception as error:  # assertions, lack of memory, NaN in the distribution
-            failure = EngineFailure(f"audiocraft failed: {type(error).__name__}: {first_line(error)}.")
-            failure.__cause__ = error
-            return Failure(request.request_id, failure)
-
-    def _variation(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Variation:
-        made = self.run(request, progress, should_stop)
-        samples = np.ascontiguousarray(made.samples[:, : self._n_samples(request)])
-        if not np.isfinite(samples).all() or not samples.any():
-            raise EngineFailure("audiocraft made silence or NaN.")
-        details = {"frames": int(made.codes.shape[1]), "windows": made.windows}
-        return Variation(request.request_id, Audio(samples, self.sample_rate), details)
-
-    def _n_samples(self, request: VariationRequest) -> int:
-        return round(request.duration_s * self.sample_rate)
-
-
-def windows(n_frames: int, longest: int, stride: int) -> list[Window]:
-    """The windows that make `n_frames` frames: each of `longest` frames at most, `stride` frames apart."""
-    plan = [Window(0, 0, min(n_frames, longest))]
-    while plan[-1].offset + plan[-1].stop < n_frames:
-        offset = plan[-1].offset + stride
-        plan.append(Window(offset, plan[-1].stop - stride, min(n_frames - offset, longest)))
-    return plan
+        There is one per frame, and some that the delay pattern adds.
+        """
+        pattern = self.language_model.pattern_provider.get_pattern(frames)
+        return len(pattern.layout) - int(pattern.get_first_step_with_timesteps(known))
 
 
 @contextmanager
@@ -180,12 +138,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators of the CPU and of the device, and restore them afterwards."""
     import torch
 
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(folded(seed))  # torch.manual_seed would reach every GPU
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(folded(seed))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(folded(seed))
         yield
 
 

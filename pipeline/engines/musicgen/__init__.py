@@ -114,12 +114,12 @@ class MusicgenUpkeep:
             return None
         return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
 
-    def check_params(self, params: Mapping[str, Any], settings: EngineSettings) -> None:
+    def check_params(self, params: Mapping[str, Any]) -> None:
         """Demucs and its weights are not installed with the engine."""
         if params["melody"] == "demucs":
             from pipeline.engines.musicgen import demucs
 
-            demucs.find(settings.cache_dir)
+            demucs.find()
 
 
 def _load(settings: EngineSettings) -> Generator:
@@ -132,9 +132,7 @@ def _load(settings: EngineSettings) -> Generator:
 
     section = settings.sections.get(ENGINE.name, MusicgenSection())
     assert isinstance(section, MusicgenSection)
-    model = settings.model or DEFAULT_MODEL
-    weights = hub.locate(model, settings.revision, settings.cache_dir)
-    weights = weights or hub.fetch(model, settings.revision, settings.cache_dir)
+    weights = hub.find_or_fetch(settings.model or DEFAULT_MODEL, settings.revision)
     checkpoint = load_checkpoint(weights, settings.device, settings.threads)
     folder = settings.state_dir / FOLDER if settings.state_dir is not None else None
     decoder, check = open_decoder(checkpoint, section.precision, settings.threads, folder)
@@ -145,7 +143,6 @@ def _load(settings: EngineSettings) -> Generator:
         check,
         max_memory_gb=section.max_memory_gb,
         saved=Savepoints(None if folder is None else folder / UNFINISHED),
-        cache_dir=settings.cache_dir,
     )
 
 

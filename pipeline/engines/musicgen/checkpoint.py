@@ -26,7 +26,6 @@ from pipeline.weights.hub import Weights
 
 MODEL_TYPE = "musicgen_melody"
 MAX_POSITIONS = 4096  # of a prefix and a window: at most 235 + 500 characters of prompt + 1503
-PACKAGES = ("torch", "torchaudio", "transformers")  # the chroma extractor needs torchaudio
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,12 +122,11 @@ def load_checkpoint(weights: Weights, device: str = "cpu", threads: int | None =
 
     Raises:
         BadCheckpoint: it is another kind of model, or files are missing or damaged.
-        MissingPackage: torch, torchaudio or transformers is not installed.
-        ConfigError: there is no such device.
+        EngineUnusable: the device can't be used.
     """
     pretrained.check_folder(weights.folder, MODEL_TYPE, "facebook/musicgen-melody")
-    pretrained.require_any(weights.folder, ("tokenizer.json", "spiece.model"), "tokenizer")
-    pretrained.import_packages("musicgen", *PACKAGES)
+    if not any((weights.folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise BadCheckpoint(f"{weights.folder} has no tokenizer: tokenizer.json or spiece.model is missing.")
     import transformers
 
     pretrained.prepare(device, threads)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,13 +60,10 @@ class ConditionBuilder:
     hold the text encoder.
     """
 
-    def __init__(self, checkpoint: Checkpoint, cache_dir: Path | None, should_stop: StopFn) -> None:
-        """`cache_dir`: of the hub."""
+    def __init__(self, checkpoint: Checkpoint, should_stop: StopFn) -> None:
         self.checkpoint, self._text_encoder = checkpoint, LazyModel(checkpoint.text_encoder)
         device = checkpoint.device
-        self.melody = cache(
-            partial(melody_source, should_stop=should_stop, device=device, cache_dir=cache_dir)
-        )
+        self.melody = cache(partial(melody_source, should_stop=should_stop, device=device))
         self._chroma = cache(partial(track_chroma, checkpoint))
         self._prompt = cache(partial(encode_prompt, checkpoint, open_encoder=self._text_encoder.open))
 

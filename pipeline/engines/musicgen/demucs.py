@@ -11,7 +11,6 @@ import importlib
 import io
 import json
 import os
-import shlex
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,12 +24,12 @@ from pipeline.engines.musicgen.hpss import cut
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights
 from pipeline.records import Audio
-from pipeline.weights.hub import hub_cache
 
 INSTALL_COMMAND = "pip install demucs==4.0.1"
 DEMUCS_CLASS = "demucs.htdemucs.HTDemucs"
 SIGNATURE = "955717e8"  # names the files of htdemucs' one model
 HUB_ID = "adefossez/HTDemucs"
+FETCH_COMMAND = f"hf download {HUB_ID} {SIGNATURE}.safetensors"
 KEPT_STEMS = ("vocals", "other")
 PIECE_S = 120  # four stems of so much are in memory at once
 
@@ -55,8 +54,8 @@ def without_rhythm(audio: Audio, model: Any, device: str, should_stop: StopFn) -
     return Audio(cut(resample(separated, audio.sample_rate).samples, 0, audio.n_samples), audio.sample_rate)
 
 
-def find(cache_dir: Path | None) -> Path:
-    """The file of demucs' weights; it is not opened, and nothing is imported.
+def find() -> Path:
+    """The file of demucs' weights; it is not opened, and neither torch nor demucs is imported.
 
     It is the safetensors of demucs 4.1 in the hub's cache, or the pickle of demucs 4.0 in torch's cache.
 
@@ -66,7 +65,9 @@ def find(cache_dir: Path | None) -> Path:
     """
     if find_spec("demucs") is None:
         raise _missing("demucs")
-    repo = hub_cache(cache_dir) / f"models--{HUB_ID.replace('/', '--')}"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repo = Path(HF_HUB_CACHE) / f"models--{HUB_ID.replace('/', '--')}"
     # As torch.hub.get_dir(), without importing torch, which takes seconds.
     torch_home = os.getenv("TORCH_HOME", os.getenv("XDG_CACHE_HOME", "~/.cache") + "/torch")
     pickles = Path(torch_home).expanduser() / "hub" / "checkpoints"
@@ -74,19 +75,18 @@ def find(cache_dir: Path | None) -> Path:
         for path in sorted(folder.glob(pattern)):
             return path
     raise MissingWeights(
-        f"melody: demucs needs the weights of htdemucs, which aren't on this machine: "
-        f"{_fetch_command(cache_dir)}."
+        f"melody: demucs needs the weights of htdemucs, which aren't on this machine: {FETCH_COMMAND}."
     )
 
 
-def open_model(cache_dir: Path | None) -> Any:
+def open_model() -> Any:
     """demucs.htdemucs.HTDemucs from this machine. No code of its files is run.
 
     Raises:
         MissingPackage, MissingWeights: as `find`.
         BadCheckpoint: the weights can't be used.
     """
-    path = find(cache_dir)
+    path = find()
     model_class = _library().HTDemucs
     try:
         args, kwargs, state = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
@@ -96,7 +96,7 @@ def open_model(cache_dir: Path | None) -> Any:
         raise
     except Exception as error:  # for a damaged file the libraries raise any error
         raise BadCheckpoint(
-            f"{path} can't be used ({first_line(error)}): delete it and run {_fetch_command(cache_dir)}."
+            f"{path} can't be used ({first_line(error)}): delete it and run {FETCH_COMMAND}."
         ) from error
     return model
 
@@ -111,11 +111,6 @@ def _library() -> Any:
 
 def _missing(package: str) -> MissingPackage:
     return MissingPackage(f"melody: demucs needs {package}: {INSTALL_COMMAND}.")
-
-
-def _fetch_command(cache_dir: Path | None) -> str:
-    where = f" --cache-dir {shlex.quote(str(cache_dir))}" if cache_dir else ""
-    return f"hf download {HUB_ID} {SIGNATURE}.safetensors{where}"
 
 
 Package = tuple[list[Any], dict[str, Any], dict[str, Any]]  # arguments of HTDemucs, and its state

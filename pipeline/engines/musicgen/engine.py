@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,6 @@ class MusicgenGenerator:
         *,
         max_memory_gb: float | None = None,
         saved: Savepoints | None = None,
-        cache_dir: Path | None = None,
     ) -> None:
         """Wrap an open checkpoint.
 
@@ -62,12 +60,10 @@ class MusicgenGenerator:
             check: of int8, for the manifest.
             max_memory_gb: of the whole process; None: a share of what the system has free.
             saved: None: an interrupted call begins again.
-            cache_dir: the hub's cache; None: the library's own.
         """
         self.checkpoint, self.decoder, self.check = checkpoint, decoder, check
         self.sample_rate = checkpoint.sample_rate
-        self.max_memory_gb, self.cache_dir = max_memory_gb, cache_dir
-        self.saved = saved or Savepoints(None)
+        self.max_memory_gb, self.saved = max_memory_gb, saved or Savepoints(None)
         self.window_frames = round(checkpoint.window_s * checkpoint.frames_per_s)
         self.stride_frames = round(checkpoint.window_s * STRIDE * checkpoint.frames_per_s)
         self.delays = np.arange(checkpoint.codebooks, dtype=np.int64) // checkpoint.channels
@@ -137,7 +133,7 @@ class MusicgenGenerator:
         self, requests: Sequence[VariationRequest], should_stop: StopFn
     ) -> list[RequestState | Failure]:
         """The conditions and saved tokens of each request, or why it can't be made."""
-        builder = ConditionBuilder(self.checkpoint, self.cache_dir, should_stop)
+        builder = ConditionBuilder(self.checkpoint, should_stop)
         prepared: list[RequestState | Failure] = []
         for request in requests:
             try:

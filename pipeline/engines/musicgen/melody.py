@@ -19,7 +19,6 @@ of torch.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Literal
 
 from pipeline.engines.base import StopFn
@@ -37,17 +36,12 @@ MELODIC = 0.085  # a track with a smaller percussive share has no drums to speak
 
 
 def melody_source(
-    audio: Audio,
-    wanted: Melody,
-    *,
-    should_stop: StopFn,
-    device: str = "cpu",
-    cache_dir: Path | None = None,
+    audio: Audio, wanted: Melody, *, should_stop: StopFn, device: str = "cpu"
 ) -> tuple[Audio, Source]:
     """The part of a track that its melody is taken from, and which part that is.
 
     The audio has the track's length and rate, and one channel unless it is the track itself. `device` is
-    for demucs, `cache_dir` the hub's cache that its weights may be in (None: the library's).
+    for demucs.
 
     Raises:
         Stopped: soon after `should_stop` turned true.
@@ -62,7 +56,7 @@ def melody_source(
         return audio, "mix"
     if wanted != "harmonic":
         try:
-            model = demucs.open_model(cache_dir)
+            model = demucs.open_model()
             return demucs.without_rhythm(audio, model, device, should_stop), "demucs"
         except (BadCheckpoint, MissingPackage, MissingWeights) as error:
             if wanted == "demucs":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,7 @@ from pipeline.errors import BadAudio, EngineFailure, PipelineError, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 STEPS = 3  # analysis, search, rendering
-CACHED_TRACKS = 2
 MIN_DURATION_S = 0.25  # of the source
-SILENT = 1e-5  # a peak below this is silence
 
 
 class RemixGenerator:
@@ -31,16 +28,15 @@ class RemixGenerator:
 
     def __init__(self, sample_rate: int) -> None:
         self.sample_rate = sample_rate
-        self._analyses: OrderedDict[bytes, Analysis] = OrderedDict()  # the last used, by a hash of the sound
 
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation | Failure]:
-        """Yield one result per request; the requests of a track follow each other."""
-        order = {track_id: at for at, track_id in enumerate(dict.fromkeys(r.track_id for r in requests))}
-        for request in sorted(requests, key=lambda r: order[r.track_id]):
+        """Yield one result per request, in order; a track whose requests are consecutive is analysed once."""
+        analyse_once = lru_cache(maxsize=1)(analyse)
+        for request in requests:
             try:
-                yield self._vary(request, progress, should_stop)
+                yield self._vary(request, analyse_once, progress, should_stop)
             except Stopped:
                 raise
             except PipelineError as e:
@@ -50,17 +46,25 @@ class RemixGenerator:
                 error.__cause__ = e
                 yield Failure(request.request_id, error)
 
-    def _vary(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Variation:
+    def _vary(
+        self,
+        request: VariationRequest,
+        analyse: Callable[[Audio], Analysis],
+        progress: ProgressFn,
+        should_stop: StopFn,
+    ) -> Variation:
         def step(done: int) -> None:
             progress(request.request_id, done, STEPS)
             if done < STEPS:
                 check_stop(should_stop, "remix")
 
         step(0)
-        params = RemixParams.model_validate(dict(request.params))
-        n_samples = round(request.duration_s * self.sample_rate)
-        _check(request, self.sample_rate, n_samples)
-        track = self._analysis(request.audio)
+        params, source = RemixParams.model_validate(dict(request.params)), request.audio
+        if source.duration_s < MIN_DURATION_S:
+            raise BadAudio(
+                f"the normalized audio lasts {source.duration_s:.2f} s; remix needs {MIN_DURATION_S} s"
+            )
+        track = analyse(source)
         step(1)
         path = find_path(
             track,
@@ -70,38 +74,11 @@ class RemixGenerator:
             seed=request.seed,
         )
         step(2)
-        samples, joins = render(request.audio, track, path, n_samples, params.crossfade_ms / 1000)
-        if not np.isfinite(samples).all() or np.abs(samples).max() < SILENT:
-            raise EngineFailure("remix made silence or samples that are not finite numbers")
+        n_samples = round(request.duration_s * self.sample_rate)
+        samples, joins = render(source, track, path, n_samples, params.crossfade_ms / 1000)
         step(STEPS)
         details = _details(track, path, joins, request.duration_s)
         return Variation(request.request_id, Audio(samples, self.sample_rate), details)
-
-    def _analysis(self, audio: Audio) -> Analysis:
-        """The analysis of this sound, from the cache if it is there."""
-        key = hashlib.blake2b(np.ascontiguousarray(audio.samples).data, digest_size=16)
-        key.update(repr((audio.samples.shape, audio.sample_rate)).encode())
-        digest = key.digest()
-        if digest not in self._analyses:
-            self._analyses[digest] = analyse(audio)
-        self._analyses.move_to_end(digest)
-        while len(self._analyses) > CACHED_TRACKS:
-            self._analyses.popitem(last=False)
-        return self._analyses[digest]
-
-
-def _check(request: VariationRequest, sample_rate: int, n_samples: int) -> None:
-    audio = request.audio
-    if audio.sample_rate != sample_rate:
-        raise EngineFailure(f"remix was loaded for {sample_rate} Hz but the track has {audio.sample_rate} Hz")
-    if n_samples < 1:
-        raise EngineFailure(f"a variation of {request.duration_s} s has no samples")
-    if audio.duration_s < MIN_DURATION_S:
-        raise BadAudio(f"the normalized audio lasts {audio.duration_s:.2f} s; remix needs {MIN_DURATION_S} s")
-    if not np.isfinite(audio.samples).all():
-        raise BadAudio("the normalized audio has samples that are not finite numbers")
-    if np.abs(audio.samples).max() < SILENT:
-        raise BadAudio("the normalized audio is silent")
 
 
 def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s: float) -> Mapping[str, Any]:

@@ -56,7 +56,7 @@ conditioners:
       eval_wavs: null, n_eval_wavs: 100, cache_path: null}}
   description:
     model: t5
-    t5: {{name: {t5}, finetune: false, word_dropout: 0.2, normalize_text: {normalize_text}}}
+    t5: {{name: {t5}, finetune: false, word_dropout: 0.2, normalize_text: false}}
 """
 
 ENCODEC_CONFIG = """
@@ -80,9 +80,7 @@ no_quant: {{}}
 """
 
 
-def build(
-    folder: Path, *, window_s: float = 2.0, stereo: bool = False, normalize_text: bool = False, seed: int = 0
-) -> Path:
+def build(folder: Path, *, window_s: float = 2.0, stereo: bool = False, seed: int = 0) -> Path:
     """A MusicGen-Melody checkpoint, with its T5 in a folder of its own inside, `t5-small`."""
     from audiocraft.models import builders
     from omegaconf import OmegaConf
@@ -96,7 +94,6 @@ def build(
         n_q=len(lags),
         card=CARD,
         t5=T5,
-        normalize_text="false",  # the one below, so that building needs no spaCy model
     )
     config = OmegaConf.create(text)
     config.merge_with({"device": "cpu", "dtype": "float32"})
@@ -106,7 +103,6 @@ def build(
         _randomize(model, 0.3)
         for conditioner in model.condition_provider.conditioners.values():
             torch.nn.init.normal_(conditioner.output_proj.weight, std=1.0)
-    config.conditioners.description.t5.normalize_text = normalize_text
     _save(folder / "state_dict.bin", model, OmegaConf.to_yaml(config))
     build_encodec(folder / "compression_state_dict.bin", seed)
     return folder

@@ -14,8 +14,7 @@ import pytest
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE
 from pipeline.engines.musicgen.checkpoint import load_checkpoint
-from pipeline.engines.pretrained import import_packages
-from pipeline.errors import BadCheckpoint, EngineUnusable, MissingPackage
+from pipeline.errors import BadCheckpoint, EngineUnusable
 from pipeline.weights import hub
 
 
@@ -172,23 +171,16 @@ def test_the_decoders_layers_stay_in_their_files(musicgen: Any) -> None:
     assert [layer["qkv"].shape for layer in layers] == [(96, 32)] * 2
 
 
-def test_a_snapshot_in_the_hubs_cache_is_loaded_by_its_id(
-    musicgen_folder: Path, tmp_path: Path, request_for: Any
-) -> None:
+def test_a_snapshot_in_the_hubs_cache_is_loaded_by_its_id(musicgen_folder: Path, hub_cache: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "models--facebook--musicgen-melody"
+    repo = hub_cache / "models--facebook--musicgen-melody"
     shutil.copytree(musicgen_folder, repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    engine = ENGINE.load(EngineSettings(cache_dir=tmp_path))
+    engine = ENGINE.load(EngineSettings())
     assert engine.checkpoint.weights == hub.Weights(
         repo / "snapshots" / commit, "facebook/musicgen-melody", commit
     )
-
-
-def test_a_package_that_isnt_there_comes_with_the_command_that_installs_it() -> None:
-    with pytest.raises(MissingPackage, match="musicgen engine needs no_such_package: pip install -r"):
-        import_packages("musicgen", "json", "no_such_package")
 
 
 def test_a_device_that_is_not_there_is_refused(musicgen_folder: Path) -> None:

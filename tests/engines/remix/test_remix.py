@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings, Generator
 from pipeline.engines.remix import ENGINE, RemixParams
-from pipeline.errors import BadAudio, EngineFailure, Stopped
+from pipeline.errors import BadAudio, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 SONG = synth.play(bpm=124, sections="verse chorus verse chorus")  # 16 bars, 31 s and a last chord
@@ -129,7 +129,7 @@ def test_equal_seeds_give_equal_samples_and_most_others_different_ones() -> None
     assert len(set(samples.values())) >= 3
 
 
-def test_a_result_does_not_depend_on_its_batch_or_on_cached_analyses() -> None:
+def test_a_result_does_not_depend_on_its_batch_or_on_its_order() -> None:
     other, third = synth.pads(8.0), synth.noise(4.0)
     wanted = request(SONG.audio, 20.0, seed=5, request_id="wanted")
     alone = run(wanted)["wanted"]
@@ -201,31 +201,12 @@ def test_a_read_only_memory_map_gives_the_same_samples(tmp_path: Any) -> None:
     np.testing.assert_array_equal(remix(mapped, 12.0).audio.samples, remix(SONG.audio, 12.0).audio.samples)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "error"),
-    [
-        (lambda x: np.where(np.arange(x.shape[1]) == 5000, np.nan, x), BadAudio),
-        (lambda x: 0 * x, BadAudio),
-        (lambda x: x[:, :4000], BadAudio),
-    ],
-    ids=["not finite", "silent", "0.1 s"],
-)
-def test_a_request_that_cannot_be_made_fails_alone(
-    spoil: Callable[[Any], Any], error: type[Exception]
-) -> None:
-    bad = request(Audio(spoil(SONG.audio.samples).astype(np.float32), 44100), 10.0, request_id="bad")
+def test_a_request_that_cannot_be_made_fails_alone() -> None:
+    bad = request(Audio(SONG.audio.samples[:, :4000], 44100), 10.0, request_id="bad")
     results = run(bad, request(SONG.audio, 10.0, request_id="good"))
     assert isinstance(results["good"], Variation)
     failure = results["bad"]
-    assert isinstance(failure, Failure) and isinstance(failure.error, error)
-
-
-def test_a_track_at_another_rate_than_the_engine_was_loaded_for_is_a_failure() -> None:
-    generator: Any = ENGINE.load(EngineSettings(sample_rate=48000))
-    (result,) = generator.generate(
-        [request(SONG.audio, 5.0)], progress=lambda *_: None, should_stop=lambda: False
-    )
-    assert isinstance(result, Failure) and isinstance(result.error, EngineFailure)
+    assert isinstance(failure, Failure) and isinstance(failure.error, BadAudio)
 
 
 def test_it_stops_between_steps_and_keeps_what_it_yielded() -> None:
