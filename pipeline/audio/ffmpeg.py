@@ -87,7 +87,7 @@ class Reader:
         self.window = window
         self._errors = (av.FFmpegError, ValueError)
         self._good_bytes = 0
-        self._good_s = 0.0  # of packets, encoder delay and padding included
+        self._good_packets = self._stated_packets = 0  # without header frames; stated by those of MP3 files
         self._behind_end: list[Samples] = []
         self._is_broken = False  # the container is, at the place where reading stopped
         self._is_integer = False
@@ -160,8 +160,10 @@ class Reader:
         if self._declared_s is None:
             lost_bytes += self.bad_bytes
         lost_s = lost_bytes * self.read_s / max(1, self._good_bytes)
-        present_s = self._good_s if self.format == "mp3" else self.read_s
-        return max(lost_s, (self._declared_s or 0.0) - present_s)
+        if self.format == "mp3":  # in packets, as joined files may have different rates
+            packet_s = self.read_s / max(1, self._good_packets)
+            return max(lost_s, (self._stated_packets - self._good_packets) * packet_s)
+        return max(lost_s, (self._declared_s or 0.0) - self.read_s)
 
     @property
     def is_noise(self) -> bool:
@@ -208,7 +210,7 @@ class Reader:
                 self.bad_bytes += packet.size
             else:
                 self._good_bytes += packet.size
-                self._good_s += self._seconds(packet.duration)
+                self._good_packets += bool(frames)
             if packet.size:
                 is_bad = failed
                 if self.format in _FRAME_STREAMS:
@@ -228,12 +230,9 @@ class Reader:
         """Whether this packet is the header frame of an MP3 file behind another or behind junk."""
         info = _MP3_INFO.match(bytes(packet)) if self.format == "mp3" else None
         if info and (self._declared_s is not None or packet is self._first):
-            self._declared_s = (self._declared_s or 0.0) + self._mp3_stated_s(info, packet)
+            self._stated_packets += _mp3_packets(info)
+            self._declared_s = self._stated_packets * self._seconds(packet.duration)
         return info is not None
-
-    def _mp3_stated_s(self, info: re.Match[bytes], packet: Any) -> float:
-        """The duration that a header frame states, encoder delay and padding included; 0 for none."""
-        return int.from_bytes(info[1] or info[2] or b"") * self._seconds(packet.duration)
 
     def _convert(self, graph: Any, frame: Any) -> Iterator[Block]:
         """Push a frame, or with None the end, and pull the blocks that are ready."""
@@ -270,8 +269,9 @@ class Reader:
     def _stated_s(self) -> float | None:
         duration_s = self._seconds(self._stream.duration)
         if self.format == "mp3":
-            info = _MP3_INFO.search(self._before_first(_HEAD_BYTES))
-            return self._mp3_stated_s(info, self._first) or None if info else None
+            if info := _MP3_INFO.search(self._before_first(_HEAD_BYTES)):
+                self._stated_packets = _mp3_packets(info)
+            return self._stated_packets * self._seconds(self._first.duration) or None
         if self.format in ("asf", "matroska") and not self._container.streams.video:
             duration_s = float(self._container.duration or 0) / 1e6
             return duration_s - (_ASF_SLACK_S if self.format == "asf" else 0.0) if duration_s else None
@@ -334,3 +334,8 @@ def _check_bit_stream(samples: Samples) -> None:
 
 def _refuse(url: str, flags: int, options: object) -> object:
     raise ValueError("an audio file may not open other files")
+
+
+def _mp3_packets(info: re.Match[bytes]) -> int:
+    """The number of packets that the header frame of an MP3 file states; 0 for none."""
+    return int.from_bytes(info[1] or info[2] or b"")
