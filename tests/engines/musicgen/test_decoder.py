@@ -312,7 +312,7 @@ class RecordingKernel:
     def __post_init__(self) -> None:
         self.all_running = threading.Barrier(self.threads)
 
-    def __call__(self, number: int, together: bool) -> None:
+    def __call__(self, together: bool, number: int) -> None:
         self.begun.append((number, threading.get_ident()))
         if together:
             self.all_running.wait(60)
@@ -334,10 +334,10 @@ def three_threads(musicgen: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
 
 def test_a_kernel_runs_in_all_threads_except_the_first_time(three_threads: Any) -> None:
     kernel = RecordingKernel(3)
-    three_threads._share(kernel, False)
+    three_threads._share(kernel, (False,), range(3))
     assert kernel.begun == [(0, threading.get_ident())]
     kernel.begun.clear()
-    three_threads._share(kernel, True)
+    three_threads._share(kernel, (True,), range(3))
     assert {number for number, _ in kernel.begun} == {0, 1, 2}
     assert len({thread for _, thread in kernel.begun}) == 3
     assert (0, threading.get_ident()) in kernel.begun
@@ -345,9 +345,9 @@ def test_a_kernel_runs_in_all_threads_except_the_first_time(three_threads: Any) 
 
 def test_an_error_in_another_thread_is_raised(three_threads: Any) -> None:
     kernel = RecordingKernel(3, error=ValueError("of a helper"))
-    three_threads._share(kernel, False)
+    three_threads._share(kernel, (False,), range(3))
     with pytest.raises(ValueError, match="of a helper"):
-        three_threads._share(kernel, True)
+        three_threads._share(kernel, (True,), range(3))
 
 
 def test_threads_that_are_busy_are_not_waited_for(three_threads: Any) -> None:
@@ -355,9 +355,9 @@ def test_threads_that_are_busy_are_not_waited_for(three_threads: Any) -> None:
     from pipeline.engines.musicgen import cpu_decoder
 
     kernel, resume = RecordingKernel(3), threading.Event()
-    three_threads._share(kernel, False)
+    three_threads._share(kernel, (False,), range(3))
     busy = [cpu_decoder._helpers().submit(resume.wait, 60) for _ in range(2)]
-    three_threads._share(kernel, False)
+    three_threads._share(kernel, (False,), range(3))
     resume.set()
     assert [number for number, _ in kernel.begun] == [0, 0]
     assert all(other.result() for other in busy)

@@ -175,9 +175,7 @@ def test_a_window_begins_with_the_tokens_of_the_one_before(short_musicgen: Any, 
     ]
     for piece in pieces[:-1]:
         piece.conditions = pieces[-1].conditions
-    short, longer, longest = [
-        next(run_requests(checkpoint, decoder, [piece], 2)).state.codes for piece in pieces
-    ]
+    short, longer, longest = [next(run_requests(checkpoint, decoder, [piece], 2)).codes for piece in pieces]
     np.testing.assert_array_equal(longer[:, :SHORT], short)
     np.testing.assert_array_equal(longest[:, : SHORT + SHORT_STRIDE], longer)
 
@@ -207,5 +205,5 @@ def test_no_noise_is_drawn_twice(short_musicgen: Any) -> None:
         stride_frames=SHORT_STRIDE,
     )
     (finished,) = run_requests(short_musicgen.checkpoint, short_musicgen.decoder, [piece], 2)
-    np.testing.assert_array_equal(finished.state.codes, np.arange(300) + np.arange(4)[:, None])
+    np.testing.assert_array_equal(finished.codes, np.arange(300) + np.arange(4)[:, None])
     assert len(sampler.steps) == 300 + 3 * len(piece.windows)
