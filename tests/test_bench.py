@@ -60,6 +60,7 @@ def test_this_engine_and_its_peer_are_measured_and_compared(narrow: Path, tmp_pa
     )
 
 
+@pytest.mark.long
 def test_a_memory_that_is_read_has_a_rate() -> None:
     import bandwidth
 

@@ -110,6 +110,7 @@ def survey(zygote: Zygote, case: Case, tmp_path: Path, number: int, points: list
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", FAULTS, ids=errno.errorcode.get)
 def test_a_disk_error_at_some_operations_loses_nothing(
     zygote: Zygote, case: Case, tmp_path: Path, figures: list[str], number: int

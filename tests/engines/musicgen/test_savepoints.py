@@ -42,7 +42,7 @@ def resumed(engine: Any, request: VariationRequest) -> tuple[np.ndarray, int]:
     return result.audio.samples, picks(seen)
 
 
-@pytest.fixture(scope="module", params=["int8", "float32"])
+@pytest.fixture(scope="module", params=["int8", pytest.param("float32", marks=pytest.mark.long)])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
