@@ -263,6 +263,6 @@ class MusicgenGenerator:
 def _failure(error: Exception) -> PipelineError:
     if isinstance(error, PipelineError):
         return error
-    failure = EngineFailure(f"musicgen broke off: {type(error).__name__}: {first_line(error)}.")
+    failure = EngineFailure(f"musicgen failed: {type(error).__name__}: {first_line(error)}.")
     failure.__cause__ = error
     return failure
