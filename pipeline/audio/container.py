@@ -1,10 +1,11 @@
-"""Where in a file the audio lies: between the tags, and in one part for each chained Ogg stream.
+"""Where in a file the audio lies: between the tags, and in one part for each of several joined files.
 
 FFmpeg reads the containers. What it does not do is done here: find an ID3v2 tag in front of containers other
 than MPEG audio, tell a large tag in the middle of joined MP3 or ADTS files from sound, go on from one chained
-Ogg stream to another of a different format, and tell whether an Ogg file ends within a page.
+Ogg stream to another of a different format and from a WAV, Ogg or MP4 file to one behind it, tell whether an
+Ogg file ends within a page, and find the `data` chunk of a WAV file behind a chunk whose size is wrong.
 
-Sources: ID3v2.4 (3.1, 3.4), ID3v1 and APEv2; RFC 3533 (6) for Ogg pages.
+Sources: ID3v2.4 (3.1, 3.4), ID3v1 and APEv2; RFC 3533 (6) for Ogg pages; ISO/IEC 14496-12 (4.2) for boxes.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from pipeline.audio.sniff import is_container
+from pipeline.audio.sniff import is_container, is_mp4
 from pipeline.errors import BadAudio
 
 _CHUNK_BYTES = 1 << 20
 _OGG_FIRST, _OGG_LAST = 0x02, 0x04
 _MAX_PARTS = 1000
+_TOO_MANY_PARTS = f"is more than {_MAX_PARTS} files one after another"
 
 Stretch = tuple[int, int]  # first byte, byte behind the last
 
@@ -32,29 +34,38 @@ class Window(io.RawIOBase):
     seems to end there, so that the caller can raise it afterwards.
     """
 
-    def __init__(
-        self, file: BinaryIO, *stretches: Stretch, ends_in_page: bool = False, ends_unmarked: bool = False
-    ) -> None:
+    def __init__(self, file: BinaryIO, *stretches: Stretch) -> None:
         super().__init__()
         self._file = file
         self._stretches = stretches
-        self.ends_in_page = ends_in_page  # the last page is incomplete, or junk follows in place of the last
-        self.ends_unmarked = ends_unmarked  # the last page lacks the end-of-stream flag
+        self.ends_in_page = False  # the last page is incomplete, or junk follows in place of the last
+        self.ends_unmarked = False  # the last page lacks the end-of-stream flag
         self._at = 0
         self.error: OSError | None = None
 
     def again(self) -> Window:
         """The same stretches, for another decoder: one that is closed closes its window."""
-        return Window(
-            self._file,
-            *self._stretches,
-            ends_in_page=self.ends_in_page,
-            ends_unmarked=self.ends_unmarked,
-        )
+        return Window(self._file, *self._stretches)
+
+    def from_data_chunk(self) -> Window | None:
+        """A WAV file without the chunks between `fmt ` and `data`, one of which has a wrong size."""
+        head = self.peek(0, _CHUNK_BYTES)
+        fmt = head.find(b"fmt ")
+        data = head.find(b"data", fmt)
+        if not head.startswith(b"RIFF") or min(fmt, data) < 0:
+            return None
+        start, end = self._stretches[0]
+        fmt_end = start + fmt + 8 + head[fmt + 4]
+        return Window(self._file, (start, start + 12), (start + fmt, fmt_end), (start + data, end))
 
     @property
     def size(self) -> int:
         return sum(end - start for start, end in self._stretches)
+
+    @property
+    def end(self) -> int:
+        """In the file: the byte behind the last stretch."""
+        return self._stretches[-1][1]
 
     def readable(self) -> bool:
         return True
@@ -103,19 +114,49 @@ def read_at(file: BinaryIO, at: int, count: int) -> bytes:
     return file.read(max(0, count))
 
 
-def parts(file: BinaryIO, size: int) -> list[Window]:
+def parts(file: BinaryIO, size: int) -> tuple[list[Window], int]:
     """The parts of an open file of `size` bytes, to be decoded one after another.
 
+    Also returns how many bytes behind the last part are neither tags nor zeros.
+
     Raises:
-        BadAudio: there are more than a thousand chained Ogg streams.
+        BadAudio: it is more than a thousand joined files.
     """
-    start = _tags_end(file, size)
+    if read_at(file, size - 128, 3) == b"TAG":
+        size = max(0, size - 128)
+    start = _tags_end(file, 0, size)
     head = read_at(file, start, 64)
-    if head.startswith(b"OggS"):
-        return _ogg_parts(file, start, size)
-    if is_container(head):
-        return [Window(file, (start, size))]
-    return [Window(file, *_between_tags(file, start, size))]
+    if head.startswith(b"fLaC") or not is_container(head):
+        return [Window(file, *_between_tags(file, start, size))], 0
+    found: list[Window] = []
+    while len(found) < _MAX_PARTS:
+        is_ogg = head.startswith(b"OggS")
+        windows = _ogg_parts(file, start, size) if is_ogg else [Window(file, (start, size))]
+        end = windows[-1].end if is_ogg else _container_end(file, start, size)
+        following = _tags_end(file, end, size)
+        head = read_at(file, following, 64)
+        if not is_container(head):
+            has_more = any(read_at(file, following, min(_CHUNK_BYTES, size - following)))
+            return [*found, *windows], size - following if has_more else 0
+        found += windows if is_ogg else [Window(file, (start, end))]
+        start = following
+    raise BadAudio(_TOO_MANY_PARTS)
+
+
+def _container_end(file: BinaryIO, start: int, size: int) -> int:
+    """The end of the boxes of an MP4 file, or of a WAV file that another one follows; otherwise `size`."""
+    head = read_at(file, start, 12)
+    if head.startswith(b"RIFF"):
+        end = start + 8 + int.from_bytes(head[4:8], "little")
+        end += end % 2
+        return end if is_container(read_at(file, end, 64)) else size
+    end = start if is_mp4(head) else size
+    while end < size:
+        length, kind, long = struct.unpack(">I4sQ", read_at(file, end, 16).ljust(16, b"\0"))
+        if not re.fullmatch(rb"[ -~\xa9]{4}", kind) or (kind == b"ftyp" and end > start):
+            return end
+        end = end + max(8, long if length == 1 else length) if length else size
+    return size
 
 
 def find(file: BinaryIO, start: int, end: int, pattern: re.Pattern[bytes]) -> Iterator[int]:
@@ -128,9 +169,7 @@ def find(file: BinaryIO, start: int, end: int, pattern: re.Pattern[bytes]) -> It
 
 
 def _between_tags(file: BinaryIO, start: int, end: int) -> Iterator[Stretch]:
-    """A stream of MPEG audio or ADTS frames without the ID3v2, APEv2 and last ID3v1 tags in it."""
-    if read_at(file, end - 128, 3) == b"TAG":
-        end -= 128
+    """A stream of FLAC, MPEG audio or ADTS frames without the ID3v2 and APEv2 tags in it."""
     for at in find(file, start, end, re.compile(rb"ID3[\2-\4]\0|APETAGEX")):
         tag_start, tag_end = _tag_at(file, at)
         if start <= tag_start < tag_end:
@@ -139,9 +178,9 @@ def _between_tags(file: BinaryIO, start: int, end: int) -> Iterator[Stretch]:
     yield start, max(start, end)
 
 
-def _tags_end(file: BinaryIO, size: int) -> int:
-    """The end of the tags in front, of which there may be several."""
-    end = 0
+def _tags_end(file: BinaryIO, start: int, size: int) -> int:
+    """The end of the tags at `start`, of which there may be several."""
+    end = start
     while (tag := _tag_at(file, end)) and tag[0] == end < tag[1]:
         end = tag[1]
     return min(end, size)
@@ -171,17 +210,18 @@ def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Window]:
                 found.append(_ogg_part(file, link, last, page))
                 link = page
             first_pages_end = page_end
-        if len(found) == _MAX_PARTS:
-            raise BadAudio(f"is more than {_MAX_PARTS} Ogg streams one after another")
+        if len(found) > _MAX_PARTS:
+            raise BadAudio(_TOO_MANY_PARTS)
         last = page
     return [*found, _ogg_part(file, link, last, end)]
 
 
 def _ogg_part(file: BinaryIO, start: int, last_page: int, end: int) -> Window:
     flags, page_end = _ogg_page(file, last_page)
-    is_unmarked = not flags & _OGG_LAST
-    is_cut = page_end > end or (is_unmarked and page_end < end)
-    return Window(file, (start, min(page_end, end)), ends_in_page=is_cut, ends_unmarked=is_unmarked)
+    window = Window(file, (start, min(page_end, end)))
+    window.ends_unmarked = not flags & _OGG_LAST
+    window.ends_in_page = page_end > end or (window.ends_unmarked and page_end < end)
+    return window
 
 
 def _ogg_page(file: BinaryIO, at: int) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def decode_file(
     if size > limits.max_bytes:
         raise BadAudio(f"is too big: {size:,} bytes, the limit is {limits.max_bytes:,}")
     sink = _Sink(sample_rate, limits.max_duration_s)
-    found = parts(file, size)
+    found, unread_bytes = parts(file, size)
     head = found[0].peek(0, _HEAD_BYTES)
     readers = [reader for window in found if (reader := _decode_part(window, sink))]
     problem = _problem(readers, len(found), sink.read_s)
@@ -112,6 +112,8 @@ def decode_file(
     if sink.read_s < limits.min_duration_s - NOTED_S:
         raise BadAudio(f"is too short: {sink.read_s:.2f} s, at least {limits.min_duration_s:g} s are needed")
     notes = [problem] if problem else _notes(readers, sink.read_s)
+    if unread_bytes:
+        notes.append(f"{unread_bytes} bytes behind its end, of another kind, were left out")
     rate, channels = sink.main_format
     info = SourceInfo(sink.read_s, rate, channels, readers[0].codec, (*notes, *sink.notes()))
     return Audio(sink.finish(), sample_rate), info
@@ -136,9 +138,11 @@ def _open(window: Window) -> AnyReader:
     try:
         reader = Reader(window)
     except UndecodableError:
-        if window.peek(0, 4) != b"OggS":
+        if window.peek(0, 4) == b"OggS":
+            return SndfileReader(window)
+        if not (repaired := window.from_data_chunk()):
             raise
-        return SndfileReader(window)
+        return Reader(repaired)
     if not reader.goes_on():
         return reader
     reader.close()

@@ -195,6 +195,7 @@ class Reader:
 
     def _frames(self) -> Iterator[Any]:
         packet, last, is_bad = self._first, b"", False
+        excess = 0  # bytes behind the frame of a FLAC packet: the last one holds all that follows
         sizes: set[int] = set()  # of all packets but the last
         while packet is not None:
             try:
@@ -209,6 +210,8 @@ class Reader:
             if failed:
                 self.bad_bytes += packet.size
             else:
+                if self.format == "flac" and frames:
+                    excess = max(0, packet.size - _largest_flac_frame(frames[0]))
                 self._good_bytes += packet.size
                 self._good_packets += bool(frames)
             if packet.size:
@@ -217,6 +220,7 @@ class Reader:
                     sizes |= {len(last)} if last else set()
                     last = bytes(packet)
             packet = self._next()
+        self.bad_bytes += excess
         if self.format in _FRAME_STREAMS:  # FFmpeg passes over bytes that belong to no frame
             self.bad_bytes = max(self.bad_bytes, self.window.size - self._first_pos - self._good_bytes)
             is_frame = last[:1] == b"\xff" and last[1:2] >= b"\xe0"
@@ -330,6 +334,11 @@ def _check_bit_stream(samples: Samples) -> None:
     for first, second, third in zip(found, found[1:], found[2:], strict=False):
         if second - first == third - second and (second - first) % _SYNC_STEP_BYTES == 0:
             raise BadAudio("holds a DTS or Dolby Digital bit stream where its PCM samples should be")
+
+
+def _largest_flac_frame(frame: Any) -> int:
+    """Bytes of the header and of samples that are not compressed, of 4 bytes at most (RFC 9639, 9.2)."""
+    return 4 * int(frame.samples * frame.layout.nb_channels) + 64
 
 
 def _refuse(url: str, flags: int, options: object) -> object:

@@ -73,12 +73,16 @@ def is_container(head: bytes) -> bool:
     return any(_matches(pattern, head) for pattern in _CONTAINERS.values())
 
 
+def is_mp4(head: bytes) -> bool:
+    return _matches(_CONTAINERS["MP4"], head)
+
+
 def describe(head: bytes) -> str:
     """Why a file that begins with `head`, behind its tags, can't be decoded."""
     no_audio = "is not audio in a format that can be read"
     if not head:
         return f"{no_audio}: it holds nothing but tags, or is cut off within them"
-    if _matches(_CONTAINERS["MP4"], head):
+    if is_mp4(head):
         return "is cut off or damaged: its index (moov) is missing or can't be read"
     for name, pattern in _CONTAINERS.items():
         if _matches(pattern, head):

@@ -100,6 +100,30 @@ def test_chained_ogg_streams_are_decoded_one_after_another(
     assert audio.n_samples == pytest.approx(5 * 44100, abs=2)
 
 
+JOINED = ["wav", "flac", "vorbis", "opus", "m4a", "wavpack"]  # with a beginning that can be told from sound
+
+
+@pytest.mark.parametrize("second", JOINED)
+@pytest.mark.parametrize("first", ["wav", "vorbis", "m4a"])
+def test_a_file_behind_one_of_another_kind_is_decoded_as_well(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    audio, info = decoded(tmp_path, KINDS[first](tmp_path, 1.5) + KINDS[second](tmp_path, 2))
+    assert audio.duration_s == pytest.approx(3.5, abs=0.1)
+    assert info.notes == (
+        ("the format changes on the way: 44100 Hz, 2 ch; 48000 Hz, 2 ch",) * (second == "opus")
+    )
+
+
+@pytest.mark.parametrize("kind", ["flac", "vorbis", "opus", "m4a"])
+def test_junk_behind_the_end_is_noted(tmp_path: Path, kind: str) -> None:
+    junk = np.random.default_rng(3).bytes(100_000)
+    audio, info = decoded(tmp_path, KINDS[kind](tmp_path, 1.5) + junk)
+    assert audio.duration_s == pytest.approx(1.5, abs=1e-4)
+    assert len(info.notes) == 1
+    assert "left out" in info.notes[0]
+
+
 def test_a_joined_mp3_whose_second_half_is_cut_off_is_refused(tmp_path: Path) -> None:
     second = mp3(3)
     assert "of 5.0 s can be decoded" in refusal(tmp_path, mp3(2) + second[: len(second) // 2])
@@ -301,6 +325,14 @@ def test_odd_chunks_before_and_behind_the_data(tmp_path: Path) -> None:
     odd = b"LIST\x05\0\0\0INFOx"
     for data in (wav_bytes(pcm, 2, before_data=odd + b"\0"), wav_bytes(pcm, 2) + odd):
         assert decoded(tmp_path, data)[0].n_samples == 66150
+
+
+@pytest.mark.parametrize("stated", [4, 5, 6, 49])
+def test_chunks_in_front_of_the_data_whose_size_is_off(tmp_path: Path, stated: int) -> None:
+    pcm = (tones(1.5, 44100) * 32767).astype("<i2").tobytes()
+    chunk = b"LIST" + stated.to_bytes(4, "little") + b"INFOx"  # without a pad byte
+    audio, info = decoded(tmp_path, wav_bytes(pcm, 2, before_data=chunk))
+    assert (audio.n_samples, info.notes) == (66150, ())
 
 
 def test_bw64_is_rf64(tmp_path: Path) -> None:
