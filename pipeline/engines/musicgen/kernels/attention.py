@@ -115,8 +115,6 @@ def run(counters, phase, qkv, own, prefix, out, scratch):
         head, begin = task // tasks_per_head, task % tasks_per_head * per_task
         end = min(begin + per_task, entries)
         for entry in range(begin, end):
-            _prefetch_step(own.cache, own.heads[entry] + head, own.lengths[entry] - 1, dim)
-        for entry in range(begin, end):
             to, position, start = own.heads[entry] + head, own.lengths[entry] - 1, hidden + head * dim
             keys = qkv[entry, start : start + dim]
             values = qkv[entry, start + hidden : start + hidden + dim]
@@ -157,28 +155,12 @@ def _store(numbers, scales, head, position, x, is_key):
 
 
 @njit(**OPTIONS)
-def _prefetch_range(address, n_bytes, step):
-    for offset in range(0, n_bytes, step):
-        prefetch(address + offset)
-
-
-@njit(**OPTIONS)
-def _prefetch_step(cache, head, position, dim):
-    """Prefetch what `_store` writes to."""
-    keys, values, item = cache.keys, cache.values, cache.keys.itemsize
-    first_key = (head * keys.shape[1] + position // LANES * LANES * dim) * item
-    _prefetch_range(address_of(keys) + first_key, LANES * dim * item, 64)
-    first_value = head * values.shape[1] + position // _BLOCK * _BLOCK * dim + position % _BLOCK * LANES
-    _prefetch_range(address_of(values) + first_value * item, dim * _BLOCK * item, LANES * _BLOCK * item)
-    _prefetch_scales(cache, head, position, 1)
-
-
-@njit(**OPTIONS)
-def _prefetch_scales(cache, head, start, n):
+def _prefetch_scales(cache, head, start):
     for scales in (cache.key_scales, cache.value_scales):
         if scales.shape[1] > 0:
             first = (head * scales.shape[1] + start) * scales.itemsize
-            _prefetch_range(address_of(scales) + first, n * scales.itemsize, 64)
+            for offset in range(0, _BLOCK * scales.itemsize, 64):
+                prefetch(address_of(scales) + first + offset)
 
 
 @njit(**OPTIONS)
@@ -253,7 +235,7 @@ def _attend_together(attended, head, first, last, begin, next_cache, next_head, 
         ahead_cache, ahead_head, ahead_start = cache, index, start + _BLOCK
         if ahead_start >= most:
             ahead_cache, ahead_head, ahead_start = next_cache, next_head, 0
-        _prefetch_scales(ahead_cache, ahead_head, ahead_start, _BLOCK)
+        _prefetch_scales(ahead_cache, ahead_head, ahead_start)
         offset = (ahead_head * ahead_cache.keys.shape[1] + ahead_start * dim) * cache.keys.itemsize
         _score(cache.keys, block, row, rows, scratch, address_of(ahead_cache.keys) + offset)
         for r in range(rows):

@@ -19,7 +19,7 @@ from pipeline.engines.musicgen.kernels import attention, products
 from pipeline.engines.musicgen.kernels.attention import Attended
 from pipeline.engines.musicgen.kernels.intrinsics import borrowed
 from pipeline.engines.musicgen.kernels.phases import COUNTERS
-from pipeline.engines.musicgen.kernels.processor import LANES, OPTIONS
+from pipeline.engines.musicgen.kernels.processor import FLOATS, LANES
 from pipeline.engines.musicgen.kernels.products import ADD, GELU, STORE, PackedRows, Product
 
 _MODES = (STORE, ADD, GELU, ADD)  # by matrix, see `Layers`
@@ -72,7 +72,7 @@ def _sources() -> str:
 
 
 def _compiled(sources: str) -> tuple[Callable[..., str], Callable[..., str]]:
-    @njit(nogil=True, cache=True, **OPTIONS)
+    @njit(nogil=True, cache=True, **FLOATS)
     def run_layers(x, layers, own, prefix, buffers, amx, scratch):
         """Run entries through all layers, in place, and add their keys and values to the cache.
 
@@ -117,7 +117,7 @@ def _compiled(sources: str) -> tuple[Callable[..., str], Callable[..., str]]:
                     )
         return sources
 
-    @njit(nogil=True, cache=True, **OPTIONS)
+    @njit(nogil=True, cache=True, **FLOATS)
     def run_product(counters, product, packed, amx, scratch):
         """One product; see `product_counters`, `Product`, `PackedRows`, `ProductScratch`, `run_layers`."""
         counters, product, packed = borrowed(counters), borrowed(product), borrowed(packed)
