@@ -17,8 +17,8 @@ demo: $(VENV)/core
 	@echo "Add the models (MusicGen, CLAP; about 6 GB of packages and as much of weights):"
 	@echo "    $(BIN)/pip install -r requirements.txt && $(BIN)/python run_pipeline.py models fetch"
 
-# In two processes, as much of it waits; a file's tests stay together, they share what they make.
-PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# In two processes, as much of it waits; tests/conftest.py says which tests stay together.
+PYTEST := -m pytest -n 2 --dist loadfile
 
 test: $(VENV)/full
 	$(BIN)/python $(PYTEST)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
-from home_folder import ROOT, Home
+from home_folder import Home
 from runner_setup import RunnerSetup
+from xdist.scheduler import LoadFileScheduling
 
-# Two processes that fill numba's cache at once can mix its entries up: each of xdist's has its own.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".pytest_cache" / f"numba-{worker}"))
+
+class OneProcessForMusicgen(LoadFileScheduling):
+    """The tests of a file stay in one process, where they share what they make, and so do all of MusicGen.
+
+    Its kernels take half a minute to compile, and two processes that fill numba's cache at once could mix its
+    entries up.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "musicgen" if "musicgen" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessForMusicgen:
+    return OneProcessForMusicgen(config, log)
 
 
 # A test with one of these fixtures gets the marker, and runs where the package is installed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def musicgen_folder(musicgen_checkpoint: BuildFn) -> Path:
 
 @pytest.fixture(scope="session")
 def musicgen(musicgen_folder: Path) -> Any:
-    return load_musicgen(musicgen_folder)
+    loaded = load_musicgen(musicgen_folder)
+    gc.freeze()  # the engine's garbage collections need not go through the libraries and the compiler
+    return loaded
 
 
 @pytest.fixture(scope="session")
