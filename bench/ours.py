@@ -109,8 +109,7 @@ def measure(
             state.codes[:, begin + 1 :] = -1
             state.position = begin
         points.append(timed_steps())
-    for slot in range(scheduler.rows):  # as the scheduler does before finished requests are decoded
-        scheduler.cache.release(slot)
+    del scheduler.cache, scheduler.prefixes  # as the scheduler does before the last requests are decoded
     codec.decode(engine.checkpoint, engine.checkpoint.codec(), np.abs(states[0].codes))  # for its memory
     return prefill_s, untouched, tuple(points)
 

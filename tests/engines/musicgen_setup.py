@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,7 @@ class CountingDecoder:
     decoder: Any
     prefills: int = 0
     rows: list[int] = field(default_factory=list)  # of each step
-    released: list[int] = field(default_factory=list)  # slots
+    cache: Any = None  # weakly, the last one
     broken: np.ndarray | None = None  # rows with a prefix whose inputs are these get NaN
     _broken_slots: set[int] = field(default_factory=set)  # of prefixes
 
@@ -137,8 +138,7 @@ class CountingDecoder:
 
     def new_cache(self, *sizes: int) -> Any:
         cache = self.decoder.new_cache(*sizes)
-        release = cache.release
-        cache.release = lambda slot: (self.released.append(slot), release(slot))
+        self.cache = weakref.ref(cache)
         return cache
 
     def prefill(self, cache: Any, prefix: int, inputs: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.engines.musicgen import kernels
 from pipeline.engines.musicgen.decoder import EmbeddingAndHead, StepInput
-from pipeline.engines.musicgen.kv_cache import CpuKVCache, Indices, Slots, SlotShape
+from pipeline.engines.musicgen.kv_cache import CpuKVCache, Indices, Slots, slot_bytes
 from pipeline.engines.musicgen.layers import MATRICES, Stack
 from pipeline.records import Samples
 
@@ -62,17 +62,13 @@ class CpuDecoder:
         self.threads = 1 if few else min(threads or cores(), cores())
         self._compiled: set[Any] = set()  # kernels
 
-    @property
-    def _slot_shape(self) -> SlotShape:
-        shape = self.shape
-        return SlotShape(shape.layers, shape.heads, shape.head_size, self.precision == "int8")
-
     def new_cache(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> CpuKVCache:
         """See `Decoder.new_cache`; a row or prefix that is not used takes no memory."""
-        return CpuKVCache(self._slot_shape, rows, steps, prefixes, prefix_steps)
+        is_int8 = self.precision == "int8"
+        return CpuKVCache(self.shape, rows, steps, prefixes, prefix_steps, is_int8=is_int8)
 
     def cache_bytes(self, steps: int) -> int:
-        return self._slot_shape.n_bytes(steps)
+        return slot_bytes(self.shape, steps, is_int8=self.precision == "int8")
 
     def prefill(self, cache: CpuKVCache, prefix: int, inputs: Samples) -> None:
         x = inputs + self.ends.positions[: len(inputs)]

@@ -62,15 +62,7 @@ class StepInput:
     tokens: Tokens  # (n, codebooks), n >= 1
 
 
-class KVCache(Protocol):
-    """Keys and values of rows and of prefixes, each in a numbered slot."""
-
-    def release(self, slot: int) -> None:
-        """Give the memory of a row's slot back to the system where that is possible; it can be used again."""
-        ...
-
-
-Cache = TypeVar("Cache", bound=KVCache)
+Cache = TypeVar("Cache")  # keys and values of rows and of prefixes, each in a numbered slot
 
 
 class Decoder(Protocol[Cache]):

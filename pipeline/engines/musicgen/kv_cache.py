@@ -2,96 +2,54 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engines.musicgen.kernels import Attended, KeysValues
+from pipeline.engines.musicgen.decoder import Shape
+from pipeline.engines.musicgen.kernels import Attended, KeysValues, aligned
 
 STEPS_UNIT = 128  # the kernels take slots in multiples of so many steps
 
 Indices = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class SlotShape:
-    """What decides the size of a slot, beside its number of steps."""
-
-    layers: int
-    heads: int
-    head_size: int
-    is_int8: bool  # int8 with a 16 bit scale per position and head; otherwise float32
-
-    def n_bytes(self, steps: int) -> int:
-        """Size of a slot for so many steps."""
-        per_head = self.head_size + 2 if self.is_int8 else 4 * self.head_size
-        return 2 * self.layers * self.heads * per_head * whole_units(steps)
-
-
 class Slots:
-    """Keys and values of a number of slots.
+    """Keys and values of a number of slots: int8 with a 16 bit scale per position and head, or float32.
 
     The memory of a slot is contiguous, and the system provides it when it is first written to: a
     slot that is never used takes none.
     """
 
-    def __init__(self, shape: SlotShape, slots: int, steps: int) -> None:
-        self.shape, self.n_slots = shape, slots
+    def __init__(self, shape: Shape, slots: int, steps: int, *, is_int8: bool) -> None:
+        self.shape = shape
         heads, steps = slots * shape.layers * shape.heads, whole_units(steps)
-        numbers = ((heads, steps * shape.head_size), np.int8 if shape.is_int8 else np.float32)
-        scales = ((heads, steps if shape.is_int8 else 0), np.uint16)
-        self._memory, self.arrays = zip(  # keys, scales of keys, values, scales of values
-            *(_anonymous(size, kind) for size, kind in (numbers, scales) * 2), strict=True
-        )
+        numbers = ((heads, steps * shape.head_size), np.int8 if is_int8 else np.float32)
+        scales = ((heads, steps if is_int8 else 0), np.uint16)
+        self.arrays = KeysValues(*(aligned(size, kind) for size, kind in (numbers, scales) * 2))
 
     def attended(self, slots: Indices, lengths: Indices) -> Attended:
         """The first `lengths` steps of these slots, as the kernels take them."""
         layers = np.arange(self.shape.layers, dtype=np.int64)[:, None]
         first_heads = (slots * self.shape.layers + layers) * self.shape.heads
-        return Attended(KeysValues(*self.arrays), first_heads, lengths)
-
-    def release(self, slot: int) -> None:
-        """Give a slot's memory back to the system, as far as it is whole pages; it can be used again."""
-        for memory, array in zip(self._memory, self.arrays, strict=True):
-            size = array.nbytes // self.n_slots
-            _release(memory, slot * size, (slot + 1) * size)
+        return Attended(self.arrays, first_heads, lengths)
 
 
 class CpuKVCache:
-    """See `KVCache`."""
+    """The slots of rows and of prefixes."""
 
-    def __init__(self, shape: SlotShape, rows: int, steps: int, prefixes: int, prefix_steps: int) -> None:
-        self.rows = Slots(shape, rows, steps)
-        self.prefixes = Slots(shape, prefixes, prefix_steps)
+    def __init__(
+        self, shape: Shape, rows: int, steps: int, prefixes: int, prefix_steps: int, *, is_int8: bool
+    ) -> None:
+        self.rows = Slots(shape, rows, steps, is_int8=is_int8)
+        self.prefixes = Slots(shape, prefixes, prefix_steps, is_int8=is_int8)
         self.prefix_lengths: Indices = np.zeros(prefixes, np.int64)
 
-    def release(self, slot: int) -> None:
-        self.rows.release(slot)
+
+def slot_bytes(shape: Shape, steps: int, *, is_int8: bool) -> int:
+    """Size of a slot for so many steps."""
+    per_head = shape.head_size + 2 if is_int8 else 4 * shape.head_size
+    return 2 * shape.layers * shape.heads * per_head * whole_units(steps)
 
 
 def whole_units(steps: int) -> int:
     return -(-steps // STEPS_UNIT) * STEPS_UNIT
-
-
-def _anonymous(shape: tuple[int, int], kind: type) -> tuple[mmap.mmap, NDArray[Any]]:
-    """An array of zeros in memory of the system's, in huge pages where it has them."""
-    size = math.prod(shape)
-    n_bytes = max(1, size * np.dtype(kind).itemsize)
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel built without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory, np.frombuffer(memory, kind, size).reshape(shape)
-
-
-def _release(memory: mmap.mmap, first: int, last: int) -> None:
-    """Give back bytes `first` to `last`, as far as they are whole pages."""
-    first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first and hasattr(mmap, "MADV_DONTNEED"):
-        with suppress(OSError):  # memory of a kind that can't be given back
-            memory.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -158,9 +158,8 @@ class Scheduler:
                 waiting.appendleft(request)
             else:
                 finished.append(request)
-        if finished and not waiting:
-            for slot in self.free:  # the caller decodes what is finished, which takes memory too
-                self.cache.release(slot)
+        if not (waiting or active):
+            del self.cache, self.prefixes  # the caller decodes what is finished, which takes memory too
         yield from finished
 
     def begin(self, request: RequestState, window: Window) -> None:

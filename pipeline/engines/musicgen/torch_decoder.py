@@ -25,7 +25,7 @@ ROWS = 32  # of every step
 
 
 class TorchKVCache:
-    """See `KVCache`. One tensor for rows, one for prefixes: (layers, 2, slots, heads, steps, head size)."""
+    """One tensor for rows, one for prefixes: (layers, 2, slots, heads, steps, head size)."""
 
     def __init__(
         self, decoder: TorchDecoder, rows: int, steps: int, prefixes: int, prefix_steps: int
@@ -41,9 +41,6 @@ class TorchKVCache:
         shape = decoder.shape
         size = (shape.layers, 2, slots, shape.heads, steps, shape.head_size)
         return torch.zeros(size, dtype=decoder.dtype, device=decoder.device)
-
-    def release(self, slot: int) -> None:
-        """Part of a tensor can't be given back."""
 
 
 class TorchDecoder:

@@ -29,8 +29,8 @@ def quantize_rows(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """An uninitialized array that begins at a cache line."""
+    """An array of zeros that begins at a cache line; the system provides its memory when it is used."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(n_bytes + 64, np.uint8)
+    memory = np.zeros(n_bytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + n_bytes].view(dtype).reshape(shape)
