@@ -87,10 +87,11 @@ class UnknownTrack(PipelineError):
     """No track, or more than one, has that name or hash prefix."""
 
 
-class Stopped(PipelineError):
-    """The work was asked to stop; that does not count as an attempt, and the track is queued again."""
+class Stopped(BaseException):
+    """The work was asked to stop; that does not count as an attempt, and the track is queued again.
 
-    permanent = False
+    Like `KeyboardInterrupt` it is no `Exception`, so that what handles errors lets it pass.
+    """
 
 
 def os_reason(error: OSError) -> str:

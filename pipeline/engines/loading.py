@@ -8,7 +8,7 @@ from typing import Protocol, cast
 
 from pipeline.engines.base import Embedder, EngineSettings, Generator
 from pipeline.engines.selection import Choice
-from pipeline.errors import EngineUnusable, PipelineError, Stopped
+from pipeline.errors import EngineUnusable, PipelineError
 from pipeline.fs.disk import environment_error
 
 Wanted = tuple[Choice, EngineSettings]
@@ -63,7 +63,7 @@ def _load(choice: Choice, settings: EngineSettings) -> Generator | Embedder:
     start = time.perf_counter()
     try:
         engine = choice.card.load(settings)
-    except (EngineUnusable, Stopped):
+    except EngineUnusable:
         raise
     except Exception as e:
         text = str(e) if isinstance(e, PipelineError) else f"{type(e).__name__}: {e}".rstrip(": ")

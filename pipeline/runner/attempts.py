@@ -100,8 +100,6 @@ class Attempts:
         """Turn an error into a failure of this track, unless it is an environment error: that is raised."""
         try:
             yield
-        except Stopped:
-            raise
         except Exception as e:
             if (fault := environment_error(e)) and not self._is_of_one_folder(e):
                 raise fault from e

@@ -22,7 +22,7 @@ from pipeline import audio, stages
 from pipeline.config import Normalize
 from pipeline.engines.base import Generator, ProgressFn
 from pipeline.engines.loading import Engines
-from pipeline.errors import BadAudio, DiskFull, EngineFailure, SourceAway, SourceGone, Stopped
+from pipeline.errors import BadAudio, DiskFull, EngineFailure, SourceAway, SourceGone
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.intake.ingest import PATIENCE
@@ -307,7 +307,7 @@ class Runner:
                     self._publish_variation(one, made, generator, seconds=self.clock() - start)
                 start = self.clock()
         except Exception as e:
-            if isinstance(e, Stopped | sqlite3.Error) or environment_error(e):
+            if isinstance(e, sqlite3.Error) or environment_error(e):
                 raise
             return e
         for job in jobs:

@@ -152,8 +152,6 @@ class Watch:
                 self.runner.free_space()
             self._scan_if_due()
             worked = self.runner.next_batch()
-        except Stopped:
-            raise
         except Exception as e:
             fault = environment_error(e, in_track=False)
             if fault is None:

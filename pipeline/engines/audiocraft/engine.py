@@ -20,7 +20,7 @@ from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.musicgen import SamplingParams
 from pipeline.engines.musicgen.windows import STRIDE, windows
 from pipeline.engines.pretrained import first_line
-from pipeline.errors import EngineFailure, PipelineError, Stopped
+from pipeline.errors import EngineFailure, PipelineError
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 if TYPE_CHECKING:
@@ -61,8 +61,6 @@ class AudiocraftGenerator:
         for request in requests:
             try:
                 yield self._variation(request, progress, should_stop)
-            except Stopped:
-                raise
             except PipelineError as error:
                 yield Failure(request.request_id, error)
             except Exception as error:  # assertions, lack of memory, NaN in the distribution

@@ -27,7 +27,7 @@ from pipeline.engines.musicgen.scheduler import (
 )
 from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, windows
 from pipeline.engines.pretrained import first_line
-from pipeline.errors import EngineFailure, EngineUnusable, PipelineError, Stopped
+from pipeline.errors import EngineFailure, EngineUnusable, PipelineError
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 SAVE_EVERY_S = 2.0  # of audio
@@ -90,8 +90,6 @@ class MusicgenGenerator:
                     if state.error is not None:
                         raise state.error
                     result = self._variation(by_id[state.request_id], state, encodec, progress, should_stop)
-                except Stopped:
-                    raise
                 except REQUEST_ERRORS as error:
                     yield Failure(state.request_id, _failure(error))
                     continue
@@ -139,8 +137,6 @@ class MusicgenGenerator:
             try:
                 check_stop(should_stop, self.name)
                 prepared.append(self._state(request, builder))
-            except Stopped:
-                raise
             except REQUEST_ERRORS as error:
                 prepared.append(Failure(request.request_id, _failure(error)))
         builder.close()  # the traceback of an error may still refer to it

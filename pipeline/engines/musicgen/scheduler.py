@@ -21,7 +21,7 @@ from pipeline.engines.musicgen.conditioning import Conditions
 from pipeline.engines.musicgen.decoder import Decoder, StepInput, Tokens
 from pipeline.engines.musicgen.sampling import Logits, Sampler
 from pipeline.engines.musicgen.windows import UNKNOWN, DelayedWindow, Window
-from pipeline.errors import PipelineError, Stopped
+from pipeline.errors import PipelineError
 from pipeline.records import Samples
 
 # Errors that fail one request and not the others; torch raises RuntimeError when memory runs out.
@@ -139,8 +139,6 @@ class Scheduler:
                 continue
             try:
                 self.begin(request, window)
-            except Stopped:
-                raise
             except REQUEST_ERRORS as error:
                 request.error = error
                 self._free_rows(request)

@@ -13,7 +13,7 @@ from pipeline.engines.remix import VERSION, RemixParams
 from pipeline.engines.remix.analysis import Analysis, analyse
 from pipeline.engines.remix.path import BeatPath, find_path
 from pipeline.engines.remix.render import Join, render
-from pipeline.errors import BadAudio, EngineFailure, PipelineError, Stopped
+from pipeline.errors import BadAudio, EngineFailure, PipelineError
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 STEPS = 3  # analysis, search, rendering
@@ -37,8 +37,6 @@ class RemixGenerator:
         for request in requests:
             try:
                 yield self._vary(request, analyse_once, progress, should_stop)
-            except Stopped:
-                raise
             except PipelineError as e:
                 yield Failure(request.request_id, e)
             except (ValueError, ArithmeticError, MemoryError) as e:
