@@ -8,8 +8,6 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pipeline.errors import PipelineError
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -142,7 +140,7 @@ class Failure:
     """Why one request of a batch has no result; the other requests go on."""
 
     request_id: str
-    error: PipelineError
+    error: Exception
 
 
 @dataclass(frozen=True, eq=False)

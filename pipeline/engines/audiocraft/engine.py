@@ -19,8 +19,6 @@ from pipeline.engines.audiocraft import VERSION
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.musicgen import SamplingParams
 from pipeline.engines.musicgen.windows import STRIDE, windows
-from pipeline.engines.pretrained import first_line
-from pipeline.errors import EngineFailure, PipelineError
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 if TYPE_CHECKING:
@@ -61,12 +59,8 @@ class AudiocraftGenerator:
         for request in requests:
             try:
                 yield self._variation(request, progress, should_stop)
-            except PipelineError as error:
-                yield Failure(request.request_id, error)
             except Exception as error:  # assertions, lack of memory, NaN in the distribution
-                failure = EngineFailure(f"audiocraft failed: {type(error).__name__}: {first_line(error)}.")
-                failure.__cause__ = error
-                yield Failure(request.request_id, failure)
+                yield Failure(request.request_id, error)
 
     def _variation(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Variation:
         import torch

@@ -27,7 +27,7 @@ from pipeline.engines.musicgen.scheduler import (
 )
 from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, windows
 from pipeline.engines.pretrained import first_line
-from pipeline.errors import EngineFailure, EngineUnusable, PipelineError
+from pipeline.errors import EngineFailure, EngineUnusable
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 SAVE_EVERY_S = 2.0  # of audio
@@ -91,7 +91,7 @@ class MusicgenGenerator:
                         raise state.error
                     result = self._variation(by_id[state.request_id], state, encodec, progress, should_stop)
                 except REQUEST_ERRORS as error:
-                    yield Failure(state.request_id, _failure(error))
+                    yield Failure(state.request_id, error)
                     continue
                 yield result
                 self.saved.drop(state.identity)
@@ -138,7 +138,7 @@ class MusicgenGenerator:
                 check_stop(should_stop, self.name)
                 prepared.append(self._state(request, builder))
             except REQUEST_ERRORS as error:
-                prepared.append(Failure(request.request_id, _failure(error)))
+                prepared.append(Failure(request.request_id, error))
         builder.close()  # the traceback of an error may still refer to it
         return prepared
 
@@ -254,11 +254,3 @@ class MusicgenGenerator:
 
     def _n_samples(self, request: VariationRequest) -> int:
         return round(request.duration_s * self.sample_rate)
-
-
-def _failure(error: Exception) -> PipelineError:
-    if isinstance(error, PipelineError):
-        return error
-    failure = EngineFailure(f"musicgen failed: {type(error).__name__}: {first_line(error)}.")
-    failure.__cause__ = error
-    return failure

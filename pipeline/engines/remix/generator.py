@@ -13,7 +13,7 @@ from pipeline.engines.remix import VERSION, RemixParams
 from pipeline.engines.remix.analysis import Analysis, analyse
 from pipeline.engines.remix.path import BeatPath, find_path
 from pipeline.engines.remix.render import Join, render
-from pipeline.errors import BadAudio, EngineFailure, PipelineError
+from pipeline.errors import BadAudio, PipelineError
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 STEPS = 3  # analysis, search, rendering
@@ -37,12 +37,8 @@ class RemixGenerator:
         for request in requests:
             try:
                 yield self._vary(request, analyse_once, progress, should_stop)
-            except PipelineError as e:
+            except (PipelineError, ValueError, ArithmeticError, MemoryError) as e:
                 yield Failure(request.request_id, e)
-            except (ValueError, ArithmeticError, MemoryError) as e:
-                error = EngineFailure(f"remix could not be made ({type(e).__name__}: {e})")
-                error.__cause__ = e
-                yield Failure(request.request_id, error)
 
     def _vary(
         self,

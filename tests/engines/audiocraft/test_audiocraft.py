@@ -28,7 +28,7 @@ from pipeline.engines.audiocraft import ENGINE, INSTALL_COMMAND, PACKAGES
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, FILES
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen.windows import windows
-from pipeline.errors import BadCheckpoint, EngineFailure, MissingPackage, MissingWeights, Stopped
+from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights, Stopped
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 from pipeline.weights import hub
 from pipeline.weights.layout import TRANSFORMERS
@@ -492,7 +492,7 @@ def misfit(engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
-    [(nan_logits, "RuntimeError"), (misfit, "RuntimeError: mat1 and mat2")],
+    [(nan_logits, "nan"), (misfit, "mat1 and mat2")],
 )
 def test_a_model_that_breaks_off_is_a_failure_of_each_request(
     folder: Path, request_for: RequestFn, damage: Callable[[Any], None], sentence: str
@@ -504,7 +504,7 @@ def test_a_model_that_breaks_off_is_a_failure_of_each_request(
         damage(broken)
     results = made(broken, request_for("a"), request_for("b"))
     assert [type(result) for result in results.values()] == [Failure, Failure]
-    assert isinstance(results["a"].error, EngineFailure)
+    assert isinstance(results["a"].error, RuntimeError)
     assert sentence in str(results["a"].error)
 
 

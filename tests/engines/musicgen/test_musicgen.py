@@ -15,8 +15,8 @@ from tones import RequestFn
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE, MusicgenParams, conditioning
-from pipeline.errors import EngineFailure, Stopped
-from pipeline.records import Variation
+from pipeline.errors import Stopped
+from pipeline.records import Failure, Variation
 
 C_MAJOR, A_MINOR = (261.63, 329.63, 392.0), (220.0, 261.63, 329.63)
 
@@ -216,7 +216,7 @@ def misfit(checkpoint: Any, _: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
-    [(silence, "made silence"), (misfit, "RuntimeError: mat1 and mat2")],
+    [(silence, "made silence"), (misfit, "mat1 and mat2")],
 )
 def test_a_model_that_breaks_is_a_failure_of_each_request(
     musicgen_folder: Path,
@@ -231,7 +231,7 @@ def test_a_model_that_breaks_is_a_failure_of_each_request(
     with torch.no_grad():
         damage(broken.checkpoint, monkeypatch)
     results = results_of(broken, request_for("a", prompt="warm"), request_for("b", prompt="warm"))
-    assert [type(result.error) for result in results.values()] == [EngineFailure, EngineFailure]
+    assert [type(result) for result in results.values()] == [Failure, Failure]
     assert sentence in str(results["a"].error)
 
 
