@@ -165,7 +165,8 @@ class _Tile:
                 phi.add_incoming(value, loop)
         b.cbranch(b.icmp_signed("<", following, self.units), loop, after)
         b.position_at_end(after)
-        return [self.total(list(row_sums)) for row_sums in zip(*sums, strict=True)]
+        # Only integers have several chains: their sum is exact, so its order does not matter.
+        return [functools.reduce(b.add, row_sums) for row_sums in zip(*sums, strict=True)]
 
     def unit(self, unit: Any, sums: list[Any]) -> list[Any]:
         """The sums of all rows with the products of one unit added."""
@@ -189,10 +190,6 @@ class _Tile:
         """The sum with the products of a unit's weights and the activations at the address `word` added."""
         raise NotImplementedError
 
-    def total(self, sums: list[Any]) -> Any:
-        """One sum of those of all chains."""
-        raise NotImplementedError
-
     def add_group(self, total: Any, value: Any, row: int, group: Any) -> Any:
         """The float32 total with the sum over a group added."""
         raise NotImplementedError
@@ -213,22 +210,15 @@ class _FloatTile(_Tile):
         activation = self.b.bitcast(self.load_word(word), F32)
         return emit_fma(self.b, weights, broadcast(self.b, activation), sum_)
 
-    def total(self, sums: list[Any]) -> Any:
-        (only,) = sums
-        return only
-
     def add_group(self, total: Any, value: Any, row: int, group: Any) -> Any:
         return self.b.fadd(total, value)
 
 
 class _IntegerTile(_Tile):
-    """Integers within a group: their sum is exact, so its order does not matter."""
+    """Integers within a group."""
 
     SCALE_BYTES: int  # from group to group
     SUM = vector(I32)
-
-    def total(self, sums: list[Any]) -> Any:
-        return functools.reduce(self.b.add, sums)
 
     def scale_at(self, row: int, group: Any) -> Any:
         """The address of a group's scale."""
