@@ -5,10 +5,12 @@ Weights are read from safetensors only, in float32, and no code in the folder is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BadCheckpoint, EngineUnusable
+from pipeline.errors import BadCheckpoint, EngineUnusable, PipelineError
 from pipeline.weights.hub import INSTALL_COMMAND
 from pipeline.weights.layout import read_json
 
@@ -85,12 +87,20 @@ def load_part(part_class: Any, folder: Path, **options: Any) -> Any:
     Raises:
         BadCheckpoint: it can't be loaded.
     """
-    try:
+    with reading(folder):
         return part_class.from_pretrained(folder, local_files_only=True, **options)
-    except MemoryError:
+
+
+@contextmanager
+def reading(path: Path, remedy: str = "") -> Iterator[None]:
+    """Name the file in an error; for damaged files the libraries raise errors of any type."""
+    try:
+        yield
+    except (PipelineError, MemoryError):
         raise
-    except Exception as error:  # for damaged files the libraries raise errors of any type
-        raise BadCheckpoint(f"{folder} can't be loaded: {first_line(error)}.") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadCheckpoint(f"{path} can't be used ({reason}){remedy}.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.engines import pretrained
 from pipeline.engines.audiocraft.checkpoint import ENCODEC, LANGUAGE_MODEL, companion, read
 from pipeline.engines.audiocraft.engine import AudiocraftGenerator
-from pipeline.errors import BadCheckpoint, PipelineError
+from pipeline.errors import BadCheckpoint
 from pipeline.weights.hub import Weights
 
 CONDITIONERS = {"self_wav": "chroma_stem", "description": "t5"}  # those of MusicGen-Melody
@@ -38,9 +36,9 @@ def load(weights: Weights, device: str = "cpu", threads: int | None = None) -> A
     # The builders draw random weights before those of the checkpoint replace them.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # audiocraft uses functions that torch has since deprecated
-        with _reading(weights.folder / LANGUAGE_MODEL):
+        with pretrained.reading(weights.folder / LANGUAGE_MODEL):
             language_model = _language_model(weights.folder, device)
-        with _reading(weights.folder / ENCODEC):
+        with pretrained.reading(weights.folder / ENCODEC):
             encodec = _encodec(weights.folder, device)
     return AudiocraftGenerator(weights.model, language_model, encodec)
 
@@ -112,15 +110,3 @@ def _encodec(folder: Path, device: str) -> Any:
     model = builders.get_compression_model(config)
     model.load_state_dict(content["best_state"])
     return model.eval()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Name the file in an error; for damaged files the libraries raise errors of any type."""
-    try:
-        yield
-    except (PipelineError, MemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise BadCheckpoint(f"{path} can't be used ({reason}).") from error

@@ -21,8 +21,8 @@ import numpy as np
 from pipeline.audio import resample
 from pipeline.engines.base import StopFn, check_stop
 from pipeline.engines.musicgen.hpss import cut
-from pipeline.engines.pretrained import first_line
-from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights
+from pipeline.engines.pretrained import reading
+from pipeline.errors import MissingPackage, MissingWeights
 from pipeline.records import Audio
 
 INSTALL_COMMAND = "pip install demucs==4.0.1"
@@ -88,16 +88,10 @@ def open_model() -> Any:
     """
     path = find()
     model_class = _library().HTDemucs
-    try:
+    with reading(path, f": delete it and run {FETCH_COMMAND}"):
         args, kwargs, state = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
         model = model_class(*args, **kwargs)
         model.load_state_dict(state)
-    except MemoryError:
-        raise
-    except Exception as error:  # for a damaged file the libraries raise any error
-        raise BadCheckpoint(
-            f"{path} can't be used ({first_line(error)}): delete it and run {FETCH_COMMAND}."
-        ) from error
     return model
 
 

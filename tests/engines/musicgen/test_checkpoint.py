@@ -98,7 +98,7 @@ def other_activation(folder: Path) -> None:
         (only_pickles, "only pickled weights (pytorch_model.bin)"),
         (other_model, "holds a 'musicgen' model"),
         (no_tokenizer, "no tokenizer: tokenizer.json or spiece.model is missing"),
-        (broken_tokenizer, "can't be loaded"),
+        (broken_tokenizer, "can't be used"),
         (no_feature_extractor, "preprocessor_config.json missing"),
         (cut_off, "cut off or damaged"),
         (not_safetensors, "not a safetensors file"),
