@@ -34,13 +34,12 @@ Silence of any length has one and the same vector.
 from __future__ import annotations
 
 from pipeline.engines.base import Embedder, EngineCard, EngineSettings, NoParams
-from pipeline.engines.descriptors.layout import DIM, LAYOUT, VERSION
 
-__all__ = ["DIM", "ENGINE", "LAYOUT", "VERSION"]
+VERSION = "1"
 
 
 def _load(settings: EngineSettings) -> Embedder:
-    from pipeline.engines.descriptors.embedder import DescriptorsEmbedder
+    from pipeline.engines.descriptors.features import DescriptorsEmbedder
 
     return DescriptorsEmbedder()
 

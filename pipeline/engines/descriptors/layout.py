@@ -12,13 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
-VERSION = "1"
 LIMIT = 3.0  # spreads, so that a single outlier can't dominate the vector
 
 
@@ -72,16 +69,12 @@ DIM = sum(block.dims for block in LAYOUT)
 
 def row(values: Iterable[tuple[float, ...]]) -> NDArray[np.float64]:
     """(DIM,) from each block's values: one for each dimension, or one for all."""
-    import numpy as np
-
     pairs = zip(values, LAYOUT, strict=True)
     return np.concatenate([np.broadcast_to(value, block.dims) for value, block in pairs])
 
 
 def scaled(raw: NDArray[np.float64]) -> NDArray[np.float64]:
     """Raw features, (DIM,), centred, in units of their spreads, limited to +-LIMIT and weighted by block."""
-    import numpy as np
-
     z = (raw - row(block.centers for block in LAYOUT)) / row(block.spreads for block in LAYOUT)
     weights = row(((block.share / block.dims) ** 0.5,) for block in LAYOUT)
     return np.asarray(weights * z / np.sqrt(1 + (z / LIMIT) ** 2))

@@ -13,10 +13,10 @@ from loops import BANDS, play
 
 from pipeline.audio import resample
 from pipeline.engines.base import Embedder, EngineSettings
-from pipeline.engines.descriptors import DIM, ENGINE, LAYOUT
-from pipeline.engines.descriptors.embedder import window_edges
-from pipeline.engines.descriptors.features import RATE_HZ, raw_features
+from pipeline.engines.descriptors import ENGINE
+from pipeline.engines.descriptors.features import RATE_HZ, raw_features, window_edges
 from pipeline.engines.descriptors.filters import chroma_bank, mel_bank
+from pipeline.engines.descriptors.layout import DIM, LAYOUT
 from pipeline.errors import Stopped
 from pipeline.records import Audio, Embedding, Samples
 
