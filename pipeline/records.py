@@ -68,6 +68,18 @@ class Audio:
         return np.asarray(channels[0] if len(channels) == 1 else channels.mean(axis=0, dtype=np.float32))
 
 
+def cut(samples: Samples, start: int, stop: int) -> Samples:
+    """Samples from `start` to `stop`, (channels, stop - start); zeros outside of the sound."""
+    import numpy as np
+
+    n = samples.shape[1]
+    inside = samples[:, min(max(start, 0), n) : min(max(stop, 0), n)]
+    if inside.shape[1] == stop - start:
+        return inside
+    before = min(max(-start, 0), stop - start)
+    return np.pad(inside, ((0, 0), (before, stop - start - before - inside.shape[1])))
+
+
 def _cancellation(samples: Samples, sample_rate: int) -> tuple[float, int]:
     """Share of the sound that the channels' mean cancels, 0 to 1, and the strongest channel.
 

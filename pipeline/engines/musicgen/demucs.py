@@ -20,10 +20,9 @@ import numpy as np
 
 from pipeline.audio import resample
 from pipeline.engines.base import StopFn, check_stop
-from pipeline.engines.musicgen.hpss import cut
 from pipeline.engines.pretrained import reading
 from pipeline.errors import MissingPackage, MissingWeights
-from pipeline.records import Audio
+from pipeline.records import Audio, cut
 
 INSTALL_COMMAND = "pip install demucs==4.0.1"
 DEMUCS_CLASS = "demucs.htdemucs.HTDemucs"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engines.base import StopFn, check_stop
-from pipeline.records import Audio, Samples
+from pipeline.records import Audio, cut
 
 HOP_S = 0.0232  # 1024 samples at 44.1 kHz; frames are four of them long: 93 ms
 OVERLAP = 4  # frames that cover each sample
@@ -139,8 +139,7 @@ def _spectra(audio: Audio, grid: _Grid, first: int, last: int) -> NDArray[np.com
     """Spectra (frames, bins) of frames `first` to `last`, excluded, of the channels' mean."""
     import scipy.fft
 
-    begin = (first - grid.overlap + 1) * grid.hop
-    sound = cut(audio.mono_channels, begin, (last - first + grid.overlap - 1) * grid.hop).mean(axis=0)
+    sound = cut(audio.mono_channels, (first - grid.overlap + 1) * grid.hop, last * grid.hop).mean(axis=0)
     frames = np.lib.stride_tricks.sliding_window_view(sound, grid.fft)[:: grid.hop] * grid.window
     return np.asarray(scipy.fft.rfft(frames, axis=1)[:, : grid.bins_hz.size])
 
@@ -172,12 +171,3 @@ def _above_bass(bins_hz: Mags) -> Mags:
 def _odd(length: float) -> int:
     """The nearest odd number, 3 at least."""
     return max(3, 2 * math.floor(length / 2) + 1)
-
-
-def cut(samples: Samples, begin: int, length: int) -> Samples:
-    """A copy of `length` samples from `begin`, with zeros outside the track."""
-    out = np.zeros((samples.shape[0], length), np.float32)
-    first, last = max(0, begin), min(samples.shape[1], begin + length)
-    if first < last:
-        out[:, first - begin : last - begin] = samples[:, first:last]
-    return out

@@ -18,7 +18,7 @@ import scipy.signal
 
 from pipeline.engines.remix.analysis import Analysis
 from pipeline.engines.remix.path import BeatPath
-from pipeline.records import Audio, Samples
+from pipeline.records import Audio, Samples, cut
 
 ALIGN_S = 0.02  # largest shift to either side
 ALIGN_WINDOW_S = 0.08  # compared to either side of the beat
@@ -60,7 +60,7 @@ def render(
     stops = [piece.fade[0] for piece in pieces[1:]] + [n_samples]
     for k, (piece, stop) in enumerate(zip(pieces, stops, strict=True)):
         first = piece.fade[1]
-        out[:, first:stop] = _read(source, first + piece.offset, stop + piece.offset)
+        out[:, first:stop] = cut(source, first + piece.offset, stop + piece.offset)
         if k > 0:
             _mix(out, audio, pieces[k - 1].offset, piece)
     _fade_ends(out, path, source.shape[1] - pieces[-1].offset, rate)
@@ -108,23 +108,13 @@ def _fade(
     return max(0, at - length - guard), at - guard
 
 
-def _read(source: Samples, start: int, stop: int) -> Samples:
-    """Source samples, float32, (channels, stop - start); zeros outside of the track."""
-    n = source.shape[1]
-    inside = source[:, min(max(start, 0), n) : min(max(stop, 0), n)]
-    if inside.shape[1] == stop - start:
-        return inside
-    before = min(max(-start, 0), stop - start)
-    return np.pad(inside, ((0, 0), (before, stop - start - before - inside.shape[1])))
-
-
 def _alignment(source: Samples, left: int, entered: int, rate: int, has_beat: bool) -> int:
     """Shift of the entered side in samples."""
     if left >= source.shape[1]:
         return 0
     reach, half = round(ALIGN_S * rate), round(ALIGN_WINDOW_S * rate)
-    here = _read(source, left - half, left + half).mean(axis=0, dtype=np.float64)
-    there = _read(source, entered - reach - half, entered + reach + half).mean(axis=0, dtype=np.float64)
+    here = cut(source, left - half, left + half).mean(axis=0, dtype=np.float64)
+    there = cut(source, entered - reach - half, entered + reach + half).mean(axis=0, dtype=np.float64)
     inner = scipy.signal.correlate(there, here, mode="valid", method="fft")
     sums = np.concatenate([[0.0], np.cumsum(there**2)])
     power = np.maximum(sums[here.size :] - sums[: -here.size], 0.0) * (here**2).sum()
@@ -140,12 +130,12 @@ def _mix(out: Samples, audio: Audio, old_offset: int, piece: _Piece) -> None:
     if start == stop:
         return
     left, entered = ((start + offset, stop + offset) for offset in (old_offset, piece.offset))
-    a, b = (_read(audio.mono_channels, *part).mean(axis=0, dtype=np.float64) for part in (left, entered))
+    a, b = (cut(audio.mono_channels, *part).mean(axis=0, dtype=np.float64) for part in (left, entered))
     power = float((a**2).sum() * (b**2).sum())
     r = float(np.clip((a * b).sum() / np.sqrt(max(power, 1e-20)), 0.0, 1.0))
     angle = 0.5 * np.pi * (np.arange(stop - start) + 0.5) / (stop - start)
     level = np.sqrt(1.0 + 2.0 * r * np.cos(angle) * np.sin(angle))
-    leaving, entering = _read(audio.samples, *left), _read(audio.samples, *entered)
+    leaving, entering = cut(audio.samples, *left), cut(audio.samples, *entered)
     out[:, start:stop] = leaving * (np.cos(angle) / level) + entering * (np.sin(angle) / level)
 
 
