@@ -57,13 +57,9 @@ def _meter(distances: Floats) -> int:
 
 def _downbeat_evidence(features: Features) -> Doubles:
     """The higher, the more likely the beat is a downbeat, (beats,)."""
-    low, _, high = _first_onsets(features)
+    first_onsets = features.rhythm.reshape(-1, ONSET_PARTS, 3)[:, 0]  # of each beat, in three bands
+    low, _, high = np.ascontiguousarray(first_onsets.T)
     return _z_scores(low) + 0.3 * _z_scores(high) + 1.5 * _z_scores(_harmonic_change(features))
-
-
-def _first_onsets(features: Features) -> Floats:
-    """Onset strength of the three bands in the first part of each beat, (3, beats)."""
-    return np.ascontiguousarray(features.rhythm.reshape(-1, ONSET_PARTS, 3)[:, 0].T)
 
 
 def _harmonic_change(features: Features) -> Doubles:

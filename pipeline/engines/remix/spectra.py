@@ -47,12 +47,13 @@ class Spectra:
 
 def compute_spectra(mono: Floats) -> Spectra:
     """The spectra of mono sound at RATE_HZ, (samples,)."""
-    mel = _bands(mono, ONSET_FFT, HOP, _mel_bank())
+    edges_hz = _mel_edges_hz()
+    mel = _bands(mono, ONSET_FFT, HOP, _triangles(edges_hz, ONSET_FFT))
     loud = float(np.percentile(mel.max(axis=0), 90)) if mel.size else 0.0
     compressed = np.log1p(mel * np.float32(COMPRESSION / max(loud, 1e-9)))
     rise = np.zeros_like(compressed)
     rise[:, FLUX_LAG:] = np.maximum(0.0, compressed[:, FLUX_LAG:] - compressed[:, :-FLUX_LAG])
-    centres_hz = _mel_edges_hz()[1:-1]
+    centres_hz = edges_hz[1:-1]
     low, high = centres_hz < LOW_BAND_HZ, centres_hz > HIGH_BAND_HZ
     parts = np.stack([rise[mask].mean(axis=0) for mask in (low, ~low & ~high, high)])
     return Spectra(rise.mean(axis=0), parts, compressed, _bands(mono, TONE_FFT, TONE_HOP, _pitch_bank()))
@@ -75,10 +76,6 @@ def _mel_edges_hz() -> Doubles:
     """Corners of the triangles, (N_MEL + 2,), evenly spaced on the mel scale 2595 log10(1 + f/700)."""
     mels = np.linspace(2595 * np.log10(1 + 30 / 700), 2595 * np.log10(1 + 10500 / 700), N_MEL + 2)
     return np.asarray(700 * (10 ** (mels / 2595) - 1))
-
-
-def _mel_bank() -> Floats:
-    return _triangles(_mel_edges_hz(), ONSET_FFT)
 
 
 def _pitch_bank() -> Floats:
