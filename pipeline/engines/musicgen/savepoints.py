@@ -10,9 +10,7 @@ from __future__ import annotations
 import io
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -48,8 +46,9 @@ class Savepoints:
         if self.folder is None:
             return
         path = self._path(identity)
-        temporary = path.with_suffix(".tmp")
-        write_atomically(path, temporary, partial(_write, codes), verify=lambda file: None)
+        write_atomically(
+            path, path.with_suffix(".tmp"), lambda out: np.savez(out, codes=codes.astype(np.int16))
+        )
 
     def drop(self, identity: str) -> None:
         """Delete the savepoint of a finished request."""
@@ -60,7 +59,3 @@ class Savepoints:
     def _path(self, identity: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{identity}{SUFFIX}"
-
-
-def _write(codes: Tokens, out: BinaryIO) -> None:
-    np.savez(out, codes=codes.astype(np.int16))
