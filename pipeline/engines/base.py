@@ -80,10 +80,6 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
-class NoParams(Params):
-    """For engines without parameters."""
-
-
 class EngineSection(Params):
     """Base of an engine's own section of the configuration, `generate.<engine>` or `embed.<engine>`.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import pretrained
-from pipeline.engines.base import Embedder, EngineCard, EngineSettings, NoParams, StopFn, check_stop
+from pipeline.engines.base import Embedder, EngineCard, EngineSettings, Params, StopFn, check_stop
 from pipeline.errors import BadCheckpoint
 from pipeline.records import Audio, Embedding, Samples
 from pipeline.weights.hub import Weights
@@ -136,7 +136,7 @@ ENGINE = EngineCard(
     stage="embed",
     version=VERSION,
     summary="CLAP vectors in 10 s windows: what the track sounds like, comparable between tracks",
-    params=NoParams,
+    params=Params,
     load=_load,
     packages=("torch", "transformers"),
     install="pip install -r requirements.txt",

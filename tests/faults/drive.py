@@ -32,7 +32,7 @@ import numpy as np
 from home_folder import Home
 
 from pipeline.engines import cards
-from pipeline.engines.base import EngineCard, EngineSettings, NoParams, ProgressFn, StopFn
+from pipeline.engines.base import EngineCard, EngineSettings, Params, ProgressFn, StopFn
 from pipeline.errors import Stopped
 from pipeline.records import Audio, Embedding, Variation, VariationRequest
 
@@ -99,7 +99,7 @@ class Stuck(Free):
 
 def register() -> None:
     def card(name: str, stage: Any, load: Callable[[EngineSettings], Any]) -> EngineCard:
-        return EngineCard(name, stage, "1", "for tests of faults", NoParams, load)
+        return EngineCard(name, stage, "1", "for tests of faults", Params, load)
 
     cards()["free-vectors"] = card("free-vectors", "embed", lambda settings: FreeVectors())
     for name, kind in (("free", Free), ("paced", Paced), ("stuck", Stuck)):

@@ -33,7 +33,7 @@ Silence of any length has one and the same vector.
 
 from __future__ import annotations
 
-from pipeline.engines.base import Embedder, EngineCard, EngineSettings, NoParams
+from pipeline.engines.base import Embedder, EngineCard, EngineSettings, Params
 
 VERSION = "1"
 
@@ -49,7 +49,7 @@ ENGINE = EngineCard(
     stage="embed",
     version=VERSION,
     summary="timbre, harmony, rhythm and dynamics in 10 s windows; no model, far faster than real time",
-    params=NoParams,
+    params=Params,
     load=_load,
     packages=("numpy", "scipy", "soxr"),
 )
