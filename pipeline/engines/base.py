@@ -26,18 +26,14 @@ from pipeline.weights.layout import TRANSFORMERS, Layout
 UNFINISHED = "unfinished"  # folder of an engine's files that `gc` removes when they are old
 
 StopFn = Callable[[], bool]  # true once the work should end; asked at least once a step
+# Takes the progress of one request: its id, and how many steps of how many are done, whatever a step is.
+ProgressFn = Callable[[str, int, int], None]
 
 
 def check_stop(should_stop: StopFn, engine: str) -> None:
     """Raise Stopped if the work should end."""
     if should_stop():
         raise Stopped(f"{engine} was asked to stop.")
-
-
-class ProgressFn(Protocol):
-    """Takes the progress of one request: `done` of `total` steps, whatever the engine counts as a step."""
-
-    def __call__(self, request_id: str, done: int, total: int) -> None: ...
 
 
 class Generator(Protocol):
