@@ -101,7 +101,7 @@ def request_state(checkpoint: Any, name: str = "a", *, audio: Audio | None = Non
         ),
         sampler=sampler or Sampler(SamplingParams(**choices), seed),
         windows=all_windows,
-        codes=np.full((checkpoint.codebooks, n_frames), UNKNOWN, np.int64),
+        codes=np.full((checkpoint.layers.shape.codebooks, n_frames), UNKNOWN, np.int64),
     )
 
 
@@ -109,7 +109,7 @@ def run_requests(checkpoint: Any, decoder: Any, states: Sequence[Any], rows: int
     """Run requests in so many rows; yields them as they finish."""
     from pipeline.engines.musicgen.scheduler import Scheduler, distinct_prefixes
 
-    delays = np.arange(checkpoint.codebooks, dtype=np.int64) // checkpoint.channels
+    delays = np.arange(checkpoint.layers.shape.codebooks, dtype=np.int64) // checkpoint.channels
     return Scheduler(
         decoder=decoder,
         rows=rows,

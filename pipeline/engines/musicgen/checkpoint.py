@@ -84,11 +84,6 @@ class Checkpoint:
         return int(self.config.decoder.audio_channels)
 
     @property
-    def codebooks(self) -> int:
-        """Number of codebooks of all channels together."""
-        return int(self.config.decoder.num_codebooks)
-
-    @property
     def chroma_length(self) -> int:
         """Frames of chroma in the prefix of a window."""
         return int(self.config.chroma_length)

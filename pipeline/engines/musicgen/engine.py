@@ -66,7 +66,7 @@ class MusicgenGenerator:
         self.max_memory_gb, self.saved = max_memory_gb, saved or Savepoints(None)
         self.window_frames = round(checkpoint.window_s * checkpoint.frames_per_s)
         self.stride_frames = round(checkpoint.window_s * STRIDE * checkpoint.frames_per_s)
-        self.delays = np.arange(checkpoint.codebooks, dtype=np.int64) // checkpoint.channels
+        self.delays = np.arange(decoder.shape.codebooks, dtype=np.int64) // checkpoint.channels
 
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
@@ -186,7 +186,7 @@ class MusicgenGenerator:
         n_frames = max(1, math.ceil(self._n_samples(request) / self.checkpoint.hop_samples))
         all_windows = windows(n_frames, self.window_frames, self.stride_frames)
         end_s = all_windows[-1].start / self.checkpoint.frames_per_s + self.checkpoint.window_s
-        shape = (self.checkpoint.codebooks, n_frames)
+        shape = (self.decoder.shape.codebooks, n_frames)
         melody_source = builder.melody(request.audio, params.melody)[1]
         identity = self._identity(request, melody_source)
         codes = self.saved.load(identity, shape)

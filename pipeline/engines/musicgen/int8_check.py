@@ -64,7 +64,7 @@ def check_int8(
     cache = decoder.new_cache(1, PASSAGE_STEPS, 1, len(prefix))
     decoder.prefill(cache, 0, prefix)
     sampler = Sampler(SamplingParams(guidance=1.0), PASSAGE_SEED)
-    tokens = np.full((PASSAGE_STEPS + 1, checkpoint.codebooks), decoder.shape.vocabulary, np.int64)
+    tokens = np.full((PASSAGE_STEPS + 1, decoder.shape.codebooks), decoder.shape.vocabulary, np.int64)
     found = []
     for step in range(PASSAGE_STEPS):
         found.append(decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])])[0])

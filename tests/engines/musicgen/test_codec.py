@@ -27,7 +27,7 @@ def encodecs(checkpoint: Any, codes: np.ndarray) -> np.ndarray:
 
 
 def music(checkpoint: Any, frames: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 2048, (checkpoint.codebooks, frames))
+    return np.random.default_rng(0).integers(0, 2048, (checkpoint.layers.shape.codebooks, frames))
 
 
 @pytest.mark.parametrize("engine", ["musicgen", "stereo_musicgen"])

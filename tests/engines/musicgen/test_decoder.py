@@ -57,7 +57,7 @@ def case(request: pytest.FixtureRequest, musicgen_checkpoint: BuildFn) -> Case:
     folder = musicgen_checkpoint(f"reference-{request.param}", **SIZES[request.param])
     full = Model.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = load_checkpoint(hub.locate(str(folder)), threads=1)
-    n_books = checkpoint.codebooks
+    n_books = checkpoint.layers.shape.codebooks
     tokens = np.random.default_rng(0).integers(0, 2048, (STEPS, n_books))
     tokens[0] = 2048  # pads, as the delay pattern begins
     for step in range(1, 4):
@@ -162,7 +162,9 @@ def test_greedy_tokens_are_those_of_generate(
             guidance_scale=guidance,
             max_length=25 + 4,
         )
-    theirs = np.stack(decoded, axis=1).reshape(case.checkpoint.codebooks, -1)  # channels alternate
+    theirs = np.stack(decoded, axis=1).reshape(
+        case.checkpoint.layers.shape.codebooks, -1
+    )  # channels alternate
     np.testing.assert_array_equal(codes(generator_with(case.checkpoint, kind), request), theirs)
 
 
