@@ -30,10 +30,10 @@ StopFn = Callable[[], bool]  # true once the work should end; asked at least onc
 ProgressFn = Callable[[str, int, int], None]
 
 
-def check_stop(should_stop: StopFn, engine: str) -> None:
+def check_stop(should_stop: StopFn) -> None:
     """Raise Stopped if the work should end."""
     if should_stop():
-        raise Stopped(f"{engine} was asked to stop.")
+        raise Stopped("asked to stop")
 
 
 class Generator(Protocol):

@@ -54,7 +54,7 @@ class ClapEmbedder:
         windows = cut(mono, self._feature_extractor.nb_max_samples)
         vectors = []
         for start in range(0, len(windows), BATCH_WINDOWS):
-            check_stop(should_stop, "clap")
+            check_stop(should_stop)
             vectors.append(self._vectors(windows[start : start + BATCH_WINDOWS]))
         window_vectors = unit(np.concatenate(vectors))
         ends_s = np.cumsum([len(window) for window in windows]) / rate

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.engines.base import check_stop
 from pipeline.errors import (
     BadAudio,
     EngineFailure,
@@ -19,7 +20,6 @@ from pipeline.errors import (
     PipelineError,
     SourceAway,
     SourceGone,
-    Stopped,
 )
 from pipeline.fs.disk import environment_error
 from pipeline.intake.archive import archive_files
@@ -126,12 +126,8 @@ class Attempts:
             yield
             self.end(job, AttemptOutcome.DONE)
 
-    def check_stop(self) -> None:
-        if self.should_stop():
-            raise Stopped("asked to stop")
-
     def begin(self, job: Job, stage: Stage) -> None:
-        self.check_stop()
+        check_stop(self.should_stop)
         job.stage = stage
         job.attempt = self.store.begin_attempt(job.track.sha256, stage, now=self.clock())
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline import audio, stages
 from pipeline.config import Normalize
-from pipeline.engines.base import Generator, ProgressFn
+from pipeline.engines.base import Generator, ProgressFn, check_stop
 from pipeline.engines.loading import Engines
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, SourceAway, SourceGone
 from pipeline.fs import copying
@@ -186,7 +186,7 @@ class Runner:
         """Find results of earlier runs that the outbox still has, so that only the others are made."""
         for job in jobs:
             with self.attempts.guarded(job):
-                self.attempts.check_stop()
+                check_stop(self.should_stop)
                 self._find_results_of(job)
 
     def _find_results_of(self, job: Job) -> None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from pipeline.engines.base import check_stop
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
 from pipeline.intake.ingest import PATIENCE, Ingest, ScanResult
@@ -80,8 +81,7 @@ def run_once(session: Session) -> ScanResult:
         _report_inbox(session.health, scan)
         session.reporter.queued(session.store.counts()["queued"] + len(result.done) + len(result.failed))
         worked = runner.drain()
-        if signals.is_stopped():
-            raise Stopped("asked to stop")
+        check_stop(signals.is_stopped)
         has_more = scan.is_cut_short or (worked and (scan.waiting or scan.disk_full))
         if has_more:
             continue

@@ -65,7 +65,7 @@ class AudiocraftGenerator:
     def _variation(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> Variation:
         import torch
 
-        check_stop(should_stop, "audiocraft")
+        check_stop(should_stop)
         params = SamplingParams.model_validate(dict(request.params))
         model = self._musicgen()
         n_samples = round(request.duration_s * self.sample_rate)
@@ -79,7 +79,7 @@ class AudiocraftGenerator:
         def on_step(*_: int) -> None:  # audiocraft's own count starts again in each window
             nonlocal done
             done += 1
-            check_stop(should_stop, "audiocraft")
+            check_stop(should_stop)
             progress(request.request_id, done, total)
 
         model.set_custom_progress_callback(on_step)

@@ -188,7 +188,7 @@ class DescriptorsEmbedder:
         edges = window_edges(mono.size)
         rows = []
         for start, stop in edges:
-            check_stop(should_stop, "descriptors")
+            check_stop(should_stop)
             rows.append(unit(scaled(raw_features(mono[start:stop]))))
         windows = np.stack(rows)
         times_s = np.minimum(np.array(edges) / RATE_HZ, audio.duration_s)

@@ -41,7 +41,7 @@ def without_rhythm(audio: Audio, model: Any, device: str, should_stop: StopFn) -
     """
     import torch
 
-    model.register_forward_pre_hook(lambda *_: check_stop(should_stop, "musicgen"))
+    model.register_forward_pre_hook(lambda *_: check_stop(should_stop))
     source = resample(Audio(audio.mono_channels, audio.sample_rate), model.samplerate).samples
     stereo = np.broadcast_to(source, (model.audio_channels, source.shape[1]))
     kept = [model.sources.index(name) for name in KEPT_STEMS]

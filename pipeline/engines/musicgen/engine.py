@@ -117,7 +117,7 @@ class MusicgenGenerator:
                 self.saved.save(state.identity, state.codes)
 
         unfinished = list(states)
-        scheduler = self.scheduler(states, on_step, partial(check_stop, should_stop, self.name))
+        scheduler = self.scheduler(states, on_step, partial(check_stop, should_stop))
         try:
             for finished in scheduler.run(states):
                 yield finished
@@ -135,7 +135,7 @@ class MusicgenGenerator:
         prepared: list[RequestState | Failure] = []
         for request in requests:
             try:
-                check_stop(should_stop, self.name)
+                check_stop(should_stop)
                 prepared.append(self._state(request, builder))
             except REQUEST_ERRORS as error:
                 prepared.append(Failure(request.request_id, error))
@@ -212,9 +212,9 @@ class MusicgenGenerator:
 
         def on_piece(made: int) -> None:
             progress(request.request_id, frames + made, frames + pieces)
-            check_stop(should_stop, self.name)
+            check_stop(should_stop)
 
-        check_stop(should_stop, self.name)
+        check_stop(should_stop)
         samples = codec.decode(self.checkpoint, encodec.open(), state.codes, on_piece)
         samples = np.ascontiguousarray(samples[:, : self._n_samples(request)])
         if not np.isfinite(samples).all() or not samples.any():

@@ -84,7 +84,7 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
     scale = grid.window / np.float32(0.375 * OVERLAP)  # 3/8: the mean of a squared Hann window
     out = np.zeros((grid.n_frames + OVERLAP - 1, grid.hop), np.float32)
     for first in range(0, grid.n_frames, BLOCK_FRAMES):
-        check_stop(should_stop, "musicgen")
+        check_stop(should_stop)
         last = min(first + BLOCK_FRAMES, grid.n_frames)
         start, end = max(0, first - reach), min(grid.n_frames, last + reach)
         spectra = _spectra(audio, grid, start, end)

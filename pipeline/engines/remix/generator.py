@@ -50,7 +50,7 @@ class RemixGenerator:
         def step(done: int) -> None:
             progress(request.request_id, done, STEPS)
             if done < STEPS:
-                check_stop(should_stop, "remix")
+                check_stop(should_stop)
 
         step(0)
         params, source = RemixParams.model_validate(dict(request.params)), request.audio
