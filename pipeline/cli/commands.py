@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import sys
 import time
@@ -17,14 +18,16 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import __version__
-from pipeline.app import App
-from pipeline.errors import AlreadyRunning, FolderUnusable, PipelineError, Stopped
+from pipeline.app import DEFAULT_CONFIG, App
+from pipeline.config import Folders
+from pipeline.errors import AlreadyRunning, ConfigError, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
 from pipeline.records import Stage
-from pipeline.workspace import InputFolder
+from pipeline.workspace import InputFolder, Workspace
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
+TEMPLATE = Path(__file__).with_name("default.yaml")
 
 log = logging.getLogger("pipeline")
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -86,12 +89,24 @@ def options(
 
 
 def _app(context: typer.Context) -> App:
-    from pipeline.cli.home import find_home
+    """Open the home that was named, or the default one, or the current folder.
 
-    given, config = context.obj["home"], context.obj["config"]
-    program = context.find_root().info_name or ""
-    home = find_home(given, context.obj["default_home"], has_config=config is not None, program=program)
-    return App.open(home, config)
+    With a configuration of the command line, any existing folder will do.
+
+    Raises:
+        ConfigError: the folder is not a home. A mistyped path must not be filled with new folders.
+    """
+    home, config = context.obj["home"] or context.obj["default_home"] or Path.cwd(), context.obj["config"]
+    if not home.is_dir():
+        problem = "does not exist" if not home.exists() else "is not a folder"
+    elif config is not None or (home / DEFAULT_CONFIG).is_file() or (home / Folders().inbox).is_dir():
+        return App.open(home, config)
+    else:
+        problem = f"is not a home: it has neither {DEFAULT_CONFIG} nor a folder inbox"
+    raise ConfigError(
+        f"{printable(home)} {problem}: name another home with --home, or make one with"
+        f" `{context.find_root().info_name} init {printable(home)}`"
+    )
 
 
 Folder = Annotated[
@@ -117,9 +132,13 @@ def init(
     context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new home.")]
 ) -> int:
     """Make a new home: a configuration and the folders."""
-    from pipeline.cli.home import make_home
-
-    workspace = make_home(folder)
+    config = folder / DEFAULT_CONFIG
+    if config.exists():
+        raise ConfigError(f"{printable(config)} exists: {printable(folder)} is a home already")
+    workspace = Workspace.of(folder, Folders())
+    workspace.prepare()
+    config.parent.mkdir(exist_ok=True)
+    shutil.copyfile(TEMPLATE, config)
     program = context.find_root().info_name
     typer.echo(f"put tracks into {workspace.inbox}, then run `{program} --home {workspace.home} once`")
     return ALL_DONE
