@@ -19,35 +19,22 @@ from pipeline.records import Audio, Samples
 
 BitDepth = Literal[16, 24, "float"]
 
-# Tag name -> chunk of LIST INFO (RIFF 1991, chapter 2; ITRK by common use).
-INFO_CHUNKS = {
-    "title": b"INAM",
-    "artist": b"IART",
-    "album": b"IPRD",
-    "comment": b"ICMT",
-    "copyright": b"ICOP",
-    "genre": b"IGNR",
-    "software": b"ISFT",
-    "source": b"ISRC",
-    "track": b"ITRK",
-}
+# Tag name -> chunk of LIST INFO (RIFF 1991, chapter 2).
+INFO_CHUNKS = {"title": b"INAM", "comment": b"ICMT", "copyright": b"ICOP", "software": b"ISFT"}
 _PCM, _IEEE_FLOAT = 1, 3
 _MAX_RIFF_BYTES = 0xFFFFFFFF
 _CHUNK_FRAMES = 1 << 16
 
 
-def write_wav(
-    file: BinaryIO, audio: Audio, *, bit_depth: BitDepth, tags: Mapping[str, str] | None = None
-) -> None:
+def write_wav(file: BinaryIO, audio: Audio, *, bit_depth: BitDepth, tags: Mapping[str, str]) -> None:
     """Write `audio` as a complete WAV file; equal arguments give equal bytes.
 
     16-bit samples are dithered, except digital silence; 24-bit samples are rounded. Full scale is 2**15
-    and 2**23, as in decoders, and a sample of +1 becomes the largest code. Tags are written as UTF-8; their
-    names are the keys of `INFO_CHUNKS`.
+    and 2**23, as in decoders, and a sample of +1 becomes the largest code. Tags are written as UTF-8, in
+    the given order; their names are the keys of `INFO_CHUNKS`.
 
     Raises:
-        ValueError: a sample is not finite or outside [-1, 1], a tag is unknown, or the file would exceed
-            4 GiB.
+        ValueError: a sample is not finite or outside [-1, 1], or the file would exceed 4 GiB.
     """
     peak = np.max(np.abs(audio.samples), initial=0.0)
     if not peak <= 1.0:  # false for NaN as well
@@ -64,7 +51,7 @@ def write_wav(
     )
     if bit_depth == "float":
         head += _chunk(b"fact", struct.pack("<I", audio.n_samples))
-    head += _info_list(tags or {})
+    head += _info_list(tags)
     n_data = frame * audio.n_samples
     total = 4 + len(head) + 8 + n_data + n_data % 2
     if total > _MAX_RIFF_BYTES:
@@ -75,12 +62,9 @@ def write_wav(
 
 
 def _info_list(tags: Mapping[str, str]) -> bytes:
-    unknown = sorted(set(tags) - set(INFO_CHUNKS))
-    if unknown:
-        raise ValueError(f"unknown WAV tags: {', '.join(unknown)}; known: {', '.join(INFO_CHUNKS)}")
     if not tags:
         return b""
-    rows = (_chunk(INFO_CHUNKS[name], tags[name].encode() + b"\0") for name in INFO_CHUNKS if name in tags)
+    rows = (_chunk(INFO_CHUNKS[name], text.encode() + b"\0") for name, text in tags.items())
     return _chunk(b"LIST", b"INFO" + b"".join(rows))
 
 

@@ -81,9 +81,9 @@ def wav_tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
     comment = {"source_sha256": sha256, **facts}
     return {
         "title": f"{name} ({facts['name']})",
+        "comment": json.dumps(comment, sort_keys=True, ensure_ascii=False),
         "copyright": str(facts["license"]),
         "software": SOFTWARE,
-        "comment": json.dumps(comment, sort_keys=True, ensure_ascii=False),
     }
 
 

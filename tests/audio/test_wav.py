@@ -105,8 +105,3 @@ def test_ffmpeg_reads_the_tags_as_utf8() -> None:
     expected = {"encoder" if name == "software" else name: text for name, text in TAGS.items()}
     assert tags_of(wav_bytes(noise(), 16)) == expected
     assert tags_of(wav_bytes(noise(), 16, {})) == {}
-
-
-def test_an_unknown_tag_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown WAV tags: colour"):
-        wav_bytes(noise(), 16, {"colour": "blue"})
