@@ -6,6 +6,7 @@ Only the files of a model's layout are downloaded, which for most engines are sa
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,7 @@ def cached() -> list[CachedModel]:
     except hub.CacheNotFound:
         return []
     found = [
-        CachedModel(
-            model=repo.repo_id,
-            revision=snapshot.commit_hash,
-            model_type=_model_type(snapshot.snapshot_path),
-            size_bytes=snapshot.size_on_disk,
-            complete=_is_complete(repo.repo_id, snapshot.commit_hash),
-        )
+        _described(repo.repo_id, snapshot)
         for repo in repos
         if repo.repo_type == "model"
         for snapshot in repo.revisions
@@ -147,18 +142,12 @@ def _snapshot(hub: Any, model: str, revision: str, layout: Layout, **options: An
     return Path(hub.snapshot_download(model, revision=revision, allow_patterns=patterns, **options))
 
 
-def _model_type(snapshot: Path) -> str:
-    try:
-        return str(read_json(snapshot / "config.json").get("model_type", ""))
-    except BadCheckpoint:
-        return ""
-
-
-def _is_complete(model: str, revision: str) -> bool:
-    try:
-        return locate(model, revision) is not None
-    except BadCheckpoint:
-        return False
+def _described(model: str, snapshot: Any) -> CachedModel:
+    model_type, complete = "", False
+    with suppress(BadCheckpoint):
+        model_type = str(read_json(snapshot.snapshot_path / "config.json").get("model_type", ""))
+        complete = locate(model, snapshot.commit_hash) is not None
+    return CachedModel(model, snapshot.commit_hash, model_type, snapshot.size_on_disk, complete)
 
 
 def _download(model: str, revision: str, layout: Layout) -> Path:
