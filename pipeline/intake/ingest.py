@@ -110,13 +110,13 @@ class Ingest:
                 result.unmarked += 1
             elif self.settings.marker is None and not self._is_ready(scanned):
                 result.unsettled += 1
-            elif spooled and spooled + scanned.size > limit:
+            elif spooled and spooled + scanned.identity.size > limit:
                 result.waiting += 1
             elif self.clock() > until:
                 result.waiting += 1
                 result.is_cut_short = True
             else:
-                spooled += scanned.size
+                spooled += scanned.identity.size
                 yield scanned
 
     def _was_taken_in(self, file: SourceFile, scanned: ScannedFile) -> bool:
@@ -131,7 +131,7 @@ class Ingest:
     def _copy(self, scanned: ScannedFile, result: ScanResult, should_stop: Callable[[], bool]) -> str | None:
         """Make the working copy; returns its hash, or None if there is nothing to record."""
         reserve = self.disk.min_free_mb * 1e6 + self.recipe.result_bytes  # for the processing of the queue
-        count_that_fit([self.workspace.state], each_bytes=scanned.size, reserve_bytes=reserve)
+        count_that_fit([self.workspace.state], each_bytes=scanned.identity.size, reserve_bytes=reserve)
         incoming = self.workspace.incoming()
         try:
             sha256 = copying.copy_in(
@@ -224,10 +224,8 @@ class Ingest:
             sha256=sha256,
             root=self.folder.path,
             display=scanned.display,
-            size=scanned.size,
-            mtime_ns=scanned.mtime_ns,
-            inode=scanned.inode,
             state=FileState.WAITING,
+            **vars(scanned.identity),
         )
 
     # -- known files -----------------------------------------------------------------------------

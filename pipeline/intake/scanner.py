@@ -44,26 +44,20 @@ class ScannedFile:
     path: Path
     real_path: Path  # the one to open: no part of it below the scanned folder was a link
     display: str  # the path below the scanned folder, printable
-    size: int  # bytes
-    mtime_ns: int
+    identity: FileIdentity
     ctime_ns: int
-    inode: int
     device: int = 0
     marked: bool = True  # False: its marker is missing, or a download tool's own file is still there
 
     @property
-    def identity(self) -> FileIdentity:
-        return FileIdentity(self.size, self.mtime_ns, self.inode)
-
-    @property
     def changed_s(self) -> float:
         """When it was last written to or renamed, according to its own times."""
-        return max(self.mtime_ns, self.ctime_ns) / NS_PER_S
+        return max(self.identity.mtime_ns, self.ctime_ns) / NS_PER_S
 
     @property
     def granularity_s(self) -> float:
         """How much later than `changed_s` the change may have been: times without fractions are coarse."""
-        return COARSE_S if self.mtime_ns % NS_PER_S == 0 == self.ctime_ns % NS_PER_S else 0.0
+        return COARSE_S if self.identity.mtime_ns % NS_PER_S == 0 == self.ctime_ns % NS_PER_S else 0.0
 
 
 @dataclass(frozen=True)
@@ -110,12 +104,12 @@ class Scanner:
                 with suppress(OSError):  # it does not exist yet
                     self._visited.add(_id(os.stat(name, dir_fd=root_fd)))
             for found in self._below(root_fd, Place()):
-                found_ids.add((found.device, found.inode))
+                found_ids.add((found.device, found.identity.inode))
                 yield found
             for link in self._links:  # grows when a link leads to a folder with links
                 for found in self._follow(root_fd, link):
-                    if (found.device, found.inode) not in found_ids:
-                        found_ids.add((found.device, found.inode))
+                    if (found.device, found.identity.inode) not in found_ids:
+                        found_ids.add((found.device, found.identity.inode))
                         yield found
         finally:
             os.close(root_fd)
@@ -181,10 +175,8 @@ class Scanner:
             path=self.root / place.shown,
             real_path=self.root.joinpath(*place.real),
             display=printable(place.shown),
-            size=found.st_size,
-            mtime_ns=found.st_mtime_ns,
+            identity=FileIdentity.of(found),
             ctime_ns=found.st_ctime_ns,
-            inode=found.st_ino,
             device=found.st_dev,
             marked=self._is_marked(place, found.st_size, siblings),
         )

@@ -13,6 +13,7 @@ import pytest
 from conftest import AsOtherUser
 
 from pipeline.config import Intake
+from pipeline.fs.copying import FileIdentity
 from pipeline.intake.scanner import MAX_DEPTH, Scanner
 from pipeline.workspace import InputFolder
 
@@ -67,8 +68,8 @@ def test_a_scanned_file_has_the_size_and_times_of_the_file(tmp_path: Path) -> No
 
     (scanned,) = scanner_of(tmp_path).scan()
     assert (scanned.path, scanned.real_path) == (path, path)
-    assert (scanned.size, scanned.inode, scanned.device) == (5, found.st_ino, found.st_dev)
-    assert (scanned.mtime_ns, scanned.ctime_ns) == (found.st_mtime_ns, found.st_ctime_ns)
+    assert scanned.identity == FileIdentity(5, found.st_mtime_ns, found.st_ino)
+    assert (scanned.ctime_ns, scanned.device) == (found.st_ctime_ns, found.st_dev)
     assert scanned.marked
 
 
@@ -393,7 +394,7 @@ def test_a_followed_link_shows_its_own_name_and_where_the_file_is(tmp_path: Path
     assert found["song.wav"].path == inbox / "song.wav"
     assert found["song.wav"].real_path == inbox / ".store" / "s.wav"
     assert found["album/t.wav"].real_path == inbox / ".store" / "more" / "t.wav"
-    assert found["song.wav"].inode == (inbox / ".store" / "s.wav").stat().st_ino
+    assert found["song.wav"].identity.inode == (inbox / ".store" / "s.wav").stat().st_ino
 
 
 def test_followed_links_find_no_file_twice_and_end_in_circles(tmp_path: Path) -> None:
