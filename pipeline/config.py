@@ -199,11 +199,8 @@ def load_config(path: Path | None, *, env: Mapping[str, str] = os.environ) -> Co
                 for problem in problems
             ]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from e
-    if problems := config_errors.of_engines(
-        {"embed": config.embed.engine, "generate": config.generate.engine},
-        variations=[spec.model_extra or {} for spec in config.generate.variations],
-        own_keys=set(VariationSpec.model_fields),
-    ):
+    generate = config.generate
+    if problems := config_errors.of_engines(config.embed.engine, generate.engine, generate.variations):
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from typing import Any, get_args
 
@@ -29,9 +29,7 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
     inputs: dict[str, str] = {}
     for error in e.errors():
         *parents, last = error["loc"]
-        unknown = (
-            error["type"] == "extra_forbidden"
-        )  # then `last` is a key of the file, even if it is "float"
+        unknown = error["type"] == "extra_forbidden"  # then `last` is a key, even if it is "float"
         loc = [part for part in parents if not _is_union_branch(part)]
         if unknown or not _is_union_branch(last):
             loc.append(last)
@@ -51,29 +49,27 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
     ]
 
 
-def of_engines(
-    chosen: Mapping[str, str], *, variations: Sequence[Mapping[str, Any]], own_keys: set[str]
-) -> list[str]:
+def of_engines(embed: str, generate: str, variations: Sequence[BaseModel]) -> list[str]:
     """Unknown engines, and variation parameters that no engine, or not the chosen one, would take.
 
     Args:
-        chosen: engine name or "auto", by stage.
-        variations: the engine parameters of each entry of `generate.variations`.
-        own_keys: the keys an entry has whatever the engine.
+        embed, generate: engine name or "auto".
+        variations: the entries of `generate.variations`, with the engine's parameters as extra fields.
     """
     problems = []
-    for stage, engine in chosen.items():
+    for stage, engine in (("embed", embed), ("generate", generate)):
         known = ["auto", *(card.name for card in cards().values() if card.stage == stage)]
         if engine not in known:
             problems.append(f"{stage}.engine: must be one of {', '.join(known)}, not {shown(engine)}")
     generators = [card for card in cards().values() if card.stage == "generate"]
-    takers = [card for card in generators if card.is_meant_by(chosen["generate"])]
+    takers = [card for card in generators if card.is_meant_by(generate)]
     known_keys = {key for card in generators for key in card.params.model_fields}
-    for i, params in enumerate(variations):
-        for key, value in params.items():
+    for i, spec in enumerate(variations):
+        for key, value in (spec.model_extra or {}).items():
             where = f"generate.variations[{i}].{key}"
             if key not in known_keys:
-                problems.append(f"{where}: unknown key{_nearest(key, known_keys | own_keys)}")
+                nearest = _nearest(key, {*known_keys, *type(spec).model_fields})
+                problems.append(f"{where}: unknown key{nearest}")
             elif value == []:
                 problems.append(f"{where}: an empty list sweeps over nothing")
             else:
