@@ -39,14 +39,15 @@ class WriteFailed(OSError):
     """The copy couldn't be written: an error of the disk, not of the file that was copied."""
 
 
-def hash_file(path: Path) -> str | None:
-    """SHA-256 of a file's bytes; raises as `copy_in` does."""
-    return copy_in(path, None, follow=True)
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy_in(
     path: Path,
-    target: Path | None,
+    target: Path,
     *,
     expected: FileIdentity | None = None,
     follow: bool = False,
@@ -58,7 +59,6 @@ def copy_in(
     stays until the track is finished.
 
     Args:
-        target: None if the file is only hashed.
         expected: the file's identity when it was found to be ready; checked on the open file.
         follow: whether `path` may be a symbolic link.
 
@@ -71,13 +71,13 @@ def copy_in(
         WriteFailed: the copy can't be written.
         OSError: anything else, such as a failing device.
     """
-    sha, written_to = hashlib.sha256(), target or Path(os.devnull)
+    sha = hashlib.sha256()
     with _opened(path, follow=follow) as source:
         before = os.fstat(source.fileno())
         if not stat.S_ISREG(before.st_mode) or (expected is not None and FileIdentity.of(before) != expected):
             raise FileChanged(path)
-        with write_errors(written_to):
-            copy = written_to.open("wb")
+        with write_errors(target):
+            copy = target.open("wb")
         with copy:
             while block := source.read(READ_BYTES):
                 if should_stop():
@@ -85,7 +85,7 @@ def copy_in(
                 if source.tell() > before.st_size:  # it grows while it is read, perhaps without end
                     raise FileChanged(path)
                 sha.update(block)
-                with write_errors(written_to):
+                with write_errors(target):
                     copy.write(block)
                     copy.flush()
         if FileIdentity.of(os.fstat(source.fileno())) != FileIdentity.of(before):

@@ -8,7 +8,6 @@ hash in the manifest is right.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from pipeline.fs import atomic
+from pipeline.fs.copying import hash_file
 from pipeline.fs.names import track_name
 
 MANIFEST = "manifest.json"
@@ -150,7 +150,7 @@ class Outbox:
         """Whether a file is there with the bytes with which it was published."""
         try:
             path = self.root / folder / published.file
-            return path.stat().st_size == published.bytes and _sha256(path) == published.sha256
+            return path.stat().st_size == published.bytes and hash_file(path) == published.sha256
         except OSError:
             return False
 
@@ -176,7 +176,7 @@ class Outbox:
         for path in sorted([*self.own_files(folder), *self.temporary_files(folder)]):
             if path.suffix != TMP_SUFFIX:  # those may not have been flushed
                 with suppress(OSError):
-                    content = _sha256(path), path.stat().st_size
+                    content = hash_file(path), path.stat().st_size
                     names.setdefault(content, []).append(str(path.relative_to(base)))
         return names
 
@@ -247,11 +247,6 @@ def listed_files(manifest: Any) -> list[Published] | None:
 
 def _undated(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in manifest.items() if key != "created_at"}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _beside(path: Path, suffix: str) -> Path:
