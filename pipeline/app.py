@@ -166,7 +166,6 @@ class App:
         ingest = Ingest(
             folder=folder,
             settings=intake,
-            disk=self.config.disk,
             recipe=recipe,
             store=store,
             outbox=outbox,

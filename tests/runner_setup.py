@@ -25,7 +25,7 @@ from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequ
 from pipeline.runner.runner import Runner
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
-from pipeline.workspace import Workspace
+from pipeline.workspace import InputFolder, Workspace
 
 START_S, BACKOFF_S = 1000.0, 10.0
 Answer = Callable[[VariationRequest], Variation | Failure]
@@ -133,18 +133,20 @@ class RunnerSetup:
         assert self.ingest(settle_s=0).scan(should_stop=lambda: False).queued == len(names)
         return hashes
 
-    def ingest(self, *, settle_s: float | None = None, trust_times: bool = True) -> Ingest:
-        intake = self.config.intake
+    def ingest(
+        self, folder: InputFolder | None = None, *, settle_s: float | None = None, trust_times: bool = True
+    ) -> Ingest:
+        """The ingest of a folder; default: of the inbox."""
+        intake, folder = self.config.intake, folder or self.workspace.input_folder
         settle_s = intake.settle_s if settle_s is None else settle_s
         return Ingest(
-            folder=self.workspace.input_folder,
+            folder=folder,
             settings=intake,
-            disk=self.config.disk,
             recipe=self.recipe,
             store=self.store,
             outbox=Outbox(self.workspace.outbox),
             workspace=self.workspace,
-            scanner=Scanner(self.workspace.input_folder, intake),
+            scanner=Scanner(folder, intake),
             settling=Settling(settle_s, trust_times=trust_times),
             clock=lambda: self.now,
         )

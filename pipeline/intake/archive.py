@@ -16,7 +16,7 @@ log = logging.getLogger("pipeline")
 
 
 def archive_files(
-    store: Store, files: list[SourceFile], inbox: Path | None, settings: Intake, *, error: str | None
+    store: Store, files: list[SourceFile], inbox: Path, settings: Intake, *, error: str | None
 ) -> None:
     """Move, delete or keep a track's source files as the configuration says; `error`: why the track failed.
 

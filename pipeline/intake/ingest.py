@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import Disk, Intake
+from pipeline.config import Intake
 from pipeline.errors import BadAudio, DiskFull, FolderUnusable, os_reason
 from pipeline.fs import copying
 from pipeline.fs.copying import FileChanged, FileIdentity, WriteFailed, error_path
@@ -55,7 +55,6 @@ class Ingest:
 
     folder: InputFolder
     settings: Intake
-    disk: Disk
     recipe: Recipe
     store: Store
     outbox: Outbox
@@ -66,10 +65,6 @@ class Ingest:
     _plan_keys: dict[str, str] = field(default_factory=dict)  # by hash of the track
     _logged: set[str] = field(default_factory=set)  # tracks whose results could not be read
     _failing_since: dict[Path, float] = field(default_factory=dict)  # files that can't be read
-
-    @property
-    def inbox(self) -> Path | None:
-        return self.folder.path if self.folder.is_inbox else None
 
     def scan(self, *, should_stop: Callable[[], bool]) -> ScanResult:
         """Take in the new files, and queue tracks whose results have to be made again.
@@ -130,7 +125,8 @@ class Ingest:
 
     def _copy(self, scanned: ScannedFile, result: ScanResult, should_stop: Callable[[], bool]) -> str | None:
         """Make the working copy; returns its hash, or None if there is nothing to record."""
-        reserve = self.disk.min_free_mb * 1e6 + self.recipe.result_bytes  # for the processing of the queue
+        # The reserve is for the processing of the queue.
+        reserve = self.recipe.config.disk.min_free_mb * 1e6 + self.recipe.result_bytes
         count_that_fit([self.workspace.state], each_bytes=scanned.identity.size, reserve_bytes=reserve)
         incoming = self.workspace.incoming()
         try:
@@ -180,7 +176,7 @@ class Ingest:
             self.store.fail(sha256, stage=UNREADABLE, error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
         result.unreadable.add(sha256)
-        archive_files(self.store, [file], self.inbox, self.settings, error=f"{name} {error}")
+        archive_files(self.store, [file], self.workspace.inbox, self.settings, error=f"{name} {error}")
 
     def _add(self, scanned: ScannedFile, sha256: str, result: ScanResult) -> None:
         """Add a copied file to the store, and archive it if its track is finished."""
@@ -237,7 +233,7 @@ class Ingest:
             result.failed.add(track.sha256)
             if file.state == FileState.WAITING:  # a kill came before it was moved
                 error = f"{track.name}: {track.error}"
-                archive_files(self.store, [file], self.inbox, self.settings, error=error)
+                archive_files(self.store, [file], self.workspace.inbox, self.settings, error=error)
         else:
             self._check_results(track, result, file)
 
@@ -254,7 +250,7 @@ class Ingest:
             if is_new_file:
                 files = self.store.files_of(track.sha256)
                 self.outbox.set_source_names(track.folder, [one.display for one in files])
-                archive_files(self.store, files, self.inbox, self.settings, error=None)
+                archive_files(self.store, files, self.workspace.inbox, self.settings, error=None)
             result.up_to_date.add(track.sha256)
         except OSError as e:
             if isinstance(environment_error(e), DiskFull):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.intake.archive import archive_files, recover_moves, restore_to_inb
 from pipeline.outbox.outbox import Outbox
 from pipeline.records import Failure
 from pipeline.store.schema import FileState
+from pipeline.workspace import InputFolder
 
 LATER_S = 100.0
 
@@ -87,7 +89,8 @@ def test_nothing_is_taken_when_the_disk_is_nearly_full(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0)
     write_music(setup.workspace.inbox / "a.wav")
     all_of_it = setup.config.disk.model_copy(update={"min_free_mb": 1e12})
-    setup.config = setup.config.model_copy(update={"disk": all_of_it})
+    config = setup.config.model_copy(update={"disk": all_of_it})
+    setup.recipe = replace(setup.recipe, config=config)
 
     assert isinstance(setup.scan().disk_full, DiskFull)
 
@@ -116,6 +119,23 @@ def test_what_finishes_while_the_inbox_is_away_is_archived_when_it_is_back(setup
     setup.scan()
 
     assert (setup.workspace.inbox / "done" / "a.wav").exists()
+
+
+def test_bytes_that_come_from_another_folder_and_wait_in_the_inbox_end_in_its_archive(
+    setup: RunnerSetup,
+) -> None:
+    setup.bring("a.wav")
+    away = setup.workspace.inbox.rename(setup.workspace.home / "away")
+    setup.runner(Answers()).drain()
+    away.rename(setup.workspace.inbox)
+    elsewhere = InputFolder(setup.workspace.home / "elsewhere", is_inbox=False)
+    elsewhere.path.mkdir()
+    shutil.copyfile(setup.workspace.inbox / "a.wav", elsewhere.path / "b.wav")
+
+    setup.ingest(elsewhere, settle_s=0).scan(should_stop=lambda: False)
+
+    assert (setup.workspace.inbox / "done" / "a.wav").exists()
+    assert (elsewhere.path / "b.wav").exists()
 
 
 def test_with_markers_a_file_is_taken_when_its_own_is_there_and_the_marker_goes_with_it(
