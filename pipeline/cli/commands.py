@@ -217,18 +217,14 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
     store = _app(context).open_store()
     found = [store.find(name) for name in tracks] if tracks else store.tracks(TrackState.FAILED)
     for track in found:
-        if (
-            track.state == TrackState.FAILED
-            and track.stage == UNREADABLE
-            and not store.units_of(track.sha256)
-        ):
+        if track.state != TrackState.FAILED:
+            typer.echo(f"{track.name}: is {track.state}, not failed")
+        elif track.stage == UNREADABLE:
             restore_to_inbox(store, track)
             typer.echo(f"{track.name}: will be read again at the next scan")
-        elif track.state == TrackState.FAILED:
+        else:
             store.requeue(track.sha256, now=time.time())
             typer.echo(f"{track.name}: queued again")
-        else:
-            typer.echo(f"{track.name}: is {track.state}, not failed")
     if not found:
         typer.echo("nothing has failed")
     return ALL_DONE
