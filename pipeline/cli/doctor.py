@@ -67,12 +67,9 @@ def _folders(app: App) -> Iterator[Check]:
 
 
 def _decoders() -> Iterator[Check]:
-    try:
-        import av
-        import soundfile
-    except (ImportError, OSError) as e:
-        yield Check("bad", "decoders", str(e))
-        return
+    import av
+    import soundfile
+
     ffmpeg, sndfile = av.ffmpeg_version_info, soundfile.__libsndfile_version__
     yield Check("ok", "decoders", f"FFmpeg {ffmpeg} (PyAV {av.__version__}), libsndfile {sndfile}")
 

@@ -499,6 +499,16 @@ def test_doctor_goes_on_after_a_check_that_failed(home: Home, pipeline: Pipeline
     assert "ok    database: not created yet" in ended.out
 
 
+def test_doctor_names_a_decoder_that_cannot_be_imported(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    ended = pipeline("doctor")
+    assert ended.code == 1
+    assert "bad   decoders: a package can't be imported: import of soundfile" in ended.out
+    assert "ok    database: not created yet" in ended.out
+
+
 def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
     lines = pipeline("doctor").out.splitlines()
     assert "ok    generate uses: remix: named in the configuration" in lines
