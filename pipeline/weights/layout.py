@@ -81,7 +81,8 @@ def fingerprint(folder: Path, files: tuple[str, ...] = LOADED_FILES) -> str:
     checkpoint in the same folder, a fine-tuned one included, but is no integrity check.
     """
     digest = hashlib.sha256()
-    for path in sorted(_loaded_files(folder, files)):
+    loaded = {path for pattern in files for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(loaded):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
@@ -126,10 +127,6 @@ def _sampled(size: int) -> list[tuple[int, int]]:
         return [(0, size)]
     last = size - BLOCK_BYTES
     return [(last * i // (BLOCKS - 1), BLOCK_BYTES) for i in range(BLOCKS)]
-
-
-def _loaded_files(folder: Path, files: tuple[str, ...]) -> set[Path]:
-    return {path for pattern in files for path in folder.glob(pattern) if path.is_file()}
 
 
 def _shards(folder: Path) -> list[str]:
