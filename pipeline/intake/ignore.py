@@ -12,10 +12,13 @@ import unicodedata
 from collections.abc import Sequence
 from fnmatch import translate
 
+# Some tools write into the final file, with another file beside it until it is complete.
+IN_PLACE_SUFFIXES = (".aria2", ".lftp-pget-status")
+PLACEHOLDER_SUFFIX = ".part"  # Firefox keeps an empty file under the final name meanwhile
+
 PREFIXES = (
     ".",  # dotfiles; AppleDouble (._*), rsync (.name.XXXXXX), .syncthing.*, .stversions, .dropbox.cache, …
     "~$",  # Microsoft Office's lock files
-    "~syncthing~",  # Syncthing on Windows
 )
 SUFFIXES = (
     "~",  # editors' backups
@@ -26,15 +29,13 @@ SUFFIXES = (
     ".download",  # Safari: a folder
     ".opdownload",  # Opera
     ".fdmdownload",  # Free Download Manager
-    ".aria2",
-    ".lftp-pget-status",
+    *IN_PLACE_SUFFIXES,
     ".ytdl",
-    ".tmp",
+    ".tmp",  # Syncthing on Windows too: ~syncthing~name.tmp
     ".temp",
     ".!sync", ".bts", ".syncpart", ".synctemp",  # Resilio, BitTorrent Sync
     ".!qb", ".!ut", ".bc!",  # qBittorrent, µTorrent, BitComet
     ".xltd", ".td",  # Thunder
-    ".kate-swp",
 )  # fmt: skip
 NAMES = frozenset(
     {
@@ -45,10 +46,6 @@ NAMES = frozenset(
         "lost+found", "__macosx", "network trash folder", "temporary items", "icon\r",  # Unix, macOS
     }
 )  # fmt: skip
-
-# Some tools write into the final file, with another file beside it until it is complete.
-IN_PLACE_SUFFIXES = (".aria2", ".lftp-pget-status")
-PLACEHOLDER_SUFFIX = ".part"  # Firefox keeps an empty file under the final name meanwhile
 
 
 class Ignore:
