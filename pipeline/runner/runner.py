@@ -248,7 +248,7 @@ class Runner:
             with self.attempts.attempt(job, Stage.EMBED):
                 start = self.clock()
                 embedder = self.engines.embedder()
-                result = stages.embed(job.audio(), embedder, should_stop=self.should_stop)
+                result = embedder.embed(job.audio(), should_stop=self.should_stop)
                 published = self.outbox.publish(
                     job.track.folder,
                     EMBEDDING,

@@ -287,7 +287,7 @@ def test_files_that_wait_for_space_behind_a_queue_in_backoff_are_not_scanned_wit
 def test_an_engine_that_cannot_be_loaded_is_waited_out_and_reported(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     write_music(setup.workspace.inbox / "a.wav")
-    engines = Unloadable(Answers(), EngineUnusable("device: cuda can't be used"))
+    engines = Unloadable(Answers(), error=EngineUnusable("device: cuda can't be used"))
     runner = replace(daemon.processor.runner, engines=engines)
     daemon.session.processor = replace(daemon.processor, runner=runner)
 
