@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -88,29 +87,15 @@ def wav_tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
 
 
 def manifest(
-    *,
-    name: str,
-    names: Sequence[str],
-    sha256: str,
-    n_bytes: int,
-    normalized: Mapping[str, Any],
-    embedding: Json,
-    variations: Sequence[Json],
-    config_sha256: str,
-    now: float,
+    source: Json, normalized: Json, embedding: Json, variations: list[Json], config_sha256: str, *, now: float
 ) -> Json:
+    """Of the records above; `source` has what a track's row says of its file: name, names, sha256, bytes."""
     return {
         "schema": SCHEMA,
-        "source": {
-            "name": name,
-            "names": list(names),
-            "sha256": sha256,
-            "bytes": n_bytes,
-            **normalized["source"],
-        },
+        "source": {**source, **normalized["source"]},
         "normalized": {key: value for key, value in normalized.items() if key != "source"},
         "embedding": embedding,
-        "variations": list(variations),
+        "variations": variations,
         "config_sha256": config_sha256,
         "pipeline_version": __version__,
         "created_at": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),

@@ -351,20 +351,12 @@ class Runner:
         folder, track = job.track.folder, job.track
         variations = [job.variations[unit.key] for unit in job.plan.variations]
         self.outbox.keep_only(folder, {EMBEDDING, *(record["file"] for record in variations)})
-        self.outbox.publish_manifest(
-            folder,
-            manifest.manifest(
-                name=track.name,
-                names=[file.display for file in self.store.files_of(track.sha256)],
-                sha256=track.sha256,
-                n_bytes=track.bytes,
-                normalized=job.normalized,
-                embedding=job.embedding,
-                variations=variations,
-                config_sha256=self.recipe.config.sha256,
-                now=self.clock(),
-            ),
+        names = [file.display for file in self.store.files_of(track.sha256)]
+        source = {"name": track.name, "names": names, "sha256": track.sha256, "bytes": track.bytes}
+        made = manifest.manifest(
+            source, job.normalized, job.embedding, variations, self.recipe.config.sha256, now=self.clock()
         )
+        self.outbox.publish_manifest(folder, made)
         with self.store.transaction():
             self.attempts.end(job, AttemptOutcome.DONE)
             self.store.finish(
