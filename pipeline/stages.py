@@ -6,9 +6,11 @@ levels every variation before it is written.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.config import Normalize, Output
 from pipeline.errors import BadAudio, EngineFailure
-from pipeline.records import SILENT_BELOW_DBFS, Audio, Finished, Variation, VariationRequest
+from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationRequest
 
 NORMALIZE_VERSION = "2"  # raised when the same file would be normalized to different samples
 OUTPUT_VERSION = "1"  # raised when the same variation would be written as different bytes
@@ -35,8 +37,8 @@ def normalize(decoded: Audio, settings: Normalize) -> Audio:
     )
 
 
-def finish(variation: Variation, request: VariationRequest, settings: Output) -> Finished:
-    """Check a generator's result and set its loudness.
+def finish(variation: Variation, request: VariationRequest, settings: Output) -> tuple[Variation, float]:
+    """Check a generator's result and set its loudness; returns both, the loudness as measured in LUFS.
 
     Raises:
         EngineFailure: it has the wrong length, samples that are not finite, or no sound.
@@ -59,4 +61,4 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
     loudness = audio.loudness_lufs(leveled)
     if not np.isfinite(loudness):
         raise EngineFailure("the engine made sound that is too quiet to measure")
-    return Finished(leveled, audio.peak_dbfs(leveled), loudness, variation.details)
+    return replace(variation, audio=leveled), loudness

@@ -11,7 +11,7 @@ from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
 from pipeline.plan import VariationUnit
-from pipeline.records import Audio, Finished, SourceInfo
+from pipeline.records import Audio, SourceInfo, Variation
 
 SCHEMA = 1
 SOFTWARE = f"instrumental-variations {__version__}"
@@ -62,15 +62,15 @@ def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -
     }
 
 
-def variation_record(published: Published, facts: Json, finished: Finished) -> Json:
+def variation_record(published: Published, facts: Json, finished: Variation, loudness_lufs: float) -> Json:
     return {
         **vars(published),
         **facts,
         "duration_s": finished.audio.duration_s,
         "sample_rate": finished.audio.sample_rate,
         "channels": finished.audio.channels,
-        "peak_dbfs": round(finished.peak_dbfs, 2),
-        "loudness_lufs": round(finished.loudness_lufs, 2),
+        "peak_dbfs": round(audio.peak_dbfs(finished.audio), 2),
+        "loudness_lufs": round(loudness_lufs, 2),
         "details": dict(finished.details),
     }
 

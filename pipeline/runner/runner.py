@@ -332,7 +332,7 @@ class Runner:
         if isinstance(made, Failure):
             raise made.error
         job, unit, output = wanted.job, wanted.unit, self.recipe.config.output
-        finished = stages.finish(made, wanted.request, output)
+        finished, loudness_lufs = stages.finish(made, wanted.request, output)
         facts = manifest.variation_facts(unit, generator, self.recipe.generator)
         tags = manifest.wav_tags(job.track.name, job.track.sha256, facts)
         published = self.outbox.publish(
@@ -341,7 +341,7 @@ class Runner:
             lambda out: audio.write_wav(out, finished.audio, bit_depth=output.bit_depth, tags=tags),
             verify=verify.wav(finished.audio.n_samples, finished.audio.sample_rate, finished.audio.channels),
         )
-        job.variations[unit.key] = manifest.variation_record(published, facts, finished)
+        job.variations[unit.key] = manifest.variation_record(published, facts, finished, loudness_lufs)
         self._record(job, unit.key, Stage.GENERATE, job.variations[unit.key], seconds)
         if not job.missing and not job.over:
             self._finish(job)
