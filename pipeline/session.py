@@ -52,9 +52,9 @@ def open_session(
             given_up = _recover(app, store)
             reporter = reporter_for(console, notifier.progress)
             with reporter:
-                processor = app.processor(store, folder, reporter, signals.is_stopped)
-                processor.runner.result.failed |= given_up
-                yield Session(app, processor, store, signals, health, notifier, reporter)
+                ingest, runner = app.ingest_and_runner(store, folder, reporter, signals.is_stopped)
+                runner.result.failed |= given_up
+                yield Session(app, ingest, runner, signals, health, notifier)
         finally:
             health.close()
             store.close()

@@ -140,7 +140,7 @@ def once(context: typer.Context, folder: Folder = None) -> int:
         except Stopped:
             log.info("stopped; unfinished tracks are queued again")
             return 128 + (session.signals.stopped_by or signal.SIGINT)
-        result = session.processor.runner.result
+        result = session.runner.result
     typer.echo(summary(result, scan_result, app.workspace.outbox))
     unfinished = scan_result.failed or scan_result.read_errors or result.postponed_until is not None
     return SOME_FAILED if result.failed or unfinished else ALL_DONE
