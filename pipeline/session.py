@@ -19,8 +19,8 @@ from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import reporter_for
-from pipeline.runner.outbox_mount import check_outbox_mount
 from pipeline.runner.retry import recover_crashed
+from pipeline.runner.runner import check_outbox_mount
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
 from pipeline.service.sd_notify import Notifier

@@ -22,9 +22,10 @@ from pipeline import audio, stages
 from pipeline.config import Normalize
 from pipeline.engines.base import Generator, ProgressFn, check_stop
 from pipeline.engines.loading import Engines
-from pipeline.errors import BadAudio, DiskFull, EngineFailure, SourceAway, SourceGone
+from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
+from pipeline.fs.mounts import mounts_of
 from pipeline.intake.ingest import PATIENCE
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
@@ -33,7 +34,6 @@ from pipeline.plan import Recipe, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Embedding, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.attempts import MISSING_INBOX_PAUSE_S, Attempts, Job, RunResult
-from pipeline.runner.outbox_mount import check_outbox_mount
 from pipeline.runner.retry import JITTER, local_time
 from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
@@ -419,6 +419,23 @@ class Runner:
         self.store.finish_unit(
             key, sha256=job.track.sha256, stage=stage, result=record, seconds=seconds, now=self.clock()
         )
+
+
+def check_outbox_mount(outbox: Path, store: Store) -> None:
+    """Refuse an outbox whose disk is not mounted, since all results would seem lost and be made again.
+
+    Raises:
+        FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty.
+    """
+    mounts = mounts_of(outbox)
+    if not mounts:
+        return
+    before, now = store.fact("outbox mount"), mounts[0].mount_point
+    was_deeper = before is not None and len(before) > len(now) and outbox.is_relative_to(before)
+    if was_deeper and not any(outbox.iterdir()):
+        raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
+    if before != now:
+        store.set_fact("outbox mount", now)
 
 
 def _clear_frames(error: BaseException) -> None:
