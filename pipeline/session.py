@@ -55,7 +55,6 @@ def open_session(
                 runner.result.failed |= given_up
                 yield Session(app, ingest, runner, signals, health, notifier)
         finally:
-            health.close()
             store.close()
 
 

@@ -250,10 +250,13 @@ def doctor(
 ) -> int:
     """Check the installation, the machine and the home."""
     from pipeline.cli.doctor import run_checks
+    from pipeline.service.health import Health
 
     app = _app(context)
     worst = ALL_DONE
     with app.workspace.locked() if repair else nullcontext():
+        if repair:
+            Health(app.workspace.health).open()  # in place of what an earlier instance reported
         for check in run_checks(app, repair=repair):
             typer.echo(f"{check.mark:<5} {check.what}: {check.text}")
             worst = max(worst, SOME_FAILED if check.mark == "bad" else ALL_DONE)
