@@ -79,7 +79,7 @@ def sound_alone(folder: Path) -> float:
         audio.true_peak_dbtp(normalized)
         request = VariationRequest("r", "t", normalized, 1.0, i)
         made = Audio(normalized.samples[:, :RATE_HZ], RATE_HZ)
-        finished = stages.finish(Variation("r", made), request, config.output)
+        finished, _ = stages.finish(Variation("r", made), request, config.output)
         audio.write_wav(io.BytesIO(), finished.audio, bit_depth=24, tags={})
         times.append(time.perf_counter() - began_s)
     return statistics.mean(times)

@@ -22,10 +22,10 @@ from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace, expand_us
 
 if TYPE_CHECKING:
     from pipeline.engines.loading import Engines
+    from pipeline.intake.ingest import Ingest
     from pipeline.intake.watcher import Watcher
     from pipeline.progress import Reporter
     from pipeline.runner.runner import Runner
-    from pipeline.service.loop import Processor
     from pipeline.service.signals import Signals
 
 log = logging.getLogger("pipeline")
@@ -115,7 +115,7 @@ class App:
             raise ConfigError(f"{fresh.config_path}: other folders need a restart")
         return fresh
 
-    def reloaded(self, runner: Runner) -> tuple[App, Processor]:
+    def reloaded(self, runner: Runner) -> tuple[App, Ingest, Runner]:
         """The configuration read again, and what works by it in the place of `runner`.
 
         Raises:
@@ -123,7 +123,7 @@ class App:
         """
         fresh = self.reopened()
         fresh.fetch_missing()
-        return fresh, fresh.processor(
+        return fresh, *fresh.ingest_and_runner(
             runner.store, runner.folder, runner.reporter, runner.should_stop, earlier=runner.engines
         )
 
@@ -135,7 +135,7 @@ class App:
         """The database for reading; None if there is none yet."""
         return Store(self.workspace.database, read_only=True) if self.workspace.database.exists() else None
 
-    def processor(
+    def ingest_and_runner(
         self,
         store: Store,
         folder: InputFolder,
@@ -143,7 +143,7 @@ class App:
         should_stop: StopFn,
         *,
         earlier: Engines | None = None,
-    ) -> Processor:
+    ) -> tuple[Ingest, Runner]:
         """The ingest and the runner of this configuration.
 
         Engines of the `earlier` configuration that are loaded already stay if nothing about them has changed.
@@ -153,7 +153,6 @@ class App:
         from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
         from pipeline.runner.runner import Runner
-        from pipeline.service.loop import Processor
 
         recipe = self.recipe
         for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
@@ -188,7 +187,7 @@ class App:
             clock=time.time,
             should_stop=should_stop,
         )
-        return Processor(ingest, runner)
+        return ingest, runner
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -47,19 +47,11 @@ class Reporter:
         """A track failed for good."""
         self._progress()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
 
 class LogReporter(Reporter):
     """Log lines, for cron, systemd and files."""
 
-    def __init__(self, progress: Callable[[], None] = lambda: None) -> None:
-        super().__init__(progress)
-        self._name, self._stage, self._next = "", "", 0.0
+    _name, _stage, _next = "", "", 0.0
 
     def stage(self, name: str, stage: str) -> None:
         super().stage(name, stage)
@@ -85,19 +77,11 @@ class LogReporter(Reporter):
 class BarReporter(Reporter):
     """Two bars on a terminal: the tracks of the run, and the steps of the current stage."""
 
-    def __init__(self, console: Console, progress: Callable[[], None]) -> None:
+    def __init__(self, bars: Progress, progress: Callable[[], None]) -> None:
         super().__init__(progress)
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[label]}", markup=False),
-            console=console,
-            transient=True,
-        )
-        self._tracks = self._bars.add_task("tracks", total=None, label="")
-        self._now = self._bars.add_task("", total=None, label="", visible=False)
+        self._bars = bars
+        self._tracks = bars.add_task("tracks", total=None, label="")
+        self._now = bars.add_task("", total=None, label="", visible=False)
         self._done, self._total = 0, 0
 
     def queued(self, total: int) -> None:
@@ -121,13 +105,6 @@ class BarReporter(Reporter):
         super().failed(name, error)
         self._one_less(f"[red]failed[/]  {escape(name)}: {escape(error)}")
 
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
     def _one_less(self, line: str) -> None:
         self._bars.console.print(line, highlight=False, soft_wrap=True)
         self._done += 1
@@ -138,5 +115,19 @@ class BarReporter(Reporter):
         self._bars.update(self._tracks, completed=self._done, total=self._total or None, label=label)
 
 
-def reporter_for(console: Console, progress: Callable[[], None]) -> Reporter:
-    return BarReporter(console, progress) if console.is_terminal else LogReporter(progress)
+@contextmanager
+def reporting_to(console: Console, progress: Callable[[], None]) -> Iterator[Reporter]:
+    """Bars on a terminal, log lines elsewhere."""
+    if not console.is_terminal:
+        yield LogReporter(progress)
+        return
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[label]}", markup=False),
+        console=console,
+        transient=True,
+    ) as bars:
+        yield BarReporter(bars, progress)

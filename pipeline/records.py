@@ -137,16 +137,6 @@ class Variation:
     details: Mapping[str, Any] = field(default_factory=dict)  # JSON values for the manifest
 
 
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """A variation ready to be written, with its measured levels."""
-
-    audio: Audio
-    peak_dbfs: float
-    loudness_lufs: float
-    details: Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class Failure:
     """Why one request of a batch has no result; the other requests go on."""

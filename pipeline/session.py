@@ -18,9 +18,9 @@ from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
-from pipeline.progress import reporter_for
-from pipeline.runner.outbox_mount import check_outbox_mount
+from pipeline.progress import reporting_to
 from pipeline.runner.retry import recover_crashed
+from pipeline.runner.runner import check_outbox_mount
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
 from pipeline.service.sd_notify import Notifier
@@ -50,13 +50,11 @@ def open_session(
         try:
             check_outbox_mount(app.workspace.outbox, store)
             given_up = _recover(app, store)
-            reporter = reporter_for(console, notifier.progress)
-            with reporter:
-                processor = app.processor(store, folder, reporter, signals.is_stopped)
-                processor.runner.result.failed |= given_up
-                yield Session(app, processor, store, signals, health, notifier, reporter)
+            with reporting_to(console, notifier.progress) as reporter:
+                ingest, runner = app.ingest_and_runner(store, folder, reporter, signals.is_stopped)
+                runner.result.failed |= given_up
+                yield Session(app, ingest, runner, signals, health, notifier)
         finally:
-            health.close()
             store.close()
 
 

@@ -1,22 +1,16 @@
 """The stages as functions of values: no paths, no clock, no database.
 
-normalize → embed → generate; `finish` checks and levels every variation before it is written.
+normalize → embed → generate, of which the last two are the engines' own methods; `finish` checks and
+levels every variation before it is written.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.config import Normalize, Output
-from pipeline.engines.base import Embedder, StopFn
 from pipeline.errors import BadAudio, EngineFailure
-from pipeline.records import (
-    SILENT_BELOW_DBFS,
-    UNIT_LENGTH_TOLERANCE,
-    Audio,
-    Embedding,
-    Finished,
-    Variation,
-    VariationRequest,
-)
+from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationRequest
 
 NORMALIZE_VERSION = "2"  # raised when the same file would be normalized to different samples
 OUTPUT_VERSION = "1"  # raised when the same variation would be written as different bytes
@@ -43,25 +37,8 @@ def normalize(decoded: Audio, settings: Normalize) -> Audio:
     )
 
 
-def embed(normalized: Audio, embedder: Embedder, *, should_stop: StopFn) -> Embedding:
-    """Embed a normalized track and check the vectors.
-
-    Raises:
-        EngineFailure: the vectors are not finite, not of unit length, or not of the engine's dimension.
-    """
-    import numpy as np
-
-    result = embedder.embed(normalized, should_stop=should_stop)
-    vectors = np.vstack([result.track[None], result.windows])
-    if vectors.shape[1] != embedder.dim or len(result.times_s) != len(result.windows):
-        raise EngineFailure(f"{embedder.name} returned vectors of the wrong size")
-    if not np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=UNIT_LENGTH_TOLERANCE):
-        raise EngineFailure(f"{embedder.name} returned vectors that are not of unit length")
-    return result
-
-
-def finish(variation: Variation, request: VariationRequest, settings: Output) -> Finished:
-    """Check a generator's result and set its loudness.
+def finish(variation: Variation, request: VariationRequest, settings: Output) -> tuple[Variation, float]:
+    """Check a generator's result and set its loudness; returns both, the loudness as measured in LUFS.
 
     Raises:
         EngineFailure: it has the wrong length, samples that are not finite, or no sound.
@@ -84,4 +61,4 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
     loudness = audio.loudness_lufs(leveled)
     if not np.isfinite(loudness):
         raise EngineFailure("the engine made sound that is too quiet to measure")
-    return Finished(leveled, audio.peak_dbfs(leveled), loudness, variation.details)
+    return replace(variation, audio=leveled), loudness

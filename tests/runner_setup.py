@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +63,26 @@ class Answers:
 
 @dataclass
 class OneVector:
-    """An embedder for which all tracks are alike."""
+    """An embedder for which all tracks are alike, but for what a test replaces in its result."""
 
+    changes: dict[str, Any] = field(default_factory=dict)
     name: str = "one-vector"
     version: str = "1"
     dim: int = 4
 
     def embed(self, audio: Audio, *, should_stop: StopFn) -> Embedding:
         unit = np.array([1, 0, 0, 0], dtype=np.float32)
-        return Embedding(unit, unit[None], np.array([[0, audio.duration_s]], dtype=np.float32))
+        times_s = np.array([[0, audio.duration_s]], dtype=np.float32)
+        return replace(Embedding(unit, unit[None], times_s), **self.changes)
 
 
 @dataclass
 class Engines:
     made_by: Answers
+    embedded_by: OneVector = field(default_factory=OneVector)
 
     def embedder(self) -> OneVector:
-        return OneVector()
+        return self.embedded_by
 
     def generator(self) -> Answers:
         return self.made_by

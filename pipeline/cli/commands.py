@@ -159,7 +159,7 @@ def once(context: typer.Context, folder: Folder = None) -> int:
         except Stopped:
             log.info("stopped; unfinished tracks are queued again")
             return 128 + (session.signals.stopped_by or signal.SIGINT)
-        result = session.processor.runner.result
+        result = session.runner.result
     typer.echo(summary(result, scan_result, app.workspace.outbox))
     unfinished = scan_result.failed or scan_result.read_errors or result.postponed_until is not None
     return SOME_FAILED if result.failed or unfinished else ALL_DONE
@@ -265,10 +265,13 @@ def doctor(
 ) -> int:
     """Check the installation, the machine and the home."""
     from pipeline.cli.doctor import run_checks
+    from pipeline.service.health import Health
 
     app = _app(context)
     worst = ALL_DONE
     with app.workspace.locked() if repair else nullcontext():
+        if repair:
+            Health(app.workspace.health).open()  # in place of what an earlier instance reported
         for check in run_checks(app, repair=repair):
             typer.echo(f"{check.mark:<5} {check.what}: {check.text}")
             worst = max(worst, SOME_FAILED if check.mark == "bad" else ALL_DONE)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from pipeline.config import Retention
@@ -31,7 +30,7 @@ from pipeline.workspace import DONE, ENGINES_FOLDER, FAILED, Workspace
 log = logging.getLogger("pipeline")
 
 DAY_S = 86400.0
-UNKNOWN_AT_LEAST_S = DAY_S  # a working copy that is not in the database may belong to a scan in progress
+UNKNOWN_AT_LEAST_S = DAY_S  # what is not in the database may belong to a scan or a variation in progress
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -59,13 +58,11 @@ def collect(
     if not dry_run:
         finish_interrupted_removals(store, outbox)
     tracks = {track.sha256: track for track in store.tracks()}
-    work = chain(_working_copies(store, workspace, tracks, now), _unfinished(workspace))
-    archived, results = _archived(store, workspace, tracks), _results(store, outbox, tracks, now)
     removed: list[Removable] = []
     for found, days, gigabytes in (
-        (work, settings.work_days, None),
-        (archived, settings.archive_days, settings.archive_gb),
-        (results, settings.outbox_days, settings.outbox_gb),
+        (_working_copies(store, workspace, tracks, now), settings.work_days, None),
+        (_archived(store, workspace, tracks), settings.archive_days, settings.archive_gb),
+        (_results(store, outbox, tracks, now), settings.outbox_days, settings.outbox_gb),
     ):
         if days is not None or gigabytes is not None:
             removed += _thin_out(list(found), days, gigabytes, now=now, dry_run=dry_run)
@@ -104,19 +101,6 @@ def _thin_out(
 # -- working copies --------------------------------------------------------------------------------
 
 
-def _unfinished(workspace: Workspace) -> Iterator[Removable]:
-    """What engines have stored of variations that were never finished."""
-    for path in sorted((workspace.state / ENGINES_FOLDER).glob(f"*/{UNFINISHED}/*")):
-        with suppress(OSError):  # it was finished meanwhile
-            stat = path.stat()
-            yield Removable("unfinished", path, stat.st_size, stat.st_mtime, partial(_unlink, path))
-
-
-def _unlink(path: Path) -> bool:
-    path.unlink(missing_ok=True)
-    return True
-
-
 def unneeded_copies(workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Path]:
     """Working copies of finished tracks and of tracks that are not in the database, and incomplete copies."""
     for path in sorted((workspace.state / "work").glob("*")):
@@ -128,11 +112,14 @@ def unneeded_copies(workspace: Workspace, tracks: Mapping[str, Track]) -> Iterat
 def _working_copies(
     store: Store, workspace: Workspace, tracks: Mapping[str, Track], now: float
 ) -> Iterator[Removable]:
-    for path in unneeded_copies(workspace, tracks):
-        with suppress(FileNotFoundError):  # its track was finished meanwhile
+    """Working copies that no track needs, and what engines have stored of unfinished variations."""
+    unfinished = sorted((workspace.state / ENGINES_FOLDER).glob(f"*/{UNFINISHED}/*"))
+    for path in [*unneeded_copies(workspace, tracks), *unfinished]:
+        with suppress(FileNotFoundError):  # it was finished meanwhile
             size, since = _size_and_time(path)
             if path.name in tracks or now - since > UNKNOWN_AT_LEAST_S:
-                yield Removable("working copy", path, size, since, partial(_remove_copy, store, path, since))
+                what = "unfinished" if path.parent.name == UNFINISHED else "working copy"
+                yield Removable(what, path, size, since, partial(_remove_copy, store, path, since))
 
 
 def _is_in_work(track: Track | None) -> bool:
@@ -247,11 +234,8 @@ def _bytes_of(paths: list[Path]) -> int:
 
 def _prune(folder: Path, top: Path) -> None:
     """Remove a folder and those above it, below `top`, as far as they are empty."""
-    while folder != top and folder.is_relative_to(top):
-        try:
-            folder.rmdir()
-        except FileNotFoundError:
-            pass
-        except OSError:
-            return
-        folder = folder.parent
+    with suppress(OSError):  # it is not empty
+        while folder != top and folder.is_relative_to(top):
+            if folder.exists():
+                folder.rmdir()
+            folder = folder.parent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +11,7 @@ from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
 from pipeline.plan import VariationUnit
-from pipeline.records import Audio, Finished, SourceInfo
+from pipeline.records import Audio, SourceInfo, Variation
 
 SCHEMA = 1
 SOFTWARE = f"instrumental-variations {__version__}"
@@ -63,15 +62,15 @@ def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -
     }
 
 
-def variation_record(published: Published, facts: Json, finished: Finished) -> Json:
+def variation_record(published: Published, facts: Json, finished: Variation, loudness_lufs: float) -> Json:
     return {
         **vars(published),
         **facts,
         "duration_s": finished.audio.duration_s,
         "sample_rate": finished.audio.sample_rate,
         "channels": finished.audio.channels,
-        "peak_dbfs": round(finished.peak_dbfs, 2),
-        "loudness_lufs": round(finished.loudness_lufs, 2),
+        "peak_dbfs": round(audio.peak_dbfs(finished.audio), 2),
+        "loudness_lufs": round(loudness_lufs, 2),
         "details": dict(finished.details),
     }
 
@@ -88,29 +87,15 @@ def wav_tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
 
 
 def manifest(
-    *,
-    name: str,
-    names: Sequence[str],
-    sha256: str,
-    n_bytes: int,
-    normalized: Mapping[str, Any],
-    embedding: Json,
-    variations: Sequence[Json],
-    config_sha256: str,
-    now: float,
+    source: Json, normalized: Json, embedding: Json, variations: list[Json], config_sha256: str, *, now: float
 ) -> Json:
+    """Of the records above; `source` has what a track's row says of its file: name, names, sha256, bytes."""
     return {
         "schema": SCHEMA,
-        "source": {
-            "name": name,
-            "names": list(names),
-            "sha256": sha256,
-            "bytes": n_bytes,
-            **normalized["source"],
-        },
+        "source": {**source, **normalized["source"]},
         "normalized": {key: value for key, value in normalized.items() if key != "source"},
         "embedding": embedding,
-        "variations": list(variations),
+        "variations": variations,
         "config_sha256": config_sha256,
         "pipeline_version": __version__,
         "created_at": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),

@@ -67,9 +67,10 @@ def embedding(dim: int, n_windows: int) -> Verifier:
             raise EngineFailure(f"the written embedding holds {', '.join(sorted(arrays)) or 'nothing'}")
         for name, array in arrays.items():
             if array.shape != shapes[name] or array.dtype != np.float32:
-                raise EngineFailure(f"the written embedding has {name} as {array.dtype} {array.shape}")
+                found, meant = f"{array.dtype} {array.shape}", f"float32 {shapes[name]}"
+                raise EngineFailure(f"the written embedding has {name} as {found}, not {meant}")
             if not np.isfinite(array).all():
-                raise EngineFailure(f"the written embedding has {name} that are not finite")
+                raise EngineFailure(f"the written embedding has numbers in {name} that are not finite")
         lengths = np.linalg.norm(np.vstack([arrays["track"][None], arrays["windows"]]), axis=1)
         if not np.allclose(lengths, 1.0, atol=UNIT_LENGTH_TOLERANCE):
             raise EngineFailure("the written embedding has vectors that are not of unit length")

@@ -22,9 +22,10 @@ from pipeline import audio, stages
 from pipeline.config import Normalize
 from pipeline.engines.base import Generator, ProgressFn, check_stop
 from pipeline.engines.loading import Engines
-from pipeline.errors import BadAudio, DiskFull, EngineFailure, SourceAway, SourceGone
+from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
+from pipeline.fs.mounts import mounts_of
 from pipeline.intake.ingest import PATIENCE
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
@@ -33,7 +34,6 @@ from pipeline.plan import Recipe, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Embedding, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.attempts import MISSING_INBOX_PAUSE_S, Attempts, Job, RunResult
-from pipeline.runner.outbox_mount import check_outbox_mount
 from pipeline.runner.retry import JITTER, local_time
 from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
@@ -248,7 +248,7 @@ class Runner:
             with self.attempts.attempt(job, Stage.EMBED):
                 start = self.clock()
                 embedder = self.engines.embedder()
-                result = stages.embed(job.audio(), embedder, should_stop=self.should_stop)
+                result = embedder.embed(job.audio(), should_stop=self.should_stop)
                 published = self.outbox.publish(
                     job.track.folder,
                     EMBEDDING,
@@ -332,7 +332,7 @@ class Runner:
         if isinstance(made, Failure):
             raise made.error
         job, unit, output = wanted.job, wanted.unit, self.recipe.config.output
-        finished = stages.finish(made, wanted.request, output)
+        finished, loudness_lufs = stages.finish(made, wanted.request, output)
         facts = manifest.variation_facts(unit, generator, self.recipe.generator)
         tags = manifest.wav_tags(job.track.name, job.track.sha256, facts)
         published = self.outbox.publish(
@@ -341,7 +341,7 @@ class Runner:
             lambda out: audio.write_wav(out, finished.audio, bit_depth=output.bit_depth, tags=tags),
             verify=verify.wav(finished.audio.n_samples, finished.audio.sample_rate, finished.audio.channels),
         )
-        job.variations[unit.key] = manifest.variation_record(published, facts, finished)
+        job.variations[unit.key] = manifest.variation_record(published, facts, finished, loudness_lufs)
         self._record(job, unit.key, Stage.GENERATE, job.variations[unit.key], seconds)
         if not job.missing and not job.over:
             self._finish(job)
@@ -351,20 +351,12 @@ class Runner:
         folder, track = job.track.folder, job.track
         variations = [job.variations[unit.key] for unit in job.plan.variations]
         self.outbox.keep_only(folder, {EMBEDDING, *(record["file"] for record in variations)})
-        self.outbox.publish_manifest(
-            folder,
-            manifest.manifest(
-                name=track.name,
-                names=[file.display for file in self.store.files_of(track.sha256)],
-                sha256=track.sha256,
-                n_bytes=track.bytes,
-                normalized=job.normalized,
-                embedding=job.embedding,
-                variations=variations,
-                config_sha256=self.recipe.config.sha256,
-                now=self.clock(),
-            ),
+        names = [file.display for file in self.store.files_of(track.sha256)]
+        source = {"name": track.name, "names": names, "sha256": track.sha256, "bytes": track.bytes}
+        made = manifest.manifest(
+            source, job.normalized, job.embedding, variations, self.recipe.config.sha256, now=self.clock()
         )
+        self.outbox.publish_manifest(folder, made)
         with self.store.transaction():
             self.attempts.end(job, AttemptOutcome.DONE)
             self.store.finish(
@@ -427,6 +419,23 @@ class Runner:
         self.store.finish_unit(
             key, sha256=job.track.sha256, stage=stage, result=record, seconds=seconds, now=self.clock()
         )
+
+
+def check_outbox_mount(outbox: Path, store: Store) -> None:
+    """Refuse an outbox whose disk is not mounted, since all results would seem lost and be made again.
+
+    Raises:
+        FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty.
+    """
+    mounts = mounts_of(outbox)
+    if not mounts:
+        return
+    before, now = store.fact("outbox mount"), mounts[0].mount_point
+    was_deeper = before is not None and len(before) > len(now) and outbox.is_relative_to(before)
+    if was_deeper and not any(outbox.iterdir()):
+        raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
+    if before != now:
+        store.set_fact("outbox mount", now)
 
 
 def _clear_frames(error: BaseException) -> None:

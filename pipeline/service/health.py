@@ -54,16 +54,10 @@ class Health:
             self._facts.update(facts)
             self._write()
 
-    def close(self) -> None:
-        """Report that no process runs."""
-        self.conditions.clear()
-        self._facts.clear()
-        self._write(is_running=False)
-
-    def _write(self, *, is_running: bool = True) -> None:
+    def _write(self) -> None:
         """Replace the file; an error is logged once, and the next change tries again."""
         report = {
-            "pid": os.getpid() if is_running else None,
+            "pid": os.getpid(),
             "written_at": self._clock(),
             **self._facts,
             "conditions": list(self.conditions.values()),
@@ -81,10 +75,7 @@ class Health:
 
 
 def read_health(path: Path) -> dict[str, Any] | None:
-    """What the instance last reported, or None. `pid` is None after an orderly end.
-
-    The report of a killed instance stays: whether one runs is known from the lock.
-    """
+    """What an instance last reported, or None; whether it still runs is known from the lock."""
     try:
         report = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -15,13 +13,11 @@ from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineEr
 from pipeline.fs.disk import environment_error
 from pipeline.intake.ingest import PATIENCE, Ingest, ScanResult
 from pipeline.intake.watcher import Watcher
-from pipeline.progress import Reporter
 from pipeline.runner.retry import local_time
 from pipeline.runner.runner import Runner
 from pipeline.service.health import Health
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import SHORTEST_WAIT_S, Signals
-from pipeline.store.store import Store
 
 log = logging.getLogger("pipeline")
 
@@ -31,18 +27,10 @@ RETRY_PATIENCE_S = 300.0  # how long `once` waits for the next try of a failed t
 SCAN_SHARE = 0.1  # of the time, at most, that is spent on scans while there is work
 
 
-@dataclass(frozen=True)
-class Processor:
-    """The ingest and the runner of one configuration."""
-
-    ingest: Ingest
-    runner: Runner
-
-
 class Configured(Protocol):
     """A configuration that can be read again; `pipeline.app.App` is one."""
 
-    def reloaded(self, runner: Runner) -> tuple[Configured, Processor]: ...
+    def reloaded(self, runner: Runner) -> tuple[Configured, Ingest, Runner]: ...
     def watcher(self, signals: Signals) -> tuple[Watcher, str]: ...
 
 
@@ -50,13 +38,12 @@ class Configured(Protocol):
 class Session:
     """What a working command has open."""
 
-    app: Configured  # replaced, with the processor, when the configuration is read again
-    processor: Processor
-    store: Store
+    app: Configured  # replaced, with the next two, when the configuration is read again
+    ingest: Ingest
+    runner: Runner
     signals: Signals
     health: Health
     notifier: Notifier
-    reporter: Reporter
 
 
 def run_once(session: Session) -> ScanResult:
@@ -70,7 +57,7 @@ def run_once(session: Session) -> ScanResult:
     Returns:
         The last scan, with what all scans found up to date or failed before.
     """
-    signals, ingest, runner = session.signals, session.processor.ingest, session.processor.runner
+    signals, ingest, runner = session.signals, session.ingest, session.runner
     up_to_date, failed, waited_s = set[str](), set[str](), 0.0
     settle_s, result = ingest.settings.settle_s, runner.result
     while True:
@@ -79,7 +66,7 @@ def run_once(session: Session) -> ScanResult:
         up_to_date |= scan.up_to_date - result.done
         failed |= scan.failed - result.failed
         _report_inbox(session.health, scan)
-        session.reporter.queued(session.store.counts()["queued"] + len(result.done) + len(result.failed))
+        runner.reporter.queued(runner.store.counts()["queued"] + len(result.done) + len(result.failed))
         worked = runner.drain()
         check_stop(signals.is_stopped)
         has_more = scan.is_cut_short or (worked and (scan.waiting or scan.disk_full))
@@ -115,19 +102,11 @@ class Watch:
     def __post_init__(self) -> None:
         self._watcher, self._mode = self.session.app.watcher(self.session.signals)
 
-    @property
-    def ingest(self) -> Ingest:
-        return self.session.processor.ingest
-
-    @property
-    def runner(self) -> Runner:
-        return self.session.processor.runner
-
     def run(self) -> None:
         """Work until a signal asks to stop."""
         session = self.session
         self._note_mode()
-        log.info("watching %s", self.ingest.folder.path)
+        log.info("watching %s", session.ingest.folder.path)
         session.notifier.ready()
         try:
             while not session.signals.is_stopped():
@@ -149,9 +128,9 @@ class Watch:
         """Scan if it is time to, then process one batch; returns how long to wait, in seconds."""
         try:
             if "disk" in self.session.health.conditions:
-                self.runner.free_space()
+                self.session.runner.free_space()
             self._scan_if_due()
-            worked = self.runner.next_batch()
+            worked = self.session.runner.next_batch()
         except Exception as e:
             fault = environment_error(e, in_track=False)
             if fault is None:
@@ -173,12 +152,12 @@ class Watch:
         if now < self._scan_at:
             return
         try:
-            self._scan = self.ingest.scan(should_stop=self._feed_and_ask)
+            self._scan = self.session.ingest.scan(should_stop=self._feed_and_ask)
         except DiskFull:
             raise
         except FolderUnusable as e:
             health.degraded("inbox", str(e))
-            self._scan_at = self.clock() + self.ingest.settings.poll_s
+            self._scan_at = self.clock() + self.session.ingest.settings.poll_s
             return
         health.well("inbox")
         if self._scan.disk_full is None:
@@ -188,7 +167,7 @@ class Watch:
         _report_inbox(health, self._scan)
         self._scan_s = self.clock() - now
         self._scan_at = self.clock() + (0.0 if self._scan.is_cut_short else self._until_rescan())
-        counts = self.session.store.counts()
+        counts = self.session.runner.store.counts()
         self.session.notifier.status(", ".join(f"{n} {state}" for state, n in counts.items()))
 
     def _check_events(self) -> None:
@@ -197,7 +176,7 @@ class Watch:
             self.session.health.well("events")
         else:
             self.session.health.degraded("events", problem)
-            self._scan_at = min(self._scan_at, self.clock() + self.ingest.settings.poll_s)
+            self._scan_at = min(self._scan_at, self.clock() + self.session.ingest.settings.poll_s)
 
     def _feed_and_ask(self) -> bool:
         """Called between two blocks of a file that is taken in, which is progress."""
@@ -206,7 +185,7 @@ class Watch:
 
     def _until_rescan(self) -> float:
         """How long after a scan the next one is due if no event comes, in seconds."""
-        settings, scan = self.ingest.settings, self._scan
+        settings, scan = self.session.ingest.settings, self._scan
         rests = [settings.poll_s if self._watcher.polling else settings.rescan_s]
         if scan.unsettled or scan.read_errors:
             rests.append(max(settings.settle_s / 2, SHORTEST_WAIT_S))
@@ -218,8 +197,8 @@ class Watch:
 
     def _until_next(self) -> float:
         waits = [self._scan_at - self.clock()]
-        if (due := self.runner.next_due()) is not None:
-            waits.append(max(due - self.runner.clock(), SHORTEST_WAIT_S))
+        if (due := self.session.runner.next_due()) is not None:
+            waits.append(max(due - self.session.runner.clock(), SHORTEST_WAIT_S))
         if self.session.notifier.watchdog_s is not None:
             waits.append(self.session.notifier.watchdog_s / 3)
         return max(min(waits), SHORTEST_WAIT_S)
@@ -227,11 +206,9 @@ class Watch:
     def _wait_out(self, fault: FolderUnusable | EngineUnusable) -> float:
         """Queue what was running again; returns the pause until the next try, which grows with each try."""
         self.session.health.degraded(condition_name(fault), str(fault))
-        with suppress(sqlite3.Error):
-            self.session.store.reopen()
-            self.session.store.release_all(now=self.runner.clock())
+        self.session.runner.attempts.put_back()
         self.session.notifier.progress()  # waiting is the right thing to do, so the watchdog must not act
-        self._pause_s = min(max(2 * self._pause_s, self.ingest.settings.poll_s), LONGEST_PAUSE_S)
+        self._pause_s = min(max(2 * self._pause_s, self.session.ingest.settings.poll_s), LONGEST_PAUSE_S)
         return self._pause_s
 
     def _reload(self) -> None:
@@ -239,7 +216,7 @@ class Watch:
         session = self.session
         session.notifier.reloading()
         try:
-            session.app, session.processor = session.app.reloaded(self.runner)
+            session.app, session.ingest, session.runner = session.app.reloaded(session.runner)
         except PipelineError as e:
             log.error("the configuration stays as it was: %s", e)
             session.health.degraded("configuration", f"stays as it was: {e}")

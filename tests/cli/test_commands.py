@@ -19,8 +19,12 @@ import pytest
 from home_folder import FAR, NEAR, ROOT, Home, Ran, contents, run, sha256_of, write_music
 
 import pipeline as pipeline_package
+from pipeline.app import App
 from pipeline.cli.commands import main
+from pipeline.cli.doctor import Check
+from pipeline.cli.status import status_facts
 from pipeline.config import load_config
+from pipeline.service.health import Health
 
 Pipeline = Callable[..., Ran]
 PATIENCE_S = 60.0  # for a child that is at work; ends a test that would hang
@@ -417,6 +421,24 @@ def test_doctor_repairs_on_request_what_is_missing_or_altered(processed: Home, p
     assert "queued again" in repaired.out
     assert pipeline("doctor").code == 0
     assert contents(folder) == before
+
+
+def test_while_doctor_repairs_status_says_nothing_that_an_earlier_instance_reported(
+    processed: Home, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def look(app: App, *, repair: bool) -> list[Check]:
+        seen.append(status_facts(app))
+        return []
+
+    earlier = Health(processed.folder / "state" / "health.json")
+    earlier.note(mode="polling")
+    earlier.degraded("disk", "1 MB is free")
+    monkeypatch.setattr("pipeline.cli.doctor.run_checks", look)
+
+    assert pipeline("doctor", "--repair").code == 0
+    assert [(facts["instance"], facts["mode"], facts["degraded"]) for facts in seen] == [(True, None, [])]
 
 
 def test_a_missing_result_is_made_again_at_the_next_start(processed: Home, pipeline: Pipeline) -> None:

@@ -372,6 +372,45 @@ def test_a_working_copy_that_is_being_made_is_left_alone(stored: StoredTracks) -
     assert sorted(path.name for path in work.iterdir()) == [".incoming-1", "f" * 64, "notes"]
 
 
+@pytest.fixture
+def unfinished(stored: StoredTracks) -> Path:
+    """An engine's folder of what it has stored of unfinished variations: an old file and a fresh one."""
+    folder = stored.workspace.state / "engines" / "musicgen" / "unfinished"
+    folder.mkdir(parents=True)
+    for name, age_s in (("old", 8 * DAY_S), ("fresh", 0.5 * DAY_S)):
+        (folder / name).write_bytes(b"x" * 10)
+        os.utime(folder / name, (NOW - age_s, NOW - age_s))
+    (folder.parent / "kept").write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize("work_days", [0.0, 7.0])
+def test_what_an_engine_has_stored_of_an_unfinished_variation_goes_when_it_is_old(
+    stored: StoredTracks, unfinished: Path, work_days: float
+) -> None:
+    said = gc(stored, dry_run=True, work_days=work_days)
+    assert sorted(tree(unfinished.parent)) == ["kept", "unfinished/fresh", "unfinished/old"]
+
+    [removal] = removals = gc(stored, work_days=work_days)
+    assert (removal.what, removal.path, removal.bytes) == ("unfinished", unfinished / "old", 10)
+    assert said == removals
+    assert sorted(tree(unfinished.parent)) == ["kept", "unfinished/fresh"]
+
+
+def test_what_an_engine_has_stored_again_since_it_was_listed_stays(
+    stored: StoredTracks, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = retention._thin_out
+
+    def meanwhile(*args: Any, **kwargs: Any) -> list[Removable]:
+        os.utime(unfinished / "old", (NOW, NOW))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(retention, "_thin_out", meanwhile)
+    assert gc(stored, work_days=7.0) == []
+    assert (unfinished / "old").exists()
+
+
 def test_a_working_copy_is_as_young_as_its_youngest_file(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
     scratch = stored.scratch(sha256, age_s=90 * DAY_S, now=NOW)

@@ -28,7 +28,7 @@ from pipeline.runner.runner import Runner
 
 @pytest.fixture
 def engines() -> Unloadable:
-    return Unloadable(Answers(), EngineUnusable("device: cuda can't be used"))
+    return Unloadable(Answers(), error=EngineUnusable("device: cuda can't be used"))
 
 
 @pytest.fixture

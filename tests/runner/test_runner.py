@@ -6,7 +6,7 @@ import errno
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from home_folder import SAMPLE_RATE
-from runner_setup import BACKOFF_S, Answers, RunnerSetup, but_for, noise
+from runner_setup import BACKOFF_S, Answers, Engines, OneVector, RunnerSetup, but_for, noise
 
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, Stopped
@@ -62,6 +62,34 @@ def test_all_variations_of_all_tracks_are_asked_for_in_one_call(setup: RunnerSet
     assert [sorted(call) for call in generator.calls] == [sorted([*hashes, *hashes])]
     assert (runner.result.done, runner.result.failed) == (set(hashes), set())
     assert setup.states(hashes) == [("done", 0), ("done", 0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"track": np.eye(1, 5, dtype=np.float32)[0]}, "has track as float32 (5,), not float32 (4,)"),
+        ({"track": np.eye(1, 4, dtype=np.float32)}, "has track as float32 (1, 4), not float32 (4,)"),
+        ({"track": np.eye(1, 4)[0]}, "has track as float64 (4,), not float32 (4,)"),
+        ({"windows": np.eye(1, 5, dtype=np.float32)}, "has windows as float32 (1, 5), not float32 (1, 4)"),
+        ({"times_s": np.zeros((2, 2), np.float32)}, "has times_s as float32 (2, 2), not float32 (1, 2)"),
+        ({"track": np.full(4, np.nan, np.float32)}, "has numbers in track that are not finite"),
+        ({"windows": np.full((1, 4), np.inf, np.float32)}, "has numbers in windows that are not finite"),
+        ({"track": np.full(4, 0.6, np.float32)}, "has vectors that are not of unit length"),
+        ({"windows": np.zeros((1, 4), np.float32)}, "has vectors that are not of unit length"),
+    ],
+)
+def test_vectors_that_are_not_what_an_embedder_promises_fail_the_track_and_are_not_published(
+    setup: RunnerSetup, changes: dict[str, Any], why: str
+) -> None:
+    [sha256] = setup.bring("a.wav")
+    generator = Answers()
+
+    replace(setup.runner(generator), engines=Engines(generator, OneVector(changes))).drain()
+
+    track = setup.track(sha256)
+    assert (track.state, track.stage, track.error) == ("failed", "embed", f"the written embedding {why}")
+    assert setup.files(sha256) == {}
+    assert generator.calls == []
 
 
 def test_a_failure_fails_its_track_and_no_other(setup: RunnerSetup) -> None:

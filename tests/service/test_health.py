@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,10 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def health(path: Path, clock: Clock) -> Iterator[Health]:
+def health(path: Path, clock: Clock) -> Health:
     made = Health(path, clock=clock)
     made.open()
-    yield made
-    made.close()
+    return made
 
 
 @pytest.fixture
@@ -104,22 +102,14 @@ def test_nothing_is_written_when_nothing_has_changed(path: Path, health: Health,
     assert written(path)["written_at"] == 2000.0
 
 
-def test_after_an_orderly_end_nobody_runs_and_nothing_is_wrong(path: Path, health: Health) -> None:
-    health.note(mode="polling")
-    health.degraded("disk", "full")
-    health.close()
-    assert written(path) == {"pid": None, "written_at": 1000.0, "conditions": []}
-
-
-def test_the_report_of_a_killed_instance_is_replaced_by_the_next(path: Path, clock: Clock) -> None:
-    killed = Health(path, clock=clock)
-    killed.open()
-    killed.degraded("disk", "full")
-    following = Health(path, clock=clock)
-    following.open()
-    assert written(path)["conditions"] == []
-    following.close()
-    killed.close()
+def test_the_report_of_an_ended_instance_is_replaced_by_the_next(path: Path, clock: Clock) -> None:
+    ended = Health(path, clock=clock)
+    ended.open()
+    ended.note(mode="polling")
+    ended.degraded("disk", "full")
+    clock.now = 1060.0
+    Health(path, clock=clock).open()
+    assert written(path) == {"pid": os.getpid(), "written_at": 1060.0, "conditions": []}
 
 
 def test_a_file_that_somebody_removed_is_made_again(path: Path, health: Health) -> None:
@@ -146,7 +136,6 @@ def test_a_folder_in_its_place_reads_as_none_and_raises_nothing(
     health.open()
     health.degraded("disk", "full")
     health.note(mode="polling")
-    health.close()
     assert read_health(path) is None
     assert [record.getMessage() for record in messages.records] == [
         f"{path} can't be written: is a directory",

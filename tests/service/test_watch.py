@@ -16,13 +16,13 @@ from stored_tracks import claim_due
 
 from pipeline.errors import BadAudio, ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
 from pipeline.fs import copying
-from pipeline.intake.ingest import ScanResult
+from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.scanner import Scanner
 from pipeline.intake.watcher import Watcher
 from pipeline.outbox.outbox import Outbox
-from pipeline.progress import LogReporter
+from pipeline.runner.runner import Runner
 from pipeline.service.health import Health
-from pipeline.service.loop import RETRY_PATIENCE_S, Processor, Session, Watch, run_once
+from pipeline.service.loop import RETRY_PATIENCE_S, Session, Watch, run_once
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.workspace import InputFolder
@@ -41,15 +41,15 @@ class FullDisk(Outbox):
 
 @dataclass
 class Configuration:
-    """What the daemon is given when it asks for its configuration again: a processor or an error."""
+    """What the daemon is given when it asks for its configuration again: what works by it, or an error."""
 
     inbox: Path
-    fresh: Processor | PipelineError
+    fresh: tuple[Ingest, Runner] | PipelineError
 
-    def reloaded(self, runner: object) -> tuple[Configuration, Processor]:
+    def reloaded(self, runner: object) -> tuple[Configuration, Ingest, Runner]:
         if isinstance(self.fresh, PipelineError):
             raise self.fresh
-        return self, self.fresh
+        return self, *self.fresh
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         return Watcher(self.inbox, signals.wake, polling=True), "polling (test)"
@@ -63,17 +63,10 @@ class Daemon:
         self.monotonic = 0.0
         self.signals = Signals()
         self.health = Health(setup.workspace.health)
-        self.processor = Processor(setup.ingest(), setup.runner(Answers(), outbox=outbox))
-        self.configuration = Configuration(setup.workspace.inbox, self.processor)
-        self.session = Session(
-            self.configuration,
-            self.processor,
-            setup.store,
-            self.signals,
-            self.health,
-            Notifier.from_env({}),
-            LogReporter(),
-        )
+        works = setup.ingest(), setup.runner(Answers(), outbox=outbox)
+        self.configuration = Configuration(setup.workspace.inbox, works)
+        notifier = Notifier.from_env({})
+        self.session = Session(self.configuration, *works, self.signals, self.health, notifier)
         self.watch = Watch(self.session, clock=lambda: self.monotonic)
         self.watch._note_mode()
         self.signals.take_wake()  # of the start
@@ -160,7 +153,7 @@ def test_scans_take_a_tenth_of_the_time_at_most_however_many_events_come(setup: 
             daemon.monotonic += 1.0
             return ScanResult()
 
-    daemon.session.processor = Processor(SlowScans(), daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.ingest = SlowScans()  # type: ignore[arg-type]
     for _ in range(100):
         daemon.signals.wake()
         daemon.turn()
@@ -172,16 +165,17 @@ def test_scans_take_a_tenth_of_the_time_at_most_however_many_events_come(setup: 
 
 def test_a_valid_configuration_is_used_after_a_reload_and_a_wrong_one_is_not(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
-    other = Processor(setup.ingest(), setup.runner(Answers()))
+    ingest, runner = daemon.session.ingest, daemon.session.runner
+    others = setup.ingest(), setup.runner(Answers())
 
     daemon.configuration.fresh = ConfigError("retry: must be a mapping")
     daemon.watch._reload()
-    assert daemon.session.processor is daemon.processor
+    assert daemon.session.ingest is ingest and daemon.session.runner is runner
     assert "stays as it was" in daemon.health.conditions["configuration"]["text"]
 
-    daemon.configuration.fresh = other
+    daemon.configuration.fresh = others
     daemon.watch._reload()
-    assert daemon.session.processor is other
+    assert daemon.session.ingest is others[0] and daemon.session.runner is others[1]
     assert daemon.health.conditions == {}
 
 
@@ -201,7 +195,7 @@ def test_a_device_error_during_a_scan_is_waited_out(setup: RunnerSetup) -> None:
         def scan(self, **_: object) -> ScanResult:
             raise OSError(errno.EIO, "Input/output error", "inbox/a.wav")
 
-    daemon.session.processor = Processor(Broken(), daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.ingest = Broken()  # type: ignore[arg-type]
     assert daemon.turn() == 5.0
     assert "input/output error" in daemon.health.conditions["folders"]["text"]
 
@@ -216,7 +210,7 @@ def test_working_copies_without_space_do_not_stop_the_queue(setup: RunnerSetup) 
         def scan(self, **_: object) -> ScanResult:
             return ScanResult(disk_full=DiskFull("1 MB are free"))
 
-    daemon.session.processor = Processor(Full(), daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.ingest = Full()  # type: ignore[arg-type]
     daemon.turn()
 
     assert daemon.states() == ["done"]
@@ -243,7 +237,7 @@ def test_once_ends_when_there_is_no_space_for_waiting_files(setup: RunnerSetup) 
         def scan(self, **_: object) -> ScanResult:
             return ScanResult(disk_full=DiskFull("1 MB are free"))
 
-    daemon.session.processor = Processor(Full(), daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.ingest = Full()  # type: ignore[arg-type]
     with pytest.raises(DiskFull):
         run_once(daemon.session)
 
@@ -257,7 +251,8 @@ def test_once_of_a_folder_does_not_wait_for_the_queue_of_another(tmp_path: Path)
     folder = InputFolder(other, is_inbox=False)
     ingest = replace(setup.ingest(), folder=folder, scanner=Scanner(folder, setup.config.intake))
 
-    daemon.session.processor = Processor(ingest, replace(setup.runner(Answers()), folder=folder))
+    daemon.session.ingest = ingest
+    daemon.session.runner = replace(setup.runner(Answers()), folder=folder)
     run_once(daemon.session)
 
     assert sorted(daemon.states()) == ["done", "queued"]
@@ -265,7 +260,7 @@ def test_once_of_a_folder_does_not_wait_for_the_queue_of_another(tmp_path: Path)
 
 def test_a_bug_is_not_waited_out(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
-    daemon.session.processor = Processor(None, daemon.processor.runner)  # type: ignore[arg-type]
+    daemon.session.ingest = None  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         daemon.turn()
 
@@ -287,9 +282,8 @@ def test_files_that_wait_for_space_behind_a_queue_in_backoff_are_not_scanned_wit
 def test_an_engine_that_cannot_be_loaded_is_waited_out_and_reported(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     write_music(setup.workspace.inbox / "a.wav")
-    engines = Unloadable(Answers(), EngineUnusable("device: cuda can't be used"))
-    runner = replace(daemon.processor.runner, engines=engines)
-    daemon.session.processor = replace(daemon.processor, runner=runner)
+    engines = Unloadable(Answers(), error=EngineUnusable("device: cuda can't be used"))
+    daemon.session.runner = replace(daemon.session.runner, engines=engines)
 
     assert [daemon.turn() for _ in range(3)] == [5.0, 10.0, 20.0]
     assert [(what, one["text"]) for what, one in daemon.health.conditions.items()] == [
@@ -312,7 +306,7 @@ def test_once_says_what_it_waits_for_and_leaves_a_late_retry_for_the_next_run(
     [sha256] = setup.bring("a.wav")
     daemon = Daemon(setup)
     runner = setup.runner(Answers(but_for(sha256, EngineFailure("made silence"))))
-    daemon.session.processor = replace(daemon.processor, runner=runner)
+    daemon.session.runner = runner
     daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
 
     run_once(daemon.session)
@@ -335,7 +329,7 @@ def test_once_of_a_folder_counts_each_track_once_however_many_scans_there_are(tm
     scanner = Scanner(folder, setup.config.intake)
     ingest = replace(setup.ingest(trust_times=False), folder=folder, scanner=scanner)
     runner = replace(setup.runner(Answers()), folder=folder)
-    daemon.session.processor = Processor(ingest, runner)
+    daemon.session.ingest, daemon.session.runner = ingest, runner
     daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
 
     for _ in range(2):
