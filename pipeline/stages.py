@@ -13,7 +13,7 @@ from pipeline.errors import BadAudio, EngineFailure
 from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationRequest
 
 NORMALIZE_VERSION = "2"  # raised when the same file would be normalized to different samples
-OUTPUT_VERSION = "1"  # raised when the same variation would be written as different bytes
+OUTPUT_VERSION = "2"  # raised when the same variation would be written as different bytes
 
 
 def normalize(decoded: Audio, settings: Normalize) -> Audio:
