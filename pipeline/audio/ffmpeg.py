@@ -131,6 +131,7 @@ class Reader:
         self._first_pos = max(0, self._first.pos or 0) if self._first else 0
         self._declared_s = self._stated_s()  # None: not stated
         self._declared_bytes = self._stated_bytes()
+        self._bytes_behind = self._count_behind()
         if self.format in _FRAME_STREAMS:
             self.begins_late = self._first_pos > 0
         else:
@@ -141,22 +142,27 @@ class Reader:
         self._container = self._stream = self._packets = self._first = None  # they hold the decoder's memory
 
     def goes_on(self) -> bool:
-        """Whether there is sound behind the stated end of a WAV file, and not a chunk, a tag or zeros."""
-        end = self._stated_bytes()
+        """Whether there is sound behind the stated end of a WAV file, which can be read on."""
+        return self.format == "wav" and self._bytes_behind > 0
+
+    def _count_behind(self) -> int:
+        """Bytes of sound behind the stated end of WAV, W64 or CAF data: not chunks, tags or zeros."""
+        end = self._declared_bytes
         rate_bytes = (self._stream.codec_context.bit_rate or 0) / 8
-        if (
-            self.format != "wav"
-            or not self._first_pos < end < self.window.size - _MOST_PADDING_S * rate_bytes
-        ):
-            return False
-        if any(_CHUNK.match(self.window.peek(at, 4)) for at in (end, end + end % 2)):
-            return False
-        return bool(self.window.peek(end, _PADDING_SEARCH_BYTES).strip(b"\0"))
+        if not self._first_pos < end < self.window.size - _MOST_PADDING_S * rate_bytes:
+            return 0
+        # Chunks follow at once, behind a pad byte, or in W64 at a multiple of 8 bytes.
+        if any(_CHUNK.match(self.window.peek(at, 4)) for at in {end, end + end % 2, end + -end % 8}):
+            return 0
+        is_padding = not self.window.peek(end, _PADDING_SEARCH_BYTES).strip(b"\0")
+        return 0 if is_padding else self.window.size - end
 
     @property
     def missing_s(self) -> float:
         """How much less was read than there should be, by the header or by the bytes that were lost."""
         lost_bytes = max(0, self._declared_bytes - self.window.size)
+        if self.format != "wav":  # which is read on
+            lost_bytes += self._bytes_behind
         if self._declared_s is None:
             lost_bytes += self.bad_bytes
         lost_s = lost_bytes * self.read_s / max(1, self._good_bytes)
@@ -296,6 +302,8 @@ class Reader:
             (size,) = struct.unpack("<Q", head[28:36]) if is_long else struct.unpack("<I", before[20:])
         elif self.format == "w64" and before[:4] == b"data":
             size = struct.unpack("<Q", before[16:])[0] - 24
+        elif self.format == "caf" and before[8:12] == b"data":
+            size = struct.unpack(">Q", before[12:20])[0] - 4  # without the edit count
         else:
             return 0
         return 0 if size in _STREAMED_SIZES or size > _UNKNOWN_SIZE else self._first_pos + int(size)

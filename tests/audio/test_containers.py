@@ -313,6 +313,19 @@ def test_padding_tags_and_chunks_behind_the_data_are_no_sound(tmp_path: Path, be
     assert (audio.n_samples, info.notes) == (66150, ())
 
 
+@pytest.mark.parametrize(
+    ("container", "size_at", "stated_bytes"),
+    [("W64", 16, (132_324).to_bytes(8, "little")), ("CAF", 4, (132_304).to_bytes(8))],
+)
+def test_sound_behind_the_stated_end_of_other_containers_is_not_passed_over(
+    tmp_path: Path, container: str, size_at: int, stated_bytes: bytes
+) -> None:
+    data = bytearray(sndfile_bytes(tones(1.5, 44100), 44100, container, "PCM_16"))
+    size_at += data.rindex(b"data", 0, 5000)
+    data[size_at : size_at + 8] = stated_bytes
+    assert "0.8 s of 1.5 s" in refusal(tmp_path, bytes(data))
+
+
 @pytest.mark.parametrize("size", [0, 100, 0xFFFFFFFF])
 def test_the_size_of_the_whole_riff_does_not_matter(tmp_path: Path, size: int) -> None:
     data = bytearray(sndfile_bytes(tones(1.5, 44100), 44100, "WAV"))
