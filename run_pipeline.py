@@ -11,8 +11,6 @@ if __name__ == "__main__":
         from pipeline.cli import main
 
         sys.exit(main(default_home=HOME))
-    except KeyboardInterrupt:  # while the packages are imported
-        sys.exit(130)
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] == "pipeline":
             raise

@@ -335,7 +335,7 @@ LENGTHS = 260  # every number of own steps up to there: past 16s, 128 and 256
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("int8", 0.05)])
-@pytest.mark.parametrize("prefix_steps", [0, 1, 16, 17, 128, 239])
+@pytest.mark.parametrize("prefix_steps", [0, 1, 16, 17, 127, 128, 129, 239])
 @pytest.mark.parametrize("dim", [16, 64, 272])
 def test_attention_is_softmax_attention_at_every_length(
     precision: str, tolerance: float, prefix_steps: int, dim: int
