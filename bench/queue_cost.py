@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
-from drive import RATE_HZ, counts, make_small, register, small, small_and_free, start  # noqa: E402
+from drive import RATE_HZ, configure_for_small_files, counts, register, small_wav, start, write_small_files  # noqa: E402
 from home_folder import Home  # noqa: E402
 
 from pipeline import audio, stages  # noqa: E402
@@ -45,7 +45,7 @@ def run(home: Home) -> tuple[float, float]:
         code = child.process.wait()
     took_s = time.time() - began_s
     if code != 0:
-        raise SystemExit(child.said())
+        raise SystemExit(child.text())
     store = home.store()
     queued = [track.queued_at for track in store.tracks()]
     store.close()
@@ -55,8 +55,8 @@ def run(home: Home) -> tuple[float, float]:
 def measure(folder: Path, n: int) -> tuple[float, float]:
     """Seconds: a run over n files, and its scan."""
     home = Home(folder / str(n))
-    small_and_free(home)
-    make_small(home.inbox / "drop", n)
+    configure_for_small_files(home)
+    write_small_files(home.inbox / "drop", n)
     took_s, scan_s = run(home)
     if counts(home)["done"] != n:
         raise SystemExit(f"{counts(home)} of {n}")
@@ -66,12 +66,12 @@ def measure(folder: Path, n: int) -> tuple[float, float]:
 def sound_alone(folder: Path) -> float:
     """Seconds per file of what the queue doesn't cost: decode, normalize, level, encode."""
     home = Home(folder / "alone")
-    small_and_free(home)
+    configure_for_small_files(home)
     config = load_config(home.folder / "settings.yaml")
     limits, times = audio.DecodeLimits(), []
     for i in range(SAMPLE):
         path = folder / "alone.wav"
-        path.write_bytes(small(i))
+        path.write_bytes(small_wav(i))
         began_s = time.perf_counter()
         decoded, _ = audio.decode(path, sample_rate=RATE_HZ, limits=limits)
         normalized = stages.normalize(decoded, config.normalize)

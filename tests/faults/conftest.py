@@ -1,4 +1,4 @@
-"""Figures of the fault harness stand at the end of the report."""
+"""Fixtures of the fault harness; its figures are printed at the end of pytest's report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Zygote, why_not
+from harness import ForkServer, why_not
 from invariants import Case
 
 FIGURES = pytest.StashKey[list[str]]()
@@ -26,14 +26,14 @@ def figures(request: pytest.FixtureRequest) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     if reason := why_not():
         pytest.skip(reason)
-    folder: Path = tmp_path_factory.mktemp("zygote")
-    with Zygote(folder) as made:
+    folder: Path = tmp_path_factory.mktemp("fork_server")
+    with ForkServer(folder) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-def one_track(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case.of(zygote, tmp_path_factory.mktemp("one"), tracks=1)
+def one_track(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case.of(fork_server, tmp_path_factory.mktemp("one"), tracks=1)

@@ -3,11 +3,11 @@
 `start` runs run_pipeline.py as people do. With `engines=True` this file itself is the program: the
 same command line, with a few engines registered beside the real ones:
 
-    free-vectors, free        cost nothing: what is left is the queue's own cost
+    free-vectors, free        cost next to nothing, so that what a run costs is the queue's own cost
     paced                     takes 2 s per variation in steps with progress, stops when asked
     stuck                     makes no progress and ignores requests to stop
 
-Conditions are checked again and again, a bounded number of times; nothing here measures time.
+`wait_until` checks a condition a bounded number of times; nothing here measures time.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Child:
 def start(
     home: Home, *words: str | Path, engines: bool = False, env: dict[str, str] | None = None
 ) -> Iterator[Child]:
-    """Run a verb of the program as a child for the length of the block; it is killed if it outlives it."""
+    """Run a command of the program as a child process, which is killed if it outlives the block."""
     program = Path(__file__) if engines else ROOT / "run_pipeline.py"
     n = len(list(home.folder.glob("child-*.txt")))
     output = home.folder / f"child-{n}.txt"
@@ -190,7 +190,7 @@ def stop(child: Child) -> int:
 def wait_until(
     condition: Callable[[], object], what: str, *, tries: int = 1200, child: Child | None = None
 ) -> None:
-    """Check until the condition holds, at most `tries` times; a minute of patience by default."""
+    """Check until the condition holds, at most `tries` times; a minute by default."""
     for _ in range(tries):
         is_over = child is not None and not child.is_alive()
         if condition():
@@ -199,14 +199,14 @@ def wait_until(
             break
         time.sleep(CHECK_EVERY_S)
     text = f"\n{child.text()[-4000:]}" if child else ""
-    raise AssertionError(f"waited in vain: {what}{text}")
+    raise AssertionError(f"did not happen: {what}{text}")
 
 
 # -- many small files ------------------------------------------------------------------------------
 
 
-def small(seed: int) -> bytes:
-    """A WAV that no other number gives: 1.2 s, mono, 8 kHz, 16 bits, about 20 KB."""
+def small_wav(seed: int) -> bytes:
+    """A WAV that is different for each seed: 1.2 s, mono, 8 kHz, 16 bits, about 20 KB."""
     rng = np.random.default_rng(seed)
     t = np.arange(round(SECONDS * RATE_HZ)) / RATE_HZ
     tone = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 1000, 3)) / 3
@@ -219,13 +219,13 @@ def small(seed: int) -> bytes:
     return out.getvalue()
 
 
-def make_small(folder: Path, n: int) -> None:
+def write_small_files(folder: Path, n: int) -> None:
     folder.mkdir(parents=True)
     for i in range(n):
-        (folder / f"{i:05d}.wav").write_bytes(small(i))
+        (folder / f"{i:05d}.wav").write_bytes(small_wav(i))
 
 
-def small_and_free(home: Home) -> None:
+def configure_for_small_files(home: Home) -> None:
     """Many small files, engines that cost nothing, and no events: files are found by scans only."""
     home.configure(
         {"name": "one"},
@@ -254,7 +254,7 @@ def counts(home: Home) -> dict[str, int]:
     store = home.store()
     try:
         return store.counts()
-    except sqlite3.OperationalError:  # it is being made just now
+    except sqlite3.OperationalError:  # the database is being created
         return {}
     finally:
         store.close()

@@ -1,11 +1,11 @@
-"""Lives of the program that end at a chosen file operation, or whose disk fails at one.
+"""Runs of the program that end at a chosen file operation, or whose disk fails at one.
 
-    shim.c      counts the file operations below a home, and kills or fails at the k-th
-    zygote.py   forks the lives
-    here        builds and starts both; what a test needs to ask for a life and read its trace
-    invariants  what must hold afterwards
+    fault_injector.c  counts the file operations below a home, and kills the process or fails at the k-th
+    fork_server.py    forks one process per run
+    this module       builds and starts both; a test uses it to start a run and to read its trace
+    invariants.py     what must hold afterwards
 
-A *life* is one process of the program, from its command line to its end. Its *trace* lists its
+A *run* is one process of the program, from its command line to its end. Its *trace* lists its
 file operations with their outcome.
 """
 
@@ -30,8 +30,8 @@ from typing import Any, Self
 from home_folder import ROOT, Home, write_music
 
 HERE = Path(__file__).resolve().parent
-PATIENCE_S = 120.0  # for one life; ends a test that would hang
-TRACEBACK = 70  # see zygote.py
+TIMEOUT_S = 120.0  # for one run; ends a test that would hang
+TRACEBACK = 70  # see fork_server.py
 KILLED = -signal.SIGKILL
 
 
@@ -45,17 +45,17 @@ def why_not() -> str | None:
 
 
 class Mode(IntEnum):
-    """What happens at the k-th operation; as in shim.c."""
+    """What happens at the k-th operation; as in fault_injector.c."""
 
     COUNT = 0
     KILL_BEFORE = 1
     KILL_AFTER = 2
-    KILL_TORN = 3  # half of a write is done; what is no write: as KILL_BEFORE
+    KILL_TORN = 3  # half of a write is done; for other calls the same as KILL_BEFORE
     FAIL = 4
 
 
 class Kind(IntFlag):
-    """Which operations are counted; as in shim.c."""
+    """Which operations are counted; as in fault_injector.c."""
 
     CHANGE = 1
     SPACE = 2  # those that can need space on the disk, which overwriting in place does not
@@ -64,14 +64,14 @@ class Kind(IntFlag):
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to a life."""
+    """The fault that a run meets."""
 
     mode: Mode = Mode.COUNT
     at: int = 0  # the operation's number, from 1
     error: int = 0  # errno
-    sticky: bool = False  # all later ones fail too
+    sticky: bool = False  # all later operations fail too
     kinds: Kind = Kind.CHANGE
-    gate: Path | None = None  # a sticky fault lasts while this file is there
+    gate: Path | None = None  # if given, a sticky fault lasts while this file exists
 
     @classmethod
     def full_disk(cls, at: int, *, sticky: bool, gate: Path | None = None) -> Fault:
@@ -106,36 +106,36 @@ def read_trace(path: Path) -> list[Operation]:
 
 
 @dataclass
-class Life:
+class ProgramRun:
     """One process of the program."""
 
-    zygote: Zygote
+    server: ForkServer
     number: int
-    process: int
+    pid: int
     out_path: Path
     trace_path: Path
     code: int | None = None  # negative: the signal that ended it; None while it runs
 
-    def wait(self, timeout_s: float = PATIENCE_S) -> int | None:
+    def wait(self, timeout_s: float = TIMEOUT_S) -> int | None:
         """Its exit code, or None if it still runs after so long."""
         if self.code is None:
-            self.zygote.listen(timeout_s, until=lambda: self.code is not None)
+            self.server.listen(timeout_s, until=lambda: self.code is not None)
         return self.code
 
     def end(self) -> int:
-        """Its exit code; a life that doesn't end is killed and fails the test."""
+        """Its exit code; a run that doesn't end is killed and fails the test."""
         if self.wait() is None:
             self.signal(signal.SIGKILL)
             self.wait()
-            raise AssertionError(f"still running after {PATIENCE_S:g} s:\n{self.out}")
+            raise AssertionError(f"still running after {TIMEOUT_S:g} s:\n{self.out}")
         assert self.code is not None
         return self.code
 
     def signal(self, number: int) -> None:
-        """Not after `wait` returned a code: the process's number may be another's by then."""
+        """Send a signal, unless `wait` has returned a code: its pid may be another process's by then."""
         if self.code is None:
-            with suppress(ProcessLookupError):  # it has ended, and the news of it is still on its way
-                os.kill(self.process, number)
+            with suppress(ProcessLookupError):  # it has ended, and the message about that has not arrived yet
+                os.kill(self.pid, number)
 
     @property
     def out(self) -> str:
@@ -150,39 +150,39 @@ class Life:
         return any(op.outcome.startswith(("killed", "failed")) for op in self.trace)
 
 
-class Zygote:
-    """The process that forks lives; one for all tests."""
+class ForkServer:
+    """The process that is forked for each run; one for all tests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lives: dict[int, Life] = {}
+        self._runs: dict[int, ProgramRun] = {}
         self._number = 0
-        self._news: dict[str, Any] = {}
-        shim = build_shim(folder)
+        self._message: dict[str, Any] = {}
+        injector = build_fault_injector(folder)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         env = {k: v for k, v in os.environ.items() if k not in ("DEVICE", "PIPELINE_HOME")}
         env = {k: v for k, v in env.items() if not k.startswith(("COV_", "COVERAGE_"))}
-        env |= {"LD_PRELOAD": str(shim), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "zygote.py"), str(theirs.fileno()), str(ROOT)]
+        env |= {"LD_PRELOAD": str(injector), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(HERE / "fork_server.py"), str(theirs.fileno()), str(ROOT)]
         self._process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
         theirs.close()
         try:
-            self._learn()
+            self._import_modules()
         except BaseException:
             self.close()
             raise
 
-    def _learn(self) -> None:
-        """One life in full, then import beforehand all that it imported."""
+    def _import_modules(self) -> None:
+        """Make one whole run, then have the server import all modules that the run imported."""
         home = new_home(self.folder / "warm", tracks=1)
         modules = self.folder / "modules.json"
-        life = self.start(home, "once", modules_to=str(modules))
-        assert life.end() == 0, life.out
+        run = self.start(home, "once", modules_to=str(modules))
+        assert run.end() == 0, run.out
         self._ask({"import": json.loads(modules.read_text())}, "imported")
-        assert self._news["threads"] == 1, "the zygote must not have threads when it forks"
+        assert self._message["threads"] == 1, "the fork server must not have threads when it forks"
 
-    def start(self, home: Home, *words: str, fault: Fault | None = None, **extras: str) -> Life:
-        """Begin a life; extras: `deadly`, the stage and hash of the track that kills, as in zygote.py."""
+    def start(self, home: Home, *words: str, fault: Fault | None = None, **extras: str) -> ProgramRun:
+        """Begin a run; `extras`: `deadly`, stage and hash of the track that kills it (fork_server.py)."""
         self._number += 1
         number = self._number
         out, trace = (
@@ -202,39 +202,39 @@ class Zygote:
             "trace": str(trace),
         }
         self._ask(request, "started")
-        life = Life(self, number, self._news["process"], out, trace)
-        self._lives[number] = life
-        return life
+        run = ProgramRun(self, number, self._message["process"], out, trace)
+        self._runs[number] = run
+        return run
 
-    def run(self, home: Home, *words: str, fault: Fault | None = None, **extras: str) -> Life:
-        life = self.start(home, *words, fault=fault, **extras)
-        life.end()
-        return life
+    def run(self, home: Home, *words: str, fault: Fault | None = None, **extras: str) -> ProgramRun:
+        run = self.start(home, *words, fault=fault, **extras)
+        run.end()
+        return run
 
     def _ask(self, request: dict[str, Any], answer: str) -> None:
-        self._news = {}
+        self._message = {}
         self._control.send(json.dumps(request).encode())
-        if not self.listen(PATIENCE_S, until=lambda: answer in self._news):
-            raise AssertionError(f"the zygote doesn't answer: {answer}")
+        if not self.listen(TIMEOUT_S, until=lambda: answer in self._message):
+            raise AssertionError(f"the fork server doesn't answer: {answer}")
 
     def listen(self, timeout_s: float, *, until: Any) -> bool:
-        """Receive the zygote's messages until a condition holds; False if it does not in that time."""
+        """Receive the fork server's messages until a condition holds; False if it does not in that time."""
         while not until():
             ready, _, _ = select.select([self._control], [], [], timeout_s)
             if not ready:
                 return False
             data = self._control.recv(1 << 16)
-            assert data, f"the zygote ended with {self._process.wait()}"
+            assert data, f"the fork server ended with {self._process.wait()}"
             message = json.loads(data)
             if "ended" in message:
-                self._lives.pop(message["ended"]).code = message["code"]
+                self._runs.pop(message["ended"]).code = message["code"]
             else:
-                self._news = message
+                self._message = message
         return True
 
     def close(self) -> None:
         self._control.close()
-        self._process.wait(PATIENCE_S)
+        self._process.wait(TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self
@@ -245,11 +245,11 @@ class Zygote:
         self.close()
 
 
-def build_shim(folder: Path) -> Path:
+def build_fault_injector(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / "shim.so"
+    library = folder / "fault_injector.so"
     flags = ["-shared", "-fPIC", "-O1", "-U_FORTIFY_SOURCE"]  # fortified headers redefine open() inline
-    subprocess.run(["cc", *flags, "-o", str(library), str(HERE / "shim.c"), "-ldl"], check=True)
+    subprocess.run(["cc", *flags, "-o", str(library), str(HERE / "fault_injector.c"), "-ldl"], check=True)
     return library
 
 

@@ -1,6 +1,6 @@
-"""What must hold of a home after any faults, seen from outside: the outbox, the inbox, the store's facts.
+"""What must hold for a home after any faults, checked from outside: in the outbox, the inbox and the store.
 
-Each check raises AssertionError with a text on what is wrong. The traces of the lives show how often
+Each check raises an AssertionError that says what is wrong. The traces of the runs show how often
 something was published and how many units of work were made twice.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from harness import KILLED, TRACEBACK, Life, Operation, Zygote, copy_of, new_home
+from harness import KILLED, TRACEBACK, ForkServer, Operation, ProgramRun, copy_of, new_home
 from home_folder import Home, contents, sha256_of
 
 SILENT = 1e-4
@@ -54,16 +54,16 @@ class Case:
     reference: Reference
 
     @classmethod
-    def of(cls, zygote: Zygote, folder: Path, *, tracks: int, **sections: Any) -> Case:
+    def of(cls, fork_server: ForkServer, folder: Path, *, tracks: int, **sections: Any) -> Case:
         """Make so many tracks and see what a run without faults makes of them."""
         template = new_home(folder / "template", tracks=tracks, **sections)
         inputs = inputs_of(template)
-        calm = copy_of(template, folder / "calm")
-        life = zygote.run(calm, "once")
-        assert life.code == 0, life.out
-        reference = Reference.of(calm, inputs)
-        check_finished(calm, reference, [life])
-        assert check_redone(calm, reference, [life]) == 0
+        undisturbed = copy_of(template, folder / "undisturbed")
+        run = fork_server.run(undisturbed, "once")
+        assert run.code == 0, run.out
+        reference = Reference.of(undisturbed, inputs)
+        check_finished(undisturbed, reference, [run])
+        assert check_redone(undisturbed, reference, [run]) == 0
         return cls(template, reference)
 
     def home(self, folder: Path) -> Home:
@@ -108,23 +108,23 @@ def tracks(home: Home) -> dict[str, tuple[str, int]]:
 
 
 def check_nothing_false(home: Home, reference: Reference) -> None:
-    """Whatever calls itself finished is; every source is still somewhere, whole."""
+    """What is recorded as finished is complete, and every source still exists, unchanged and once."""
     known = states(home)
     if known:
         check_database(home)
     folders = {made["source"]["sha256"]: name for name, made in reference.manifests.items()}
     for sha256, state in known.items():
-        assert sha256 in folders, "a track of bytes that nobody put there"
+        assert sha256 in folders, "a track of bytes that are no source's"
         if state == "done":
             check_folder(home.outbox / folders[sha256], reference)
     for manifest in home.outbox.glob("*/manifest.json") if home.outbox.exists() else ():
         check_folder(manifest.parent, reference)
-    lying = Counter(sha256_of(path) for path in home.inbox.rglob("*.wav"))
-    assert lying == Counter(reference.inputs.values()), "a source is gone, altered or there twice"
+    sources = Counter(sha256_of(path) for path in home.inbox.rglob("*.wav"))
+    assert sources == Counter(reference.inputs.values()), "a source is gone, altered or there twice"
 
 
 def check_folder(folder: Path, reference: Reference) -> None:
-    """A finished track: the very files of the reference, and each as its manifest describes it."""
+    """A finished track has the files of the reference, each as its manifest describes it."""
     assert (folder / "manifest.json").exists(), f"{folder.name} is done without a manifest"
     found = _manifest(folder)
     for record in found["variations"]:
@@ -142,13 +142,13 @@ def check_folder(folder: Path, reference: Reference) -> None:
     assert found == reference.manifests[folder.name], f"{folder.name} has another manifest"
 
 
-# -- when all is over ----------------------------------------------------------------------------------
+# -- at the end --------------------------------------------------------------------------------------
 
 
 def check_finished(
-    home: Home, reference: Reference, lives: Sequence[Life], *, at_fault: Iterable[str] = ()
+    home: Home, reference: Reference, runs: Sequence[ProgramRun], *, at_fault: Iterable[str] = ()
 ) -> None:
-    """All is done but what had to fail (`at_fault`, hashes), once, and nothing else is left lying about."""
+    """All tracks are done once, but for those that had to fail (hashes in `at_fault`), without leftovers."""
     failed = set(at_fault)
     check_database(home)
     wanted = {sha256: "failed" if sha256 in failed else "done" for sha256 in reference.inputs.values()}
@@ -158,10 +158,10 @@ def check_finished(
     assert {path.name for path in home.folders if (path / "manifest.json").exists()} == done
     for name in done:
         check_folder(home.outbox / name, reference)
-        assert contents(home.outbox / name) == reference.files[name], f"{name} has files nobody asked for"
+        assert contents(home.outbox / name) == reference.files[name], f"{name} has unexpected files"
     check_no_leftovers(home)
-    check_published_once(home, lives)
-    assert not any(life.code == TRACEBACK for life in lives), "an exception nobody caught"
+    check_published_once(home, runs)
+    assert not any(run.code == TRACEBACK for run in runs), "an exception nobody caught"
 
 
 def _check_sources(home: Home, reference: Reference, failed: set[str]) -> None:
@@ -175,20 +175,18 @@ def _check_sources(home: Home, reference: Reference, failed: set[str]) -> None:
 def check_no_leftovers(home: Home) -> None:
     """No temporary files anywhere, no working copies of finished tracks."""
     hidden = [path for path in home.folder.rglob("*") if path.name.startswith(".") or path.suffix == ".part"]
-    assert hidden == [], f"left lying about: {hidden}"
+    assert hidden == [], f"left behind: {hidden}"
     work = home.folder / "state" / "work"
     assert (list(work.rglob("*")) if work.exists() else []) == [], "working copies of finished tracks"
 
 
-def operations(lives: Sequence[Life]) -> list[Operation]:
-    return [op for life in lives for op in life.trace]
+def operations(runs: Sequence[ProgramRun]) -> list[Operation]:
+    return [op for run in runs for op in run.trace]
 
 
-def check_published_once(home: Home, lives: Sequence[Life]) -> None:
+def check_published_once(home: Home, runs: Sequence[ProgramRun]) -> None:
     published = Counter(
-        op.target
-        for op in operations(lives)
-        if op.happened and op.call == "rename" and _is_manifest(home, op)
+        op.target for op in operations(runs) if op.happened and op.call == "rename" and _is_manifest(home, op)
     )
     twice = {Path(target).parent.name: n for target, n in published.items() if n > 1}
     assert not twice, f"manifests published more than once: {twice}"
@@ -198,27 +196,27 @@ def _is_manifest(home: Home, op: Operation) -> bool:
     return op.target.startswith(f"{home.outbox.resolve()}/") and op.target.endswith("/manifest.json")
 
 
-def units_made(home: Home, lives: Sequence[Life]) -> int:
-    """Results renamed into place over all lives; sources that are moved to the archive don't count."""
+def units_made(home: Home, runs: Sequence[ProgramRun]) -> int:
+    """Results renamed into place over all runs; sources that are moved to the archive don't count."""
     inbox = f"{home.inbox.resolve()}/"
     return sum(
         op.happened
         and op.call == "rename"
         and op.target.endswith(UNIT_ENDINGS)
         and not op.target.startswith(inbox)
-        for op in operations(lives)
+        for op in operations(runs)
     )
 
 
-def kills(lives: Sequence[Life]) -> int:
-    return sum(life.code == KILLED for life in lives)
+def kills(runs: Sequence[ProgramRun]) -> int:
+    return sum(run.code == KILLED for run in runs)
 
 
-def check_redone(home: Home, reference: Reference, lives: Sequence[Life]) -> int:
+def check_redone(home: Home, reference: Reference, runs: Sequence[ProgramRun]) -> int:
     """At most one unit of work is made twice per kill; returns how many were.
 
     A kill from outside can fall between a rename and its line in the trace, so that one is missing.
     """
-    redone, died = units_made(home, lives) - reference.units, kills(lives)
-    assert -died <= redone <= died, f"{redone} units made again after {died} kills"
+    redone, n_kills = units_made(home, runs) - reference.units, kills(runs)
+    assert -n_kills <= redone <= n_kills, f"{redone} units made again after {n_kills} kills"
     return redone

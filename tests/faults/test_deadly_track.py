@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import KILLED, Life, Zygote, new_home
+from harness import KILLED, ForkServer, ProgramRun, new_home
 from home_folder import Home, sha256_of
 from invariants import Reference, check_finished, inputs_of
 
 TRACKS, ATTEMPTS = 4, 3
-NOBODY = "0" * 64
+NO_TRACK = "0" * 64
 
 
 def deadly_home(folder: Path) -> Home:
@@ -23,40 +23,38 @@ def deadly_home(folder: Path) -> Home:
 
 
 @pytest.fixture(scope="module")
-def reference(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    home = deadly_home(tmp_path_factory.mktemp("calm") / "home")
+def reference(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    home = deadly_home(tmp_path_factory.mktemp("undisturbed") / "home")
     inputs = inputs_of(home)
-    life = zygote.run(home, "once", deadly=f"generate:{NOBODY}")
-    assert life.code == 0, life.out
+    run = fork_server.run(home, "once", deadly=f"generate:{NO_TRACK}")
+    assert run.code == 0, run.out
     return Reference.of(home, inputs)
 
 
 @pytest.mark.parametrize("stage", ["decode", "generate"])
-def test_the_track_that_kills_fails_and_the_others_get_done(
-    zygote: Zygote, reference: Reference, tmp_path: Path, figures: list[str], stage: str
+def test_a_track_that_kills_the_process_fails_and_the_others_are_done(
+    fork_server: ForkServer, reference: Reference, tmp_path: Path, figures: list[str], stage: str
 ) -> None:
     home = deadly_home(tmp_path / "home")
     deadly = sha256_of(home.inbox / "track 01.wav")
 
-    lives: list[Life] = []
-    while len(lives) < 3 * ATTEMPTS and (not lives or lives[-1].code == KILLED):
-        lives.append(zygote.run(home, "once", deadly=f"{stage}:{deadly}"))
+    runs: list[ProgramRun] = []
+    while len(runs) < 3 * ATTEMPTS and (not runs or runs[-1].code == KILLED):
+        runs.append(fork_server.run(home, "once", deadly=f"{stage}:{deadly}"))
 
-    assert [life.code for life in lives] == [KILLED] * ATTEMPTS + [1], lives[-1].out
-    check_finished(home, reference, lives, at_fault=[deadly])
+    assert [run.code for run in runs] == [KILLED] * ATTEMPTS + [1], runs[-1].out
+    check_finished(home, reference, runs, at_fault=[deadly])
     reason = (home.inbox / "failed" / "track 01.wav.error.txt").read_text()
     assert reason.startswith("track 01.wav")
-    figures.append(
-        f"a track that kills in {stage}: failed after {ATTEMPTS} restarts, {TRACKS - 1} others done"
-    )
+    figures.append(f"a track that kills in {stage}: failed after {ATTEMPTS} kills, {TRACKS - 1} others done")
 
 
-def test_watch_recovers_as_well(zygote: Zygote, reference: Reference, tmp_path: Path) -> None:
+def test_watch_recovers_as_well(fork_server: ForkServer, reference: Reference, tmp_path: Path) -> None:
     home = deadly_home(tmp_path / "home")
     deadly = sha256_of(home.inbox / "track 03.wav")
 
-    lives = [zygote.run(home, "watch", deadly=f"generate:{deadly}") for _ in range(ATTEMPTS)]
-    lives.append(zygote.run(home, "once", deadly=f"generate:{deadly}"))
+    runs = [fork_server.run(home, "watch", deadly=f"generate:{deadly}") for _ in range(ATTEMPTS)]
+    runs.append(fork_server.run(home, "once", deadly=f"generate:{deadly}"))
 
-    assert [life.code for life in lives] == [KILLED] * ATTEMPTS + [1], lives[-1].out
-    check_finished(home, reference, lives, at_fault=[deadly])
+    assert [run.code for run in runs] == [KILLED] * ATTEMPTS + [1], runs[-1].out
+    check_finished(home, reference, runs, at_fault=[deadly])

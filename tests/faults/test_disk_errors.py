@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import PATIENCE_S, Fault, Kind, Life, Zygote
+from harness import TIMEOUT_S, Fault, ForkServer, Kind, ProgramRun
 from home_folder import Home
 from invariants import Case, check_finished, check_nothing_false, states, tracks
 
 CHECK_EVERY_S = 0.1
 BAD_USAGE = 2
-VISIBLE = {0, 1, 4}  # all done (the fault hit nothing that matters), failed with a message, the disk
-TRIES = 3  # clean runs until all is done
+EXIT_CODES = {0, 1, 4}  # all done (the fault had no effect), a failed track, an environment error
 
 MakeFault = Callable[[int, bool], Fault]
 FAULTS: dict[int, MakeFault] = {
@@ -35,10 +34,10 @@ KINDS = {errno.ENOSPC: Kind.SPACE, errno.EIO: Kind.CHANGE | Kind.READ}
 
 
 @pytest.fixture(scope="module")
-def case(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """One track; three attempts, as by default."""
     return Case.of(
-        zygote, tmp_path_factory.mktemp("disk"), tracks=1, retry={"max_attempts": 3, "backoff_s": 0}
+        fork_server, tmp_path_factory.mktemp("disk"), tracks=1, retry={"max_attempts": 3, "backoff_s": 0}
     )
 
 
@@ -52,54 +51,57 @@ class Found:
     wrong: str | None
 
 
-def suffer(zygote: Zygote, case: Case, folder: Path, number: int, *, k: int, sticky: bool) -> Found:
-    """One life with the fault, then clean ones until all is done."""
+def run_with_fault(
+    fork_server: ForkServer, case: Case, folder: Path, number: int, *, k: int, sticky: bool
+) -> Found:
+    """One run with the fault, then clean ones until all is done."""
     home, fault = case.home(folder), FAULTS[number](k, sticky)
-    life, wrong, failed = zygote.run(home, "once", fault=fault), None, False
-    lives = [life]
+    run, wrong, failed = fork_server.run(home, "once", fault=fault), None, False
+    runs = [run]
     try:
-        assert life.code in VISIBLE or unreadable_settings(life), f"exit code {life.code}\n{life.out}"
+        assert run.code in EXIT_CODES or unreadable_settings(run), f"exit code {run.code}\n{run.out}"
         check_nothing_false(home, case.reference)
         failed = "failed" in states(home).values()
         if number == errno.ENOSPC:
-            assert not failed, f"a full disk failed a track:\n{life.out}"
-            assert not any(n for _, n in tracks(home).values()), (
-                f"a full disk used up an attempt:\n{life.out}"
-            )
+            assert not failed, f"a full disk failed a track:\n{run.out}"
+            assert not any(n for _, n in tracks(home).values()), f"a full disk used up an attempt:\n{run.out}"
         if failed:
-            assert life.code == 1, "a failed track, but no exit code for it"
-        lives += recovered(zygote, home, failed=failed)
-        check_finished(home, case.reference, lives)
+            assert run.code == 1, "a failed track, but no exit code for it"
+        runs += recovered(fork_server, home, failed=failed)
+        check_finished(home, case.reference, runs)
     except AssertionError as e:
-        fault_at = next((op for op in life.trace if op.outcome == "failed"), None)
+        fault_at = next((op for op in run.trace if op.outcome == "failed"), None)
         wrong = f"{errno.errorcode[number]} at {k}{' on' if sticky else ''}: {str(e)[-900:]}\n  at {fault_at}"
     else:
         shutil.rmtree(folder)
-    return Found(life.code or 0, life.fault_hit, failed, wrong)
+    return Found(run.code or 0, run.fault_hit, failed, wrong)
 
 
-def unreadable_settings(life: Life) -> bool:
-    """The disk failed before there was a configuration: bad usage, nothing was touched."""
-    failed = [op.path for op in life.trace if op.outcome == "failed"]
-    return life.code == BAD_USAGE and failed[0].endswith("settings.yaml")
+def unreadable_settings(run: ProgramRun) -> bool:
+    """The disk failed while the configuration was read: that is bad usage, and nothing was changed."""
+    failed = [op.path for op in run.trace if op.outcome == "failed"]
+    return run.code == BAD_USAGE and failed[0].endswith("settings.yaml")
 
 
-def recovered(zygote: Zygote, home: Home, *, failed: bool) -> Iterable[Life]:
+def recovered(fork_server: ForkServer, home: Home, *, failed: bool) -> Iterable[ProgramRun]:
     if failed:
-        yield zygote.run(home, "retry")
-    last = zygote.run(home, "once")
+        yield fork_server.run(home, "retry")
+    last = fork_server.run(home, "once")
     assert last.code == 0, f"the clean run ended with {last.code}:\n{last.out}"
     yield last
 
 
-def n_operations(zygote: Zygote, case: Case, folder: Path, number: int) -> int:
-    life = zygote.run(case.home(folder), "once", fault=Fault(kinds=KINDS[number]))
-    return max(op.n for op in life.trace)
+def n_operations(fork_server: ForkServer, case: Case, folder: Path, number: int) -> int:
+    run = fork_server.run(case.home(folder), "once", fault=Fault(kinds=KINDS[number]))
+    return max(op.n for op in run.trace)
 
 
-def survey(zygote: Zygote, case: Case, tmp_path: Path, number: int, points: list[tuple[int, bool]]) -> str:
+def survey(
+    fork_server: ForkServer, case: Case, tmp_path: Path, number: int, points: list[tuple[int, bool]]
+) -> str:
     found = [
-        suffer(zygote, case, tmp_path / f"{k}-{sticky}", number, k=k, sticky=sticky) for k, sticky in points
+        run_with_fault(fork_server, case, tmp_path / f"{k}-{sticky}", number, k=k, sticky=sticky)
+        for k, sticky in points
     ]
     wrong = [one.wrong for one in found if one.wrong]
     assert not wrong, f"{len(wrong)} of {len(points)}:\n" + "\n".join(wrong[:20])
@@ -113,30 +115,30 @@ def survey(zygote: Zygote, case: Case, tmp_path: Path, number: int, points: list
 @pytest.mark.long
 @pytest.mark.parametrize("number", FAULTS, ids=errno.errorcode.get)
 def test_a_disk_error_at_some_operations_loses_nothing(
-    zygote: Zygote, case: Case, tmp_path: Path, figures: list[str], number: int
+    fork_server: ForkServer, case: Case, tmp_path: Path, figures: list[str], number: int
 ) -> None:
-    n, rng = n_operations(zygote, case, tmp_path / "calm", number), random.Random(number)
+    n, rng = n_operations(fork_server, case, tmp_path / "undisturbed", number), random.Random(number)
     points = [(k, sticky) for sticky in (False, True) for k in sorted(rng.sample(range(1, n + 1), 4))]
-    figures.append(survey(zygote, case, tmp_path, number, points))
+    figures.append(survey(fork_server, case, tmp_path, number, points))
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("number", FAULTS, ids=errno.errorcode.get)
 def test_a_disk_error_at_every_operation_loses_nothing(
-    zygote: Zygote, case: Case, tmp_path: Path, figures: list[str], number: int
+    fork_server: ForkServer, case: Case, tmp_path: Path, figures: list[str], number: int
 ) -> None:
-    n = n_operations(zygote, case, tmp_path / "calm", number)
+    n = n_operations(fork_server, case, tmp_path / "undisturbed", number)
     points = [(k, sticky) for sticky in (False, True) for k in range(1, n + 2)]  # n + 1: a clean run
-    figures.append(survey(zygote, case, tmp_path, number, points))
+    figures.append(survey(fork_server, case, tmp_path, number, points))
 
 
 # -- the daemon ----------------------------------------------------------------------------------------
 
 
-def degraded(zygote: Zygote, home: Home) -> bool:
-    life = zygote.run(home, "status", "--json")
-    assert life.code == 0, life.out
-    return bool(json.loads(life.out).get("degraded"))
+def degraded(fork_server: ForkServer, home: Home) -> bool:
+    run = fork_server.run(home, "status", "--json")
+    assert run.code == 0, run.out
+    return bool(json.loads(run.out).get("degraded"))
 
 
 @pytest.mark.parametrize("ending", [
@@ -147,37 +149,37 @@ def degraded(zygote: Zygote, home: Home) -> bool:
     pytest.param("manifest.json", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_watch_waits_while_the_disk_is_full_and_continues_by_itself(
-    zygote: Zygote, three_tracks: Case, tmp_path: Path, ending: str
+    fork_server: ForkServer, three_tracks: Case, tmp_path: Path, ending: str
 ) -> None:
-    """The disk becomes full about when such a file is made, and has space again when `full` is removed."""
+    """The disk becomes full when such a file is made, and has space again once the file `full` is removed."""
     home, full = three_tracks.home(tmp_path / "home"), tmp_path / "full"
-    at = operation_of(zygote, three_tracks, tmp_path / "calm", ending)
+    at = operation_of(fork_server, three_tracks, tmp_path / "undisturbed", ending)
     full.touch()
-    life = zygote.start(home, "watch", fault=Fault.full_disk(at, sticky=True, gate=full))
+    run = fork_server.start(home, "watch", fault=Fault.full_disk(at, sticky=True, gate=full))
 
-    wait_for(life, lambda: life.fault_hit, "the disk never was full")
-    wait_for(life, lambda: "no space left on device" in life.out, "the log does not report the full disk")
+    wait_for(run, lambda: run.fault_hit, "the disk never was full")
+    wait_for(run, lambda: "no space left on device" in run.out, "the log does not report the full disk")
     assert "failed" not in states(home).values()
     full.unlink()
-    wait_for(life, lambda: is_done(home, 3), "it does not continue")
-    wait_for(life, lambda: not degraded(zygote, home), "status still reports a full disk")
-    life.signal(signal.SIGTERM)
+    wait_for(run, lambda: is_done(home, 3), "it does not continue")
+    wait_for(run, lambda: not degraded(fork_server, home), "status still reports a full disk")
+    run.signal(signal.SIGTERM)
 
-    assert life.end() == 0, life.out
+    assert run.end() == 0, run.out
     assert all(attempts == 0 for _, attempts in tracks(home).values())
-    check_finished(home, three_tracks.reference, [life])
+    check_finished(home, three_tracks.reference, [run])
 
 
 @pytest.fixture(scope="module")
-def three_tracks(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def three_tracks(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Case:
     sections = {"intake": {"settle_s": 0, "poll_s": 0.1, "rescan_s": 0.5}, "retry": {"max_attempts": 1}}
-    return Case.of(zygote, tmp_path_factory.mktemp("three"), tracks=3, **sections)
+    return Case.of(fork_server, tmp_path_factory.mktemp("three"), tracks=3, **sections)
 
 
-def operation_of(zygote: Zygote, case: Case, folder: Path, ending: str) -> int:
-    """Which operation of a calm life renames the second such file into place, or makes it."""
-    life = zygote.run(case.home(folder), "once", fault=Fault(kinds=Kind.SPACE))
-    n = [op.n for op in life.trace if op.n and (op.target or op.path).endswith(ending)]
+def operation_of(fork_server: ForkServer, case: Case, folder: Path, ending: str) -> int:
+    """The number of the operation that makes such a file, or renames it into place, in an undisturbed run."""
+    run = fork_server.run(case.home(folder), "once", fault=Fault(kinds=Kind.SPACE))
+    n = [op.n for op in run.trace if op.n and (op.target or op.path).endswith(ending)]
     return n[len(n) // 2]
 
 
@@ -185,12 +187,12 @@ def is_done(home: Home, n: int) -> bool:
     return len(list(home.outbox.glob("*/manifest.json"))) == n and not list(home.inbox.glob("*.wav"))
 
 
-def wait_for(life: Life, condition: Callable[[], bool], otherwise: str) -> None:
-    for _ in range(round(PATIENCE_S / 12 / CHECK_EVERY_S)):
+def wait_for(run: ProgramRun, condition: Callable[[], bool], otherwise: str) -> None:
+    for _ in range(round(TIMEOUT_S / 12 / CHECK_EVERY_S)):
         if condition():
             return
-        if life.wait(CHECK_EVERY_S) is not None:
-            raise AssertionError(f"it ended with {life.code}: {otherwise}\n{life.out}")
-    life.signal(signal.SIGKILL)
-    life.end()
-    raise AssertionError(f"{otherwise}\n{life.out}")
+        if run.wait(CHECK_EVERY_S) is not None:
+            raise AssertionError(f"it ended with {run.code}: {otherwise}\n{run.out}")
+    run.signal(signal.SIGKILL)
+    run.end()
+    raise AssertionError(f"{otherwise}\n{run.out}")

@@ -68,8 +68,8 @@ def test_work_continues_after_the_inbox_disappears_and_returns(home: Home, way: 
         wait_until(lambda: is_idle(home, done=1), "the first one is done", child=child)
         away_and_back(home, way)
         put(home, "after.wav", 2)
-        wait_until(lambda: is_idle(home, done=2), "the one after is done", child=child)
-        wait_until(lambda: not is_degraded(home), "status is well again", tries=60, child=child)
+        wait_until(lambda: is_idle(home, done=2), "the second one is done", child=child)
+        wait_until(lambda: not is_degraded(home), "status reports no condition", tries=60, child=child)
         put(home, "later.wav", 3)
         wait_until(lambda: is_idle(home, done=3), "the third one is done", child=child)
         assert stop(child) == 0
@@ -120,6 +120,6 @@ def test_the_inbox_is_away_for_a_minute_with_a_queue_behind_it(home: Home) -> No
         put(home, "after.wav", 1000)
         wait_until(lambda: is_idle(home, done=41), "all are done", child=child)
         wait_until(lambda: len(list((home.inbox / "done").iterdir())) == 41, "all are archived", child=child)
-        wait_until(lambda: not is_degraded(home), "status is well again", tries=60, child=child)
+        wait_until(lambda: not is_degraded(home), "status reports no condition", tries=60, child=child)
         assert stop(child) == 0
     assert counts(home) == {"queued": 0, "running": 0, "done": 41, "failed": 0}

@@ -6,7 +6,7 @@ bench/queue_cost.py measures the time; here the scans are counted.
 from __future__ import annotations
 
 import pytest
-from drive import counts, is_idle, make_small, small_and_free, start, stop, wait_until
+from drive import configure_for_small_files, counts, is_idle, start, stop, wait_until, write_small_files
 from home_folder import Home, sha256_of
 
 
@@ -21,8 +21,8 @@ def scans_that_found_files(home: Home) -> int:
 
 @pytest.mark.parametrize("n", [30, pytest.param(10_000, marks=pytest.mark.torture)])
 def test_all_of_a_folder_moved_in_unannounced_is_found_by_one_scan_and_made_once(home: Home, n: int) -> None:
-    small_and_free(home)
-    make_small(home.folder / "drop", n)
+    configure_for_small_files(home)
+    write_small_files(home.folder / "drop", n)
     with start(home, "watch", engines=True) as child:
         wait_until(lambda: counts(home), "the program is up", child=child)
         (home.folder / "drop").rename(home.inbox / "drop")  # one rename: all are there or none
@@ -41,8 +41,8 @@ def test_all_of_a_folder_moved_in_unannounced_is_found_by_one_scan_and_made_once
 @pytest.mark.torture
 @pytest.mark.parametrize("n", [10_000])
 def test_files_that_lie_there_at_the_start_are_found_by_the_first_scan(home: Home, n: int) -> None:
-    small_and_free(home)
-    make_small(home.inbox / "drop", n)
+    configure_for_small_files(home)
+    write_small_files(home.inbox / "drop", n)
     with start(home, "once", engines=True) as child:
         assert child.ended(tries=40 * n + 1200) == 0, child.text()
     assert counts(home) == {"queued": 0, "running": 0, "done": n, "failed": 0}

@@ -1,6 +1,6 @@
 """The program as a service: signals, reloads, messages to systemd, and long idle times.
 
-The engines are the driver's own (drive.py), so that work lasts as long as a test needs it to.
+The engines are those of drive.py, so that work lasts as long as a test needs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from home_folder import FAR, NEAR, Home, contents, write_music
 
 INTAKE = {"settle_s": 0.2, "rescan_s": 1.0, "poll_s": 0.3}
 TWO = ({"name": "one"}, {"name": "two"})
-FORCED_S = 8  # so long the program waits for its engine to listen before it ends by force
+FORCED_S = 8  # how long the program waits for its engine to stop before it ends by force
 
 
-def pace(home: Home, *variations: dict[str, Any], engine: str = "paced", **sections: Any) -> None:
-    """Configure the driver's engines."""
+def configure(home: Home, *variations: dict[str, Any], engine: str = "paced", **sections: Any) -> None:
+    """Configure the engines of drive.py."""
     made_by = {"engine": engine, "duration_s": 1}
     settings = {"intake": INTAKE, "embed": {"engine": "free-vectors"}, "generate": made_by, **sections}
     home.configure(*(variations or TWO), **settings)
@@ -54,7 +54,7 @@ def is_generating(home: Home) -> bool:
     return "generate" in stages
 
 
-def made_without_a_fault(home: Home, folder: Path, *names: str) -> dict[str, str]:
+def made_undisturbed(home: Home, folder: Path, *names: str) -> dict[str, str]:
     """What the same sources become in another home without any disturbance."""
     other = Home(folder)
     other.folder.mkdir()
@@ -71,12 +71,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a.wav and b.wav become."""
     folder = tmp_path_factory.mktemp("undisturbed")
     like = Home(folder / "like")
-    pace(like)
-    return made_without_a_fault(like, folder / "other", "a.wav", "b.wav")
+    configure(like)
+    return made_undisturbed(like, folder / "other", "a.wav", "b.wav")
 
 
 def attempts(home: Home) -> dict[str, int]:
-    """What has been counted against each track."""
+    """The counted attempts of each track."""
     store = home.store()
     found = {track.name: track.attempts for track in store.tracks()}
     store.close()
@@ -92,11 +92,11 @@ def attempts(home: Home) -> dict[str, int]:
     pytest.param(("once", signal.SIGTERM, 128 + signal.SIGTERM), marks=pytest.mark.torture),
     pytest.param(("once", signal.SIGHUP, 128 + signal.SIGHUP), marks=pytest.mark.long),
 ], ids=str)  # fmt: skip
-def test_a_signal_ends_the_work_at_its_next_step_and_a_later_run_ends_it_as_if_nothing_had_been(
+def test_a_signal_ends_the_work_at_its_next_step_and_a_later_run_gives_the_same_files(
     home: Home, figures: list[str], undisturbed: dict[str, str], case: tuple[str, signal.Signals, int]
 ) -> None:
     verb, signum, code = case
-    pace(home)
+    configure(home)
     drop(home, "a.wav", "b.wav")
     with start(home, verb, engines=True) as child:
         wait_until(lambda: is_generating(home), "the variations are begun", child=child)
@@ -131,17 +131,17 @@ def test_a_signal_at_any_moment_of_real_work_loses_nothing(
     with start(home, "once") as child:
         assert child.ended() == 0, child.text()
     figures.append(f"ended after at most {max(took_s):.2f} s")
-    assert contents(home.outbox) == made_without_a_fault(home, tmp_path / "other", *names)
+    assert contents(home.outbox) == made_undisturbed(home, tmp_path / "other", *names)
 
 
 @pytest.mark.parametrize(("verb", "code"), [
     pytest.param("watch", 0, marks=pytest.mark.long),
     pytest.param("once", 143, marks=pytest.mark.torture),
 ])  # fmt: skip
-def test_an_engine_that_does_not_listen_is_left_by_force_with_its_track_queued(
+def test_a_program_whose_engine_does_not_stop_ends_by_force_with_its_tracks_queued(
     home: Home, figures: list[str], tmp_path: Path, verb: str, code: int
 ) -> None:
-    pace(home, engine="stuck")
+    configure(home, engine="stuck")
     drop(home, "a.wav", "b.wav")
     at = tmp_path / "stuck"
     with start(home, verb, engines=True, env={STUCK_AT: str(at)}) as child:
@@ -151,7 +151,7 @@ def test_an_engine_that_does_not_listen_is_left_by_force_with_its_track_queued(
         assert child.ended(tries=20 * FORCED_S * 4) == code, child.text()
         figures.append(f"{verb} with a stuck engine ended {time.monotonic() - began_s:.2f} s after SIGTERM")
     assert counts(home)["queued"] == 2
-    pace(home)
+    configure(home)
     with start(home, "once", engines=True, env=AT_ONCE) as child:
         assert child.ended() == 0, child.text()
     assert counts(home)["done"] == 2
@@ -161,7 +161,7 @@ def test_an_engine_that_does_not_listen_is_left_by_force_with_its_track_queued(
 def test_a_killed_run_leaves_no_lock_and_the_next_goes_on_without_waiting(
     home: Home, undisturbed: dict[str, str]
 ) -> None:
-    pace(home, retry={"max_attempts": 3, "backoff_s": 3600})  # whoever waits here waits for an hour
+    configure(home, retry={"max_attempts": 3, "backoff_s": 3600})  # a wait for the backoff would take an hour
     drop(home, "a.wav", "b.wav")
     with start(home, "watch", engines=True) as child:
         wait_until(lambda: is_generating(home), "the variations are begun", child=child)
@@ -185,12 +185,12 @@ def variations(home: Home, name: str) -> list[str]:
 def test_sighup_in_the_middle_of_work_ends_that_work_under_the_old_configuration_or_redoes_it(
     home: Home,
 ) -> None:
-    """Either is whole: never a folder with some of both."""
-    pace(home, {"name": "old"}, {"name": "older"})
+    """In either case the folder has the variations of one configuration, never some of both."""
+    configure(home, {"name": "old"}, {"name": "older"})
     with start(home, "watch", engines=True) as child:
         drop(home, "first.wav")
         wait_until(lambda: is_generating(home), "it is generating", child=child)
-        pace(home, {"name": "new"}, engine="free")
+        configure(home, {"name": "new"}, engine="free")
         child.send(signal.SIGHUP)
         wait_until(lambda: is_idle(home, done=1), "the first one is done", child=child)
         drop(home, "second.wav")
@@ -202,7 +202,7 @@ def test_sighup_in_the_middle_of_work_ends_that_work_under_the_old_configuration
 
 @pytest.mark.long
 def test_sighup_keeps_the_configuration_that_works_while_the_new_one_does_not(home: Home) -> None:
-    pace(home, {"name": "old"}, engine="free")
+    configure(home, {"name": "old"}, engine="free")
     settings = home.folder / "settings.yaml"
     good = settings.read_text()
     broken = ("generate: {variations: [}", yaml.safe_dump({"generate": {"variatons": []}}), None)
@@ -274,7 +274,7 @@ def environment(manager: Manager, watchdog_s: float) -> dict[str, str]:
 
 
 def test_start_idle_time_work_reload_and_end_are_reported_to_systemd(home: Home) -> None:
-    pace(home)
+    configure(home)
     with manager() as systemd, start(home, "watch", engines=True, env=environment(systemd, 1.0)) as child:
         wait_until(lambda: "READY=1" in systemd.messages, "it reports that it is ready", child=child)
         idle = systemd.fed()
@@ -295,7 +295,7 @@ def test_start_idle_time_work_reload_and_end_are_reported_to_systemd(home: Home)
 
 @pytest.mark.long
 def test_a_stuck_engine_does_not_feed_the_watchdog(home: Home, tmp_path: Path) -> None:
-    pace(home, engine="stuck")
+    configure(home, engine="stuck")
     at = tmp_path / "stuck"
     with (
         manager() as systemd,
@@ -304,7 +304,7 @@ def test_a_stuck_engine_does_not_feed_the_watchdog(home: Home, tmp_path: Path) -
         wait_until(lambda: "READY=1" in systemd.messages, "it reports that it is ready", child=child)
         drop(home, "a.wav")
         wait_until(at.exists, "the engine is stuck", child=child)
-        time.sleep(0.5)  # what was on its way
+        time.sleep(0.5)  # for messages that were sent before
         fed = systemd.fed()
         time.sleep(3)
         assert fed > 0
@@ -314,20 +314,20 @@ def test_a_stuck_engine_does_not_feed_the_watchdog(home: Home, tmp_path: Path) -
 # -- idle days, long queues ------------------------------------------------------------------------
 
 
-def settled(home: Home, child: Child, done: int) -> None:
+def wait_until_idle(home: Home, child: Child, done: int) -> None:
     wait_until(lambda: is_idle(home, done=done), f"{done} are done", tries=30_000, child=child)
-    time.sleep(1.0)  # the last file's way out of the inbox
+    time.sleep(1.0)  # for the last file to be archived
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("watch", ["events", "polling"])
 def test_ten_idle_minutes_cost_nearly_nothing(home: Home, figures: list[str], watch: str) -> None:
-    """With the default intervals, and a long past: FINISHED tracks that have left the inbox."""
+    """With the default intervals, after many tracks (FINISHED) that were archived."""
     minutes, finished = float(os.environ.get("IDLE_MINUTES", "10")), int(os.environ.get("FINISHED", "2000"))
-    pace(home, {"name": "one"}, engine="free", intake={"watch": watch})
+    configure(home, {"name": "one"}, engine="free", intake={"watch": watch})
     drop(home, *(f"{i}.wav" for i in range(finished)))
     with start(home, "watch", engines=True) as child:
-        settled(home, child, finished)
+        wait_until_idle(home, child, finished)
         cpu_s, descriptors, rss_mb = child.cpu_s(), child.descriptors(), child.rss_mb()
         time.sleep(60 * minutes)
         share = (child.cpu_s() - cpu_s) / (60 * minutes)
@@ -341,14 +341,14 @@ def test_ten_idle_minutes_cost_nearly_nothing(home: Home, figures: list[str], wa
 
 @pytest.mark.torture
 def test_memory_and_descriptors_stay_flat_over_2000_files(home: Home, figures: list[str]) -> None:
-    pace(home, {"name": "one"}, engine="free")
+    configure(home, {"name": "one"}, engine="free")
     seen: dict[int, tuple[float, int]] = {}
     with start(home, "watch", engines=True) as child:
         for n in range(200, 2001, 200):
             drop(home, *(f"{i}.wav" for i in range(n - 200, n)))
-            settled(home, child, n)
+            wait_until_idle(home, child, n)
             seen[n] = child.rss_mb(), child.descriptors().total()
             figures.append(f"{n} files: {seen[n][0]:.1f} MB, {seen[n][1]} descriptors")
         assert stop(child) == 0
     assert seen[2000][1] == seen[200][1]
-    assert seen[2000][0] < seen[400][0] + 3  # 2 KB a file, the noise of an allocator
+    assert seen[2000][0] < seen[400][0] + 3  # 2 KB a file, as allocators vary

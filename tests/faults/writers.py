@@ -1,10 +1,9 @@
-"""The habits of those who write files into a watched folder, good and bad.
+"""The ways in which programs write files into a watched folder, good and bad.
 
-A writer is a function that puts files into the inbox in some way and returns what it ended with.
-The program is not blamed for what no reader can know: once a writer has closed a file that looks
-whole and has left it alone for `settle_s`, that content is a file like any other, also if the
-writer comes back and changes it. Such contents are `legitimate`: they may be made or not. Writers
-watch their own clock, since a loaded machine can turn a short pause into a long one.
+A habit is a function that puts files into the inbox in one such way; its `Writer` records what it wrote.
+Once a writer has closed a file that looks whole and has left it unchanged for `settle_s`, nobody can
+tell that it will be changed again. Such contents are `legitimate`: they may become tracks or not.
+Writers measure their own pauses, since a loaded machine can turn a short pause into a long one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from home_folder import SAMPLE_RATE
 
 SETTLE_S = 0.4
 SHORT_S, LONG_S = 0.3 * SETTLE_S, (1.4 * SETTLE_S, 2.5 * SETTLE_S)  # pauses: within settle_s, and beyond it
-PATIENCE_S = 5 * SETTLE_S  # for so long a truncated file is read again
+PATIENCE_S = 5 * SETTLE_S  # how long the program waits for the rest of a truncated file
 INTAKE = {"settle_s": SETTLE_S, "rescan_s": 1.0, "poll_s": 0.3}
 
 
@@ -61,16 +60,16 @@ def encoded(kind: str, seed: int, seconds: float = 1.5) -> bytes:
 
 @dataclass
 class Writer:
-    """One writer's hands, and what it has done."""
+    """Where and what one writer writes, and a record of what it has written."""
 
     inbox: Path
     beside: Path  # a folder on the same file system that nobody watches
     name: str
     rng: random.Random
     seed: int
-    ended_with: list[bytes] = field(default_factory=list)  # must be made, once
+    final_contents: list[bytes] = field(default_factory=list)  # must become tracks, once
     legitimate: list[bytes] = field(default_factory=list)  # looked whole and untouched for settle_s
-    overslept: bool = False  # a pause was longer than the program's patience: what it saw was a torn file
+    paused_too_long: bool = False  # longer than the program waits for the rest of a truncated file
     _made: int = 0
 
     def content(self, kind: str | None = None, seconds: float = 1.5) -> bytes:
@@ -99,7 +98,7 @@ class Writer:
         took_s = time.monotonic() - start_s
         if before is not None and took_s > 0.8 * SETTLE_S:
             self.legitimate.append(before)
-        self.overslept |= took_s > 0.8 * PATIENCE_S
+        self.paused_too_long |= took_s > 0.8 * PATIENCE_S
 
     def pieces(self, content: bytes, n: int = 4) -> list[bytes]:
         cuts = sorted(self.rng.sample(range(200, len(content) - 200), n - 1))
@@ -115,19 +114,19 @@ def stalls_with_the_file_open(w: Writer) -> None:
         for piece in w.pieces(content):
             out.write(piece)
             w.long()
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def changes_a_whole_file_it_never_closed(w: Writer) -> None:
     first, second = w.content("wav"), w.content("wav")
     with w.path.open("wb", buffering=0) as out:
-        out.write(first)  # looks whole, but somebody holds it
+        out.write(first)  # looks whole, but is open for writing
         w.long()
         w.long()
         out.seek(0)
         out.write(second)
         w.long()
-    w.ended_with.append(second)
+    w.final_contents.append(second)
 
 
 def appends_in_quick_steps(w: Writer) -> None:
@@ -136,7 +135,7 @@ def appends_in_quick_steps(w: Writer) -> None:
         with w.path.open("ab") as out:
             out.write(piece)
         w.short()
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def appends_in_slow_steps(w: Writer) -> None:
@@ -145,7 +144,7 @@ def appends_in_slow_steps(w: Writer) -> None:
         with w.path.open("ab") as out:
             out.write(piece)
         w.long()
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def appends_with_its_times_set_back(w: Writer) -> None:
@@ -155,7 +154,7 @@ def appends_with_its_times_set_back(w: Writer) -> None:
             out.write(piece)
         os.utime(w.path, (1e9, 1e9))
         w.long()
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def copies_with_the_times_kept(w: Writer) -> None:
@@ -165,16 +164,16 @@ def copies_with_the_times_kept(w: Writer) -> None:
             out.write(piece)
             w.long()
     os.utime(w.path, (1e9, 1e9))
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def rewrites_in_place(w: Writer) -> None:
-    """The same size, before it settled: a reader of size alone takes the first one."""
+    """With the same size, before the file has settled: by sizes alone nobody sees the change."""
     first, second = w.content("wav"), w.content("wav")
     w.path.write_bytes(first)
     w.short(first)
     _overwrite(w, second)
-    w.ended_with.append(second)
+    w.final_contents.append(second)
 
 
 def rewrites_in_place_and_puts_mtime_back(w: Writer) -> None:
@@ -185,7 +184,7 @@ def rewrites_in_place_and_puts_mtime_back(w: Writer) -> None:
     _overwrite(w, second)
     if w.path.exists():
         os.utime(w.path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    w.ended_with.append(second)
+    w.final_contents.append(second)
 
 
 def comes_back_to_a_whole_file(w: Writer) -> None:
@@ -194,7 +193,7 @@ def comes_back_to_a_whole_file(w: Writer) -> None:
     w.path.write_bytes(first)
     w.long(first)
     _overwrite(w, second)
-    w.ended_with.append(second)
+    w.final_contents.append(second)
 
 
 def truncates_and_writes_another(w: Writer) -> None:
@@ -207,7 +206,7 @@ def truncates_and_writes_another(w: Writer) -> None:
         w.long()
         with w.path.open("ab") as out:
             out.write(piece)
-    w.ended_with.append(second)
+    w.final_contents.append(second)
 
 
 def replaces_by_rename(w: Writer) -> None:
@@ -217,7 +216,7 @@ def replaces_by_rename(w: Writer) -> None:
     made = w.beside / w.name
     made.write_bytes(second)
     made.replace(w.path)
-    w.ended_with.append(second)
+    w.final_contents.append(second)
 
 
 def writes_as_rsync(w: Writer) -> None:
@@ -238,7 +237,7 @@ def links_into_place(w: Writer) -> None:
     os.link(temporary, w.path)
     w.short()
     temporary.unlink()
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def moves_a_tree_in(w: Writer) -> None:
@@ -248,7 +247,7 @@ def moves_a_tree_in(w: Writer) -> None:
         path = tree / f"{place}.{w.kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        w.ended_with.append(content)
+        w.final_contents.append(content)
     tree.rename(w.inbox / tree.name)
 
 
@@ -263,7 +262,7 @@ def copies_a_tree_in(w: Writer) -> None:
                 out.write(piece)
                 w.short()
         w.long()
-        w.ended_with.append(content)
+        w.final_contents.append(content)
 
 
 def renames_while_it_settles(w: Writer) -> None:
@@ -273,7 +272,7 @@ def renames_while_it_settles(w: Writer) -> None:
     for n in range(w.rng.randint(1, 4)):
         w.short()
         path = _renamed(path, w.inbox / f"{n} {w.name}")
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def removes_it_again(w: Writer) -> None:
@@ -284,7 +283,7 @@ def removes_it_again(w: Writer) -> None:
 
 
 def _overwrite(w: Writer, content: bytes) -> None:
-    """In place if it is still there; the program may have taken a legitimate one away."""
+    """In place if the file is still there; the program may have archived it if it was legitimate."""
     try:
         out = w.path.open("r+b", buffering=0)
     except FileNotFoundError:
@@ -295,7 +294,7 @@ def _overwrite(w: Writer, content: bytes) -> None:
 
 
 def _renamed(path: Path, to: Path) -> Path:
-    """After an overlong pause the program may have taken it away already."""
+    """After too long a pause the program may have archived the file already."""
     try:
         return path.rename(to)
     except FileNotFoundError:
@@ -310,7 +309,7 @@ def _under_another_name(w: Writer, temporary: Path) -> None:
             w.long()
     w.long()
     temporary.replace(w.path)
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 HABITS: tuple[Habit, ...] = (
@@ -348,7 +347,7 @@ def marks_after_all(w: Writer) -> None:
     w.path.write_bytes(content)
     w.short()
     w.path.with_name(f"{w.name}.done").touch()
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def marks_at_once(w: Writer) -> None:
@@ -357,7 +356,7 @@ def marks_at_once(w: Writer) -> None:
     made.write_bytes(content)
     made.replace(w.path)
     w.path.with_name(f"{w.name}.done").touch()
-    w.ended_with.append(content)
+    w.final_contents.append(content)
 
 
 def never_marks(w: Writer) -> None:

@@ -23,7 +23,8 @@
 #include <unistd.h>
 
 enum mode { COUNT, KILL_BEFORE, KILL_AFTER, KILL_TORN, FAIL };
-enum kind { CHANGE = 1, SPACE = 2, READ = 4, BRIEF = 8 }; /* SPACE: a change that can need room on the disk */
+/* SPACE: a change that can need space on the disk; BRIEF: it fails at the k-th operation alone, also if sticky */
+enum kind { CHANGE = 1, SPACE = 2, READ = 4, BRIEF = 8 };
 enum verdict { IGNORED, GO, TEAR, DENIED };
 
 struct op {
@@ -39,7 +40,7 @@ static long at;
 static atomic_long count;
 
 /* Count the operations of `of` kinds below `below`; at the k-th do what `how` says.
-   `persistent`: from the k-th on all that can need room (ENOSPC), or all (other errors), fail, for as
+   `persistent`: from the k-th on all that can need space (ENOSPC), or all (other errors), fail, for as
    long as the file `while_there` exists if one is named. Every operation is written to `trace_to`. */
 int fault_arm(const char *below, long k, int how, int err, int persistent, int of, const char *while_there,
               const char *trace_to)
@@ -145,7 +146,7 @@ static long end(const struct op *op, enum verdict verdict, long result)
     return result;
 }
 
-/* A call that is not a write can't be half done: torn is then killed before. */
+/* A call that is not a write can't be half done: KILL_TORN is KILL_BEFORE then. */
 #define GUARD(op, call, kind, denied)                                          \
     int kept_errno = errno;                                                    \
     enum verdict verdict = begin(op, call, kind);                              \
@@ -167,15 +168,15 @@ static int grows(int fd, off_t offset, size_t bytes)
     return offset + (off_t)bytes > found.st_size;
 }
 
-/* Overwriting in place needs no room; `offset` -1: where the descriptor stands. */
+/* Overwriting in place needs no space; `offset` -1: where the descriptor stands. */
 static long write_at(const char *call, int fd, const void *data, size_t bytes, off_t offset)
 {
     struct op op;
     int kept_errno = errno;
     op.target[0] = '\0';
     path_of_fd(fd, op.path);
-    int room = is_below(op.path) && root_length && grows(fd, offset, bytes);
-    enum verdict verdict = begin(&op, call, CHANGE | (room ? SPACE : 0));
+    int needs_space = is_below(op.path) && root_length && grows(fd, offset, bytes);
+    enum verdict verdict = begin(&op, call, CHANGE | (needs_space ? SPACE : 0));
     if (verdict == DENIED)
         return -1;
     size_t now = verdict == TEAR ? bytes / 2 : bytes;
@@ -280,8 +281,8 @@ static int truncate_fd(int fd, off_t length)
     op.target[0] = '\0';
     path_of_fd(fd, op.path);
     struct stat found;
-    int room = root_length && fstat(fd, &found) == 0 && length > found.st_size;
-    GUARD(&op, "ftruncate", CHANGE | (room ? SPACE : 0), -1);
+    int needs_space = root_length && fstat(fd, &found) == 0 && length > found.st_size;
+    GUARD(&op, "ftruncate", CHANGE | (needs_space ? SPACE : 0), -1);
     return end(&op, verdict, syscall(SYS_ftruncate, fd, length));
 }
 int ftruncate(int fd, off_t length) { return truncate_fd(fd, length); }
@@ -323,8 +324,8 @@ static int rename_at(int from, const char *old, int to, const char *new, unsigne
     struct op op;
     path_at(from, old, op.path);
     path_at(to, new, op.target);
-    int room = root_length && !is_there(op.target);
-    GUARD(&op, "rename", CHANGE | (room ? SPACE : 0), -1);
+    int needs_space = root_length && !is_there(op.target);
+    GUARD(&op, "rename", CHANGE | (needs_space ? SPACE : 0), -1);
     return end(&op, verdict, syscall(SYS_renameat2, from, old, to, new, flags));
 }
 int rename(const char *old, const char *new) { return rename_at(AT_FDCWD, old, AT_FDCWD, new, 0); }
@@ -373,8 +374,8 @@ static int make_folder(int folder, const char *path, mode_t bits)
     struct op op;
     op.target[0] = '\0';
     path_at(folder, path, op.path);
-    int room = root_length && !is_there(op.path);
-    GUARD(&op, "mkdir", CHANGE | (room ? SPACE : 0), -1);
+    int needs_space = root_length && !is_there(op.path);
+    GUARD(&op, "mkdir", CHANGE | (needs_space ? SPACE : 0), -1);
     return end(&op, verdict, syscall(SYS_mkdirat, folder, path, bits));
 }
 int mkdir(const char *path, mode_t bits) { return make_folder(AT_FDCWD, path, bits); }

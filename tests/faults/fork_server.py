@@ -1,6 +1,6 @@
-"""Starts lives of the program quickly: imports everything once, then forks one process per life.
+"""A fork server: it imports everything once, then forks one process per run of the program.
 
-Run by harness.Zygote, with shim.c loaded, over a socket of JSON messages. A life is the real
+Run by harness.ForkServer, with fault_injector.c loaded, over a socket of JSON messages. A run is the real
 program from the command line on (`pipeline.cli.commands.main`), in a forked process; only the start of
 the interpreter and the imports are shared. Nothing here may start a thread or open the database.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 MESSAGE_BYTES = 1 << 16
-TRACEBACK = 70  # exit code of a life that ended with an exception nobody caught (sysexits: EX_SOFTWARE)
+TRACEBACK = 70  # exit code of a run that ended with an exception nobody caught (sysexits: EX_SOFTWARE)
 
 
 def main() -> None:
@@ -32,35 +32,37 @@ def main() -> None:
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the test run; the socket's end is for us
-    lives: dict[int, int] = {}  # process -> number
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for pytest; this process ends when the socket is closed
+    runs: dict[int, int] = {}  # process -> number
     while True:
         ready, _, _ = select.select([control, wake_read], [], [])
         if wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(wake_read, 4096)
-        for number, code in _ended(lives):
+        for number, code in _ended(runs):
             _send(control, {"ended": number, "code": code})
-        if control in ready and not _serve(control, lives, (wake_read, wake_write)):
+        if control in ready and not _serve(control, runs, (wake_read, wake_write)):
             break
-    for process in lives:
+    for process in runs:
         os.kill(process, signal.SIGKILL)
 
 
 def _send(control: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the test run is gone: the loop ends by itself
+    with contextlib.suppress(BrokenPipeError):  # the tests have ended: the loop ends by itself
         control.send(json.dumps(message).encode())
 
 
-def _ended(lives: dict[int, int]) -> Iterator[tuple[int, int]]:
-    for process in list(lives):
+def _ended(runs: dict[int, int]) -> Iterator[tuple[int, int]]:
+    for process in list(runs):
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
-            yield lives.pop(process), os.waitstatus_to_exitcode(status)
+            yield runs.pop(process), os.waitstatus_to_exitcode(status)
 
 
-def _serve(control: socket.socket, lives: dict[int, int], ours: tuple[int, int]) -> bool:
-    """Do one request; False once there are none any more."""
+def _serve(control: socket.socket, runs: dict[int, int], ours: tuple[int, int]) -> bool:
+    """Serve one request; False once the socket is closed."""
     data = control.recv(MESSAGE_BYTES)
     if not data:
         return False
@@ -77,14 +79,14 @@ def _serve(control: socket.socket, lives: dict[int, int], ours: tuple[int, int])
         control.close()
         for fd in ours:
             os.close(fd)
-        _live(request)
-    lives[process] = request["number"]
+        _run_program(request)
+    runs[process] = request["number"]
     _send(control, {"started": request["number"], "process": process})
     return True
 
 
-def _live(request: dict[str, Any]) -> None:
-    """One life, in the forked child; doesn't return."""
+def _run_program(request: dict[str, Any]) -> None:
+    """One run, in the forked child; doesn't return."""
     code = TRACEBACK
     try:
         signal.set_wakeup_fd(-1)
@@ -129,7 +131,7 @@ def _arm(fault: dict[str, Any]) -> None:
     root, gate, trace = (os.fsencode(fault[name]) for name in ("root", "gate", "trace"))
     numbers = (fault[name] for name in ("at", "mode", "error", "sticky", "kinds"))
     if arm(root, *numbers, gate, trace) != 0:
-        raise RuntimeError("the shim can't be armed")
+        raise RuntimeError("the fault injector can't be armed")
 
 
 def _make_deadly(stage: str, sha256: str) -> None:
