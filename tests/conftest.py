@@ -1,4 +1,4 @@
-"""Shared fixtures: small real things, synthesized."""
+"""Fixtures of all tests, and which tests run in the same process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xdist.scheduler import LoadFileScheduling
 
 
 class OneProcessForMusicgen(LoadFileScheduling):
-    """The tests of a file stay in one process, where they share what they make, and so do all of MusicGen.
+    """The tests of a file run in one process, where they share fixtures, and so do all tests of MusicGen.
 
     Its kernels take half a minute to compile, and two processes that fill numba's cache at once could mix its
     entries up.
@@ -43,21 +43,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What was logged may have names that aren't text; between xdist's processes only text goes."""
+    """Escape names that aren't text in the log of a test, as xdist's processes exchange only text."""
     report = yield
     report.sections = [(title, _as_text(content)) for title, content in report.sections]
-    if report.failed and (said := str(report.longrepr)) != _as_text(said):
-        report.longrepr = _as_text(said)
+    if report.failed and (error := str(report.longrepr)) != _as_text(error):
+        report.longrepr = _as_text(error)
     return report
 
 
-def _as_text(said: str) -> str:
-    return said.encode(errors="backslashreplace").decode()
+def _as_text(content: str) -> str:
+    return content.encode(errors="backslashreplace").decode()
 
 
 @pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For the command line in this process: no settings of the caller, and log handlers taken off again."""
+def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Unset the caller's variables for the command line in this process, and remove its log handlers."""
     for name in ("DEVICE", "PIPELINE_HOME"):
         monkeypatch.delenv(name, raising=False)
     log = logging.getLogger("pipeline")

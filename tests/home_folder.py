@@ -1,4 +1,4 @@
-"""Test homes with short tracks, and the program run in them."""
+"""Homes for tests, with short tracks in their inboxes, and the program run in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEAR, FAR = {"name": "near", "temperature": 0.4}, {"name": "far", "temperature":
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunResult:
     """The result of a run of the program."""
 
     code: int
@@ -50,12 +50,16 @@ class Home:
         self, *variations: dict[str, Any], generate: dict[str, Any] | None = None, **sections: Any
     ) -> None:
         """Write the configuration; sections given replace the ones below."""
-        made_by = {"engine": "remix", "duration_s": 2, "variations": list(variations or (NEAR, FAR))}
+        defaults = {
+            "engine": "remix",
+            "duration_s": 2,
+            "variations": list(variations or (NEAR, FAR)),
+        }
         config: dict[str, Any] = {
             "intake": {"settle_s": 0},
             "normalize": {"sample_rate": SAMPLE_RATE},
             "embed": {"engine": "descriptors"},
-            "generate": {**made_by, **(generate or {})},
+            "generate": {**defaults, **(generate or {})},
             "retry": {"max_attempts": 1, "backoff_s": 0},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,13 +69,13 @@ class Home:
     def arguments(self, *words: str | Path) -> list[str]:
         return ["--home", str(self.folder), "--config", str(self.folder / "settings.yaml"), *map(str, words)]
 
-    def in_child(self, *words: str | Path, env: dict[str, str] | None = None) -> Ran:
+    def in_child(self, *words: str | Path, env: dict[str, str] | None = None) -> RunResult:
         """run_pipeline.py as people start it."""
         command = [sys.executable, str(ROOT / "run_pipeline.py"), *self.arguments(*words)]
         ended = subprocess.run(
             command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
         )
-        return Ran(ended.returncode, ended.stdout, ended.stderr)
+        return RunResult(ended.returncode, ended.stdout, ended.stderr)
 
     @property
     def folders(self) -> list[Path]:
@@ -95,13 +99,13 @@ class Home:
         return {unit["key"]: unit["finished_at"] for unit in units if not stages or unit["stage"] in stages}
 
 
-def run(capsys: Any, monkeypatch: Any, home: Home, *words: str | Path) -> Ran:
+def run(capsys: Any, monkeypatch: Any, home: Home, *words: str | Path) -> RunResult:
     """The command line in this process."""
     monkeypatch.setattr(sys, "argv", ["run_pipeline.py", *home.arguments(*words)])
     capsys.readouterr()
     code = main(default_home=home.folder)
     out, err = capsys.readouterr()
-    return Ran(code, out, err)
+    return RunResult(code, out, err)
 
 
 def write_music(path: Path, *, seed: int = 0, seconds: float = 3.0) -> Path:

@@ -1,4 +1,4 @@
-"""A runner's surroundings without engines: real folders, a real database, a clock that tests set."""
+"""A runner with stub engines over real folders and a real database, and a clock that tests set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Answer = Callable[[VariationRequest], Variation | Failure]
 
 
 def noise(request: VariationRequest) -> Variation:
-    """A quarter of a second of noise, of the request's seed."""
+    """Noise of the request's length, drawn with its seed."""
     samples = np.random.default_rng(request.seed).standard_normal(
         (1, round(request.duration_s * SAMPLE_RATE))
     )
@@ -40,11 +40,11 @@ def noise(request: VariationRequest) -> Variation:
 
 
 @dataclass
-class Answers:
+class StubGenerator:
     """A generator that answers each request with a given function, and records what it was asked for."""
 
     answer: Answer = noise
-    name: str = "answers"
+    name: str = "stub-generator"
     version: str = "1"
     sample_rate: int = SAMPLE_RATE
     calls: list[list[str]] = field(default_factory=list)  # hashes of the tracks, per call
@@ -62,11 +62,11 @@ class Answers:
 
 
 @dataclass
-class OneVector:
-    """An embedder for which all tracks are alike, but for what a test replaces in its result."""
+class StubEmbedder:
+    """An embedder that gives all tracks the same vector; `changes` replace fields of its result."""
 
     changes: dict[str, Any] = field(default_factory=dict)
-    name: str = "one-vector"
+    name: str = "stub-embedder"
     version: str = "1"
     dim: int = 4
 
@@ -77,24 +77,26 @@ class OneVector:
 
 
 @dataclass
-class Engines:
-    made_by: Answers
-    embedded_by: OneVector = field(default_factory=OneVector)
+class StubEngines:
+    """The two engines of a runner, already loaded."""
 
-    def embedder(self) -> OneVector:
-        return self.embedded_by
+    stub_generator: StubGenerator
+    stub_embedder: StubEmbedder = field(default_factory=StubEmbedder)
 
-    def generator(self) -> Answers:
-        return self.made_by
+    def embedder(self) -> StubEmbedder:
+        return self.stub_embedder
+
+    def generator(self) -> StubGenerator:
+        return self.stub_generator
 
 
 @dataclass
-class Unloadable(Engines):
-    """Engines of which the generator can't be loaded while there is an error."""
+class UnloadableEngines(StubEngines):
+    """Engines whose generator can't be loaded while `error` is set."""
 
     error: Exception | None = None
 
-    def generator(self) -> Answers:
+    def generator(self) -> StubGenerator:
         if self.error is not None:
             raise self.error
         return super().generator()
@@ -102,7 +104,7 @@ class Unloadable(Engines):
 
 @dataclass
 class RunnerSetup:
-    """A runner's surroundings: real folders and a real database, and a clock that tests set."""
+    """What a runner works with: real folders, a real database, and a clock that tests set."""
 
     workspace: Workspace
     config: Config
@@ -129,7 +131,7 @@ class RunnerSetup:
         workspace.prepare()
         return cls(workspace, config, recipe, Store(workspace.database))
 
-    def bring(self, *names: str) -> list[str]:
+    def add_tracks(self, *names: str) -> list[str]:
         """Put a different sound under each name into the inbox and queue it; returns their hashes."""
         paths = [self.workspace.inbox / name for name in names]
         hashes = [sha256_of(write_music(path, seed=n, seconds=1.5)) for n, path in enumerate(paths)]
@@ -157,14 +159,14 @@ class RunnerSetup:
     def scan(self) -> ScanResult:
         return self.ingest().scan(should_stop=lambda: False)
 
-    def runner(self, generator: Answers, *, outbox: Outbox | None = None) -> Runner:
+    def runner(self, generator: StubGenerator, *, outbox: Outbox | None = None) -> Runner:
         return Runner(
             recipe=self.recipe,
             workspace=self.workspace,
             folder=self.workspace.input_folder,
             store=self.store,
             outbox=outbox or Outbox(self.workspace.outbox),
-            engines=Engines(generator),
+            engines=StubEngines(generator),
             reporter=LogReporter(),
             clock=lambda: self.now,
             should_stop=lambda: self.stop,
@@ -176,7 +178,7 @@ class RunnerSetup:
         return track
 
     def states(self, hashes: Sequence[str]) -> list[tuple[str, int]]:
-        """State and counted attempts of each."""
+        """State and counted attempts of each track."""
         return [(self.track(one).state, self.track(one).attempts) for one in hashes]
 
     def files(self, sha256: str) -> dict[str, str]:
@@ -186,5 +188,6 @@ class RunnerSetup:
         return [(attempt.stage, attempt.outcome) for attempt in self.store.attempts(sha256)]
 
 
-def but_for(bad: str, error: Any) -> Answer:
+def failing_for(bad: str, error: Any) -> Answer:
+    """Answers with noise for all tracks but the one with the hash `bad`."""
     return lambda request: Failure(request.request_id, error) if request.track_id == bad else noise(request)

@@ -18,7 +18,7 @@ WHOLE_QUEUE = InputFolder(Path("/home/inbox"), is_inbox=True)
 
 
 def claim_due(store: Store, limit: int, *, now: float) -> list[Track]:
-    """Claim as the runner does."""
+    """Claim due tracks as the runner does."""
     return store.claim(store.due(limit, WHOLE_QUEUE, now=now))
 
 
@@ -28,6 +28,8 @@ def trust(_file: BinaryIO) -> None:
 
 @dataclass(frozen=True)
 class StoredTracks:
+    """A workspace with its store and its outbox, and methods that put tracks into them."""
+
     store: Store
     outbox: Outbox
     workspace: Workspace
@@ -74,7 +76,7 @@ class StoredTracks:
         return sha256
 
     def made(self, sha256: str, file: str, n: int, *, now: float, n_bytes: int) -> Published:
-        """One finished unit of work."""
+        """Publish a file and record it as a finished unit of work."""
         track = self.store.track(sha256)
         assert track is not None
         content = hashlib.sha256(f"{sha256}{file}".encode()).digest() * (n_bytes // 32 + 1)
@@ -133,7 +135,7 @@ def a_manifest(sha256: str, made: list[Published]) -> dict[str, Any]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All files below a folder and what is in them; folders that are empty as their name with a slash."""
+    """The content of every file below a folder, by path; an empty folder is listed with a slash."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():

@@ -22,7 +22,7 @@ def _bench() -> Any:
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The published configuration with widths of a few numbers."""
+    """A checkpoint with the published configuration, but for tiny widths."""
     from true_size import build, published_config
 
     config = published_config()
@@ -61,7 +61,7 @@ def test_this_engine_and_its_peer_are_measured_and_compared(narrow: Path, tmp_pa
 
 
 @pytest.mark.long
-def test_a_memory_that_is_read_has_a_rate() -> None:
+def test_the_memory_bandwidth_is_measured() -> None:
     import bandwidth
 
     rates = bandwidth.measure(size_bytes=1 << 22, passes=1)

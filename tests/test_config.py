@@ -1,4 +1,4 @@
-"""The configuration: what is taken, and what is refused and how."""
+"""The configuration: what is accepted, and what is refused with which message."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def variation(entry: str, *, engine: str = "auto") -> str:
     return f"generate: {{engine: {engine}, variations: [{{name: a, {entry}}}]}}"
 
 
-def test_defaults_are_those_of_the_contract() -> None:
+def test_the_defaults_of_the_main_settings() -> None:
     config = load_config(None, env={})
 
     assert (config.device, config.intake.after) == ("cpu", "move")
@@ -231,9 +231,7 @@ def test_yes_no_on_and_off_are_true_and_false(file: Path, word: str, value: bool
         ("retry: {x-a: 1}", "retry.x-a: unknown key"),
     ],
 )
-def test_a_file_that_is_broken_or_means_harm_is_refused_in_one_line(
-    file: Path, text: str, message: str
-) -> None:
+def test_a_broken_or_malicious_file_is_refused_in_one_line(file: Path, text: str, message: str) -> None:
     said = complaint(file, text)
     assert said.startswith(f"{file}: ")
     assert message in said
@@ -312,7 +310,7 @@ def test_a_config_is_immutable() -> None:
         Config().device = "cuda"
 
 
-def test_the_hash_is_of_what_is_meant_not_of_how_it_is_written(file: Path) -> None:
+def test_the_hash_depends_on_the_values_and_not_on_how_they_are_written(file: Path) -> None:
     one = load(file, "retry: {max_attempts: 2}\ndevice: cpu")
     same = load(file, "# a comment\ndevice: cpu\nretry:\n  max_attempts: 2\n  backoff_s: 10\n")
     other = load(file, "retry: {max_attempts: 4}")

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = ROOT / "deploy" / "variations.service"
 CRON = ROOT / "deploy" / "variations.cron"
-PLACE = "/srv/variations"  # where both say that the checkout is
+CHECKOUT = "/srv/variations"  # in both files
 
 
 def settings() -> dict[str, list[str]]:
@@ -43,7 +43,7 @@ def cron_variables() -> dict[str, str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A place with the interpreter where the unit expects it."""
+    """A checkout with an interpreter where the unit expects it."""
     folder = tmp_path / "variations"
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
@@ -71,14 +71,14 @@ def verify(tool: str, unit: Path) -> tuple[int, str]:
 def test_systemd_finds_nothing_wrong_with_the_unit(
     systemd_analyze: str, checkout: Path, tmp_path: Path
 ) -> None:
-    """Only the checkout's place differs: verify asks whether the program is there."""
+    """With the checkout's real folder, since `verify` checks that the program exists."""
     copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text().replace(PLACE, str(checkout)))
+    copy.write_text(UNIT.read_text().replace(CHECKOUT, str(checkout)))
     assert verify(systemd_analyze, copy) == (0, "")
 
 
-def test_the_verification_would_tell(systemd_analyze: str, checkout: Path, tmp_path: Path) -> None:
-    text = UNIT.read_text().replace(PLACE, str(checkout))
+def test_the_verification_finds_errors(systemd_analyze: str, checkout: Path, tmp_path: Path) -> None:
+    text = UNIT.read_text().replace(CHECKOUT, str(checkout))
     misspelt, elsewhere = tmp_path / "misspelt.service", tmp_path / "elsewhere.service"
     misspelt.write_text(text.replace("WatchdogSec=", "WatchdogSeconds="))
     elsewhere.write_text(text.replace("/bin/python", "/bin/no-python"))
@@ -87,12 +87,12 @@ def test_the_verification_would_tell(systemd_analyze: str, checkout: Path, tmp_p
 
 
 def test_what_systemd_starts_is_the_program(checkout: Path) -> None:
-    """The command of the unit, run in its folder, with --help for its end."""
+    """The unit's command is run in a checkout, with --help so that it ends."""
     [command] = settings()["ExecStart"]
     [folder] = settings()["WorkingDirectory"]
-    assert folder == PLACE
+    assert folder == CHECKOUT
     executable, script, verb = shlex.split(command)
-    assert executable == f"{PLACE}/.venv/bin/python"  # absolute, as systemd wants it
+    assert executable == f"{CHECKOUT}/.venv/bin/python"  # absolute, as systemd wants it
     assert (ROOT / script).is_file()
     ended = subprocess.run(
         [sys.executable, script, verb, "--help"], capture_output=True, text=True, check=False, cwd=ROOT
@@ -100,12 +100,12 @@ def test_what_systemd_starts_is_the_program(checkout: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_all_that_the_program_writes_lies_where_it_may_write() -> None:
+def test_all_folders_that_the_program_writes_to_are_writable() -> None:
     unit = settings()
     writable = [Path(path) for line in unit["ReadWritePaths"] for path in line.split()]
     assert unit["ProtectSystem"] == ["strict"]
     variables = dict(pair.split("=", 1) for line in unit["Environment"] for pair in line.split())
-    places = [Path(PLACE) / name for name in ("inbox", "outbox", "state")]
+    places = [Path(CHECKOUT) / name for name in ("inbox", "outbox", "state")]
     places += [Path(variables["HF_HOME"]), Path(variables["NUMBA_CACHE_DIR"])]
     for place in places:
         assert any(place.is_relative_to(folder) for folder in writable), place
@@ -114,8 +114,8 @@ def test_all_that_the_program_writes_lies_where_it_may_write() -> None:
         assert not any(place.is_relative_to(folder) for place in places), folder
 
 
-def test_another_instance_at_work_does_not_end_the_service_for_good() -> None:
-    """cron's `once` may hold the lock when the daemon starts: 3 passes, 2 does not."""
+def test_the_service_restarts_while_another_instance_runs() -> None:
+    """cron's `once` may hold the lock when the daemon starts: only exit code 2 prevents a restart."""
     unit = settings()
     assert unit["Restart"] == ["on-failure"]
     assert unit["RestartPreventExitStatus"] == ["2"]
@@ -145,12 +145,12 @@ def run_cron_command(checkout: Path, *, exit_code: int) -> subprocess.CompletedP
         "import sys\nprint('ran', *sys.argv[1:])\nprint('to stderr', file=sys.stderr)\n"
         f"sys.exit({exit_code})\n"
     )
-    command = cron_line()["command"].replace(PLACE, str(checkout))
+    command = cron_line()["command"].replace(CHECKOUT, str(checkout))
     return subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("exit_code", [0, 3])
-def test_a_run_that_is_done_or_finds_another_at_work_is_fine_and_silent(
+def test_a_run_that_is_done_or_finds_another_instance_succeeds_without_output(
     checkout: Path, exit_code: int
 ) -> None:
     ended = run_cron_command(checkout, exit_code=exit_code)
@@ -167,11 +167,11 @@ def test_a_missing_checkout_is_a_failure_for_cron(checkout: Path) -> None:
     shutil.rmtree(checkout / "state")
     assert run_cron_command(checkout, exit_code=0).returncode != 0
     shutil.rmtree(checkout)
-    command = cron_line()["command"].replace(PLACE, str(checkout))
+    command = cron_line()["command"].replace(CHECKOUT, str(checkout))
     assert subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False).returncode != 0
 
 
-def test_the_log_of_runs_before_is_kept(checkout: Path) -> None:
+def test_the_log_of_earlier_runs_is_kept(checkout: Path) -> None:
     for _ in range(2):
         run_cron_command(checkout, exit_code=0)
     assert (checkout / "state" / "cron.log").read_text().count("ran once") == 2

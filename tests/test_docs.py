@@ -1,4 +1,4 @@
-"""The documentation is held against the program: what it shows runs, what it links to exists."""
+"""The documentation is compared with the program: its examples run, and its links lead to files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def documented_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     pipeline.engines.cards.cache_clear()
 
 
-@pytest.mark.usefixtures("documented_engine", "quiet")
+@pytest.mark.usefixtures("documented_engine", "isolated")
 def test_the_engine_of_the_documentation_makes_variations(
     home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,7 +43,7 @@ def test_the_engine_of_the_documentation_makes_variations(
     ]
 
 
-@pytest.mark.usefixtures("documented_engine", "quiet")
+@pytest.mark.usefixtures("documented_engine", "isolated")
 def test_its_parameters_are_checked_like_any_other_engine_s(
     home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

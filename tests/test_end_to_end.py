@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from home_folder import FAR, NEAR, Home, Ran, contents, run, sha256_of, write_music
+from home_folder import FAR, NEAR, Home, RunResult, contents, run, sha256_of, write_music
 
-Once = Callable[..., Ran]
+Once = Callable[..., RunResult]
 
 
 @pytest.fixture
 def once(
-    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, isolated: None
 ) -> Iterator[Once]:
-    def run_once(*folder: Path, of: Home = home) -> Ran:
+    def run_once(*folder: Path, of: Home = home) -> RunResult:
         return run(capsys, monkeypatch, of, "once", *folder)
 
     return run_once
@@ -92,7 +92,9 @@ def test_the_inbox_is_emptied_into_done(home: Home, once: Once) -> None:
     assert home.manifest()["source"]["names"] == ["album/a.wav"]
 
 
-def test_what_is_no_audio_goes_to_failed_with_the_reason_and_the_rest_goes_on(home: Home, once: Once) -> None:
+def test_a_file_that_is_no_audio_is_moved_to_failed_with_the_reason_and_others_are_done(
+    home: Home, once: Once
+) -> None:
     (home.inbox / "letter.mp3").write_text("Dear all, this is not music.\n" * 20)
     write_music(home.inbox / "a.wav")
 
@@ -179,7 +181,9 @@ def test_the_same_bytes_under_two_names_are_one_track(home: Home, once: Once, tm
     assert home.manifest()["source"]["names"] == ["a.wav", "b.wav"]
 
 
-def test_another_name_that_comes_later_is_noted_and_nothing_is_made_again(home: Home, once: Once) -> None:
+def test_another_name_that_comes_later_is_added_to_the_manifest_and_nothing_is_made_again(
+    home: Home, once: Once
+) -> None:
     source = write_music(home.inbox / "a.wav")
     data = source.read_bytes()
     once()
@@ -204,7 +208,7 @@ def test_two_files_of_one_name_are_two_tracks(home: Home, once: Once, tmp_path: 
     assert len({f.name for f in home.folders}) == 2
 
 
-def test_another_home_and_other_company_give_the_same_bytes(home: Home, once: Once, tmp_path: Path) -> None:
+def test_another_home_and_another_batch_give_the_same_bytes(home: Home, once: Once, tmp_path: Path) -> None:
     source = write_music(tmp_path / "alone" / "a.wav")
     other = Home(tmp_path / "elsewhere")
     other.configure()

@@ -1,4 +1,4 @@
-"""The log file: rotated by size, and silent when it can't be written."""
+"""The log file: it is rotated by size, opened anew after a move, and ignored while it can't be written."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pipeline.logs import LOG_BYTES, logging_to
 log = logging.getLogger("pipeline")
 
 
-def test_a_line_that_cannot_be_written_is_left_out_without_a_word(
-    quiet: None, capsys: pytest.CaptureFixture[str]
+def test_a_line_that_cannot_be_written_is_dropped_without_a_message(
+    isolated: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with logging_to(Path("/dev/full"), Console(quiet=True)):
         log.info("first")
     assert capsys.readouterr().err == ""
 
 
-def test_the_file_is_rotated_by_size(tmp_path: Path, quiet: None) -> None:
+def test_the_file_is_rotated_by_size(tmp_path: Path, isolated: None) -> None:
     path = tmp_path / "pipeline.log"
     with logging_to(path, Console(quiet=True)):
         log.info("a" * LOG_BYTES)
@@ -30,7 +30,7 @@ def test_the_file_is_rotated_by_size(tmp_path: Path, quiet: None) -> None:
     assert path.stat().st_size < LOG_BYTES
 
 
-def test_a_log_file_that_was_moved_away_is_opened_anew(tmp_path: Path, quiet: None) -> None:
+def test_a_log_file_that_was_moved_away_is_opened_anew(tmp_path: Path, isolated: None) -> None:
     path, moved = tmp_path / "pipeline.log", tmp_path / "pipeline.log.old"
     with logging_to(path, Console(quiet=True)):
         log.info("first")

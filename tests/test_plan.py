@@ -96,7 +96,7 @@ def test_a_changed_output_changes_the_variations_alone() -> None:
     [{"device": "cuda"}, {"threads": 1}, {"retry": {"max_attempts": 9}}, {"intake": {"after": "keep"}},
      {"generate": {"batch_tracks": 1, "musicgen": {"max_memory_gb": 4.0}}}],
 )  # fmt: skip
-def test_what_makes_no_difference_to_the_result_changes_nothing(section: dict[str, Any]) -> None:
+def test_settings_that_do_not_affect_the_results_change_nothing(section: dict[str, Any]) -> None:
     assert plan(config(**section)) == plan()
 
 
@@ -108,14 +108,14 @@ def test_another_embedder_changes_the_embedding_alone() -> None:
 
 
 @pytest.mark.parametrize("change", [{"revision": "2" * 40}, {"model": "facebook/musicgen-stereo-melody"}])
-def test_other_weights_change_what_they_make(change: dict[str, str]) -> None:
+def test_other_weights_change_the_variations_alone(change: dict[str, str]) -> None:
     before, after = plan(generator=MUSICGEN), plan(generator=replace(MUSICGEN, **change))
 
     assert after.embed_key == before.embed_key
     assert not set(keys(after)) & set(keys(before))
 
 
-def test_a_raised_engine_version_changes_what_it_makes() -> None:
+def test_a_raised_engine_version_changes_its_variations() -> None:
     newer = replace(REMIX, card=replace(REMIX.card, version=REMIX.card.version + "+"))
     assert not set(keys(plan(generator=newer))) & set(keys(plan()))
 
@@ -125,7 +125,7 @@ def test_weights_known_by_their_content_may_lie_anywhere() -> None:
     assert plan(generator=replace(here, model="models/there")) == plan(generator=here)
 
 
-def test_an_entry_put_before_leaves_the_others_sound_and_key_alone() -> None:
+def test_an_entry_inserted_before_others_changes_neither_their_keys_nor_their_seeds() -> None:
     before, after = plan(), plan(config({"name": "new", "temperature": 0.1}, FAITHFUL, BOLD))
 
     assert keys(after)[1:] == keys(before)
@@ -134,7 +134,7 @@ def test_an_entry_put_before_leaves_the_others_sound_and_key_alone() -> None:
     assert after.key != before.key  # the files are renumbered
 
 
-def test_a_raised_count_leaves_the_first_ones_alone() -> None:
+def test_a_raised_count_does_not_change_the_first_variations() -> None:
     assert keys(plan(config({**FAITHFUL, "count": 3})))[:2] == keys(plan(config({**FAITHFUL, "count": 2})))
 
 
@@ -145,7 +145,7 @@ def test_a_parameter_of_another_engine_changes_nothing() -> None:
     assert plan(elsewhere, generator=MUSICGEN) != plan(generator=MUSICGEN)
 
 
-def test_a_default_written_out_changes_nothing() -> None:
+def test_a_default_that_is_written_out_changes_nothing() -> None:
     default_ms = REMIX.card.params().model_dump()["crossfade_ms"]
     assert plan(config({**FAITHFUL, "crossfade_ms": int(default_ms)}, BOLD)) == plan()
 

@@ -1,4 +1,4 @@
-"""How `watch` starts: what keeps it from starting is reported and waited out, and a signal ends the wait."""
+"""The start of `watch`: it waits while something prevents it and reports that; a signal ends the wait."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pipeline.session import watch_inbox
 
 
 @pytest.fixture
-def app(home: Home, quiet: None) -> App:
+def app(home: Home, isolated: None) -> App:
     return App.open(home.folder, home.folder / "settings.yaml")
 
 
-def test_an_engine_that_cannot_be_had_at_the_start_is_waited_for_with_growing_pauses(
+def test_an_engine_without_its_weights_at_the_start_is_waited_for_with_growing_pauses(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals, pauses, reported = Signals(), [], []
@@ -61,7 +61,7 @@ def test_a_stop_that_came_before_the_start_failed_is_not_forgotten(
 
 
 def test_a_hangup_during_the_start_of_watch_does_not_end_it(
-    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, isolated: None
 ) -> None:
     open_app, reloads = App.open, []
 

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from home_folder import FAR, NEAR, ROOT, Home, Ran, contents, run, sha256_of, write_music
+from home_folder import FAR, NEAR, ROOT, Home, RunResult, contents, run, sha256_of, write_music
 
 import pipeline as pipeline_package
 from pipeline.app import App
@@ -26,8 +26,8 @@ from pipeline.cli.status import status_facts
 from pipeline.config import load_config
 from pipeline.service.health import Health
 
-Pipeline = Callable[..., Ran]
-PATIENCE_S = 60.0  # for a child that is at work; ends a test that would hang
+Pipeline = Callable[..., RunResult]
+TIMEOUT_S = 60.0  # for a child process; ends a test that would hang
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def pipeline(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    quiet: None,
+    isolated: None,
 ) -> Pipeline:
     """The program in this process, in the home that the test asks for: `processed` or `home`."""
     name = "processed" if "processed" in request.fixturenames else "home"
@@ -125,7 +125,7 @@ def test_a_named_engine_without_its_weights_is_2_and_says_how_to_get_them(home: 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not in the core install")
 @pytest.mark.parametrize("verb", ["once", "plan"])
-def test_demucs_asked_for_and_not_here_is_2_before_any_work(
+def test_demucs_that_is_configured_and_not_installed_is_2_before_any_work(
     home: Home, pipeline: Pipeline, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "demucs", None)
@@ -199,12 +199,12 @@ def test_nothing_to_do_is_0(pipeline: Pipeline) -> None:
     assert (ended.code, "0 done, 0 failed" in ended.out) == (0, True)
 
 
-# -- questions -------------------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------
 
 
 def test_status_before_the_first_run_has_the_same_keys_as_after(home: Home, pipeline: Pipeline) -> None:
     before = json.loads(pipeline("status", "--json").out)
-    assert not (home.folder / "state").exists()  # asking makes nothing
+    assert not (home.folder / "state").exists()  # `status` creates nothing
     write_music(home.inbox / "song.wav")
     pipeline("once")
     after = json.loads(pipeline("status", "--json").out)
@@ -316,10 +316,10 @@ def test_a_part_of_the_name_is_enough_for_show_and_retry(processed: Home, pipeli
     assert "song.wav (" in ended.err and "letter.mp3 (" in ended.err
 
 
-# -- again -----------------------------------------------------------------------------------------
+# -- retry and requeue -----------------------------------------------------------------------------
 
 
-def test_retry_takes_failed_tracks_again_and_a_mended_cause_lets_them_pass(
+def test_a_failed_track_is_done_after_its_cause_is_corrected_and_a_retry(
     home: Home, pipeline: Pipeline
 ) -> None:
     home.configure(normalize={"sample_rate": 22050, "max_duration_s": 2.0})
@@ -338,7 +338,7 @@ def test_retry_takes_failed_tracks_again_and_a_mended_cause_lets_them_pass(
     assert pipeline("retry").out == "nothing has failed\n"
 
 
-def test_a_source_that_goes_after_the_requeue_fails_the_track_and_retry_forgets_nothing_of_it(
+def test_a_source_removed_after_the_requeue_fails_the_track_and_its_results_stay(
     processed: Home, pipeline: Pipeline
 ) -> None:
     before = contents(processed.outbox)
@@ -359,7 +359,7 @@ def test_retry_leaves_what_has_not_failed(processed: Home, pipeline: Pipeline) -
     assert json.loads(pipeline("status", "--json").out)["tracks"]["queued"] == 1
 
 
-def test_requeue_of_a_stage_makes_it_again_alone_with_the_same_bytes(
+def test_requeue_of_a_stage_repeats_that_stage_alone_with_the_same_bytes(
     processed: Home, pipeline: Pipeline
 ) -> None:
     [folder] = [path for path in processed.folders if path.name.startswith("song--")]
@@ -388,12 +388,12 @@ def test_requeue_of_a_track_without_its_source_is_refused(processed: Home, pipel
     assert "1 done" in pipeline("status").out
 
 
-def test_doctor_finds_an_altered_file_and_requeue_mends_it(processed: Home, pipeline: Pipeline) -> None:
+def test_doctor_finds_an_altered_file_and_requeue_repairs_it(processed: Home, pipeline: Pipeline) -> None:
     [folder] = [path for path in processed.folders if path.name.startswith("song--")]
     wav = folder / "variations" / "01-near.wav"
-    sound, before = pipeline("doctor"), sha256_of(wav)
-    assert "ok    outbox: all results are as recorded" in sound.out
-    assert "ok    database: intact" in sound.out
+    healthy, before = pipeline("doctor"), sha256_of(wav)
+    assert "ok    outbox: all results are as recorded" in healthy.out
+    assert "ok    database: intact" in healthy.out
 
     data = bytearray(wav.read_bytes())
     data[-100] ^= 1
@@ -423,7 +423,7 @@ def test_doctor_repairs_on_request_what_is_missing_or_altered(processed: Home, p
     assert contents(folder) == before
 
 
-def test_while_doctor_repairs_status_says_nothing_that_an_earlier_instance_reported(
+def test_while_doctor_repairs_status_shows_no_report_of_an_earlier_instance(
     processed: Home, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -538,7 +538,7 @@ def test_doctor_says_which_engines_are_used_and_why(pipeline: Pipeline) -> None:
     assert any(line.startswith("ok    decoders: FFmpeg") for line in lines)
 
 
-def test_models_says_what_is_not_here_and_how_to_get_it(
+def test_models_says_which_models_are_missing_and_how_to_get_them(
     home: Home, pipeline: Pipeline, hub_cache: Path
 ) -> None:
     home.configure(generate={"engine": "auto"})
@@ -564,7 +564,7 @@ def test_watch_takes_what_arrives_and_ends_with_0_when_asked_to_stop(home: Home)
         staged.replace(home.inbox / "song.wav")
         wait_for((home.inbox / "done" / "song.wav").exists)
         child.send_signal(signal.SIGTERM)
-        assert child.wait(PATIENCE_S) == 0
+        assert child.wait(TIMEOUT_S) == 0
     finally:
         if child.poll() is None:
             child.kill()
@@ -574,9 +574,9 @@ def test_watch_takes_what_arrives_and_ends_with_0_when_asked_to_stop(home: Home)
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while not happened():
-        assert time.monotonic() < end, "nothing happened"
+        assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.05)
 
 
@@ -584,14 +584,16 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def variations(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None) -> Pipeline:
+def variations(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, isolated: None
+) -> Pipeline:
     """The installed command, without a home of its own."""
 
-    def run_it(*words: str | Path) -> Ran:
+    def run_it(*words: str | Path) -> RunResult:
         monkeypatch.setattr(sys, "argv", ["variations", *map(str, words)])
         capsys.readouterr()
         code = main()
-        return Ran(code, *capsys.readouterr())
+        return RunResult(code, *capsys.readouterr())
 
     return run_it
 

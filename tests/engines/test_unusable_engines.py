@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from checkpoints import need_models
-from home_folder import Home, Ran, run, write_music
+from home_folder import Home, RunResult, run, write_music
 
-Pipeline = Callable[..., Ran]
+Pipeline = Callable[..., RunResult]
 
 
 @pytest.fixture
 def pipeline(
-    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, isolated: None
 ) -> Pipeline:
     return lambda *words: run(capsys, monkeypatch, home, *words)
 
@@ -29,7 +29,7 @@ def clap_home(home: Home, clap_folder: Path) -> Home:
     return home
 
 
-def refused(home: Home, ended: Ran) -> str:
+def refused(home: Home, ended: RunResult) -> str:
     """What a run said that had to leave everything as it was."""
     assert ended.code == 2
     assert [path.name for path in home.inbox.rglob("*")] == ["a.wav"]

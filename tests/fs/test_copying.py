@@ -64,25 +64,25 @@ def test_a_file_that_is_not_the_expected_one_any_more_is_not_taken(tmp_path: Pat
 def test_a_file_that_is_written_to_while_it_is_copied_is_not_taken(tmp_path: Path) -> None:
     put(tmp_path, "a.wav", content=bytes(2 * READ_BYTES))
 
-    def writes() -> bool:
+    def append() -> bool:
         with (tmp_path / "a.wav").open("ab") as file:
             file.write(b"more")
         return False
 
     with pytest.raises(FileChanged):
-        copy_in(tmp_path / "a.wav", tmp_path / "copy", should_stop=writes)
+        copy_in(tmp_path / "a.wav", tmp_path / "copy", should_stop=append)
 
 
-def test_a_file_that_is_replaced_while_it_is_copied_is_taken_as_it_was(tmp_path: Path) -> None:
+def test_a_file_that_is_replaced_while_it_is_copied_is_copied_as_it_was(tmp_path: Path) -> None:
     put(tmp_path, "a.wav", content=b"old" * READ_BYTES)
     put(tmp_path, "b.wav", content=b"new")
 
-    def replaces() -> bool:
+    def replace() -> bool:
         if (tmp_path / "b.wav").exists():
             (tmp_path / "b.wav").replace(tmp_path / "a.wav")
         return False
 
-    assert copy_in(tmp_path / "a.wav", tmp_path / "copy", should_stop=replaces) is not None
+    assert copy_in(tmp_path / "a.wav", tmp_path / "copy", should_stop=replace) is not None
     assert (tmp_path / "copy").read_bytes() == b"old" * READ_BYTES
 
 
@@ -160,7 +160,7 @@ def test_moving_to_a_free_name_makes_the_folders_it_needs(tmp_path: Path) -> Non
     assert moved.read_bytes() == b"music"
 
 
-def test_the_reason_stands_beside_the_file(tmp_path: Path) -> None:
+def test_the_reason_is_written_beside_the_file(tmp_path: Path) -> None:
     write_error(tmp_path / "a.wav", "is silent \udce9")
     assert (tmp_path / "a.wav.error.txt").read_text(encoding="utf-8") == "is silent \\udce9\n"
 

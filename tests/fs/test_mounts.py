@@ -54,7 +54,7 @@ def test_invalid_lines_are_skipped() -> None:
     assert mounts_of(Path("/a"), "nonsense\n1 2 0:1 / / rw - ext4 /dev/x rw\n") == [Mount("ext4", "/")]
 
 
-def test_what_is_mounted_within_a_folder_is_found() -> None:
+def test_file_systems_mounted_within_a_folder_are_found() -> None:
     assert [mount.fstype for mount in mounts_of(Path("/srv/data"), TABLE)] == ["xfs", "nfs4"]
     assert [mount.fstype for mount in mounts_of(Path("/srv/data/nas"), TABLE)] == ["nfs4"]
     assert [mount.fstype for mount in mounts_of(Path("/srv/dat"), TABLE)] == ["ext4"]
@@ -91,7 +91,7 @@ def test_local_disks_report_changes(fstype: str) -> None:
         ("fuse", "FUSE"), ("fuseblk", "FUSE"), ("fuse.sshfs", "FUSE"), ("fuse.rclone", "FUSE"),
     ],
 )  # fmt: skip
-def test_file_systems_that_others_write_to_are_polled_and_have_another_clock(fstype: str, why: str) -> None:
+def test_file_systems_of_other_machines_are_polled_and_have_another_clock(fstype: str, why: str) -> None:
     mount = Mount(fstype, "/srv/in")
     reason = mount.why_polled
     assert reason is not None
@@ -106,7 +106,7 @@ def test_an_overlay_is_polled_but_its_clock_is_this_machines() -> None:
     assert mount.clock_is_ours
 
 
-def test_fusectl_is_no_fuse_file_system() -> None:
+def test_fusectl_is_not_a_fuse_file_system() -> None:
     assert Mount("fusectl", "/sys/fs/fuse/connections").why_polled is None
 
 

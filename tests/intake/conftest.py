@@ -1,4 +1,4 @@
-"""Shared by the tests of the intake."""
+"""A fixture that the tests of the intake share."""
 
 from __future__ import annotations
 

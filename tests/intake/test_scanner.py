@@ -1,4 +1,4 @@
-"""What a scan of a folder finds, and what it leaves alone."""
+"""What a scan of a folder finds, and what it ignores."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_done_and_failed_are_reserved_at_the_top_of_the_inbox_only(tmp_path: Pat
     assert found_names(tmp_path, is_inbox=False) == ["album/done/c.wav", "done/a.wav", "failed/b.wav"]
 
 
-def test_done_by_another_name_is_not_scanned_either(tmp_path: Path) -> None:
+def test_a_folder_that_done_is_a_link_to_is_not_scanned(tmp_path: Path) -> None:
     put(tmp_path, "archive/a.wav", "b.wav")
     (tmp_path / "done").symlink_to(tmp_path / "archive")
     assert found_names(tmp_path) == ["b.wav"]
@@ -269,7 +269,7 @@ def test_folders_of_sync_tools_and_systems_are_never_scanned(tmp_path: Path, fol
     ["a.b.wav", "a~b.wav", "part.wav", "tmp", "temp.wav", "@home.wav", "#1 hit.wav", "$.wav", "a (2).wav",
      "~a.wav", "done.wav", "a.partner", "a.sync-conflict-20260101-ABC.wav", "-a.wav", "recycle.wav"],
 )  # fmt: skip
-def test_names_that_only_look_a_little_like_those_are_seen(tmp_path: Path, name: str) -> None:
+def test_names_that_only_resemble_those_are_found(tmp_path: Path, name: str) -> None:
     put(tmp_path, name)
     assert found_names(tmp_path) == [name]
 
@@ -343,7 +343,7 @@ def test_the_empty_placeholder_of_a_download_waits_but_a_file_beside_an_old_part
 # -- symbolic links ----------------------------------------------------------------------------------
 
 
-def links(tmp_path: Path) -> Path:
+def inbox_with_links(tmp_path: Path) -> Path:
     put(tmp_path / "elsewhere", "a.wav")
     inbox = tmp_path / "inbox"
     put(inbox, "real.wav", ".store/s.wav", ".store/more/t.wav", "done/d.wav")
@@ -354,7 +354,7 @@ def links(tmp_path: Path) -> Path:
 
 
 def test_links_are_left_alone_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    inbox = links(tmp_path)
+    inbox = inbox_with_links(tmp_path)
     scanner = scanner_of(inbox)
     for _ in range(3):
         assert [found.display for found in scanner.scan()] == ["real.wav"]
@@ -373,7 +373,7 @@ def test_links_are_left_alone_and_reported_once(tmp_path: Path, caplog: pytest.L
 
 
 def test_followed_links_never_lead_outside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    inbox = links(tmp_path)
+    inbox = inbox_with_links(tmp_path)
     (inbox / "hop.wav").symlink_to(inbox / "out" / "a.wav")
     (inbox / "up").symlink_to("../elsewhere")
     (inbox / "beside.wav").symlink_to("../inbox-2/b.wav")
@@ -385,7 +385,7 @@ def test_followed_links_never_lead_outside(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_a_followed_link_shows_its_own_name_and_where_the_file_is(tmp_path: Path) -> None:
-    inbox = links(tmp_path)
+    inbox = inbox_with_links(tmp_path)
     (inbox / "song.wav").symlink_to(".store/s.wav")
     (inbox / "album").symlink_to(".store/more")
 

@@ -53,7 +53,7 @@ def test_a_copy_with_its_old_mtime_is_as_young_as_its_ctime() -> None:
     assert Settling(settle_s=2.0).is_settled(copied, 102.5)
 
 
-def test_where_times_are_coarse_two_seconds_more_are_waited_for() -> None:
+def test_a_time_in_whole_seconds_takes_two_seconds_more_to_settle() -> None:
     coarse = scanned(mtime_s=100.0, ctime_s=100.0)  # may have been written to at 101.9
     assert not Settling(settle_s=2.0).is_settled(coarse, 103.9)
     assert Settling(settle_s=2.0).is_settled(coarse, 104.0)
@@ -85,7 +85,7 @@ def test_a_file_that_changes_between_two_scans_is_waited_for_again(change: dict[
     assert settling.is_settled(changed, 104.0)
 
 
-def test_times_of_another_clock_prove_nothing() -> None:
+def test_times_of_another_clock_are_not_trusted() -> None:
     settling = Settling(settle_s=2.0, trust_times=False)
     old = scanned(mtime_s=5.5, ctime_s=5.5)
 
@@ -95,7 +95,7 @@ def test_times_of_another_clock_prove_nothing() -> None:
 
 
 @pytest.mark.parametrize("trust_times", [True, False])
-def test_a_file_whose_ctime_alone_keeps_changing_is_not_starved(trust_times: bool) -> None:
+def test_a_file_of_which_only_the_ctime_keeps_changing_becomes_ready(trust_times: bool) -> None:
     settling = Settling(settle_s=2.0, trust_times=trust_times)
     results = [
         settling.is_settled(scanned(mtime_s=5.5, ctime_s=now), now) for now in (100.5, 101.5, 102.5, 103.5)
@@ -201,7 +201,7 @@ class Writer:
         )  # fmt: skip
         self._answer()
 
-    def does(self, what: str) -> None:
+    def do(self, what: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
@@ -228,12 +228,12 @@ def test_a_file_has_a_writer_until_the_last_one_closes_it(tmp_path: Path) -> Non
     assert not has_writer(path)
 
     with writer(path) as first, writer(path, "r+") as second:
-        assert has_writer(path)  # though nothing was written, and nothing is
-        first.does("write")
+        assert has_writer(path)  # though nothing has been written
+        first.do("write")
         assert has_writer(path)
-        first.does("close")
+        first.do("close")
         assert has_writer(path)
-        second.does("close")
+        second.do("close")
         assert not has_writer(path)
         assert not has_writer(path)
 
@@ -273,14 +273,14 @@ def test_a_writer_can_open_a_file_that_was_checked(tmp_path: Path) -> None:
     os.close(fd)
 
 
-ASKER = """
+CHECKER = """
 import sys
 from pathlib import Path
 from pipeline.intake.settling import has_writer
 answers = [has_writer(Path(sys.argv[1])) for _ in range(3_000)]
 print(sum(answers))
 """
-OPENER = """
+OPEN_REPEATEDLY = """
 import os, sys
 while os.getppid() == int(sys.argv[2]):
     os.close(os.open(sys.argv[1], os.O_WRONLY))
@@ -288,24 +288,24 @@ while os.getppid() == int(sys.argv[2]):
 
 
 @pytest.mark.usefixtures("leases")
-def test_a_writer_that_opens_the_file_at_that_moment_does_not_end_this_process(tmp_path: Path) -> None:
-    """With SIGIO, the default, the asking process ends within a few hundred of these."""
+def test_a_writer_that_opens_the_file_during_the_check_does_not_end_this_process(tmp_path: Path) -> None:
+    """With SIGIO, the default signal, the checking process would end within a few hundred checks."""
     (tmp_path / "a.wav").write_bytes(b"x")
     path = str(tmp_path / "a.wav")
-    opener = subprocess.Popen([sys.executable, "-c", OPENER, path, str(os.getpid())])
+    opener = subprocess.Popen([sys.executable, "-c", OPEN_REPEATEDLY, path, str(os.getpid())])
     try:
         asked = subprocess.run(
-            [sys.executable, "-c", ASKER, path], cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, "-c", CHECKER, path], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert opener.poll() is None
     finally:
         opener.terminate()
         opener.wait()
     assert (asked.returncode, asked.stderr) == (0, "")
-    assert int(asked.stdout) > 0  # they did meet
+    assert int(asked.stdout) > 0  # some checks found the writer
 
 
-def test_without_an_answer_of_the_system_there_is_no_writer(tmp_path: Path) -> None:
+def test_where_the_system_can_not_tell_there_is_no_writer(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"x")
     (tmp_path / "link.wav").symlink_to("a.wav")
     with (tmp_path / "a.wav").open("ab"):
@@ -315,7 +315,7 @@ def test_without_an_answer_of_the_system_there_is_no_writer(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else")
-def test_another_users_file_has_no_writer_as_far_as_can_be_told(
+def test_the_file_of_another_user_counts_as_without_a_writer(
     tmp_path: Path, as_other_user: AsOtherUser
 ) -> None:
     (tmp_path / "a.wav").write_bytes(b"x")

@@ -17,7 +17,7 @@ import pytest
 from pipeline.intake.watcher import Watcher
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 20.0  # for the system's events; ends a test that would hang
+TIMEOUT_S = 20.0  # for the system's events; ends a test that would hang
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 
@@ -35,7 +35,7 @@ class Wakes:
 
     def arrived(self) -> bool:
         """Whether `wake` is called within the patience; waits for the last call and resets the count."""
-        arrived = self._event.wait(PATIENCE_S)
+        arrived = self._event.wait(TIMEOUT_S)
         self.reset()
         return arrived
 
@@ -52,7 +52,7 @@ class Wakes:
 
 def until(condition: Callable[[], object]) -> object:
     """The first true value of the condition, within the patience."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while not (value := condition()) and time.monotonic() < end:
         time.sleep(0.01)
     return value
@@ -286,7 +286,7 @@ def test_a_dead_thread_of_the_observer_is_replaced(
 ) -> None:
     [thread] = [thread for thread in threading.enumerate() if type(thread).__name__ == kind]
     thread.stop()  # type: ignore[attr-defined]
-    thread.join(PATIENCE_S)
+    thread.join(TIMEOUT_S)
     wakes.reset()
     assert watcher.check() is None
     assert wakes.count > 0
@@ -343,7 +343,7 @@ def in_namespace(root: Path, script: str) -> str:
             time.sleep(0.2)
             woken.clear()
             path.write_bytes(b"x")
-            return woken.wait({PATIENCE_S})
+            return woken.wait({TIMEOUT_S})
         def descriptors():
             return len(list(Path("/proc/self/fd").iterdir()))
         watcher = Watcher(root, woken.set, polling=False)

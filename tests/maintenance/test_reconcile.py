@@ -1,4 +1,4 @@
-"""After a kill, a crash or changes by a user, records, results and working copies agree again."""
+"""After a kill, a crash or changes by a user, records, results and working copies are made to agree."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kinds(findings: list[Finding]) -> list[str]:
 
 
 @pytest.mark.parametrize("thorough", [False, True])
-def test_where_all_is_as_recorded_nothing_is_reported_or_changed(
+def test_results_that_are_as_recorded_are_neither_reported_nor_changed(
     stored: StoredTracks, thorough: bool
 ) -> None:
     stored.finished("a.wav", b"a", now=NOW)
@@ -238,7 +238,7 @@ def test_an_unreadable_folder_is_reported_and_left_alone(
 # -- leftovers -------------------------------------------------------------------------------------
 
 
-def test_temporary_files_of_a_killed_run_are_removed_and_a_persons_files_stay(stored: StoredTracks) -> None:
+def test_temporary_files_of_a_killed_run_are_removed_and_a_users_files_stay(stored: StoredTracks) -> None:
     done, queued = stored.finished("a.wav", b"a", now=NOW), stored.arrived("album/b.wav", b"b", now=NOW)
     stored.made(queued, NEAR, 1, now=NOW, n_bytes=10)
     ours = [
@@ -261,7 +261,7 @@ def test_temporary_files_of_a_killed_run_are_removed_and_a_persons_files_stay(st
     assert (stored.state(done), stored.state(queued)) == ("done", "queued")
 
 
-def test_a_file_between_two_names_stays_while_its_track_is_not_done(stored: StoredTracks) -> None:
+def test_a_file_of_an_interrupted_rename_stays_while_its_track_is_not_done(stored: StoredTracks) -> None:
     done, queued = stored.finished("a.wav", b"a", now=NOW), stored.arrived("b.wav", b"b", now=NOW)
     stored.made(queued, NEAR, 1, now=NOW, n_bytes=10)
     for sha256 in (done, queued):

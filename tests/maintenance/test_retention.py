@@ -18,7 +18,7 @@ from pipeline.outbox.outbox import MANIFEST, Outbox
 from pipeline.store.schema import FileState
 from pipeline.store.store import Store
 
-NOW = time.time() + 1000 * DAY_S  # the files of the tests are as old as the system says: they are made now
+NOW = time.time() + 1000 * DAY_S  # files get their times from the system, so "now" lies in the future
 OLD, YOUNG = NOW - 40 * DAY_S, NOW - 10 * DAY_S
 
 
@@ -95,7 +95,7 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(stored: StoredTra
 # -- the outbox ------------------------------------------------------------------------------------
 
 
-def test_results_go_by_age(stored: StoredTracks) -> None:
+def test_results_are_removed_by_age(stored: StoredTracks) -> None:
     old, young = stored.finished("old.wav", b"o", now=OLD), stored.finished("young.wav", b"y", now=YOUNG)
     folder = stored.folder(old)
 
@@ -109,7 +109,7 @@ def test_results_go_by_age(stored: StoredTracks) -> None:
     assert stored.state(old) == "done"
 
 
-def test_results_go_by_size_oldest_first_until_it_is_enough(stored: StoredTracks) -> None:
+def test_results_are_removed_by_size_oldest_first_and_no_more_than_needed(stored: StoredTracks) -> None:
     made = [stored.finished(f"{n}.wav", b"%d" % n, now=OLD + n, wav_bytes=1_000_000) for n in (3, 1, 2, 0)]
     removals = gc(stored, outbox_gb=0.0065)  # four tracks of 3 MB and little more
 
@@ -134,7 +134,7 @@ def test_a_persons_files_in_a_tracks_folder_stay(stored: StoredTracks) -> None:
     assert tree(stored.workspace.outbox) == {f"{stored.folder(sha256).name}/variations/notes.txt": b"mine"}
 
 
-def test_folders_of_albums_go_when_they_are_empty_and_not_before(stored: StoredTracks) -> None:
+def test_folders_of_albums_are_removed_only_when_they_are_empty(stored: StoredTracks) -> None:
     stored.finished("x/y/a.wav", b"a", now=OLD)
     stored.finished("x/b.wav", b"b", now=YOUNG)
     assert len(gc(stored, outbox_days=30.0)) == 1
@@ -145,14 +145,14 @@ def test_folders_of_albums_go_when_they_are_empty_and_not_before(stored: StoredT
     assert tree(stored.workspace.outbox) == {}
 
 
-def test_a_track_worked_on_since_it_was_listed_keeps_its_results(
+def test_a_track_that_was_queued_since_it_was_listed_keeps_its_results(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requeued, again = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD)
     before, real = everything(stored), retention._thin_out
 
     def meanwhile(*args: Any, **kwargs: Any) -> list[Removable]:
-        other = Store(stored.workspace.database)  # somebody else's process
+        other = Store(stored.workspace.database)  # another process
         other.requeue(requeued, now=NOW)
         other.requeue(again, now=NOW - 1)
         claim_due(other, 1, now=NOW)
@@ -166,7 +166,7 @@ def test_a_track_worked_on_since_it_was_listed_keeps_its_results(
     assert (stored.state(requeued), stored.state(again)) == ("queued", "done")
 
 
-def test_results_whose_manifest_cannot_be_removed_stay_complete_and_the_others_go(
+def test_results_whose_manifest_cannot_be_removed_stay_complete_and_others_are_removed(
     stored: StoredTracks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stuck, other = stored.finished("a.wav", b"a", now=OLD), stored.finished("b.wav", b"b", now=OLD + 1)
@@ -216,7 +216,7 @@ def test_a_commit_that_fails_costs_only_the_manifest(
 
     def remove_and_fail(outbox: Outbox, folder: str) -> None:
         real(outbox, folder)
-        raise OSError(28, "No space left on device")  # in the transaction, as its end would raise it
+        raise OSError(28, "No space left on device")  # within the transaction, as its commit would raise it
 
     monkeypatch.setattr(Outbox, "remove_manifest", remove_and_fail)
     assert gc(stored, outbox_days=30.0) == []
@@ -228,7 +228,7 @@ def test_a_commit_that_fails_costs_only_the_manifest(
 # A `gc` that was killed after the commit leaves a collected track's results without their manifest.
 
 
-def test_killed_before_the_deletion_it_is_completed(stored: StoredTracks) -> None:
+def test_a_gc_killed_before_the_deletion_is_completed_by_the_next(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
     stored.store.set_collected(sha256, now=NOW)
     stored.outbox.remove_manifest(stored.folder(sha256).name)
@@ -238,7 +238,7 @@ def test_killed_before_the_deletion_it_is_completed(stored: StoredTracks) -> Non
     assert tree(stored.workspace.outbox) == {}
 
 
-def test_killed_and_the_track_queued_since_its_results_stay(stored: StoredTracks) -> None:
+def test_after_a_killed_gc_the_results_of_a_track_queued_since_stay(stored: StoredTracks) -> None:
     sha256 = stored.finished("a.wav", b"a", now=OLD)
     stored.store.set_collected(sha256, now=NOW)
     stored.outbox.remove_manifest(stored.folder(sha256).name)
@@ -259,7 +259,7 @@ def test_results_that_a_person_brought_back_after_their_removal_stay(stored: Sto
 # -- the archive -----------------------------------------------------------------------------------
 
 
-def test_sources_in_the_archive_go_by_age_with_their_error_files(stored: StoredTracks) -> None:
+def test_sources_in_the_archive_are_removed_by_age_with_their_error_files(stored: StoredTracks) -> None:
     stored.finished("album/old.wav", b"o", now=OLD)
     stored.failed("album/bad.wav", b"bb", now=OLD)
     stored.finished("young.wav", b"y", now=YOUNG)
@@ -273,7 +273,7 @@ def test_sources_in_the_archive_go_by_age_with_their_error_files(stored: StoredT
     assert tree(stored.workspace.outbox) == outbox
 
 
-def test_sources_in_the_archive_go_by_size_oldest_first(stored: StoredTracks) -> None:
+def test_sources_in_the_archive_are_removed_by_size_oldest_first(stored: StoredTracks) -> None:
     for n in (2, 0, 1):
         stored.finished(f"{n}.wav", b"%d" % n * 1000, now=OLD + n)
     assert names(gc(stored, archive_gb=2.5e-6)) == ["0.wav"]
@@ -350,7 +350,7 @@ def test_a_source_queued_since_it_was_listed_stays(
 # -- working copies --------------------------------------------------------------------------------
 
 
-def test_working_copies_that_belong_to_nothing_go_by_age(stored: StoredTracks) -> None:
+def test_working_copies_that_nothing_needs_are_removed_by_age(stored: StoredTracks) -> None:
     done, failed = stored.finished("a.wav", b"a", now=OLD), stored.failed("b.wav", b"b", now=OLD)
     stored.scratch(done, age_s=8 * DAY_S, now=NOW)
     stored.scratch(failed, age_s=6 * DAY_S, now=NOW)
@@ -374,7 +374,7 @@ def test_a_working_copy_that_is_being_made_is_left_alone(stored: StoredTracks) -
 
 @pytest.fixture
 def unfinished(stored: StoredTracks) -> Path:
-    """An engine's folder of what it has stored of unfinished variations: an old file and a fresh one."""
+    """The folder in which an engine stores unfinished variations, with an old file and a fresh one."""
     folder = stored.workspace.state / "engines" / "musicgen" / "unfinished"
     folder.mkdir(parents=True)
     for name, age_s in (("old", 8 * DAY_S), ("fresh", 0.5 * DAY_S)):
@@ -385,7 +385,7 @@ def unfinished(stored: StoredTracks) -> Path:
 
 
 @pytest.mark.parametrize("work_days", [0.0, 7.0])
-def test_what_an_engine_has_stored_of_an_unfinished_variation_goes_when_it_is_old(
+def test_what_an_engine_has_stored_of_an_unfinished_variation_is_removed_when_it_is_old(
     stored: StoredTracks, unfinished: Path, work_days: float
 ) -> None:
     said = gc(stored, dry_run=True, work_days=work_days)

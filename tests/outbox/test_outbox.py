@@ -162,7 +162,7 @@ def test_a_damaged_manifest_is_none(outbox: Outbox, damaged: bytes) -> None:
     assert files(outbox) == {MANIFEST: damaged}
 
 
-def test_a_folder_under_work_has_no_manifest(outbox: Outbox) -> None:
+def test_a_folder_that_is_being_worked_on_has_no_manifest(outbox: Outbox) -> None:
     outbox.remove_manifest(FOLDER)  # also before there is any folder
     outbox.publish_manifest(FOLDER, {"source": SOURCE})
     publish(outbox, FIRST, b"music")
@@ -197,7 +197,7 @@ def test_names_are_not_added_where_no_manifest_is(outbox: Outbox) -> None:
     assert not (outbox.root / FOLDER).exists()
 
 
-def test_files_can_trade_names(outbox: Outbox) -> None:
+def test_files_can_exchange_their_names(outbox: Outbox) -> None:
     for file in (FIRST, SECOND, THIRD):
         publish(outbox, file, file.encode())
     outbox.rename(FOLDER, {FIRST: SECOND, SECOND: THIRD, THIRD: FIRST})
@@ -205,7 +205,7 @@ def test_files_can_trade_names(outbox: Outbox) -> None:
     assert files(outbox) == {SECOND: FIRST.encode(), THIRD: SECOND.encode(), FIRST: THIRD.encode()}
 
 
-def test_files_can_move_along_and_one_that_keeps_its_name_stays(outbox: Outbox) -> None:
+def test_files_can_be_renamed_in_a_chain_and_one_that_keeps_its_name_stays(outbox: Outbox) -> None:
     for file in (FIRST, SECOND):
         publish(outbox, file, file.encode())
     outbox.rename(FOLDER, {SECOND: THIRD, FIRST: FIRST})
@@ -213,7 +213,7 @@ def test_files_can_move_along_and_one_that_keeps_its_name_stays(outbox: Outbox) 
     assert files(outbox) == {FIRST: FIRST.encode(), THIRD: SECOND.encode()}
 
 
-def test_only_what_is_asked_for_is_kept(outbox: Outbox) -> None:
+def test_only_the_files_to_keep_are_kept(outbox: Outbox) -> None:
     for file in (
         FIRST,
         SECOND,
@@ -237,7 +237,7 @@ def test_only_what_is_asked_for_is_kept(outbox: Outbox) -> None:
      "variations/.favourite.wav.part", "variations/.embedding.npz.part", ".01-a.wav.part", "x.part",
      "album/song--bbbbbbbb/embedding.npz", "variations/song--bbbbbbbb/variations/01-a.wav"],
 )  # fmt: skip
-def test_a_persons_own_files_stay(outbox: Outbox, note: str) -> None:
+def test_a_users_own_files_stay(outbox: Outbox, note: str) -> None:
     publish(outbox, note, b"mine")
     publish(outbox, FIRST, b"x")
     outbox.keep_only(FOLDER, set())
@@ -274,7 +274,7 @@ def test_a_file_that_does_not_verify_is_not_published_and_leaves_nothing(outbox:
     assert outbox.is_intact(FOLDER, before)
 
 
-def test_bytes_that_the_disk_returns_otherwise_are_a_device_error(
+def test_a_disk_that_returns_other_bytes_is_a_device_error(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fsync_of_a_torn_write(handle: int) -> None:
@@ -373,10 +373,10 @@ def test_json_that_is_nested_too_deeply_is_no_manifest(outbox: Outbox) -> None:
 # -- files under other names -----------------------------------------------------------------------
 
 
-def test_files_that_a_killed_rename_left_in_between_are_found_by_their_content(outbox: Outbox) -> None:
+def test_files_of_an_interrupted_rename_are_found_by_their_content(outbox: Outbox) -> None:
     first, second = publish(outbox, FIRST, b"first"), publish(outbox, SECOND, b"other")
     variations = outbox.root / FOLDER / "variations"
-    (variations / "01-a.wav").rename(variations / ".01-a.wav.move")  # a trade of names, killed after
+    (variations / "01-a.wav").rename(variations / ".01-a.wav.move")  # an exchange of names, killed after
     (variations / "02-b.wav").rename(variations / "01-a.wav")  # its second step
 
     held = outbox.find_intact(FOLDER, {"one": first, "two": second})
@@ -388,7 +388,7 @@ def test_files_that_a_killed_rename_left_in_between_are_found_by_their_content(o
     assert files(outbox) == {SECOND: b"first", FIRST: b"other"}
 
 
-def test_a_file_between_names_is_not_overwritten_by_one_that_moves_to_its_place(outbox: Outbox) -> None:
+def test_a_file_of_an_interrupted_rename_is_not_overwritten_by_another_rename(outbox: Outbox) -> None:
     publish(outbox, FIRST, b"first")
     variations = outbox.root / FOLDER / "variations"
     (variations / ".02-b.wav.move").write_bytes(b"second")
@@ -396,7 +396,7 @@ def test_a_file_between_names_is_not_overwritten_by_one_that_moves_to_its_place(
     assert files(outbox) == {SECOND: b"first", THIRD: b"second"}
 
 
-def test_one_file_is_not_found_for_two(outbox: Outbox) -> None:
+def test_one_file_does_not_serve_for_two_results(outbox: Outbox) -> None:
     published = publish(outbox, FIRST, b"the same sound")
     assert outbox.find_intact(FOLDER, {"one": published, "two": published}) == {"one": published}
 

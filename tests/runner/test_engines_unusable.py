@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runner_setup import Answers, RunnerSetup, Unloadable
+from runner_setup import RunnerSetup, StubGenerator, UnloadableEngines
 
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings
@@ -27,19 +27,19 @@ from pipeline.runner.runner import Runner
 
 
 @pytest.fixture
-def engines() -> Unloadable:
-    return Unloadable(Answers(), error=EngineUnusable("device: cuda can't be used"))
+def engines() -> UnloadableEngines:
+    return UnloadableEngines(StubGenerator(), error=EngineUnusable("device: cuda can't be used"))
 
 
 @pytest.fixture
-def runner(setup: RunnerSetup, engines: Unloadable) -> Runner:
-    return replace(setup.runner(Answers()), engines=engines)
+def runner(setup: RunnerSetup, engines: UnloadableEngines) -> Runner:
+    return replace(setup.runner(StubGenerator()), engines=engines)
 
 
 def test_nothing_is_claimed_and_work_continues_once_the_engine_can_be_loaded(
-    setup: RunnerSetup, runner: Runner, engines: Unloadable
+    setup: RunnerSetup, runner: Runner, engines: UnloadableEngines
 ) -> None:
-    hashes = setup.bring("a.wav", "b.wav")
+    hashes = setup.add_tracks("a.wav", "b.wav")
 
     for _ in range(3):
         with pytest.raises(EngineUnusable, match="cuda can't be used"):
@@ -54,10 +54,10 @@ def test_nothing_is_claimed_and_work_continues_once_the_engine_can_be_loaded(
 
 
 def test_an_engine_that_no_due_track_needs_is_not_loaded(
-    setup: RunnerSetup, runner: Runner, engines: Unloadable
+    setup: RunnerSetup, runner: Runner, engines: UnloadableEngines
 ) -> None:
-    [sha256] = setup.bring("a.wav")
-    setup.runner(Answers()).drain()
+    [sha256] = setup.add_tracks("a.wav")
+    setup.runner(StubGenerator()).drain()
     runner.drain()  # an empty queue needs no engine
     setup.store.requeue(sha256, now=setup.now)
 
@@ -66,20 +66,20 @@ def test_an_engine_that_no_due_track_needs_is_not_loaded(
     assert setup.states([sha256]) == [("done", 0)]
 
 
-def test_weights_that_disappear_during_the_work_count_against_no_track(setup: RunnerSetup) -> None:
-    hashes = setup.bring("a.wav", "b.wav")
+def test_weights_that_disappear_during_the_work_cost_no_track_an_attempt(setup: RunnerSetup) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav")
     gone = BadCheckpoint("models/musicgen has no config.json")
 
     with pytest.raises(BadCheckpoint):
-        setup.runner(Answers(lambda request: Failure(request.request_id, gone))).drain()
+        setup.runner(StubGenerator(lambda request: Failure(request.request_id, gone))).drain()
 
     assert setup.states(hashes) == [("queued", 0)] * 2
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
     assert setup.states(hashes) == [("done", 0)] * 2
 
 
-def fail_with(error: Exception) -> Callable[[EngineSettings], Answers]:
-    def load(_: EngineSettings) -> Answers:
+def fail_with(error: Exception) -> Callable[[EngineSettings], StubGenerator]:
+    def load(_: EngineSettings) -> StubGenerator:
         raise error
 
     return load
@@ -109,14 +109,14 @@ def test_every_error_of_loading_is_an_environment_error(
         engines.generator()
 
 
-def test_a_track_that_waits_beyond_the_longest_backoff_is_due_since_the_clock_was_set_back(
+def test_a_track_that_would_wait_longer_than_the_longest_backoff_is_due_now(
     setup: RunnerSetup, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now, years_ahead = setup.bring("a.wav", "b.wav")
+    now, years_ahead = setup.add_tracks("a.wav", "b.wav")
     setup.store.claim([setup.track(years_ahead)])
     setup.store.release(years_ahead, not_before=setup.now + 1e8)
 
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
 
     assert setup.states([now, years_ahead]) == [("done", 0)] * 2
     assert "the clock was set back" in caplog.text
@@ -124,9 +124,9 @@ def test_a_track_that_waits_beyond_the_longest_backoff_is_due_since_the_clock_wa
 
 def test_the_longest_regular_wait_is_kept(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path)
-    [sha256] = setup.bring("a.wav")
+    [sha256] = setup.add_tracks("a.wav")
     setup.store.claim([setup.track(sha256)])
     setup.store.release(sha256, not_before=setup.now + 1.25 * setup.config.retry.max_backoff_s)
 
-    assert setup.runner(Answers()).drain() is False
+    assert setup.runner(StubGenerator()).drain() is False
     assert setup.states([sha256]) == [("queued", 0)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from home_folder import SAMPLE_RATE
-from runner_setup import BACKOFF_S, Answers, Engines, OneVector, RunnerSetup, but_for, noise
+from runner_setup import BACKOFF_S, RunnerSetup, StubEmbedder, StubEngines, StubGenerator, failing_for, noise
 
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, Stopped
@@ -33,20 +33,20 @@ class FullDisk(Outbox):
 
 
 @dataclass
-class TogetherFails(Answers):
-    """Can't take more than one track at a time, and never the one whose hash is `bad`."""
+class OneTrackAtATime(StubGenerator):
+    """Fails for more than one track at a time, and always for the one whose hash is `bad`."""
 
     bad: str = ""
-    memory: Any = lambda: None  # a reference to what its last call had in memory
-    was_held: bool = False  # by others, when it was called again
+    last_array: Any = lambda: None  # a weak reference to an array of the last call
+    was_held: bool = False  # whether anything still referred to that array at the next call
 
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation | Failure]:
         tracks = {request.track_id for request in requests}
-        self.was_held |= self.memory() is not None
+        self.was_held |= self.last_array() is not None
         large = np.zeros(1000)
-        self.memory = weakref.ref(large)
+        self.last_array = weakref.ref(large)
         if len(tracks) > 1 or self.bad in tracks:
             self.calls.append([request.track_id for request in requests])
             raise RuntimeError("out of memory")
@@ -54,7 +54,7 @@ class TogetherFails(Answers):
 
 
 def test_all_variations_of_all_tracks_are_asked_for_in_one_call(setup: RunnerSetup) -> None:
-    hashes, generator = setup.bring("a.wav", "b.wav"), Answers()
+    hashes, generator = setup.add_tracks("a.wav", "b.wav"), StubGenerator()
 
     runner = setup.runner(generator)
     runner.drain()
@@ -78,13 +78,13 @@ def test_all_variations_of_all_tracks_are_asked_for_in_one_call(setup: RunnerSet
         ({"windows": np.zeros((1, 4), np.float32)}, "has vectors that are not of unit length"),
     ],
 )
-def test_vectors_that_are_not_what_an_embedder_promises_fail_the_track_and_are_not_published(
+def test_vectors_of_a_wrong_shape_or_length_fail_the_track_and_are_not_published(
     setup: RunnerSetup, changes: dict[str, Any], why: str
 ) -> None:
-    [sha256] = setup.bring("a.wav")
-    generator = Answers()
+    [sha256] = setup.add_tracks("a.wav")
+    generator = StubGenerator()
 
-    replace(setup.runner(generator), engines=Engines(generator, OneVector(changes))).drain()
+    replace(setup.runner(generator), engines=StubEngines(generator, StubEmbedder(changes))).drain()
 
     track = setup.track(sha256)
     assert (track.state, track.stage, track.error) == ("failed", "embed", f"the written embedding {why}")
@@ -93,9 +93,9 @@ def test_vectors_that_are_not_what_an_embedder_promises_fail_the_track_and_are_n
 
 
 def test_a_failure_fails_its_track_and_no_other(setup: RunnerSetup) -> None:
-    good, bad = setup.bring("good.wav", "bad.wav")
+    good, bad = setup.add_tracks("good.wav", "bad.wav")
 
-    runner = setup.runner(Answers(but_for(bad, BadAudio("has no beat"))))
+    runner = setup.runner(StubGenerator(failing_for(bad, BadAudio("has no beat"))))
     runner.drain()
 
     assert setup.states([good, bad]) == [("done", 0), ("failed", 1)]
@@ -117,12 +117,12 @@ def test_a_failure_fails_its_track_and_no_other(setup: RunnerSetup) -> None:
 def test_a_result_that_is_not_what_was_asked_for_is_not_published(
     setup: RunnerSetup, spoil: Callable[[Any], Any], says: str
 ) -> None:
-    [sha256] = setup.bring("a.wav")
+    [sha256] = setup.add_tracks("a.wav")
 
     def answer(request: VariationRequest) -> Variation:
         return Variation(request.request_id, Audio(spoil(noise(request).audio.samples), SAMPLE_RATE))
 
-    setup.runner(Answers(answer)).drain()
+    setup.runner(StubGenerator(answer)).drain()
 
     assert setup.states([sha256]) == [("failed", 1)]
     assert says in (setup.track(sha256).error or "")
@@ -130,8 +130,8 @@ def test_a_result_that_is_not_what_was_asked_for_is_not_published(
 
 
 def test_a_batch_that_the_engine_raises_on_is_tried_track_by_track(setup: RunnerSetup) -> None:
-    hashes = setup.bring("a.wav", "b.wav", "c.wav")
-    generator = TogetherFails(bad=hashes[1])
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav")
+    generator = OneTrackAtATime(bad=hashes[1])
 
     setup.runner(generator).drain()
 
@@ -143,24 +143,24 @@ def test_a_batch_that_the_engine_raises_on_is_tried_track_by_track(setup: Runner
 
 def test_a_track_alone_gives_the_same_files_as_in_a_batch(tmp_path: Path) -> None:
     together, alone = RunnerSetup.at(tmp_path / "together"), RunnerSetup.at(tmp_path / "alone")
-    first, _ = together.bring("a.wav", "b.wav")
-    alone.bring("a.wav")
+    first, _ = together.add_tracks("a.wav", "b.wav")
+    alone.add_tracks("a.wav")
 
-    together.runner(Answers()).drain()
-    alone.runner(Answers()).drain()
+    together.runner(StubGenerator()).drain()
+    alone.runner(StubGenerator()).drain()
 
     assert together.files(first) == alone.files(first)
 
 
 def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(setup: RunnerSetup) -> None:
-    [sha256] = setup.bring("a.wav")
+    [sha256] = setup.add_tracks("a.wav")
 
     def last_one(request: VariationRequest) -> Variation:
         setup.stop = True
         return noise(request)
 
     with pytest.raises(Stopped):
-        setup.runner(Answers(last_one)).drain()
+        setup.runner(StubGenerator(last_one)).drain()
 
     assert setup.states([sha256]) == [("queued", 0)]
     assert setup.outcomes(sha256) == [("normalize", "done"), ("embed", "done"), ("generate", "stopped")]
@@ -168,7 +168,7 @@ def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(setu
     published = setup.files(sha256)
     assert sorted(published) == ["embedding.npz", "variations/01-v.wav"]
 
-    setup.stop, generator = False, Answers()
+    setup.stop, generator = False, StubGenerator()
     setup.runner(generator).drain()
 
     assert generator.calls == [[sha256]]  # one request: the variation that was missing
@@ -176,10 +176,10 @@ def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(setu
     assert setup.files(sha256).items() > published.items()
 
 
-def test_a_failure_in_passing_is_tried_again_after_a_doubling_wait_and_then_for_good(tmp_path: Path) -> None:
+def test_a_transient_failure_is_retried_after_doubling_waits_and_then_fails_the_track(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, max_attempts=3)
-    [sha256] = setup.bring("a.wav")
-    generator = Answers(but_for(sha256, EngineFailure("made silence")))
+    [sha256] = setup.add_tracks("a.wav")
+    generator = StubGenerator(failing_for(sha256, EngineFailure("made silence")))
     runner = setup.runner(generator)
 
     for attempts, wait_s in ((1, BACKOFF_S), (2, 2 * BACKOFF_S)):
@@ -201,116 +201,116 @@ def test_a_failure_in_passing_is_tried_again_after_a_doubling_wait_and_then_for_
     assert (setup.workspace.inbox / "failed" / "a.wav").exists()
 
 
-def test_a_failure_that_passes_ends_in_a_finished_track(tmp_path: Path) -> None:
+def test_a_track_whose_failure_has_passed_is_finished(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, max_attempts=2)
-    [sha256] = setup.bring("a.wav")
-    setup.runner(Answers(but_for(sha256, EngineFailure("made silence")))).drain()
+    [sha256] = setup.add_tracks("a.wav")
+    setup.runner(StubGenerator(failing_for(sha256, EngineFailure("made silence")))).drain()
 
     setup.now += (1 + JITTER) * BACKOFF_S
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
 
     assert setup.track(sha256).state == "done"
     assert setup.track(sha256).error is None
 
 
 def test_a_full_disk_ends_the_run_and_fails_no_track(setup: RunnerSetup) -> None:
-    hashes = setup.bring("a.wav", "b.wav")
+    hashes = setup.add_tracks("a.wav", "b.wav")
 
     with pytest.raises(FolderUnusable, match="no space left"):
-        setup.runner(Answers(), outbox=FullDisk(setup.workspace.outbox)).drain()
+        setup.runner(StubGenerator(), outbox=FullDisk(setup.workspace.outbox)).drain()
 
     assert setup.states(hashes) == [("queued", 0), ("queued", 0)]
     assert setup.store.attempts() == []
     assert sorted(p.name for p in setup.workspace.inbox.glob("*.wav")) == ["a.wav", "b.wav"]
 
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
     assert setup.states(hashes) == [("done", 0), ("done", 0)]
 
 
 def test_too_few_results_are_a_failure_of_the_engine(setup: RunnerSetup) -> None:
-    [sha256] = setup.bring("a.wav")
+    [sha256] = setup.add_tracks("a.wav")
 
-    class Lazy(Answers):
+    class Incomplete(StubGenerator):
         def generate(self, requests: Sequence[VariationRequest], **how: Any) -> Iterator[Variation | Failure]:
             return super().generate(requests[:1], **how)
 
-    setup.runner(Lazy()).drain()
+    setup.runner(Incomplete()).drain()
 
     assert setup.track(sha256).state == "failed"
     assert "too few" in (setup.track(sha256).error or "")
 
 
 def test_what_happens_to_a_source_after_it_was_taken_in_is_harmless(setup: RunnerSetup) -> None:
-    hashes = setup.bring("gone.wav", "other.wav", "elsewhere.wav")
+    hashes = setup.add_tracks("gone.wav", "other.wav", "elsewhere.wav")
     (setup.workspace.inbox / "gone.wav").unlink()
     (setup.workspace.inbox / "other.wav").write_bytes(b"other bytes")
     (setup.workspace.inbox / "elsewhere.wav").rename(setup.workspace.home / "elsewhere.wav")
 
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
 
     assert setup.states(hashes) == [("done", 0)] * 3
     assert (setup.workspace.inbox / "other.wav").read_bytes() == b"other bytes"
 
 
 def test_a_working_copy_that_was_damaged_is_made_again_from_the_source(setup: RunnerSetup) -> None:
-    [sha256] = setup.bring("a.wav")
+    [sha256] = setup.add_tracks("a.wav")
     setup.workspace.scratch(sha256).source.write_bytes(b"torn")
 
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
 
     assert setup.states([sha256]) == [("done", 0)]
 
 
-def test_a_source_that_went_away_with_its_working_copy_fails_for_good_at_once(tmp_path: Path) -> None:
+def test_a_source_that_is_gone_with_its_working_copy_fails_without_a_retry(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, max_attempts=3)
-    gone, here = setup.bring("gone.wav", "here.wav")
+    gone, here = setup.add_tracks("gone.wav", "here.wav")
     (setup.workspace.inbox / "gone.wav").unlink()
     setup.workspace.scratch(gone).clear()
 
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
 
     assert setup.states([gone, here]) == [("failed", 1), ("done", 0)]
     assert "was removed or changed" in (setup.track(gone).error or "")
 
 
 def test_a_finished_track_leaves_no_working_files(setup: RunnerSetup) -> None:
-    setup.bring("a.wav")
-    setup.runner(Answers()).drain()
+    setup.add_tracks("a.wav")
+    setup.runner(StubGenerator()).drain()
     assert list((setup.workspace.state / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize(("tracks_of_room", "claimed"), [(9, 3), (2.5, 2), (1, 1)])
-def test_no_more_tracks_are_claimed_than_their_results_have_room_for(
-    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch, tracks_of_room: float, claimed: int
+@pytest.mark.parametrize(("tracks_that_fit", "claimed"), [(9, 3), (2.5, 2), (1, 1)])
+def test_no_more_tracks_are_claimed_than_there_is_disk_space_for_their_results(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch, tracks_that_fit: float, claimed: int
 ) -> None:
-    setup.bring("a.wav", "b.wav", "c.wav")
+    setup.add_tracks("a.wav", "b.wav", "c.wav")
     per_track = 2 * 0.5 * SAMPLE_RATE * 2 * 3  # two stereo variations of half a second, 24 bit
-    free = setup.config.disk.min_free_mb * 1e6 + tracks_of_room * per_track
+    free = setup.config.disk.min_free_mb * 1e6 + tracks_that_fit * per_track
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    generator = Answers()
+    generator = StubGenerator()
 
     setup.runner(generator).next_batch()
 
     assert [len(set(call)) for call in generator.calls] == [claimed]
 
 
-def test_without_room_for_one_track_nothing_is_claimed(
+def test_without_space_for_one_track_nothing_is_claimed(
     setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashes = setup.bring("a.wav")
+    hashes = setup.add_tracks("a.wav")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
 
     with pytest.raises(DiskFull, match="are free"):
-        setup.runner(Answers()).next_batch()
+        setup.runner(StubGenerator()).next_batch()
 
     assert setup.states(hashes) == [("queued", 0)]
 
 
-def test_a_full_disk_gives_back_what_can_be_made_again_and_goes_on_with_one_track(
+def test_on_a_full_disk_working_copies_are_removed_and_one_track_is_processed(
     setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashes = setup.bring("a.wav", "b.wav")
-    generator = Answers()
+    hashes = setup.add_tracks("a.wav", "b.wav")
+    generator = StubGenerator()
     runner = setup.runner(generator)
     asked = iter([1000, 10**12, 10**12])  # bytes free
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(asked, 10**12)))
@@ -323,37 +323,37 @@ def test_a_full_disk_gives_back_what_can_be_made_again_and_goes_on_with_one_trac
 
 
 def test_a_source_whose_inbox_is_away_is_waited_for_without_an_attempt(setup: RunnerSetup) -> None:
-    [sha256] = setup.bring("a.wav")
+    [sha256] = setup.add_tracks("a.wav")
     setup.workspace.scratch(sha256).clear()
     away = setup.workspace.inbox.rename(setup.workspace.home / "away")
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
     assert setup.states([sha256]) == [("queued", 0)]
 
     away.rename(setup.workspace.inbox)
     setup.now = setup.track(sha256).not_before
-    setup.runner(Answers()).drain()
+    setup.runner(StubGenerator()).drain()
 
     assert setup.states([sha256]) == [("done", 0)]
 
 
 def test_a_closed_folder_of_one_track_stops_no_other(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path)
-    shut, other = setup.bring("a.wav", "b.wav")
+    closed, other = setup.add_tracks("a.wav", "b.wav")
 
-    class OneShut(Outbox):
+    class OneClosed(Outbox):
         def remove_manifest(self, folder: str) -> None:
-            if folder == setup.track(shut).folder:
+            if folder == setup.track(closed).folder:
                 raise PermissionError(errno.EACCES, "Permission denied", folder)
             super().remove_manifest(folder)
 
-    setup.runner(Answers(), outbox=OneShut(setup.workspace.outbox)).drain()
+    setup.runner(StubGenerator(), outbox=OneClosed(setup.workspace.outbox)).drain()
 
-    assert setup.states([shut, other]) == [("failed", 1), ("done", 0)]
+    assert setup.states([closed, other]) == [("failed", 1), ("done", 0)]
 
 
 def test_nothing_is_written_below_an_outbox_whose_disk_has_gone(setup: RunnerSetup) -> None:
-    hashes = setup.bring("a.wav")
-    runner = setup.runner(Answers())
+    hashes = setup.add_tracks("a.wav")
+    runner = setup.runner(StubGenerator())
     setup.store.set_fact("outbox mount", str(setup.workspace.outbox))
 
     with pytest.raises(FolderUnusable, match="isn't mounted now"):

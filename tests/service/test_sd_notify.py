@@ -42,7 +42,7 @@ def env(tmp_path: Path, manager: Manager) -> dict[str, str]:
     return {"NOTIFY_SOCKET": str(tmp_path / "notify")}
 
 
-def test_start_and_stop_are_told_in_systemd_s_words(manager: Manager, env: dict[str, str]) -> None:
+def test_start_and_stop_are_reported_to_systemd(manager: Manager, env: dict[str, str]) -> None:
     notifier = Notifier.from_env(env)
     notifier.ready()
     notifier.stopping()
@@ -83,17 +83,17 @@ def test_progress_feeds_the_watchdog_at_most_four_times_per_period(
     assert manager.received() == ["WATCHDOG=1"] * 4  # at 0, 150, 300 and 1000 s
 
 
-def test_without_a_watchdog_progress_is_not_told(manager: Manager, env: dict[str, str]) -> None:
+def test_without_a_watchdog_progress_is_not_reported(manager: Manager, env: dict[str, str]) -> None:
     Notifier.from_env(env).progress()
     assert manager.received() == []
 
 
 @pytest.mark.parametrize("usec", ["", "0", "-1", "soon", "1.5", "²"])
-def test_a_watchdog_time_that_is_none_counts_as_none(env: dict[str, str], usec: str) -> None:
+def test_an_invalid_watchdog_time_counts_as_no_watchdog(env: dict[str, str], usec: str) -> None:
     assert Notifier.from_env({**env, "WATCHDOG_USEC": usec}).watchdog_s is None
 
 
-def test_a_watchdog_is_ours_only_with_our_number(env: dict[str, str]) -> None:
+def test_a_watchdog_applies_only_to_the_process_that_it_names(env: dict[str, str]) -> None:
     asked = {**env, "WATCHDOG_USEC": "30000000"}
     assert Notifier.from_env({**asked, "WATCHDOG_PID": str(os.getpid())}).watchdog_s == 30.0
     assert Notifier.from_env({**asked, "WATCHDOG_PID": str(os.getppid())}).watchdog_s is None
@@ -107,7 +107,7 @@ def test_names_in_the_abstract_namespace_are_reached() -> None:
     manager.socket.close()
 
 
-def say_everything(notifier: Notifier) -> None:
+def send_everything(notifier: Notifier) -> None:
     notifier.ready()
     notifier.reloading()
     notifier.status("well")
@@ -120,18 +120,18 @@ def say_everything(notifier: Notifier) -> None:
 )
 def test_where_nobody_listens_every_call_does_nothing(name: str | None) -> None:
     env = {"WATCHDOG_USEC": "1000000"}
-    say_everything(Notifier.from_env(env if name is None else {**env, "NOTIFY_SOCKET": name}))
+    send_everything(Notifier.from_env(env if name is None else {**env, "NOTIFY_SOCKET": name}))
 
 
-def test_a_socket_whose_listener_died_stops_nobody(
+def test_a_socket_whose_listener_died_does_not_stop_the_program(
     manager: Manager, env: dict[str, str], tmp_path: Path
 ) -> None:
     manager.socket.close()
     assert (tmp_path / "notify").exists()
-    say_everything(Notifier.from_env({**env, "WATCHDOG_USEC": "1000000"}))
+    send_everything(Notifier.from_env({**env, "WATCHDOG_USEC": "1000000"}))
 
 
-def test_a_listener_that_never_reads_stops_nobody(
+def test_a_listener_that_never_reads_does_not_stop_the_program(
     manager: Manager, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.service.sd_notify.SEND_PATIENCE_S", 0.01)
@@ -144,6 +144,6 @@ def test_a_listener_that_never_reads_stops_nobody(
 
 def test_no_descriptor_is_left_open(manager: Manager, env: dict[str, str]) -> None:
     before = len(list(Path("/dev/fd").iterdir()))
-    say_everything(Notifier.from_env({**env, "WATCHDOG_USEC": "1000000"}))
+    send_everything(Notifier.from_env({**env, "WATCHDOG_USEC": "1000000"}))
     assert len(manager.received()) == 5
     assert len(list(Path("/dev/fd").iterdir())) == before

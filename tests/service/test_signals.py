@@ -12,7 +12,7 @@ import pytest
 from pipeline.service.signals import Signals
 
 
-def arrived(signals: Signals) -> None:
+def wait_for_signal(signals: Signals) -> None:
     """Wait until the listening thread has passed a signal on."""
     assert signals._woken.wait(10)
 
@@ -22,7 +22,7 @@ def test_a_signal_asks_to_stop(number: signal.Signals) -> None:
     signals = Signals()
     with signals.on_signals():
         os.kill(os.getpid(), number)
-        arrived(signals)
+        wait_for_signal(signals)
         assert signals.stopped_by == number
 
 
@@ -30,13 +30,13 @@ def test_a_hangup_asks_a_daemon_to_read_its_configuration_and_nothing_else() -> 
     signals = Signals()
     with signals.on_signals(hangup_reloads=True):
         os.kill(os.getpid(), signal.SIGHUP)
-        arrived(signals)
+        wait_for_signal(signals)
         assert not signals.is_stopped()
         assert [signals.take_reload(), signals.take_reload()] == [True, False]
 
 
 def test_a_signal_while_handlers_are_set_up_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes as soon as Python's own handling of it is replaced."""
+    """It is sent as soon as Python's own handler is replaced."""
     signals, set_handler = Signals(), signal.signal
 
     def set_and_send(number: int, handler: object) -> object:
@@ -48,25 +48,25 @@ def test_a_signal_while_handlers_are_set_up_is_not_lost(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(signal, "signal", set_and_send)
     with signals.on_signals():
-        arrived(signals)
+        wait_for_signal(signals)
         assert signals.stopped_by == signal.SIGTERM
 
 
-def test_a_signal_while_handlers_are_taken_off_goes_to_the_one_before(
+def test_a_signal_while_handlers_are_removed_goes_to_the_handler_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     noted: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
     try:
         with Signals().on_signals():
-            take_off = signal.set_wakeup_fd
+            remove = signal.set_wakeup_fd
 
-            def take_off_and_send(*arguments: int) -> int:
-                fd = take_off(*arguments)
+            def remove_and_send(*arguments: int) -> int:
+                fd = remove(*arguments)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return fd
 
-            monkeypatch.setattr(signal, "set_wakeup_fd", take_off_and_send)
+            monkeypatch.setattr(signal, "set_wakeup_fd", remove_and_send)
         assert noted == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -102,7 +102,7 @@ def test_work_that_stops_in_time_is_not_ended_by_force() -> None:
     signals = Signals(deadline_s=1000, overdue=lambda number: overdue.set())
     with signals.on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
-        arrived(signals)
+        wait_for_signal(signals)
     assert not overdue.is_set()
 
 
@@ -111,7 +111,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
     signals = Signals(deadline_s=1000, overdue=lambda number: overdue.set())
     with signals.on_signals():
         os.kill(os.getpid(), signal.SIGINT)
-        arrived(signals)
+        wait_for_signal(signals)
         os.kill(os.getpid(), signal.SIGINT)
         assert overdue.wait(10)
 

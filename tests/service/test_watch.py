@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from home_folder import write_music
-from runner_setup import Answers, RunnerSetup, Unloadable, but_for
+from runner_setup import RunnerSetup, StubGenerator, UnloadableEngines, failing_for
 from stored_tracks import claim_due
 
 from pipeline.errors import BadAudio, ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
@@ -29,7 +29,7 @@ from pipeline.workspace import InputFolder
 
 
 class FullDisk(Outbox):
-    """An outbox on a disk that is full until a test says otherwise."""
+    """An outbox on a disk that is full until a test sets `is_full`."""
 
     is_full = True
 
@@ -41,7 +41,7 @@ class FullDisk(Outbox):
 
 @dataclass
 class Configuration:
-    """What the daemon is given when it asks for its configuration again: what works by it, or an error."""
+    """A configuration whose reload gives `fresh`: a new ingest and runner, or an error."""
 
     inbox: Path
     fresh: tuple[Ingest, Runner] | PipelineError
@@ -63,16 +63,16 @@ class Daemon:
         self.monotonic = 0.0
         self.signals = Signals()
         self.health = Health(setup.workspace.health)
-        works = setup.ingest(), setup.runner(Answers(), outbox=outbox)
-        self.configuration = Configuration(setup.workspace.inbox, works)
+        ingest, runner = setup.ingest(), setup.runner(StubGenerator(), outbox=outbox)
+        self.configuration = Configuration(setup.workspace.inbox, (ingest, runner))
         notifier = Notifier.from_env({})
-        self.session = Session(self.configuration, *works, self.signals, self.health, notifier)
+        self.session = Session(self.configuration, ingest, runner, self.signals, self.health, notifier)
         self.watch = Watch(self.session, clock=lambda: self.monotonic)
         self.watch._note_mode()
-        self.signals.take_wake()  # of the start
+        self.signals.take_wake()  # the one that is set at the start
 
     def turn(self) -> float:
-        """One turn; returns how long it would wait."""
+        """Take one turn; returns how long the daemon would wait after it."""
         return self.watch._turn()
 
     def states(self) -> list[str]:
@@ -105,7 +105,7 @@ def test_no_scan_is_made_before_it_is_due_unless_an_event_comes(setup: RunnerSet
     assert daemon.states() == ["done"]
 
 
-def test_a_full_disk_pauses_everything_says_so_and_passes(setup: RunnerSetup) -> None:
+def test_a_full_disk_pauses_all_work_and_is_reported_until_there_is_space(setup: RunnerSetup) -> None:
     outbox = FullDisk(setup.workspace.outbox)
     daemon = Daemon(setup, outbox)
     write_music(setup.workspace.inbox / "a.wav")
@@ -126,7 +126,7 @@ def test_a_missing_inbox_is_checked_at_every_poll_and_does_not_stop_the_queue(
     setup: RunnerSetup,
 ) -> None:
     daemon = Daemon(setup)
-    setup.bring("a.wav")
+    setup.add_tracks("a.wav")
     setup.workspace.inbox.rename(setup.workspace.home / "away")
 
     daemon.turn()
@@ -166,7 +166,7 @@ def test_scans_take_a_tenth_of_the_time_at_most_however_many_events_come(setup: 
 def test_a_valid_configuration_is_used_after_a_reload_and_a_wrong_one_is_not(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     ingest, runner = daemon.session.ingest, daemon.session.runner
-    others = setup.ingest(), setup.runner(Answers())
+    others = setup.ingest(), setup.runner(StubGenerator())
 
     daemon.configuration.fresh = ConfigError("retry: must be a mapping")
     daemon.watch._reload()
@@ -202,7 +202,7 @@ def test_a_device_error_during_a_scan_is_waited_out(setup: RunnerSetup) -> None:
 
 def test_working_copies_without_space_do_not_stop_the_queue(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
-    setup.bring("a.wav")
+    setup.add_tracks("a.wav")
 
     class Full:
         settings = setup.config.intake
@@ -244,7 +244,7 @@ def test_once_ends_when_there_is_no_space_for_waiting_files(setup: RunnerSetup) 
 
 def test_once_of_a_folder_does_not_wait_for_the_queue_of_another(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0, spool_gb=1e-6)
-    setup.bring("a.wav")
+    setup.add_tracks("a.wav")
     other = tmp_path / "other"
     write_music(other / "b.wav", seed=3, seconds=1.5)
     daemon = Daemon(setup)
@@ -252,13 +252,13 @@ def test_once_of_a_folder_does_not_wait_for_the_queue_of_another(tmp_path: Path)
     ingest = replace(setup.ingest(), folder=folder, scanner=Scanner(folder, setup.config.intake))
 
     daemon.session.ingest = ingest
-    daemon.session.runner = replace(setup.runner(Answers()), folder=folder)
+    daemon.session.runner = replace(setup.runner(StubGenerator()), folder=folder)
     run_once(daemon.session)
 
     assert sorted(daemon.states()) == ["done", "queued"]
 
 
-def test_a_bug_is_not_waited_out(setup: RunnerSetup) -> None:
+def test_an_unexpected_error_ends_the_daemon(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     daemon.session.ingest = None  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
@@ -269,7 +269,7 @@ def test_files_that_wait_for_space_behind_a_queue_in_backoff_are_not_scanned_wit
     tmp_path: Path,
 ) -> None:
     setup = RunnerSetup.at(tmp_path, settle_s=0, spool_gb=1e-6, poll_s=5)
-    [sha256] = setup.bring("a.wav")
+    [sha256] = setup.add_tracks("a.wav")
     claim_due(setup.store, 1, now=setup.now)
     setup.store.release(sha256, not_before=setup.now + 1000)
     write_music(setup.workspace.inbox / "b.wav", seed=5)
@@ -282,7 +282,7 @@ def test_files_that_wait_for_space_behind_a_queue_in_backoff_are_not_scanned_wit
 def test_an_engine_that_cannot_be_loaded_is_waited_out_and_reported(setup: RunnerSetup) -> None:
     daemon = Daemon(setup)
     write_music(setup.workspace.inbox / "a.wav")
-    engines = Unloadable(Answers(), error=EngineUnusable("device: cuda can't be used"))
+    engines = UnloadableEngines(StubGenerator(), error=EngineUnusable("device: cuda can't be used"))
     daemon.session.runner = replace(daemon.session.runner, engines=engines)
 
     assert [daemon.turn() for _ in range(3)] == [5.0, 10.0, 20.0]
@@ -303,9 +303,9 @@ def test_once_says_what_it_waits_for_and_leaves_a_late_retry_for_the_next_run(
 ) -> None:
     caplog.set_level(logging.INFO, logger="pipeline")
     setup = RunnerSetup.at(tmp_path, settle_s=0, max_attempts=9)
-    [sha256] = setup.bring("a.wav")
+    [sha256] = setup.add_tracks("a.wav")
     daemon = Daemon(setup)
-    runner = setup.runner(Answers(but_for(sha256, EngineFailure("made silence"))))
+    runner = setup.runner(StubGenerator(failing_for(sha256, EngineFailure("made silence"))))
     daemon.session.runner = runner
     daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
 
@@ -328,7 +328,7 @@ def test_once_of_a_folder_counts_each_track_once_however_many_scans_there_are(tm
     daemon = Daemon(setup)
     scanner = Scanner(folder, setup.config.intake)
     ingest = replace(setup.ingest(trust_times=False), folder=folder, scanner=scanner)
-    runner = replace(setup.runner(Answers()), folder=folder)
+    runner = replace(setup.runner(StubGenerator()), folder=folder)
     daemon.session.ingest, daemon.session.runner = ingest, runner
     daemon.signals.wait = lambda seconds: setattr(setup, "now", setup.now + seconds)  # type: ignore[method-assign]
 

@@ -92,7 +92,7 @@ def test_the_same_bytes_under_two_names_are_one_track_with_two_files(store: Stor
     assert [track.name for track in store.tracks()] == ["song a"]
 
 
-def test_other_bytes_at_a_known_path_take_the_path_over(store: Store) -> None:
+def test_other_bytes_at_a_known_path_are_another_track(store: Store) -> None:
     add(store, "a", name="song.wav")
     add(store, "b", name="song.wav")
 
@@ -209,7 +209,7 @@ def test_a_failure_that_is_retried_waits_until_it_is_due(store: Store) -> None:
     assert claimed(store, now=120.0) == ["a"]
 
 
-def test_a_failure_for_good_is_not_claimed_again(store: Store) -> None:
+def test_a_track_that_has_failed_is_not_claimed_again(store: Store) -> None:
     add(store)
     claim_due(store, 1, now=100.0)
     store.fail(sha("a"), stage="normalize", error="silent", now=110.0, retry_at=None)
@@ -268,7 +268,7 @@ def test_requeueing_leaves_what_runs_running(store: Store) -> None:
     assert state_of(store) == "running"
 
 
-def test_recovery_queues_what_a_killed_instance_left_and_names_what_was_in_a_stage(
+def test_recovery_queues_the_running_tracks_of_a_killed_instance_and_returns_their_open_stages(
     store: Store, database: Path
 ) -> None:
     for letter in "abc":
@@ -337,10 +337,10 @@ def test_work_for_a_track_nobody_added_is_refused(store: Store) -> None:
     with pytest.raises(sqlite3.IntegrityError):
         store.begin_attempt(sha("z"), "embed", now=1.0)
     add(store)
-    store.begin_attempt(sha("a"), "embed", now=2.0)  # and the refusal left no transaction open
+    store.begin_attempt(sha("a"), "embed", now=2.0)  # the refusal left no transaction open
 
 
-def test_a_config_is_remembered_once(store: Store, database: Path) -> None:
+def test_a_config_is_stored_once(store: Store, database: Path) -> None:
     store.remember_config("h", "{}")
     store.remember_config("h", "{}")
     with sqlite3.connect(database) as plain:

@@ -252,13 +252,13 @@ class TestFetch:
         assert fetched.revision == COMMIT
         assert locate(MODEL) == fetched
 
-    def test_what_is_cached_serves_when_the_network_is_gone(self, hub_cache: Path) -> None:
+    def test_a_cached_model_is_used_without_a_network(self, hub_cache: Path) -> None:
         snapshot = cache_snapshot(hub_cache, FILES)
         with hub_at(closed_port()):
             assert fetch(MODEL).folder == snapshot
 
     def test_a_download_cut_off_before_the_tokenizer_is_completed(self, hub_cache: Path) -> None:
-        """The library notes what the hub has; without that note the lack would go unnoticed."""
+        """The cache records which files the hub has; without that record nothing would be found missing."""
         with serve(MODEL, COMMIT, PUBLISHED):
             fetched = fetch(MODEL)
             (fetched.folder / "tokenizer.json").unlink()

@@ -509,7 +509,11 @@ def test_a_model_that_breaks_off_is_a_failure_of_each_request(
 
 
 def test_the_program_makes_variations_with_it_and_says_so(
-    folder: Path, home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: None
+    folder: Path,
+    home: Home,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    isolated: None,
 ) -> None:
     home.configure(
         {"name": "near", "prompt": "warm synths", "seed": 0},

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from home_folder import ROOT, Home, contents, write_music
 
-PATIENCE_S = 300.0  # ends a test that would hang
+TIMEOUT_S = 300.0  # ends a test that would hang
 
 
 def configured(folder: Path, model: Path) -> Home:
@@ -31,7 +31,7 @@ def kill_once_all_have_saved(home: Home, variations: int) -> None:
     command = [sys.executable, str(ROOT / "run_pipeline.py"), *home.arguments("once")]
     tokens = home.folder / "state" / "engines" / "musicgen" / "unfinished"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as child:
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + TIMEOUT_S
         while len(list(tokens.glob("*.npz"))) < variations:
             assert child.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < until
