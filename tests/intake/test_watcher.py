@@ -1,4 +1,4 @@
-"""The watcher wakes at any change, reports when it can't, and leaves no threads or descriptors behind."""
+"""The watcher wakes the daemon at any change, reports when it can't, and leaves no threads or descriptors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ class Wakes:
         self._event.set()
 
     def arrived(self) -> bool:
-        """Whether `wake` is called within the patience; waits for the last call and resets the count."""
+        """Whether `wake` is called in time; waits for the last call and resets the count."""
         arrived = self._event.wait(TIMEOUT_S)
         self.reset()
         return arrived
@@ -51,7 +52,7 @@ class Wakes:
 
 
 def until(condition: Callable[[], object]) -> object:
-    """The first true value of the condition, within the patience."""
+    """The first true value of the condition, or its last one when the time is over."""
     end = time.monotonic() + TIMEOUT_S
     while not (value := condition()) and time.monotonic() < end:
         time.sleep(0.01)
@@ -73,13 +74,22 @@ def wakes() -> Wakes:
     return Wakes()
 
 
-@pytest.fixture
-def watcher(root: Path, wakes: Wakes) -> Iterator[Watcher]:
+@contextmanager
+def watching(root: Path, wakes: Wakes) -> Iterator[Watcher]:
+    """A watcher after its first check, which is stopped at the end of the block."""
     made = Watcher(root, wakes.wake, polling=False)
     made.check()
-    wakes.reset()
-    yield made
-    made.stop()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def watcher(root: Path, wakes: Wakes) -> Iterator[Watcher]:
+    with watching(root, wakes) as made:
+        wakes.reset()
+        yield made
 
 
 # -- events -----------------------------------------------------------------------------------------
@@ -87,6 +97,20 @@ def watcher(root: Path, wakes: Wakes) -> Iterator[Watcher]:
 
 def write(root: Path) -> None:
     (root / "new.wav").write_bytes(b"x")
+
+
+def assert_changes_wake(root: Path, wakes: Wakes) -> None:
+    wakes.reset()
+    write(root)
+    assert wakes.arrived()
+
+
+def assert_restored(watcher: Watcher, root: Path, wakes: Wakes) -> None:
+    """A check restores the watch and wakes, since changes may have been missed; later changes wake."""
+    wakes.reset()
+    assert watcher.check() is None
+    assert wakes.count > 0
+    assert_changes_wake(root, wakes)
 
 
 def overwrite(root: Path) -> None:
@@ -125,15 +149,11 @@ def test_any_change_wakes(tmp_path: Path, root: Path, wakes: Wakes, change: Call
     (root / "old.wav").write_bytes(b"old")
     (tmp_path / "outside.wav").write_bytes(b"outside")
     (tmp_path / "album" / "disc 1").mkdir(parents=True)
-    watcher = Watcher(root, wakes.wake, polling=False)
-    watcher.check()
-    try:
+    with watching(root, wakes) as watcher:
         wakes.reset()
         change(root)
         assert wakes.arrived()
         assert watcher.check() is None
-    finally:
-        watcher.stop()
 
 
 def test_a_file_deep_in_a_tree_that_was_moved_in_wakes(watcher: Watcher, root: Path, wakes: Wakes) -> None:
@@ -159,44 +179,28 @@ def test_reading_a_file_and_listing_the_folder_does_not_wake(
     assert wakes.arrived()  # events do come
 
 
-def test_it_wakes_when_it_begins_for_what_came_before(root: Path, wakes: Wakes) -> None:
-    watcher = Watcher(root, wakes.wake, polling=False)
-    watcher.check()
-    try:
+def test_the_first_check_wakes_for_files_that_came_before(root: Path, wakes: Wakes) -> None:
+    with watching(root, wakes):
         assert wakes.count > 0
-    finally:
-        watcher.stop()
 
 
 def test_a_root_that_is_a_link_is_watched_where_it_leads(tmp_path: Path, root: Path, wakes: Wakes) -> None:
     (tmp_path / "link").symlink_to(root)
-    watcher = Watcher(tmp_path / "link", wakes.wake, polling=False)
-    watcher.check()
-    try:
-        wakes.reset()
-        write(root)
-        assert wakes.arrived()
-    finally:
-        watcher.stop()
+    with watching(tmp_path / "link", wakes):
+        assert_changes_wake(root, wakes)
 
 
-# -- the root goes ---------------------------------------------------------------------------------
+# -- the root disappears ---------------------------------------------------------------------------
 
 
 def test_a_missing_root_is_degraded_until_it_is_there(tmp_path: Path, wakes: Wakes) -> None:
-    watcher = Watcher(tmp_path / "inbox", wakes.wake, polling=False)
-    watcher.check()
-    try:
+    with watching(tmp_path / "inbox", wakes) as watcher:
         assert watcher.check() == f"{tmp_path / 'inbox'} can't be watched: no such file or directory"
         assert watcher.polling
         (tmp_path / "inbox").mkdir()
         assert watcher.check() is None
         assert not watcher.polling
-        wakes.reset()
-        write(tmp_path / "inbox")
-        assert wakes.arrived()
-    finally:
-        watcher.stop()
+        assert_changes_wake(tmp_path / "inbox", wakes)
 
 
 def test_a_vanished_root_is_reported_as_long_as_it_is_away(
@@ -206,24 +210,17 @@ def test_a_vanished_root_is_reported_as_long_as_it_is_away(
     assert "no such file" in str(watcher.check())
     assert "no such file" in str(watcher.check())
     root.mkdir()
-    wakes.reset()
-    assert watcher.check() is None
-    assert wakes.count > 0
-    wakes.reset()
-    write(root)
-    assert wakes.arrived()
+    assert_restored(watcher, root, wakes)
 
 
 def test_a_root_removed_and_made_again_between_two_checks_is_watched(
     watcher: Watcher, root: Path, wakes: Wakes
 ) -> None:
     root.rmdir()
-    root.mkdir()  # on many file systems with the very same inode number
+    root.mkdir()  # on many file systems with the same inode number
     wakes.reset()
     assert until(lambda: watcher.check() is None and wakes.count)
-    wakes.reset()
-    write(root)
-    assert wakes.arrived()
+    assert_changes_wake(root, wakes)
 
 
 def test_another_folder_in_the_place_of_the_root_is_watched(
@@ -231,12 +228,7 @@ def test_another_folder_in_the_place_of_the_root_is_watched(
 ) -> None:
     root.rename(root.parent / "old inbox")
     root.mkdir()
-    wakes.reset()
-    assert watcher.check() is None
-    assert wakes.count > 0
-    wakes.reset()
-    write(root)
-    assert wakes.arrived()
+    assert_restored(watcher, root, wakes)
 
 
 def test_a_root_moved_away_and_back_is_still_watched(watcher: Watcher, root: Path, wakes: Wakes) -> None:
@@ -244,9 +236,7 @@ def test_a_root_moved_away_and_back_is_still_watched(watcher: Watcher, root: Pat
     assert watcher.check() is not None
     (root.parent / "elsewhere").rename(root)
     assert watcher.check() is None
-    wakes.reset()
-    write(root)
-    assert wakes.arrived()
+    assert_changes_wake(root, wakes)
 
 
 def test_a_file_in_the_place_of_the_root_is_degraded(watcher: Watcher, root: Path) -> None:
@@ -264,9 +254,7 @@ def test_an_unreadable_root_is_degraded_until_it_can_be_read(
         assert "permission denied" in str(watcher.check())
     root.chmod(0o700)
     assert watcher.check() is None
-    wakes.reset()
-    write(root)
-    assert wakes.arrived()
+    assert_changes_wake(root, wakes)
 
 
 def test_polling_has_no_threads(root: Path, wakes: Wakes) -> None:
@@ -277,7 +265,7 @@ def test_polling_has_no_threads(root: Path, wakes: Wakes) -> None:
     watcher.stop()
 
 
-# -- the observer goes -----------------------------------------------------------------------------
+# -- the observer dies -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["InotifyObserver", "InotifyEmitter"])
@@ -287,15 +275,10 @@ def test_a_dead_thread_of_the_observer_is_replaced(
     [thread] = [thread for thread in threading.enumerate() if type(thread).__name__ == kind]
     thread.stop()  # type: ignore[attr-defined]
     thread.join(TIMEOUT_S)
-    wakes.reset()
-    assert watcher.check() is None
-    assert wakes.count > 0
-    wakes.reset()
-    write(root)
-    assert wakes.arrived()
+    assert_restored(watcher, root, wakes)
 
 
-def test_two_hundred_cycles_of_healing_leave_no_thread_and_no_descriptor(
+def test_two_hundred_recoveries_leave_no_thread_and_no_descriptor(
     watcher: Watcher, root: Path, wakes: Wakes
 ) -> None:
     before = threading.active_count(), descriptors()
@@ -305,9 +288,7 @@ def test_two_hundred_cycles_of_healing_leave_no_thread_and_no_descriptor(
         root.mkdir()
         assert watcher.check() is None
     assert (threading.active_count(), descriptors()) == before
-    wakes.reset()
-    write(root)
-    assert wakes.arrived()
+    assert_changes_wake(root, wakes)
 
 
 def test_a_stopped_watcher_leaves_nothing(root: Path, wakes: Wakes) -> None:
@@ -325,7 +306,7 @@ def test_a_stopped_watcher_leaves_nothing(root: Path, wakes: Wakes) -> None:
 
 
 def in_namespace(root: Path, script: str) -> str:
-    """Run Python as root of a namespace of its own, whose limits and mounts are nobody else's."""
+    """Run Python as root of a new user namespace, which has limits and mounts of its own."""
     unshare = shutil.which("unshare")
     if (
         unshare is None
@@ -366,7 +347,7 @@ def in_namespace(root: Path, script: str) -> str:
 def test_at_a_limit_of_the_system_it_says_which_limit_and_tries_again(
     root: Path, limit: str, named: str
 ) -> None:
-    said = in_namespace(
+    output = in_namespace(
         root,
         f"""
         {limit}.write_text("0")
@@ -383,7 +364,7 @@ def test_at_a_limit_of_the_system_it_says_which_limit_and_tries_again(
         watcher.stop()
         """,
     )
-    assert said.startswith(f"{root} gives no events and is polled instead: the limit fs.inotify.{named}")
+    assert output.startswith(f"{root} gives no events and is polled instead: the limit fs.inotify.{named}")
 
 
 def test_what_is_there_instead_of_an_unmounted_file_system_is_watched(root: Path) -> None:
