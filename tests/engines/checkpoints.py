@@ -3,7 +3,7 @@
 The configurations are those of the published checkpoints (facebook/musicgen-melody,
 facebook/musicgen-stereo-melody, laion/clap-htsat-unfused) with small widths: same kinds of layers,
 codebooks, vocabulary of the codes, rates, chroma, files. The weights are drawn wider than the
-library would, so that a random model's choices depend on what it is told.
+library would, so that the tokens of a random model depend on its conditions.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _randomize(module: Any, std: float) -> None:
 
 
 def _as_published(path: Path, hidden: int) -> None:
-    """As older libraries wrote the published files: EnCodec's names, and positions nobody reads."""
+    """As older libraries wrote the published files: EnCodec's old names, and an unused table of positions."""
     import torch
     from safetensors.torch import load_file, save_file
 

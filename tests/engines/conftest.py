@@ -14,7 +14,7 @@ from tones import RequestFn, tones
 from pipeline.engines.base import EngineSettings
 from pipeline.records import VariationRequest
 
-# int8 is the default on a CPU; the two others run the same scheduler and are tried by `make test-all`.
+# int8 is the default on a CPU; the two others use the same scheduler and are tested by `make test-all`.
 KINDS = [pytest.param(kind, marks=[] if kind == "int8" else pytest.mark.long) for kind in DECODERS]
 
 
@@ -42,7 +42,7 @@ def musicgen_folder(musicgen_checkpoint: BuildFn) -> Path:
 @pytest.fixture(scope="session")
 def musicgen(musicgen_folder: Path) -> Any:
     loaded = load_musicgen(musicgen_folder)
-    gc.freeze()  # the engine's garbage collections need not go through the libraries and the compiler
+    gc.freeze()  # the engine's garbage collections then skip the objects of the libraries and the compiler
     return loaded
 
 
@@ -53,7 +53,7 @@ def stereo_musicgen(musicgen_checkpoint: BuildFn) -> Any:
 
 @pytest.fixture(scope="session")
 def short_musicgen(musicgen_checkpoint: BuildFn) -> Any:
-    """With windows of 3 s that go on after 1.8 s, so that long music is made quickly."""
+    """With windows of 3 s and a stride of 1.8 s, so that several windows are made quickly."""
     return load_musicgen(musicgen_checkpoint("tiny-short-melody", window_s=3))
 
 

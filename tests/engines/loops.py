@@ -1,4 +1,4 @@
-"""Synthesized music for the embedders' tests: five bands, each playable at any tempo and in any key."""
+"""Synthesized music for the embedders' tests: five bands of instruments, at any tempo and in any key."""
 
 from __future__ import annotations
 

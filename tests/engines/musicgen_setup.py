@@ -1,4 +1,4 @@
-"""What the tests of the musicgen engine have in common: engines of every kind, and ways to run them."""
+"""Helpers for the tests of both MusicGen engines: generators with every kind of decoder, run in all ways."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def no_progress(request_id: str, done: int, total: int) -> None:
 
 
 def load_musicgen(folder: Path, **settings: Any) -> Any:
-    """The engine, by its card. For a tiny model one thread is quickest."""
+    """The engine, loaded by its card. A tiny model is quickest with one thread."""
     from pipeline.engines.musicgen import ENGINE
 
     return ENGINE.load(EngineSettings(model=str(folder), threads=1, **settings))
@@ -79,8 +79,8 @@ def results_of(engine: Any, *requests: VariationRequest) -> dict[str, Variation 
 def request_state(checkpoint: Any, name: str = "a", *, audio: Audio | None = None, **choices: Any) -> Any:
     """The state of a request of 25 frames before its first step.
 
-    `choices`: `frames`, `seed`, `prompt`, `sampler`, `window_frames` and `stride_frames`, and the
-    sampling's.
+    `choices`: `frames`, `seed`, `prompt`, `sampler`, `window_frames`, `stride_frames`, and sampling
+    parameters.
     """
     from pipeline.engines.musicgen import SamplingParams, conditioning
     from pipeline.engines.musicgen.sampling import Sampler
@@ -124,14 +124,14 @@ def run_requests(checkpoint: Any, decoder: Any, states: Sequence[Any], rows: int
 
 @dataclass(eq=False)
 class CountingDecoder:
-    """A decoder that counts what is asked of it, and can be made to give NaN."""
+    """A decoder that counts its prefills and the rows of its steps, and can give NaN for one prefix."""
 
     decoder: Any
     prefills: int = 0
     rows: list[int] = field(default_factory=list)  # of each step
-    cache: Any = None  # weakly, the last one
-    broken: np.ndarray | None = None  # rows with a prefix whose inputs are these get NaN
-    _broken_slots: set[int] = field(default_factory=set)  # of prefixes
+    cache: Any = None  # a weak reference to the last one
+    broken: np.ndarray | None = None  # inputs of a prefix whose rows get NaN
+    _broken_slots: set[int] = field(default_factory=set)  # of the prefix cache
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)

@@ -1,4 +1,4 @@
-"""Stereo whose channels cancel in their mean: every engine gets the sound, and a normal mix is unchanged."""
+"""Stereo whose channels cancel in their mean: every engine hears the sound, and a normal mix is unchanged."""
 
 from __future__ import annotations
 

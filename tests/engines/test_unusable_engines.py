@@ -30,7 +30,7 @@ def clap_home(home: Home, clap_folder: Path) -> Home:
 
 
 def refused(home: Home, ended: RunResult) -> str:
-    """What a run said that had to leave everything as it was."""
+    """The error message of a run that must not have changed anything."""
     assert ended.code == 2
     assert [path.name for path in home.inbox.rglob("*")] == ["a.wav"]
     database = home.folder / "state" / "pipeline.db"

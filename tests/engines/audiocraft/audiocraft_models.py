@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from checkpoints import PROMPT_WORDS
 
-T5, T5_WIDTH = "t5-small", 512  # audiocraft knows T5s and their widths by name
+T5, T5_WIDTH = "t5-small", 512  # audiocraft finds the width of a T5 by its name
 N_CODEBOOKS, CARD = 4, 200  # fewer tokens than the default top_k of 250
 
 CONFIG = """
@@ -143,7 +143,7 @@ def build_t5(folder: Path) -> None:
 
 @contextlib.contextmanager
 def as_audiocraft(folder: Path) -> Iterator[None]:
-    """audiocraft's own constructors find the T5 in `folder`, and a separation that leaves all as it is."""
+    """Let audiocraft's own constructors find the T5 in `folder`, and separate sources by doing nothing."""
     from audiocraft.modules.conditioners import ChromaStemConditioner
 
     demucs = types.ModuleType("demucs")

@@ -1,4 +1,4 @@
-"""The audiocraft engine: what holds without audiocraft, then its promises on tiny random models."""
+"""The audiocraft engine: tests that don't need audiocraft, then tests on tiny random models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from fake_hub import serve
 from home_folder import ROOT, Home, run, write_music
-from tones import RequestFn, tones
+from musicgen_setup import never, no_progress, results_of
+from tones import A_MINOR, EVERY_PARAMETER, MELODY_OR_PROMPT, RequestFn, tones
 
 from pipeline.app import App
 from pipeline.cli.models import wanted_models
@@ -34,21 +35,7 @@ from pipeline.weights import hub
 from pipeline.weights.layout import TRANSFORMERS
 
 MODEL, COMMIT = "facebook/musicgen-melody", "0" * 39 + "1"
-C_MAJOR, A_MINOR = (261.63, 329.63, 392.0), (220.0, 261.63, 329.63)
 HOP = 640
-
-
-def never() -> bool:
-    return False
-
-
-def silent(request_id: str, done: int, total: int) -> None:
-    pass
-
-
-def made(engine: Any, *requests: VariationRequest) -> dict[str, Any]:
-    results = engine.generate(requests, progress=silent, should_stop=never)
-    return {result.request_id: result for result in results}
 
 
 # -- without audiocraft ----------------------------------------------------------------------------
@@ -68,7 +55,7 @@ def test_the_requirements_name_both_commands_and_every_package() -> None:
     assert required == set(PACKAGES) - {"torch", "torchaudio", "transformers", "audiocraft"}
 
 
-def test_auto_never_means_it(monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> None:
+def test_auto_never_chooses_it(monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> None:
     """Even with every package installed and its weights at hand, and no other engine's."""
     monkeypatch.setattr(selection, "find_spec", lambda name: object())
     settings = EngineSettings()
@@ -94,7 +81,7 @@ def test_auto_doesnt_fetch_its_weights_and_naming_it_fetches_all_of_them(home: H
 
 
 def archives() -> dict[str, bytes]:
-    """What a checkpoint's two files are on the outside."""
+    """The two files of a checkpoint, as archives without weights."""
     files = {}
     for name in FILES:
         buffer = io.BytesIO()
@@ -110,7 +97,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def test_of_the_hub_only_its_two_files_are_downloaded(hub_cache: Path) -> None:
+def test_only_the_two_files_of_a_checkpoint_are_downloaded_from_the_hub(hub_cache: Path) -> None:
     pytest.importorskip("huggingface_hub")
     others = {"config.json": b"{}", "model.safetensors": b"-", "preprocessor_config.json": b"{ }"}
     with serve(MODEL, COMMIT, {**archives(), **others}) as server:
@@ -141,7 +128,9 @@ def test_a_text_encoder_needs_no_preprocessor(tmp_path: Path) -> None:
         ({FILES[0]: archives()[FILES[0]], FILES[1]: archives()[FILES[1]][:-1]}, f"{FILES[1]} is cut off"),
     ],
 )
-def test_a_folder_of_another_kind_says_so(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused_with_the_reason(
+    tmp_path: Path, files: dict[str, bytes], sentence: str
+) -> None:
     write(tmp_path, files)
     with pytest.raises(BadCheckpoint) as caught:
         hub.locate(str(tmp_path), layout=AUDIOCRAFT)
@@ -175,7 +164,7 @@ def need_audiocraft() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models as small as these only get slower by more."""
+    """More threads make models as small as these slower."""
     torch = sys.modules.get("torch")
     if torch is None:
         yield
@@ -201,13 +190,13 @@ def engine(folder: Path) -> Any:
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path) -> Path:
-    """The checkpoint, for changing."""
+    """A copy of the checkpoint, to be changed."""
     return shutil.copytree(folder, tmp_path / "copied")
 
 
 @pytest.fixture
 def asked(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The models that were to be fetched; there is no network."""
+    """The models that were requested from the hub, which can't be reached."""
     names: list[str] = []
 
     def fetch(model: str, *args: Any, **options: Any) -> Any:
@@ -219,31 +208,17 @@ def asked(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
 
 
 def samples(engine: Any, request: VariationRequest) -> np.ndarray:
-    (result,) = made(engine, request).values()
+    (result,) = results_of(engine, request).values()
     return result.audio.samples
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"pitches_hz": C_MAJOR},
-        {"prompt": "slow piano"},
-        {"guidance": 1.0},
-        {"guidance": 6.0},
-        {"seed": 8},
-        {"seed": 7 + 2**32},
-        {"temperature": 0.5},
-        {"top_k": 3},
-        {"top_p": 0.5},
-    ],
-    ids=str,
-)
-def test_all_that_is_asked_for_changes_the_result(engine: Any, request_for: RequestFn, change: dict) -> None:
+@EVERY_PARAMETER
+def test_every_parameter_changes_the_result(engine: Any, request_for: RequestFn, change: dict) -> None:
     assert not np.array_equal(samples(engine, request_for()), samples(engine, request_for(**change)))
 
 
-@pytest.mark.parametrize("change", [{"pitches_hz": C_MAJOR}, {"prompt": "fast drums"}], ids=str)
-def test_melody_and_prompt_count_without_chance_and_guidance(
+@MELODY_OR_PROMPT
+def test_melody_and_prompt_change_the_result_at_temperature_0_without_guidance(
     engine: Any, request_for: RequestFn, change: dict
 ) -> None:
     plain = {"temperature": 0.0, "guidance": 1.0}
@@ -252,23 +227,23 @@ def test_melody_and_prompt_count_without_chance_and_guidance(
     )
 
 
-def test_the_same_request_gives_the_same_bits_alone_in_company_and_in_any_order(
+def test_a_request_gives_the_same_bits_alone_in_a_batch_and_in_any_order(
     engine: Any, request_for: RequestFn
 ) -> None:
-    """With neighbours whose parameters audiocraft would keep."""
+    """The other requests set parameters that audiocraft stores in its model."""
     requests = [
         request_for("a"),
         request_for("b", pitches_hz=A_MINOR, prompt="warm synths", guidance=1.0, duration_s=2.5),
         request_for("c", seed=0, temperature=0.0, top_k=3, top_p=0.4, duration_s=0.7),
     ]
-    together, reversed_ = made(engine, *requests), made(engine, *reversed(requests))
+    together, reversed_ = results_of(engine, *requests), results_of(engine, *reversed(requests))
     for request in requests:
-        (alone,) = made(engine, request).values()
+        (alone,) = results_of(engine, request).values()
         for other in (together[request.request_id], reversed_[request.request_id]):
             assert alone.audio.samples.tobytes() == other.audio.samples.tobytes()
 
 
-def test_nobody_else_notices_in_torchs_global_random_state(folder: Path, request_for: RequestFn) -> None:
+def test_the_global_random_state_is_not_used(folder: Path, request_for: RequestFn) -> None:
     import torch
 
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -278,10 +253,10 @@ def test_nobody_else_notices_in_torchs_global_random_state(folder: Path, request
 
 
 @pytest.mark.parametrize("duration_s", [0.05, 0.58, 1.013, 2.0, 2.01, 5.0])
-def test_asked_seconds_are_delivered_seconds_in_one_window_or_more(
+def test_the_result_has_the_asked_length_in_one_window_or_more(
     engine: Any, request_for: RequestFn, duration_s: float
 ) -> None:
-    (result,) = made(engine, request_for(duration_s=duration_s)).values()
+    (result,) = results_of(engine, request_for(duration_s=duration_s)).values()
     assert result.audio.samples.shape == (1, round(duration_s * 32000))
     assert result.audio.samples.dtype == np.float32
     assert result.audio.sample_rate == engine.sample_rate == 32000
@@ -297,7 +272,7 @@ def test_progress_counts_all_steps_of_all_windows(engine: Any, request_for: Requ
         assert [step for step in seen if step[0] == name] == [(name, n, steps) for n in range(1, steps + 1)]
 
 
-def test_it_stops_within_a_step_and_the_next_request_doesnt_notice(
+def test_it_stops_within_one_step_and_the_next_request_is_not_affected(
     engine: Any, request_for: RequestFn
 ) -> None:
     seen: list[int] = []
@@ -305,7 +280,7 @@ def test_it_stops_within_a_step_and_the_next_request_doesnt_notice(
     def progress(request_id: str, done: int, total: int) -> None:
         seen.append(done)
 
-    (undisturbed,) = made(engine, request_for("a")).values()
+    (undisturbed,) = results_of(engine, request_for("a")).values()
     results = engine.generate(
         [request_for("a"), request_for("b", duration_s=20.0)],
         progress=progress,
@@ -315,23 +290,23 @@ def test_it_stops_within_a_step_and_the_next_request_doesnt_notice(
     with pytest.raises(Stopped):
         next(results)
     assert seen[28:] == [1, 2, 3, 4, 5]
-    (again,) = made(engine, request_for("a")).values()
+    (again,) = results_of(engine, request_for("a")).values()
     assert again.audio.samples.tobytes() == undisturbed.audio.samples.tobytes()
 
 
-def test_asked_to_stop_before_it_starts_it_doesnt(engine: Any, request_for: RequestFn) -> None:
+def test_it_does_not_start_when_already_asked_to_stop(engine: Any, request_for: RequestFn) -> None:
     with pytest.raises(Stopped):
-        next(engine.generate([request_for()], progress=silent, should_stop=lambda: True))
+        next(engine.generate([request_for()], progress=no_progress, should_stop=lambda: True))
 
 
 @pytest.mark.parametrize(("prompt", "duration_s"), [("warm piano", 1.0), ("", 19.0)])
-def test_it_is_audiocrafts_own_result(
+def test_the_result_is_that_of_audiocraft(
     need_audiocraft: None, tmp_path: Path, prompt: str, duration_s: float
 ) -> None:
     """Reference: MusicGen.get_pretrained, its own conditioners and settings, all of the source; bit for bit.
 
-    Its separation is left out. The checkpoint wants two-step guidance with a coefficient of 9, which
-    must not come in the way of what is asked for. The window is over 18 s, or audiocraft refuses it.
+    Its separation of sources is left out. The checkpoint asks for two-step guidance with a coefficient of 9,
+    which the request's guidance must override. audiocraft refuses windows of less than 18 s.
     """
     import torch
     from audiocraft.models import MusicGen
@@ -359,7 +334,7 @@ def test_a_stereo_model_makes_two_different_channels(
     stereo = ENGINE.load(EngineSettings(model=str(build(tmp_path / "stereo", stereo=True))))
     mono_source = request_for("b", duration_s=1.013)
     left_only = Audio(mono_source.audio.samples[:1], mono_source.audio.sample_rate)
-    results = made(
+    results = results_of(
         stereo,
         request_for("a", duration_s=1.013),
         VariationRequest("b", "track", left_only, 1.013, 7, {}),
@@ -370,7 +345,7 @@ def test_a_stereo_model_makes_two_different_channels(
 
 
 @pytest.mark.parametrize("name", ["t5-small", "google-t5/t5-small"])
-def test_t5_is_taken_from_the_hubs_cache_by_either_of_its_names(
+def test_t5_is_found_in_the_hubs_cache_under_either_of_its_names(
     name: str, copied: Path, hub_cache: Path, request_for: RequestFn, engine: Any
 ) -> None:
     repo = hub_cache / f"models--{name.replace('/', '--')}"
@@ -390,7 +365,7 @@ def test_a_t5_that_is_not_on_this_machine_is_fetched(copied: Path, asked: list[s
     assert asked == ["google-t5/t5-small"]
 
 
-def test_an_encodec_that_is_only_named_is_loaded_from_safetensors(
+def test_an_encodec_that_the_checkpoint_only_names_is_loaded_from_safetensors(
     copied: Path, asked: list[str], request_for: RequestFn
 ) -> None:
     """As audiocraft's own export writes fine-tuned checkpoints; EnCodec in transformers' format."""
@@ -413,7 +388,7 @@ def test_an_encodec_that_is_only_named_is_loaded_from_safetensors(
             torch.nn.init.normal_(layer.codebook.embed)
     encodec.save_pretrained(copied / "facebook" / "encodec_32khz")
     EncodecFeatureExtractor(sampling_rate=32000).save_pretrained(copied / "facebook" / "encodec_32khz")
-    (result,) = made(ENGINE.load(settings), request_for()).values()
+    (result,) = results_of(ENGINE.load(settings), request_for()).values()
     assert isinstance(result, Variation), result.error
     assert result.audio.samples.shape == (1, 16000)
 
@@ -494,7 +469,7 @@ def misfit(engine: Any) -> None:
     ("damage", "sentence"),
     [(nan_logits, "nan"), (misfit, "mat1 and mat2")],
 )
-def test_a_model_that_breaks_off_is_a_failure_of_each_request(
+def test_an_error_of_the_model_fails_each_request(
     folder: Path, request_for: RequestFn, damage: Callable[[Any], None], sentence: str
 ) -> None:
     import torch
@@ -502,13 +477,13 @@ def test_a_model_that_breaks_off_is_a_failure_of_each_request(
     broken = ENGINE.load(EngineSettings(model=str(folder)))
     with torch.no_grad():
         damage(broken)
-    results = made(broken, request_for("a"), request_for("b"))
+    results = results_of(broken, request_for("a"), request_for("b"))
     assert [type(result) for result in results.values()] == [Failure, Failure]
     assert isinstance(results["a"].error, RuntimeError)
     assert sentence in str(results["a"].error)
 
 
-def test_the_program_makes_variations_with_it_and_says_so(
+def test_the_program_makes_variations_with_it_and_records_that(
     folder: Path,
     home: Home,
     capsys: pytest.CaptureFixture[str],

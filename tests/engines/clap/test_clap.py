@@ -1,4 +1,4 @@
-"""The CLAP embedder's promises, on a tiny random checkpoint."""
+"""The CLAP embedder, on a tiny random checkpoint."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_another_kind_of_model_is_refused(clap_folder: Path, tmp_path: Path) -> 
         load_clap(found)
 
 
-def test_the_card_says_what_there_is_to_know_without_loading() -> None:
+def test_the_card_is_found_without_loading_the_model() -> None:
     assert cards()["clap"] is ENGINE
     assert ENGINE.license_of("laion/clap-htsat-unfused") == "Apache-2.0 (CLAP weights)"
     assert "other/model" in ENGINE.license_of("other/model")

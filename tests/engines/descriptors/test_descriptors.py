@@ -194,14 +194,14 @@ def clicks(tempo_bpm: float) -> Audio:
 
 
 @pytest.mark.parametrize("tempo_bpm", [65.0, 90.0, 128.0, 180.0])
-def test_clicks_peak_in_the_band_of_their_tempo(tempo_bpm: float) -> None:
-    # Reference: bands are eighths of an octave from 37.5 bpm up. Whole fractions of the tempo also repeat.
+def test_clicks_peak_in_the_bin_of_their_tempo(tempo_bpm: float) -> None:
+    # Reference: bins are eighths of an octave from 37.5 bpm up. Whole fractions of the tempo also repeat.
     tempo = block("tempo", clicks(tempo_bpm))
     fastest = max(np.flatnonzero(tempo > 0.7 * tempo.max()))
     assert abs(fastest - 8 * np.log2(tempo_bpm / 37.5) + 0.5) <= 1.0
 
 
-def test_clicks_a_second_are_counted() -> None:
+def test_the_density_is_the_number_of_clicks_per_second() -> None:
     clarity, density, *_ = block("pulse", clicks(120.0))
     assert density == pytest.approx(2.0, abs=0.15)
     assert clarity > 0.8

@@ -1,4 +1,4 @@
-"""The conditions made of melody and prompt."""
+"""The conditions that are computed from melody and prompt."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(decoder: Any) ->
 
 @pytest.mark.parametrize("cuts", [(1,), (64, 128), (7, 16, 17, 129)], ids=str)
 def test_steps_in_a_block_have_the_bits_of_single_steps(decoder: Any, cuts: tuple[int, ...]) -> None:
-    """How the known steps of an interrupted run are run; another row has one step at a time."""
+    """As the known steps of an interrupted run are computed again, while another row takes single steps."""
     from pipeline.engines.musicgen.decoder import StepInput
 
     prefix, tokens, others = inputs(0, 50), random_tokens(0, STEPS), random_tokens(1, STEPS)

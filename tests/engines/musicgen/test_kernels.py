@@ -238,7 +238,7 @@ PROCESSORS = {
     "avxvnni": ("alderlake", "+sse4.2,+avx,+avx2,+fma,+bmi2,+avxvnni"),
     "avx512bw": ("skylake-avx512", "+avx,+avx2,+fma,+bmi2,+avx512f,+avx512bw,+avx512dq,+avx512vl"),
 }
-ELSEWHERE = """
+RESULTS_SCRIPT = """
 import sys
 sys.path[:0] = sys.argv[2:]
 import numpy as np
@@ -254,11 +254,11 @@ np.savez(sys.argv[1], **found)
 """
 
 
-Found = dict[str, np.ndarray]
+Results = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
+def results_by_processor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Results]]:
     """Results of code for this and other processors, as far as this one has their instructions.
 
     The first results are of code that was just compiled, the second of the same code from numba's cache.
@@ -269,7 +269,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]
     for feature, (name, features) in PROCESSORS.items():
         if get_host_cpu_features().get(feature):
             wanted[feature] = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
-    found: dict[str, list[Found]] = {which: [] for which in wanted}
+    found: dict[str, list[Results]] = {which: [] for which in wanted}
     folders = {which: tmp_path_factory.mktemp(which) for which in wanted}
     here = Path(__file__).parent
     imports = [str(here), str(here.parent), str(here.parents[2])]
@@ -278,7 +278,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]
         running = {}
         for which, settings in wanted.items():
             environment = os.environ | settings | {"NUMBA_CACHE_DIR": str(folders[which])}
-            command = [sys.executable, "-c", ELSEWHERE, str(paths[which]), *imports]
+            command = [sys.executable, "-c", RESULTS_SCRIPT, str(paths[which]), *imports]
             running[which] = subprocess.Popen(command, env=environment)
         for which, process in running.items():
             assert process.wait(timeout=600) == 0, which
@@ -290,13 +290,13 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]
 @pytest.mark.long
 @pytest.mark.parametrize("which", ["own", *PROCESSORS])
 def test_bits_are_the_same_just_compiled_and_from_the_cache_and_on_any_processor(
-    which: str, elsewhere: dict[str, list[Found]]
+    which: str, results_by_processor: dict[str, list[Results]]
 ) -> None:
-    """Reference: code for this processor, just compiled. A free compiler fuses sums as the context allows."""
-    if which not in elsewhere:
+    """Reference: code for this processor, just compiled. A compiler with fast math would reorder sums."""
+    if which not in results_by_processor:
         pytest.skip(f"this processor has no {which}")
-    for found in elsewhere[which]:
-        for name, ours in elsewhere["own"][0].items():
+    for found in results_by_processor[which]:
+        for name, ours in results_by_processor["own"][0].items():
             assert found[name].tobytes() == ours.tobytes(), name
 
 
@@ -331,7 +331,7 @@ def test_quantized_rows_are_within_half_a_quantization_step() -> None:
 
 # -- attention ---------------------------------------------------------------------------------------
 
-LENGTHS = 260  # every number of own steps up to there: past 16s, 128 and 256
+LENGTHS = 260  # every number of own steps up to 260, beyond multiples of 16, 128 and 256
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("int8", 0.05)])
@@ -349,7 +349,7 @@ def test_attention_is_softmax_attention_at_every_length(
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("dim", [16, 64, 272])
 def test_steps_taken_together_are_those_taken_alone(precision: str, dim: int) -> None:
-    """Reference: the same steps one by one, to the bit; blocks begin and end around 16s and 128s."""
+    """Reference: the same steps one by one, to the bit; blocks end around multiples of 16 and 128."""
     from pipeline.engines.musicgen.cpu_decoder import CpuDecoder
     from pipeline.engines.musicgen.layers import Stack
 
@@ -433,7 +433,7 @@ class Layers:
 
 
 def one_layer(dim: int, wide: int = 16) -> Any:
-    """Attention, and a feed-forward that gives nothing unless it is wider than 16."""
+    """One layer of attention, and a feed-forward part that is zero unless it is wider than 16."""
     hidden, of_wide = 2 * dim, np.float32(wide > 16)
     values = {
         "qkv": normal(3 * hidden, hidden, seed=1) / np.float32(hidden**0.5) * 2,

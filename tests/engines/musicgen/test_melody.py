@@ -91,7 +91,7 @@ def level(sound: Any, rms: float) -> Doubles:
     return np.asarray(sound * (rms / np.sqrt(np.mean(np.square(sound)))))
 
 
-def of(*parts: Any) -> Audio:
+def mixed(*parts: Any) -> Audio:
     """The sum of parts in stereo."""
     return Audio(np.tile(sum(parts), (2, 1)).astype(np.float32), RATE_HZ)
 
@@ -130,15 +130,15 @@ def test_the_harmonic_part_keeps_the_melody_under_drums_and_bass(
     pitch_classes: Any, drum_level: float, bass_level: float, at_most: float
 ) -> None:
     """Reference: the chroma of the melody by itself. Levels are relative to it."""
-    track = of(tune(), drum_level * drums(), bass_level * bass())
-    expected = pitch_classes(of(tune()))
+    track = mixed(tune(), drum_level * drums(), bass_level * bass())
+    expected = pitch_classes(mixed(tune()))
     assert np.mean(pitch_classes(track) == expected) < at_most
     assert np.mean(pitch_classes(source_of(track, "harmonic").audio) == expected) > 0.96
 
 
 def test_the_harmonic_part_of_a_melody_alone_is_the_melody(pitch_classes: Any) -> None:
-    expected = pitch_classes(of(tune()))
-    assert np.mean(pitch_classes(source_of(of(tune()), "harmonic").audio) == expected) > 0.97
+    expected = pitch_classes(mixed(tune()))
+    assert np.mean(pitch_classes(source_of(mixed(tune()), "harmonic").audio) == expected) > 0.97
 
 
 @pytest.mark.parametrize("sample_rate", [8000, 22050, 32000, 44100, 48000, 96000])
@@ -155,7 +155,7 @@ def test_a_steady_tone_passes_as_it_is() -> None:
     """Reference: the tone through the high-pass, 1/(1 + (200/440)^8); 2 % of its level; no delay."""
     time_s = np.arange(2 * RATE_HZ) / RATE_HZ
     tone = 0.5 * np.sin(2 * np.pi * 440.0 * time_s)
-    found = source_of(of(tone), "harmonic").audio.samples[0]
+    found = source_of(mixed(tone), "harmonic").audio.samples[0]
     middle = slice(RATE_HZ // 2, 3 * RATE_HZ // 2)
     gain = 1 / (1 + (hpss.BASS_HZ / 440.0) ** hpss.BASS_ORDER)
     np.testing.assert_allclose(found[middle], gain * tone[middle], atol=0.01)
@@ -166,7 +166,7 @@ def test_the_mask_is_that_of_librosa() -> None:
     """Reference: librosa.decompose.hpss of the same magnitudes, and medians; 1e-5."""
     from librosa.decompose import hpss as librosa_hpss
 
-    audio = of(tune(3.0), drums(3.0))
+    audio = mixed(tune(3.0), drums(3.0))
     grid = hpss._grid(audio, hpss.OVERLAP)
     magnitudes = np.abs(hpss._spectra(audio, grid, 0, grid.n_frames))
     mask = hpss._percussive_mask(magnitudes, grid, hpss.HARMONIC_S)
@@ -180,7 +180,7 @@ def test_the_mask_is_that_of_librosa() -> None:
 
 def test_the_result_does_not_depend_on_the_blocks() -> None:
     """Reference: the same sound with another beginning, which moves the blocks; 1e-5 of 0.9."""
-    audio = of(tune(40.0), drums(40.0))
+    audio = mixed(tune(40.0), drums(40.0))
     grid = hpss._grid(audio, hpss.OVERLAP)
     assert grid.n_frames > 1.5 * hpss.BLOCK_FRAMES
     cut = 300 * grid.hop
@@ -190,7 +190,7 @@ def test_the_result_does_not_depend_on_the_blocks() -> None:
 
 
 def test_the_same_audio_gives_the_same_bits() -> None:
-    audio = of(tune(3.0), drums(3.0))
+    audio = mixed(tune(3.0), drums(3.0))
     before = audio.samples.copy()
     audio.samples.flags.writeable = False
     first, again = source_of(audio, "harmonic"), source_of(audio, "harmonic")
@@ -202,7 +202,7 @@ def test_the_same_audio_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("wanted", ["mix", "harmonic", "auto"])
 @pytest.mark.parametrize("n_samples", [0, 1, 100, 5000])
 def test_very_short_sounds_are_accepted(wanted: Melody, n_samples: int) -> None:
-    audio = Audio(of(tune(0.5)).samples[:, :n_samples], RATE_HZ)
+    audio = Audio(mixed(tune(0.5)).samples[:, :n_samples], RATE_HZ)
     found = source_of(audio, wanted)
     assert found.audio.n_samples == n_samples
     assert np.isfinite(found.audio.samples).all()
@@ -210,7 +210,7 @@ def test_very_short_sounds_are_accepted(wanted: Melody, n_samples: int) -> None:
 
 def test_a_stop_ends_the_separation() -> None:
     with pytest.raises(Stopped):
-        melody_source(of(tune(1.0)), "harmonic", should_stop=lambda: True)
+        melody_source(mixed(tune(1.0)), "harmonic", should_stop=lambda: True)
 
 
 # --- auto ---------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_a_stop_ends_the_separation() -> None:
     "melodic",
     [
         pytest.param(tones(440.0, 523.25, 659.26, 880.0, seconds=8.0), id="sines"),
-        pytest.param(of(tune()), id="plucked"),
+        pytest.param(mixed(tune()), id="plucked"),
         pytest.param(synth.pads(), id="pads"),
         pytest.param(synth.drone(), id="drone"),
     ],
@@ -236,20 +236,20 @@ def test_auto_leaves_melodic_tracks_as_they_are(melodic: Audio, gain: float) -> 
 
 @pytest.mark.parametrize("drum_level", [0.5, 1.0, 4.0])
 def test_auto_filters_tracks_with_drums(without_demucs: None, drum_level: float) -> None:
-    track = of(tune(), drum_level * drums())
+    track = mixed(tune(), drum_level * drums())
     assert source_of(track, "auto").source == "harmonic"
     assert share_of(track) > 1.2 * melody.MELODIC
 
 
 def test_auto_filters_tracks_with_drums_and_a_strong_bass(without_demucs: None) -> None:
-    assert source_of(of(tune(), 2.0 * drums(), 2.0 * bass()), "auto").source == "harmonic"
+    assert source_of(mixed(tune(), 2.0 * drums(), 2.0 * bass()), "auto").source == "harmonic"
 
 
 @pytest.mark.parametrize("channel", [0, 1])
 def test_auto_filters_tracks_with_drums_in_either_half(without_demucs: None, channel: int) -> None:
     silent = np.zeros(20 * RATE_HZ)
     halves = [drums(20.0), silent] if channel == 0 else [silent, drums(20.0)]
-    assert source_of(of(tune(40.0), np.concatenate(halves)), "auto").source == "harmonic"
+    assert source_of(mixed(tune(40.0), np.concatenate(halves)), "auto").source == "harmonic"
 
 
 def test_auto_leaves_silence_as_it_is() -> None:
@@ -260,7 +260,7 @@ def test_auto_leaves_silence_as_it_is() -> None:
 
 
 def test_the_mix_is_the_track_itself() -> None:
-    audio = of(tune(1.0), drums(1.0))
+    audio = mixed(tune(1.0), drums(1.0))
     assert source_of(audio, "mix").audio is audio
 
 
@@ -269,7 +269,7 @@ def test_the_mix_is_the_track_itself() -> None:
 
 def test_a_missing_demucs_is_an_error_with_the_command(without_demucs: None) -> None:
     with pytest.raises(MissingPackage, match=r"pip install demucs=="):
-        source_of(of(drums(1.0)), "demucs")
+        source_of(mixed(drums(1.0)), "demucs")
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_demucs_gives_the_tracks_length_and_rate(caches: Path, channels: int, sa
 @pytest.mark.parametrize("n_samples", [10, 100])
 def test_demucs_takes_very_short_sounds(caches: Path, n_samples: int) -> None:
     as_safetensors(caches, tiny_demucs())
-    found = source_of(Audio(of(tune(0.5)).samples[:, :n_samples], RATE_HZ), "demucs")
+    found = source_of(Audio(mixed(tune(0.5)).samples[:, :n_samples], RATE_HZ), "demucs")
     assert found.audio.samples.shape == (1, n_samples)
     assert np.isfinite(found.audio.samples).all()
 
@@ -398,20 +398,20 @@ def test_a_stop_ends_demucs_at_the_next_segment(caches: Path) -> None:
         return len(asked) == 3
 
     with pytest.raises(Stopped):
-        melody_source(of(tune(4.0)), "demucs", should_stop=should_stop)
+        melody_source(mixed(tune(4.0)), "demucs", should_stop=should_stop)
     assert len(asked) == 3
 
 
 def test_auto_takes_demucs_for_mixed_material_only(caches: Path) -> None:
-    assert source_of(of(tune(3.0), drums(3.0)), "auto").source == "harmonic"
+    assert source_of(mixed(tune(3.0), drums(3.0)), "auto").source == "harmonic"
     as_safetensors(caches, tiny_demucs())
-    assert source_of(of(tune(3.0), drums(3.0)), "auto").source == "demucs"
-    assert source_of(of(tune(3.0)), "auto").source == "mix"
+    assert source_of(mixed(tune(3.0), drums(3.0)), "auto").source == "demucs"
+    assert source_of(mixed(tune(3.0)), "auto").source == "mix"
 
 
 def test_missing_weights_are_an_error_with_the_command(caches: Path) -> None:
     with pytest.raises(MissingWeights, match=r"hf download adefossez/HTDemucs 955717e8\.safetensors\."):
-        source_of(of(drums(1.0)), "demucs")
+        source_of(mixed(drums(1.0)), "demucs")
 
 
 @SAVERS
@@ -421,8 +421,8 @@ def test_damaged_weights_are_an_error_but_not_for_auto(
     path = save(caches, tiny_demucs())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BadCheckpoint, match="delete it and run hf download"):
-        source_of(of(drums(1.0)), "demucs")
-    assert source_of(of(tune(1.0), drums(1.0)), "auto").source == "harmonic"
+        source_of(mixed(drums(1.0)), "demucs")
+    assert source_of(mixed(tune(1.0), drums(1.0)), "auto").source == "harmonic"
     assert path.name in caplog.text
 
 
@@ -436,7 +436,7 @@ class Foreign:
 def test_no_code_of_a_pickle_is_run(caches: Path) -> None:
     as_pickle(caches, tiny_demucs(), training_args=Foreign())
     with pytest.raises(BadCheckpoint, match="can't be used"):
-        source_of(of(drums(1.0)), "demucs")
+        source_of(mixed(drums(1.0)), "demucs")
 
 
 def test_only_htdemucs_is_opened(caches: Path) -> None:
@@ -446,4 +446,4 @@ def test_only_htdemucs_is_opened(caches: Path) -> None:
         path.read_bytes().replace(b"demucs.htdemucs.HTDemucs", b"demucs.demucs.DemucsOfMine"[:24])
     )
     with pytest.raises(BadCheckpoint, match="it holds a demucs"):
-        source_of(of(drums(1.0)), "demucs")
+        source_of(mixed(drums(1.0)), "demucs")

@@ -1,4 +1,4 @@
-"""The MusicGen generator's promises, on a tiny random checkpoint."""
+"""The MusicGen generator, on a tiny random checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from musicgen_setup import codes, generator_with, never, no_progress, results_of
 from pydantic import ValidationError
-from tones import RequestFn
+from tones import A_MINOR, EVERY_PARAMETER, MELODY_OR_PROMPT, RequestFn
 
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings
@@ -18,30 +18,14 @@ from pipeline.engines.musicgen import ENGINE, MusicgenParams, conditioning
 from pipeline.errors import Stopped
 from pipeline.records import Failure, Variation
 
-C_MAJOR, A_MINOR = (261.63, 329.63, 392.0), (220.0, 261.63, 329.63)
 
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"pitches_hz": C_MAJOR},  # ignored by transformers before 5.23: huggingface/transformers #45647
-        {"prompt": "slow piano"},
-        {"guidance": 1.0},
-        {"guidance": 6.0},
-        {"seed": 8},
-        {"seed": 7 + 2**32},
-        {"temperature": 0.5},
-        {"top_k": 3},
-        {"top_p": 0.5},
-    ],
-    ids=str,
-)
+@EVERY_PARAMETER
 def test_every_parameter_changes_the_tokens(musicgen: Any, request_for: RequestFn, change: dict) -> None:
     assert not np.array_equal(codes(musicgen, request_for()), codes(musicgen, request_for(**change)))
 
 
-@pytest.mark.parametrize("change", [{"pitches_hz": C_MAJOR}, {"prompt": "fast drums"}], ids=str)
-def test_melody_and_prompt_change_the_tokens_without_chance_or_guidance(
+@MELODY_OR_PROMPT
+def test_melody_and_prompt_change_the_tokens_at_temperature_0_without_guidance(
     musicgen: Any, request_for: RequestFn, change: dict
 ) -> None:
     plain = {"temperature": 0.0, "guidance": 1.0}
@@ -218,7 +202,7 @@ def misfit(checkpoint: Any, _: pytest.MonkeyPatch) -> None:
     ("damage", "sentence"),
     [(silence, "made silence"), (misfit, "mat1 and mat2")],
 )
-def test_a_model_that_breaks_is_a_failure_of_each_request(
+def test_an_error_of_the_model_fails_each_request(
     musicgen_folder: Path,
     request_for: RequestFn,
     damage: Callable[[Any, pytest.MonkeyPatch], None],
@@ -238,7 +222,7 @@ def test_a_model_that_breaks_is_a_failure_of_each_request(
 def test_a_failed_request_does_not_hold_the_text_encoder(
     musicgen: Any, request_for: RequestFn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The traceback of the error refers to the builder of the conditions."""
+    """The traceback of the error refers to the function that makes the conditions."""
     import gc
     import weakref
 
@@ -278,7 +262,7 @@ def test_parameters_out_of_range_or_unknown_are_refused(wrong: dict) -> None:
         MusicgenParams.model_validate(wrong)
 
 
-def test_the_card_says_what_there_is_to_know_without_loading(tmp_path: Path) -> None:
+def test_the_card_is_found_without_loading_the_model(tmp_path: Path) -> None:
     assert cards()["musicgen"] is ENGINE
     assert ENGINE.license_of("facebook/musicgen-stereo-melody") == "CC-BY-NC-4.0 (MusicGen weights)"
     (tmp_path / "mine").mkdir()

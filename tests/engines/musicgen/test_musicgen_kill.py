@@ -27,7 +27,7 @@ def configured(folder: Path, model: Path) -> Home:
     return home
 
 
-def kill_once_all_have_saved(home: Home, variations: int) -> None:
+def kill_when_all_variations_have_savepoints(home: Home, variations: int) -> None:
     command = [sys.executable, str(ROOT / "run_pipeline.py"), *home.arguments("once")]
     tokens = home.folder / "state" / "engines" / "musicgen" / "unfinished"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as child:
@@ -51,7 +51,7 @@ def test_a_killed_run_is_resumed_and_gives_the_same_files(musicgen_folder: Any, 
     ended = whole.in_child("once")
     assert ended.code == 0, ended.err
 
-    kill_once_all_have_saved(home, variations=3)
+    kill_when_all_variations_have_savepoints(home, variations=3)
     again = home.in_child("once")
     assert again.code == 0, again.err
     assert sounds(home) == sounds(whole)

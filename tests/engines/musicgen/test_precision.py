@@ -73,7 +73,7 @@ def test_int8_that_is_too_far_from_float32_is_not_used(
     assert "float32 is used" in (last_start(tmp_path) or "")
 
 
-def test_a_checkpoint_that_quantizing_ruins_is_used_in_float32(
+def test_a_checkpoint_that_is_not_fit_for_int8_is_used_in_float32(
     musicgen_folder: Path, tmp_path: Path, request_for: RequestFn
 ) -> None:
     """One input channel is 3000 times as large as the others, and its norm as much smaller.
@@ -146,7 +146,7 @@ def test_other_weights_are_quantized_again(musicgen_folder: Path, tmp_path: Path
 
 
 def test_on_another_device_auto_is_half_precision(musicgen: Any) -> None:
-    """torch's device without data stands in for a GPU."""
+    """torch's device "meta", which has no data, stands for a GPU."""
     import torch
 
     elsewhere = replace(musicgen.checkpoint, device="meta")

@@ -1,4 +1,4 @@
-"""Picking tokens; needs no model."""
+"""Picking tokens from logits; needs no model."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_step_can_be_drawn_again_alone() -> None:
     assert len({str(tokens) for tokens in in_order}) == 5
 
 
-def test_cutting_the_tail_moves_no_other_tokens_luck() -> None:
+def test_top_k_does_not_change_the_noise_of_the_tokens_that_it_keeps() -> None:
     for step in range(50):
         free = Sampler(SamplingParams(top_k=0), 3).pick(step, LOGITS, None)
         cut = Sampler(SamplingParams(top_k=250), 3).pick(step, LOGITS, None)

@@ -30,7 +30,7 @@ def interrupted(engine: Any, request: VariationRequest, steps: int) -> None:
 def picks(done: list[int]) -> int:
     """How many calls of `progress` were for steps that picked tokens.
 
-    The others are for blocks of known steps, each of more than one frame, and for the sound at the end.
+    The others report blocks of known steps, which have more than one frame, and the decoded sound.
     """
     return sum(now - before <= 1 for before, now in pairwise([0, *done[:-1]]))
 
@@ -207,7 +207,7 @@ def test_no_flipped_byte_and_no_cut_is_ever_taken_for_tokens(tmp_path: Path) -> 
     assert saved.load("it", (4, 21)) is None
 
 
-# -- what is complete ---------------------------------------------------------------------------------
+# -- complete tokens ----------------------------------------------------------------------------------
 
 
 def test_tokens_stay_saved_when_decoding_fails(
@@ -231,13 +231,13 @@ def test_tokens_stay_saved_when_decoding_fails(
 def test_requests_with_all_their_tokens_are_only_decoded(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str
 ) -> None:
-    """More of them than rows, beside one that has none yet."""
+    """More requests than rows, together with one that has no tokens yet."""
     engine = generator_with(musicgen.checkpoint, kind, saved=Savepoints(tmp_path), max_memory_gb=0.001)
     requests = [request_for(name) for name in "abc"]
     whole = results_of(engine, *requests)
     for request in requests:
         for _ in engine.run([request], lambda *step: None, never):
-            break  # the tokens stay saved, the result was not used
+            break  # the tokens stay saved, since the next result was not asked for
     steps: list[str] = []
     again = {
         result.request_id: result

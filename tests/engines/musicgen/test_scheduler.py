@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from musicgen_setup import CountingDecoder, codes_of, decoder_of, generator_with, request_state, run_requests
-from tones import RequestFn, tones
+from tones import C_MAJOR, RequestFn, tones
 
 from pipeline.errors import EngineFailure
 from pipeline.records import VariationRequest
-
-C_MAJOR = (261.63, 329.63, 392.0)
 
 
 @pytest.fixture
@@ -77,15 +75,15 @@ def test_any_number_of_rows_gives_the_same_tokens(musicgen: Any, rows: int) -> N
         ]
 
     decoder = CountingDecoder(musicgen.decoder)
-    found, plenty = (
+    found, in_16_rows = (
         {
             finished.request_id: finished.codes
             for finished in run_requests(musicgen.checkpoint, decoder, states(), n)
         }
         for n in (rows, 16)
     )
-    assert found.keys() == plenty.keys()
-    for name, codes in plenty.items():
+    assert found.keys() == in_16_rows.keys()
+    for name, codes in in_16_rows.items():
         np.testing.assert_array_equal(found[name], codes)
 
 
@@ -101,18 +99,18 @@ def test_a_free_row_goes_to_the_next_request_at_once(musicgen: Any) -> None:
     assert decoder.rows == [2] * (13 + 23) + [1] * (43 - 13 - 23)
 
 
-def test_the_cache_is_given_back_before_the_last_variation_is_decoded(musicgen: Any) -> None:
+def test_the_cache_is_freed_before_the_last_variation_is_decoded(musicgen: Any) -> None:
     """Three variations in two rows without guidance: the third one gets the first one's row."""
     decoder = CountingDecoder(musicgen.decoder)
     states = [
         request_state(musicgen.checkpoint, name, frames=frames, guidance=1.0)
         for name, frames in (("short", 10), ("long", 40), ("third", 20))
     ]
-    is_gone = [
+    is_freed = [
         (finished.request_id, decoder.cache() is None)
         for finished in run_requests(musicgen.checkpoint, decoder, states, 2)
     ]
-    assert is_gone == [("short", False), ("third", False), ("long", True)]
+    assert is_freed == [("short", False), ("third", False), ("long", True)]
 
 
 # -- prefixes ----------------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ def test_without_guidance_there_is_no_unconditional_prefix(musicgen: Any) -> Non
     assert prefills(musicgen, 4, states) == 1
 
 
-def test_a_prefix_whose_slot_was_needed_is_run_again(musicgen: Any) -> None:
+def test_a_prefix_that_was_evicted_is_prefilled_again(musicgen: Any) -> None:
     """More tracks than slots; each variation still has the tokens it gets alone."""
     pitches = (220.0, 261.63, 293.66, 220.0, 261.63)
     states = [

@@ -1,4 +1,4 @@
-"""The remix generator fulfils the engine contract: lengths, seeds, order, failures, stopping."""
+"""The remix generator as an engine: lengths, seeds, order, failures, stopping."""
 
 from __future__ import annotations
 
