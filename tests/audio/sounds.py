@@ -1,4 +1,4 @@
-"""Sound files for the tests, all made on the spot."""
+"""Sound files for the tests, generated when they are needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import soundfile
 
 from pipeline.records import Samples
 
-# Container, codec and options of what FFmpeg can write here: name -> (format, codec, sample rate, options).
+# Kinds of files that FFmpeg can write: name -> (container, codec, sample rate, options).
 FFMPEG_FILES: dict[str, tuple[str, str, int, dict[str, str]]] = {
     "aac-index-last": ("ipod", "aac", 44100, {}),
     "aac-index-first": ("mp4", "aac", 44100, {"movflags": "+faststart"}),
@@ -66,7 +66,7 @@ def encoded(
     layout: str = "stereo",
     options: dict[str, str] | None = None,
 ) -> bytes:
-    """What FFmpeg writes of float32 (samples, channels); `path` is used for it."""
+    """float32 (samples, channels) as FFmpeg encodes it, by way of a file at `path`."""
     with av.open(str(path), "w", format=container, options=options or {}) as output:
         stream = output.add_stream(codec, rate=rate, bit_rate=128_000, layout=layout)
         context = stream.codec_context
@@ -116,8 +116,8 @@ def apev2(n_bytes: int = 100) -> bytes:
     return header + item + footer
 
 
-def silent_film(path: Path, container: str, codec: str, n_frames: int = 25) -> bytes:
-    """A small film (or with one frame, a picture) without any sound."""
+def silent_video(path: Path, container: str, codec: str, n_frames: int = 25) -> bytes:
+    """A small video (or with one frame, a picture) without an audio stream."""
     with av.open(str(path), "w", format=container) as output:
         stream = output.add_stream(codec, rate=25)
         stream.width = stream.height = 64

@@ -1,4 +1,4 @@
-"""What can't be processed ends in one clear sentence, and a sound file can't make FFmpeg open others."""
+"""Files that can't be processed are refused with one clear sentence; no file makes FFmpeg open others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sounds import FFMPEG_FILES, ffmpeg_bytes, silent_film, sndfile_bytes, tones
+from sounds import FFMPEG_FILES, ffmpeg_bytes, silent_video, sndfile_bytes, tones
 
 from pipeline.audio import DecodeLimits, decode
 from pipeline.audio.decode import decode_file
@@ -48,7 +48,7 @@ NO_AUDIO = "is not audio in a format that can be read"
         (np.random.default_rng(0).bytes(200_000), ""),
     ],
 )
-def test_what_is_not_audio_is_called_what_it_is(tmp_path: Path, data: bytes, what: str) -> None:
+def test_a_file_that_is_not_audio_is_named_for_what_it_is(tmp_path: Path, data: bytes, what: str) -> None:
     message = complaint(tmp_path / "renamed.mp3", data)
     assert message.startswith(NO_AUDIO)
     assert what in message
@@ -64,7 +64,7 @@ def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_no_audio(tmp_path: Path) -> None:
-    picture = silent_film(tmp_path / "picture", "image2pipe", "png", 1)
+    picture = silent_video(tmp_path / "picture", "image2pipe", "png", 1)
     assert complaint(tmp_path / "x.mp3", picture) == f"{NO_AUDIO}: it is a picture"
 
 
@@ -72,9 +72,9 @@ def test_a_picture_is_no_audio(tmp_path: Path) -> None:
     ("container", "codec"),
     [("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mpeg4"), ("mpegts", "mpeg2video"), ("flv", "flv")],
 )
-def test_a_film_without_sound_is_called_so(tmp_path: Path, container: str, codec: str) -> None:
-    film = silent_film(tmp_path / "film", container, codec)
-    assert complaint(tmp_path / "the-file", film) == "has no audio stream"
+def test_a_video_without_sound_is_refused(tmp_path: Path, container: str, codec: str) -> None:
+    video = silent_video(tmp_path / "video", container, codec)
+    assert complaint(tmp_path / "the-file", video) == "has no audio stream"
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
@@ -90,7 +90,7 @@ def test_a_film_without_sound_is_called_so(tmp_path: Path, container: str, codec
         ("OGG", "OPUS", False),
     ],
 )
-def test_a_cut_file_says_how_much_of_it_is_there(
+def test_a_truncated_file_is_refused_with_how_much_of_it_is_there(
     tmp_path: Path, container: str, subtype: str | None, has_total: bool, share: float
 ) -> None:
     rate = 48000 if subtype == "OPUS" else 44100
@@ -100,19 +100,19 @@ def test_a_cut_file_says_how_much_of_it_is_there(
     if has_total:
         present_s, promised_s = (float(word) for word in message.split() if word[0].isdigit())
         assert promised_s == pytest.approx(8.0, abs=0.06)
-        assert present_s == pytest.approx(8.0 * share, abs=0.45)  # what it takes to write the header
+        assert present_s == pytest.approx(8.0 * share, abs=0.45)  # for the header and the last block
     else:
         assert "its last page is incomplete" in message
 
 
 @pytest.mark.parametrize("name", sorted(FFMPEG_FILES))
-def test_cut_files_of_ffmpeg_are_found_out(tmp_path: Path, name: str) -> None:
+def test_truncated_files_of_every_kind_are_detected(tmp_path: Path, name: str) -> None:
     data, _, _ = ffmpeg_bytes(tmp_path / "written", name)
-    for share in (0.37, 0.93):  # inside a frame: a cut between two of MP2 or ADTS can't be seen
+    for share in (0.37, 0.93):  # within a frame: a cut between two frames of MP2 or ADTS can't be detected
         assert "cut off" in complaint(tmp_path / "the-file", data[: int(len(data) * share)])
 
 
-def test_one_missing_byte_of_an_ogg_page_is_enough(tmp_path: Path) -> None:
+def test_one_missing_byte_of_an_ogg_page_is_detected(tmp_path: Path) -> None:
     data = sndfile_bytes(tones(2.0, 44100), 44100, "OGG")
     assert "is cut off" in complaint(tmp_path / "the-file", data[:-1])
 
@@ -125,7 +125,7 @@ def test_a_hole_in_an_ogg_is_not_taken_for_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
-def test_a_cut_file_is_taken_as_it_is_when_asked_to(
+def test_a_truncated_file_is_accepted_when_the_limits_allow_it(
     tmp_path: Path, container: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = sndfile_bytes(tones(8.0, 44100), 44100, container)
@@ -168,7 +168,7 @@ def test_limits_are_named(
     assert complaint(tmp_path / "the-file", data, limits) == says
 
 
-def test_playlists_open_nothing(tmp_path: Path) -> None:
+def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
     good = tmp_path / "good.wav"
     good.write_bytes(sndfile_bytes(tones(3.0, 44100), 44100, "WAV"))
     playlists = [
@@ -212,7 +212,7 @@ def test_a_file_that_is_gone_is_not_bad_audio(tmp_path: Path) -> None:
 
 
 class FailingDisk(io.BytesIO):
-    """Reads fail behind the first 100 kB."""
+    """A file whose reads fail beyond the first 100 kB."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if self.tell() > 100_000:

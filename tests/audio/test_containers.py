@@ -1,4 +1,4 @@
-"""Files as people have them: joined, tagged, from broadcasts, with wrong size fields, with damage."""
+"""Files as users have them: joined, tagged, from broadcasts, with wrong size fields, with damage."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_joined_mp3s_are_decoded_whole(tmp_path: Path, between: bytes, rate: int
     assert changes == ((rate, channels) != (44100, 2))
 
 
-def test_joined_mp3s_of_other_rates_lack_nothing(tmp_path: Path) -> None:
+def test_joined_mp3s_of_different_rates_are_decoded_whole(tmp_path: Path) -> None:
     audio, info = decoded(tmp_path, mp3(8, 44100) + mp3(8, 48000))
     assert audio.duration_s == pytest.approx(16.0, abs=0.1)
     assert [note.partition(":")[0] for note in info.notes] == ["the format changes on the way"]
@@ -100,7 +100,7 @@ def test_chained_ogg_streams_are_decoded_one_after_another(
     assert audio.n_samples == pytest.approx(5 * 44100, abs=2)
 
 
-JOINED = ["wav", "flac", "vorbis", "opus", "m4a", "wavpack"]  # with a beginning that can be told from sound
+JOINED = ["wav", "flac", "vorbis", "opus", "m4a", "wavpack"]  # with headers that can be told from audio data
 
 
 @pytest.mark.parametrize("second", JOINED)
@@ -288,7 +288,7 @@ def test_junk_in_front_of_an_mp3_is_passed_over(tmp_path: Path, junk: bytes) -> 
 
 
 @pytest.mark.parametrize("change", [-1, 1, 8, 44])
-def test_a_data_chunk_whose_size_is_a_little_off_is_whole(tmp_path: Path, change: int) -> None:
+def test_a_data_chunk_whose_size_is_slightly_wrong_is_read_whole(tmp_path: Path, change: int) -> None:
     data = bytearray(sndfile_bytes(tones(1.5, 44100), 44100, "WAV"))
     data[40:44] = (len(data) - 44 + change).to_bytes(4, "little")
     audio, info = decoded(tmp_path, bytes(data))
@@ -341,7 +341,7 @@ def test_odd_chunks_before_and_behind_the_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stated", [4, 5, 6, 49])
-def test_chunks_in_front_of_the_data_whose_size_is_off(tmp_path: Path, stated: int) -> None:
+def test_chunks_with_a_wrong_size_in_front_of_the_data(tmp_path: Path, stated: int) -> None:
     pcm = (tones(1.5, 44100) * 32767).astype("<i2").tobytes()
     chunk = b"LIST" + stated.to_bytes(4, "little") + b"INFOx"  # without a pad byte
     audio, info = decoded(tmp_path, wav_bytes(pcm, 2, before_data=chunk))
@@ -383,7 +383,7 @@ def _pages(data: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("subtype", "rate"), [("VORBIS", 44100), ("OPUS", 48000)])
-def test_a_recording_from_the_middle_of_an_ogg_stream_is_whole(
+def test_a_recording_that_begins_within_an_ogg_stream_is_decoded_whole(
     tmp_path: Path, subtype: str, rate: int
 ) -> None:
     pages = _pages(ogg(12, rate, 2, subtype))
@@ -399,7 +399,7 @@ def test_a_recording_from_the_middle_of_an_ogg_stream_is_whole(
 
 
 def test_vorbis_whose_first_header_comes_twice_is_decoded(tmp_path: Path) -> None:
-    """As some servers of web radio write it: players built on libvorbis accept it, FFmpeg does not."""
+    """As some web radio servers write it. Players that use libvorbis accept it, FFmpeg does not."""
     pages = _pages(ogg(2))
     header = pages[0][28:]
     page = bytearray(pages[2])
@@ -495,7 +495,7 @@ def test_an_encrypted_file_is_called_encrypted(tmp_path: Path, entry: bytes) -> 
 
 
 def _encrypted(data: bytes, entry: bytes) -> bytes:
-    """An MP4 with its index in front as a protected one (ISO/IEC 14496-12, 8.12): AAC becomes noise."""
+    """Turn an MP4 whose index comes first into a protected one (ISO/IEC 14496-12, 8.12): AAC becomes noise."""
 
     def box(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", 8 + len(body)) + name + body
@@ -534,7 +534,7 @@ def _encrypted(data: bytes, entry: bytes) -> bytes:
 def test_lossless_samples_equal_those_of_libsndfile(
     tmp_path: Path, container: str, subtype: str, rate: int
 ) -> None:
-    loudest = 20 if subtype in ("FLOAT", "DOUBLE") else 1  # far above full scale, where the format has it
+    loudest = 20 if subtype in ("FLOAT", "DOUBLE") else 1  # far above full scale, if the format allows it
     sound = np.random.default_rng(1).uniform(-loudest, loudest, (rate + 777, 2))
     data = sndfile_bytes(sound, rate, container, subtype)
     expected = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)[0].T
@@ -543,7 +543,7 @@ def test_lossless_samples_equal_those_of_libsndfile(
 
 @pytest.mark.parametrize(("container", "subtype"), [("OGG", "VORBIS"), ("MP3", None)])
 @pytest.mark.parametrize("rate", [24000, 44100])
-def test_lossy_samples_are_those_of_libsndfile_but_for_rounding(
+def test_lossy_samples_equal_those_of_libsndfile_up_to_rounding(
     tmp_path: Path, container: str, subtype: str | None, rate: int
 ) -> None:
     data = sndfile_bytes(tones(3, rate), rate, container, subtype)

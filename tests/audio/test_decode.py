@@ -1,4 +1,4 @@
-"""Whole files of every kind decode to what went in, by content, at the asked rate, in bounded memory."""
+"""Files of every kind decode to what was encoded, at the requested rate and in bounded memory."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_ogg_of_any_channel_count_keeps_length_and_level(
 
 
 @pytest.mark.parametrize("name", sorted(FFMPEG_FILES))
-def test_whole_files_of_ffmpeg_pass_with_length_and_level(tmp_path: Path, name: str) -> None:
+def test_whole_files_of_every_kind_keep_length_and_level(tmp_path: Path, name: str) -> None:
     data, sound, rate = ffmpeg_bytes(tmp_path / "written", name)
     audio, _ = decode_bytes(tmp_path, data, rate=rate)
     # Exact where the container says how much padding the encoder added; else up to its frame.
@@ -146,8 +146,8 @@ def test_downmix_follows_bs775() -> None:
     np.testing.assert_allclose(mixed, expected, atol=1e-7)
 
 
-def test_vorbis_channels_land_on_their_sides(tmp_path: Path) -> None:
-    """Vorbis orders 5.1 as left, centre, right, ...: only what knows that keeps left and right apart."""
+def test_vorbis_channels_keep_their_sides(tmp_path: Path) -> None:
+    """Vorbis orders 5.1 as left, centre, right, ...: in WAVE's order, right would be the centre."""
     sound = np.zeros((48000 * 2, 6), dtype=np.float32)
     sound[:, 2] = tones(2.0, 48000, 1)[:, 0]  # third in Vorbis: the right channel
     audio, _ = decode_bytes(tmp_path, sndfile_bytes(sound, 48000, "OGG", "VORBIS"), rate=48000)
@@ -164,7 +164,7 @@ def test_a_streamed_wav_without_a_size_is_whole(tmp_path: Path, size: int) -> No
     assert decode_bytes(tmp_path, bytes(data))[0].n_samples == 66150
 
 
-def _behind(tag: str) -> bytes:
+def _tag_behind(tag: str) -> bytes:
     id3v1 = b"TAG" + b"x" * 125
     ape = b"x" * 100 + b"APETAGEX" + b"".join(n.to_bytes(4, "little") for n in (2000, 132, 1, 0)) + bytes(8)
     words = b"LYRICSBEGININD0000200"
@@ -180,7 +180,7 @@ def _behind(tag: str) -> bytes:
 
 @pytest.mark.parametrize("tag", ["id3v1", "ape", "lyrics", "ape+id3v1", "zeros"])
 def test_tags_behind_an_mp3_are_no_damage(tmp_path: Path, tag: str) -> None:
-    data = sndfile_bytes(tones(1.5, 44100), 44100, "MP3") + _behind(tag)
+    data = sndfile_bytes(tones(1.5, 44100), 44100, "MP3") + _tag_behind(tag)
     slack = 1152 if tag == "zeros" else 0  # FFmpeg leaves the encoder's padding in where the file is too long
     assert 0 <= decode_bytes(tmp_path, data)[0].n_samples - 66150 <= slack
 
@@ -192,7 +192,7 @@ def test_damage_inside_an_mp3_costs_only_the_damaged_frames(tmp_path: Path) -> N
     assert 4.8 < audio.duration_s <= 5.0
 
 
-def test_hours_in_a_small_file_stop_at_the_limit_in_little_memory(tmp_path: Path) -> None:
+def test_hours_in_a_small_file_are_refused_at_the_limit_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "hours.flac"
     hush = np.zeros((8000 * 60, 1), dtype=np.int16)
     with soundfile.SoundFile(path, "w", 8000, 1, "PCM_16", format="FLAC") as file:
@@ -224,7 +224,7 @@ def _files(tmp_path: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_sniff_knows_sound_by_its_head_or_its_ending(tmp_path: Path) -> None:
+def test_audio_is_recognized_by_its_first_bytes_or_its_file_name(tmp_path: Path) -> None:
     assert all(looks_like_audio(data[:64], "noname") for data in _files(tmp_path).values())
     assert looks_like_audio(b"This is text", "renamed.MP3")
     for head, name in (

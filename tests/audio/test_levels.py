@@ -26,7 +26,7 @@ def test_resampling_keeps_length_level_and_pitch(before: int, after: int) -> Non
     assert np.max(np.abs(audio.samples[:, inner] - expected.samples[:, inner])) < 1e-5
 
 
-def test_nothing_is_done_at_the_same_rate() -> None:
+def test_resampling_to_the_same_rate_returns_the_same_audio() -> None:
     audio = tone(44100, 1.0)
     assert resample(audio, 44100) is audio
 

@@ -1,4 +1,4 @@
-"""Loudness against the values the standards state, peaks against algebra, ceilings against other meters."""
+"""Loudness against the standards' values, peaks against known signals, ceilings against other meters."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_short_note_is_as_loud_as_the_same_note_held() -> None:
     assert short == pytest.approx(held, abs=0.2)
 
 
-def test_true_peak_sees_between_the_samples() -> None:
+def test_true_peak_is_measured_between_the_samples() -> None:
     """A sine of a quarter of the sample rate, sampled at 45 degrees, peaks 3.01 dB above its samples."""
     samples = (0.5 * np.sin(np.pi / 2 * np.arange(44100) + np.pi / 4)).astype(np.float32)
     audio = Audio(samples[np.newaxis], 44100)
@@ -127,7 +127,7 @@ def _hard_signals() -> dict[str, Samples]:
 
 
 @pytest.mark.parametrize("name", sorted(_hard_signals()))
-def test_the_ceiling_holds_for_what_is_on_the_disk(name: str) -> None:
+def test_the_ceiling_holds_for_the_written_file(name: str) -> None:
     loud, written = _normalized((0.3 * _hard_signals()[name]).astype(np.float32))
     assert true_peak_dbtp(written) <= -1.0
     assert -1.2 < true_peak_dbtp(loud) < -1.05  # and no more is lost than the margin
@@ -137,7 +137,7 @@ def test_the_ceiling_holds_for_what_is_on_the_disk(name: str) -> None:
 def test_the_ceiling_holds_on_other_meters(name: str) -> None:
     """At 4 times the rate by scipy's polyphase filter and by libsoxr, with signals up to 15 kHz.
 
-    What is near the Nyquist frequency every oversampler reads in its own way.
+    Near the Nyquist frequency every oversampler gives another value.
     """
     low_pass = firwin(255, 15_000, fs=44100)
     signal = np.stack([np.convolve(row, low_pass, mode="same") for row in _hard_signals()[name]])
@@ -149,7 +149,7 @@ def test_the_ceiling_holds_on_other_meters(name: str) -> None:
 
 
 def _normalized(samples: Samples) -> tuple[Audio, Audio]:
-    """As loud as the ceiling allows, and the same as read from a file of 16 bits."""
+    """The samples, as loud as the ceiling allows, and the same after a 16-bit file."""
     loud = to_loudness(Audio(samples, 44100), target_lufs=20.0)
     file = io.BytesIO()
     write_wav(file, loud, bit_depth=16, tags={})
@@ -167,6 +167,6 @@ def test_the_target_is_reached_by_one_gain_where_there_is_room() -> None:
     assert to_loudness(loud, target_lufs=-30.0).samples.std() < loud.samples.std()
 
 
-def test_hiss_below_the_gate_is_not_blown_up() -> None:
+def test_hiss_below_the_gate_is_not_amplified() -> None:
     hiss = Audio((1e-5 * np.random.default_rng(6).standard_normal((1, 44100))).astype(np.float32), 44100)
     assert to_loudness(hiss) is hiss

@@ -1,4 +1,4 @@
-"""WAV files: readable by others, the same bytes every day, dithered, tagged, never clipped."""
+"""WAV files: readable by other programs, with reproducible bytes, dithered, tagged, never clipped."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def test_libsndfile_reads_what_was_written(
     assert np.max(np.abs(read - samples)) <= tolerance * 1.0001
 
 
-PINNED = {16: "28078686491f486c", 24: "2fd1f681c1bc2251", "float": "9c4dcb0036a1c9df"}
+EXPECTED_DIGESTS = {16: "28078686491f486c", 24: "2fd1f681c1bc2251", "float": "9c4dcb0036a1c9df"}
 
 
 def test_the_bytes_depend_on_nothing_but_the_arguments() -> None:
-    """Pinned: a clock, a library's version or a random state in the file would change them."""
+    """Fixed hashes: a date, a library's version or a random state in the file would change them."""
     samples = np.linspace(-1, 1, 2000, dtype=np.float32).reshape(2, 1000)
     digests = {
         depth: hashlib.sha256(wav_bytes(samples, depth, {"title": "x"})).hexdigest()[:16]
         for depth in (16, 24, "float")
     }
-    assert digests == PINNED
+    assert digests == EXPECTED_DIGESTS
     assert b"PEAK" not in wav_bytes(samples, "float")
 
 

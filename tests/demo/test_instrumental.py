@@ -1,4 +1,4 @@
-"""The bundled instrumental: properties of its file, and that its script still renders it."""
+"""The bundled instrumental: properties of its file, and a comparison with what its script renders."""
 
 from __future__ import annotations
 
