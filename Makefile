@@ -17,17 +17,17 @@ demo: $(VENV)/core
 	@echo "Add the models (MusicGen, CLAP; about 6 GB of packages and as much of weights):"
 	@echo "    $(BIN)/pip install -r requirements.txt && $(BIN)/python run_pipeline.py models fetch"
 
-# In two processes, as much of it waits; tests/conftest.py says which tests stay together.
+# In two processes, since many tests wait; tests/conftest.py says which tests share a process.
 PYTEST := -m pytest -n 2 --dist loadfile
 
 test: $(VENV)/full
 	$(BIN)/python $(PYTEST)
 
-# With the tests that are long by nature, and with the coverage that is asked for.
+# Also the tests that take long by nature; fails if the coverage is below the limit in pyproject.toml.
 test-all: $(VENV)/full
 	$(BIN)/python $(PYTEST) -m "not torture and not demucs and not audiocraft" --cov --cov-report=term
 
-# The tests of what an optional package does, each where that package is installed.
+# The tests that need an optional package, each in an environment that has it.
 test-demucs: $(VENV)/with-demucs/done
 	$(VENV)/with-demucs/bin/python -m pytest -m demucs tests/engines/musicgen/test_melody.py
 
@@ -51,7 +51,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Stamps rather than the folder: a changed list of requirements installs again.
+# The targets are stamp files and not the folder, so that a changed list of requirements is installed again.
 $(VENV)/core: requirements-core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP_INSTALL) -r requirements-core.txt
@@ -62,8 +62,8 @@ $(VENV)/full: requirements.txt requirements-core.txt requirements-models.txt
 	$(BIN)/$(PIP_INSTALL) -r requirements.txt
 	touch $@ $(VENV)/core
 
-# An environment on top of the first: it finds the packages there (the .pth file), and installs in itself what is
-# missing or what an optional package wants in another version. With the command that the program gives its users.
+# An environment on top of the first: it uses the packages of the first by way of a .pth file, and installs only what
+# is missing or needed in another version, by the command that the program tells its users to run.
 $(VENV)/with-demucs/done: MODULE := pipeline.engines.musicgen.demucs
 $(VENV)/with-audiocraft/done: MODULE := pipeline.engines.audiocraft
 $(VENV)/with-audiocraft/done: requirements-audiocraft.txt

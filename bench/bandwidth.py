@@ -3,9 +3,9 @@
     python bench/bandwidth.py
 
 A step has to read all of the decoder's weights once, however many rows there are, and the keys and
-values of every row's positions. Prefill, sampling and EnCodec are not in this floor, nor is the
-arithmetic: no implementation with as many bytes per weight can be faster. Embeddings are
-not in it either: of them a few rows are read.
+values of every row's positions. This floor leaves out prefill, sampling, EnCodec and all arithmetic, so no
+implementation with as many bytes per weight can be faster. It also leaves out the embeddings,
+of which only a few rows are read.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a child returned."""
+    """The result of a child process."""
 
     value: Any
     peak_bytes: int  # peak of its resident memory

@@ -1,9 +1,9 @@
 """This engine against its peers, on random weights of the true size: `make bench`.
 
-One process after the other: transformers' `generate()` called for one variation and for several in
-a batch, audiocraft's where it is installed, and this engine in int8 and float32. Printed are all
-measured points, seconds per second of audio, ratios, peak memory, and the distance from the time
-that reading the weights, keys and values takes at the memory bandwidth measured in the same run.
+Each runs in a process of its own, one after the other: transformers' `generate()` for one variation and
+for several in a batch, audiocraft's where it is installed, and this engine in int8 and float32. It prints
+all measured points, seconds per second of audio, ratios, peak memory, and the ratio to the time that
+reading the weights, keys and values takes at the memory bandwidth measured in the same run.
 
     python bench/musicgen.py [--variations 1,2,4,8] [--precisions int8,float32] [--peers 1,2,4,8]
 """
@@ -43,14 +43,14 @@ def main() -> None:
             theirs[count] = run
     for count in counts(options.audiocraft):
         print("\n".join(peers.describe(peers.measure_audiocraft(count), decode)), flush=True)
-    wanted = [
+    runs = [
         (precision, count, tracks)
         for precision in options.precisions.split(",")
         for count in counts(options.variations)
-        for tracks in ((1, count) if count == 8 else (1,))  # together: the machine's speed changes
+        for tracks in ((1, count) if count == 8 else (1,))  # in turn: the machine's speed changes
     ]
     found: dict[tuple[str, int, int], PeerRun] = {}
-    for precision, count, tracks in wanted:
+    for precision, count, tracks in runs:
         measured = measure(precision, count, tracks)
         print("\n".join(describe(measured, decode)), flush=True)
         if isinstance(measured, PeerRun):
@@ -71,14 +71,14 @@ def measure(precision: str, variations: int, tracks: int) -> PeerRun | Missing:
 
 
 def describe(run: PeerRun | Missing, decode: peers.Decode) -> list[str]:
-    """As `peers.describe`, without the lines that only concern a cache that is copied."""
+    """As `peers.describe`, without the lines on a copied cache."""
     if isinstance(run, Missing):
         return [f"{run.name}: not measured, {run.reason}"]
     lines = [f"{run.name}: loaded in {run.load_s:.1f} s, prefill and first step {run.prefill_s:.2f} s"]
     for point in (run.untouched, *run.points):
         spread = f"{min(point.seconds):.3f} to {max(point.seconds):.3f}"
         lines.append(f"  {point.context:>5} positions: {point.median_s:.3f} s a step ({spread})")
-    if run.others_cores > peers.CROWDED:
+    if run.others_cores > peers.BUSY_CORES:
         lines.append(f"  other processes kept {run.others_cores:.2f} cores busy: measure again")
     lines.append(
         f"  {DURATION_S:g} s each: {run.lm_s():.0f} s + EnCodec,"

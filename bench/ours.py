@@ -1,7 +1,7 @@
-"""What a run of this engine costs at every length: its own scheduler, step by step.
+"""The cost of a run of this engine at every length, measured with its own scheduler.
 
 The scheduler prefills and steps as it does in use. To reach long contexts without minutes of steps,
-the KV cache is filled with numbers and the requests are set forward: the cost of a step depends on
+the KV cache is filled with numbers and the requests are moved ahead: the cost of a step depends on
 how many positions there are, not on their values. `steps` derives the cost of a whole piece from the
 measured points.
 """
@@ -19,7 +19,7 @@ from true_size import FOLDER
 
 STATE = FOLDER.parent / "state"  # the engine's files between starts
 WARM_STEPS = 2
-MOST_OF_MEMORY = 0.97  # of the machine's, so that all rows go together
+MEMORY_SHARE = 0.97  # of the machine's memory, so that all rows run at once
 PROMPT = "warm piano"
 
 
@@ -32,12 +32,12 @@ def run(
     timed: int = TIMED_STEPS,
     state: Path = STATE,
 ) -> PeerRun:
-    """So many variations, `variations / tracks` of each of so many tracks, all at once."""
+    """Measure `variations` in all at once, `variations / tracks` of each track."""
     from pipeline.engines.base import EngineSettings
     from pipeline.engines.musicgen import ENGINE, MusicgenSection
     from pipeline.records import Audio, VariationRequest
 
-    began_s, memory_gb = time.perf_counter(), MOST_OF_MEMORY * total_bytes() / 1e9
+    began_s, memory_gb = time.perf_counter(), MEMORY_SHARE * total_bytes() / 1e9
     settings = EngineSettings(
         model=str(folder),
         state_dir=state,

@@ -21,10 +21,10 @@ from steps import (
     LAYERS,
     OWN_STEPS,
     TIMED_STEPS,
+    Measured,
     Missing,
-    Over,
     PeerRun,
-    Walk,
+    StepTimer,
 )
 
 if TYPE_CHECKING:
@@ -49,17 +49,17 @@ def run(variations: int, own_steps: Sequence[int] = OWN_STEPS, timed: int = TIME
 
     load_s = time.perf_counter() - began_s
     torch.manual_seed(0)
-    walk = Walk(_StreamingCache(lm), 2 * variations, own_steps, timed)
-    with torch.inference_mode(), contextlib.suppress(Over):
-        walk.start()
+    timer = StepTimer(_StreamingCache(lm), 2 * variations, own_steps, timed)
+    with torch.inference_mode(), contextlib.suppress(Measured):
+        timer.start()
         lm.generate(
             conditions=[ConditioningAttributes(text={"prefix": ""}) for _ in range(variations)],
             max_gen_len=round(FRAME_RATE * DURATION_S),
             top_k=TOP_K,
             cfg_coef=GUIDANCE,
-            callback=lambda _done, _total: walk.picked(),
+            callback=lambda _done, _total: timer.step_done(),
         )
-    return walk.result(name, load_s)
+    return timer.result(name, load_s)
 
 
 def _language_model() -> Any:
@@ -76,7 +76,7 @@ def _language_model() -> Any:
     )
 
     class Prefix(TextConditioner):  # type: ignore[misc, unused-ignore]
-        """Stands for chroma and text: so many positions, whatever is asked."""
+        """Takes the place of chroma and text, with a fixed number of positions."""
 
         def __init__(self) -> None:
             super().__init__(1, 1)
@@ -119,7 +119,7 @@ def _language_model() -> Any:
 
 
 class _StreamingCache:
-    """What the layers' attention keeps between steps."""
+    """The KV cache, which each attention layer keeps between steps."""
 
     def __init__(self, lm: Any) -> None:
         self._states = [layer.self_attn._streaming_state for layer in lm.transformer.layers]

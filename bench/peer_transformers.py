@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from child import peak_bytes
-from steps import CODEBOOKS, DURATION_S, FRAME_RATE, OWN_STEPS, TIMED_STEPS, Over, PeerRun, Walk, picks
+from steps import (
+    CODEBOOKS,
+    DURATION_S,
+    FRAME_RATE,
+    OWN_STEPS,
+    TIMED_STEPS,
+    Measured,
+    PeerRun,
+    StepTimer,
+    n_steps,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,23 +55,23 @@ def run(
     inputs = _inputs(folder, variations)
     cache = _GenerateCache(model.decoder)
     torch.manual_seed(0)
-    walk = Walk(cache, 2 * variations, own_steps, timed)
+    timer = StepTimer(cache, 2 * variations, own_steps, timed)
 
     def hook(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        walk.picked()
+        timer.step_done()
         return scores
 
-    with torch.inference_mode(), contextlib.suppress(Over):
-        walk.start()
+    with torch.inference_mode(), contextlib.suppress(Measured):
+        timer.start()
         model.generate(
             **inputs,
             logits_processor=[hook],
             do_sample=True,
             top_k=TOP_K,
             guidance_scale=GUIDANCE,
-            max_length=picks(DURATION_S) + 1,
+            max_length=n_steps(DURATION_S) + 1,
         )
-    return walk.result(f"transformers generate(), {variations} at once", load_s)
+    return timer.result(f"transformers generate(), {variations} at once", load_s)
 
 
 def decode(folder: Path, duration_s: float = DURATION_S) -> Decode:

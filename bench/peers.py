@@ -1,4 +1,4 @@
-"""How fast others generate: transformers' own `generate()`, and audiocraft's where it is installed.
+"""How fast other libraries generate: transformers' `generate()`, and audiocraft's where it is installed.
 
     python bench/peers.py [--variations 1,2,4,8] [--audiocraft 1,8]
 
@@ -22,7 +22,7 @@ from peer_transformers import Decode
 from steps import DURATION_S, TIMED_STEPS, Missing, PeerRun
 from true_size import FOLDER, ensure
 
-CROWDED = 0.1  # cores busy with other work from which a step waits at each of its barriers
+BUSY_CORES = 0.1  # with more cores busy with other work, a step waits for its slowest thread
 
 
 def measure_transformers(variations: int, folder: Path = FOLDER, **options: Any) -> PeerRun | Missing:
@@ -74,7 +74,7 @@ def describe(run: PeerRun | Missing, decode: Decode) -> list[str]:
     if run.left_out:
         steps = ", ".join(map(str, run.left_out))
         lines.append(f"  own steps {steps}: memory doesn't suffice; continued in a straight line")
-    if run.others_cores > CROWDED:
+    if run.others_cores > BUSY_CORES:
         lines.append(
             f"  other processes kept {run.others_cores:.2f} cores busy: these times say little, measure again"
         )

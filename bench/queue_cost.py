@@ -1,16 +1,16 @@
-"""What the queue costs per file, and how long the scan at start-up takes.
+"""The cost of the queue per file, and the time of the scan at start-up.
 
     python bench/queue_cost.py [--sizes 100,1000,10000]
 
 `once` runs as a child process over n small files (1.2 s, mono, 8 kHz, about 20 KB) with engines that
 cost nothing (tests/faults/drive.py), so that a file's wall time is intake, working copy, decode,
 normalization, queue, encoding and publication. Decoding, normalization, levelling and encoding are
-measured alone, in this process, and taken off; so is the start of the program with all it loads,
+measured alone, in this process, and subtracted; so is the start of the program with its imports,
 measured on an inbox of one file. What is left is the queue's overhead: scan, hash, copies,
 transactions, verification, flushes, renames.
 
-Beside it stands a peer of the same durability, made in the same run: the fewest flushes that can
-publish a track's files whole (write, fsync, rename, fsync of the folder; three files and one commit).
+It is compared with a peer of the same durability in the same run: the fewest flushes that can
+publish a track's files atomically (write, fsync, rename, fsync of the folder; three files and one commit).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(folder: Path, n: int) -> tuple[float, float]:
 
 
 def sound_alone(folder: Path) -> float:
-    """Seconds per file of what the queue doesn't cost: decode, normalize, level, encode."""
+    """Seconds per file of the work on the sound: decode, normalize, level, encode."""
     home = Home(folder / "alone")
     configure_for_small_files(home)
     config = load_config(home.folder / "settings.yaml")
@@ -86,7 +86,7 @@ def sound_alone(folder: Path) -> float:
 
 
 def least_durable(folder: Path) -> float:
-    """Seconds per track of three files published whole and one commit: what no queue can go below."""
+    """Seconds per track for three files published atomically and one commit, the least that a queue needs."""
     base = folder / "least"
     base.mkdir()
     db = sqlite3.connect(base / "db", isolation_level=None)

@@ -1,7 +1,7 @@
 """The cost of a peer's run at every length: steps timed at a few lengths, and a sum over all steps.
 
-A peer's own loop runs unchanged. A hook that it offers calls `Walk.picked` at every step. Steps at
-long contexts would take minutes to reach, so the walk makes the loop's KV cache longer in place,
+A peer's own loop runs unchanged. A hook that it offers calls `StepTimer.step_done` at every step. Steps at
+long contexts would take minutes to reach, so the timer makes the loop's KV cache longer in place,
 repeating the positions it holds, and the loop continues from there: the cost of a step depends on how
 many positions are cached, not on their values. The first steps are timed with the cache as it is, and
 again at the same length with the cache copied, so that the two can be compared.
@@ -35,7 +35,7 @@ DURATION_S = 30.0
 OWN_STEPS = (375, 750, 1125, 1500)
 WARM_STEPS, TIMED_STEPS = 1, 3
 REUSED_BYTES = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX of glibc on 64 bits
-ASIDE_STEPS = 10  # distance of the two measured lengths from that length
+MARGIN_STEPS = 10  # distance of the two measured lengths from that length
 RESERVE_BYTES = 2 * GIB  # for the system, and for a step's memory beside the cache
 
 
@@ -69,10 +69,10 @@ class PeerRun:
 
     def lm_s(self, duration_s: float = DURATION_S) -> float:
         """Seconds until all tokens of all variations are there, without EnCodec."""
-        return self.prefill_s + float(self.step_s(np.arange(2, picks(duration_s) + 1)).sum())
+        return self.prefill_s + float(self.step_s(np.arange(2, n_steps(duration_s) + 1)).sum())
 
     def step_s(self, own: np.ndarray) -> np.ndarray:
-        """Seconds of a step that attends to so many positions of its own: see the module."""
+        """Seconds of a step by its number of own positions, as the module's docstring says."""
         known = sorted((self.untouched, *self.points), key=lambda point: point.own)
         lengths = np.array([point.own for point in known], float)
         medians = np.array([point.median_s for point in known])
@@ -86,7 +86,7 @@ class PeerRun:
     def full_bytes(self, duration_s: float = DURATION_S) -> int:
         """Peak memory for whole pieces: the measured peak and the part of the cache that was missing."""
         longest = max(point.own + len(point.seconds) // 2 for point in (self.untouched, *self.points))
-        missing = max(0, picks(duration_s) - longest)
+        missing = max(0, n_steps(duration_s) - longest)
         return self.peak_bytes + missing * self.rows * position_bytes()
 
 
@@ -98,8 +98,8 @@ class Missing:
     reason: str
 
 
-def picks(duration_s: float) -> int:
-    """Number of draws: the first in the prefill, and three more for the delay pattern."""
+def n_steps(duration_s: float) -> int:
+    """Number of steps that pick tokens: the first is the prefill; the delay pattern takes three more."""
     return round(FRAME_RATE * duration_s) + CODEBOOKS - 1
 
 
@@ -121,11 +121,11 @@ class Cache(Protocol):
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None: ...
 
 
-class Over(Exception):
+class Measured(Exception):
     """Raised to end a peer's loop when enough was measured."""
 
 
-class Walk:
+class StepTimer:
     """Records the time of each step, and makes the cache longer after enough steps at one length."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Walk:
         self._targets = [0, *own_steps]  # the first is the length that the loop has then
         self._prefill_s = 0.0
         self._prefix = 0
-        self._taken: list[float] = []
+        self._seconds: list[float] = []
         self._points: list[Point] = []
         self._left_out: list[int] = []
         self._began_s = self._last_s = time.perf_counter()
@@ -144,11 +144,11 @@ class Walk:
         """Call this right before the loop."""
         self._began_s = time.perf_counter()
 
-    def picked(self) -> None:
-        """Call this once per step, when its scores or its tokens are known.
+    def step_done(self) -> None:
+        """Call this once per step, as soon as its scores or its tokens are known.
 
         Raises:
-            Over: all is measured.
+            Measured: all lengths are measured.
         """
         now_s = time.perf_counter()
         if not self._prefix:
@@ -156,11 +156,11 @@ class Walk:
             self._prefix = self._context() - 1  # the start token is the row's own
             self._targets = self._with_jump(self._targets)
         else:
-            self._taken.append(now_s - self._last_s)
-        if len(self._taken) == WARM_STEPS + self._timed:
+            self._seconds.append(now_s - self._last_s)
+        if len(self._seconds) == WARM_STEPS + self._timed:
             middle = self._context() - (self._timed - 1) // 2
-            self._points.append(Point(middle, middle - self._prefix, tuple(self._taken[WARM_STEPS:])))
-            self._taken.clear()
+            self._points.append(Point(middle, middle - self._prefix, tuple(self._seconds[WARM_STEPS:])))
+            self._seconds.clear()
             self._lengthen()
         self._last_s = time.perf_counter()
 
@@ -181,9 +181,9 @@ class Walk:
     def _with_jump(self, targets: list[int]) -> list[int]:
         """The targets, and one on either side of where a layer's keys outgrow malloc's blocks."""
         jump = jump_own(self._rows, self._prefix)
-        if not 3 * ASIDE_STEPS < jump < max(targets) - ASIDE_STEPS:
+        if not 3 * MARGIN_STEPS < jump < max(targets) - MARGIN_STEPS:
             return targets
-        return sorted({*targets, jump - ASIDE_STEPS, jump + ASIDE_STEPS})
+        return sorted({*targets, jump - MARGIN_STEPS, jump + MARGIN_STEPS})
 
     def _context(self) -> int:
         return int(self._cache.get(0)[0].shape[2])
@@ -192,14 +192,14 @@ class Walk:
         import torch
 
         if not self._targets:
-            raise Over
+            raise Measured
         now = self._context()
         # The timed steps lie around the target; each adds a position.
         own = self._targets[0] - WARM_STEPS - (self._timed + 1) // 2
         positions = max(now, self._prefix + own)
         if not _fits((positions - now) * self._rows * position_bytes()):
             self._left_out += self._targets
-            raise Over
+            raise Measured
         del self._targets[0]
         which = torch.arange(positions) % now
         for layer in range(LAYERS):

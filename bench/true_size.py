@@ -6,13 +6,12 @@ Speed and memory depend on the shapes of the weights, not on what was learned, s
 no download. The configuration is that of facebook/musicgen-melody as the library's conversion
 scripts write it (`convert_musicgen_melody_transformers.py`, `convert_encodec_checkpoint_to_pytorch.py`:
 encodec_32khz; text encoder t5-base): 1.38 B parameters in the decoder, 1.55 B in all, 6.2 GB in
-float32. The tokenizer alone is a small one: its size costs nothing at run time.
+float32. Only the tokenizer is smaller, as its size costs nothing at run time.
 
-The decoder's weights are normal, scaled by their number of inputs so that what flows through the
-layers neither dies nor explodes, with two choices that make the model behave: queries and keys are
-wide enough that attention picks a few positions (else 300 values average to nothing and the prefix
-doesn't matter), and the logits have a standard deviation of 2, so that sampling has something to
-choose from and quantization something to disturb.
+The decoder's weights are normal, scaled by their number of inputs so that activations neither vanish
+nor explode, with two choices that make the model behave like a trained one: queries and keys are large
+enough that attention selects a few positions (otherwise it averages over 300 values and the prefix has
+no effect), and the logits have a standard deviation of 2, so that sampling and quantization have effects.
 
 The weights are drawn and written one shard at a time, into a folder of another name that is renamed
 when all of it is on the disk. A build that was killed leaves nothing that looks complete.
@@ -184,7 +183,7 @@ def _spread(name: str, shape: torch.Size, config: Any) -> tuple[float, float]:
 
 
 def _old_name(name: str) -> str:
-    """EnCodec's names before torch renamed what weight norm keeps."""
+    """EnCodec's names of weights before torch renamed those of weight norm."""
     prefix, _, tail = name.rpartition(".parametrizations.weight.")
     old = {"original0": "weight_g", "original1": "weight_v"}.get(tail)
     return f"{prefix}.{old}" if old else name
