@@ -495,7 +495,7 @@ def test_an_encrypted_file_is_called_encrypted(tmp_path: Path, entry: bytes) -> 
 
 
 def _encrypted(data: bytes, entry: bytes) -> bytes:
-    """Turn an MP4 whose index comes first into a protected one (ISO/IEC 14496-12, 8.12): AAC becomes noise."""
+    """Make a protected MP4 of one whose index comes first (ISO/IEC 14496-12, 8.12): AAC becomes noise."""
 
     def box(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", 8 + len(body)) + name + body
