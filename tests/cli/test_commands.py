@@ -1,4 +1,4 @@
-"""The command line: what each verb says and does, and the exit codes."""
+"""The command line: the output, the effect and the exit codes of each command."""
 
 from __future__ import annotations
 

@@ -32,9 +32,7 @@ def main() -> None:
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for pytest; this process ends when the socket is closed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, and then the closed socket ends this
     runs: dict[int, int] = {}  # process -> number
     while True:
         ready, _, _ = select.select([control, wake_read], [], [])
