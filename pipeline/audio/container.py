@@ -14,9 +14,9 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from pipeline.audio.sniff import is_container, is_mp4
+from pipeline.audio.sniff import begins_frames, is_container, is_mp4
 from pipeline.errors import BadAudio
 
 _CHUNK_BYTES = 1 << 20
@@ -24,7 +24,21 @@ _OGG_FIRST, _OGG_LAST = 0x02, 0x04
 _MAX_PARTS = 1000
 _TOO_MANY_PARTS = f"is more than {_MAX_PARTS} files one after another"
 
+_FORMAT_SIZES = (16, 18, 40)  # of a `fmt ` chunk
+_LEAST_REST = 64  # bytes behind the end of a container: fewer are padding
+# Of what the header states the length of all that follows it: its form, and where it stands.
+_CHUNKED = {b"RIFF": ("<I", 4), b"FORM": (">I", 4), b"RF64": ("<Q", 20), b"BW64": ("<Q", 20)}
+
 Stretch = tuple[int, int]  # first byte, byte behind the last
+
+
+class _OggPage(NamedTuple):
+    start: int
+    end: int
+    flags: int
+    granule: int  # 0 of the pages with headers
+    serial: int  # of the stream
+    content: int  # bytes of packets
 
 
 class Window(io.RawIOBase):
@@ -40,6 +54,7 @@ class Window(io.RawIOBase):
         self._stretches = stretches
         self.ends_in_page = False  # the last page is incomplete, or junk follows in place of the last
         self.ends_unmarked = False  # the last page lacks the end-of-stream flag
+        self.packet_bytes = 0  # of the whole pages of a single Ogg stream, without its headers
         self._at = 0
         self.error: OSError | None = None
 
@@ -52,7 +67,7 @@ class Window(io.RawIOBase):
         head = self.peek(0, _CHUNK_BYTES)
         fmt = head.find(b"fmt ")
         data = head.find(b"data", fmt)
-        if not head.startswith(b"RIFF") or min(fmt, data) < 0:
+        if not head.startswith(b"RIFF") or min(fmt, data) < 0 or head[fmt + 4] not in _FORMAT_SIZES:
             return None
         start, end = self._stretches[0]
         fmt_end = start + fmt + 8 + head[fmt + 4]
@@ -63,9 +78,18 @@ class Window(io.RawIOBase):
         return sum(end - start for start, end in self._stretches)
 
     @property
+    def start(self) -> int:
+        """In the file: the first byte."""
+        return self._stretches[0][0]
+
+    @property
     def end(self) -> int:
-        """In the file: the byte behind the last stretch."""
+        """In the file: the byte behind the last."""
         return self._stretches[-1][1]
+
+    def end_at(self, end: int) -> None:
+        """End at this byte of the file, which is in the last stretch or its end."""
+        self._stretches = (*self._stretches[:-1], (self._stretches[-1][0], end))
 
     def readable(self) -> bool:
         return True
@@ -114,49 +138,80 @@ def read_at(file: BinaryIO, at: int, count: int) -> bytes:
     return file.read(max(0, count))
 
 
-def parts(file: BinaryIO, size: int) -> tuple[list[Window], int]:
+def parts(file: BinaryIO, size: int) -> tuple[list[Window], Stretch]:
     """The parts of an open file of `size` bytes, to be decoded one after another.
 
-    Also returns how many bytes behind the last part are neither tags nor zeros.
+    Also returns what lies behind the last part and is neither tags nor zeros; empty if nothing does.
 
     Raises:
         BadAudio: it is more than a thousand joined files.
     """
-    if read_at(file, size - 128, 3) == b"TAG":
-        size = max(0, size - 128)
-    start = _tags_end(file, 0, size)
-    head = read_at(file, start, 64)
-    if head.startswith(b"fLaC") or not is_container(head):
-        return [Window(file, *_between_tags(file, start, size))], 0
+    size = _trailing_tags_start(file, size)
     found: list[Window] = []
+    start = _tags_end(file, 0, size)
     while len(found) < _MAX_PARTS:
-        is_ogg = head.startswith(b"OggS")
-        windows = _ogg_parts(file, start, size) if is_ogg else [Window(file, (start, size))]
-        end = windows[-1].end if is_ogg else _container_end(file, start, size)
-        following = _tags_end(file, end, size)
-        head = read_at(file, following, 64)
-        if not is_container(head):
-            has_more = any(read_at(file, following, min(_CHUNK_BYTES, size - following)))
-            return [*found, *windows], size - following if has_more else 0
-        found += windows if is_ogg else [Window(file, (start, end))]
-        start = following
+        windows, end = _container(file, start, size)
+        found += windows
+        start = _tags_end(file, end, size)
+        if not _begins_file(file, start, is_tagged=start > end):
+            has_more = size - start >= _LEAST_REST and any(read_at(file, start, _CHUNK_BYTES))
+            return found, (start if has_more else size, size)
+        found[-1].end_at(end)
     raise BadAudio(_TOO_MANY_PARTS)
 
 
-def _container_end(file: BinaryIO, start: int, size: int) -> int:
-    """The end of the boxes of an MP4 file, or of a WAV file that another one follows; otherwise `size`."""
-    head = read_at(file, start, 12)
-    if head.startswith(b"RIFF"):
-        end = start + 8 + int.from_bytes(head[4:8], "little")
-        end += end % 2
-        return end if is_container(read_at(file, end, 64)) else size
-    end = start if is_mp4(head) else size
+def _container(file: BinaryIO, start: int, size: int) -> tuple[list[Window], int]:
+    """The parts of the container that begins at `start`, and its end, as far as it can be told."""
+    head = read_at(file, start, 64)
+    if head.startswith(b"OggS\0"):
+        windows = _ogg_parts(file, start, size)
+        return windows, windows[-1].end
+    if head.startswith(b"fLaC"):
+        return _flac_parts(file, start, size), size
+    if not is_container(head):
+        return [Window(file, *_between_tags(file, start, size))], size
+    return [Window(file, (start, size))], _stated_end(file, head, start, size)
+
+
+def _begins_file(file: BinaryIO, at: int, *, is_tagged: bool) -> bool:
+    """Whether another file begins here. MPEG audio and ADTS without a tag in front look like samples."""
+    head = read_at(file, at, _LEAST_REST)
+    is_file = is_container(head) or (is_tagged and begins_frames(head))
+    return is_file and len(head) == _LEAST_REST
+
+
+def _stated_end(file: BinaryIO, head: bytes, start: int, size: int) -> int:
+    """The end of the boxes of an MP4 file, or of a WAV or AIFF file that another one follows; else `size`."""
+    if head[:4] in _CHUNKED:
+        form, at = _CHUNKED[head[:4]]
+        length = 8 + int(struct.unpack_from(form, head, at)[0])
+        end = start + length + length % 2
+        following = _tags_end(file, end, size)
+        return end if _begins_file(file, following, is_tagged=following > end) else size
+    end, has_media = start if is_mp4(head) else size, False
     while end < size:
         length, kind, long = struct.unpack(">I4sQ", read_at(file, end, 16).ljust(16, b"\0"))
-        if not re.fullmatch(rb"[ -~\xa9]{4}", kind) or (kind == b"ftyp" and end > start):
+        is_box = re.fullmatch(rb"[ -~\xa9]{4}", kind) and _tag_at(file, end) == (end, end)
+        if not is_box or (kind == b"ftyp" and has_media):
             return end
+        has_media = has_media or kind in {b"moov", b"mdat", b"moof"}
         end = end + max(8, long if length == 1 else length) if length else size
     return size
+
+
+def _flac_parts(file: BinaryIO, start: int, size: int) -> list[Window]:
+    """One part for each of joined FLAC files, without tags behind their frames."""
+    found: list[Window] = []
+    while start < size and len(found) <= _MAX_PARTS:
+        frames, is_last = start + 4, False
+        while not is_last and frames < size:  # over the blocks of metadata
+            header = int.from_bytes(read_at(file, frames, 4).ljust(4, b"\x80"))
+            frames, is_last = frames + 4 + (header & 0xFFFFFF), bool(header >> 31)
+        frames = min(frames, size)
+        end = next(find(file, frames, size, re.compile(rb"fLaC[\0\x80]\0\0\x22")), size)
+        found.append(Window(file, (start, frames), *_between_tags(file, frames, end)))
+        start = end
+    return found
 
 
 def find(file: BinaryIO, start: int, end: int, pattern: re.Pattern[bytes]) -> Iterator[int]:
@@ -186,9 +241,30 @@ def _tags_end(file: BinaryIO, start: int, size: int) -> int:
     return min(end, size)
 
 
+def _trailing_tags_start(file: BinaryIO, size: int) -> int:
+    """Where the tags at the end begin: ID3v1, its extension, Lyrics3, and APEv2 in front of those."""
+    while size > 0:
+        tail = read_at(file, size - 5120, min(size, 5120))
+        if tail[-128:-125] == b"TAG":
+            size -= 128
+        elif tail[-227:-223] == b"TAG+":
+            size -= 227
+        elif match := re.search(rb"(\d{6})LYRICS200\Z", tail):
+            size -= int(match[1]) + 15
+        elif tail.endswith(b"LYRICSEND") and (begin := tail.rfind(b"LYRICSBEGIN")) >= 0:
+            size -= len(tail) - begin
+        elif tail[-32:-24] == b"APETAGEX":
+            size = min(_tag_at(file, size - 32)[0], size - 32)
+        else:
+            return size
+    return 0
+
+
 def _tag_at(file: BinaryIO, at: int) -> Stretch:
-    """The tag that an ID3v2 header or an APEv2 header or footer at `at` belongs to; empty if it is none."""
+    """The tag that an ID3 header or an APEv2 header or footer at `at` belongs to; empty if it is none."""
     head = read_at(file, at, 32)
+    if head.startswith(b"TAG"):
+        return at, at + 128
     if re.match(rb"ID3[\2-\4]\0.[\0-\x7f]{4}", head, re.DOTALL):
         length = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
         return at, at + 10 + length + (10 if head[5] & 0x10 else 0)
@@ -201,32 +277,36 @@ def _tag_at(file: BinaryIO, at: int) -> Stretch:
 
 def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Window]:
     """One part for each link of the chain; multiplexed streams, whose first pages adjoin, are one link."""
-    found: list[Window] = []
-    link, last, first_pages_end = start, start, start
-    for page in find(file, start, end, re.compile(rb"OggS\0")):
-        flags, page_end = _ogg_page(file, page)
-        if flags & _OGG_FIRST:
-            if page != first_pages_end:
-                found.append(_ogg_part(file, link, last, page))
-                link = page
-            first_pages_end = page_end
-        if len(found) > _MAX_PARTS:
+    links: list[list[_OggPage]] = []
+    first_pages_end = -1
+    for at in find(file, start, end, re.compile(rb"OggS\0")):
+        page = _ogg_page(file, at)
+        if page.flags & _OGG_FIRST or not links:
+            if at != first_pages_end:
+                links.append([])
+            first_pages_end = page.end
+        if len(links) > _MAX_PARTS:
             raise BadAudio(_TOO_MANY_PARTS)
-        last = page
-    return [*found, _ogg_part(file, link, last, end)]
+        links[-1].append(page)
+    ends = [link[0].start for link in links[1:]] + [end]
+    return [_ogg_part(file, link, link_end) for link, link_end in zip(links, ends, strict=True)]
 
 
-def _ogg_part(file: BinaryIO, start: int, last_page: int, end: int) -> Window:
-    flags, page_end = _ogg_page(file, last_page)
-    window = Window(file, (start, min(page_end, end)))
-    window.ends_unmarked = not flags & _OGG_LAST
-    window.ends_in_page = page_end > end or (window.ends_unmarked and page_end < end)
+def _ogg_part(file: BinaryIO, pages: list[_OggPage], end: int) -> Window:
+    last = pages[-1]
+    window = Window(file, (pages[0].start, min(last.end, end)))
+    window.ends_unmarked = not last.flags & _OGG_LAST
+    window.ends_in_page = last.end > end or (window.ends_unmarked and last.end < end)
+    if len({page.serial for page in pages}) == 1:
+        window.packet_bytes = sum(page.content for page in pages if page.granule and page.end <= end)
     return window
 
 
-def _ogg_page(file: BinaryIO, at: int) -> tuple[int, int]:
-    """Flags and end of the page at `at`; an incomplete header counts as a page of its whole size."""
+def _ogg_page(file: BinaryIO, at: int) -> _OggPage:
+    """The page at `at`; an incomplete header counts as a page of its whole size."""
     head = read_at(file, at, 27 + 255)
     header, segments = head[:27].ljust(27, b"\xff"), head[27:]
     n_segments = header[26]
-    return header[5], at + 27 + n_segments + sum(segments[:n_segments].ljust(n_segments, b"\xff"))
+    content = sum(segments[:n_segments].ljust(n_segments, b"\xff"))
+    granule, serial = struct.unpack_from("<qI", header, 6)
+    return _OggPage(at, at + 27 + n_segments + content, header[5], granule, serial, content)

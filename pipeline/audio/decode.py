@@ -93,7 +93,7 @@ def decode_file(
     if size > limits.max_bytes:
         raise BadAudio(f"is too big: {size:,} bytes, the limit is {limits.max_bytes:,}")
     sink = _Sink(sample_rate, limits.max_duration_s)
-    found, unread_bytes = parts(file, size)
+    found, rest = parts(file, size)
     head = found[0].peek(0, _HEAD_BYTES)
     readers = [reader for window in found if (reader := _decode_part(window, sink))]
     problem = _problem(readers, len(found), sink.read_s)
@@ -112,8 +112,9 @@ def decode_file(
     if sink.read_s < limits.min_duration_s - NOTED_S:
         raise BadAudio(f"is too short: {sink.read_s:.2f} s, at least {limits.min_duration_s:g} s are needed")
     notes = [problem] if problem else _notes(readers, sink.read_s)
-    if unread_bytes:
-        notes.append(f"{unread_bytes} bytes behind its end, of another kind, were left out")
+    left_out = rest[1] - max(rest[0], found[-1].start + readers[-1].read_to)
+    if left_out > 0:
+        notes.append(f"{left_out} bytes behind its end, of another kind, were left out")
     rate, channels = sink.main_format
     info = SourceInfo(sink.read_s, rate, channels, readers[0].codec, (*notes, *sink.notes()))
     return Audio(sink.finish(), sample_rate), info

@@ -83,6 +83,7 @@ class Reader:
         self.to_end = to_end
         self.read_s = 0.0
         self.bad_bytes = 0  # of packets that can't be decoded
+        self.read_to = 0  # in the window: the end of the last packet
         self.ends_early = False  # the data ends within a packet, and no header says how much should follow
         self.window = window
         self._errors = (av.FFmpegError, ValueError)
@@ -163,6 +164,8 @@ class Reader:
         lost_bytes = max(0, self._declared_bytes - self.window.size)
         if self.format != "wav":  # which is read on
             lost_bytes += self._bytes_behind
+        if self.format == "ogg":  # FFmpeg drops damaged pages
+            lost_bytes += max(0, self.window.packet_bytes - self._good_bytes)
         if self._declared_s is None:
             lost_bytes += self.bad_bytes
         lost_s = lost_bytes * self.read_s / max(1, self._good_bytes)
@@ -204,8 +207,10 @@ class Reader:
         excess = 0  # bytes behind the frame of a FLAC packet: the last one holds all that follows
         sizes: set[int] = set()  # of all packets but the last
         while packet is not None:
+            is_header = self._is_header_frame(packet)
+            self.read_to = max(self.read_to, (packet.pos or 0) + packet.size)
             try:
-                frames = [] if self._is_header_frame(packet) else packet.decode()
+                frames = [] if is_header else packet.decode()
                 failed = packet.is_corrupt and self.format == "mov"
             except self._errors:
                 frames, failed = [], True
@@ -219,7 +224,7 @@ class Reader:
                 if self.format == "flac" and frames:
                     excess = max(0, packet.size - _largest_flac_frame(frames[0]))
                 self._good_bytes += packet.size
-                self._good_packets += bool(frames)
+                self._good_packets += bool(packet.size) and not is_header
             if packet.size:
                 is_bad = failed
                 if self.format in _FRAME_STREAMS:
@@ -279,7 +284,8 @@ class Reader:
     def _stated_s(self) -> float | None:
         duration_s = self._seconds(self._stream.duration)
         if self.format == "mp3":
-            if info := _MP3_INFO.search(self._before_first(_HEAD_BYTES)):
+            before = self._before_first(_HEAD_BYTES)
+            if info := _MP3_INFO.search(before) or _MP3_INFO.match(self.window.peek(0, _HEAD_BYTES)):
                 self._stated_packets = _mp3_packets(info)
             return self._stated_packets * self._seconds(self._first.duration) or None
         if self.format in ("asf", "matroska") and not self._container.streams.video:
@@ -345,8 +351,8 @@ def _check_bit_stream(samples: Samples) -> None:
 
 
 def _largest_flac_frame(frame: Any) -> int:
-    """Bytes of the header and of samples that are not compressed, of 4 bytes at most (RFC 9639, 9.2)."""
-    return 4 * int(frame.samples * frame.layout.nb_channels) + 64
+    """More than a FLAC frame ever takes: samples have 33 bits at most (RFC 9639, 9.2)."""
+    return 5 * int(frame.samples * frame.layout.nb_channels) + 64
 
 
 def _refuse(url: str, flags: int, options: object) -> object:

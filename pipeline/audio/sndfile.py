@@ -28,6 +28,7 @@ class SndfileReader:
         import soundfile
 
         self.window = window
+        self.read_to = window.size
         self._errors = (soundfile.LibsndfileError, RuntimeError)
         window.seek(0)
         try:

@@ -15,7 +15,7 @@ _CONTAINERS = {
     "AIFF": rb"FORM....AIF[FC]",
     "MP4": rb"....(ftyp|moov|mdat|wide|free|skip|styp|moof)",
     "FLAC": rb"fLaC",
-    "Ogg": rb"OggS",
+    "Ogg": rb"OggS\0",
     "Matroska": rb"\x1a\x45\xdf\xa3",
     "CAF": rb"caff",
     "AU": rb"\.snd",
@@ -66,11 +66,16 @@ def looks_like_audio(head: bytes, name: str) -> bool:
     """
     if PurePath(name).suffix.lower()[1:] in _ENDINGS:
         return True
-    return head.startswith(b"ID3") or is_container(head) or _matches(_FRAMES, head)
+    return head.startswith(b"ID3") or is_container(head) or begins_frames(head)
 
 
 def is_container(head: bytes) -> bool:
     return any(_matches(pattern, head) for pattern in _CONTAINERS.values())
+
+
+def begins_frames(head: bytes) -> bool:
+    """Whether a stream of frames without a container may begin here."""
+    return _matches(_FRAMES, head)
 
 
 def is_mp4(head: bytes) -> bool:

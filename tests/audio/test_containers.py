@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,37 @@ def test_a_file_behind_one_of_another_kind_is_decoded_as_well(
     assert info.notes == (
         ("the format changes on the way: 44100 Hz, 2 ch; 48000 Hz, 2 ch",) * (second == "opus")
     )
+
+
+@pytest.mark.parametrize("between", [b"", ID3V1, id3v2(bytes(3001)), apev2()])
+@pytest.mark.parametrize("kind", ["wav", "rf64", "aiff", "flac", "m4a"])
+def test_two_files_of_one_kind_are_decoded_with_tags_between_them(
+    tmp_path: Path, kind: str, between: bytes
+) -> None:
+    data = ffmpeg_bytes(tmp_path / "w", "rf64", 1.5)[0] if kind == "rf64" else KINDS[kind](tmp_path, 1.5)
+    audio, info = decoded(tmp_path, data + between + data)
+    assert audio.duration_s == pytest.approx(3.0, abs=0.01)
+    assert info.notes == ()
+
+
+@pytest.mark.parametrize("first", ["wav", "m4a", "vorbis"])
+def test_an_mp3_with_a_tag_in_front_is_decoded_behind_another_file(tmp_path: Path, first: str) -> None:
+    audio, _ = decoded(tmp_path, KINDS[first](tmp_path, 1.5) + id3v2(bytes(100)) + mp3(2))
+    assert audio.duration_s == pytest.approx(3.5, abs=0.1)
+
+
+def test_joined_flac_files_of_large_blocks_lose_nothing_at_the_join(tmp_path: Path) -> None:
+    frames, options = tones(1.7, 44100, 1), {"frame_size": "65535"}
+    with av.open(str(tmp_path / "w"), "w", format="flac") as output:
+        stream = output.add_stream("flac", rate=44100, layout="mono", options=options)
+        frame = av.AudioFrame.from_ndarray((frames.T * 32767).astype("<i2"), format="s16", layout="mono")
+        frame.sample_rate = 44100
+        for part in av.AudioResampler(format="s16", layout="mono", frame_size=65535).resample(frame):
+            output.mux(stream.encode(part))
+        output.mux(stream.encode(None))
+    data = (tmp_path / "w").read_bytes()
+    once, twice = decoded(tmp_path, data)[0], decoded(tmp_path, data + data)
+    assert (twice[0].n_samples, twice[1].notes) == (2 * once.n_samples, ())
 
 
 @pytest.mark.parametrize("kind", ["flac", "vorbis", "opus", "m4a"])
@@ -277,6 +309,41 @@ def test_tags_in_front_and_behind_change_nothing(tmp_path: Path, kind: str) -> N
         audio, tagged_info = decoded(tmp_path, tagged)
         assert np.array_equal(audio.samples, plain.samples)
         assert tagged_info == info
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        b"LYRICSBEGIN" + b"la " * 1500 + b"LYRICSEND" + ID3V1,
+        b"LYRICSBEGININD0000200" + b"la " * 3000 + b"009021LYRICS200" + ID3V1,
+        b"TAG+" + b"x" * 223 + ID3V1,
+        ID3V1 + apev2(),
+    ],
+)
+def test_further_tags_behind_an_mp3_change_nothing(tmp_path: Path, tag: bytes) -> None:
+    plain, info = decoded(tmp_path, mp3(1.5))
+    audio, tagged_info = decoded(tmp_path, mp3(1.5) + tag)
+    assert np.array_equal(audio.samples, plain.samples)
+    assert tagged_info == info
+
+
+def test_a_tag_within_the_metadata_of_a_flac_is_part_of_it(tmp_path: Path) -> None:
+    data = KINDS["flac"](tmp_path, 1.5)
+    riff = b"riffid3 " + (2010).to_bytes(4, "little") + id3v2(bytes(2000))  # of flac --keep-foreign-metadata
+    block = b"\2" + len(riff).to_bytes(3) + riff
+    assert decoded(tmp_path, data[:42] + block + data[42:])[0].n_samples == 66150
+
+
+@pytest.mark.parametrize("box", [b"\0\0\0\x08wide", b"\0\0\0\x10free" + bytes(8)])
+def test_an_mp4_may_begin_with_other_boxes(tmp_path: Path, box: bytes) -> None:
+    data = ffmpeg_bytes(tmp_path / "w", "aac-index-last", 1.5)[0]
+    at = data.rindex(b"stco") + 8
+    (count,) = struct.unpack_from(">I", data, at)
+    offsets = struct.unpack_from(f">{count}I", data, at + 4)
+    moved = struct.pack(f">{count}I", *(offset + len(box) for offset in offsets))
+    audio, info = decoded(tmp_path, box + data[: at + 4] + moved + data[at + 4 + 4 * count :])
+    assert audio.duration_s == pytest.approx(1.5, abs=1e-3)
+    assert info.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -469,6 +536,31 @@ def test_holes_all_over_a_long_mp3_cost_only_what_is_damaged(tmp_path: Path) -> 
     audio, info = decoded(tmp_path, bytes(data))
     assert 59.4 < audio.duration_s < 59.8
     assert "s of 60.0" in info.notes[0]
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("page", [2, -1])
+def test_a_damaged_page_at_either_end_of_an_ogg_stream_is_missed(
+    tmp_path: Path, subtype: str, page: int
+) -> None:
+    data = bytearray(ogg(10, 48000, 2, subtype))
+    pages = [match.start() for match in re.finditer(b"OggS", bytes(data))]
+    audio_pages = [at for at in pages if any(data[at + 6 : at + 14])]
+    data[audio_pages[0 if page > 0 else page] + 200] ^= 1
+    assert "can be decoded" in refusal(tmp_path, bytes(data))
+
+
+def test_an_mp3_whose_beginning_is_missing_behind_its_header_frame_is_refused(tmp_path: Path) -> None:
+    data = bytearray(mp3(12))
+    data[1300:31300] = bytes(30_000)
+    assert "of 12.0 s can be decoded" in refusal(tmp_path, bytes(data))
+
+
+@pytest.mark.parametrize("rate", [8000, 22050])
+def test_an_mp3_of_a_low_rate_lacks_nothing(tmp_path: Path, rate: int) -> None:
+    audio, info = decoded(tmp_path, mp3(1.2, rate, 1), rate=rate)
+    assert audio.duration_s == pytest.approx(1.2, abs=0.01)
+    assert info.notes == ()
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
