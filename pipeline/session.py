@@ -20,7 +20,7 @@ from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import reporting_to
 from pipeline.runner.retry import recover_crashed
-from pipeline.runner.runner import check_outbox_mount
+from pipeline.runner.runner import OUTBOX_MOUNT, check_outbox_mount
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
 from pipeline.service.sd_notify import Notifier
@@ -48,7 +48,8 @@ def open_session(
         store = app.open_store()
         signals.overdue = partial(_release_and_exit, app.workspace, is_watching=is_watching)
         try:
-            check_outbox_mount(app.workspace.outbox, store)
+            if mount := check_outbox_mount(app.workspace.outbox, store):
+                store.set_fact(OUTBOX_MOUNT, mount)
             given_up = _recover(app, store)
             with reporting_to(console, notifier.progress) as reporter:
                 ingest, runner = app.ingest_and_runner(store, folder, reporter, signals.is_stopped)

@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.fs.disk import environment_error
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
+from pipeline.runner.runner import check_outbox_mount
 from pipeline.store.store import Store
 from pipeline.weights import hub
 from pipeline.workspace import ENGINES_FOLDER
@@ -110,6 +111,7 @@ def _database(app: App, *, repair: bool) -> Iterator[Check]:
     store.check()
     counts = ", ".join(f"{n} {state}" for state, n in store.counts().items())
     yield Check("ok", "database", f"intact: {counts}")
+    check_outbox_mount(app.workspace.outbox, store)
     findings = reconcile(
         store,
         Outbox(app.workspace.outbox),

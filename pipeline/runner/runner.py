@@ -39,6 +39,8 @@ from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
 
+OUTBOX_MOUNT = "outbox mount"  # the fact in the store: where its disk was mounted at the last start
+
 log = logging.getLogger("pipeline")
 
 
@@ -421,21 +423,21 @@ class Runner:
         )
 
 
-def check_outbox_mount(outbox: Path, store: Store) -> None:
-    """Refuse an outbox whose disk is not mounted, since all results would seem lost and be made again.
+def check_outbox_mount(outbox: Path, store: Store) -> str:
+    """Where the disk of the outbox is mounted; empty if the system does not tell.
 
     Raises:
-        FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty.
+        FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty: all
+            results would seem lost and be made again.
     """
     mounts = mounts_of(outbox)
     if not mounts:
-        return
-    before, now = store.fact("outbox mount"), mounts[0].mount_point
+        return ""
+    before, now = store.fact(OUTBOX_MOUNT), mounts[0].mount_point
     was_deeper = before is not None and len(before) > len(now) and outbox.is_relative_to(before)
     if was_deeper and not any(outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
-    if before != now:
-        store.set_fact("outbox mount", now)
+    return now
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -25,6 +25,7 @@ from pipeline.cli.doctor import Check
 from pipeline.cli.status import status_facts
 from pipeline.config import load_config
 from pipeline.service.health import Health
+from pipeline.store.store import Store
 
 Pipeline = Callable[..., RunResult]
 TIMEOUT_S = 60.0  # for a child process; ends a test that would hang
@@ -421,6 +422,20 @@ def test_doctor_repairs_on_request_what_is_missing_or_altered(processed: Home, p
     assert "queued again" in repaired.out
     assert pipeline("doctor").code == 0
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("arguments", [(), ("--repair",)])
+def test_doctor_takes_no_result_for_lost_while_the_disk_of_the_outbox_is_away(
+    processed: Home, pipeline: Pipeline, arguments: tuple[str, ...]
+) -> None:
+    shutil.rmtree(processed.outbox)
+    processed.outbox.mkdir()
+    with closing(Store(processed.folder / "state" / "pipeline.db")) as store:
+        store.set_fact("outbox mount", str(processed.outbox))
+    said = pipeline("doctor", *arguments)
+    assert "isn't mounted now" in said.out
+    assert "missing" not in said.out
+    assert "1 done, 1 failed" in pipeline("status").out
 
 
 def test_while_doctor_repairs_status_shows_no_report_of_an_earlier_instance(
