@@ -243,21 +243,21 @@ def _tags_end(file: BinaryIO, start: int, size: int) -> int:
 
 def _trailing_tags_start(file: BinaryIO, size: int) -> int:
     """Where the tags at the end begin: ID3v1, its extension, Lyrics3, and APEv2 in front of those."""
-    while size > 0:
-        tail = read_at(file, size - 5120, min(size, 5120))
+    while True:
+        begin, tail = size, read_at(file, size - 5120, min(size, 5120))
         if tail[-128:-125] == b"TAG":
-            size -= 128
+            begin -= 128
         elif tail[-227:-223] == b"TAG+":
-            size -= 227
+            begin -= 227
         elif match := re.search(rb"(\d{6})LYRICS200\Z", tail):
-            size -= int(match[1]) + 15
-        elif tail.endswith(b"LYRICSEND") and (begin := tail.rfind(b"LYRICSBEGIN")) >= 0:
-            size -= len(tail) - begin
+            begin -= int(match[1]) + 15
+        elif tail.endswith(b"LYRICSEND") and (at := tail.rfind(b"LYRICSBEGIN")) >= 0:
+            begin -= len(tail) - at
         elif tail[-32:-24] == b"APETAGEX":
-            size = min(_tag_at(file, size - 32)[0], size - 32)
-        else:
+            begin = _tag_at(file, size - 32)[0]
+        if not 0 <= begin < size:
             return size
-    return 0
+        size = begin
 
 
 def _tag_at(file: BinaryIO, at: int) -> Stretch:

@@ -327,6 +327,12 @@ def test_further_tags_behind_an_mp3_change_nothing(tmp_path: Path, tag: bytes) -
     assert tagged_info == info
 
 
+@pytest.mark.parametrize("tag", [b"999999LYRICS200", apev2(5000)[-32:-20] + b"\xff" * 20])
+def test_a_tag_that_states_more_than_the_file_has_is_no_tag(tmp_path: Path, tag: bytes) -> None:
+    audio, _ = decoded(tmp_path, KINDS["wav"](tmp_path, 1.5) + tag)
+    assert audio.n_samples == 66150
+
+
 def test_a_tag_within_the_metadata_of_a_flac_is_part_of_it(tmp_path: Path) -> None:
     data = KINDS["flac"](tmp_path, 1.5)
     riff = b"riffid3 " + (2010).to_bytes(4, "little") + id3v2(bytes(2000))  # of flac --keep-foreign-metadata
