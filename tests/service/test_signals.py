@@ -86,7 +86,7 @@ def test_handlers_and_threads_are_gone_afterwards() -> None:
             pass
     assert signal.getsignal(signal.SIGTERM) is before
     assert threading.active_count() == threads
-    assert open_descriptors() == descriptors
+    assert open_descriptors() <= descriptors  # what earlier tests left may be closed meanwhile
 
 
 def test_work_that_does_not_stop_in_time_is_ended_by_force() -> None:
