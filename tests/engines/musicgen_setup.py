@@ -91,11 +91,11 @@ def request_state(checkpoint: Any, name: str = "a", *, audio: Audio | None = Non
     prompt, sampler = choices.pop("prompt", ""), choices.pop("sampler", None)
     all_windows = windows(n_frames, choices.pop("window_frames", 1500), choices.pop("stride_frames", 900))
     audio = tones(440.0, 554.37) if audio is None else audio
-    end_s = all_windows[-1].start / 50 + checkpoint.window_s
+    starts = [window.start for window in all_windows]
     return RequestState(
         request_id=name,
         conditions=conditioning.Conditions(
-            chroma=conditioning.track_chroma(checkpoint, audio, end_s),
+            chroma=conditioning.track_chroma(checkpoint, audio, starts),
             text=conditioning.encode_prompt(checkpoint, prompt, checkpoint.text_encoder),
             checkpoint=checkpoint,
         ),

@@ -35,7 +35,7 @@ from pipeline.engines.base import (
     Params,
 )
 
-VERSION = "6"
+VERSION = "7"
 DEFAULT_MODEL = "facebook/musicgen-melody"
 FOLDER = "musicgen"  # of this engine's files in the state folder
 LICENSE = "CC-BY-NC-4.0 (MusicGen weights)"

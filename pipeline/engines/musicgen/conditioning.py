@@ -1,16 +1,16 @@
 """What conditions the model: the melody as chroma and the prompt as tokens, and the null condition.
 
-The chroma is computed once of the whole track and cut at each window's own time, so that a window in
-the second minute follows the second minute. A window gets as much chroma as in training. Where the
-track is shorter, it is repeated from its beginning, as in audiocraft (`_generate_tokens` of its
-MusicGen). Each melody is prepared by itself: in a batch of several lengths the library pads with
-silence, which one-hot chroma turns into a steady C.
+The chroma of a window is computed of the track from the window's own time on, as much as in training, so
+that a window in the second minute follows the second minute. Where the track ends, it is repeated from its
+beginning. Both as in audiocraft (`_generate_tokens` of its MusicGen), frame for frame. Each melody is
+prepared by itself: in a batch of several lengths the library pads with silence, which one-hot chroma turns
+into a steady C.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -28,20 +28,15 @@ from pipeline.records import Audio, Samples
 class Conditions:
     """The prefixes of one request."""
 
-    chroma: Samples  # one-hot, (frames, 12), for all windows
+    chroma: Mapping[
+        int, Samples
+    ]  # one-hot, (chroma length, 12), by the frame of tokens where a window starts
     text: Samples  # the prompt's embedding, (tokens, hidden)
     checkpoint: Checkpoint
 
-    def chroma_at(self, start: int) -> Samples:
-        """The chroma of the window that starts at that frame of tokens, (chroma length, 12)."""
-        length = self.checkpoint.chroma_length
-        extractor = self.checkpoint.feature_extractor
-        first = round(start / self.checkpoint.frames_per_s * extractor.sampling_rate / extractor.hop_length)
-        return np.resize(self.chroma[first : first + length], (length, self.chroma.shape[1]))
-
     def conditional(self, start: int) -> Samples:
         """The prefix of the window that starts there: float32, (chroma length + tokens, hidden)."""
-        return np.concatenate([project_chroma(self.checkpoint, self.chroma_at(start)), self.text])
+        return np.concatenate([project_chroma(self.checkpoint, self.chroma[start]), self.text])
 
     def unconditional(self) -> Samples:
         """The prefix of the unconditional row, as long as `conditional`: the library's null condition.
@@ -67,10 +62,10 @@ class ConditionBuilder:
         self._chroma = cache(partial(track_chroma, checkpoint))
         self._prompt = cache(partial(encode_prompt, checkpoint, open_encoder=self._text_encoder.open))
 
-    def conditions(self, audio: Audio, wanted: Melody, prompt: str, end_s: float) -> Conditions:
-        """`end_s`: end of the last window in the track."""
+    def conditions(self, audio: Audio, wanted: Melody, prompt: str, starts: tuple[int, ...]) -> Conditions:
+        """`starts`: of the windows, in frames of tokens."""
         source, _ = self.melody(audio, wanted)
-        return Conditions(self._chroma(source, end_s), self._prompt(prompt), self.checkpoint)
+        return Conditions(self._chroma(source, starts), self._prompt(prompt), self.checkpoint)
 
     def close(self) -> None:
         """Release everything that was built, and the text encoder."""
@@ -79,19 +74,21 @@ class ConditionBuilder:
         self._text_encoder.close()
 
 
-def track_chroma(checkpoint: Checkpoint, audio: Audio, end_s: float) -> Samples:
-    """One-hot chroma of a track from its beginning to `end_s`, repeated if it is shorter.
+def track_chroma(checkpoint: Checkpoint, audio: Audio, starts: Sequence[int]) -> dict[int, Samples]:
+    """One-hot chroma of a track, repeated if it is shorter, in windows that start at these frames of tokens.
 
-    Returns float32, (frames, 12).
+    Returns float32 (chroma length, 12) by start.
     """
     extractor = checkpoint.feature_extractor
-    n_samples = max(math.ceil(end_s * extractor.sampling_rate), extractor.n_samples)
-    samples = repeated_mono(audio, extractor.sampling_rate, n_samples)
-    features = extractor(
-        samples, sampling_rate=extractor.sampling_rate, truncation=False, return_tensors="pt"
-    )
-    result: Samples = features["input_features"][0].numpy()
-    return result
+    rate_hz = extractor.sampling_rate
+    firsts = [round(start / checkpoint.frames_per_s * rate_hz) for start in starts]
+    samples = repeated_mono(audio, rate_hz, max(firsts) + extractor.n_samples)
+    return {
+        start: extractor(
+            samples[first : first + extractor.n_samples], sampling_rate=rate_hz, return_tensors="np"
+        )["input_features"][0]
+        for start, first in zip(starts, firsts, strict=True)
+    }
 
 
 def repeated_mono(audio: Audio, sample_rate: int, n_samples: int) -> Samples:

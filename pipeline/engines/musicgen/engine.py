@@ -185,14 +185,14 @@ class MusicgenGenerator:
         params = MusicgenParams.model_validate(dict(request.params))
         n_frames = max(1, math.ceil(self._n_samples(request) / self.checkpoint.hop_samples))
         all_windows = windows(n_frames, self.window_frames, self.stride_frames)
-        end_s = all_windows[-1].start / self.checkpoint.frames_per_s + self.checkpoint.window_s
+        starts = tuple(window.start for window in all_windows)
         shape = (self.decoder.shape.codebooks, n_frames)
         melody_source = builder.melody(request.audio, params.melody)[1]
         identity = self._identity(request, melody_source)
         codes = self.saved.load(identity, shape)
         return RequestState(
             request_id=request.request_id,
-            conditions=builder.conditions(request.audio, params.melody, params.prompt, end_s),
+            conditions=builder.conditions(request.audio, params.melody, params.prompt, starts),
             melody_source=melody_source,
             identity=identity,
             sampler=Sampler(params, request.seed),

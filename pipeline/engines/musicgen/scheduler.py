@@ -53,7 +53,7 @@ class RequestState:
 
     def prefix_keys(self, window: Window) -> list[Hashable]:
         """What tells the prefix of each row in a window from others."""
-        chroma, text = self.conditions.chroma_at(window.start), self.conditions.text
+        chroma, text = self.conditions.chroma[window.start], self.conditions.text
         conditional, unconditional = (chroma.tobytes(), text.tobytes()), len(text)
         return [conditional, unconditional][: self.n_rows]
 

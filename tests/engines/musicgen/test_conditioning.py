@@ -15,7 +15,7 @@ RATE_HZ, WINDOW = 32000, 960_000
 
 
 def chroma_of(musicgen: Any, audio: Audio) -> np.ndarray:
-    return conditioning.track_chroma(musicgen.checkpoint, audio, 30.0)
+    return conditioning.track_chroma(musicgen.checkpoint, audio, [0])[0]
 
 
 def test_chroma_is_the_feature_extractors_of_the_same_sound(musicgen: Any) -> None:
@@ -56,13 +56,36 @@ def test_a_later_window_has_the_chroma_of_its_own_part_of_the_track(musicgen: An
         tones(pitch, seconds=s, sample_rate=RATE_HZ) for pitch, s in ((440.0, 20.0), (659.26, 30.0))
     )
     track = Audio(np.concatenate([first.samples, second.samples], axis=1), RATE_HZ)
-    chroma = conditioning.track_chroma(checkpoint, track, 48.0)
+    chroma = conditioning.track_chroma(checkpoint, track, [0, 18 * 50])
     conditions = conditioning.Conditions(
         chroma, conditioning.encode_prompt(checkpoint, "", checkpoint.text_encoder), checkpoint
     )
-    window = conditions.chroma_at(18 * 50).argmax(axis=-1)
+    window = conditions.chroma[18 * 50].argmax(axis=-1)
     assert (window[:14] == 9).all() and (window[18:] == 4).all()
     assert conditions.conditional(18 * 50).shape == conditions.unconditional().shape == (236, 32)
+
+
+@pytest.mark.parametrize(("start", "seconds"), [(900, 70.0), (2700, 70.0), (900, 40.0), (2700, 40.0)])
+def test_every_window_has_the_chroma_of_the_sound_from_its_own_start(
+    musicgen: Any, start: int, seconds: float
+) -> None:
+    """Reference: audiocraft's positions of a later window, modulo the melody's length, and its extractor.
+
+    Melody notes of 0.31 s, which don't fall on the frames of one grid for the whole track.
+    """
+    checkpoint = musicgen.checkpoint
+    notes = np.random.default_rng(4).integers(48, 72, 250)
+    pitches = [440.0 * 2 ** ((note - 69) / 12) for note in notes]
+    n_samples = round(seconds * RATE_HZ)
+    melody = np.concatenate(
+        [tones(pitch, seconds=0.31, sample_rate=RATE_HZ, channels=1).samples[0] for pitch in pitches]
+    )[:n_samples]
+    positions = np.arange(start * 640, start * 640 + WINDOW) % n_samples
+    expected = checkpoint.feature_extractor(melody[positions], sampling_rate=RATE_HZ, return_tensors="np")[
+        "input_features"
+    ][0]
+    found = conditioning.track_chroma(checkpoint, Audio(melody[None], RATE_HZ), [0, start])[start]
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_long_source_is_used_from_its_beginning() -> None:

@@ -62,11 +62,11 @@ def case(request: pytest.FixtureRequest, musicgen_checkpoint: BuildFn) -> Case:
     tokens[0] = 2048  # pads, as the delay pattern begins
     for step in range(1, 4):
         tokens[step, step * checkpoint.channels :] = 2048
-    chroma = conditioning.track_chroma(checkpoint, tones(440.0, 554.37), 30.0)
+    chroma = conditioning.track_chroma(checkpoint, tones(440.0, 554.37), [0])
     conditions = conditioning.Conditions(
         chroma, conditioning.encode_prompt(checkpoint, PROMPT, checkpoint.text_encoder), checkpoint
     )
-    melodies = np.stack([conditions.chroma_at(0), np.eye(1, 12, dtype=np.float32).repeat(235, 0)])
+    melodies = np.stack([conditions.chroma[0], np.eye(1, 12, dtype=np.float32).repeat(235, 0)])
     text = checkpoint.tokenizer([PROMPT, PROMPT], return_tensors="pt")
     text["attention_mask"][1] = 0  # the null condition: no text, a steady C
     with torch.inference_mode():
@@ -157,7 +157,7 @@ def test_greedy_tokens_are_those_of_generate(
     with torch.inference_mode():
         case.full.generate(
             **case.checkpoint.tokenizer([PROMPT], return_tensors="pt"),
-            input_features=torch.from_numpy(case.conditions.chroma_at(0)[None]),
+            input_features=torch.from_numpy(case.conditions.chroma[0][None]),
             do_sample=False,
             guidance_scale=guidance,
             max_length=25 + 4,

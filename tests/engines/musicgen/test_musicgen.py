@@ -120,7 +120,9 @@ def test_at_temperature_0_the_tokens_are_those_of_the_librarys_greedy_search(
     with torch.inference_mode():
         expected = model.eval().generate(
             **checkpoint.tokenizer(["warm piano"], return_tensors="pt"),
-            input_features=torch.from_numpy(conditioning.track_chroma(checkpoint, wanted.audio, 30.0))[None],
+            input_features=torch.from_numpy(conditioning.track_chroma(checkpoint, wanted.audio, [0])[0])[
+                None
+            ],
             do_sample=False,
             guidance_scale=guidance,
             max_length=25 + 4,
