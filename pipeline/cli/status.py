@@ -53,6 +53,8 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     """
     from pipeline.intake.copies import is_conflict_copy
     from pipeline.intake.scanner import Scanner
+    from pipeline.maintenance.reconcile import reconcile
+    from pipeline.outbox.outbox import Outbox
 
     recipe = app.recipe
     for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
@@ -76,6 +78,13 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
         is_idle = False
         if track.sha256 not in listed:
             yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
+    if store and app.config.retention.redo_missing:
+        outbox = Outbox(app.workspace.outbox)
+        findings = reconcile(store, outbox, app.workspace, thorough=False, repair=False, now=time.time())
+        for finding in findings:
+            if finding.kind == "result":
+                is_idle = False
+                yield f"{finding.where}: {finding.text}: made again"
     if is_idle:
         yield "nothing to do"
 

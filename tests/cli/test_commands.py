@@ -309,6 +309,17 @@ def test_status_and_plan_import_nothing_heavy(processed: Home) -> None:
     assert "new.wav: new" in ended.stdout
 
 
+def test_plan_says_that_a_result_which_was_deleted_is_made_again(processed: Home, pipeline: Pipeline) -> None:
+    assert "made again" not in pipeline("plan").out
+    [folder] = processed.folders
+    shutil.rmtree(folder)
+    assert [line for line in pipeline("plan").out.splitlines() if line.endswith("made again")] == [
+        f"{folder.name}: manifest.json is missing or damaged: made again"
+    ]
+    processed.configure(retention={"redo_missing": False})
+    assert "made again" not in pipeline("plan").out
+
+
 def test_a_part_of_the_name_is_enough_for_show_and_retry(processed: Home, pipeline: Pipeline) -> None:
     assert pipeline("show", "SON").out.startswith("song.wav (")
     assert pipeline("retry", "lett").out == "letter.mp3: queued again\n"
