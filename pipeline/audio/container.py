@@ -2,8 +2,9 @@
 
 FFmpeg reads the containers. What it does not do is done here: find an ID3v2 tag in front of containers other
 than MPEG audio, tell a large tag in the middle of joined MP3 or ADTS files from sound, go on from one chained
-Ogg stream to another of a different format and from a WAV, Ogg or MP4 file to one behind it, tell whether an
-Ogg file ends within a page, and find the `data` chunk of a WAV file behind a chunk whose size is wrong.
+Ogg stream to another of a different format and from one file to another behind it, tell whether an Ogg file
+ends within a page and what its pages hold, and find the `data` chunk of a WAV file behind a chunk whose size
+is wrong.
 
 Sources: ID3v2.4 (3.1, 3.4), ID3v1 and APEv2; RFC 3533 (6) for Ogg pages; ISO/IEC 14496-12 (4.2) for boxes.
 """
@@ -14,6 +15,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.audio.sniff import begins_frames, is_container, is_mp4
@@ -26,7 +28,7 @@ _TOO_MANY_PARTS = f"is more than {_MAX_PARTS} files one after another"
 
 _FORMAT_SIZES = (16, 18, 40)  # of a `fmt ` chunk
 _LEAST_REST = 64  # bytes behind the end of a container: fewer are padding
-# Of what the header states the length of all that follows it: its form, and where it stands.
+# Containers whose header states the length of all that follows: that field's format and place.
 _CHUNKED = {b"RIFF": ("<I", 4), b"FORM": (">I", 4), b"RF64": ("<Q", 20), b"BW64": ("<Q", 20)}
 
 Stretch = tuple[int, int]  # first byte, byte behind the last
@@ -39,6 +41,21 @@ class _OggPage(NamedTuple):
     granule: int  # 0 of the pages with headers
     serial: int  # of the stream
     content: int  # bytes of packets
+
+
+@dataclass
+class _OggLink:
+    """What its pages say of one link of a chain of Ogg streams."""
+
+    first: _OggPage
+    last: _OggPage
+    is_single: bool = True  # all pages are of one stream
+    packet_bytes: int = 0  # without the headers
+
+    def add(self, page: _OggPage) -> None:
+        self.last = page
+        self.is_single &= page.serial == self.first.serial
+        self.packet_bytes += page.content if page.granule else 0
 
 
 class Window(io.RawIOBase):
@@ -277,28 +294,28 @@ def _tag_at(file: BinaryIO, at: int) -> Stretch:
 
 def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Window]:
     """One part for each link of the chain; multiplexed streams, whose first pages adjoin, are one link."""
-    links: list[list[_OggPage]] = []
+    links: list[_OggLink] = []
     first_pages_end = -1
     for at in find(file, start, end, re.compile(rb"OggS\0")):
         page = _ogg_page(file, at)
         if page.flags & _OGG_FIRST or not links:
             if at != first_pages_end:
-                links.append([])
+                links.append(_OggLink(page, page))
             first_pages_end = page.end
         if len(links) > _MAX_PARTS:
             raise BadAudio(_TOO_MANY_PARTS)
-        links[-1].append(page)
-    ends = [link[0].start for link in links[1:]] + [end]
+        links[-1].add(page)
+    ends = [link.first.start for link in links[1:]] + [end]
     return [_ogg_part(file, link, link_end) for link, link_end in zip(links, ends, strict=True)]
 
 
-def _ogg_part(file: BinaryIO, pages: list[_OggPage], end: int) -> Window:
-    last = pages[-1]
-    window = Window(file, (pages[0].start, min(last.end, end)))
+def _ogg_part(file: BinaryIO, link: _OggLink, end: int) -> Window:
+    last = link.last
+    window = Window(file, (link.first.start, min(last.end, end)))
     window.ends_unmarked = not last.flags & _OGG_LAST
     window.ends_in_page = last.end > end or (window.ends_unmarked and last.end < end)
-    if len({page.serial for page in pages}) == 1:
-        window.packet_bytes = sum(page.content for page in pages if page.granule and page.end <= end)
+    if link.is_single:
+        window.packet_bytes = link.packet_bytes - (last.content if last.end > end else 0)
     return window
 
 

@@ -351,7 +351,7 @@ def _check_bit_stream(samples: Samples) -> None:
 
 
 def _largest_flac_frame(frame: Any) -> int:
-    """More than a FLAC frame ever takes: samples have 33 bits at most (RFC 9639, 9.2)."""
+    """Bytes that no FLAC frame exceeds: a sample has 33 bits at most (RFC 9639, 9.2)."""
     return 5 * int(frame.samples * frame.layout.nb_channels) + 64
 
 

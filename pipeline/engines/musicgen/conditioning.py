@@ -28,9 +28,7 @@ from pipeline.records import Audio, Samples
 class Conditions:
     """The prefixes of one request."""
 
-    chroma: Mapping[
-        int, Samples
-    ]  # one-hot, (chroma length, 12), by the frame of tokens where a window starts
+    chroma: Mapping[int, Samples]  # see `track_chroma`
     text: Samples  # the prompt's embedding, (tokens, hidden)
     checkpoint: Checkpoint
 
