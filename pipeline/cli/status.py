@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.app import App
+from pipeline.config import Config
 from pipeline.errors import FolderUnusable, UnknownTrack, os_reason
 from pipeline.fs.names import printable
-from pipeline.runner.retry import local_time
+from pipeline.runner.retry import local_time, longest_wait_s
 from pipeline.service.health import read_health
 from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
@@ -128,11 +129,11 @@ def status_facts(app: App) -> dict[str, Any]:
         "failures": [],
     }
     store = app.read_store()
-    return facts if store is None else {**facts, **_queue_facts(store, is_running=is_running)}
+    return facts if store is None else {**facts, **_queue_facts(store, app.config, is_running=is_running)}
 
 
-def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
-    counts = store.counts()
+def _queue_facts(store: Store, config: Config, *, is_running: bool) -> dict[str, Any]:
+    counts, now = store.counts(), time.time()
     names = {track.sha256: track.name for track in store.tracks(TrackState.RUNNING)}
     queue = [track.name for track in store.tracks(TrackState.QUEUED, limit=LISTED)]
     if not is_running:  # the next instance continues with what a killed one was working on
@@ -152,7 +153,7 @@ def _queue_facts(store: Store, *, is_running: bool) -> dict[str, Any]:
         "waiting": [
             {"track": track.name, "until": track.not_before, "error": track.error}
             for track in store.tracks(TrackState.QUEUED)
-            if track.not_before > time.time()
+            if 0 < track.not_before - now <= longest_wait_s(config)
         ][:LISTED],
         "queue": queue,
         "failures": [

@@ -19,7 +19,7 @@ from pipeline.fs.names import printable
 from pipeline.intake.archive import archive_files
 from pipeline.intake.copies import is_plainer
 from pipeline.intake.scanner import ScannedFile, Scanner
-from pipeline.intake.settling import Settling, has_writer
+from pipeline.intake.settling import PATIENCE, Settling, has_writer
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.store.schema import UNREADABLE, FileState, SourceFile, Track, TrackState
@@ -28,7 +28,6 @@ from pipeline.workspace import InputFolder, Workspace
 
 log = logging.getLogger("pipeline")
 
-PATIENCE = 5  # a file that can't be used is tried again until it has been unchanged for 5 * settle_s
 MAX_SCAN_S = 30.0  # a scan that takes in files ends after so long, so that queued tracks are processed
 READ_PATIENCE_S = 30.0  # how long a file is tried again whose device fails
 

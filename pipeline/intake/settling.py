@@ -17,6 +17,8 @@ from pathlib import Path
 from pipeline.fs.copying import FileIdentity
 from pipeline.intake.scanner import ScannedFile
 
+PATIENCE = 5  # a file that can't be used is tried again until it has been unchanged for 5 * settle_s
+
 
 @dataclass
 class Settling:

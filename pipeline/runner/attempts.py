@@ -27,14 +27,13 @@ from pipeline.intake.ingest import recheck_time
 from pipeline.plan import TrackPlan, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage, VariationRequest
-from pipeline.runner.retry import backoff_s
+from pipeline.runner.retry import MISSING_INBOX_PAUSE_S, backoff_s
 from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
 from pipeline.workspace import Scratch, Workspace
 
 log = logging.getLogger("pipeline")
 
-MISSING_INBOX_PAUSE_S = 30.0  # between tries to read a source whose inbox is missing
 RESULT_CHECK = "outbox"  # recorded as the stage of a failure while existing results are checked
 
 

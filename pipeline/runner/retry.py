@@ -7,13 +7,15 @@ import logging
 import time
 from dataclasses import replace
 
-from pipeline.config import Retry
+from pipeline.config import Config, Retry
+from pipeline.intake.settling import PATIENCE
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
 
 log = logging.getLogger("pipeline")
 
 JITTER = 0.25  # of the wait, either way, so that tracks that failed together are not all retried together
+MISSING_INBOX_PAUSE_S = 30.0  # between tries to read a source whose inbox is missing
 
 
 def backoff_s(sha256: str, attempts: int, settings: Retry) -> float:
@@ -21,6 +23,12 @@ def backoff_s(sha256: str, attempts: int, settings: Retry) -> float:
     share = int(hashlib.sha256(f"{sha256} {attempts}".encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
     wait = min(settings.backoff_s * 2.0 ** (attempts - 1), settings.max_backoff_s)
     return wait * (1.0 + JITTER * (2.0 * share - 1.0))
+
+
+def longest_wait_s(config: Config) -> float:
+    """The longest wait that this program sets; a longer one ends now, as the clock was set back."""
+    settle_s = 2 * PATIENCE * config.intake.settle_s
+    return max((1 + JITTER) * config.retry.max_backoff_s, MISSING_INBOX_PAUSE_S, settle_s)
 
 
 def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Track]:

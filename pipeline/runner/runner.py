@@ -26,15 +26,14 @@ from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, S
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
-from pipeline.intake.ingest import PATIENCE
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
 from pipeline.plan import Recipe, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Embedding, Failure, Stage, Variation, VariationRequest
-from pipeline.runner.attempts import MISSING_INBOX_PAUSE_S, Attempts, Job, RunResult
-from pipeline.runner.retry import JITTER, local_time
+from pipeline.runner.attempts import Attempts, Job, RunResult
+from pipeline.runner.retry import local_time, longest_wait_s
 from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
@@ -79,14 +78,9 @@ class Runner:
         return self.attempts.result
 
     def next_due(self) -> float | None:
-        """When the next queued track may be processed; None if none is queued.
-
-        A wait longer than any that this program sets means that the clock was set back: it ends now.
-        """
+        """When the next queued track may be processed, see `longest_wait_s`; None if none is queued."""
         due, now = self.store.next_due(self.folder), self.clock()
-        config = self.recipe.config
-        settle_s = 2 * PATIENCE * config.intake.settle_s
-        longest_s = max((1 + JITTER) * config.retry.max_backoff_s, MISSING_INBOX_PAUSE_S, settle_s)
+        longest_s = longest_wait_s(self.recipe.config)
         if due is None or due <= now + longest_s:
             return due
         log.warning(

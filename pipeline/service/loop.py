@@ -11,7 +11,8 @@ from typing import Protocol
 from pipeline.engines.base import check_stop
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
-from pipeline.intake.ingest import PATIENCE, Ingest, ScanResult
+from pipeline.intake.ingest import Ingest, ScanResult
+from pipeline.intake.settling import PATIENCE
 from pipeline.intake.watcher import Watcher
 from pipeline.runner.retry import local_time
 from pipeline.runner.runner import Runner

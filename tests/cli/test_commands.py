@@ -25,6 +25,7 @@ from pipeline.cli.doctor import Check
 from pipeline.cli.status import status_facts
 from pipeline.config import load_config
 from pipeline.service.health import Health
+from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
 
 Pipeline = Callable[..., RunResult]
@@ -225,6 +226,21 @@ def test_status_shows_failures(processed: Home, pipeline: Pipeline) -> None:
     text = pipeline("status").out
     assert "0 queued, 0 running, 1 done, 1 failed" in text
     assert f"letter.mp3 in normalize after 1 attempts: {failure['error']}" in text
+
+
+@pytest.mark.parametrize(("wait_s", "is_waiting"), [(60.0, True), (1e8, False)])
+def test_status_says_what_is_waited_for_but_for_waits_of_a_clock_that_was_set_back(
+    processed: Home, pipeline: Pipeline, wait_s: float, is_waiting: bool
+) -> None:
+    with closing(Store(processed.folder / "state" / "pipeline.db")) as store:
+        [song] = store.tracks(TrackState.DONE)
+        store.requeue(song.sha256, now=time.time())
+        store.claim([song])
+        store.release(song.sha256, not_before=time.time() + wait_s)
+    facts = json.loads(pipeline("status", "--json").out)
+    assert [one["track"] for one in facts["waiting"]] == ["song.wav"] * is_waiting
+    assert facts["queue"] == ["song.wav"]
+    assert ("waiting until" in pipeline("status").out) == is_waiting
 
 
 def test_status_knows_whether_an_instance_is_running(processed: Home, pipeline: Pipeline) -> None:
