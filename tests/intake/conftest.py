@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-AsOtherUser = Callable[[Path], AbstractContextManager[None]]
+from other_user import AsOtherUser
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import AsOtherUser
+from other_user import AsOtherUser
 
 from pipeline.config import Intake
 from pipeline.fs.copying import FileIdentity
