@@ -3,7 +3,7 @@
 Method, as in the Infinite Jukebox (Lamere 2012, after Jehan 2005) and in music retargeting (Wenner et al.
 2013): find the beats and bars, measure how similar the contexts of every two beats are, search a path of
 the asked length through the beats, and join its pieces on the beat. Each module names its method and
-source. They build on each other in this order: `spectra`, `beats`, `similarity`, `bars`, `analysis`,
+source. They build on `pipeline.music` and on each other in this order: `similarity`, `analysis`,
 `lattice`, `path`, `render`, `generator`.
 """
 

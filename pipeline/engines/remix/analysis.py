@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.engines.remix import bars, beats, similarity, spectra
-from pipeline.engines.remix.spectra import Doubles, Floats
+from pipeline.engines.remix.similarity import join_costs
+from pipeline.music import bars, beats, features, spectra
+from pipeline.music.spectra import Doubles, Floats
 from pipeline.records import Audio
 
 # Corrections of a join's score
@@ -50,10 +51,10 @@ def analyse(audio: Audio) -> Analysis:
     mono = _at_analysis_rate(audio)
     spectrum = spectra.compute_spectra(mono)
     pulse = beats.track_beats(spectrum.onsets, mono)
-    features = similarity.beat_features(spectrum, pulse.edges_s)
-    distances = similarity.beat_distances(features)
-    found = bars.find_bars(features, distances) if pulse.tempo_bpm else bars.bars_of_pseudo_beats(distances)
-    similarities, scores = _scores(similarity.join_costs(distances), found)
+    of_beats = features.beat_features(spectrum, pulse.edges_s)
+    distances = features.beat_distances(of_beats)
+    found = bars.find_bars(of_beats, distances) if pulse.tempo_bpm else bars.bars_of_pseudo_beats(distances)
+    similarities, scores = _scores(join_costs(distances), found)
     has_ending, spare_tail_s = _ending(mono)
     if pulse.tempo_bpm and not has_ending and _is_whole_bars(pulse.edges_s, audio.duration_s, found.meter):
         similarities[-1, 0] = scores[-1, 0] = LOOP_SCORE

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engines.remix.spectra import Doubles
+from pipeline.music.spectra import Doubles
 
 Indices = NDArray[np.int64]
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from pipeline.engines.remix.analysis import Analysis
 from pipeline.engines.remix.lattice import Moves, draw_index, draw_joins, path_weights, start_weight
-from pipeline.engines.remix.spectra import Doubles
 from pipeline.errors import EngineFailure
+from pipeline.music.spectra import Doubles
 
 Joins = tuple[tuple[int, int], ...]  # (edge left, edge entered) of each
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.engines.remix.similarity import ONSET_PARTS, TONE_PARTS, Features
-from pipeline.engines.remix.spectra import Doubles, Floats
+from pipeline.music.features import ONSET_PARTS, TONE_PARTS, Features
+from pipeline.music.spectra import Doubles, Floats
 
 METERS = {4: 0.0, 3: 0.02, 5: 0.04, 7: 0.04}  # beats a bar: lead it needs over four, in typical distances
 MAX_LAG = 36  # beats, over which similarity is compared to find the meter

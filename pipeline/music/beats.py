@@ -21,7 +21,7 @@ import scipy.fft
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d, uniform_filter1d
 
-from pipeline.engines.remix.spectra import FRAME_RATE_HZ, RATE_HZ, Doubles, Floats
+from pipeline.music.spectra import FRAME_RATE_HZ, RATE_HZ, Doubles, Floats
 
 SLOWEST_BPM, FASTEST_BPM = 55.0, 215.0
 PRIOR_BPM, PRIOR_OCTAVES = 118.0, 0.9
