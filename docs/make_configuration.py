@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from pydantic import BaseModel  # noqa: E402
 
 from pipeline.config import Config  # noqa: E402
+from pipeline.config.sweeps import SharedParams  # noqa: E402
 from pipeline.engines import cards  # noqa: E402
 
 INTRODUCTION = """\
@@ -42,12 +43,25 @@ anchors.
 ## Keys
 """
 PARAMETERS = """
-## Parameters of variations
+## Variations
 
 An entry of `generate.variations` has a `name`, and may have `count` (so many variations with seeds
-of their own), `seed`, `duration_s`, and any parameter below. A list of values sweeps: one variation
-for each value, and for each combination if several parameters have lists. A parameter that the
-engine in use doesn't have is left aside, so that one file can serve several engines.
+of their own), `seed`, and any parameter below. A parameter that stands in a section named after an
+engine (`musicgen: {temperature: 1.1}`) is for that engine alone, and wins there over one that stands
+beside it. A parameter that the engine in use doesn't have is left aside, so that one file can serve
+several engines.
+
+Any parameter may have several values: a list, or a range `{low: 0.6, high: 1.2, steps: 3}`.
+`expand` says how they are combined:
+
+- `grid`, the default: every combination.
+- `zip`: all first values together, then all second ones.
+- `{random: 8, seed: 1}`: so many combinations drawn at random. Ranges need no steps here.
+
+`plan` shows what a configuration expands to.
+
+`--preset NAME` puts the settings of `config/presets/NAME.yaml` above the configuration. There are
+{presets}; any YAML file that is put there is a preset too.
 """
 
 
@@ -55,7 +69,13 @@ def page() -> str:
     """The whole page."""
     schema = Config.model_json_schema()
     comments = _comments((ROOT / "config" / "default.yaml").read_text(encoding="utf-8"))
-    parts = [INTRODUCTION, *_table(_keys(schema, schema, "", comments)), PARAMETERS]
+    presets = ", ".join(f"`{path.stem}`" for path in sorted((ROOT / "config" / "presets").glob("*.yaml")))
+    parts = [INTRODUCTION, *_table(_keys(schema, schema, "", comments))]
+    parts += [
+        PARAMETERS.replace("{presets}", presets),
+        "### Every engine\n",
+        *_table(_parameters(SharedParams)),
+    ]
     for card in cards().values():
         if card.stage == "generate":
             parts += [f"\n### {card.name}\n", *_table(_parameters(card.params))]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipeline")
 
 DEFAULT_CONFIG = Path("config/default.yaml")
+PRESETS = Path("config/presets")
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,20 @@ class App:
     home: Path
     config: Config
     config_path: Path | None  # None: the built-in configuration
+    preset: str | None  # whose settings won over the configuration
     workspace: Workspace
 
     @classmethod
-    def open(cls, home: Path, config_path: Path | None) -> App:
-        """Load the given configuration, or the home's own, or the built-in one.
+    def open(cls, home: Path, config_path: Path | None, preset: str | None = None) -> App:
+        """Load the given configuration, or the home's own, or the built-in one, with a preset of the home.
 
         Raises:
             ConfigError, FolderUnusable: see `load_config` and `Workspace.of`.
         """
         if config_path is None and (home / DEFAULT_CONFIG).exists():
             config_path = home / DEFAULT_CONFIG
-        config = load_config(config_path)
-        return cls(home, config, config_path, Workspace.of(home, config.folders))
+        config = load_config(config_path, preset=None if preset is None else _preset(home, preset))
+        return cls(home, config, config_path, preset, Workspace.of(home, config.folders))
 
     def settings(self, section: Embed | Generate) -> EngineSettings:
         model = section.model
@@ -110,7 +112,7 @@ class App:
         Raises:
             ConfigError: it is wrong, or names other folders, which needs a restart.
         """
-        fresh = App.open(self.home, self.config_path)
+        fresh = App.open(self.home, self.config_path, self.preset)
         if fresh.workspace != self.workspace:
             raise ConfigError(f"{fresh.config_path}: other folders need a restart")
         return fresh
@@ -201,3 +203,16 @@ class App:
         return Watcher(self.workspace.inbox, signals.wake, polling=polling), (
             f"{'polling' if polling else 'events'} ({why})"
         )
+
+
+def _preset(home: Path, name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        ConfigError: the home has none of that name.
+    """
+    known = {path.stem: path for path in sorted((home / PRESETS).glob("*.yaml"))}
+    if name not in known:
+        there = f"there are {', '.join(known)}" if known else f"{home / PRESETS} has none"
+        raise ConfigError(f"there is no preset {name}: {there}")
+    return known[name]

@@ -8,15 +8,15 @@ found in the store means that the work is done.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from pipeline.config import Config, Generate, VariationSpec
+from pipeline.config import Config, Generate
+from pipeline.config.sweeps import expand
 from pipeline.engines.base import EngineCard
 from pipeline.engines.selection import Choice
 from pipeline.fs.names import file_safe
@@ -36,6 +36,7 @@ class PlannedVariation:
     seed: int | None  # None: derived from the track's content
     occurrence: int  # how many earlier variations have the same name and parameters
     params: Mapping[str, Any]  # the engine's parameters, complete with defaults
+    similarity: float | None  # to the source, as asked; `params` says how
 
 
 @dataclass(frozen=True)
@@ -101,28 +102,30 @@ class Recipe:
 
 
 def plan_variations(generate: Generate, card: EngineCard) -> list[PlannedVariation]:
-    """Expand sweeps (a parameter that is a list: the product of all lists) and counts.
+    """Expand the entries, see `pipeline.config.sweeps`, and their counts.
 
     A given seed counts up over the repeats of its entry, which would all sound the same otherwise. A
     variation that equals an earlier one in everything, a given seed included, is left out.
-    Parameters that the engine does not have are left out: they belong to another engine of the same
-    configuration and must not change the keys of this one.
     """
     planned: list[PlannedVariation] = []
     seen: Counter[str] = Counter()
     given: set[tuple[str, int, float | str]] = set()
     for spec in generate.variations:
-        repeats = ((params, spec.count) for params in _sweep(spec, card))
-        for n, params in enumerate(p for p, count in repeats for _ in range(count)):
-            identity = digest([spec.name, params])
-            duration_s = generate.duration_s if spec.duration_s is None else spec.duration_s
+        combinations = expand(spec.model_extra or {}, spec.expand, card)
+        for n, made in enumerate(made for made in combinations for _ in range(spec.count)):
+            identity = digest([spec.name, made.params])
+            duration_s = generate.duration_s if made.duration_s is None else made.duration_s
             seed = None if spec.seed is None else (spec.seed + n) % 2**63
             if seed is not None:
                 if (identity, seed, duration_s) in given:
                     continue
                 given.add((identity, seed, duration_s))
             file = f"variations/{len(planned) + 1:02d}-{file_safe(spec.name)}.wav"
-            planned.append(PlannedVariation(file, spec.name, duration_s, seed, seen[identity], params))
+            planned.append(
+                PlannedVariation(
+                    file, spec.name, duration_s, seed, seen[identity], made.params, made.similarity
+                )
+            )
             seen[identity] += 1
     return planned
 
@@ -138,15 +141,6 @@ def derived_seed(sha256: str, planned: PlannedVariation) -> int:
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value's canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _sweep(spec: VariationSpec, card: EngineCard) -> Iterator[dict[str, Any]]:
-    extra = spec.model_extra or {}
-    own = {key: value for key, value in extra.items() if key in card.params.model_fields}
-    choices = [value if isinstance(value, list) else [value] for value in own.values()]
-    for combination in itertools.product(*choices):
-        given = dict(zip(own, combination, strict=True))
-        yield card.params.model_validate(given).model_dump(mode="json")
 
 
 def _engine_identity(choice: Choice) -> list[str | None]:

@@ -9,7 +9,6 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.config import Config, load_config
-from pipeline.engines import cards
 from pipeline.errors import ConfigError
 
 DEFAULT_FILE = Path(__file__).parents[1] / "config" / "default.yaml"
@@ -299,10 +298,52 @@ def test_each_value_of_a_sweep_is_checked(file: Path) -> None:
     assert "an empty list sweeps over nothing" in complaint(file, variation("temperature: []"))
 
 
-def test_every_default_parameter_is_one_of_an_engine() -> None:
-    known = {key for card in cards().values() for key in card.params.model_fields}
-    for spec in Config().generate.variations:
-        assert set(spec.model_extra or {}) <= known
+@pytest.mark.parametrize("engine", ["auto", "remix", "musicgen", "audiocraft"])
+def test_the_default_variations_suit_every_engine(file: Path, engine: str) -> None:
+    assert load(file, f"generate: {{engine: {engine}}}").generate.variations == Config().generate.variations
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("similarity: 1.5", "[0].similarity: must be less than or equal to 1, not 1.5"),
+        ("similarity: near", "[0].similarity: must be a valid number, not \"near\""),
+        ("duration_s: [10, 0]", "[0].duration_s: must be greater than or equal to 0.1 or must be 'source'"),
+        ("musicgen: 3", "[0].musicgen: must be a mapping of parameters, not 3"),
+        ("musicgen: {topk: 3}", "[0].musicgen.topk: unknown key; did you mean 'top_k'?"),
+        ("remix: {temperature: 3}", "[0].remix.temperature: must be less than or equal to 2, not 3"),
+        ("temperature: {low: 1, high: 3, steps: 2}", "temperature: must be less than or equal to 2 for"),
+        ("temperature: {low: 0.5}", "[0].temperature: must be a value, a list or a range {low, high, steps}"),
+        ("temperature: {low: 0.5, high: 1}", "[0].expand: a range needs steps, unless its values are drawn"),
+        ("temperature: [1, 2], crossfade_ms: [9, 8, 7], expand: zip", "zip needs lists of one length, not"),
+        ("expand: all", "[0].expand: must be 'grid' or 'zip' or "),
+        ("expand: {random: 0}", "[0].expand.random: must be greater than or equal to 1, not 0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_sweep_is_refused_with_its_place(file: Path, entry: str, expected: str) -> None:
+    assert expected in complaint(file, variation(entry))
+
+
+def test_a_preset_replaces_lists_and_single_settings(file: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("generate: {variations: [{name: p}]}\noutput: {bit_depth: 16}\n")
+    file.write_text(
+        "generate: {duration_s: 5, variations: [{name: a}, {name: b}]}\noutput: {loudness_lufs: -20}\n"
+    )
+
+    made = load_config(file, preset=preset, env={})
+
+    assert [spec.name for spec in made.generate.variations] == ["p"]
+    assert made.generate.duration_s == 5
+    assert (made.output.bit_depth, made.output.loudness_lufs) == (16, -20)
+
+
+def test_a_wrong_preset_is_named(file: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("output: {bitdepth: 16}")
+    file.write_text("")
+    with pytest.raises(ConfigError, match=rf"{file} with {preset}: output.bitdepth: unknown key"):
+        load_config(file, preset=preset, env={})
 
 
 def test_a_config_is_immutable() -> None:

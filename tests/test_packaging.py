@@ -68,7 +68,7 @@ def test_the_command_variations_starts_without_arguments() -> None:
 
 
 def test_the_package_has_the_configuration_of_the_checkout() -> None:
-    packaged = resources.files("pipeline.cli").joinpath("default.yaml")
+    packaged = resources.files("pipeline.cli").joinpath("template", "default.yaml")
     assert packaged.read_bytes() == (ROOT / "config" / "default.yaml").read_bytes()
 
 
@@ -97,7 +97,9 @@ def test_the_wheel_has_the_program_and_its_files_only(tmp_path: Path) -> None:
         f"instrumental_variations-{__version__}.dist-info",
     }
     data = [name for name in names if name.startswith("pipeline/") and not name.endswith(".py")]
-    assert sorted(data) == ["pipeline/cli/default.yaml", "pipeline/demo/paper-lanterns.ogg"]
+    config = [str(path.relative_to(ROOT / "config")) for path in (ROOT / "config").rglob("*.yaml")]
+    template = [f"pipeline/cli/template/{file}" for file in config]
+    assert sorted(data) == sorted([*template, "pipeline/demo/paper-lanterns.ogg"])
     install = ["install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run([*pip, *install], check=True, capture_output=True)
     ran = subprocess.run(

@@ -27,7 +27,7 @@ from pipeline.records import Stage
 from pipeline.workspace import InputFolder, Workspace
 
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
-TEMPLATE = Path(__file__).with_name("default.yaml")
+TEMPLATE = Path(__file__).with_name("template")  # the folder `config` of a new home
 
 log = logging.getLogger("pipeline")
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -81,11 +81,15 @@ def options(
     config: Annotated[
         Path | None, typer.Option(help="YAML file to use instead of HOME/config/default.yaml.")
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Settings that win over the configuration: HOME/config/presets/NAME.yaml."),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
     ] = False,
 ) -> None:
-    context.obj.update(home=home, config=config)
+    context.obj.update(home=home, config=config, preset=preset)
 
 
 def _app(context: typer.Context) -> App:
@@ -97,10 +101,11 @@ def _app(context: typer.Context) -> App:
         ConfigError: the folder is not a home. A mistyped path must not be filled with new folders.
     """
     home, config = context.obj["home"] or context.obj["default_home"] or Path.cwd(), context.obj["config"]
+    preset = context.obj["preset"]
     if not home.is_dir():
         problem = "does not exist" if not home.exists() else "is not a folder"
     elif config is not None or (home / DEFAULT_CONFIG).is_file() or (home / Folders().inbox).is_dir():
-        return App.open(home, config)
+        return App.open(home, config, preset)
     else:
         problem = f"is not a home: it has neither {DEFAULT_CONFIG} nor a folder inbox"
     raise ConfigError(
@@ -137,8 +142,7 @@ def init(
         raise ConfigError(f"{printable(config)} exists: {printable(folder)} is a home already")
     workspace = Workspace.of(folder, Folders())
     workspace.prepare()
-    config.parent.mkdir(exist_ok=True)
-    shutil.copyfile(TEMPLATE, config)
+    shutil.copytree(TEMPLATE, config.parent, dirs_exist_ok=True)
     program = context.find_root().info_name
     typer.echo(f"put tracks into {workspace.inbox}, then run `{program} --home {workspace.home} once`")
     return ALL_DONE
@@ -180,7 +184,7 @@ def watch(context: typer.Context) -> int:
 @cli.command()
 def plan(context: typer.Context, folder: Folder = None) -> int:
     """Show what `once` would do now and why, without doing it."""
-    from pipeline.cli.status import plan_lines
+    from pipeline.cli.plan import plan_lines
 
     app = _app(context)
     for line in plan_lines(app, _input_folder(app, folder)):

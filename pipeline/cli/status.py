@@ -1,15 +1,14 @@
-"""What `status`, `show`, `plan` and the end of `once` say: facts as JSON values, and lines of text."""
+"""What `status`, `show` and the end of `once` say: facts as JSON values, and lines of text."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.app import App
 from pipeline.config import Config
-from pipeline.errors import FolderUnusable, UnknownTrack, os_reason
+from pipeline.errors import UnknownTrack
 from pipeline.fs.names import printable
 from pipeline.runner.retry import local_time, longest_wait_s
 from pipeline.service.health import read_health
@@ -18,14 +17,9 @@ from pipeline.store.store import Store
 
 if TYPE_CHECKING:
     from pipeline.intake.ingest import ScanResult
-    from pipeline.intake.scanner import ScannedFile
-    from pipeline.plan import Recipe
     from pipeline.runner.attempts import RunResult
-    from pipeline.store.schema import Track
-    from pipeline.workspace import InputFolder
 
 LISTED = 20  # entries of the queue and failures that `status` lists
-CONFLICT_COPY = " (a sync tool's conflict copy: a track of its own unless another file has the same content)"
 
 
 def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
@@ -44,73 +38,6 @@ def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
     if scan_result.unmarked:
         parts.append(f"{scan_result.unmarked} have no marker file yet")
     return f"{', '.join(parts)}; results are in {outbox}"
-
-
-def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
-    """What `once` would do: the engines, the variations, and one line per file or queued track.
-
-    Raises:
-        FolderUnusable: the folder can't be read.
-    """
-    from pipeline.intake.copies import is_conflict_copy
-    from pipeline.intake.scanner import Scanner
-    from pipeline.maintenance.reconcile import reconcile
-    from pipeline.outbox.outbox import Outbox
-
-    recipe = app.recipe
-    for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
-        to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
-        yield f"{stage}: {choice.card.name} ({choice.why}){to_fetch}"
-    variations = recipe.plan("").variations
-    names = ", ".join(Path(unit.file).name for unit in variations)
-    yield f"each track: {len(variations)} variations: {names}"
-    store = app.read_store()
-    is_idle, listed = True, set[str]()
-    try:
-        for scanned in Scanner(folder, app.config.intake).scan():
-            is_idle = False
-            track = _track_of(store, scanned) if store else None
-            listed |= {track.sha256} if track else set()
-            note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
-            yield f"{scanned.display}: {_planned(store, scanned, track, recipe)}{note}"
-    except OSError as e:
-        raise FolderUnusable(f"{folder.path} can't be read: {os_reason(e)}") from e
-    for track in store.tracks(TrackState.QUEUED) if store and folder.is_inbox else []:
-        is_idle = False
-        if track.sha256 not in listed:
-            yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
-    if store and app.config.retention.redo_missing:
-        outbox = Outbox(app.workspace.outbox)
-        findings = reconcile(store, outbox, app.workspace, thorough=False, repair=False, now=time.time())
-        for finding in findings:
-            if finding.kind == "result":
-                is_idle = False
-                yield f"{finding.where}: {finding.text}: made again"
-    if is_idle:
-        yield "nothing to do"
-
-
-def _track_of(store: Store, scanned: ScannedFile) -> Track | None:
-    """The track that a file was taken in as; None if the file is new or has changed since."""
-    known = store.file_at(scanned.path)
-    is_same = known is not None and known.identity == scanned.identity and known.moved_to is None
-    return store.track(known.sha256) if known and is_same else None
-
-
-def _planned(store: Store | None, scanned: ScannedFile, track: Track | None, recipe: Recipe) -> str:
-    """What `once` would do with one file, and why."""
-    if store is None or track is None:
-        return "new: normalize, embed, generate" if scanned.marked else "waits for its marker file"
-    if track.state != TrackState.DONE:
-        return f"{track.state}{f' ({track.error})' if track.error else ''}"
-    if track.collected_at is not None:
-        return "up to date (its results were removed by gc)"
-    wanted = recipe.plan(track.sha256)
-    if track.plan_key == wanted.key:
-        return "up to date"
-    missing = sum(store.unit(unit.key) is None for unit in wanted.variations)
-    embed = "embed, " if store.unit(wanted.embed_key) is None else ""
-    return f"the configuration has changed: {embed}{missing} variations"
 
 
 def status_facts(app: App) -> dict[str, Any]:

@@ -130,6 +130,9 @@ class EngineCard:
     layout: Layout = TRANSFORMERS  # the format of its models' folders
     companions: tuple[str, ...] = ()  # more hub models that it may load, in transformers' format
     license_of: Callable[[str | None], str] = lambda model: "the source's own"  # of the results
+    # The parameters by which a result is so similar to its source, 0 to 1: a generator's part of the dial
+    # `similarity`. None: it has none.
+    params_of_similarity: Callable[[float], dict[str, Any]] | None = None
     section: type[EngineSection] | None = None  # its own section of the configuration
     upkeep: Upkeep | None = None
     rank: int = 0  # `auto` takes the usable engine of the highest rank, and none below 0

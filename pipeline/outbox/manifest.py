@@ -53,6 +53,7 @@ def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -
     return {
         "name": unit.name,
         "seed": unit.seed,
+        **({} if unit.similarity is None else {"similarity": unit.similarity}),
         "params": dict(unit.params),
         "engine": generator.name,
         "model": choice.model,

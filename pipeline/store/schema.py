@@ -148,6 +148,14 @@ class Attempt:
     error: str | None
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How long work has taken."""
+
+    per_track_s: float  # normalization and embedding of one track
+    per_second_s: float  # of generated sound
+
+
 TRACK_COLUMNS = [field.name for field in fields(Track)]
 FILE_COLUMNS = [field.name for field in fields(SourceFile)]
 PATH_COLUMNS = ("path", "root", "moved_to")

@@ -24,6 +24,7 @@ from pipeline.store.schema import (
     Attempt,
     AttemptOutcome,
     FileState,
+    Pace,
     SourceFile,
     Track,
     TrackState,
@@ -40,6 +41,7 @@ _OF_FOLDER = (
     " AND (:is_inbox OR EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root))"
 )
 LISTED = 10  # candidates that are named if a part of a name is ambiguous
+PACE_UNITS = 1000  # the last units of work, from which the pace is taken
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
@@ -424,6 +426,21 @@ class Store:
         self._insert("facts", {"name": name, "value": value})
 
     # -- queries -------------------------------------------------------------------------------
+
+    def pace(self, generator: str, model: str | None) -> Pace | None:
+        """How fast the last work was; None if this generator and model have made nothing."""
+        rows = self._db.execute(
+            "SELECT stage, AVG(seconds), SUM(seconds) / SUM(json_extract(result, '$.duration_s'))"
+            " FROM (SELECT * FROM units ORDER BY rowid DESC LIMIT ?) WHERE seconds > 0 AND"
+            " (stage != 'generate' OR (json_extract(result, '$.engine') = ?"
+            " AND json_extract(result, '$.model') IS ?)) GROUP BY stage",
+            [PACE_UNITS, generator, model],
+        )
+        found = {stage: (per_unit, per_second) for stage, per_unit, per_second in rows}
+        if "generate" not in found:
+            return None
+        per_track = sum(per_unit for stage, (per_unit, _) in found.items() if stage != "generate")
+        return Pace(per_track_s=per_track, per_second_s=found["generate"][1])
 
     def track(self, sha256: str) -> Track | None:
         rows = self._db.execute("SELECT * FROM tracks WHERE sha256 = ?", [sha256])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import signal
 import sqlite3
@@ -264,7 +265,8 @@ def test_plan_says_what_once_would_do_and_does_nothing(home: Home, pipeline: Pip
 
     assert ended.code == 0
     assert "generate: remix (named in the configuration)" in ended.out
-    assert "each track: 2 variations: 01-near.wav, 02-far.wav" in ended.out
+    assert "each track: 2 variations\n  01-near.wav: " in ended.out
+    assert "no estimate of the time, as remix has made nothing here yet" in ended.out
     assert "song.wav: new" in ended.out
     assert [path.name for path in home.inbox.iterdir()] == ["song.wav"]
     assert not (home.folder / "state").exists()
@@ -279,6 +281,25 @@ def test_plan_knows_what_is_done_and_what_a_change_makes_new(
     assert "song.wav: up to date" in pipeline("plan", folder).out
     home.configure(NEAR, {**FAR, "temperature": 1.5})
     assert "song.wav: the configuration has changed: 1 variations" in pipeline("plan", folder).out
+
+
+def test_plan_shows_what_a_sweep_expands_to_and_estimates_the_time_from_earlier_work(
+    home: Home, pipeline: Pipeline
+) -> None:
+    write_music(home.inbox / "song.wav")
+    pipeline("once")
+    with closing(Store(home.folder / "state" / "pipeline.db")) as store:
+        [song] = store.tracks(TrackState.DONE)
+        for stage, made in [("normalize", {}), ("generate", {"engine": "remix", "duration_s": 4.0})]:
+            store.finish_unit(stage, sha256=song.sha256, stage=stage, result=made, seconds=1e6, now=0.0)
+    write_music(home.inbox / "new.wav", seed=1)
+    home.configure({"name": "a", "similarity": [0.9, 0.4], "duration_s": [3.0, 5.0]})
+
+    out = pipeline("plan").out
+
+    assert "each track: 4 variations" in out
+    assert re.search(r"  0\d-a.wav: 5 s, similarity 0.9, temperature", out)
+    assert re.search(r"4 variations of 1 tracks: about \d+\.\d h, by what such work took here", out)
 
 
 def test_plan_names_the_conflict_copies_of_sync_tools(home: Home, pipeline: Pipeline) -> None:
@@ -699,11 +720,28 @@ def test_init_makes_a_home_that_works_and_never_touches_one(variations: Pipeline
     assert sorted(path.name for path in home.iterdir()) == ["config", "inbox", "outbox", "state"]
     assert load_config(home / "config" / "default.yaml", env={}) == load_config(None, env={})
     assert variations("--home", home, "plan").code == 0
+    for preset in (home / "config" / "presets").iterdir():
+        assert variations("--home", home, "--preset", preset.stem, "plan").code == 0
 
     (home / "config" / "default.yaml").write_text("device: cpu\n")
     again = variations("init", home)
     assert (again.code, "is a home already" in again.err) == (2, True)
     assert (home / "config" / "default.yaml").read_text() == "device: cpu\n"
+
+
+def test_a_preset_wins_over_the_configuration_of_its_home(home: Home, pipeline: Pipeline) -> None:
+    home.configure(generate={"duration_s": 3.0}, output={"bit_depth": 16})
+    presets = home.folder / "config" / "presets"
+    presets.mkdir(parents=True)
+    (presets / "mine.yaml").write_text("generate: {variations: [{name: x, similarity: 0.5}]}")
+    write_music(home.inbox / "song.wav")
+
+    assert pipeline("--preset", "mine", "once").code == 0
+
+    [made] = home.manifest()["variations"]
+    assert (made["name"], made["duration_s"], made["similarity"]) == ("x", 3.0, 0.5)
+    missing = pipeline("--preset", "yours", "plan")
+    assert (missing.code, "there is no preset yours: there are mine" in missing.err) == (2, True)
 
 
 def test_the_version_is_the_packages_own(variations: Pipeline) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pipeline.engines.audiocraft.checkpoint import AUDIOCRAFT, T5_BASE
 from pipeline.engines.base import EngineCard, EngineSettings, Generator
-from pipeline.engines.musicgen import DEFAULT_MODEL, SamplingParams, license_of
+from pipeline.engines.musicgen import DEFAULT_MODEL, SamplingParams, license_of, params_of_similarity
 
 VERSION = "1"
 INSTALL_COMMAND = (
@@ -45,5 +45,6 @@ ENGINE = EngineCard(
     layout=AUDIOCRAFT,
     companions=(T5_BASE,),
     license_of=license_of,
+    params_of_similarity=params_of_similarity,
     rank=-1,
 )

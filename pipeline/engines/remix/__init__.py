@@ -9,6 +9,8 @@ source. They build on `pipeline.music` and on each other in this order: `similar
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
@@ -40,6 +42,11 @@ class RemixParams(Params):
     )
 
 
+def params_of_similarity(similarity: float) -> dict[str, Any]:
+    """The temperature for a similarity to the source of 0 to 1."""
+    return {"temperature": round(1.6 * (1.0 - similarity), 3)}
+
+
 def _load(settings: EngineSettings) -> Generator:
     from pipeline.engines.remix.generator import RemixGenerator
 
@@ -53,5 +60,6 @@ ENGINE = EngineCard(
     summary="recomposes the track's own bars by self-similarity; no model, far faster than real time",
     params=RemixParams,
     load=_load,
+    params_of_similarity=params_of_similarity,
     packages=("numpy", "scipy", "soxr"),
 )

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from pipeline import config_errors
+from pipeline.config import errors as config_errors
+from pipeline.config.sweeps import Duration, Expand
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSection
 from pipeline.errors import ConfigError
 
 FOR_ANCHORS = ("x-", ".")  # how top-level keys begin that are ignored: they hold anchors for merge keys
-
-Duration = Annotated[float, Field(ge=0.1, le=3600)] | Literal["source"]
 
 
 class Section(BaseModel):
@@ -87,7 +86,10 @@ class Embed(StageSettings):
 
 
 class VariationSpec(BaseModel):
-    """One entry of `generate.variations`; the engine's own parameters are the extra fields."""
+    """One entry of `generate.variations`.
+
+    The extra fields are the parameters, shared or of an engine, and the engines' sections: see `sweeps`.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
@@ -96,15 +98,15 @@ class VariationSpec(BaseModel):
     ]
     count: Annotated[int, Field(ge=1, le=1000)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    duration_s: Duration | None = None
+    expand: Expand = "grid"
 
 
 class Generate(StageSettings):
     duration_s: Duration = 30.0
     batch_tracks: Annotated[int, Field(ge=1, le=64)] = 8
     variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1, strict=False)] = (
-        VariationSpec.model_construct(name="faithful", temperature=0.6, count=2),
-        VariationSpec.model_construct(name="bold", temperature=[1.0, 1.2]),
+        VariationSpec.model_construct(name="faithful", similarity=0.8, count=2),
+        VariationSpec.model_construct(name="bold", similarity=[0.5, 0.3]),
     )
 
 
@@ -179,14 +181,21 @@ class Config(Section):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
-def load_config(path: Path | None, *, env: Mapping[str, str] = os.environ) -> Config:
-    """Read and check a configuration; None is the built-in default. `DEVICE` in `env` wins.
+def load_config(
+    path: Path | None, *, preset: Path | None = None, env: Mapping[str, str] = os.environ
+) -> Config:
+    """Read and check a configuration; None is the built-in default.
+
+    The settings of a preset, another such file, win over it; lists are replaced. `DEVICE` in `env` wins over
+    both.
 
     Raises:
         ConfigError: with one line per problem.
     """
     where = "the built-in configuration" if path is None else str(path)
     raw = {} if path is None else _read(path)
+    if preset is not None:
+        where, raw = f"{where} with {preset}", _merged(raw, _read(preset))
     if device := env.get("DEVICE"):
         raw = {**raw, "device": device}
     try:
@@ -203,6 +212,13 @@ def load_config(path: Path | None, *, env: Mapping[str, str] = os.environ) -> Co
     if problems := config_errors.of_engines(config.embed.engine, generate.engine, generate.variations):
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings key by key; of anything else, what stands above."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

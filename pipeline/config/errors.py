@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from yaml import MarkedYAMLError
 
+from pipeline.config.sweeps import Range, SharedParams, choices, expand
 from pipeline.engines import cards
 from pipeline.engines.base import EngineCard
 
@@ -63,30 +64,73 @@ def of_engines(embed: str, generate: str, variations: Sequence[BaseModel]) -> li
             problems.append(f"{stage}.engine: must be one of {', '.join(known)}, not {shown(engine)}")
     generators = [card for card in cards().values() if card.stage == "generate"]
     takers = [card for card in generators if card.is_meant_by(generate)]
-    known_keys = {key for card in generators for key in card.params.model_fields}
     for i, spec in enumerate(variations):
-        for key, value in (spec.model_extra or {}).items():
-            where = f"generate.variations[{i}].{key}"
-            if key not in known_keys:
-                nearest = _nearest(key, {*known_keys, *type(spec).model_fields})
-                problems.append(f"{where}: unknown key{nearest}")
-            elif value == []:
-                problems.append(f"{where}: an empty list sweeps over nothing")
-            else:
-                problems.extend(dict.fromkeys(_of_param(where, key, value, takers)))
+        where = f"generate.variations[{i}]"
+        found = list(_of_params(where, spec, generators, takers))
+        problems += dict.fromkeys(found or _of_expansion(where, spec, takers))
     return problems
 
 
-def _of_param(where: str, key: str, value: Any, takers: Sequence[EngineCard]) -> Iterator[str]:
-    for card in takers:
-        if key not in card.params.model_fields:
-            continue
-        for one in value if isinstance(value, list) else [value]:
+def _of_params(
+    where: str, spec: BaseModel, generators: Sequence[EngineCard], takers: Sequence[EngineCard]
+) -> Iterator[str]:
+    """What is wrong with an entry's parameters, those that stand flat and those in an engine's section."""
+    sections = {card.name: card for card in generators}
+    for key, value in (spec.model_extra or {}).items():
+        path = f"{where}.{key}"
+        if key in sections:
+            yield from _of_section(path, value, sections[key])
+        elif key in SharedParams.model_fields:
+            yield from _of_values(path, key, value, {"": SharedParams})
+        elif any(key in card.params.model_fields for card in generators):
+            own = {f" for {card.name}": card.params for card in takers if key in card.params.model_fields}
+            yield from _of_values(path, key, value, own)
+        else:
+            known = {*sections, *SharedParams.model_fields, *type(spec).model_fields}
+            known.update(name for card in generators for name in card.params.model_fields)
+            yield f"{path}: unknown key{_nearest(key, known)}"
+        if key == "similarity":
+            without = [card.name for card in takers if card.params_of_similarity is None]
+            yield from (f"{path}: {name} has no parameters for it" for name in without)
+
+
+def _of_section(where: str, section: Any, card: EngineCard) -> Iterator[str]:
+    if not isinstance(section, dict):
+        yield f"{where}: must be a mapping of parameters, not {shown(section)}"
+        return
+    for key, value in section.items():
+        if key in card.params.model_fields:
+            yield from _of_values(f"{where}.{key}", key, value, {"": card.params})
+        else:
+            yield f"{where}.{key}: unknown key{_nearest(str(key), set(card.params.model_fields))}"
+
+
+def _of_values(where: str, key: str, value: Any, models: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+    """What is wrong with a parameter's values; `models` check them, by words that say for whom."""
+    try:
+        found = choices(value)
+    except ValidationError:
+        yield f"{where}: must be a value, a list or a range {{low, high, steps}}, not {shown(value)}"
+        return
+    if found == []:
+        yield f"{where}: an empty list sweeps over nothing"
+    for whom, model in models.items():
+        for one in [found.low, found.high] if isinstance(found, Range) else found:
             try:
-                card.params.model_validate({key: one}, strict=True)
+                model.model_validate({key: one}, strict=True)
             except ValidationError as e:
-                error = e.errors()[0]
-                yield f"{where}: {_words(error)} for {card.name}, not {shown(one)}{_hint(error)}"
+                words = " or ".join(dict.fromkeys(_words(error) for error in e.errors()))
+                yield f"{where}: {words}{whom}, not {shown(one)}{_hint(e.errors()[0])}"
+
+
+def _of_expansion(where: str, spec: BaseModel, takers: Sequence[EngineCard]) -> Iterator[str]:
+    for card in takers:
+        try:
+            expand(spec.model_extra or {}, spec.expand, card)  # type: ignore[attr-defined]
+        except ValidationError:
+            raise
+        except ValueError as e:
+            yield f"{where}.expand: {e}"
 
 
 def _words(error: Any) -> str:
@@ -121,7 +165,7 @@ def _path(loc: Sequence[int | str]) -> str:
 def _is_union_branch(part: int | str) -> bool:
     """pydantic names the tried branch of a union in the location; no key of ours looks like these."""
     return isinstance(part, str) and (
-        part in ("float", "int", "str") or part.startswith(("literal[", "constrained"))
+        part in ("float", "int", "str", "Random") or part.startswith(("literal[", "constrained"))
     )
 
 

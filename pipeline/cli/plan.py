@@ -1,0 +1,128 @@
+"""What `plan` says: engines, variations, what `once` would do with each track, and how long it may take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.app import App
+from pipeline.errors import FolderUnusable, os_reason
+from pipeline.plan import UNKNOWN_DURATION_S, PlannedVariation, plan_variations
+from pipeline.store.schema import TrackState
+from pipeline.store.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.engines.base import EngineCard
+    from pipeline.intake.scanner import ScannedFile
+    from pipeline.plan import Recipe
+    from pipeline.store.schema import Track
+    from pipeline.workspace import InputFolder
+
+CONFLICT_COPY = " (a sync tool's conflict copy: a track of its own unless another file has the same content)"
+
+
+def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
+    """The engines, the variations, one line per file or queued track, and an estimate of the time.
+
+    Raises:
+        FolderUnusable: the folder can't be read.
+    """
+    from pipeline.intake.copies import is_conflict_copy
+    from pipeline.intake.scanner import Scanner
+    from pipeline.maintenance.reconcile import reconcile
+    from pipeline.outbox.outbox import Outbox
+
+    recipe = app.recipe
+    for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
+        to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
+        yield f"{stage}: {choice.card.name} ({choice.why}){to_fetch}"
+    card = recipe.generator.card
+    variations = plan_variations(app.config.generate, card)
+    yield f"each track: {len(variations)} variations"
+    yield from (f"  {_variation(one, card)}" for one in variations)
+    store = app.read_store()
+    to_do, listed = list[list[PlannedVariation]](), set[str]()  # what each track still needs
+    try:
+        for scanned in Scanner(folder, app.config.intake).scan():
+            track = _track_of(store, scanned) if store else None
+            listed |= {track.sha256} if track else set()
+            note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
+            text, missing = _planned(store, scanned, track, recipe)
+            to_do.append(missing)
+            yield f"{scanned.display}: {text}{note}"
+    except OSError as e:
+        raise FolderUnusable(f"{folder.path} can't be read: {os_reason(e)}") from e
+    for track in store.tracks(TrackState.QUEUED) if store and folder.is_inbox else []:
+        if track.sha256 not in listed:
+            to_do.append(variations)
+            yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
+    if store and app.config.retention.redo_missing:
+        outbox = Outbox(app.workspace.outbox)
+        findings = reconcile(store, outbox, app.workspace, thorough=False, repair=False, now=time.time())
+        for finding in findings:
+            if finding.kind == "result":
+                to_do.append(variations)
+                yield f"{finding.where}: {finding.text}: made again"
+    yield _estimate(store, recipe, to_do) if to_do else "nothing to do"
+
+
+def _variation(planned: PlannedVariation, card: EngineCard) -> str:
+    """One variation's file, length and parameters, without those that are the engine's defaults."""
+    length = planned.duration_s if planned.duration_s == "source" else f"{planned.duration_s:g} s"
+    defaults = card.params().model_dump(mode="json")
+    own = {name: value for name, value in planned.params.items() if value != defaults[name]}
+    words = [f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in own.items()]
+    if planned.similarity is not None:
+        words.insert(0, f"similarity {planned.similarity:g}")
+    return f"{Path(planned.file).name}: {', '.join([length, *words])}"
+
+
+def _track_of(store: Store, scanned: ScannedFile) -> Track | None:
+    """The track that a file was taken in as; None if the file is new or has changed since."""
+    known = store.file_at(scanned.path)
+    is_same = known is not None and known.identity == scanned.identity and known.moved_to is None
+    return store.track(known.sha256) if known and is_same else None
+
+
+def _planned(
+    store: Store | None, scanned: ScannedFile, track: Track | None, recipe: Recipe
+) -> tuple[str, list[PlannedVariation]]:
+    """What `once` would do with one file, and why; and the variations that it would make."""
+    every = plan_variations(recipe.config.generate, recipe.generator.card)
+    if store is None or track is None:
+        if not scanned.marked:
+            return "waits for its marker file", []
+        return "new: normalize, embed, generate", every
+    if track.state != TrackState.DONE:
+        return f"{track.state}{f' ({track.error})' if track.error else ''}", (
+            every if track.state == TrackState.QUEUED else []
+        )
+    if track.collected_at is not None:
+        return "up to date (its results were removed by gc)", []
+    wanted = recipe.plan(track.sha256)
+    if track.plan_key == wanted.key:
+        return "up to date", []
+    missing: list[PlannedVariation] = [unit for unit in wanted.variations if store.unit(unit.key) is None]
+    embed = "embed, " if store.unit(wanted.embed_key) is None else ""
+    return f"the configuration has changed: {embed}{len(missing)} variations", missing
+
+
+def _estimate(store: Store | None, recipe: Recipe, to_do: list[list[PlannedVariation]]) -> str:
+    """About how long the work takes, by what such work took on this machine."""
+    lengths = [one.duration_s for missing in to_do for one in missing]
+    sound_s = sum(UNKNOWN_DURATION_S if length == "source" else length for length in lengths)
+    pace = store.pace(recipe.generator.card.name, recipe.generator.model) if store else None
+    what = f"{len(lengths)} variations of {sum(map(bool, to_do))} tracks"
+    if pace is None:
+        return f"{what}; no estimate of the time, as {recipe.generator.card.name} has made nothing here yet"
+    seconds = pace.per_track_s * sum(map(bool, to_do)) + pace.per_second_s * sound_s
+    return f"{what}: about {_rough(seconds)}, by what such work took here before"
+
+
+def _rough(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
