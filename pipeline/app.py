@@ -81,7 +81,7 @@ class App:
             MissingPackage, MissingWeights: it does not.
         """
         if upkeep := generator.card.upkeep:
-            for planned in plan_variations(self.config.generate, generator.card):
+            for planned in plan_variations(self.config, generator.card):
                 upkeep.check_params(planned.params)
 
     @cached_property
@@ -154,6 +154,7 @@ class App:
         from pipeline.intake.ingest import Ingest
         from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
+        from pipeline.runner.judge import ScoringJudge
         from pipeline.runner.runner import Runner
 
         recipe = self.recipe
@@ -185,6 +186,7 @@ class App:
                 (recipe.generator, self.settings(self.config.generate)),
                 earlier,
             ),
+            judge=ScoringJudge(),
             reporter=reporter,
             clock=time.time,
             should_stop=should_stop,

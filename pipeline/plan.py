@@ -11,12 +11,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from pipeline.config import Config, Generate
-from pipeline.config.sweeps import expand
+from pipeline.config import Config, Gates
+from pipeline.config.sweeps import complete_params, expand
 from pipeline.engines.base import EngineCard
 from pipeline.engines.selection import Choice
 from pipeline.fs.names import file_safe
@@ -26,25 +26,57 @@ BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
 UNKNOWN_DURATION_S = 300.0  # assumed for results as long as the source until that is decoded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedVariation:
     """One variation of the expanded configuration, the same for every track."""
 
     file: str  # below the track's folder in the outbox
     name: str
     duration_s: float | Literal["source"]
-    seed: int | None  # None: derived from the track's content
-    occurrence: int  # how many earlier variations have the same name and parameters
-    params: Mapping[str, Any]  # the engine's parameters, complete with defaults
+    seed: int | None  # of its first take; None: derived from the track's content
+    occurrence: int  # how many earlier takes have the same name and parameters
+    given: Mapping[str, Any] = field(compare=False)  # the engine's parameters that the entry says itself
+    params: Mapping[str, Any]  # the engine's parameters, complete
     similarity: float | None  # to the source, as asked; `params` says how
+    gates: Gates
+    kept: int  # it is one of so many results
+    tried: int  # chosen among so many takes, of which `seed` and `occurrence` are the first's
+    place: int  # 0: the best of those that are kept
 
 
 @dataclass(frozen=True)
+class Take:
+    """One attempt at the sound of a variation."""
+
+    key: str  # of the unit of work: made of everything that the sound depends on
+    seed: int
+    params: Mapping[str, Any]
+    similarity: float | None  # the dial, by which `params` were made
+
+    def facts(self) -> dict[str, Any]:
+        """What a request's result depends on beside the track, for the manifest."""
+        dial = {} if self.similarity is None else {"similarity": self.similarity}
+        return {"seed": self.seed, **dial, "params": dict(self.params)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class VariationUnit(PlannedVariation):
     """One variation of one track."""
 
     key: str
     seed: int
+    sound: str  # digest of what all its takes have in common
+    takes: tuple[Take, ...]  # the first ones; more are made in place of those that fail the gates
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """Equal for the variations that are chosen among the same takes."""
+        return tuple(take.key for take in self.takes)
+
+    def must_differ_from(self, other: VariationUnit) -> bool:
+        """Whether the two are of one entry with equal parameters, but chosen among different takes."""
+        is_alike = self.sound == other.sound and self.params == other.params
+        return is_alike and self.group != other.group
 
 
 @dataclass(frozen=True)
@@ -79,7 +111,7 @@ class Recipe:
     def result_bytes(self) -> float:
         """An estimate of the size of one track's results: stereo, at the rate of the normalized audio."""
         per_second = self.config.normalize.sample_rate * 2 * BYTES_PER_SAMPLE[self.config.output.bit_depth]
-        planned = plan_variations(self.config.generate, self.generator.card)
+        planned = plan_variations(self.config, self.generator.card)
         durations = [UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s for one in planned]
         return per_second * sum(durations)
 
@@ -93,49 +125,83 @@ class Recipe:
             OUTPUT_VERSION,
             self.config.output.model_dump(mode="json"),
         ]
-        units = []
-        for planned in plan_variations(self.config.generate, self.generator.card):
-            seed = derived_seed(sha256, planned) if planned.seed is None else planned.seed
-            inputs = ["generate", normalize, made_by, planned.name, planned.params, planned.duration_s, seed]
-            units.append(VariationUnit(**{**vars(planned), "seed": seed}, key=digest(inputs)))
+        units: list[VariationUnit] = []
+        for planned in plan_variations(self.config, self.generator.card):
+            sound = digest(["take", normalize, made_by, planned.name, planned.duration_s])
+            takes = tuple(
+                make_take(sound, _seed(sha256, planned, n), planned.params, planned.similarity)
+                for n in range(planned.tried)
+            )
+            known = {**vars(planned), "seed": takes[0].seed}
+            unit = VariationUnit(**known, key="", sound=sound, takes=takes)
+            alike = list(dict.fromkeys(other.group for other in units if other.must_differ_from(unit)))
+            gates = planned.gates.model_dump(mode="json", exclude={"rejected"})
+            key = digest(["generate", unit.group, unit.kept, unit.place, gates, alike])
+            units.append(replace(unit, key=key))
         return TrackPlan(sha256, normalize, embed, tuple(units))
 
 
-def plan_variations(generate: Generate, card: EngineCard) -> list[PlannedVariation]:
+def plan_variations(config: Config, card: EngineCard) -> list[PlannedVariation]:
     """Expand the entries, see `pipeline.config.sweeps`, and their counts.
 
-    A given seed counts up over the repeats of its entry, which would all sound the same otherwise. A
+    A given seed counts up over the takes of its entry, which would all sound the same otherwise. A
     variation that equals an earlier one in everything, a given seed included, is left out.
     """
     planned: list[PlannedVariation] = []
     seen: Counter[str] = Counter()
-    given: set[tuple[str, int, float | str]] = set()
-    for spec in generate.variations:
+    given_seeds: set[tuple[str, int, float | str]] = set()
+    for spec in config.generate.variations:
+        kept, tried = spec.best_of
         combinations = expand(spec.model_extra or {}, spec.expand, card)
         for n, made in enumerate(made for made in combinations for _ in range(spec.count)):
-            identity = digest([spec.name, made.params])
-            duration_s = generate.duration_s if made.duration_s is None else made.duration_s
-            seed = None if spec.seed is None else (spec.seed + n) % 2**63
+            params = complete_params(card, made.given, made.similarity)
+            identity = digest([spec.name, params])
+            duration_s = config.generate.duration_s if made.duration_s is None else made.duration_s
+            seed = None if spec.seed is None else (spec.seed + n * tried) % 2**63
             if seed is not None:
-                if (identity, seed, duration_s) in given:
+                if (identity, seed, duration_s) in given_seeds:
                     continue
-                given.add((identity, seed, duration_s))
-            file = f"variations/{len(planned) + 1:02d}-{file_safe(spec.name)}.wav"
-            planned.append(
-                PlannedVariation(
-                    file, spec.name, duration_s, seed, seen[identity], made.params, made.similarity
+                given_seeds.add((identity, seed, duration_s))
+            for place in range(kept):
+                planned.append(
+                    PlannedVariation(
+                        file=f"variations/{len(planned) + 1:02d}-{file_safe(spec.name)}.wav",
+                        name=spec.name,
+                        duration_s=duration_s,
+                        seed=seed,
+                        occurrence=seen[identity],
+                        given=made.given,
+                        params=params,
+                        similarity=made.similarity,
+                        gates=config.gates.of(spec.gates),
+                        kept=kept,
+                        tried=tried,
+                        place=place,
+                    )
                 )
-            )
-            seen[identity] += 1
+            seen[identity] += tried
     return planned
 
 
-def derived_seed(sha256: str, planned: PlannedVariation) -> int:
-    """A seed derived from the track's content and the variation's entry.
+def make_take(sound: str, seed: int, params: Mapping[str, Any], similarity: float | None) -> Take:
+    """A take with the sound of these parameters and this seed; `sound`: see `VariationUnit`."""
+    return Take(digest([sound, params, seed]), seed, params, similarity)
 
-    It does not depend on the place in the list, so that a new entry leaves the sound of the others alone.
+
+def _seed(sha256: str, planned: PlannedVariation, n: int) -> int:
+    """The seed of the n-th take: counted up, or derived from the track's content and the variation's entry.
+
+    A derived one does not depend on the place in the list, so that a new entry leaves the sound of the others
+    alone.
     """
-    return int(digest(["seed", sha256, planned.name, planned.params, planned.occurrence])[:16], 16) >> 1
+    if planned.seed is not None:
+        return (planned.seed + n) % 2**63
+    return seed_from(["seed", sha256, planned.name, planned.params, planned.occurrence + n])
+
+
+def seed_from(value: Any) -> int:
+    """A seed that depends on a JSON value: 0 <= seed < 2**63."""
+    return int(digest(value)[:16], 16) >> 1
 
 
 def digest(value: Any) -> str:

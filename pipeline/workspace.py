@@ -158,7 +158,7 @@ def _take(file: IO[str]) -> bool:
 
 @dataclass(frozen=True)
 class Scratch:
-    """One track's folder below `state/work`: the working copy and the normalized audio."""
+    """One track's folder below `state/work`: the working copy, the normalized audio and undecided takes."""
 
     folder: Path
 
@@ -171,24 +171,24 @@ class Scratch:
         self.folder.mkdir(parents=True, exist_ok=True)
         copy.replace(self.source)
 
-    def save_normalized(self, key: str, audio: Audio) -> None:
-        """Store normalized audio under its unit's key, whole or not at all."""
+    def save(self, kind: str, key: str, audio: Audio) -> None:
+        """Store audio under its unit's key, whole or not at all; kind: "normalized" or "take"."""
         import numpy as np
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / "normalized.part"
-        with replacing(self._normalized(key), temporary), temporary.open("wb") as file:
+        temporary = self.folder / f"{kind}.part"
+        with replacing(self._path(kind, key), temporary), temporary.open("wb") as file:
             # Through `write`: numpy's own writing to a real file does not report why it failed.
             np.save(SimpleNamespace(write=file.write), audio.samples)
             file.flush()
             os.fsync(file.fileno())
 
-    def load_normalized(self, key: str, sample_rate: int) -> Audio | None:
-        """The audio of `save_normalized`, mapped into memory and read-only; None if there is none."""
+    def load(self, kind: str, key: str, sample_rate: int) -> Audio | None:
+        """The audio of `save`, mapped into memory and read-only; None if there is none."""
         import numpy as np
 
         try:
-            samples = np.load(self._normalized(key), mmap_mode="r", allow_pickle=False)
+            samples = np.load(self._path(kind, key), mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             return None
         return Audio(samples, sample_rate)
@@ -196,5 +196,5 @@ class Scratch:
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _normalized(self, key: str) -> Path:
-        return self.folder / f"normalized-{key[:16]}.npy"
+    def _path(self, kind: str, key: str) -> Path:
+        return self.folder / f"{kind}-{key[:16]}.npy"

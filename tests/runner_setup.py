@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from home_folder import SAMPLE_RATE, contents, sha256_of, write_music
 
-from pipeline.config import Config
+from pipeline.config import Config, Gates
 from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
@@ -22,6 +22,7 @@ from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.progress import LogReporter
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
+from pipeline.runner.generation import Judge, Verdict
 from pipeline.runner.runner import Runner
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
@@ -74,6 +75,26 @@ class StubEmbedder:
         unit = np.array([1, 0, 0, 0], dtype=np.float32)
         times_s = np.array([[0, audio.duration_s]], dtype=np.float32)
         return replace(Embedding(unit, unit[None], times_s), **self.changes)
+
+
+@dataclass
+class StubJudge:
+    """A judge that passes everything, unless `verdict` says otherwise, and takes no two sounds for alike."""
+
+    verdict: Callable[[Variation, Gates], Verdict] = lambda made, gates: Verdict((), 0.0, None, {}, made)
+    alike: Callable[[Any, Any], float] = lambda one, other: 0.0
+
+    def analyse(self, source: Audio) -> None:
+        return None
+
+    def judge(self, source: None, made: Variation, gates: Gates) -> Verdict:
+        return self.verdict(made, gates)
+
+    def sound(self, made: Audio) -> Any:
+        return made
+
+    def shared(self, one: Any, other: Any) -> float:
+        return self.alike(one, other)
 
 
 @dataclass
@@ -159,7 +180,9 @@ class RunnerSetup:
     def scan(self) -> ScanResult:
         return self.ingest().scan(should_stop=lambda: False)
 
-    def runner(self, generator: StubGenerator, *, outbox: Outbox | None = None) -> Runner:
+    def runner(
+        self, generator: StubGenerator, *, outbox: Outbox | None = None, judge: Judge | None = None
+    ) -> Runner:
         return Runner(
             recipe=self.recipe,
             workspace=self.workspace,
@@ -167,6 +190,7 @@ class RunnerSetup:
             store=self.store,
             outbox=outbox or Outbox(self.workspace.outbox),
             engines=StubEngines(generator),
+            judge=judge or StubJudge(),
             reporter=LogReporter(),
             clock=lambda: self.now,
             should_stop=lambda: self.stop,

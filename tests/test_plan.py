@@ -164,7 +164,7 @@ def test_seeds_fit_63_bits() -> None:
 
 def test_a_list_sweeps_over_the_product_of_all_lists_and_count_repeats_each() -> None:
     entry = {"name": "a", "temperature": [0.5, 1.0], "min_segment_beats": [4, 8], "count": 2}
-    planned = plan_variations(config(entry).generate, REMIX.card)
+    planned = plan_variations(config(entry), REMIX.card)
 
     pairs = [(p.params["temperature"], p.params["min_segment_beats"]) for p in planned]
     assert pairs == [pair for pair in ((0.5, 4), (0.5, 8), (1.0, 4), (1.0, 8)) for _ in range(2)]
@@ -172,7 +172,7 @@ def test_a_list_sweeps_over_the_product_of_all_lists_and_count_repeats_each() ->
 
 
 def test_parameters_are_complete_with_the_engines_defaults() -> None:
-    planned = plan_variations(config({"name": "a"}).generate, REMIX.card)
+    planned = plan_variations(config({"name": "a"}), REMIX.card)
     assert planned[0].params == REMIX.card.params().model_dump()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config
-from pipeline.config.sweeps import Combination, expand
+from pipeline.config.sweeps import Combination, complete_params, expand
 from pipeline.engines import cards
 
 REMIX, MUSICGEN, AUDIOCRAFT = cards()["remix"], cards()["musicgen"], cards()["audiocraft"]
@@ -19,8 +19,12 @@ def expanded(entry: dict[str, Any], card: Any = MUSICGEN) -> list[Combination]:
     return expand(spec.model_extra or {}, spec.expand, card)
 
 
+def params(entry: dict[str, Any], card: Any = MUSICGEN) -> list[dict[str, Any]]:
+    return [complete_params(card, made.given, made.similarity) for made in expanded(entry, card)]
+
+
 def values(entry: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
-    return [tuple(made.params[name] for name in names) for made in expanded(entry)]
+    return [tuple(made[name] for name in names) for made in params(entry)]
 
 
 def test_a_grid_has_every_combination_in_the_order_of_the_file() -> None:
@@ -62,18 +66,17 @@ def test_an_engines_section_wins_over_what_stands_flat_and_is_for_that_engine_al
     entry = {"temperature": 0.9, "musicgen": {"temperature": [1.1, 1.3], "top_k": 100}, "crossfade_ms": 60.0}
 
     assert values(entry, "temperature", "top_k") == [(1.1, 100), (1.3, 100)]
-    [of_remix] = expanded(entry, REMIX)
-    assert (of_remix.params["temperature"], of_remix.params["crossfade_ms"]) == (0.9, 60.0)
+    [of_remix] = params(entry, REMIX)
+    assert (of_remix["temperature"], of_remix["crossfade_ms"]) == (0.9, 60.0)
 
 
 @pytest.mark.parametrize("card", [REMIX, MUSICGEN, AUDIOCRAFT])
 def test_similarity_sets_an_engines_own_parameters_unless_the_entry_does(card: Any) -> None:
-    near, far = expanded({"similarity": [0.9, 0.1]}, card)
-    assert (near.similarity, far.similarity) == (0.9, 0.1)
-    assert near.params["temperature"] < far.params["temperature"]
+    near, far = params({"similarity": [0.9, 0.1]}, card)
+    assert near["temperature"] < far["temperature"]
 
-    [own] = expanded({"similarity": 0.9, "temperature": 1.7}, card)
-    assert own.params == {**near.params, "temperature": 1.7}
+    [own] = params({"similarity": 0.9, "temperature": 1.7}, card)
+    assert own == {**near, "temperature": 1.7}
 
 
 def test_every_similarity_gives_valid_parameters_of_every_generator_that_has_the_dial() -> None:

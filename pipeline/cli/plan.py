@@ -40,7 +40,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
         to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
         yield f"{stage}: {choice.card.name} ({choice.why}){to_fetch}"
     card = recipe.generator.card
-    variations = plan_variations(app.config.generate, card)
+    variations = plan_variations(app.config, card)
     yield f"each track: {len(variations)} variations"
     yield from (f"  {_variation(one, card)}" for one in variations)
     store = app.read_store()
@@ -91,7 +91,7 @@ def _planned(
     store: Store | None, scanned: ScannedFile, track: Track | None, recipe: Recipe
 ) -> tuple[str, list[PlannedVariation]]:
     """What `once` would do with one file, and why; and the variations that it would make."""
-    every = plan_variations(recipe.config.generate, recipe.generator.card)
+    every = plan_variations(recipe.config, recipe.generator.card)
     if store is None or track is None:
         if not scanned.marked:
             return "waits for its marker file", []

@@ -85,6 +85,36 @@ class Embed(StageSettings):
     pass
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+KEEP = r"best ([1-9]\d{0,2}) of ([1-9]\d{0,2})"
+
+
+class EntryGates(Section):
+    """The checks that the results of one entry must pass; None: as `gates` says for all."""
+
+    similarity: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
+    same_tempo: bool | None = None
+    same_key: bool | None = None
+    max_silence: Share | None = None
+    max_copied: Share | None = None
+    max_shared: Share | None = None
+
+
+class Gates(EntryGates):
+    """The checks that every result must pass, and what becomes of one that fails; None: no such check."""
+
+    same_tempo: bool | None = False
+    same_key: bool | None = False
+    max_silence: Share | None = 0.5
+    max_shared: Share | None = 0.5
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    rejected: Literal["delete", "keep"] = "delete"
+
+    def of(self, entry: EntryGates) -> Gates:
+        """These, with what an entry says for itself."""
+        return self.model_copy(update={name: value for name, value in entry if value is not None})
+
+
 class VariationSpec(BaseModel):
     """One entry of `generate.variations`.
 
@@ -99,6 +129,14 @@ class VariationSpec(BaseModel):
     count: Annotated[int, Field(ge=1, le=1000)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     expand: Expand = "grid"
+    keep: Annotated[str, Field(pattern=f"^{KEEP}$")] | None = None
+    gates: EntryGates = EntryGates.model_construct()
+
+    @property
+    def best_of(self) -> tuple[int, int]:
+        """How many results are kept of how many takes."""
+        found = re.fullmatch(KEEP, self.keep or "")
+        return (int(found[1]), int(found[2])) if found else (1, 1)
 
 
 class Generate(StageSettings):
@@ -167,6 +205,7 @@ class Config(Section):
     normalize: Normalize = Normalize.model_construct()
     embed: Embed = Embed.model_construct()
     generate: Generate = Generate.model_construct()
+    gates: Gates = Gates.model_construct()
     output: Output = Output.model_construct()
     retry: Retry = Retry.model_construct()
     disk: Disk = Disk.model_construct()

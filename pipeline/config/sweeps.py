@@ -78,7 +78,7 @@ Expand = Literal["grid", "zip"] | Random
 class Combination:
     """One value for every parameter."""
 
-    params: Mapping[str, Any]  # the engine's, complete with defaults
+    given: Mapping[str, Any]  # the engine's parameters that the entry says itself
     similarity: float | None
     duration_s: float | Literal["source"] | None
 
@@ -137,7 +137,12 @@ def _rows(values: Mapping[str, list[Any]]) -> Iterator[tuple[Any, ...]]:
 def _combination(given: Mapping[str, Any], card: EngineCard) -> Combination:
     shared = SharedParams.model_validate({k: v for k, v in given.items() if k in SharedParams.model_fields})
     own = {name: value for name, value in given.items() if name in card.params.model_fields}
-    if shared.similarity is not None and card.params_of_similarity is not None:
-        own = {**card.params_of_similarity(shared.similarity), **own}
-    params = card.params.model_validate(own).model_dump(mode="json")
-    return Combination(params, shared.similarity, shared.duration_s)
+    return Combination(own, shared.similarity, shared.duration_s)
+
+
+def complete_params(card: EngineCard, given: Mapping[str, Any], similarity: float | None) -> dict[str, Any]:
+    """An engine's parameters: those given, those that give a result this similarity, and defaults."""
+    by_similarity = {}
+    if similarity is not None and card.params_of_similarity is not None:
+        by_similarity = card.params_of_similarity(similarity)
+    return card.params.model_validate({**by_similarity, **given}).model_dump(mode="json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,10 +11,11 @@ from pipeline import __version__, audio
 from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
-from pipeline.plan import VariationUnit
+from pipeline.plan import Take
 from pipeline.records import Audio, SourceInfo, Variation
 
 SCHEMA = 1
+FACTS = ("seed", "similarity", "params", "engine", "model", "revision", "version", "license")  # for tags
 SOFTWARE = f"instrumental-variations {__version__}"
 
 Json = dict[str, Any]
@@ -48,13 +50,10 @@ def embedding_record(published: Published, embedder: Embedder, choice: Choice) -
     }
 
 
-def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -> Json:
-    """All that is needed to make the same variation again."""
+def take_facts(take: Take, generator: Generator, choice: Choice) -> Json:
+    """All that is needed to make the same sound again."""
     return {
-        "name": unit.name,
-        "seed": unit.seed,
-        **({} if unit.similarity is None else {"similarity": unit.similarity}),
-        "params": dict(unit.params),
+        **take.facts(),
         "engine": generator.name,
         "model": choice.model,
         "revision": choice.revision,
@@ -63,9 +62,9 @@ def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -
     }
 
 
-def variation_record(published: Published, facts: Json, finished: Variation, loudness_lufs: float) -> Json:
+def take_record(facts: Json, finished: Variation, loudness_lufs: float, scores: Json) -> Json:
+    """A result that is judged, but not published yet."""
     return {
-        **vars(published),
         **facts,
         "duration_s": finished.audio.duration_s,
         "sample_rate": finished.audio.sample_rate,
@@ -73,16 +72,30 @@ def variation_record(published: Published, facts: Json, finished: Variation, lou
         "peak_dbfs": round(audio.peak_dbfs(finished.audio), 2),
         "loudness_lufs": round(loudness_lufs, 2),
         "details": dict(finished.details),
+        "scores": scores,
     }
 
 
-def wav_tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
-    """The facts for the WAV itself; without a date, so that the same request gives the same bytes."""
-    comment = {"source_sha256": sha256, **facts}
+def variation_record(
+    published: Published, name: str, take: Mapping[str, Any], failed: Sequence[str], takes: list[Json]
+) -> Json:
+    """A published take, the gates that it fails nevertheless, and all takes if there were others."""
     return {
-        "title": f"{name} ({facts['name']})",
+        **vars(published),
+        "name": name,
+        **take,
+        **({"failed": list(failed)} if failed else {}),
+        **({"takes": takes} if len(takes) > 1 else {}),
+    }
+
+
+def wav_tags(track: str, sha256: str, name: str, take: Mapping[str, Any]) -> dict[str, str]:
+    """The facts for the WAV itself; without a date, so that the same request gives the same bytes."""
+    comment = {"source_sha256": sha256, "name": name, **{key: take[key] for key in FACTS if key in take}}
+    return {
+        "title": f"{track} ({name})",
         "comment": json.dumps(comment, sort_keys=True, ensure_ascii=False),
-        "copyright": str(facts["license"]),
+        "copyright": str(take["license"]),
         "software": SOFTWARE,
     }
 

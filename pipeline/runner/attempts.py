@@ -24,10 +24,11 @@ from pipeline.errors import (
 from pipeline.fs.disk import environment_error
 from pipeline.intake.archive import archive_files
 from pipeline.intake.ingest import recheck_time
-from pipeline.plan import TrackPlan, VariationUnit
+from pipeline.plan import Take, TrackPlan, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage, VariationRequest
 from pipeline.runner.retry import MISSING_INBOX_PAUSE_S, backoff_s
+from pipeline.runner.takes import Choice
 from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
 from pipeline.workspace import Scratch, Workspace
@@ -47,6 +48,8 @@ class Job:
     normalized: dict[str, Any] = field(default_factory=dict)  # the record of the finished unit, or empty
     embedding: dict[str, Any] = field(default_factory=dict)  # likewise
     variations: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished units' records, by key
+    choices: list[Choice] = field(default_factory=list)  # of its variations, once they are being generated
+    reference: Any = None  # what its variations are compared with, once it has been analysed
     attempt: int | None = None  # id of the open attempt
     stage: str = RESULT_CHECK  # the stage that runs now
     over: bool = False  # done, failed or queued again
@@ -57,19 +60,19 @@ class Job:
 
     def audio(self) -> Audio:
         """The normalized audio, mapped from the state folder."""
-        loaded = self.scratch.load_normalized(self.plan.normalize_key, self.normalized["sample_rate"])
+        loaded = self.scratch.load("normalized", self.plan.normalize_key, self.normalized["sample_rate"])
         if loaded is None:
             raise EngineFailure("the normalized audio has disappeared from the state folder")
         return loaded
 
-    def request(self, unit: VariationUnit, source: Audio) -> VariationRequest:
+    def request(self, unit: VariationUnit, take: Take, source: Audio) -> VariationRequest:
         return VariationRequest(
-            request_id=unit.key,
+            request_id=take.key,
             track_id=self.track.sha256,
             audio=source,
             duration_s=source.duration_s if unit.duration_s == "source" else unit.duration_s,
-            seed=unit.seed,
-            params=unit.params,
+            seed=take.seed,
+            params=take.params,
         )
 
 

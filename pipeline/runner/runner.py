@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,19 +19,20 @@ import numpy as np
 
 from pipeline import audio, stages
 from pipeline.config import Normalize
-from pipeline.engines.base import Generator, ProgressFn, check_stop
+from pipeline.engines.base import check_stop
 from pipeline.engines.loading import Engines
-from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, SourceAway, SourceGone
+from pipeline.errors import BadAudio, DiskFull, FolderUnusable, SourceAway, SourceGone
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
-from pipeline.plan import Recipe, VariationUnit
+from pipeline.plan import Recipe
 from pipeline.progress import Reporter
-from pipeline.records import Embedding, Failure, Stage, Variation, VariationRequest
+from pipeline.records import Embedding, Stage
 from pipeline.runner.attempts import Attempts, Job, RunResult
+from pipeline.runner.generation import Generation, Judge
 from pipeline.runner.retry import local_time, longest_wait_s
 from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
@@ -41,15 +41,6 @@ from pipeline.workspace import InputFolder, Workspace
 OUTBOX_MOUNT = "outbox mount"  # the fact in the store: where its disk was mounted at the last start
 
 log = logging.getLogger("pipeline")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One variation that a call of the generator is to make."""
-
-    job: Job
-    unit: VariationUnit
-    request: VariationRequest
 
 
 @dataclass
@@ -62,6 +53,7 @@ class Runner:
     store: Store
     outbox: Outbox
     engines: Engines
+    judge: Judge
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
@@ -71,6 +63,21 @@ class Runner:
     def attempts(self) -> Attempts:
         return Attempts(
             self.recipe.config, self.workspace, self.store, self.reporter, self.clock, self.should_stop
+        )
+
+    @cached_property
+    def _generation(self) -> Generation:
+        return Generation(
+            recipe=self.recipe,
+            store=self.store,
+            outbox=self.outbox,
+            engines=self.engines,
+            judge=self.judge,
+            attempts=self.attempts,
+            reporter=self.reporter,
+            clock=self.clock,
+            should_stop=self.should_stop,
+            finish=self._finish,
         )
 
     @property
@@ -143,7 +150,7 @@ class Runner:
 
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages, in this order."""
-        steps = [self._find_results, self._normalize, self._embed, self._generate]
+        steps = [self._find_results, self._normalize, self._embed, self._generation.run]
         jobs = [
             Job(track, self.recipe.plan(track.sha256), self.workspace.scratch(track.sha256))
             for track in tracks
@@ -225,7 +232,7 @@ class Runner:
             key = job.plan.normalize_key
             job.normalized = self.store.unit(key) or {}
             needed = not job.embedding or job.missing
-            if job.normalized and (not needed or job.scratch.load_normalized(key, settings.sample_rate)):
+            if job.normalized and (not needed or job.scratch.load("normalized", key, settings.sample_rate)):
                 continue
             with self.attempts.attempt(job, Stage.NORMALIZE):
                 start = self.clock()
@@ -233,7 +240,7 @@ class Runner:
                     self._working_copy(job), sample_rate=settings.sample_rate, limits=_limits(settings)
                 )
                 normalized = stages.normalize(decoded, settings)
-                job.scratch.save_normalized(key, normalized)
+                job.scratch.save("normalized", key, normalized)
                 job.normalized = manifest.normalized_record(source, normalized)
                 self._record(job, key, Stage.NORMALIZE, job.normalized, self.clock() - start)
 
@@ -253,94 +260,6 @@ class Runner:
                 )
                 job.embedding = manifest.embedding_record(published, embedder, self.recipe.embedder)
                 self._record(job, job.plan.embed_key, Stage.EMBED, job.embedding, self.clock() - start)
-
-    def _generate(self, jobs: Sequence[Job]) -> None:
-        """Make all missing variations of the batch in one call of the generator, and finish the tracks.
-
-        If the generator raises on a batch, each unfinished track is tried alone, so that only the
-        track that caused the error fails.
-        """
-        incomplete = []
-        for job in jobs:
-            if job.missing:
-                incomplete.append(job)
-                continue
-            with self.attempts.guarded(job):
-                self._finish(job)
-        if not incomplete:
-            return
-        error = self._call_generator(incomplete)
-        if error is None:
-            return
-        _clear_frames(error)
-        if len(incomplete) == 1:
-            self.attempts.fail(incomplete[0], error)
-            return
-        for job in incomplete:
-            if not job.over:
-                self.attempts.end(job, AttemptOutcome.STOPPED)
-                self._generate([job])
-
-    def _call_generator(self, jobs: Sequence[Job]) -> Exception | None:
-        """Make and publish the missing variations of all jobs in one call.
-
-        Returns:
-            What the generator raised, if one of the tracks may be the cause; other errors are raised.
-        """
-        wanted = self._begin_generation(jobs)
-        if not wanted:
-            return None
-        requests = [one.request for one in wanted.values()]
-        self.reporter.stage(jobs[0].track.name if len(jobs) == 1 else f"{len(jobs)} tracks", Stage.GENERATE)
-        start = self.clock()
-        try:
-            generator = self.engines.generator()
-            for made in generator.generate(
-                requests, progress=self._progress(requests), should_stop=self.should_stop
-            ):
-                one = wanted[made.request_id]
-                with self.attempts.guarded(one.job):
-                    self._publish_variation(one, made, generator, seconds=self.clock() - start)
-                start = self.clock()
-        except Exception as e:
-            if isinstance(e, sqlite3.Error) or environment_error(e):
-                raise
-            return e
-        for job in jobs:
-            if not job.over:
-                self.attempts.fail(job, EngineFailure(f"{generator.name} made too few variations"))
-        return None
-
-    def _begin_generation(self, jobs: Sequence[Job]) -> dict[str, Wanted]:
-        """Open an attempt for each job; returns what to generate, by request id."""
-        wanted: dict[str, Wanted] = {}
-        for job in jobs:
-            with self.attempts.guarded(job):
-                self.attempts.begin(job, Stage.GENERATE)
-                source = job.audio()
-                wanted |= {unit.key: Wanted(job, unit, job.request(unit, source)) for unit in job.missing}
-        return wanted
-
-    def _publish_variation(
-        self, wanted: Wanted, made: Variation | Failure, generator: Generator, *, seconds: float
-    ) -> None:
-        """Publish one result, and finish the track if it was the last one."""
-        if isinstance(made, Failure):
-            raise made.error
-        job, unit, output = wanted.job, wanted.unit, self.recipe.config.output
-        finished, loudness_lufs = stages.finish(made, wanted.request, output)
-        facts = manifest.variation_facts(unit, generator, self.recipe.generator)
-        tags = manifest.wav_tags(job.track.name, job.track.sha256, facts)
-        published = self.outbox.publish(
-            job.track.folder,
-            unit.file,
-            lambda out: audio.write_wav(out, finished.audio, bit_depth=output.bit_depth, tags=tags),
-            verify=verify.wav(finished.audio.n_samples, finished.audio.sample_rate, finished.audio.channels),
-        )
-        job.variations[unit.key] = manifest.variation_record(published, facts, finished, loudness_lufs)
-        self._record(job, unit.key, Stage.GENERATE, job.variations[unit.key], seconds)
-        if not job.missing and not job.over:
-            self._finish(job)
 
     def _finish(self, job: Job) -> None:
         """Publish the manifest, record the track as done, and archive its source, in this order."""
@@ -400,17 +319,6 @@ class Runner:
             incoming.unlink(missing_ok=True)
         return True
 
-    def _progress(self, requests: Sequence[VariationRequest]) -> ProgressFn:
-        shares = {request.request_id: 0.0 for request in requests}
-
-        def progress(request_id: str, done: int, total: int) -> None:
-            shares[request_id] = done / total if total else 1.0
-            finished = sum(share >= 1 for share in shares.values())
-            label = f"variation {min(finished + 1, len(shares))} of {len(shares)}, step {done} of {total}"
-            self.reporter.step(sum(shares.values()), len(shares), label)
-
-        return progress
-
     def _record(self, job: Job, key: str, stage: Stage, record: dict[str, Any], seconds: float) -> None:
         self.store.finish_unit(
             key, sha256=job.track.sha256, stage=stage, result=record, seconds=seconds, now=self.clock()
@@ -432,14 +340,6 @@ def check_outbox_mount(outbox: Path, store: Store) -> str:
     if was_deeper and not any(outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
     return now
-
-
-def _clear_frames(error: BaseException) -> None:
-    """Release what the frames of an error's traceback refer to, which is the memory of a whole batch."""
-    chain: BaseException | None = error
-    while chain is not None:
-        traceback.clear_frames(chain.__traceback__)
-        chain = chain.__cause__ or chain.__context__
 
 
 def _save(embedding: Embedding, out: BinaryIO) -> None:

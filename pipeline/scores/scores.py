@@ -68,8 +68,8 @@ def score(
     source_vector: Floats | None = None,
     vector: Floats | None = None,
     prompt_vector: Floats | None = None,
-) -> Scores:
-    """Score a variation of any length, rate and channels.
+) -> tuple[Scores, Source]:
+    """The scores of a variation of any length, rate and channels, and its analysis.
 
     Args:
         source: the track it was made from, by `analyse_source`.
@@ -83,7 +83,7 @@ def score(
     embedding = None if vector is None or source_vector is None else cosine(source_vector, vector)
     ratio = made.tempo_bpm / source.tempo_bpm if source.tempo_bpm and made.tempo_bpm else None
     copies, defects = find_copies(source.fingerprint, made.fingerprint), find_defects(audio, mono)
-    return Scores(
+    scores = Scores(
         similarity=overall_similarity(chroma, warped, embedding),
         chroma=chroma,
         chroma_warped=warped,
@@ -102,6 +102,7 @@ def score(
         true_peak_dbtp=true_peak_dbtp(audio),
         loudness_lufs=loudness_lufs(audio),
     )
+    return scores, made
 
 
 def _json(value: Any) -> Any:

@@ -1,0 +1,314 @@
+"""The generate stage of a batch of tracks: takes are made, judged, chosen and published.
+
+Every call of the generator makes all takes that the tracks of the batch still want, since they can share one
+pass over a model's weights. A take that isn't decided about yet is held in the state folder, so that a kill
+loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from pipeline import audio, stages
+from pipeline.config import Gates
+from pipeline.engines.base import Generator, ProgressFn
+from pipeline.engines.loading import Engines
+from pipeline.errors import EngineFailure
+from pipeline.fs.disk import environment_error
+from pipeline.outbox import manifest, verify
+from pipeline.outbox.manifest import Json
+from pipeline.outbox.outbox import Outbox
+from pipeline.plan import Recipe, Take, VariationUnit
+from pipeline.progress import Reporter
+from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
+from pipeline.runner.attempts import Attempts, Job
+from pipeline.runner.takes import Choice, JudgedTake, choices
+from pipeline.store.schema import AttemptOutcome
+from pipeline.store.store import Store
+
+TAKE = "take"  # what a held take is called in the state folder
+PUBLISHED = audio.DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf)  # for own results
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a judge finds about one result."""
+
+    failed: tuple[str, ...]  # the gates that it does not pass, each in a few words
+    rank: float  # the higher, the better
+    similarity: float | None  # to the source, as measured
+    scores: Json  # for the manifest
+    sound: Any  # what `shared` compares
+
+
+class Judge(Protocol):
+    """Measures results. Tests pass their own in the place of `pipeline.runner.judge`."""
+
+    def analyse(self, source: Audio) -> Any:
+        """What of a track is compared with its variations."""
+        ...
+
+    def judge(self, source: Any, made: Variation, gates: Gates) -> Verdict: ...
+
+    def sound(self, made: Audio) -> Any:
+        """What `shared` compares."""
+        ...
+
+    def shared(self, one: Any, other: Any) -> float:
+        """Share of the sound that two results have in common at the same time, 0 to 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One take that a call of the generator is to make."""
+
+    job: Job
+    choice: Choice
+    take: Take
+    request: VariationRequest
+
+
+@dataclass
+class Generation:
+    """Makes and publishes the missing variations of tracks. Everything it depends on is passed in."""
+
+    recipe: Recipe
+    store: Store
+    outbox: Outbox
+    engines: Engines
+    judge: Judge
+    attempts: Attempts
+    reporter: Reporter
+    clock: Callable[[], float]
+    should_stop: Callable[[], bool]
+    finish: Callable[[Job], None]  # called for each track whose variations are all published
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Make all missing variations of the batch, and finish the tracks.
+
+        If the generator raises on a batch, each unfinished track is tried alone, so that only the
+        track that caused the error fails.
+        """
+        incomplete = []
+        for job in jobs:
+            if job.missing:
+                incomplete.append(job)
+                continue
+            with self.attempts.guarded(job):
+                self.finish(job)
+        if not incomplete:
+            return
+        error = self._make_takes(incomplete)
+        if error is None:
+            return
+        _clear_frames(error)
+        if len(incomplete) == 1:
+            self.attempts.fail(incomplete[0], error)
+            return
+        for job in incomplete:
+            if not job.over:
+                self.attempts.end(job, AttemptOutcome.STOPPED)
+                self.run([job])
+
+    def _make_takes(self, jobs: Sequence[Job]) -> Exception | None:
+        """Call the generator until nothing more is wanted.
+
+        Returns:
+            What the generator raised, if one of the tracks may be the cause; other errors are raised.
+        """
+        for job in jobs:
+            with self.attempts.guarded(job):
+                self.attempts.begin(job, Stage.GENERATE)
+                self._begin(job)
+        name = jobs[0].track.name if len(jobs) == 1 else f"{len(jobs)} tracks"
+        while wanted := {one.take.key: one for job in jobs for one in self._wanted(job)}:
+            self.reporter.stage(name, Stage.GENERATE)
+            try:
+                generator = self.engines.generator()
+                self._call(generator, wanted)
+            except Exception as e:
+                if isinstance(e, sqlite3.Error) or environment_error(e):
+                    raise
+                return e
+            for one in wanted.values():
+                if not one.job.over and one.take in one.choice.missing:
+                    self.attempts.fail(one.job, EngineFailure(f"{generator.name} made too few variations"))
+        return None
+
+    def _begin(self, job: Job) -> None:
+        """Set up the choices of a track, with the takes that an earlier run has left."""
+        job.choices = choices(job.plan.variations, self.recipe.generator.card, self._shared)
+        for choice in job.choices:
+            if all(unit.key in job.variations for unit in choice.units):
+                choice.kept = tuple(self._published_take(job, unit) for unit in choice.units)
+            else:
+                self._restore(job, choice)
+        self._advance(job)
+
+    def _wanted(self, job: Job) -> list[Wanted]:
+        found: list[Wanted] = []
+        if not job.over:
+            with self.attempts.guarded(job):
+                source = job.audio()
+                for choice in job.choices:
+                    for take in choice.missing:
+                        found.append(Wanted(job, choice, take, job.request(choice.units[0], take, source)))
+        return found
+
+    def _call(self, generator: Generator, wanted: dict[str, Wanted]) -> None:
+        requests = [one.request for one in wanted.values()]
+        start = self.clock()
+        for made in generator.generate(
+            requests, progress=self._progress(requests), should_stop=self.should_stop
+        ):
+            one = wanted[made.request_id]
+            with self.attempts.guarded(one.job):
+                if isinstance(made, Failure):
+                    raise made.error
+                self._judge(one, made, generator, start)
+            start = self.clock()
+
+    # -- takes -----------------------------------------------------------------------------------
+
+    def _judge(self, wanted: Wanted, made: Variation, generator: Generator, start: float) -> None:
+        """Judge a take, and publish what can be decided by it; otherwise hold it."""
+        job, choice, take = wanted.job, wanted.choice, wanted.take
+        try:
+            finished, loudness_lufs = stages.finish(made, wanted.request, self.recipe.config.output)
+        except EngineFailure as e:
+            choice.judged[take.key] = JudgedTake(take, (str(e),), -math.inf, None)
+            self._advance(job)
+            return
+        if job.reference is None:
+            job.reference = self.judge.analyse(wanted.request.audio)
+        verdict = self.judge.judge(job.reference, finished, choice.units[0].gates)
+        facts = manifest.take_facts(take, generator, self.recipe.generator)
+        judged = JudgedTake(
+            take,
+            verdict.failed,
+            verdict.rank,
+            verdict.similarity,
+            verdict.sound,
+            manifest.take_record(facts, finished, loudness_lufs, verdict.scores),
+            finished.audio,
+            self.clock() - start,
+        )
+        choice.judged[take.key] = judged
+        self._advance(job)
+        if choice.kept is None:
+            self._hold(job, choice, judged)
+
+    def _hold(self, job: Job, choice: Choice, judged: JudgedTake) -> None:
+        """Keep a take in the state folder until it is decided about."""
+        assert judged.audio is not None
+        job.scratch.save(TAKE, judged.take.key, judged.audio)
+        choice.judged[judged.take.key] = replace(judged, audio=None, seconds=0.0)
+        held = {"failed": judged.failed, "rank": judged.rank, "similarity": judged.similarity}
+        self._record(job, judged.take.key, {**judged.record, "held": held}, judged.seconds)
+
+    def _restore(self, job: Job, choice: Choice) -> None:
+        """Take over the missing takes that an earlier run held."""
+        for take in choice.missing:
+            record = self.store.unit(take.key)
+            if record is None or (held := self._held(job, take, record)) is None:
+                continue
+            judged = record.pop("held")
+            choice.judged[take.key] = JudgedTake(
+                take,
+                tuple(judged["failed"]),
+                judged["rank"],
+                judged["similarity"],
+                self.judge.sound(held),
+                record,
+            )
+
+    def _held(self, job: Job, take: Take, record: Mapping[str, Any]) -> Audio | None:
+        return job.scratch.load(TAKE, take.key, record["sample_rate"])
+
+    def _published_take(self, job: Job, unit: VariationUnit) -> JudgedTake:
+        """A variation that an earlier run has published, as others are compared with it."""
+        record = job.variations[unit.key]
+        take = replace(unit.takes[0], seed=record["seed"])
+        if not any(unit.must_differ_from(other) for other in job.missing):
+            return JudgedTake(take, (), 0.0, None)
+        path = self.outbox.root / job.track.folder / record["file"]
+        sound, _ = audio.decode(path, sample_rate=record["sample_rate"], limits=PUBLISHED)
+        return JudgedTake(take, (), 0.0, None, self.judge.sound(sound))
+
+    def _shared(self, one: JudgedTake, other: JudgedTake) -> float:
+        return self.judge.shared(one.sound, other.sound)
+
+    # -- choices ---------------------------------------------------------------------------------
+
+    def _advance(self, job: Job) -> None:
+        """Decide what can be decided, in the order of the plan, and publish it; finish a complete track."""
+        for choice in job.choices:
+            n_asked = 0
+            while choice.kept is None and n_asked != len(choice.asked):
+                n_asked = len(choice.asked)
+                self._restore(job, choice)
+                choice.decide()
+            if choice.kept is not None:
+                for unit, judged in zip(choice.units, choice.kept, strict=True):
+                    if unit.key not in job.variations:
+                        self._publish(job, choice, unit, judged)
+        if not job.missing and not job.over:
+            self.finish(job)
+
+    def _publish(self, job: Job, choice: Choice, unit: VariationUnit, judged: JudgedTake) -> None:
+        output, record = self.recipe.config.output, judged.record
+        sound = judged.audio or self._held(job, judged.take, record)
+        if sound is None:
+            raise EngineFailure("a take has disappeared from the state folder")
+        tags = manifest.wav_tags(job.track.name, job.track.sha256, unit.name, record)
+        published = self.outbox.publish(
+            job.track.folder,
+            unit.file,
+            lambda out: audio.write_wav(out, sound, bit_depth=output.bit_depth, tags=tags),
+            verify=verify.wav(sound.n_samples, sound.sample_rate, sound.channels),
+        )
+        tried = [_tried(choice, choice.judged[take.key]) for take in choice.asked]
+        made = manifest.variation_record(published, unit.name, record, choice.faults(judged), tried)
+        job.variations[unit.key] = made
+        self._record(job, unit.key, made, judged.seconds)
+
+    def _record(self, job: Job, key: str, record: Json, seconds: float) -> None:
+        self.store.finish_unit(
+            key,
+            sha256=job.track.sha256,
+            stage=Stage.GENERATE,
+            result=record,
+            seconds=seconds,
+            now=self.clock(),
+        )
+
+    def _progress(self, requests: Sequence[VariationRequest]) -> ProgressFn:
+        shares = {request.request_id: 0.0 for request in requests}
+
+        def progress(request_id: str, done: int, total: int) -> None:
+            shares[request_id] = done / total if total else 1.0
+            finished = sum(share >= 1 for share in shares.values())
+            label = f"variation {min(finished + 1, len(shares))} of {len(shares)}, step {done} of {total}"
+            self.reporter.step(sum(shares.values()), len(shares), label)
+
+        return progress
+
+
+def _tried(choice: Choice, judged: JudgedTake) -> Json:
+    """What the manifest says of one take."""
+    facts = judged.take.facts()
+    return {**facts, "measured": {"similarity": judged.similarity}, "failed": list(choice.faults(judged))}
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Release what the frames of an error's traceback refer to, which is the memory of a whole batch."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__

@@ -1,0 +1,118 @@
+"""Judges results by the scores of docs/scores.md: which gates one fails, and how it ranks among others.
+
+The rank is the mean of what a listener wants, each 0 to 1: a similarity within the band, key and tempo of the
+source, joins that are not heard, no defects, and the prompt where there is one. A copy of the source is not
+what a variation is for, so without a band of the configuration's own the usual one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pipeline.config import Gates
+from pipeline.engines import cards
+from pipeline.engines.base import Embedder, EngineSettings
+from pipeline.records import Audio, Variation
+from pipeline.runner.generation import Verdict
+from pipeline.scores.analysis import Source, analyse
+from pipeline.scores.copies import Bits, shared_share
+from pipeline.scores.defects import find_defects
+from pipeline.scores.scores import Scores, score
+
+USUAL_BAND = (0.3, 0.9)  # of the similarity, for the rank
+BAND_EDGE = 0.3  # so far outside of the band, a similarity counts 0
+COLLAPSED_SHARE = 0.5  # of the seconds as noise or as a stuck tone, beyond those of the source
+FOREIGN_KEY = 0.2  # key agreement of parallel keys; with less, two keys are foreign to each other
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A source as its variations are compared with it."""
+
+    source: Source
+    vector: np.ndarray  # of the descriptors engine
+    collapsed_share: float  # seconds that are noise or a stuck tone in the source itself
+
+
+class ScoringJudge:
+    """A `Judge`: see `pipeline.runner.generation`.
+
+    The similarity counts the weight-free descriptors whichever engine embeds, so that it does not depend on
+    what else is installed.
+    """
+
+    @cached_property
+    def _descriptors(self) -> Embedder:
+        return cards()["descriptors"].load(EngineSettings())  # type: ignore[return-value]
+
+    def _vector(self, audio: Audio) -> np.ndarray:
+        return self._descriptors.embed(audio, should_stop=lambda: False).track
+
+    def analyse(self, source: Audio) -> Reference:
+        analysed, mono = analyse(source)
+        defects = find_defects(source, mono)
+        return Reference(analysed, self._vector(source), max(defects.noise_share, defects.stuck_share))
+
+    def judge(self, reference: Reference, made: Variation, gates: Gates) -> Verdict:
+        joins_s = [join["out_s"] for join in made.details.get("joins", ())]
+        scores, analysed = score(
+            reference.source,
+            made.audio,
+            joins_s=joins_s,
+            source_vector=reference.vector,
+            vector=self._vector(made.audio),
+        )
+        return Verdict(
+            failed=tuple(failed_gates(scores, gates, reference.collapsed_share)),
+            rank=float(np.mean(list(_merits(scores, gates)))),
+            similarity=scores.similarity,
+            scores=scores.as_json(),
+            sound=analysed.fingerprint,
+        )
+
+    def sound(self, made: Audio) -> Bits:
+        return analyse(made)[0].fingerprint
+
+    def shared(self, one: Bits, other: Bits) -> float:
+        return shared_share(one, other)
+
+
+def failed_gates(scores: Scores, gates: Gates, collapsed_share: float) -> Iterator[str]:
+    """The gates that a result does not pass, each in a few words.
+
+    Args:
+        collapsed_share: of the source's seconds, that are noise or a stuck tone: its variations may be, too.
+    """
+    if gates.max_silence is not None and scores.silent_share > gates.max_silence:
+        yield f"{scores.silent_share:.0%} of it is silence"
+    for share, what in ((scores.noise_share, "noise"), (scores.stuck_share, "a tone that does not change")):
+        if share > COLLAPSED_SHARE + collapsed_share:
+            yield f"{share:.0%} of it is {what}"
+    if gates.same_tempo and scores.tempo_agrees is False:
+        yield f"its tempo is {scores.tempo_ratio:.2f} times that of the source"
+    if gates.same_key and scores.key_agreement is not None and scores.key_agreement < FOREIGN_KEY:
+        yield f"its key is {scores.key}"
+    if gates.max_copied is not None and scores.copy_share > gates.max_copied:
+        yield f"{scores.copy_share:.0%} of it is a copy of the source"
+    if gates.similarity is not None and not gates.similarity[0] <= scores.similarity <= gates.similarity[1]:
+        yield f"its similarity to the source is {scores.similarity:.2f}"
+
+
+def _merits(scores: Scores, gates: Gates) -> Iterator[float]:
+    """What the rank is the mean of, 0 to 1 each; what can't be measured is left out."""
+    low, high = gates.similarity or USUAL_BAND
+    outside = max(low - scores.similarity, scores.similarity - high, 0.0)
+    yield max(0.0, 1.0 - outside / BAND_EDGE)
+    if scores.key_agreement is not None:
+        yield scores.key_agreement
+    if scores.tempo_agrees is not None:
+        yield float(scores.tempo_agrees)
+    yield scores.worst_seam.quality
+    yield float(np.mean([seam.quality for seam in scores.joins])) if scores.joins else 1.0
+    yield 1.0 - max(scores.silent_share, scores.noise_share, scores.stuck_share, scores.clipped_share)
+    if scores.prompt is not None:
+        yield max(0.0, scores.prompt)
