@@ -175,18 +175,19 @@ class App:
             scanner=Scanner(folder, intake),
             settling=Settling(intake.settle_s, trust_times=trust_times),
         )
+        engines = LoadedEngines(
+            (recipe.embedder, self.settings(self.config.embed)),
+            (recipe.generator, self.settings(self.config.generate)),
+            earlier,
+        )
         runner = Runner(
             recipe=recipe,
             workspace=self.workspace,
             folder=folder,
             store=store,
             outbox=outbox,
-            engines=LoadedEngines(
-                (recipe.embedder, self.settings(self.config.embed)),
-                (recipe.generator, self.settings(self.config.generate)),
-                earlier,
-            ),
-            judge=ScoringJudge(),
+            engines=engines,
+            judge=ScoringJudge(engines),
             reporter=reporter,
             clock=time.time,
             should_stop=should_stop,

@@ -20,9 +20,11 @@ from pipeline.config.sweeps import complete_params, expand
 from pipeline.engines.base import EngineCard
 from pipeline.engines.selection import Choice
 from pipeline.fs.names import file_safe
+from pipeline.music import PROMPT_VERSION
 from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSION
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
+AUTO_PROMPT = "auto"  # a prompt made of words from the track's analysis
 UNKNOWN_DURATION_S = 300.0  # assumed for results as long as the source until that is decoded
 
 
@@ -127,7 +129,8 @@ class Recipe:
         ]
         units: list[VariationUnit] = []
         for planned in plan_variations(self.config, self.generator.card):
-            sound = digest(["take", normalize, made_by, planned.name, planned.duration_s])
+            words = [PROMPT_VERSION, embed] if planned.params.get("prompt") == AUTO_PROMPT else []
+            sound = digest(["take", normalize, made_by, planned.name, planned.duration_s, words])
             takes = tuple(
                 make_take(sound, _seed(sha256, planned, n), planned.params, planned.similarity)
                 for n in range(planned.tried)

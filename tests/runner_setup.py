@@ -87,7 +87,10 @@ class StubJudge:
     def analyse(self, source: Audio) -> None:
         return None
 
-    def judge(self, source: None, made: Variation, gates: Gates) -> Verdict:
+    def describe(self, source: None) -> str:
+        return "words"
+
+    def judge(self, source: None, made: Variation, gates: Gates, prompt: str) -> Verdict:
         return self.verdict(made, gates)
 
     def sound(self, made: Audio) -> Any:
@@ -207,6 +210,11 @@ class RunnerSetup:
 
     def files(self, sha256: str) -> dict[str, str]:
         return contents(self.workspace.outbox / self.track(sha256).folder)
+
+    def manifest(self, sha256: str) -> dict[str, Any]:
+        found = Outbox(self.workspace.outbox).read_manifest(self.track(sha256).folder)
+        assert found is not None
+        return found
 
     def outcomes(self, sha256: str) -> list[tuple[str, str | None]]:
         return [(attempt.stage, attempt.outcome) for attempt in self.store.attempts(sha256)]

@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import Stopped
-from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
+from pipeline.records import Audio, Embedding, Failure, Samples, Variation, VariationRequest
 from pipeline.weights.layout import TRANSFORMERS, Layout
 
 UNFINISHED = "unfinished"  # folder of an engine's files that `gc` removes when they are old
@@ -67,6 +67,15 @@ class Embedder(Protocol):
         Raises:
             Stopped: soon after `should_stop` returned true.
         """
+        ...
+
+
+@runtime_checkable
+class TextEmbedder(Embedder, Protocol):
+    """An embedder whose vectors of sound and of texts can be compared."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Samples:
+        """Vectors of texts, (texts, dim), float32, unit length."""
         ...
 
 

@@ -10,6 +10,8 @@ Fusion checkpoints are refused because they choose random crops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import pretrained
@@ -29,7 +31,7 @@ BATCH_WINDOWS = 4  # windows that are in memory at once; more are hardly faster 
 
 
 class ClapEmbedder:
-    """An embedder made of CLAP's audio tower."""
+    """A `TextEmbedder` made of CLAP's two towers."""
 
     name = "clap"
     version = VERSION
@@ -64,6 +66,38 @@ class ClapEmbedder:
             windows=window_vectors,
             times_s=np.stack([starts_s, ends_s], axis=1).astype(np.float32),
         )
+
+    def embed_texts(self, texts: Sequence[str]) -> Samples:
+        """Vectors of texts in the space of those of sound, (texts, d), float32, unit length.
+
+        The text tower is loaded at the first call.
+
+        Raises:
+            BadCheckpoint: the text tower or its tokenizer can't be loaded.
+        """
+        import numpy as np
+        import torch
+
+        tokenizer, model = self._text_tower
+        vectors = []
+        for text in texts:  # one at a time, so that a vector does not depend on the other texts
+            tokens = tokenizer(text, truncation=True, return_tensors="pt").to(self._device)
+            with torch.inference_mode():
+                vectors.append(model(**tokens).text_embeds.to("cpu", torch.float32).numpy())
+        return unit(np.concatenate(vectors))
+
+    @cached_property
+    def _text_tower(self) -> tuple[Any, Any]:
+        import transformers
+
+        folder = self.weights.folder
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            # The library would go on with an empty vocabulary.
+            raise BadCheckpoint(f"{folder} has no tokenizer: tokenizer.json or vocab.json is missing.")
+        tokenizer = pretrained.load_part(transformers.AutoTokenizer, folder)
+        config = pretrained.load_part(transformers.ClapConfig, folder).text_config
+        tower = transformers.ClapTextModelWithProjection
+        return tokenizer, pretrained.load_model(tower, folder, self._device, config=config)
 
     def _vectors(self, windows: list[Samples]) -> Samples:
         import numpy as np
@@ -111,7 +145,7 @@ def load_clap(weights: Weights, device: str = "cpu", threads: int | None = None)
 
     pretrained.prepare(device, threads)
     extractor = pretrained.load_part(transformers.ClapFeatureExtractor, weights.folder)
-    # Half of the model is its text tower, which is not needed here.
+    # Half of the model is its text tower, which few need.
     audio_config = pretrained.load_part(transformers.ClapConfig, weights.folder).audio_config
     model = pretrained.load_model(
         transformers.ClapAudioModelWithProjection, weights.folder, device, config=audio_config

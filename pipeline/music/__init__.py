@@ -2,3 +2,5 @@
 
 The modules build on each other in this order: `spectra`, `beats`, `features`, `bars`.
 """
+
+PROMPT_VERSION = "1"  # of `words`: raised when the same track would get other words

@@ -23,7 +23,7 @@ from pipeline.fs.disk import environment_error
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import Outbox
-from pipeline.plan import Recipe, Take, VariationUnit
+from pipeline.plan import AUTO_PROMPT, Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.attempts import Attempts, Job
@@ -53,7 +53,13 @@ class Judge(Protocol):
         """What of a track is compared with its variations."""
         ...
 
-    def judge(self, source: Any, made: Variation, gates: Gates) -> Verdict: ...
+    def describe(self, source: Any) -> str:
+        """A prompt for a track."""
+        ...
+
+    def judge(self, source: Any, made: Variation, gates: Gates, prompt: str) -> Verdict:
+        """The verdict on a variation, for which `prompt` was given; empty: none."""
+        ...
 
     def sound(self, made: Audio) -> Any:
         """What `shared` compares."""
@@ -158,8 +164,21 @@ class Generation:
                 source = job.audio()
                 for choice in job.choices:
                     for take in choice.missing:
-                        found.append(Wanted(job, choice, take, job.request(choice.units[0], take, source)))
+                        request = self._with_prompt(job, job.request(choice.units[0], take, source))
+                        found.append(Wanted(job, choice, take, request))
         return found
+
+    def _with_prompt(self, job: Job, request: VariationRequest) -> VariationRequest:
+        """The request with words from the track's analysis, if it asks for them."""
+        if request.params.get("prompt") != AUTO_PROMPT:
+            return request
+        words = self.judge.describe(self._reference(job, request.audio))
+        return replace(request, params={**request.params, "prompt": words})
+
+    def _reference(self, job: Job, source: Audio) -> Any:
+        if job.reference is None:
+            job.reference = self.judge.analyse(source)
+        return job.reference
 
     def _call(self, generator: Generator, wanted: dict[str, Wanted]) -> None:
         requests = [one.request for one in wanted.values()]
@@ -185,10 +204,14 @@ class Generation:
             choice.judged[take.key] = JudgedTake(take, (str(e),), -math.inf, None)
             self._advance(job)
             return
-        if job.reference is None:
-            job.reference = self.judge.analyse(wanted.request.audio)
-        verdict = self.judge.judge(job.reference, finished, choice.units[0].gates)
+        reference, prompt = (
+            self._reference(job, wanted.request.audio),
+            wanted.request.params.get("prompt", ""),
+        )
+        verdict = self.judge.judge(reference, finished, choice.units[0].gates, prompt)
         facts = manifest.take_facts(take, generator, self.recipe.generator)
+        if prompt != take.params.get("prompt", ""):
+            facts["prompt"] = prompt
         judged = JudgedTake(
             take,
             verdict.failed,

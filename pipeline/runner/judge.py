@@ -15,13 +15,16 @@ import numpy as np
 
 from pipeline.config import Gates
 from pipeline.engines import cards
-from pipeline.engines.base import Embedder, EngineSettings
-from pipeline.records import Audio, Variation
+from pipeline.engines.base import Embedder, EngineSettings, TextEmbedder
+from pipeline.engines.loading import Engines
+from pipeline.music.words import describe
+from pipeline.records import Audio, Samples, Variation
 from pipeline.runner.generation import Verdict
 from pipeline.scores.analysis import Source, analyse
 from pipeline.scores.copies import Bits, shared_share
 from pipeline.scores.defects import find_defects
 from pipeline.scores.scores import Scores, score
+from pipeline.scores.similarity import cosine
 
 USUAL_BAND = (0.3, 0.9)  # of the similarity, for the rank
 BAND_EDGE = 0.3  # so far outside of the band, a similarity counts 0
@@ -34,30 +37,46 @@ class Reference:
     """A source as its variations are compared with it."""
 
     source: Source
-    vector: np.ndarray  # of the descriptors engine
+    audio: Audio
+    vector: Samples  # of the descriptors engine
     collapsed_share: float  # seconds that are noise or a stuck tone in the source itself
 
 
+@dataclass
 class ScoringJudge:
     """A `Judge`: see `pipeline.runner.generation`.
 
     The similarity counts the weight-free descriptors whichever engine embeds, so that it does not depend on
-    what else is installed.
+    what else is installed. Only prompts need an embedder that knows texts.
     """
+
+    engines: Engines
+
+    @cached_property
+    def _text_embedder(self) -> TextEmbedder | None:
+        embedder = self.engines.embedder()
+        return embedder if isinstance(embedder, TextEmbedder) else None
 
     @cached_property
     def _descriptors(self) -> Embedder:
         return cards()["descriptors"].load(EngineSettings())  # type: ignore[return-value]
 
-    def _vector(self, audio: Audio) -> np.ndarray:
-        return self._descriptors.embed(audio, should_stop=lambda: False).track
+    def _vector(self, audio: Audio) -> Samples:
+        return _embed(self._descriptors, audio)
 
     def analyse(self, source: Audio) -> Reference:
         analysed, mono = analyse(source)
         defects = find_defects(source, mono)
-        return Reference(analysed, self._vector(source), max(defects.noise_share, defects.stuck_share))
+        return Reference(
+            analysed, source, self._vector(source), max(defects.noise_share, defects.stuck_share)
+        )
 
-    def judge(self, reference: Reference, made: Variation, gates: Gates) -> Verdict:
+    def describe(self, reference: Reference) -> str:
+        source, by_text = reference.source, self._text_embedder
+        vector = _embed(by_text, reference.audio) if by_text else None
+        return describe(source.tempo_bpm, source.key, vector, by_text.embed_texts if by_text else None)
+
+    def judge(self, reference: Reference, made: Variation, gates: Gates, prompt: str) -> Verdict:
         joins_s = [join["out_s"] for join in made.details.get("joins", ())]
         scores, analysed = score(
             reference.source,
@@ -65,6 +84,7 @@ class ScoringJudge:
             joins_s=joins_s,
             source_vector=reference.vector,
             vector=self._vector(made.audio),
+            prompt=self._adherence(made.audio, prompt),
         )
         return Verdict(
             failed=tuple(failed_gates(scores, gates, reference.collapsed_share)),
@@ -74,11 +94,21 @@ class ScoringJudge:
             sound=analysed.fingerprint,
         )
 
+    def _adherence(self, made: Audio, prompt: str) -> float | None:
+        """Cosine of the vectors of a sound and its prompt; None if there is no prompt, or no model for it."""
+        if not prompt or (by_text := self._text_embedder) is None:
+            return None
+        return cosine(_embed(by_text, made), by_text.embed_texts([prompt])[0])
+
     def sound(self, made: Audio) -> Bits:
         return analyse(made)[0].fingerprint
 
     def shared(self, one: Bits, other: Bits) -> float:
         return shared_share(one, other)
+
+
+def _embed(embedder: Embedder, audio: Audio) -> Samples:
+    return embedder.embed(audio, should_stop=lambda: False).track
 
 
 def failed_gates(scores: Scores, gates: Gates, collapsed_share: float) -> Iterator[str]:

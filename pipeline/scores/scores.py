@@ -67,7 +67,7 @@ def score(
     joins_s: Sequence[float] = (),
     source_vector: Floats | None = None,
     vector: Floats | None = None,
-    prompt_vector: Floats | None = None,
+    prompt: float | None = None,
 ) -> tuple[Scores, Source]:
     """The scores of a variation of any length, rate and channels, and its analysis.
 
@@ -75,7 +75,7 @@ def score(
         source: the track it was made from, by `analyse_source`.
         joins_s: times in seconds at which the variation is known to be joined.
         source_vector, vector: embeddings of the source and the variation by one engine, (d,).
-        prompt_vector: embedding of the prompt's text, (d,), by the model of `vector`.
+        prompt: cosine of the variation's embedding with that of its prompt, by one model.
     """
     made, mono = analyse(audio)
     chroma = chroma_similarity(source.chroma, made.chroma)
@@ -88,7 +88,7 @@ def score(
         chroma=chroma,
         chroma_warped=warped,
         embedding=embedding,
-        prompt=None if vector is None or prompt_vector is None else cosine(prompt_vector, vector),
+        prompt=prompt,
         tempo_bpm=made.tempo_bpm,
         tempo_ratio=ratio,
         tempo_agrees=None if ratio is None else tempo_agrees(ratio),

@@ -69,8 +69,10 @@ def build_musicgen(
 def build_clap(folder: Path, *, fusion: bool = False, seed: int = 0) -> Path:
     """A CLAP checkpoint: 48 kHz, 10 s, 64 mel bands, HTSAT of two stages, 32 dimensions."""
     import torch
-    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer
 
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
     audio: dict[str, Any] = {
         "depths": [1, 1],
         "num_attention_heads": [2, 2],
@@ -81,13 +83,17 @@ def build_clap(folder: Path, *, fusion: bool = False, seed: int = 0) -> Path:
         "fusion_type": "aff_2d" if fusion else None,
     }
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = ClapConfig(text_config={**text, "vocab_size": 64}, audio_config=audio, projection_dim=32)
+    config = ClapConfig(
+        text_config={**text, "vocab_size": len(pieces)}, audio_config=audio, projection_dim=32
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ClapModel(config)
         _randomize(model, 0.3)
     model.save_pretrained(folder)
     ClapFeatureExtractor(truncation="fusion" if fusion else "rand_trunc").save_pretrained(folder)
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    RobertaTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
     return folder
 
 

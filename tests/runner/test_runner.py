@@ -14,12 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 from home_folder import SAMPLE_RATE
-from runner_setup import BACKOFF_S, RunnerSetup, StubEmbedder, StubEngines, StubGenerator, failing_for, noise
+from runner_setup import (
+    BACKOFF_S,
+    RunnerSetup,
+    StubEmbedder,
+    StubEngines,
+    StubGenerator,
+    StubJudge,
+    failing_for,
+    noise,
+)
 
+from pipeline.config import Gates
+from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.engines.selection import Choice
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, Stopped
 from pipeline.outbox.outbox import Outbox, Published
-from pipeline.records import Audio, Failure, Variation, VariationRequest
+from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
+from pipeline.runner.generation import Verdict
 from pipeline.runner.retry import JITTER, backoff_s
 
 
@@ -360,3 +373,117 @@ def test_nothing_is_written_below_an_outbox_whose_disk_has_gone(setup: RunnerSet
         runner.next_batch()
 
     assert setup.states(hashes) == [("queued", 0)]
+
+
+# -- takes -----------------------------------------------------------------------------------------
+
+
+def with_variation(setup: RunnerSetup, engine: str = "remix", **entry: Any) -> RunnerSetup:
+    """The setup with one entry, for the generator of this name."""
+    generate = {"duration_s": 0.5, "variations": [{"name": "v", **entry}]}
+    config = setup.config.model_validate({**setup.config.model_dump(), "generate": generate})
+    model = "a/model" if engine == "musicgen" else None
+    generator = Choice(cards()[engine], model, None, "test")
+    return replace(setup, config=config, recipe=replace(setup.recipe, config=config, generator=generator))
+
+
+def judged_by_seed(worth: dict[int, float], *, failing: Sequence[int] = ()) -> StubJudge:
+    """A judge that knows a take by its first sample, as `seeded` writes it."""
+
+    def verdict(made: Variation, gates: Gates) -> Verdict:
+        seed = round(float(made.audio.samples[0, 0] / made.audio.samples[0, 1]))
+        failed = ("is too loud",) if seed in failing else ()
+        return Verdict(failed, worth.get(seed, 0.0), 0.5, {"similarity": 0.5}, made)
+
+    return StubJudge(verdict)
+
+
+def seeded(request: VariationRequest) -> Variation:
+    """Noise whose first sample is the seed times the second one, at any gain."""
+    made = noise(request)
+    made.audio.samples[0, :2] = 0.001 * request.seed, 0.001
+    return made
+
+
+def test_the_best_of_several_takes_is_published_and_the_manifest_tells_of_the_others(
+    setup: RunnerSetup,
+) -> None:
+    setup = with_variation(setup, seed=1, keep="best 1 of 4")
+    [sha256] = setup.add_tracks("a.wav")
+
+    setup.runner(StubGenerator(seeded), judge=judged_by_seed({2: 0.9, 3: 0.95, 4: 0.1}, failing=[3])).drain()
+
+    assert sorted(setup.files(sha256)) == ["embedding.npz", "variations/01-v.wav"]
+    [made] = setup.manifest(sha256)["variations"]
+    assert (made["seed"], made["scores"], "failed" in made) == (2, {"similarity": 0.5}, False)
+    assert [(one["seed"], one["failed"]) for one in made["takes"]] == [
+        (1, []), (2, []), (3, ["is too loud"]), (4, []),
+    ]  # fmt: skip
+
+
+def test_a_variation_that_passes_no_gate_is_published_with_what_it_fails(setup: RunnerSetup) -> None:
+    setup = with_variation(setup, seed=1)
+    [sha256] = setup.add_tracks("a.wav")
+    generator = StubGenerator()
+
+    judge = StubJudge(lambda made, gates: Verdict(("is noise",), 0.0, None, {}, made))
+    setup.runner(generator, judge=judge).drain()
+
+    [made] = setup.manifest(sha256)["variations"]
+    assert made["failed"] == ["is noise"]
+    assert len(generator.calls) == len(made["takes"]) == 1 + setup.config.gates.retries
+
+
+def test_takes_that_a_killed_run_has_held_are_not_made_again(setup: RunnerSetup) -> None:
+    setup = with_variation(setup, seed=1, keep="best 1 of 3")
+    [sha256] = setup.add_tracks("a.wav")
+    worth = judged_by_seed({1: 0.9})
+
+    def two(request: VariationRequest) -> Variation:
+        if request.seed == 3:
+            raise Stopped("as by a signal")
+        return seeded(request)
+
+    with pytest.raises(Stopped):
+        setup.runner(StubGenerator(two), judge=worth).drain()
+    generator = StubGenerator(seeded)
+    setup.runner(generator, judge=worth).drain()
+
+    assert generator.calls == [[sha256]]  # the third take alone
+    [made] = setup.manifest(sha256)["variations"]
+    assert (made["seed"], len(made["takes"])) == (1, 3)
+    whole = setup.files(sha256)
+    setup.store.requeue(sha256, now=setup.now, stages=list(Stage))
+    setup.runner(StubGenerator(seeded), judge=worth).drain()
+    assert setup.files(sha256)["variations/01-v.wav"] == whole["variations/01-v.wav"]
+
+
+def test_a_silent_take_is_replaced_by_another_one(setup: RunnerSetup) -> None:
+    setup = with_variation(setup, seed=1)
+    [sha256] = setup.add_tracks("a.wav")
+
+    def first_silent(request: VariationRequest) -> Variation:
+        made = noise(request)
+        return replace(made, audio=Audio(made.audio.samples * (request.seed != 1), SAMPLE_RATE))
+
+    setup.runner(StubGenerator(first_silent)).drain()
+
+    [made] = setup.manifest(sha256)["variations"]
+    assert [one["failed"] for one in made["takes"]] == [["the engine made silence"], []]
+
+
+def test_a_prompt_of_words_from_the_analysis_is_given_to_the_engine_and_shown(setup: RunnerSetup) -> None:
+    setup = with_variation(setup, "musicgen", prompt=["auto", "my own"])
+    [sha256] = setup.add_tracks("a.wav")
+    prompts = []
+
+    def answer(request: VariationRequest) -> Variation:
+        prompts.append(request.params["prompt"])
+        return noise(request)
+
+    setup.runner(StubGenerator(answer)).drain()
+
+    assert prompts == ["words", "my own"]
+    automatic, own = setup.manifest(sha256)["variations"]
+    assert (automatic["params"]["prompt"], automatic["prompt"]) == ("auto", "words")
+    assert "prompt" not in own

@@ -50,7 +50,8 @@ class SamplingParams(Params):
     prompt: str = Field(
         default="",
         max_length=500,
-        description="what it should sound like, in English; empty: the melody alone",
+        description="what it should sound like, in English; empty: the melody alone; auto: words from the"
+        " track's analysis: mood, tempo, key and, where the embedder is clap, genre and instruments",
     )
     temperature: float = Field(
         default=1.0, ge=0.0, le=5.0, description="higher is bolder; 0: always the likeliest token"

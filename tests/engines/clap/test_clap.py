@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.engines import cards
-from pipeline.engines.base import EngineSettings
+from pipeline.engines.base import EngineSettings, TextEmbedder
 from pipeline.engines.clap import BATCH_WINDOWS, ENGINE, load_clap
 from pipeline.errors import BadCheckpoint, Stopped
 from pipeline.records import Audio, Embedding
@@ -79,6 +79,37 @@ def test_a_short_track_is_one_window_repeated_and_padded(clap: Any, clap_folder:
     result = embed(clap, audio)
     np.testing.assert_allclose(result.track, by_hand(clap_folder, [padded])[0], atol=1e-6)
     np.testing.assert_array_equal(result.times_s, [[0, 3]])
+
+
+def test_vectors_of_texts_are_the_librarys_and_do_not_depend_on_the_other_texts(
+    clap: Any, clap_folder: Path
+) -> None:
+    """Reference: ClapModel.get_text_features, one text at a time; 1e-6, what float32 costs."""
+    import torch
+    from transformers import AutoTokenizer, ClapModel
+
+    texts = ["jazz music", "a much longer text about slow music with piano"]
+    model, tokenizer = ClapModel.from_pretrained(clap_folder), AutoTokenizer.from_pretrained(clap_folder)
+    with torch.inference_mode():
+        expected = [model.get_text_features(**tokenizer(text, return_tensors="pt")) for text in texts]
+    vectors = clap.embed_texts(texts)
+    assert (vectors.dtype, vectors.shape) == (np.float32, (2, clap.dim))
+    for vector, one in zip(vectors, expected, strict=True):
+        np.testing.assert_allclose(vector, one.pooler_output[0].numpy(), atol=1e-6)
+    np.testing.assert_array_equal(clap.embed_texts(texts[1:])[0], vectors[1])
+    assert isinstance(clap, TextEmbedder)
+
+
+def test_a_checkpoint_without_a_tokenizer_embeds_sound_but_no_texts(
+    clap_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(clap_folder, tmp_path / "copy"))
+    for path in folder.glob("*token*"):
+        path.unlink()
+    clap = ENGINE.load(EngineSettings(model=str(folder)))
+    embed(clap, noise(1.0))
+    with pytest.raises(BadCheckpoint, match=r"tokenizer\.json or vocab\.json is missing"):
+        clap.embed_texts(["jazz"])
 
 
 def test_the_same_track_gives_the_same_bits(clap: Any, clap_folder: Path) -> None:
