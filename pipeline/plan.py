@@ -77,8 +77,10 @@ class Recipe:
 
     @cached_property
     def result_bytes(self) -> float:
-        """An estimate of the size of one track's results: stereo, at the rate of the normalized audio."""
-        per_second = self.config.normalize.sample_rate * 2 * BYTES_PER_SAMPLE[self.config.output.bit_depth]
+        """An estimate of the size of one track's results, no less than that: stereo WAV files."""
+        output = self.config.output
+        rate = output.sample_rate or self.config.normalize.sample_rate
+        per_second = rate * 2 * BYTES_PER_SAMPLE[output.bit_depth]
         planned = plan_variations(self.config.generate, self.generator.card)
         durations = [UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s for one in planned]
         return per_second * sum(durations)
@@ -94,14 +96,14 @@ class Recipe:
             self.config.output.model_dump(mode="json"),
         ]
         units = []
-        for planned in plan_variations(self.config.generate, self.generator.card):
+        for planned in plan_variations(self.config.generate, self.generator.card, self.config.output.format):
             seed = derived_seed(sha256, planned) if planned.seed is None else planned.seed
             inputs = ["generate", normalize, made_by, planned.name, planned.params, planned.duration_s, seed]
             units.append(VariationUnit(**{**vars(planned), "seed": seed}, key=digest(inputs)))
         return TrackPlan(sha256, normalize, embed, tuple(units))
 
 
-def plan_variations(generate: Generate, card: EngineCard) -> list[PlannedVariation]:
+def plan_variations(generate: Generate, card: EngineCard, ending: str = "wav") -> list[PlannedVariation]:
     """Expand the entries, see `pipeline.config.sweeps`, and their counts.
 
     A given seed counts up over the repeats of its entry, which would all sound the same otherwise. A
@@ -120,7 +122,7 @@ def plan_variations(generate: Generate, card: EngineCard) -> list[PlannedVariati
                 if (identity, seed, duration_s) in given:
                     continue
                 given.add((identity, seed, duration_s))
-            file = f"variations/{len(planned) + 1:02d}-{file_safe(spec.name)}.wav"
+            file = f"variations/{len(planned) + 1:02d}-{file_safe(spec.name)}.{ending}"
             planned.append(
                 PlannedVariation(
                     file, spec.name, duration_s, seed, seen[identity], made.params, made.similarity

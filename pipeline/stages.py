@@ -13,7 +13,7 @@ from pipeline.errors import BadAudio, EngineFailure
 from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationRequest
 
 NORMALIZE_VERSION = "2"  # raised when the same file would be normalized to different samples
-OUTPUT_VERSION = "2"  # raised when the same variation would be written as different bytes
+OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
 
 
 def normalize(decoded: Audio, settings: Normalize) -> Audio:
@@ -55,6 +55,8 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
         raise EngineFailure("the engine made samples that are not finite")
     if audio.peak_dbfs(made) < SILENT_BELOW_DBFS:
         raise EngineFailure("the engine made silence")
+    rate = audio.nearest_rate(settings.format, settings.sample_rate or made.sample_rate)
+    made = audio.resample(made, rate)
     leveled = audio.to_loudness(
         made, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp
     )

@@ -255,3 +255,22 @@ def test_after_delete_removes_the_source_and_a_requeue_without_it_is_refused(
     assert once().code == 0
     assert contents(home.outbox) == before
     assert home.manifest()["source"]["name"] == "gone.wav"
+
+
+@pytest.mark.parametrize("kind", ["flac", "mp3", "opus"])
+def test_another_output_format_replaces_the_files_and_reruns_to_the_same_bytes(
+    home: Home, once: Once, tmp_path: Path, kind: str
+) -> None:
+    source = write_music(tmp_path / "music" / "a.wav")
+    assert once(source.parent).code == 0
+    home.configure(NEAR, output={"format": kind, "sample_rate": 48000})
+    assert once(source.parent).code == 0
+    [record], [folder] = home.manifest()["variations"], home.folders
+    assert [path.name for path in (folder / "variations").iterdir()] == [f"01-near.{kind}"]
+    assert record["file"] == f"variations/01-near.{kind}"
+    info = soundfile.info(folder / record["file"])
+    assert (info.samplerate, info.frames) == (record["sample_rate"], 2 * 48000)
+    before = contents(folder)
+    (folder / record["file"]).unlink()
+    assert once(source.parent).code == 0
+    assert contents(folder) == before

@@ -1,9 +1,10 @@
-"""Audio in and out: decoding, resampling, trimming of silence, loudness, WAV files.
+"""Audio in and out: decoding, resampling, trimming of silence, loudness, writing of files.
 
 The package is cheap to import: av, soxr, scipy and pyloudnorm are imported by the functions that use them.
 """
 
 from pipeline.audio.decode import DecodeLimits, decode
+from pipeline.audio.encode import missing_encoder, nearest_rate, sample_rates, write_sound
 from pipeline.audio.loudness import loudness_lufs, peak_dbfs, to_loudness, true_peak_dbtp
 from pipeline.audio.resampling import resample
 from pipeline.audio.silence import trim_silence
@@ -15,10 +16,14 @@ __all__ = [
     "decode",
     "looks_like_audio",
     "loudness_lufs",
+    "missing_encoder",
+    "nearest_rate",
     "peak_dbfs",
     "resample",
+    "sample_rates",
     "to_loudness",
     "trim_silence",
     "true_peak_dbtp",
+    "write_sound",
     "write_wav",
 ]

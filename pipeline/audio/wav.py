@@ -36,9 +36,7 @@ def write_wav(file: BinaryIO, audio: Audio, *, bit_depth: BitDepth, tags: Mappin
     Raises:
         ValueError: a sample is not finite or outside [-1, 1], or the file would exceed 4 GiB.
     """
-    peak = np.max(np.abs(audio.samples), initial=0.0)
-    if not peak <= 1.0:  # false for NaN as well
-        raise ValueError(f"samples reach {peak:g}; a WAV file holds -1 to 1")
+    check_full_scale(audio)
     width = 4 if bit_depth == "float" else bit_depth // 8
     frame = width * audio.channels
     code = _IEEE_FLOAT if bit_depth == "float" else _PCM
@@ -61,6 +59,13 @@ def write_wav(file: BinaryIO, audio: Audio, *, bit_depth: BitDepth, tags: Mappin
     file.write(b"\0" * (n_data % 2))
 
 
+def check_full_scale(audio: Audio) -> None:
+    """Raise ValueError if a sample is not finite or outside [-1, 1]."""
+    peak = np.max(np.abs(audio.samples), initial=0.0)
+    if not peak <= 1.0:  # false for NaN as well
+        raise ValueError(f"samples reach {peak:g}; a file holds -1 to 1")
+
+
 def _info_list(tags: Mapping[str, str]) -> bytes:
     if not tags:
         return b""
@@ -79,17 +84,18 @@ def _write_samples(file: BinaryIO, samples: Samples, bit_depth: BitDepth) -> Non
         if bit_depth == "float":
             file.write(block.astype("<f4").tobytes())
         elif bit_depth == 16:
-            file.write(_to_int16(block, dither).tobytes())
+            file.write(to_int16(block, dither).tobytes())
         else:
-            file.write(_to_int24(block))
+            file.write(to_int24(block).view(np.uint8).reshape(-1, 4)[:, :3].tobytes())
 
 
-def _to_int16(block: Samples, dither: np.random.Generator) -> NDArray[np.int16]:
+def to_int16(block: Samples, dither: np.random.Generator) -> NDArray[np.int16]:
+    """Samples in 16 bits with TPDF dither, except digital silence."""
     noise = dither.random(block.shape, dtype=np.float32) - dither.random(block.shape, dtype=np.float32)
     scaled = np.rint(block * np.float32(32768.0) + np.where(block == 0, np.float32(0), noise))
     return np.asarray(np.clip(scaled, -32768, 32767), dtype="<i2")
 
 
-def _to_int24(block: Samples) -> bytes:
-    whole = np.clip(np.rint(block.astype(np.float64) * 8388608.0), -8388608, 8388607).astype("<i4")
-    return np.ascontiguousarray(whole.view(np.uint8).reshape(-1, 4)[:, :3]).tobytes()
+def to_int24(block: Samples) -> NDArray[np.int32]:
+    """Samples in 24 bits, rounded."""
+    return np.clip(np.rint(block.astype(np.float64) * 8388608.0), -8388608, 8388607).astype("<i4")

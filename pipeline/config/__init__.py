@@ -126,6 +126,8 @@ if not TYPE_CHECKING:
 
 
 class Output(Section):
+    format: Literal["wav", "flac", "mp3", "opus"] = "wav"
+    sample_rate: Annotated[int, Field(ge=8000, le=192000)] | None = None
     bit_depth: Literal[16, 24, "float"] = 24
     loudness_lufs: Annotated[float, Field(ge=-70, le=0)] = -14.0
     true_peak_dbtp: Annotated[float, Field(ge=-20, le=0)] = -1.0
@@ -209,7 +211,8 @@ def load_config(
             ]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from e
     generate = config.generate
-    if problems := config_errors.of_engines(config.embed.engine, generate.engine, generate.variations):
+    problems = config_errors.of_engines(config.embed.engine, generate.engine, generate.variations)
+    if problems := [*problems, *config_errors.of_output(config.output)]:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config
 

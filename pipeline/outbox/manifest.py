@@ -1,4 +1,4 @@
-"""The records of finished units of work, the manifest made of them, and the tags in each WAV."""
+"""The records of finished units of work, the manifest made of them, and the tags in each sound file."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def variation_record(published: Published, facts: Json, finished: Variation, lou
     }
 
 
-def wav_tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
-    """The facts for the WAV itself; without a date, so that the same request gives the same bytes."""
+def tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
+    """The facts for the file itself; without a date, so that the same request gives the same bytes."""
     comment = {"source_sha256": sha256, **facts}
     return {
         "title": f"{name} ({facts['name']})",

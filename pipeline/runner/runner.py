@@ -329,13 +329,16 @@ class Runner:
             raise made.error
         job, unit, output = wanted.job, wanted.unit, self.recipe.config.output
         finished, loudness_lufs = stages.finish(made, wanted.request, output)
+        sound = finished.audio
         facts = manifest.variation_facts(unit, generator, self.recipe.generator)
-        tags = manifest.wav_tags(job.track.name, job.track.sha256, facts)
+        tags = manifest.tags(job.track.name, job.track.sha256, facts)
         published = self.outbox.publish(
             job.track.folder,
             unit.file,
-            lambda out: audio.write_wav(out, finished.audio, bit_depth=output.bit_depth, tags=tags),
-            verify=verify.wav(finished.audio.n_samples, finished.audio.sample_rate, finished.audio.channels),
+            lambda out: audio.write_sound(
+                out, sound, format_name=output.format, bit_depth=output.bit_depth, tags=tags
+            ),
+            verify=verify.sound(sound.n_samples, sound.sample_rate, sound.channels),
         )
         job.variations[unit.key] = manifest.variation_record(published, facts, finished, loudness_lufs)
         self._record(job, unit.key, Stage.GENERATE, job.variations[unit.key], seconds)

@@ -93,7 +93,7 @@ def test_full_scale_does_not_wrap() -> None:
 def test_what_would_clip_is_refused(value: float, bit_depth: BitDepth) -> None:
     samples = noise(1, 100)
     samples[0, 50] = value
-    with pytest.raises(ValueError, match="a WAV file holds -1 to 1"):
+    with pytest.raises(ValueError, match="a file holds -1 to 1"):
         wav_bytes(samples, bit_depth)
 
 
