@@ -5,7 +5,17 @@ The package is cheap to import: av, soxr, scipy and pyloudnorm are imported by t
 
 from pipeline.audio.decode import DecodeLimits, decode
 from pipeline.audio.encode import missing_encoder, nearest_rate, sample_rates, write_sound
-from pipeline.audio.loudness import loudness_lufs, peak_dbfs, to_loudness, true_peak_dbtp
+from pipeline.audio.loudness import (
+    Levels,
+    amplify,
+    gain_to,
+    levels,
+    loudness_lufs,
+    peak_dbfs,
+    to_loudness,
+    true_peak_dbtp,
+)
+from pipeline.audio.offset import fade, remove_offset
 from pipeline.audio.resampling import resample
 from pipeline.audio.silence import trim_silence
 from pipeline.audio.sniff import looks_like_audio
@@ -13,12 +23,18 @@ from pipeline.audio.wav import write_wav
 
 __all__ = [
     "DecodeLimits",
+    "Levels",
+    "amplify",
     "decode",
+    "fade",
+    "gain_to",
+    "levels",
     "looks_like_audio",
     "loudness_lufs",
     "missing_encoder",
     "nearest_rate",
     "peak_dbfs",
+    "remove_offset",
     "resample",
     "sample_rates",
     "to_loudness",

@@ -129,8 +129,11 @@ class Output(Section):
     format: Literal["wav", "flac", "mp3", "opus"] = "wav"
     sample_rate: Annotated[int, Field(ge=8000, le=192000)] | None = None
     bit_depth: Literal[16, 24, "float"] = 24
-    loudness_lufs: Annotated[float, Field(ge=-70, le=0)] = -14.0
+    loudness_lufs: Annotated[float, Field(ge=-70, le=0)] | Literal["source"] = -14.0
     true_peak_dbtp: Annotated[float, Field(ge=-20, le=0)] = -1.0
+    limiter: bool = False
+    fade_in_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    fade_out_s: Annotated[float, Field(ge=0, le=60)] = 0.0
 
 
 class Retry(Section):

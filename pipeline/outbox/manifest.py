@@ -11,7 +11,8 @@ from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
 from pipeline.plan import VariationUnit
-from pipeline.records import Audio, SourceInfo, Variation
+from pipeline.records import SourceInfo, Variation
+from pipeline.stages import Normalized
 
 SCHEMA = 1
 SOFTWARE = f"instrumental-variations {__version__}"
@@ -19,7 +20,7 @@ SOFTWARE = f"instrumental-variations {__version__}"
 Json = dict[str, Any]
 
 
-def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
+def normalized_record(source: SourceInfo, normalized: Normalized) -> Json:
     """The source file's properties and those of the normalized audio."""
     return {
         "source": {
@@ -27,13 +28,14 @@ def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
             "sample_rate": source.sample_rate,
             "channels": source.channels,
             "codec": source.codec,
+            "loudness_lufs": round(normalized.source_lufs, 2),
             **({"notes": list(source.notes)} if source.notes else {}),
         },
-        "duration_s": normalized.duration_s,
-        "sample_rate": normalized.sample_rate,
-        "channels": normalized.channels,
-        "loudness_lufs": round(audio.loudness_lufs(normalized), 2),
-        "true_peak_dbtp": round(audio.true_peak_dbtp(normalized), 2),
+        "duration_s": normalized.audio.duration_s,
+        "sample_rate": normalized.audio.sample_rate,
+        "channels": normalized.audio.channels,
+        "loudness_lufs": round(normalized.levels.loudness_lufs, 2),
+        "true_peak_dbtp": round(normalized.levels.true_peak_dbtp, 2),
     }
 
 

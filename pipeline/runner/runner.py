@@ -233,7 +233,7 @@ class Runner:
                     self._working_copy(job), sample_rate=settings.sample_rate, limits=_limits(settings)
                 )
                 normalized = stages.normalize(decoded, settings)
-                job.scratch.save_normalized(key, normalized)
+                job.scratch.save_normalized(key, normalized.audio)
                 job.normalized = manifest.normalized_record(source, normalized)
                 self._record(job, key, Stage.NORMALIZE, job.normalized, self.clock() - start)
 
@@ -328,7 +328,9 @@ class Runner:
         if isinstance(made, Failure):
             raise made.error
         job, unit, output = wanted.job, wanted.unit, self.recipe.config.output
-        finished, loudness_lufs = stages.finish(made, wanted.request, output)
+        finished, loudness_lufs = stages.finish(
+            made, wanted.request, output, source_lufs=job.normalized["source"]["loudness_lufs"]
+        )
         sound = finished.audio
         facts = manifest.variation_facts(unit, generator, self.recipe.generator)
         tags = manifest.tags(job.track.name, job.track.sha256, facts)
