@@ -40,7 +40,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
         to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
         yield f"{stage}: {choice.card.name} ({choice.why}){to_fetch}"
     card = recipe.generator.card
-    variations = plan_variations(app.config.generate, card)
+    variations = plan_variations(app.config.generate, card, app.config.output.format)
     yield f"each track: {len(variations)} variations"
     yield from (f"  {_variation(one, card)}" for one in variations)
     store = app.read_store()
