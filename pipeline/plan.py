@@ -20,6 +20,7 @@ from pipeline.config.sweeps import expand
 from pipeline.engines.base import EngineCard
 from pipeline.engines.selection import Choice
 from pipeline.fs.names import file_safe
+from pipeline.records import Audio
 from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSION
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
@@ -45,6 +46,10 @@ class VariationUnit(PlannedVariation):
 
     key: str
     seed: int
+
+    def length_s(self, source: Audio) -> float:
+        """Its length for the normalized source."""
+        return source.duration_s if self.duration_s == "source" else self.duration_s
 
 
 @dataclass(frozen=True)

@@ -375,10 +375,11 @@ def test_the_canonical_form_reads_back_as_the_same_config(file: Path) -> None:
         ),
         ("format: mp3, sample_rate: 96000", "output.sample_rate: mp3 has 8000, "),
         ("format: flac, bit_depth: float", "output.bit_depth: flac has 16 or 24 bits"),
+        ("loop: true, fade_out_s: 1.0", "output.loop: a loop has no fades"),
         ("format: aac", "output.format: must be 'wav', 'flac', 'mp3' or 'opus', not"),
     ],
 )
-def test_what_an_output_format_lacks_is_refused_with_what_it_has(
+def test_output_that_does_not_go_together_is_refused_with_what_is_possible(
     file: Path, output: str, message: str
 ) -> None:
     assert message in complaint(file, f"output: {{{output}}}")

@@ -132,6 +132,8 @@ class Output(Section):
     loudness_lufs: Annotated[float, Field(ge=-70, le=0)] | Literal["source"] = -14.0
     true_peak_dbtp: Annotated[float, Field(ge=-20, le=0)] = -1.0
     limiter: bool = False
+    length: Literal["exact", "bars"] = "exact"
+    loop: bool = False
     fade_in_s: Annotated[float, Field(ge=0, le=60)] = 0.0
     fade_out_s: Annotated[float, Field(ge=0, le=60)] = 0.0
 

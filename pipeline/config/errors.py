@@ -72,7 +72,9 @@ def of_engines(embed: str, generate: str, variations: Sequence[BaseModel]) -> li
 
 
 def of_output(output: Any) -> list[str]:
-    """What the format of `output`, or the installed PyAV, can't do."""
+    """What does not go together in `output`, and what its format or the installed PyAV can't do."""
+    if output.loop and (output.fade_in_s or output.fade_out_s):
+        return ["output.loop: a loop has no fades, so fade_in_s and fade_out_s must be 0"]
     if output.format == "wav":
         return []
     from pipeline import audio

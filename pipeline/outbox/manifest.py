@@ -11,8 +11,8 @@ from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
 from pipeline.plan import VariationUnit
-from pipeline.records import SourceInfo, Variation
-from pipeline.stages import Normalized
+from pipeline.records import SourceInfo
+from pipeline.stages import Finished, Normalized
 
 SCHEMA = 1
 SOFTWARE = f"instrumental-variations {__version__}"
@@ -65,7 +65,7 @@ def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -
     }
 
 
-def variation_record(published: Published, facts: Json, finished: Variation, loudness_lufs: float) -> Json:
+def variation_record(published: Published, facts: Json, finished: Finished) -> Json:
     return {
         **vars(published),
         **facts,
@@ -73,7 +73,7 @@ def variation_record(published: Published, facts: Json, finished: Variation, lou
         "sample_rate": finished.audio.sample_rate,
         "channels": finished.audio.channels,
         "peak_dbfs": round(audio.peak_dbfs(finished.audio), 2),
-        "loudness_lufs": round(loudness_lufs, 2),
+        "loudness_lufs": round(finished.loudness_lufs, 2),
         "details": dict(finished.details),
     }
 

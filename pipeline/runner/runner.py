@@ -318,7 +318,10 @@ class Runner:
             with self.attempts.guarded(job):
                 self.attempts.begin(job, Stage.GENERATE)
                 source = job.audio()
-                wanted |= {unit.key: Wanted(job, unit, job.request(unit, source)) for unit in job.missing}
+                output = self.recipe.config.output
+                wanted |= {
+                    unit.key: Wanted(job, unit, job.request(unit, source, output)) for unit in job.missing
+                }
         return wanted
 
     def _publish_variation(
@@ -328,8 +331,12 @@ class Runner:
         if isinstance(made, Failure):
             raise made.error
         job, unit, output = wanted.job, wanted.unit, self.recipe.config.output
-        finished, loudness_lufs = stages.finish(
-            made, wanted.request, output, source_lufs=job.normalized["source"]["loudness_lufs"]
+        finished = stages.finish(
+            made,
+            wanted.request,
+            output,
+            length_s=unit.length_s(wanted.request.audio),
+            source_lufs=job.normalized["source"]["loudness_lufs"],
         )
         sound = finished.audio
         facts = manifest.variation_facts(unit, generator, self.recipe.generator)
@@ -342,7 +349,7 @@ class Runner:
             ),
             verify=verify.sound(sound.n_samples, sound.sample_rate, sound.channels),
         )
-        job.variations[unit.key] = manifest.variation_record(published, facts, finished, loudness_lufs)
+        job.variations[unit.key] = manifest.variation_record(published, facts, finished)
         self._record(job, unit.key, Stage.GENERATE, job.variations[unit.key], seconds)
         if not job.missing and not job.over:
             self._finish(job)
