@@ -19,11 +19,12 @@ from pipeline.audio.offset import fade, remove_offset
 from pipeline.audio.resampling import resample
 from pipeline.audio.silence import trim_silence
 from pipeline.audio.sniff import looks_like_audio
-from pipeline.audio.wav import write_wav
+from pipeline.audio.wav import Marker, write_wav
 
 __all__ = [
     "DecodeLimits",
     "Levels",
+    "Marker",
     "amplify",
     "decode",
     "fade",

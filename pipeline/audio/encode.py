@@ -6,14 +6,14 @@ stream at random. FFmpeg's `bitexact` leaves versions out of the files, and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from pipeline.audio.wav import BitDepth, check_full_scale, to_int16, to_int24, write_wav
+from pipeline.audio.wav import BitDepth, Marker, check_full_scale, to_int16, to_int24, write_wav
 from pipeline.records import Audio, Samples
 
 Format = Literal["wav", "flac", "mp3", "opus"]
@@ -64,11 +64,21 @@ def nearest_rate(format_name: str, sample_rate: int) -> int:
 
 
 def write_sound(
-    file: BinaryIO, audio: Audio, *, format_name: Format, bit_depth: BitDepth, tags: Mapping[str, str]
+    file: BinaryIO,
+    audio: Audio,
+    *,
+    format_name: Format,
+    bit_depth: BitDepth,
+    tags: Mapping[str, str],
+    markers: Sequence[Marker] = (),
+    is_loop: bool = False,
 ) -> None:
-    """Write `audio` as a complete file of this format; see `write_wav` and `write_encoded`."""
+    """Write `audio` as a complete file of this format; see `write_wav` and `write_encoded`.
+
+    Only WAV files have markers and say that they are loops otherwise than by tags.
+    """
     if format_name == "wav":
-        write_wav(file, audio, bit_depth=bit_depth, tags=tags)
+        write_wav(file, audio, bit_depth=bit_depth, tags=tags, markers=markers, is_loop=is_loop)
     else:
         write_encoded(file, audio, format_name=format_name, bit_depth=bit_depth, tags=tags)
 

@@ -2,14 +2,16 @@
 
 libsndfile is not used, because it writes the time of day into the PEAK chunk of float files and appends
 its version to the software tag. The layout is RIFF (Microsoft/IBM 1991, revised 1994): `fmt `,
-`fact` for float, `LIST INFO` with the tags, `data`; the dither is TPDF of two quantization steps
+`fact` for float, `LIST INFO` with the tags, `smpl` for a loop, `cue ` and `LIST adtl` with the markers and
+their labels, `data`; the dither is TPDF of two quantization steps
 (Lipshitz, Wannamaker, Vanderkooy 1992).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 import numpy as np
@@ -26,12 +28,28 @@ _MAX_RIFF_BYTES = 0xFFFFFFFF
 _CHUNK_FRAMES = 1 << 16
 
 
-def write_wav(file: BinaryIO, audio: Audio, *, bit_depth: BitDepth, tags: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class Marker:
+    """A cue point."""
+
+    sample: int
+    label: str
+
+
+def write_wav(
+    file: BinaryIO,
+    audio: Audio,
+    *,
+    bit_depth: BitDepth,
+    tags: Mapping[str, str],
+    markers: Sequence[Marker] = (),
+    is_loop: bool = False,
+) -> None:
     """Write `audio` as a complete WAV file; equal arguments give equal bytes.
 
     16-bit samples are dithered, except digital silence; 24-bit samples are rounded. Full scale is 2**15
-    and 2**23, as in decoders, and a sample of +1 becomes the largest code. Tags are written as UTF-8, in
-    the given order; their names are the keys of `INFO_CHUNKS`.
+    and 2**23, as in decoders, and a sample of +1 becomes the largest code. Tags whose names are
+    keys of `INFO_CHUNKS` are written, as UTF-8 and in the given order. `is_loop`: the whole file is a loop.
 
     Raises:
         ValueError: a sample is not finite or outside [-1, 1], or the file would exceed 4 GiB.
@@ -49,7 +67,7 @@ def write_wav(file: BinaryIO, audio: Audio, *, bit_depth: BitDepth, tags: Mappin
     )
     if bit_depth == "float":
         head += _chunk(b"fact", struct.pack("<I", audio.n_samples))
-    head += _info_list(tags)
+    head += _info_list(tags) + (_sampler_loop(audio) if is_loop else b"") + _cue_points(markers)
     n_data = frame * audio.n_samples
     total = 4 + len(head) + 8 + n_data + n_data % 2
     if total > _MAX_RIFF_BYTES:
@@ -67,10 +85,27 @@ def check_full_scale(audio: Audio) -> None:
 
 
 def _info_list(tags: Mapping[str, str]) -> bytes:
-    if not tags:
+    rows = [
+        _chunk(INFO_CHUNKS[name], text.encode() + b"\0") for name, text in tags.items() if name in INFO_CHUNKS
+    ]
+    return _chunk(b"LIST", b"INFO" + b"".join(rows)) if rows else b""
+
+
+def _sampler_loop(audio: Audio) -> bytes:
+    """A `smpl` chunk: one endless loop from the first to the last sample, at middle C (MIDI 60)."""
+    period_ns = round(1e9 / audio.sample_rate)
+    sampler = struct.pack("<9I", 0, 0, period_ns, 60, 0, 0, 0, 1, 0)
+    return _chunk(b"smpl", sampler + struct.pack("<6I", 0, 0, 0, audio.n_samples - 1, 0, 0))
+
+
+def _cue_points(markers: Sequence[Marker]) -> bytes:
+    if not markers:
         return b""
-    rows = (_chunk(INFO_CHUNKS[name], text.encode() + b"\0") for name, text in tags.items())
-    return _chunk(b"LIST", b"INFO" + b"".join(rows))
+    points, labels = struct.pack("<I", len(markers)), b"adtl"
+    for i, marker in enumerate(markers, 1):
+        points += struct.pack("<II4sIII", i, marker.sample, b"data", 0, 0, marker.sample)
+        labels += _chunk(b"labl", struct.pack("<I", i) + marker.label.encode() + b"\0")
+    return _chunk(b"cue ", points) + _chunk(b"LIST", labels)
 
 
 def _chunk(ident: bytes, body: bytes) -> bytes:

@@ -65,10 +65,20 @@ def variation_facts(unit: VariationUnit, generator: Generator, choice: Choice) -
     }
 
 
+def music_facts(finished: Finished) -> Json:
+    """What was heard in a variation, and how it was cut."""
+    return {
+        "tempo_bpm": None if finished.tempo_bpm is None else round(finished.tempo_bpm, 2),
+        **({"bars": finished.bars} if finished.bars is not None else {}),
+        **({"loop": dict(finished.loop)} if finished.loop is not None else {}),
+    }
+
+
 def variation_record(published: Published, facts: Json, finished: Finished) -> Json:
     return {
         **vars(published),
         **facts,
+        **music_facts(finished),
         "duration_s": finished.audio.duration_s,
         "sample_rate": finished.audio.sample_rate,
         "channels": finished.audio.channels,
@@ -78,15 +88,31 @@ def variation_record(published: Published, facts: Json, finished: Finished) -> J
     }
 
 
-def tags(name: str, sha256: str, facts: Json) -> dict[str, str]:
-    """The facts for the file itself; without a date, so that the same request gives the same bytes."""
-    comment = {"source_sha256": sha256, **facts}
+def tags(name: str, sha256: str, facts: Json, finished: Finished) -> dict[str, str]:
+    """The facts for the file itself; without a date, so that the same request gives the same bytes.
+
+    Those in capitals are for formats with free tags. Loops have LOOPSTART and LOOPLENGTH, in samples.
+    """
+    music = music_facts(finished)
+    comment = {"source_sha256": sha256, **facts, **music}
+    free = {}
+    if music["tempo_bpm"] is not None:
+        free["BPM"] = f"{music['tempo_bpm']:.0f}"
+    if finished.loop is not None:
+        free |= {"LOOPSTART": "0", "LOOPLENGTH": str(finished.audio.n_samples)}
     return {
         "title": f"{name} ({facts['name']})",
         "comment": json.dumps(comment, sort_keys=True, ensure_ascii=False),
         "copyright": str(facts["license"]),
         "software": SOFTWARE,
+        **free,
     }
+
+
+def markers(finished: Finished) -> list[audio.Marker]:
+    """The joins of a variation whose engine tells them."""
+    joins = enumerate(finished.details.get("joins", ()), 1)
+    return [audio.Marker(round(join["out_s"] * finished.audio.sample_rate), f"join {i}") for i, join in joins]
 
 
 def manifest(

@@ -340,12 +340,18 @@ class Runner:
         )
         sound = finished.audio
         facts = manifest.variation_facts(unit, generator, self.recipe.generator)
-        tags = manifest.tags(job.track.name, job.track.sha256, facts)
+        tags = manifest.tags(job.track.name, job.track.sha256, facts, finished)
         published = self.outbox.publish(
             job.track.folder,
             unit.file,
             lambda out: audio.write_sound(
-                out, sound, format_name=output.format, bit_depth=output.bit_depth, tags=tags
+                out,
+                sound,
+                format_name=output.format,
+                bit_depth=output.bit_depth,
+                tags=tags,
+                markers=manifest.markers(finished),
+                is_loop=output.loop,
             ),
             verify=verify.sound(sound.n_samples, sound.sample_rate, sound.channels),
         )
