@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import maximum_filter1d, uniform_filter1d
 
-from pipeline.audio.loudness import MARGIN_DB, PHASES, amplify, loudness_lufs
+from pipeline.audio.loudness import MARGIN_DB, PHASES, amplify, interpolated, loudness_lufs
 from pipeline.records import Audio, Samples
 
 LOOK_AHEAD_S = 0.005  # to either side of a peak: a period of 200 Hz, so that the bass is hardly distorted
@@ -54,7 +54,9 @@ def _limit(audio: Audio, ceiling_dbtp: float, *, is_loop: bool) -> Audio:
 def _true_peaks(samples: Samples) -> Samples:
     """The largest magnitude near each sample, of any channel, between the samples too; (samples,)."""
     peaks = np.abs(samples).max(axis=0)
+    n_taps = PHASES.shape[1]
     for channel in samples:
+        padded = np.pad(channel, (n_taps // 2, n_taps - 1 - n_taps // 2))
         for phase in PHASES:
-            np.maximum(peaks, np.abs(np.convolve(channel, phase, mode="same")), out=peaks)
+            np.maximum(peaks, np.abs(interpolated(padded, phase)), out=peaks)
     return np.asarray(peaks)
