@@ -74,12 +74,12 @@ def sound_alone(folder: Path) -> float:
         path.write_bytes(small_wav(i))
         began_s = time.perf_counter()
         decoded, _ = audio.decode(path, sample_rate=RATE_HZ, limits=limits)
-        normalized = stages.normalize(decoded, config.normalize)
-        audio.loudness_lufs(normalized)
-        audio.true_peak_dbtp(normalized)
+        normalized = stages.normalize(decoded, config.normalize).audio
         request = VariationRequest("r", "t", normalized, 1.0, i)
         made = Audio(normalized.samples[:, :RATE_HZ], RATE_HZ)
-        finished, _ = stages.finish(Variation("r", made), request, config.output)
+        finished = stages.finish(
+            Variation("r", made), request, config.output, length_s=1.0, source_lufs=-14.0
+        )
         audio.write_wav(io.BytesIO(), finished.audio, bit_depth=24, tags={})
         times.append(time.perf_counter() - began_s)
     return statistics.mean(times)

@@ -21,6 +21,7 @@ from pipeline.engines.base import EngineCard
 from pipeline.engines.selection import Choice
 from pipeline.fs.names import file_safe
 from pipeline.music import PROMPT_VERSION
+from pipeline.records import Audio
 from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSION
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
@@ -80,6 +81,10 @@ class VariationUnit(PlannedVariation):
         is_alike = self.sound == other.sound and self.params == other.params
         return is_alike and self.group != other.group
 
+    def length_s(self, source: Audio) -> float:
+        """Its length for the normalized source."""
+        return source.duration_s if self.duration_s == "source" else self.duration_s
+
 
 @dataclass(frozen=True)
 class TrackPlan:
@@ -111,8 +116,10 @@ class Recipe:
 
     @cached_property
     def result_bytes(self) -> float:
-        """An estimate of the size of one track's results: stereo, at the rate of the normalized audio."""
-        per_second = self.config.normalize.sample_rate * 2 * BYTES_PER_SAMPLE[self.config.output.bit_depth]
+        """An estimate of the size of one track's results, no less than that: stereo WAV files."""
+        output = self.config.output
+        rate = output.sample_rate or self.config.normalize.sample_rate
+        per_second = rate * 2 * BYTES_PER_SAMPLE[output.bit_depth]
         planned = plan_variations(self.config, self.generator.card)
         durations = [UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s for one in planned]
         return per_second * sum(durations)
@@ -151,6 +158,7 @@ def plan_variations(config: Config, card: EngineCard) -> list[PlannedVariation]:
     variation that equals an earlier one in everything, a given seed included, is left out.
     """
     planned: list[PlannedVariation] = []
+    ending = config.output.format
     seen: Counter[str] = Counter()
     given_seeds: set[tuple[str, int, float | str]] = set()
     for spec in config.generate.variations:
@@ -168,7 +176,7 @@ def plan_variations(config: Config, card: EngineCard) -> list[PlannedVariation]:
             for place in range(kept):
                 planned.append(
                     PlannedVariation(
-                        file=f"variations/{len(planned) + 1:02d}-{file_safe(spec.name)}.wav",
+                        file=f"variations/{len(planned) + 1:02d}-{file_safe(spec.name)}.{ending}",
                         name=spec.name,
                         duration_s=duration_s,
                         seed=seed,

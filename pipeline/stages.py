@@ -6,17 +6,35 @@ levels every variation before it is written.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Normalize, Output
 from pipeline.errors import BadAudio, EngineFailure
-from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationRequest
+from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationRequest, cut
 
-NORMALIZE_VERSION = "2"  # raised when the same file would be normalized to different samples
-OUTPUT_VERSION = "2"  # raised when the same variation would be written as different bytes
+if TYPE_CHECKING:
+    from pipeline.audio import Levels
+    from pipeline.music.analysis import Piece
+
+NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
+OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
+LOOP_EXTRA, LOOP_EXTRA_S = 0.2, 4.0  # share and seconds made beyond the asked length to choose a loop from
+BARS_EXTRA_S = 2.5  # half a bar of 4/4 at 48 beats a minute
+BAR_FADE_S = 0.03  # before the bar line at which the sound ends
 
 
-def normalize(decoded: Audio, settings: Normalize) -> Audio:
+@dataclass(frozen=True, eq=False)
+class Normalized:
+    """A source as every engine receives it."""
+
+    audio: Audio
+    levels: Levels
+    source_lufs: float  # loudness of the source file, without silence at its ends
+
+
+def normalize(decoded: Audio, settings: Normalize) -> Normalized:
     """Trim silence and set the loudness of audio decoded at `settings.sample_rate`.
 
     Raises:
@@ -32,13 +50,43 @@ def normalize(decoded: Audio, settings: Normalize) -> Audio:
                 f"is {trimmed.duration_s:.2f} s long without its silence: at least"
                 f" {settings.min_duration_s:g} s are needed"
             )
-    return audio.to_loudness(
-        trimmed, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp
-    )
+    levels = audio.levels(trimmed)
+    gain_db = audio.gain_to(levels, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp)
+    return Normalized(audio.amplify(trimmed, gain_db), levels.amplified(gain_db), levels.loudness_lufs)
 
 
-def finish(variation: Variation, request: VariationRequest, settings: Output) -> tuple[Variation, float]:
-    """Check a generator's result and set its loudness; returns both, the loudness as measured in LUFS.
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A variation as it is written."""
+
+    audio: Audio
+    loudness_lufs: float
+    tempo_bpm: float | None  # None: it has no clear beat
+    details: Mapping[str, Any]  # the engine's, for the manifest
+    bars: int | None  # of a loop, or up to the bar line at which it ends
+    loop: Mapping[str, Any] | None  # of a loop: how alike both ends are, for the manifest
+
+
+def engine_duration_s(length_s: float, settings: Output) -> float:
+    """How much an engine has to make for a variation of this length: loops and bars are cut from more."""
+    if settings.loop:
+        return length_s * (1 + LOOP_EXTRA) + LOOP_EXTRA_S
+    return length_s + (BARS_EXTRA_S if settings.length == "bars" else 0.0)
+
+
+def finish(
+    variation: Variation,
+    request: VariationRequest,
+    settings: Output,
+    *,
+    length_s: float,
+    source_lufs: float,
+) -> Finished:
+    """Check a generator's result and give it its final form.
+
+    Args:
+        length_s: the asked length; `request.duration_s` is the `engine_duration_s` of it.
+        source_lufs: the loudness of the source file.
 
     Raises:
         EngineFailure: it has the wrong length, samples that are not finite, or no sound.
@@ -46,8 +94,30 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
     import numpy as np
 
     from pipeline import audio
+    from pipeline.music.analysis import analyse
 
-    made = variation.audio
+    made = _checked(variation.audio, request)
+    rate = audio.nearest_rate(settings.format, settings.sample_rate or made.sample_rate)
+    made = audio.remove_offset(audio.resample(made, rate))
+    piece = analyse(made)
+    shaped, start_s, facts = _shaped(made, piece, settings, length_s)
+    leveled, loudness = _leveled(shaped, settings, source_lufs)
+    if not np.isfinite(loudness):
+        raise EngineFailure("the engine made sound that is too quiet to measure")
+    return Finished(
+        audio=leveled,
+        loudness_lufs=loudness,
+        tempo_bpm=piece.beats.tempo_bpm,
+        details=_moved(variation.details, start_s, leveled.duration_s),
+        **facts,
+    )
+
+
+def _checked(made: Audio, request: VariationRequest) -> Audio:
+    import numpy as np
+
+    from pipeline import audio
+
     expected = round(request.duration_s * made.sample_rate)
     if made.n_samples != expected:
         raise EngineFailure(f"the engine made {made.n_samples} samples instead of {expected}")
@@ -55,10 +125,47 @@ def finish(variation: Variation, request: VariationRequest, settings: Output) ->
         raise EngineFailure("the engine made samples that are not finite")
     if audio.peak_dbfs(made) < SILENT_BELOW_DBFS:
         raise EngineFailure("the engine made silence")
-    leveled = audio.to_loudness(
-        made, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp
-    )
-    loudness = audio.loudness_lufs(leveled)
-    if not np.isfinite(loudness):
-        raise EngineFailure("the engine made sound that is too quiet to measure")
-    return replace(variation, audio=leveled), loudness
+    return made
+
+
+def _shaped(
+    made: Audio, piece: Piece, settings: Output, length_s: float
+) -> tuple[Audio, float, dict[str, Any]]:
+    """The sound in its final length with its fades, where it begins in `made`, and facts on bars and loop."""
+    from pipeline import audio
+    from pipeline.music.loops import bar_line, cut_loop, find_loop
+
+    if settings.loop:
+        found = find_loop(made, piece, length_s)
+        return cut_loop(made, found), found.start / made.sample_rate, {"bars": found.bars, "loop": found.seam}
+    fade_out_s, bars = settings.fade_out_s, None
+    if settings.length == "bars" and (line := bar_line(piece, length_s)):
+        (length_s, bars), fade_out_s = line, max(fade_out_s, BAR_FADE_S)
+    cut_to = Audio(cut(made.samples, 0, round(length_s * made.sample_rate)), made.sample_rate)
+    faded = audio.fade(cut_to, in_s=settings.fade_in_s, out_s=fade_out_s)
+    return faded, 0.0, {"bars": bars, "loop": None}
+
+
+def _moved(details: Mapping[str, Any], start_s: float, duration_s: float) -> Mapping[str, Any]:
+    """The engine's details with the times of the joins counted from `start_s`, without joins cut away."""
+    if not start_s or "joins" not in details:
+        return details
+    joins = [{**join, "out_s": round(join["out_s"] - start_s, 3)} for join in details["joins"]]
+    return {**details, "joins": [join for join in joins if 0 < join["out_s"] < duration_s]}
+
+
+def _leveled(shaped: Audio, settings: Output, source_lufs: float) -> tuple[Audio, float]:
+    """The sound at the asked loudness, and its loudness in LUFS."""
+    from pipeline import audio
+    from pipeline.audio.limiter import limit_to_loudness
+
+    target_lufs = source_lufs if settings.loudness_lufs == "source" else settings.loudness_lufs
+    ceiling_dbtp = settings.true_peak_dbtp
+    if settings.limiter:
+        limited = limit_to_loudness(
+            shaped, target_lufs=target_lufs, ceiling_dbtp=ceiling_dbtp, is_loop=settings.loop
+        )
+        return limited, audio.loudness_lufs(limited)
+    levels = audio.levels(shaped)
+    gain_db = audio.gain_to(levels, target_lufs=target_lufs, ceiling_dbtp=ceiling_dbtp)
+    return audio.amplify(shaped, gain_db), levels.amplified(gain_db).loudness_lufs

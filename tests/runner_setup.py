@@ -24,6 +24,7 @@ from pipeline.progress import LogReporter
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
 from pipeline.runner.generation import Judge, Verdict
 from pipeline.runner.runner import Runner
+from pipeline.stages import Finished
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
@@ -81,7 +82,7 @@ class StubEmbedder:
 class StubJudge:
     """A judge that passes everything, unless `verdict` says otherwise, and takes no two sounds for alike."""
 
-    verdict: Callable[[Variation, Gates], Verdict] = lambda made, gates: Verdict((), 0.0, None, {}, made)
+    verdict: Callable[[Finished, Gates], Verdict] = lambda made, gates: Verdict((), 0.0, None, {}, made)
     alike: Callable[[Any, Any], float] = lambda one, other: 0.0
 
     def analyse(self, source: Audio) -> None:
@@ -90,7 +91,7 @@ class StubJudge:
     def describe(self, source: None) -> str:
         return "words"
 
-    def judge(self, source: None, made: Variation, gates: Gates, prompt: str) -> Verdict:
+    def judge(self, source: None, made: Finished, gates: Gates, prompt: str) -> Verdict:
         return self.verdict(made, gates)
 
     def sound(self, made: Audio) -> Any:

@@ -364,3 +364,29 @@ def test_the_hash_depends_on_the_values_and_not_on_how_they_are_written(file: Pa
 def test_the_canonical_form_reads_back_as_the_same_config(file: Path) -> None:
     config = load(file, variation("seed: 0, temperature: [0.5, 1.0]"))
     assert load(file, config.canonical()) == config
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (
+            "format: opus, sample_rate: 44100",
+            "output.sample_rate: opus has 8000, 12000, 16000, 24000, 48000, not",
+        ),
+        ("format: mp3, sample_rate: 96000", "output.sample_rate: mp3 has 8000, "),
+        ("format: flac, bit_depth: float", "output.bit_depth: flac has 16 or 24 bits"),
+        ("loop: true, fade_out_s: 1.0", "output.loop: a loop has no fades"),
+        ("format: aac", "output.format: must be 'wav', 'flac', 'mp3' or 'opus', not"),
+    ],
+)
+def test_output_that_does_not_go_together_is_refused_with_what_is_possible(
+    file: Path, output: str, message: str
+) -> None:
+    assert message in complaint(file, f"output: {{{output}}}")
+
+
+def test_a_format_whose_encoder_is_not_installed_is_refused_by_name(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("av.codecs_available", set())
+    assert "has no encoder libopus" in complaint(file, "output: {format: opus}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -255,3 +257,50 @@ def test_after_delete_removes_the_source_and_a_requeue_without_it_is_refused(
     assert once().code == 0
     assert contents(home.outbox) == before
     assert home.manifest()["source"]["name"] == "gone.wav"
+
+
+@pytest.mark.parametrize("kind", ["flac", "mp3", "opus"])
+def test_another_output_format_replaces_the_files_and_reruns_to_the_same_bytes(
+    home: Home, once: Once, tmp_path: Path, kind: str
+) -> None:
+    source = write_music(tmp_path / "music" / "a.wav")
+    assert once(source.parent).code == 0
+    home.configure(NEAR, output={"format": kind, "sample_rate": 48000})
+    assert once(source.parent).code == 0
+    [record], [folder] = home.manifest()["variations"], home.folders
+    assert [path.name for path in (folder / "variations").iterdir()] == [f"01-near.{kind}"]
+    assert record["file"] == f"variations/01-near.{kind}"
+    info = soundfile.info(folder / record["file"])
+    assert (info.samplerate, info.frames) == (record["sample_rate"], 2 * 48000)
+    before = contents(folder)
+    (folder / record["file"]).unlink()
+    assert once(source.parent).code == 0
+    assert contents(folder) == before
+
+
+def test_a_loop_says_so_in_the_manifest_and_in_the_file(home: Home, once: Once, tmp_path: Path) -> None:
+    source = write_music(tmp_path / "music" / "a.wav", seconds=12.0)
+    home.configure(NEAR, generate={"duration_s": 4}, output={"loop": True, "format": "flac"})
+    assert once(source.parent).code == 0
+    [record], [folder] = home.manifest()["variations"], home.folders
+    assert record["loop"].keys() == {"similarity", "level_step_db"}
+    assert record["tempo_bpm"] == pytest.approx(120, abs=1)
+    assert record["duration_s"] == pytest.approx(2.0 * record["bars"], abs=0.03)
+    with av.open(folder / record["file"]) as file:
+        tags = file.metadata
+    assert (tags["BPM"], tags["LOOPSTART"]) == ("120", "0")
+    assert tags["LOOPLENGTH"] == str(soundfile.info(folder / record["file"]).frames)
+    home.configure(NEAR, generate={"duration_s": 4}, output={"loop": True})
+    assert once(source.parent).code == 0
+    wav = (folder / "variations" / "01-near.wav").read_bytes()
+    assert b"smpl" in wav
+
+
+def test_the_joins_of_a_remix_are_cue_points(home: Home, once: Once, tmp_path: Path) -> None:
+    source = write_music(tmp_path / "music" / "a.wav", seconds=8.0)
+    home.configure(FAR, generate={"duration_s": 12})
+    assert once(source.parent).code == 0
+    [record], [folder] = home.manifest()["variations"], home.folders
+    wav = (folder / record["file"]).read_bytes()
+    points = struct.unpack_from("<I", wav, wav.index(b"cue ") + 8)[0]
+    assert points == len(record["details"]["joins"]) > 0

@@ -164,9 +164,16 @@ if not TYPE_CHECKING:
 
 
 class Output(Section):
+    format: Literal["wav", "flac", "mp3", "opus"] = "wav"
+    sample_rate: Annotated[int, Field(ge=8000, le=192000)] | None = None
     bit_depth: Literal[16, 24, "float"] = 24
-    loudness_lufs: Annotated[float, Field(ge=-70, le=0)] = -14.0
+    loudness_lufs: Annotated[float, Field(ge=-70, le=0)] | Literal["source"] = -14.0
     true_peak_dbtp: Annotated[float, Field(ge=-20, le=0)] = -1.0
+    limiter: bool = False
+    length: Literal["exact", "bars"] = "exact"
+    loop: bool = False
+    fade_in_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    fade_out_s: Annotated[float, Field(ge=0, le=60)] = 0.0
 
 
 class Retry(Section):
@@ -248,7 +255,8 @@ def load_config(
             ]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from e
     generate = config.generate
-    if problems := config_errors.of_engines(config.embed.engine, generate.engine, generate.variations):
+    problems = config_errors.of_engines(config.embed.engine, generate.engine, generate.variations)
+    if problems := [*problems, *config_errors.of_output(config.output)]:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config
 

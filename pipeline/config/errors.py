@@ -71,6 +71,26 @@ def of_engines(embed: str, generate: str, variations: Sequence[BaseModel]) -> li
     return problems
 
 
+def of_output(output: Any) -> list[str]:
+    """What does not go together in `output`, and what its format or the installed PyAV can't do."""
+    if output.loop and (output.fade_in_s or output.fade_out_s):
+        return ["output.loop: a loop has no fades, so fade_in_s and fade_out_s must be 0"]
+    if output.format == "wav":
+        return []
+    from pipeline import audio
+
+    if missing := audio.missing_encoder(output.format):
+        return [f"output.format: the installed av (PyAV) has no encoder {missing}, so take another format"]
+    problems = []
+    rates = audio.sample_rates(output.format)
+    if output.sample_rate and rates and output.sample_rate not in rates:
+        known = ", ".join(map(str, rates))
+        problems.append(f"output.sample_rate: {output.format} has {known}, not {output.sample_rate}")
+    if output.format == "flac" and output.bit_depth == "float":
+        problems.append("output.bit_depth: flac has 16 or 24 bits")
+    return problems
+
+
 def _of_params(
     where: str, spec: BaseModel, generators: Sequence[EngineCard], takers: Sequence[EngineCard]
 ) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The records of finished units of work, the manifest made of them, and the tags in each WAV."""
+"""The records of finished units of work, the manifest made of them, and the tags in each sound file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
 from pipeline.plan import Take
-from pipeline.records import Audio, SourceInfo, Variation
+from pipeline.records import SourceInfo
+from pipeline.stages import Finished, Normalized
 
 SCHEMA = 1
-FACTS = ("seed", "similarity", "params", "engine", "model", "revision", "version", "license")  # for tags
+FACTS = (  # for tags
+    *("seed", "similarity", "params", "prompt", "engine", "model", "revision", "version", "license"),
+    *("tempo_bpm", "bars", "loop"),
+)
 SOFTWARE = f"instrumental-variations {__version__}"
 
 Json = dict[str, Any]
 
 
-def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
+def normalized_record(source: SourceInfo, normalized: Normalized) -> Json:
     """The source file's properties and those of the normalized audio."""
     return {
         "source": {
@@ -29,13 +33,14 @@ def normalized_record(source: SourceInfo, normalized: Audio) -> Json:
             "sample_rate": source.sample_rate,
             "channels": source.channels,
             "codec": source.codec,
+            "loudness_lufs": round(normalized.source_lufs, 2),
             **({"notes": list(source.notes)} if source.notes else {}),
         },
-        "duration_s": normalized.duration_s,
-        "sample_rate": normalized.sample_rate,
-        "channels": normalized.channels,
-        "loudness_lufs": round(audio.loudness_lufs(normalized), 2),
-        "true_peak_dbtp": round(audio.true_peak_dbtp(normalized), 2),
+        "duration_s": normalized.audio.duration_s,
+        "sample_rate": normalized.audio.sample_rate,
+        "channels": normalized.audio.channels,
+        "loudness_lufs": round(normalized.levels.loudness_lufs, 2),
+        "true_peak_dbtp": round(normalized.levels.true_peak_dbtp, 2),
     }
 
 
@@ -62,15 +67,18 @@ def take_facts(take: Take, generator: Generator, choice: Choice) -> Json:
     }
 
 
-def take_record(facts: Json, finished: Variation, loudness_lufs: float, scores: Json) -> Json:
+def take_record(facts: Json, finished: Finished, scores: Json) -> Json:
     """A result that is judged, but not published yet."""
     return {
         **facts,
+        "tempo_bpm": None if finished.tempo_bpm is None else round(finished.tempo_bpm, 2),
+        **({"bars": finished.bars} if finished.bars is not None else {}),
+        **({"loop": dict(finished.loop)} if finished.loop is not None else {}),
         "duration_s": finished.audio.duration_s,
         "sample_rate": finished.audio.sample_rate,
         "channels": finished.audio.channels,
         "peak_dbfs": round(audio.peak_dbfs(finished.audio), 2),
-        "loudness_lufs": round(loudness_lufs, 2),
+        "loudness_lufs": round(finished.loudness_lufs, 2),
         "details": dict(finished.details),
         "scores": scores,
     }
@@ -89,15 +97,31 @@ def variation_record(
     }
 
 
-def wav_tags(track: str, sha256: str, name: str, take: Mapping[str, Any]) -> dict[str, str]:
-    """The facts for the WAV itself; without a date, so that the same request gives the same bytes."""
+def tags(track: str, sha256: str, name: str, take: Mapping[str, Any]) -> dict[str, str]:
+    """The facts for the file itself; without a date, so that the same request gives the same bytes.
+
+    Those in capitals are for formats with free tags. Loops have LOOPSTART and LOOPLENGTH, in samples.
+    """
     comment = {"source_sha256": sha256, "name": name, **{key: take[key] for key in FACTS if key in take}}
+    free = {}
+    if take["tempo_bpm"] is not None:
+        free["BPM"] = f"{take['tempo_bpm']:.0f}"
+    if "loop" in take:
+        n_samples = round(take["duration_s"] * take["sample_rate"])
+        free |= {"LOOPSTART": "0", "LOOPLENGTH": str(n_samples)}
     return {
         "title": f"{track} ({name})",
         "comment": json.dumps(comment, sort_keys=True, ensure_ascii=False),
         "copyright": str(take["license"]),
         "software": SOFTWARE,
+        **free,
     }
+
+
+def markers(take: Mapping[str, Any]) -> list[audio.Marker]:
+    """The joins of a variation whose engine tells them."""
+    joins = enumerate(take["details"].get("joins", ()), 1)
+    return [audio.Marker(round(join["out_s"] * take["sample_rate"]), f"join {i}") for i, join in joins]
 
 
 def manifest(

@@ -28,10 +28,9 @@ VARIATIONS = "variations"
 TMP_PREFIX, TMP_SUFFIX = ".", ".part"  # of a file that is being written and not verified yet
 MOVING_SUFFIX = ".move"  # of a complete, verified file that is between two names
 SHORT_HASH = 8
-_OWN = re.compile(r"manifest\.json|embedding\.npz|variations/[0-9]{2,}-.+\.wav", re.DOTALL)
-_TEMPORARY = re.compile(
-    r"(\.manifest\.json|\.embedding\.npz|variations/\.[0-9]{2,}-.+\.wav)\.(part|move)", re.DOTALL
-)
+_SOUND = r"[0-9]{2,}-.+\.(wav|flac|mp3|opus)"
+_OWN = re.compile(rf"manifest\.json|embedding\.npz|variations/{_SOUND}", re.DOTALL)
+_TEMPORARY = re.compile(rf"(\.manifest\.json|\.embedding\.npz|variations/\.{_SOUND})\.(part|move)", re.DOTALL)
 _TRACK_FOLDER = re.compile(r".+--[0-9a-f]{8}", re.DOTALL | re.IGNORECASE)
 
 

@@ -20,7 +20,7 @@ _BLOCK_FRAMES = 1 << 16
 _VECTORS = ("times_s", "track", "windows")
 
 
-def wav(expected_samples: int, sample_rate: int, channels: int) -> Verifier:
+def sound(expected_samples: int, sample_rate: int, channels: int) -> Verifier:
     """The file decodes to `expected_samples` per channel, all finite and not silent."""
 
     def verify(file: BinaryIO) -> None:
@@ -31,15 +31,15 @@ def wav(expected_samples: int, sample_rate: int, channels: int) -> Verifier:
                 found = (sound.samplerate, sound.channels)
                 n_samples, peak = _played(sound)
         except soundfile.LibsndfileError as e:
-            raise EngineFailure(f"the written WAV can't be decoded: {e}") from e
+            raise EngineFailure(f"the written file can't be decoded: {e}") from e
         if found != (sample_rate, channels):
-            raise EngineFailure(f"the written WAV has {found[0]} Hz and {found[1]} channels")
+            raise EngineFailure(f"the written file has {found[0]} Hz and {found[1]} channels")
         if n_samples != expected_samples:
-            raise EngineFailure(f"the written WAV has {n_samples} samples, not {expected_samples}")
+            raise EngineFailure(f"the written file has {n_samples} samples, not {expected_samples}")
         if not np.isfinite(peak):
-            raise EngineFailure("the written WAV has samples that are not finite")
+            raise EngineFailure("the written file has samples that are not finite")
         if peak < 10 ** (SILENT_BELOW_DBFS / 20):
-            raise EngineFailure("the written WAV is silent")
+            raise EngineFailure("the written file is silent")
 
     return verify
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, Output
 from pipeline.engines.base import check_stop
 from pipeline.errors import (
     BadAudio,
@@ -29,6 +29,7 @@ from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage, VariationRequest
 from pipeline.runner.retry import MISSING_INBOX_PAUSE_S, backoff_s
 from pipeline.runner.takes import Choice
+from pipeline.stages import engine_duration_s
 from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
 from pipeline.workspace import Scratch, Workspace
@@ -65,12 +66,12 @@ class Job:
             raise EngineFailure("the normalized audio has disappeared from the state folder")
         return loaded
 
-    def request(self, unit: VariationUnit, take: Take, source: Audio) -> VariationRequest:
+    def request(self, unit: VariationUnit, take: Take, source: Audio, output: Output) -> VariationRequest:
         return VariationRequest(
             request_id=take.key,
             track_id=self.track.sha256,
             audio=source,
-            duration_s=source.duration_s if unit.duration_s == "source" else unit.duration_s,
+            duration_s=engine_duration_s(unit.length_s(source), output),
             seed=take.seed,
             params=take.params,
         )

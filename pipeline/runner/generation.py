@@ -28,6 +28,7 @@ from pipeline.progress import Reporter
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.attempts import Attempts, Job
 from pipeline.runner.takes import Choice, JudgedTake, choices
+from pipeline.stages import Finished
 from pipeline.store.schema import AttemptOutcome
 from pipeline.store.store import Store
 
@@ -57,7 +58,7 @@ class Judge(Protocol):
         """A prompt for a track."""
         ...
 
-    def judge(self, source: Any, made: Variation, gates: Gates, prompt: str) -> Verdict:
+    def judge(self, source: Any, made: Finished, gates: Gates, prompt: str) -> Verdict:
         """The verdict on a variation, for which `prompt` was given; empty: none."""
         ...
 
@@ -164,7 +165,8 @@ class Generation:
                 source = job.audio()
                 for choice in job.choices:
                     for take in choice.missing:
-                        request = self._with_prompt(job, job.request(choice.units[0], take, source))
+                        request = job.request(choice.units[0], take, source, self.recipe.config.output)
+                        request = self._with_prompt(job, request)
                         found.append(Wanted(job, choice, take, request))
         return found
 
@@ -199,7 +201,13 @@ class Generation:
         """Judge a take, and publish what can be decided by it; otherwise hold it."""
         job, choice, take = wanted.job, wanted.choice, wanted.take
         try:
-            finished, loudness_lufs = stages.finish(made, wanted.request, self.recipe.config.output)
+            finished = stages.finish(
+                made,
+                wanted.request,
+                self.recipe.config.output,
+                length_s=choice.units[0].length_s(wanted.request.audio),
+                source_lufs=job.normalized["source"]["loudness_lufs"],
+            )
         except EngineFailure as e:
             choice.judged[take.key] = JudgedTake(take, (str(e),), -math.inf, None)
             self._advance(job)
@@ -218,7 +226,7 @@ class Generation:
             verdict.rank,
             verdict.similarity,
             verdict.sound,
-            manifest.take_record(facts, finished, loudness_lufs, verdict.scores),
+            manifest.take_record(facts, finished, verdict.scores),
             finished.audio,
             self.clock() - start,
         )
@@ -289,12 +297,20 @@ class Generation:
         sound = judged.audio or self._held(job, judged.take, record)
         if sound is None:
             raise EngineFailure("a take has disappeared from the state folder")
-        tags = manifest.wav_tags(job.track.name, job.track.sha256, unit.name, record)
+        tags = manifest.tags(job.track.name, job.track.sha256, unit.name, record)
         published = self.outbox.publish(
             job.track.folder,
             unit.file,
-            lambda out: audio.write_wav(out, sound, bit_depth=output.bit_depth, tags=tags),
-            verify=verify.wav(sound.n_samples, sound.sample_rate, sound.channels),
+            lambda out: audio.write_sound(
+                out,
+                sound,
+                format_name=output.format,
+                bit_depth=output.bit_depth,
+                tags=tags,
+                markers=manifest.markers(record),
+                is_loop=output.loop,
+            ),
+            verify=verify.sound(sound.n_samples, sound.sample_rate, sound.channels),
         )
         tried = [_tried(choice, choice.judged[take.key]) for take in choice.asked]
         made = manifest.variation_record(published, unit.name, record, choice.faults(judged), tried)

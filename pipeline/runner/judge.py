@@ -18,13 +18,14 @@ from pipeline.engines import cards
 from pipeline.engines.base import Embedder, EngineSettings, TextEmbedder
 from pipeline.engines.loading import Engines
 from pipeline.music.words import describe
-from pipeline.records import Audio, Samples, Variation
+from pipeline.records import Audio, Samples
 from pipeline.runner.generation import Verdict
 from pipeline.scores.analysis import Source, analyse
 from pipeline.scores.copies import Bits, shared_share
 from pipeline.scores.defects import find_defects
 from pipeline.scores.scores import Scores, score
 from pipeline.scores.similarity import cosine
+from pipeline.stages import Finished
 
 USUAL_BAND = (0.3, 0.9)  # of the similarity, for the rank
 BAND_EDGE = 0.3  # so far outside of the band, a similarity counts 0
@@ -76,7 +77,7 @@ class ScoringJudge:
         vector = _embed(by_text, reference.audio) if by_text else None
         return describe(source.tempo_bpm, source.key, vector, by_text.embed_texts if by_text else None)
 
-    def judge(self, reference: Reference, made: Variation, gates: Gates, prompt: str) -> Verdict:
+    def judge(self, reference: Reference, made: Finished, gates: Gates, prompt: str) -> Verdict:
         joins_s = [join["out_s"] for join in made.details.get("joins", ())]
         scores, analysed = score(
             reference.source,

@@ -240,7 +240,7 @@ class Runner:
                     self._working_copy(job), sample_rate=settings.sample_rate, limits=_limits(settings)
                 )
                 normalized = stages.normalize(decoded, settings)
-                job.scratch.save("normalized", key, normalized)
+                job.scratch.save("normalized", key, normalized.audio)
                 job.normalized = manifest.normalized_record(source, normalized)
                 self._record(job, key, Stage.NORMALIZE, job.normalized, self.clock() - start)
 

@@ -1,11 +1,11 @@
-"""Resampling keeps length and level; trimming cuts silence and nothing else."""
+"""Resampling keeps length and level; trimming cuts silence, offsets and fades change nothing else."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from pipeline.audio import resample, trim_silence
+from pipeline.audio import fade, remove_offset, resample, trim_silence
 from pipeline.errors import BadAudio
 from pipeline.records import Audio
 
@@ -58,3 +58,26 @@ def test_silence_throughout_is_an_error(level: float) -> None:
     hush = (level * np.random.default_rng(9).standard_normal((1, 44100))).astype(np.float32)
     with pytest.raises(BadAudio, match="is silent: nothing in it is above -60 dBFS"):
         trim_silence(Audio(hush, 44100))
+
+
+def test_a_constant_offset_is_removed_and_sound_without_one_is_left_as_it_is() -> None:
+    sound = tone(44100, 1.0)
+    assert remove_offset(sound) is sound
+    shifted = sound.samples.copy()
+    shifted[1] += 0.02
+    assert np.max(np.abs(remove_offset(Audio(shifted, 44100)).samples - sound.samples)) < 1e-6
+
+
+def test_fades_reach_their_length_pass_half_amplitude_in_the_middle_and_spare_the_rest() -> None:
+    sound = Audio(np.ones((2, 40_000), np.float32), 10_000)
+    faded = fade(sound, in_s=1.0, out_s=2.0).samples[1]
+    assert faded[0] < 1e-6 and faded[-1] < 1e-6
+    assert faded[[5_000, 30_000]] == pytest.approx(0.5, abs=1e-3)
+    assert np.all(faded[10_000:20_000] == 1.0)
+    assert np.all(np.diff(faded[:10_000]) >= 0) and np.all(np.diff(faded[20_000:]) <= 0)
+
+
+def test_a_fade_longer_than_the_sound_spans_it_and_none_returns_the_same_audio() -> None:
+    sound = Audio(np.ones((1, 1000), np.float32), 1000)
+    assert fade(sound, out_s=5.0).samples[0, 500] == pytest.approx(0.5, abs=1e-2)
+    assert fade(sound) is sound

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 
 import av
 import numpy as np
 import pytest
 import soundfile
 
-from pipeline.audio import write_wav
+from pipeline.audio import Marker, write_wav
 from pipeline.audio.wav import BitDepth
 from pipeline.records import Audio, Samples
 
@@ -93,7 +94,7 @@ def test_full_scale_does_not_wrap() -> None:
 def test_what_would_clip_is_refused(value: float, bit_depth: BitDepth) -> None:
     samples = noise(1, 100)
     samples[0, 50] = value
-    with pytest.raises(ValueError, match="a WAV file holds -1 to 1"):
+    with pytest.raises(ValueError, match="a file holds -1 to 1"):
         wav_bytes(samples, bit_depth)
 
 
@@ -105,3 +106,39 @@ def test_ffmpeg_reads_the_tags_as_utf8() -> None:
     expected = {"encoder" if name == "software" else name: text for name, text in TAGS.items()}
     assert tags_of(wav_bytes(noise(), 16)) == expected
     assert tags_of(wav_bytes(noise(), 16, {})) == {}
+
+
+def chunks(data: bytes) -> dict[bytes, bytes]:
+    """The chunks of a RIFF file by their names; of lists, by the names of the lists."""
+    found, at = {}, 12
+    while at < len(data):
+        name, size = struct.unpack_from("<4sI", data, at)
+        body = data[at + 8 : at + 8 + size]
+        found[body[:4] if name == b"LIST" else name] = body
+        at += 8 + size + size % 2
+    return found
+
+
+def test_a_loop_says_in_its_sampler_chunk_that_it_repeats_from_the_first_to_the_last_sample() -> None:
+    file = io.BytesIO()
+    write_wav(file, Audio(noise(2, 1001), 44100), bit_depth=16, tags={}, is_loop=True)
+    sampler = struct.unpack("<15I", chunks(file.getvalue())[b"smpl"])
+    assert sampler[2] == 22676  # nanoseconds of a sample
+    assert sampler[7:] == (1, 0, 0, 0, 0, 1000, 0, 0)
+
+
+def test_markers_are_cue_points_with_labels_and_the_sound_is_read_as_without() -> None:
+    file, markers = io.BytesIO(), [Marker(0, "join 1"), Marker(700, "Stoß")]
+    write_wav(file, Audio(noise(2, 1001), 44100), bit_depth=16, tags=TAGS, markers=markers)
+    found = chunks(file.getvalue())
+    n, *points = struct.unpack("<I" + "II4sIII" * 2, found[b"cue "])
+    assert (n, points) == (2, [1, 0, b"data", 0, 0, 0, 2, 700, b"data", 0, 0, 700])
+    first, second = (
+        struct.pack("<4sII", b"labl", 4 + len(text), i) + text
+        for i, text in enumerate((b"join 1\0", "Stoß\0".encode()), 1)
+    )
+    assert found[b"adtl"] == b"adtl" + first + b"\0" + second
+    with soundfile.SoundFile(io.BytesIO(file.getvalue())) as read:
+        assert (read.frames, read.title) == (1001, TAGS["title"])
+    with av.open(io.BytesIO(file.getvalue())) as container:
+        assert sum(frame.samples for frame in container.decode(audio=0)) == 1001

@@ -27,7 +27,7 @@ def written(sound: Audio, bit_depth: Any = 24) -> io.BytesIO:
 
 @pytest.mark.parametrize("bit_depth", [16, 24, "float"])
 def test_a_wav_as_it_is_written_is_accepted(bit_depth: Any) -> None:
-    verify.wav(N, RATE, 2)(written(TONE, bit_depth))
+    verify.sound(N, RATE, 2)(written(TONE, bit_depth))
 
 
 @pytest.mark.parametrize(
@@ -36,26 +36,26 @@ def test_a_wav_as_it_is_written_is_accepted(bit_depth: Any) -> None:
 )
 def test_a_wav_of_another_form_is_refused(meant: tuple[int, int, int], why: str) -> None:
     with pytest.raises(EngineFailure, match=why):
-        verify.wav(*meant)(written(TONE))
+        verify.sound(*meant)(written(TONE))
 
 
 def test_a_wav_that_is_cut_off_is_refused_whatever_its_header_says() -> None:
     with pytest.raises(EngineFailure, match="samples"):
-        verify.wav(N, RATE, 2)(io.BytesIO(written(TONE).getvalue()[:-7]))
+        verify.sound(N, RATE, 2)(io.BytesIO(written(TONE).getvalue()[:-7]))
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF", b"no sound" * 100])
 def test_what_is_no_wav_is_refused(content: bytes) -> None:
     with pytest.raises(EngineFailure, match="decoded"):
-        verify.wav(N, RATE, 2)(io.BytesIO(content))
+        verify.sound(N, RATE, 2)(io.BytesIO(content))
 
 
 def test_a_silent_wav_is_refused_and_a_click_is_not() -> None:
     silent = np.zeros((2, N), np.float32)
     with pytest.raises(EngineFailure, match="silent"):
-        verify.wav(N, RATE, 2)(written(Audio(silent, RATE)))
+        verify.sound(N, RATE, 2)(written(Audio(silent, RATE)))
     silent[1, -1] = -0.01
-    verify.wav(N, RATE, 2)(written(Audio(silent, RATE)))
+    verify.sound(N, RATE, 2)(written(Audio(silent, RATE)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -63,7 +63,7 @@ def test_a_wav_with_a_sample_that_is_not_finite_is_refused(bad: float) -> None:
     content = bytearray(written(TONE, "float").getvalue())
     content[-8:-4] = struct.pack("<f", bad)
     with pytest.raises(EngineFailure, match="finite"):
-        verify.wav(N, RATE, 2)(io.BytesIO(content))
+        verify.sound(N, RATE, 2)(io.BytesIO(content))
 
 
 def test_not_finite_samples_are_seen_in_every_block_of_a_long_file() -> None:
@@ -71,7 +71,7 @@ def test_not_finite_samples_are_seen_in_every_block_of_a_long_file() -> None:
     content = bytearray(written(long, "float").getvalue())
     content[-8 * 5 * N : -8 * 5 * N + 4] = struct.pack("<f", np.nan)
     with pytest.raises(EngineFailure, match="finite"):
-        verify.wav(10 * N, RATE, 2)(io.BytesIO(content))
+        verify.sound(10 * N, RATE, 2)(io.BytesIO(content))
 
 
 def vectors(**changes: Any) -> io.BytesIO:

@@ -34,6 +34,7 @@ from pipeline.outbox.outbox import Outbox, Published
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.generation import Verdict
 from pipeline.runner.retry import JITTER, backoff_s
+from pipeline.stages import Finished
 
 
 class FullDisk(Outbox):
@@ -387,22 +388,21 @@ def with_variation(setup: RunnerSetup, engine: str = "remix", **entry: Any) -> R
     return replace(setup, config=config, recipe=replace(setup.recipe, config=config, generator=generator))
 
 
-def judged_by_seed(worth: dict[int, float], *, failing: Sequence[int] = ()) -> StubJudge:
-    """A judge that knows a take by its first sample, as `seeded` writes it."""
+class SeededTakes(StubGenerator):
+    """Noise, with a judge that ranks it by its seed. A result is judged before the next one is made."""
 
-    def verdict(made: Variation, gates: Gates) -> Verdict:
-        seed = round(float(made.audio.samples[0, 0] / made.audio.samples[0, 1]))
-        failed = ("is too loud",) if seed in failing else ()
-        return Verdict(failed, worth.get(seed, 0.0), 0.5, {"similarity": 0.5}, made)
+    def __init__(self, worth: dict[int, float], *, failing: Sequence[int] = ()) -> None:
+        super().__init__(self.make)
+        self.worth, self.failing, self.seed = worth, failing, 0
+        self.judge = StubJudge(self.verdict)
 
-    return StubJudge(verdict)
+    def make(self, request: VariationRequest) -> Variation:
+        self.seed = request.seed
+        return noise(request)
 
-
-def seeded(request: VariationRequest) -> Variation:
-    """Noise whose first sample is the seed times the second one, at any gain."""
-    made = noise(request)
-    made.audio.samples[0, :2] = 0.001 * request.seed, 0.001
-    return made
+    def verdict(self, made: Finished, gates: Gates) -> Verdict:
+        failed = ("is too loud",) if self.seed in self.failing else ()
+        return Verdict(failed, self.worth.get(self.seed, 0.0), 0.5, {"similarity": 0.5}, made)
 
 
 def test_the_best_of_several_takes_is_published_and_the_manifest_tells_of_the_others(
@@ -411,7 +411,9 @@ def test_the_best_of_several_takes_is_published_and_the_manifest_tells_of_the_ot
     setup = with_variation(setup, seed=1, keep="best 1 of 4")
     [sha256] = setup.add_tracks("a.wav")
 
-    setup.runner(StubGenerator(seeded), judge=judged_by_seed({2: 0.9, 3: 0.95, 4: 0.1}, failing=[3])).drain()
+    generator = SeededTakes({2: 0.9, 3: 0.95, 4: 0.1}, failing=[3])
+
+    setup.runner(generator, judge=generator.judge).drain()
 
     assert sorted(setup.files(sha256)) == ["embedding.npz", "variations/01-v.wav"]
     [made] = setup.manifest(sha256)["variations"]
@@ -437,25 +439,25 @@ def test_a_variation_that_passes_no_gate_is_published_with_what_it_fails(setup: 
 def test_takes_that_a_killed_run_has_held_are_not_made_again(setup: RunnerSetup) -> None:
     setup = with_variation(setup, seed=1, keep="best 1 of 3")
     [sha256] = setup.add_tracks("a.wav")
-    worth = judged_by_seed({1: 0.9})
+    first, second, third = (SeededTakes({1: 0.9}) for _ in range(3))
 
-    def two(request: VariationRequest) -> Variation:
+    def two_takes(request: VariationRequest) -> Variation:
         if request.seed == 3:
             raise Stopped("as by a signal")
-        return seeded(request)
+        return first.make(request)
 
+    first.answer = two_takes
     with pytest.raises(Stopped):
-        setup.runner(StubGenerator(two), judge=worth).drain()
-    generator = StubGenerator(seeded)
-    setup.runner(generator, judge=worth).drain()
+        setup.runner(first, judge=first.judge).drain()
+    setup.runner(second, judge=second.judge).drain()
 
-    assert generator.calls == [[sha256]]  # the third take alone
+    assert second.calls == [[sha256]]  # the third take alone
     [made] = setup.manifest(sha256)["variations"]
     assert (made["seed"], len(made["takes"])) == (1, 3)
-    whole = setup.files(sha256)
+    interrupted = setup.files(sha256)
     setup.store.requeue(sha256, now=setup.now, stages=list(Stage))
-    setup.runner(StubGenerator(seeded), judge=worth).drain()
-    assert setup.files(sha256)["variations/01-v.wav"] == whole["variations/01-v.wav"]
+    setup.runner(third, judge=third.judge).drain()
+    assert setup.files(sha256)["variations/01-v.wav"] == interrupted["variations/01-v.wav"]
 
 
 def test_a_silent_take_is_replaced_by_another_one(setup: RunnerSetup) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.engines.remix.similarity import join_costs
 from pipeline.music import bars, beats, features, spectra
+from pipeline.music.analysis import at_analysis_rate
 from pipeline.music.spectra import Doubles, Floats
 from pipeline.records import Audio
 
@@ -48,7 +49,7 @@ class Analysis:
 
 def analyse(audio: Audio) -> Analysis:
     """Analyse a track of any length and rate."""
-    mono = _at_analysis_rate(audio)
+    mono = at_analysis_rate(audio)
     spectrum = spectra.compute_spectra(mono)
     pulse = beats.track_beats(spectrum.onsets, mono)
     of_beats = features.beat_features(spectrum, pulse.edges_s)
@@ -70,15 +71,6 @@ def analyse(audio: Audio) -> Analysis:
         has_ending=has_ending,
         spare_tail_s=spare_tail_s,
     )
-
-
-def _at_analysis_rate(audio: Audio) -> Floats:
-    import soxr
-
-    mono = np.ascontiguousarray(audio.mono(), dtype=np.float32)
-    if audio.sample_rate == spectra.RATE_HZ:
-        return mono
-    return np.asarray(soxr.resample(mono, audio.sample_rate, spectra.RATE_HZ), dtype=np.float32)
 
 
 def _scores(costs: Floats, found: bars.Bars) -> tuple[Floats, Floats]:

@@ -1,29 +1,16 @@
-"""Renders a path at the track's own rate and channels: each join is aligned to the sample and crossfaded.
-
-The entered side is shifted by up to ALIGN_S to where it correlates best with the side that is left, around
-the beat (as in the time-domain splicing of SOLA, Roucos and Wilgus 1985). Copies of one sample, which are
-usual in sequenced music, then join in phase, and beats found a few milliseconds off are aligned.
-
-The crossfade's law depends on the correlation r of the two sides. With gains (cos, sin) of a rising angle,
-the sum of two sides of equal power has the power 1 + 2 r cos sin, so dividing by its root keeps the level
-for any r: equal power for unrelated sides (r = 0), equal gain for the same sound (r = 1).
-"""
+"""Renders a path at the track's own rate and channels, with the splices of `pipeline.music.splice`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.signal
 
 from pipeline.engines.remix.analysis import Analysis
 from pipeline.engines.remix.path import BeatPath
+from pipeline.music.splice import GUARD_S, alignment, crossfade
 from pipeline.records import Audio, Samples, cut
 
-ALIGN_S = 0.02  # largest shift to either side
-ALIGN_WINDOW_S = 0.08  # compared to either side of the beat
-ALIGN_PRIOR = 1.0  # correlation that a shift by ALIGN_S must gain over none; 0 without beats
-GUARD_S = 0.005  # between the crossfade's end and the beat: attacks begin a little before their steepest rise
 BEATLESS_FADE_S = 0.25  # least crossfade without beats
 FADE_IN_S = 0.01  # before the first beat, unless the path starts at the track's start
 FADE_OUT_S = 4.0  # of a result without an ending
@@ -85,8 +72,9 @@ def _pieces(
         at = int(edges[leave]) - offset
         if at >= n_samples:
             break
-        shift = _alignment(audio.mono_channels, int(edges[leave]), int(edges[enter]), rate, has_beat)
-        offsets = (offset, int(edges[enter]) + shift - at)
+        left, entered = int(edges[leave]), int(edges[enter])
+        shift = alignment(audio.mono_channels, left, entered, rate, has_beat=has_beat)
+        offsets = (offset, entered + shift - at)
         next_leave = int(edges[path.joins[k + 1][0]]) if k + 1 < len(path.joins) else audio.n_samples
         longest = min(at - pieces[-1].at, next_leave - offsets[1] - at) // 2
         guard = round(GUARD_S * rate) if has_beat else None
@@ -108,35 +96,11 @@ def _fade(
     return max(0, at - length - guard), at - guard
 
 
-def _alignment(source: Samples, left: int, entered: int, rate: int, has_beat: bool) -> int:
-    """Shift of the entered side in samples."""
-    if left >= source.shape[1]:
-        return 0
-    reach, half = round(ALIGN_S * rate), round(ALIGN_WINDOW_S * rate)
-    here = cut(source, left - half, left + half).mean(axis=0, dtype=np.float64)
-    there = cut(source, entered - reach - half, entered + reach + half).mean(axis=0, dtype=np.float64)
-    inner = scipy.signal.correlate(there, here, mode="valid", method="fft")
-    sums = np.concatenate([[0.0], np.cumsum(there**2)])
-    power = np.maximum(sums[here.size :] - sums[: -here.size], 0.0) * (here**2).sum()
-    correlation = inner / np.sqrt(np.maximum(power, 1e-9))
-    shifts = np.arange(-reach, reach + 1)
-    prior = ALIGN_PRIOR if has_beat else 0.0
-    return int(shifts[np.argmax(correlation - prior * (shifts / max(reach, 1)) ** 2)])
-
-
 def _mix(out: Samples, audio: Audio, old_offset: int, piece: _Piece) -> None:
     """Write the piece's crossfade with the one before it."""
     start, stop = piece.fade
-    if start == stop:
-        return
-    left, entered = ((start + offset, stop + offset) for offset in (old_offset, piece.offset))
-    a, b = (cut(audio.mono_channels, *part).mean(axis=0, dtype=np.float64) for part in (left, entered))
-    power = float((a**2).sum() * (b**2).sum())
-    r = float(np.clip((a * b).sum() / np.sqrt(max(power, 1e-20)), 0.0, 1.0))
-    angle = 0.5 * np.pi * (np.arange(stop - start) + 0.5) / (stop - start)
-    level = np.sqrt(1.0 + 2.0 * r * np.cos(angle) * np.sin(angle))
-    leaving, entering = cut(audio.samples, *left), cut(audio.samples, *entered)
-    out[:, start:stop] = leaving * (np.cos(angle) / level) + entering * (np.sin(angle) / level)
+    if start < stop:
+        out[:, start:stop] = crossfade(audio, start + old_offset, start + piece.offset, stop - start)
 
 
 def _fade_ends(out: Samples, path: BeatPath, source_end: int, rate: int) -> None:

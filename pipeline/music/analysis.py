@@ -1,0 +1,37 @@
+"""What is heard in a whole piece, analysed once: its spectra and its beats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.music import beats, spectra
+from pipeline.music.spectra import Floats
+from pipeline.records import Audio
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A piece as it is analysed."""
+
+    mono: Floats  # (samples,), at spectra.RATE_HZ
+    spectra: spectra.Spectra
+    beats: beats.Beats
+
+
+def analyse(audio: Audio) -> Piece:
+    """Analyse a piece of any length and rate."""
+    mono = at_analysis_rate(audio)
+    found = spectra.compute_spectra(mono)
+    return Piece(mono, found, beats.track_beats(found.onsets, mono))
+
+
+def at_analysis_rate(audio: Audio) -> Floats:
+    """The mono sound at spectra.RATE_HZ, (samples,)."""
+    import soxr
+
+    mono = np.ascontiguousarray(audio.mono(), dtype=np.float32)
+    if audio.sample_rate == spectra.RATE_HZ:
+        return mono
+    return np.asarray(soxr.resample(mono, audio.sample_rate, spectra.RATE_HZ), dtype=np.float32)

@@ -1,0 +1,111 @@
+"""What `finish` makes of a generator's result under each setting of `output`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sequenced import sequenced
+
+from pipeline import audio, stages
+from pipeline.config import Output
+from pipeline.records import Audio, Variation, VariationRequest
+
+RATE, DURATION_S = 22050, 4.0
+
+
+def music(seconds: float) -> Audio:
+    """A chord that swells once a second, stereo."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    chord = sum(np.sin(2 * np.pi * hz * t + phase) for phase, hz in enumerate((220.0, 277.2, 329.6)))
+    return Audio(np.float32([0.05 * chord * (1.5 + np.sin(2 * np.pi * t))] * 2), RATE)
+
+
+def finished(
+    made: Audio,
+    *,
+    length_s: float = DURATION_S,
+    source_lufs: float = -20.0,
+    details: Any = None,
+    **output: Any,
+) -> stages.Finished:
+    request = VariationRequest("r", "t", made, made.duration_s, 1)
+    settings = Output.model_validate(output)
+    variation = Variation("r", made, details or {})
+    return stages.finish(variation, request, settings, length_s=length_s, source_lufs=source_lufs)
+
+
+def test_the_default_is_one_gain_to_the_loudness_and_nothing_else() -> None:
+    made = music(DURATION_S)
+    result = finished(made)
+    gain = result.audio.samples.max() / made.samples.max()
+    assert np.allclose(result.audio.samples, gain * made.samples, atol=1e-6)
+    assert result.loudness_lufs == pytest.approx(-14.0, abs=0.01)
+    assert audio.loudness_lufs(result.audio) == pytest.approx(-14.0, abs=0.01)
+
+
+def test_the_loudness_can_be_that_of_the_source() -> None:
+    result = finished(music(DURATION_S), source_lufs=-23.5, loudness_lufs="source")
+    assert result.loudness_lufs == pytest.approx(-23.5, abs=0.01)
+    assert audio.loudness_lufs(result.audio) == pytest.approx(-23.5, abs=0.01)
+
+
+def test_the_source_s_loudness_is_that_of_the_file_before_any_gain() -> None:
+    quiet = Audio(0.1 * music(DURATION_S).samples, RATE)
+    settings = stages.Normalize.model_validate({"sample_rate": RATE})
+    normalized = stages.normalize(quiet, settings)
+    assert normalized.source_lufs == pytest.approx(audio.loudness_lufs(quiet), abs=0.01)
+    assert normalized.levels.loudness_lufs == pytest.approx(audio.loudness_lufs(normalized.audio), abs=0.01)
+    assert normalized.levels.true_peak_dbtp == pytest.approx(audio.true_peak_dbtp(normalized.audio), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("output", "rate"),
+    [({}, RATE), ({"sample_rate": 48000}, 48000), ({"format": "opus"}, 24000), ({"format": "mp3"}, RATE)],
+)
+def test_the_sample_rate_is_the_asked_one_or_one_that_the_format_has(output: Any, rate: int) -> None:
+    made = finished(music(DURATION_S), **output).audio
+    assert (made.sample_rate, made.n_samples) == (rate, DURATION_S * rate)
+
+
+def test_an_offset_is_removed_and_the_ends_are_faded() -> None:
+    shifted = Audio(music(DURATION_S).samples + np.float32(0.01), RATE)
+    made = finished(shifted, fade_in_s=0.5, fade_out_s=1.0).audio
+    assert np.max(np.abs(made.samples[:, [0, -1]])) < 1e-5
+    assert abs(float(made.samples[:, RATE:-RATE].mean())) < 2e-3
+
+
+def test_a_loop_is_cut_from_more_on_its_bars_without_fades_and_its_joins_are_moved_along() -> None:
+    output = {"loop": True, "sample_rate": 44100}
+    made_s = stages.engine_duration_s(16.0, Output.model_validate(output))
+    details = {"joins": [{"out_s": at} for at in (0.01, 8.0, made_s - 0.01)]}
+    result = finished(sequenced(made_s), length_s=16.0, details=details, **output)
+    assert (result.audio.n_samples, result.bars) == (16 * 44100, 8)
+    assert result.loop is not None and result.loop["similarity"] > 0.9
+    [join] = result.details["joins"]
+    assert 0 < 8.0 - join["out_s"] < made_s - 16.0
+    levels = [float(np.mean(part**2)) for part in np.split(result.audio.samples[0], 8)]
+    assert max(levels) < 1.2 * min(levels)
+
+
+def test_a_length_in_bars_ends_faded_on_the_bar_line_nearest_to_the_asked_one() -> None:
+    settings = Output.model_validate({"length": "bars"})
+    made = sequenced(stages.engine_duration_s(15.3, settings))
+    made = audio.remove_offset(made)  # of the kicks
+    result = finished(made, length_s=15.3, length="bars")
+    assert (result.bars, result.audio.duration_s) == (8, pytest.approx(16.0, abs=0.02))
+    assert np.max(np.abs(result.audio.samples[:, -1])) < 1e-4
+    n = result.audio.n_samples - round(0.05 * made.sample_rate)
+    gain = result.audio.samples[0, :n].max() / made.samples[0, :n].max()
+    assert np.allclose(result.audio.samples[:, :n], gain * made.samples[:, :n], atol=1e-5)
+
+
+def test_a_length_in_bars_is_exact_where_there_is_no_beat() -> None:
+    settings = Output.model_validate({"length": "bars"})
+    result = finished(music(stages.engine_duration_s(4.0, settings)), length="bars")
+    assert (result.bars, result.tempo_bpm, result.audio.n_samples) == (None, None, 4 * RATE)
+
+
+def test_the_tempo_is_that_of_the_result() -> None:
+    assert finished(sequenced(16.0), length_s=16.0).tempo_bpm == pytest.approx(120, abs=0.5)
