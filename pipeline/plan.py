@@ -148,6 +148,8 @@ class Recipe:
             gates = planned.gates.model_dump(mode="json", exclude={"rejected"})
             key = digest(["generate", unit.group, unit.kept, unit.place, gates, alike])
             units.append(replace(unit, key=key))
+        if self.config.output.album:  # then the loudness of each depends on all
+            units = [replace(unit, key=digest([unit.key, *(other.key for other in units)])) for unit in units]
         return TrackPlan(sha256, normalize, embed, tuple(units))
 
 

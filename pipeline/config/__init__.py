@@ -168,6 +168,7 @@ class Output(Section):
     sample_rate: Annotated[int, Field(ge=8000, le=192000)] | None = None
     bit_depth: Literal[16, 24, "float"] = 24
     loudness_lufs: Annotated[float, Field(ge=-70, le=0)] | Literal["source"] = -14.0
+    album: bool = False
     true_peak_dbtp: Annotated[float, Field(ge=-20, le=0)] = -1.0
     limiter: bool = False
     length: Literal["exact", "bars"] = "exact"

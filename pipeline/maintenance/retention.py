@@ -22,7 +22,7 @@ from pipeline.config import Retention
 from pipeline.engines.base import UNFINISHED
 from pipeline.fs.copying import error_path
 from pipeline.fs.names import printable
-from pipeline.outbox.outbox import VARIATIONS, Outbox
+from pipeline.outbox.outbox import REJECTED, VARIATIONS, Outbox
 from pipeline.store.schema import SourceFile, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import DONE, ENGINES_FOLDER, FAILED, Workspace
@@ -217,7 +217,8 @@ def _remove_collected(store: Store, outbox: Outbox, sha256: str) -> None:
             return
         for path in [*outbox.own_files(track.folder), *outbox.temporary_files(track.folder)]:
             path.unlink()
-    _prune(outbox.root / track.folder / VARIATIONS, outbox.root)
+    for name in (REJECTED, VARIATIONS):
+        _prune(outbox.root / track.folder / name, outbox.root)
 
 
 # -- files and folders ---------------------------------------------------------------------------------------

@@ -24,13 +24,13 @@ from pipeline.fs.names import track_name
 
 MANIFEST = "manifest.json"
 EMBEDDING = "embedding.npz"
-VARIATIONS = "variations"
+VARIATIONS, REJECTED = "variations", "rejected"
 TMP_PREFIX, TMP_SUFFIX = ".", ".part"  # of a file that is being written and not verified yet
 MOVING_SUFFIX = ".move"  # of a complete, verified file that is between two names
 SHORT_HASH = 8
-_SOUND = r"[0-9]{2,}-.+\.(wav|flac|mp3|opus)"
-_OWN = re.compile(rf"manifest\.json|embedding\.npz|variations/{_SOUND}", re.DOTALL)
-_TEMPORARY = re.compile(rf"(\.manifest\.json|\.embedding\.npz|variations/\.{_SOUND})\.(part|move)", re.DOTALL)
+_FOLDERS, _SOUND = f"({VARIATIONS}|{REJECTED})", r"[0-9]{2,}-.+\.(wav|flac|mp3|opus)"
+_OWN = re.compile(rf"manifest\.json|embedding\.npz|{_FOLDERS}/{_SOUND}", re.DOTALL)
+_TEMPORARY = re.compile(rf"(\.manifest\.json|\.embedding\.npz|{_FOLDERS}/\.{_SOUND})\.(part|move)", re.DOTALL)
 _TRACK_FOLDER = re.compile(r".+--[0-9a-f]{8}", re.DOTALL | re.IGNORECASE)
 
 
@@ -131,7 +131,7 @@ class Outbox:
         """Flush the folders, so that all files that a manifest will name survive a power cut."""
         base = self.root / folder
         above = [parent for parent in base.parents if parent.is_relative_to(self.root)]
-        for path in (base / VARIATIONS, base, *above):
+        for path in (base / VARIATIONS, base / REJECTED, base, *above):
             with suppress(FileNotFoundError):
                 atomic.sync_folder(path)
 
@@ -226,7 +226,7 @@ class Outbox:
 
     def _files(self, folder: str, names: re.Pattern[str]) -> list[Path]:
         base = self.root / folder
-        files = [*_files_in(base), *_files_in(base / VARIATIONS)]
+        files = [*_files_in(base), *_files_in(base / VARIATIONS), *_files_in(base / REJECTED)]
         return [path for path in files if names.fullmatch(str(path.relative_to(base)))]
 
 

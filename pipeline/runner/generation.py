@@ -12,6 +12,7 @@ import sqlite3
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, Protocol
 
 from pipeline import audio, stages
@@ -22,7 +23,7 @@ from pipeline.errors import EngineFailure
 from pipeline.fs.disk import environment_error
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
-from pipeline.outbox.outbox import Outbox
+from pipeline.outbox.outbox import REJECTED, Outbox, Published
 from pipeline.plan import AUTO_PROMPT, Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
@@ -153,7 +154,9 @@ class Generation:
         job.choices = choices(job.plan.variations, self.recipe.generator.card, self._shared)
         for choice in job.choices:
             if all(unit.key in job.variations for unit in choice.units):
-                choice.kept = tuple(self._published_take(job, unit) for unit in choice.units)
+                for unit in choice.units:
+                    choice.judged[unit.key] = self._published_take(job, unit)
+                choice.kept = tuple(unit.key for unit in choice.units)
             else:
                 self._restore(job, choice)
         self._advance(job)
@@ -232,7 +235,7 @@ class Generation:
         )
         choice.judged[take.key] = judged
         self._advance(job)
-        if choice.kept is None:
+        if any(unit.key not in job.variations for unit in choice.units):
             self._hold(job, choice, judged)
 
     def _hold(self, job: Job, choice: Choice, judged: JudgedTake) -> None:
@@ -265,12 +268,12 @@ class Generation:
     def _published_take(self, job: Job, unit: VariationUnit) -> JudgedTake:
         """A variation that an earlier run has published, as others are compared with it."""
         record = job.variations[unit.key]
-        take = replace(unit.takes[0], seed=record["seed"])
+        take = replace(unit.takes[0], key=unit.key, seed=record["seed"])
         if not any(unit.must_differ_from(other) for other in job.missing):
-            return JudgedTake(take, (), 0.0, None)
+            return JudgedTake(take, (), 0.0, None, record=record)
         path = self.outbox.root / job.track.folder / record["file"]
         sound, _ = audio.decode(path, sample_rate=record["sample_rate"], limits=PUBLISHED)
-        return JudgedTake(take, (), 0.0, None, self.judge.sound(sound))
+        return JudgedTake(take, (), 0.0, None, self.judge.sound(sound), record)
 
     def _shared(self, one: JudgedTake, other: JudgedTake) -> float:
         return self.judge.shared(one.sound, other.sound)
@@ -285,22 +288,62 @@ class Generation:
                 n_asked = len(choice.asked)
                 self._restore(job, choice)
                 choice.decide()
-            if choice.kept is not None:
-                for unit, judged in zip(choice.units, choice.kept, strict=True):
-                    if unit.key not in job.variations:
-                        self._publish(job, choice, unit, judged)
+        is_album = self.recipe.config.output.album
+        if is_album and any(choice.kept is None for choice in job.choices):
+            return
+        kept = [judged for choice in job.choices for judged in choice.kept_takes]
+        album_lufs = min(one.record["loudness_lufs"] for one in kept) if is_album else None
+        for choice in job.choices:
+            for unit, judged in zip(choice.units, choice.kept_takes, strict=False):
+                if unit.key not in job.variations:
+                    self._publish(job, choice, unit, judged, album_lufs)
         if not job.missing and not job.over:
             self.finish(job)
 
-    def _publish(self, job: Job, choice: Choice, unit: VariationUnit, judged: JudgedTake) -> None:
-        output, record = self.recipe.config.output, judged.record
-        sound = judged.audio or self._held(job, judged.take, record)
+    def _publish(
+        self, job: Job, choice: Choice, unit: VariationUnit, judged: JudgedTake, album_lufs: float | None
+    ) -> None:
+        sound, record = self._sound_of(job, judged), judged.record
+        if album_lufs is not None:
+            gain_db = album_lufs - record["loudness_lufs"]
+            sound = audio.amplify(sound, gain_db)
+            levels = {name: round(record[name] + gain_db, 2) for name in ("loudness_lufs", "peak_dbfs")}
+            record = {**record, **levels}
+        published = self._write(job, unit.file, unit.name, record, sound)
+        made = manifest.variation_record(
+            published, unit.name, record, choice.faults(judged), self._tried(job, choice, unit)
+        )
+        job.variations[unit.key] = made
+        self._record(job, unit.key, made, judged.seconds)
+
+    def _tried(self, job: Job, choice: Choice, unit: VariationUnit) -> list[Json]:
+        """What the manifest says of all takes; with the best one, those not kept are published if wanted."""
+        first, tried = choice.units[0], list[Json]()
+        stem, ending = PurePath(first.file).name.rsplit(".", 1)
+        for judged in (choice.judged[take.key] for take in choice.asked):
+            measured = {"similarity": judged.similarity}
+            fact = {**judged.take.facts(), "measured": measured, "failed": list(choice.faults(judged))}
+            is_rejected = judged.take.key not in (choice.kept or ()) and judged.sound is not None
+            if is_rejected and first.gates.rejected == "keep":
+                file = f"{REJECTED}/{stem}-{judged.take.seed}.{ending}"
+                if unit is first:
+                    self._write(job, file, first.name, judged.record, self._sound_of(job, judged))
+                fact["file"] = file
+            tried.append(fact)
+        return tried
+
+    def _sound_of(self, job: Job, judged: JudgedTake) -> Audio:
+        sound = judged.audio or self._held(job, judged.take, judged.record)
         if sound is None:
             raise EngineFailure("a take has disappeared from the state folder")
-        tags = manifest.tags(job.track.name, job.track.sha256, unit.name, record)
-        published = self.outbox.publish(
+        return sound
+
+    def _write(self, job: Job, file: str, name: str, record: Mapping[str, Any], sound: Audio) -> Published:
+        output = self.recipe.config.output
+        tags = manifest.tags(job.track.name, job.track.sha256, name, record)
+        return self.outbox.publish(
             job.track.folder,
-            unit.file,
+            file,
             lambda out: audio.write_sound(
                 out,
                 sound,
@@ -312,10 +355,6 @@ class Generation:
             ),
             verify=verify.sound(sound.n_samples, sound.sample_rate, sound.channels),
         )
-        tried = [_tried(choice, choice.judged[take.key]) for take in choice.asked]
-        made = manifest.variation_record(published, unit.name, record, choice.faults(judged), tried)
-        job.variations[unit.key] = made
-        self._record(job, unit.key, made, judged.seconds)
 
     def _record(self, job: Job, key: str, record: Json, seconds: float) -> None:
         self.store.finish_unit(
@@ -337,12 +376,6 @@ class Generation:
             self.reporter.step(sum(shares.values()), len(shares), label)
 
         return progress
-
-
-def _tried(choice: Choice, judged: JudgedTake) -> Json:
-    """What the manifest says of one take."""
-    facts = judged.take.facts()
-    return {**facts, "measured": {"similarity": judged.similarity}, "failed": list(choice.faults(judged))}
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -265,7 +265,9 @@ class Runner:
         """Publish the manifest, record the track as done, and archive its source, in this order."""
         folder, track = job.track.folder, job.track
         variations = [job.variations[unit.key] for unit in job.plan.variations]
-        self.outbox.keep_only(folder, {EMBEDDING, *(record["file"] for record in variations)})
+        takes = [take for record in variations for take in record.get("takes", ())]
+        files = [record["file"] for record in [*variations, *takes] if "file" in record]
+        self.outbox.keep_only(folder, {EMBEDDING, *files})
         names = [file.display for file in self.store.files_of(track.sha256)]
         source = {"name": track.name, "names": names, "sha256": track.sha256, "bytes": track.bytes}
         made = manifest.manifest(

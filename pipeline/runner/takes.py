@@ -47,7 +47,7 @@ class Choice:
     shared: Shared
     asked: list[Take] = field(default_factory=list)  # in the order in which they count
     judged: dict[str, JudgedTake] = field(default_factory=dict)  # by their keys
-    kept: tuple[JudgedTake, ...] | None = None  # for each unit; None: not decided yet
+    kept: tuple[str, ...] | None = None  # the key of each unit's take; None: not decided yet
 
     def __post_init__(self) -> None:
         self.asked = list(self.units[0].takes)
@@ -56,6 +56,11 @@ class Choice:
     def missing(self) -> list[Take]:
         """The takes that were asked for and aren't judged yet; none once it is decided."""
         return [take for take in self.asked if take.key not in self.judged] if self.kept is None else []
+
+    @property
+    def kept_takes(self) -> list[JudgedTake]:
+        """The take of each unit; none as long as it isn't decided."""
+        return [self.judged[key] for key in self.kept or ()]
 
     def decide(self) -> None:
         """Keep takes, or ask for more, once all are judged and all earlier choices that matter are made.
@@ -75,7 +80,7 @@ class Choice:
         found = [*good, *rest][: len(self.units)]
         if len(found) < len(self.units):
             raise EngineFailure(next(fault for one in self.judged.values() for fault in one.failed))
-        self.kept = tuple(found)
+        self.kept = tuple(one.take.key for one in found)
 
     def faults(self, judged: JudgedTake) -> tuple[str, ...]:
         """Why a take is not a good one: the gates it fails, or a better one that it resembles too much."""
@@ -98,7 +103,7 @@ class Choice:
         limit = self.units[0].gates.max_shared
         if limit is None:
             return ()
-        for other in [*(one for choice in self.alike for one in choice.kept or ()), *better]:
+        for other in [*(one for choice in self.alike for one in choice.kept_takes), *better]:
             share = self.shared(judged, other) if other.sound is not None else 0.0
             if share > limit:
                 return (f"shares {share:.0%} of its sound with the take of seed {other.take.seed}",)

@@ -6,6 +6,7 @@ import errno
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from runner_setup import (
     noise,
 )
 
+from pipeline.audio import DecodeLimits, decode, loudness_lufs
 from pipeline.config import Gates
 from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
@@ -388,6 +390,16 @@ def with_variation(setup: RunnerSetup, engine: str = "remix", **entry: Any) -> R
     return replace(setup, config=config, recipe=replace(setup.recipe, config=config, generator=generator))
 
 
+def with_gates(setup: RunnerSetup, **gates: Any) -> RunnerSetup:
+    config = setup.config.model_validate({**setup.config.model_dump(), "gates": gates})
+    return replace(setup, config=config, recipe=replace(setup.recipe, config=config))
+
+
+def decoded(setup: RunnerSetup, sha256: str, file: str) -> Audio:
+    path = setup.workspace.outbox / setup.track(sha256).folder / file
+    return decode(path, sample_rate=SAMPLE_RATE, limits=DecodeLimits(min_duration_s=0.0))[0]
+
+
 class SeededTakes(StubGenerator):
     """Noise, with a judge that ranks it by its seed. A result is judged before the next one is made."""
 
@@ -489,3 +501,49 @@ def test_a_prompt_of_words_from_the_analysis_is_given_to_the_engine_and_shown(se
     automatic, own = setup.manifest(sha256)["variations"]
     assert (automatic["params"]["prompt"], automatic["prompt"]) == ("auto", "words")
     assert "prompt" not in own
+
+
+def test_rejected_takes_are_published_apart_if_they_are_wanted(setup: RunnerSetup) -> None:
+    setup = with_variation(setup, seed=1, keep="best 1 of 3")
+    setup = with_gates(setup, rejected="keep")
+    [sha256] = setup.add_tracks("a.wav")
+    generator = SeededTakes({2: 0.9}, failing=[3])
+
+    setup.runner(generator, judge=generator.judge).drain()
+
+    assert sorted(setup.files(sha256)) == [
+        "embedding.npz", "rejected/01-v-1.wav", "rejected/01-v-3.wav", "variations/01-v.wav",
+    ]  # fmt: skip
+    [made] = setup.manifest(sha256)["variations"]
+    assert [one.get("file") for one in made["takes"]] == ["rejected/01-v-1.wav", None, "rejected/01-v-3.wav"]
+
+
+def test_as_an_album_all_results_of_a_track_have_the_loudness_of_the_quietest(setup: RunnerSetup) -> None:
+    setup = with_variation(setup, seed=1, count=3)
+    config = setup.config.model_validate({**setup.config.model_dump(), "output": {"album": True}})
+    setup = replace(setup, config=config, recipe=replace(setup.recipe, config=config))
+    [sha256] = setup.add_tracks("a.wav")
+
+    def spiky(request: VariationRequest) -> Variation:
+        """Noise with a peak that leaves less room for gain from one take to the next."""
+        made = noise(request)
+        made.audio.samples[0, 5000] = request.seed
+        return made
+
+    runs = []
+    for stop_after in (2, 3):  # the first run is stopped before the last take
+
+        def answer(request: VariationRequest, stop_after: int = stop_after) -> Variation:
+            if request.seed > stop_after:
+                raise Stopped("as by a signal")
+            return spiky(request)
+
+        with suppress(Stopped):
+            setup.runner(StubGenerator(answer)).drain()
+        runs.append(sorted(setup.files(sha256)))
+
+    assert runs[0] == ["embedding.npz"]
+    made = setup.manifest(sha256)["variations"]
+    assert len({one["loudness_lufs"] for one in made}) == 1
+    measured = [loudness_lufs(decoded(setup, sha256, one["file"])) for one in made]
+    np.testing.assert_allclose(measured, made[0]["loudness_lufs"], atol=0.02)

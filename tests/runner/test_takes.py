@@ -35,8 +35,7 @@ def judge(choice: Choice, rank: float, *failed: str, similarity: float | None = 
 
 
 def kept_ranks(choice: Choice) -> list[float]:
-    assert choice.kept is not None
-    return [one.rank for one in choice.kept]
+    return [one.rank for one in choice.kept_takes]
 
 
 def test_without_keep_the_only_take_is_kept_if_it_passes() -> None:
@@ -67,7 +66,7 @@ def test_other_seeds_are_tried_up_to_the_limit_and_then_the_least_bad_take_is_ke
              [(0.1, ["a", "b"]), (0.2, ["a"]), (0.3, ["a", "b", "c"])]}  # fmt: skip
     assert len(seeds) == 3
     assert kept_ranks(choice) == [0.2]
-    assert choice.faults(choice.kept[0]) == ("a",)  # type: ignore[index]
+    assert choice.faults(choice.kept_takes[0]) == ("a",)
 
 
 def test_the_first_good_take_ends_the_retries() -> None:
