@@ -215,10 +215,8 @@ class Generation:
             choice.judged[take.key] = JudgedTake(take, (str(e),), -math.inf, None)
             self._advance(job)
             return
-        reference, prompt = (
-            self._reference(job, wanted.request.audio),
-            wanted.request.params.get("prompt", ""),
-        )
+        prompt = wanted.request.params.get("prompt", "")
+        reference = self._reference(job, wanted.request.audio)
         verdict = self.judge.judge(reference, finished, choice.units[0].gates, prompt)
         facts = manifest.take_facts(take, generator, self.recipe.generator)
         if prompt != take.params.get("prompt", ""):
