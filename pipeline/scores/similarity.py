@@ -62,7 +62,7 @@ def warped_similarity(source: Floats, made: Floats) -> float | None:
 
 
 def _centred(chroma: Floats) -> Floats:
-    """(frames, 14) of unit length; the last two are 1 for silence and for sound without pitch, the others 0."""
+    """(frames, 14) of unit length; the last two are 1 in silence and in sound without pitch, else 0."""
     roots = np.sqrt(chroma)
     roots = roots - roots.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(roots, axis=1, keepdims=True)
