@@ -68,7 +68,8 @@ def _is_silent(audio: Audio) -> NDArray[np.bool_]:
     """Of each LEVEL_S, whether all channels are silent."""
     size = max(1, round(LEVEL_S * audio.sample_rate))
     starts = np.arange(0, max(1, audio.n_samples), size)
-    power = np.add.reduceat(np.square(audio.samples), starts, axis=1) / size
+    lengths = np.diff(starts, append=audio.n_samples)
+    power = np.add.reduceat(np.square(audio.samples), starts, axis=1) / lengths
     return np.asarray(power.max(axis=0) < 10 ** (SILENT_DBFS / 10))
 
 

@@ -12,9 +12,10 @@ from pipeline.music.key import key_agreement
 from pipeline.music.spectra import Floats
 from pipeline.records import Audio
 from pipeline.scores.analysis import Source, analyse
+from pipeline.scores.context import fit
 from pipeline.scores.copies import find_copies
 from pipeline.scores.defects import find_defects
-from pipeline.scores.seams import Seam, seam_at, worst_seam
+from pipeline.scores.seams import Seam, smoothness, worst_seam
 from pipeline.scores.similarity import (
     chroma_similarity,
     cosine,
@@ -96,12 +97,18 @@ def score(
         key_agreement=key_agreement(source.key, made.key) if source.key and made.key else None,
         copy_longest_s=copies.longest_s,
         copy_share=copies.share,
-        joins=tuple(seam_at(made.seams, source.seams, at_s) for at_s in joins_s),
+        joins=tuple(_join(made, source, at_s) for at_s in joins_s),
         worst_seam=worst_seam(made.seams, source.seams),
         **asdict(defects),
         true_peak_dbtp=true_peak_dbtp(audio),
         loudness_lufs=loudness_lufs(audio),
     )
+
+
+def _join(made: Source, source: Source, at_s: float) -> Seam:
+    """The quality of a join: the lower one of how smooth it is and how well both sides fit together."""
+    smooth = smoothness(made.seams, source.seams, at_s)
+    return Seam(at_s, min(smooth, fit(made.context, source.context, source.own_distance, at_s)))
 
 
 def _json(value: Any) -> Any:
