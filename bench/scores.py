@@ -2,7 +2,7 @@
 
     python bench/scores.py FILE FILE [FILE ...]
 
-Against each file these are scored: the file itself, the file changed, noise, silence, the next file, and a remix.
+Against each file are scored: the file itself, changes of it, noise, silence, the next file, and a remix.
 The tables have the means over the files. Needs requirements.txt, as librosa transposes and stretches.
 """
 

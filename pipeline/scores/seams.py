@@ -69,7 +69,7 @@ def seam_curves(mono: Floats, sample_rate: int, onsets: Floats) -> SeamCurves:
 
 
 def smoothness(made: SeamCurves, source: SeamCurves, at_s: float) -> float:
-    """How smooth a known join is, 0 to 1: what is within NEAR_FRAMES of it against the source's usual onsets."""
+    """How smooth a known join is, 0 to 1: what is near it against what the source's own onsets have."""
     frame = round(at_s * FRAME_RATE_HZ)
     near = made.curves[:, max(0, frame - NEAR_FRAMES) : frame + NEAR_FRAMES + 1]
     if not near.shape[1]:
