@@ -20,7 +20,7 @@ def score(
 
 
 def test_a_table_shows_how_close_two_files_are(score: Score, tmp_path: Path) -> None:
-    song = write_music(tmp_path / "song.wav")
+    song = write_music(tmp_path / "song.wav", seconds=10.0)
     shown = score(song, "--against", song)
     assert shown.code == 0, shown.err
     rows = {line.split()[0]: line.split()[1] for line in shown.out.splitlines()}
