@@ -92,16 +92,20 @@ def options(
     context.obj.update(home=home, config=config, preset=preset)
 
 
+def _folder(context: typer.Context) -> Path:
+    """The home that was named, or the default one, or the current folder."""
+    return Path(context.obj["home"] or context.obj["default_home"] or Path.cwd())
+
+
 def _app(context: typer.Context) -> App:
-    """Open the home that was named, or the default one, or the current folder.
+    """Open the home.
 
     With a configuration of the command line, any existing folder will do.
 
     Raises:
         ConfigError: the folder is not a home. A mistyped path must not be filled with new folders.
     """
-    home, config = context.obj["home"] or context.obj["default_home"] or Path.cwd(), context.obj["config"]
-    preset = context.obj["preset"]
+    home, config, preset = _folder(context), context.obj["config"], context.obj["preset"]
     if not home.is_dir():
         problem = "does not exist" if not home.exists() else "is not a folder"
     elif config is not None or (home / DEFAULT_CONFIG).is_file() or (home / Folders().inbox).is_dir():
@@ -300,6 +304,21 @@ def gc(
         typer.echo(f"{removal.what}: {printable(removal.path)} ({size}): {removal.why}")
     total = sum(removal.bytes for removal in removals)
     typer.echo(f"{len(removals)} {'would be ' if dry_run else ''}removed, {total / 1e6:.1f} MB")
+    return ALL_DONE
+
+
+@cli.command()
+def score(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The variation.")],
+    source: Annotated[Path, typer.Option("--against", metavar="SOURCE", help="What it is compared with.")],
+    as_json: AsJson = False,
+) -> int:
+    """Score one sound file against another; docs/scores.md explains the measures."""
+    from pipeline.cli.score import score_files, score_text
+
+    scores = score_files(App.open(_folder(context), context.obj["config"]), file, source)
+    typer.echo(_json(scores.as_json()) if as_json else score_text(scores))
     return ALL_DONE
 
 

@@ -79,9 +79,11 @@ class ScoringJudge:
 
     def judge(self, reference: Reference, made: Finished, gates: Gates, prompt: str) -> Verdict:
         joins_s = [join["out_s"] for join in made.details.get("joins", ())]
-        scores, analysed = score(
+        analysed = analyse(made.audio)
+        scores = score(
             reference.source,
             made.audio,
+            analysed=analysed,
             joins_s=joins_s,
             source_vector=reference.vector,
             vector=self._vector(made.audio),
@@ -92,7 +94,7 @@ class ScoringJudge:
             rank=float(np.mean(list(_merits(scores, gates)))),
             similarity=scores.similarity,
             scores=scores.as_json(),
-            sound=analysed.fingerprint,
+            sound=analysed[0].fingerprint,
         )
 
     def _adherence(self, made: Audio, prompt: str) -> float | None:

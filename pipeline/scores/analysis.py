@@ -12,6 +12,7 @@ from pipeline.music.spectra import Floats
 from pipeline.records import Audio
 from pipeline.scores.chroma import RATE_HZ as CHROMA_RATE_HZ
 from pipeline.scores.chroma import compute_chroma
+from pipeline.scores.context import context_frames, own_distance
 from pipeline.scores.copies import Bits, fingerprint
 from pipeline.scores.seams import SeamCurves, seam_curves
 
@@ -25,6 +26,8 @@ class Source:
     tempo_bpm: float | None  # None: no clear beat
     key: Key | None  # None: no pitch
     seams: SeamCurves
+    context: Floats  # (frames, semitones): see `context_frames`
+    own_distance: float  # of its passages from each other: see `own_distance`
 
 
 def analyse_source(audio: Audio) -> Source:
@@ -38,12 +41,15 @@ def analyse(audio: Audio) -> tuple[Source, Floats]:
     slow = _resampled(mono, audio.sample_rate, spectra.RATE_HZ)
     found = spectra.compute_spectra(slow)
     chroma = compute_chroma(_resampled(mono, audio.sample_rate, CHROMA_RATE_HZ))
+    context = context_frames(found.pitches)
     source = Source(
         chroma=chroma,
         fingerprint=fingerprint(found.pitches),
         tempo_bpm=beats.track_beats(found.onsets, slow).tempo_bpm,
         key=find_key(found.pitches) if chroma.any() else None,
         seams=seam_curves(mono, audio.sample_rate, found.onsets),
+        context=context,
+        own_distance=own_distance(context),
     )
     return source, slow
 

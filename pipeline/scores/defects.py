@@ -68,7 +68,8 @@ def _is_silent(audio: Audio) -> NDArray[np.bool_]:
     """Of each LEVEL_S, whether all channels are silent."""
     size = max(1, round(LEVEL_S * audio.sample_rate))
     starts = np.arange(0, max(1, audio.n_samples), size)
-    power = np.add.reduceat(np.square(audio.samples), starts, axis=1) / size
+    lengths = np.diff(starts, append=audio.n_samples)
+    power = np.add.reduceat(np.square(audio.samples), starts, axis=1) / lengths
     return np.asarray(power.max(axis=0) < 10 ** (SILENT_DBFS / 10))
 
 
@@ -133,5 +134,5 @@ def _n_stuck(seconds: list[_Second | None]) -> int:
         a is not None and b is not None and float(np.abs(a.levels_db - b.levels_db).mean()) < STUCK_DB
         for a, b in pairwise(seconds)
     ]
-    pairs = zip(seconds, [False, *same], [*same, False], strict=False)  # no second: no pair
+    pairs = zip(seconds, [False, *same], [*same, False], strict=True)
     return sum(one is not None and one.change_db < STUCK_DB and (a or b) for one, a, b in pairs)

@@ -12,9 +12,10 @@ from pipeline.music.key import key_agreement
 from pipeline.music.spectra import Floats
 from pipeline.records import Audio
 from pipeline.scores.analysis import Source, analyse
+from pipeline.scores.context import fit
 from pipeline.scores.copies import find_copies
 from pipeline.scores.defects import find_defects
-from pipeline.scores.seams import Seam, seam_at, worst_seam
+from pipeline.scores.seams import Seam, smoothness, worst_seam
 from pipeline.scores.similarity import (
     chroma_similarity,
     cosine,
@@ -68,22 +69,24 @@ def score(
     source_vector: Floats | None = None,
     vector: Floats | None = None,
     prompt: float | None = None,
-) -> tuple[Scores, Source]:
-    """The scores of a variation of any length, rate and channels, and its analysis.
+    analysed: tuple[Source, Floats] | None = None,
+) -> Scores:
+    """Score a variation of any length, rate and channels.
 
     Args:
         source: the track it was made from, by `analyse_source`.
         joins_s: times in seconds at which the variation is known to be joined.
         source_vector, vector: embeddings of the source and the variation by one engine, (d,).
-        prompt: cosine of the variation's embedding with that of its prompt, by one model.
+        prompt: cosine of the embeddings of the variation and of its prompt, by one model.
+        analysed: what `analyse` found in the variation, if that is known already.
     """
-    made, mono = analyse(audio)
+    made, mono = analysed or analyse(audio)
     chroma = chroma_similarity(source.chroma, made.chroma)
     warped = warped_similarity(source.chroma, made.chroma)
     embedding = None if vector is None or source_vector is None else cosine(source_vector, vector)
     ratio = made.tempo_bpm / source.tempo_bpm if source.tempo_bpm and made.tempo_bpm else None
     copies, defects = find_copies(source.fingerprint, made.fingerprint), find_defects(audio, mono)
-    scores = Scores(
+    return Scores(
         similarity=overall_similarity(chroma, warped, embedding),
         chroma=chroma,
         chroma_warped=warped,
@@ -96,13 +99,18 @@ def score(
         key_agreement=key_agreement(source.key, made.key) if source.key and made.key else None,
         copy_longest_s=copies.longest_s,
         copy_share=copies.share,
-        joins=tuple(seam_at(made.seams, source.seams, at_s) for at_s in joins_s),
+        joins=tuple(_join(made, source, at_s) for at_s in joins_s),
         worst_seam=worst_seam(made.seams, source.seams),
         **asdict(defects),
         true_peak_dbtp=true_peak_dbtp(audio),
         loudness_lufs=loudness_lufs(audio),
     )
-    return scores, made
+
+
+def _join(made: Source, source: Source, at_s: float) -> Seam:
+    """The quality of a join: the lower one of how smooth it is and how well both sides fit together."""
+    smooth = smoothness(made.seams, source.seams, at_s)
+    return Seam(at_s, min(smooth, fit(made.context, source.context, source.own_distance, at_s)))
 
 
 def _json(value: Any) -> Any:

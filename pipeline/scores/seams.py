@@ -35,7 +35,7 @@ class Seam:
     """One moment of a variation."""
 
     at_s: float
-    quality: float  # 0 to 1; 1: not more of a seam than what the source has anyway
+    quality: float  # 0 to 1; 1: no more of a seam than the source has by itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +68,13 @@ def seam_curves(mono: Floats, sample_rate: int, onsets: Floats) -> SeamCurves:
     return SeamCurves(curves)
 
 
-def seam_at(made: SeamCurves, source: SeamCurves, at_s: float) -> Seam:
-    """The seam at a known join: its effect within NEAR_FRAMES, against the usual onsets of the source."""
+def smoothness(made: SeamCurves, source: SeamCurves, at_s: float) -> float:
+    """How smooth a known join is, 0 to 1: what is near it against what the source's own onsets have."""
     frame = round(at_s * FRAME_RATE_HZ)
     near = made.curves[:, max(0, frame - NEAR_FRAMES) : frame + NEAR_FRAMES + 1]
     if not near.shape[1]:
-        return Seam(at_s, 1.0)
-    return Seam(at_s, float(_quality(near, source.usual(), TYPICAL_USUAL).min()))
+        return 1.0
+    return float(_quality(near, source.usual(), TYPICAL_USUAL).min())
 
 
 def worst_seam(made: SeamCurves, source: SeamCurves) -> Seam:
