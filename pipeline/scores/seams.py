@@ -66,7 +66,7 @@ def seam_curves(mono: Floats, sample_rate: int, onsets: Floats) -> SeamCurves:
     peak, error, power = np.concatenate([_of_frames(mono, block) for block in blocks], axis=1)
     rise = _rise_db(power)
     curves = np.stack([_click_db(peak, error), rise, -rise, 20 * np.log10(onsets + 1e-3)])
-    curves[:, [*range(NEAR_FRAMES), *range(-NEAR_FRAMES, 0)]] = LOWEST_DB  # a file's ends are no seams
+    curves[:, :NEAR_FRAMES] = curves[:, -NEAR_FRAMES:] = LOWEST_DB  # a file's ends are no seams
     return SeamCurves(curves.astype(np.float32))
 
 
