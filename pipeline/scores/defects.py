@@ -39,7 +39,7 @@ class Defects:
     silent_longest_s: float
     clipped_share: float  # of the samples: in runs of CLIPPED_RUN or more at the channel's peak
     dc_offset: float  # mean of the channel that is furthest from 0, 0 to 1 of full scale
-    flatness: float | None  # median over the seconds with sound, 0 to 1; None: there are none
+    flatness: float | None  # median over the seconds with sound, 0 to 1; None: no such second
     entropy: float | None  # likewise
     noise_share: float  # seconds as flat as noise
     stuck_share: float  # seconds whose spectrum does not change
@@ -54,7 +54,7 @@ def find_defects(audio: Audio, mono: Floats) -> Defects:
     n_seconds = max(1, len(seconds))
     return Defects(
         silent_share=float(silent.mean()),
-        silent_longest_s=_longest_run(silent) * LEVEL_S,
+        silent_longest_s=min(_longest_run(silent) * LEVEL_S, audio.duration_s),
         clipped_share=float(np.mean([_clipped_share(channel) for channel in audio.samples])),
         dc_offset=float(np.abs(audio.samples.mean(axis=1, dtype=np.float64)).max()),
         flatness=float(np.median(flatness)) if heard else None,
@@ -134,5 +134,7 @@ def _n_stuck(seconds: list[_Second | None]) -> int:
         a is not None and b is not None and float(np.abs(a.levels_db - b.levels_db).mean()) < STUCK_DB
         for a, b in pairwise(seconds)
     ]
-    pairs = zip(seconds, [False, *same], [*same, False], strict=True)
-    return sum(one is not None and one.change_db < STUCK_DB and (a or b) for one, a, b in pairs)
+    return sum(
+        one is not None and one.change_db < STUCK_DB and any(same[max(0, k - 1) : k + 1])
+        for k, one in enumerate(seconds)
+    )

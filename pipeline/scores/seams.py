@@ -21,6 +21,7 @@ LEVEL_FRAMES = 35  # 0.2 s to either side, whose levels are compared
 LEVEL_FLOOR_DB = -50.0  # of the track's loudest frame: what is quieter makes no step
 ONSET_FRAMES = 43  # 0.25 s: the strongest onset of each stands for the track's own onsets
 USUAL_PERCENT = 95.0  # of the track's own onsets: a join may be as strong
+BLOCK_FRAMES = 4096  # measured at once
 TINY = 1e-7  # keeps the logarithm of silence finite
 LOWEST_DB = -100.0
 # In the order click, rise, fall, onset, dB: medians of `usual` and `most` over 27 pieces of music. What is
@@ -59,13 +60,14 @@ class SeamCurves:
 
 def seam_curves(mono: Floats, sample_rate: int, onsets: Floats) -> SeamCurves:
     """The curves of mono sound, (samples,), with its onset strengths, (frames,), of `compute_spectra`."""
-    edges = np.round(np.arange(onsets.size) * (sample_rate / FRAME_RATE_HZ)).astype(np.int64)
+    edges = np.round(np.arange(onsets.size + 1) * (sample_rate / FRAME_RATE_HZ)).astype(np.int64)
     edges = np.minimum(edges, max(0, mono.size - 1))
-    click = _click_db(mono, edges)
-    rise = _rise_db(mono, edges)
-    curves = np.stack([click, rise, -rise, 20 * np.log10(onsets + 1e-3)]).astype(np.float32)
-    curves[:, [*range(NEAR_FRAMES), *range(-NEAR_FRAMES, 0)]] = LOWEST_DB  # a file's ends are no seams
-    return SeamCurves(curves)
+    blocks = [edges[first : first + BLOCK_FRAMES + 1] for first in range(0, onsets.size, BLOCK_FRAMES)]
+    peak, error, power = np.concatenate([_of_frames(mono, block) for block in blocks], axis=1)
+    rise = _rise_db(power)
+    curves = np.stack([_click_db(peak, error), rise, -rise, 20 * np.log10(onsets + 1e-3)])
+    curves[:, :NEAR_FRAMES] = curves[:, -NEAR_FRAMES:] = LOWEST_DB  # a file's ends are no seams
+    return SeamCurves(curves.astype(np.float32))
 
 
 def smoothness(made: SeamCurves, source: SeamCurves, at_s: float) -> float:
@@ -92,26 +94,29 @@ def _quality(curves: Floats, own: Floats, typical: tuple[float, ...]) -> Floats:
     return np.asarray(1.0 - np.clip(excess.max(axis=0), 0.0, 1.0), np.float32)
 
 
-def _click_db(mono: Floats, edges: NDArray[np.int64]) -> Doubles:
+def _of_frames(mono: Floats, edges: NDArray[np.int64]) -> Doubles:
+    """Largest and mean prediction error and mean power of the samples between the edges, (3, edges - 1)."""
+    first, last = int(edges[0]), int(edges[-1])
+    around = np.pad(mono[max(0, first - 1) : last + 1], (int(first == 0), 0), mode="edge")
+    error = np.abs(np.diff(around, 2))[: last - first]
+    starts = np.minimum(edges[:-1] - first, max(0, error.size - 1))
+    lengths = np.maximum(np.diff(edges), 1)
+    power = np.square(mono[first:last])
+    means = [np.add.reduceat(values, starts, dtype=np.float64) / lengths for values in (error, power)]
+    return np.stack([np.maximum.reduceat(error, starts), *means])
+
+
+def _click_db(peak: Doubles, error: Doubles) -> Doubles:
     """The largest prediction error of each frame over the mean error of the louder side of it."""
-    error = np.abs(np.diff(mono, 2, prepend=mono[:1], append=mono[-1:]))
-    peak, mean = np.maximum.reduceat(error, edges), _means(error, edges)
-    before, after = _sides(mean, CLICK_FRAMES)
+    before, after = _sides(error, CLICK_FRAMES)
     return np.asarray(20 * np.log10((peak + TINY) / (np.maximum(before, after) + TINY)))
 
 
-def _rise_db(mono: Floats, edges: NDArray[np.int64]) -> Doubles:
+def _rise_db(power: Doubles) -> Doubles:
     """The level of the LEVEL_FRAMES after each frame less the level of as many before it."""
-    power = _means(np.square(mono), edges)
     floor = max(float(power.max(initial=0.0)) * 10 ** (LEVEL_FLOOR_DB / 10), TINY)
     before, after = _sides(power, LEVEL_FRAMES)
     return np.asarray(10 * np.log10((after + floor) / (before + floor)))
-
-
-def _means(values: Floats, edges: NDArray[np.int64]) -> Doubles:
-    """The mean of the values between the edges, and from the last one on."""
-    sums = np.add.reduceat(values, edges, dtype=np.float64)
-    return np.asarray(sums / np.maximum(np.diff(edges, append=values.size), 1))
 
 
 def _sides(values: Doubles, n: int) -> tuple[Doubles, Doubles]:
