@@ -39,6 +39,11 @@ class Key:
     def __str__(self) -> str:
         return f"{NAMES[self.tonic]} {self.mode}"
 
+    @property
+    def short(self) -> str:
+        """As tags have it (ID3v2, TKEY): "Am", "Bb"."""
+        return f"{NAMES[self.tonic]}{'m' if self.mode == 'minor' else ''}"
+
 
 def find_key(pitches: Floats) -> Key:
     """The key of magnitudes per semitone, (N_PITCHES, frames), as in `Spectra.pitches`."""

@@ -69,6 +69,7 @@ def music_facts(finished: Finished) -> Json:
     """What was heard in a variation, and how it was cut."""
     return {
         "tempo_bpm": None if finished.tempo_bpm is None else round(finished.tempo_bpm, 2),
+        "key": None if finished.key is None else str(finished.key),
         **({"bars": finished.bars} if finished.bars is not None else {}),
         **({"loop": dict(finished.loop)} if finished.loop is not None else {}),
     }
@@ -98,6 +99,8 @@ def tags(name: str, sha256: str, facts: Json, finished: Finished) -> dict[str, s
     free = {}
     if music["tempo_bpm"] is not None:
         free["BPM"] = f"{music['tempo_bpm']:.0f}"
+    if finished.key is not None:
+        free["KEY"] = finished.key.short
     if finished.loop is not None:
         free |= {"LOOPSTART": "0", "LOOPLENGTH": str(finished.audio.n_samples)}
     return {
