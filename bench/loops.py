@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from pipeline.records import Audio
 AROUND_S = 2.0
 RATE_HZ = 22050  # of the measures of chroma and onsets
 HOP = 512
+SHARES = (0.35, 0.2, 0.1)  # of the track: its least length of a loop; its default, then less if there is none
 
 Doubles = NDArray[np.float64]
 
@@ -84,7 +86,7 @@ def _chroma_agreement(seam: Doubles, at_start: Doubles, at_stop: Doubles, rate: 
     half = made.shape[1] // 2
     before = _cosines(made[:, :half], start[:, :half])
     after = _cosines(made[:, half:], stop[:, half:])
-    return float(np.mean([*before, *after]))
+    return float(np.mean([*before, *after] or [1.0]))  # in silence, everything agrees
 
 
 def _cosines(a: Doubles, b: Doubles) -> list[float]:
@@ -112,25 +114,26 @@ def _brightest(around: Doubles, rate: int) -> float:
     return float(20 * np.log10(np.abs(np.diff(around[middle - n : middle + n], 2)).max() + 1e-6))
 
 
-def peers(path: Path, **limits: float) -> tuple[Any, float]:
+def peers(path: Path) -> tuple[Any, float]:
     """PyMusicLooper's best loop and the seconds that it took; None if it found none."""
     from pymusiclooper.core import MusicLooper
     from pymusiclooper.exceptions import LoopNotFoundError
 
     began_s = time.perf_counter()
-    try:
-        [best, *_] = MusicLooper(str(path)).find_loop_pairs(**limits)
-    except LoopNotFoundError:
-        return None, time.perf_counter() - began_s
-    return best, time.perf_counter() - began_s
+    looper = MusicLooper(str(path))
+    for share in SHARES:
+        with suppress(LoopNotFoundError):
+            [best, *_] = looper.find_loop_pairs(min_duration_multiplier=share)
+            return best, time.perf_counter() - began_s
+    return None, time.perf_counter() - began_s
 
 
-def compare(path: Path, **limits: float) -> tuple[Seam, Seam] | None:
+def compare(path: Path) -> tuple[Seam, Seam] | None:
     """The peer's seam and ours, of the same length; None if the peer finds no loop."""
     samples, rate = soundfile.read(path, always_2d=True, dtype="float32")
     audio = Audio(np.ascontiguousarray(samples.T), rate)
     mono = samples.mean(axis=1, dtype=np.float64)
-    theirs, theirs_s = peers(path, **limits)
+    theirs, theirs_s = peers(path)
     if theirs is None:
         return None
     start, stop = int(theirs.loop_start), int(theirs.loop_end)
@@ -151,14 +154,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--seconds", type=float, nargs=2, help="shortest and longest loop of the peer")
     arguments = parser.parse_args()
-    limits = {}
-    if arguments.seconds:
-        limits = dict(zip(("min_loop_duration", "max_loop_duration"), arguments.seconds, strict=True))
     names = ("length, s", "chroma", "level, dB", "onset", "click, dB", "took, s")
     print(f"{'track':24} {'by':13} {' '.join(f'{name:>9}' for name in names)}")
-    pairs = [pair for path in arguments.files if (pair := compare(path, **limits))]
+    pairs = [pair for path in arguments.files if (pair := compare(path))]
     for name in ("chroma", "level_db", "onset", "click_db"):
         sign = -1 if name == "chroma" else 1
         better = sum(sign * getattr(ours, name) <= sign * getattr(peer, name) for peer, ours in pairs)

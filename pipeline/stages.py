@@ -17,6 +17,7 @@ from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationReque
 if TYPE_CHECKING:
     from pipeline.audio import Levels
     from pipeline.music.analysis import Piece
+    from pipeline.music.key import Key
 
 NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
 OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
@@ -62,6 +63,7 @@ class Finished:
     audio: Audio
     loudness_lufs: float
     tempo_bpm: float | None  # None: it has no clear beat
+    key: Key | None  # None: nothing in it has a pitch
     details: Mapping[str, Any]  # the engine's, for the manifest
     bars: int | None  # of a loop, or up to the bar line at which it ends
     loop: Mapping[str, Any] | None  # of a loop: how alike both ends are, for the manifest
@@ -95,11 +97,13 @@ def finish(
 
     from pipeline import audio
     from pipeline.music.analysis import analyse
+    from pipeline.music.key import find_key
 
     made = _checked(variation.audio, request)
     rate = audio.nearest_rate(settings.format, settings.sample_rate or made.sample_rate)
     made = audio.remove_offset(audio.resample(made, rate))
     piece = analyse(made)
+    key = find_key(piece.spectra.pitches)
     shaped, start_s, facts = _shaped(made, piece, settings, length_s)
     leveled, loudness = _leveled(shaped, settings, source_lufs)
     if not np.isfinite(loudness):
@@ -108,6 +112,7 @@ def finish(
         audio=leveled,
         loudness_lufs=loudness,
         tempo_bpm=piece.beats.tempo_bpm,
+        key=key if key.confidence > 0 else None,
         details=_moved(variation.details, start_s, leveled.duration_s),
         **facts,
     )

@@ -289,6 +289,7 @@ def test_a_loop_says_so_in_the_manifest_and_in_the_file(home: Home, once: Once, 
     with av.open(folder / record["file"]) as file:
         tags = file.metadata
     assert (tags["BPM"], tags["LOOPSTART"]) == ("120", "0")
+    assert record["key"].startswith(tags["KEY"].rstrip("m") + " ")
     assert tags["LOOPLENGTH"] == str(soundfile.info(folder / record["file"]).frames)
     home.configure(NEAR, generate={"duration_s": 4}, output={"loop": True})
     assert once(source.parent).code == 0

@@ -107,5 +107,11 @@ def test_a_length_in_bars_is_exact_where_there_is_no_beat() -> None:
     assert (result.bars, result.tempo_bpm, result.audio.n_samples) == (None, None, 4 * RATE)
 
 
-def test_the_tempo_is_that_of_the_result() -> None:
-    assert finished(sequenced(16.0), length_s=16.0).tempo_bpm == pytest.approx(120, abs=0.5)
+def test_tempo_and_key_are_those_of_the_result() -> None:
+    result = finished(sequenced(16.0), length_s=16.0)
+    assert result.tempo_bpm == pytest.approx(120, abs=0.5)
+    assert result.key is not None
+    assert (str(result.key), result.key.short) in {
+        ("A minor", "Am"),
+        ("C major", "C"),
+    }  # its chords are in both

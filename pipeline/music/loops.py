@@ -24,10 +24,12 @@ from pipeline.records import Audio
 Indices = NDArray[np.int64]
 
 GRID_S = 0.25  # between the edges of music without a beat
-CONTEXT_S = 4.0  # to either side of the seam
+CONTEXT_S = 3.0  # to either side of the seam
+# Of a beat's features: a change of chords at the seam is heard more than one of drums or timbre.
+WEIGHTS = {"harmony": 0.6, "timbre": 0.2, "rhythm": 0.13, "loudness": 0.07}
 LENGTH_TOLERANCE = 0.1  # of the asked length; at least half a bar
 LENGTH_WEIGHT = 0.1  # cost of a length at the tolerance: 1 is the distance of two random beats
-LEVEL_S = 0.5  # before both ends, whose levels are compared
+LEVEL_S = 0.25  # before both ends, whose levels are compared
 LEVEL_WEIGHT = 0.05  # cost of a dB
 OFF_DOWNBEAT_COST = 0.1
 CROSSFADE_S, BEATLESS_CROSSFADE_S = 0.04, 0.5
@@ -55,14 +57,15 @@ class Grid:
 
 def find_grid(piece: Piece) -> Grid:
     """The piece's beats and bars, or an even grid of bars of one beat."""
-    if piece.beats.tempo_bpm is None:
-        duration_s = piece.mono.size / RATE_HZ
-        edges_s = np.linspace(0.0, duration_s, max(2, round(duration_s / GRID_S)) + 1)
-        return Grid(edges_s, features.beat_distances(features.beat_features(piece.spectra, edges_s)), 1, 0)
-    of_beats = features.beat_features(piece.spectra, piece.beats.edges_s)
-    distances = features.beat_distances(of_beats)
-    found = bars.find_bars(of_beats, distances)
-    return Grid(piece.beats.edges_s, distances, found.meter, found.phase)
+    has_beat, duration_s = piece.beats.tempo_bpm is not None, piece.mono.size / RATE_HZ
+    even = np.linspace(0.0, duration_s, max(2, round(duration_s / GRID_S)) + 1)
+    edges_s = piece.beats.edges_s if has_beat else even
+    of_beats = features.beat_features(piece.spectra, edges_s)
+    distances = features.beat_distances(of_beats, WEIGHTS)
+    if not has_beat:
+        return Grid(edges_s, distances, 1, 0)
+    found = bars.find_bars(of_beats, features.beat_distances(of_beats))
+    return Grid(edges_s, distances, found.meter, found.phase)
 
 
 @dataclass(frozen=True)

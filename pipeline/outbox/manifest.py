@@ -18,7 +18,7 @@ from pipeline.stages import Finished, Normalized
 SCHEMA = 1
 FACTS = (  # for tags
     *("seed", "similarity", "params", "prompt", "engine", "model", "revision", "version", "license"),
-    *("tempo_bpm", "bars", "loop"),
+    *("tempo_bpm", "key", "bars", "loop"),
 )
 SOFTWARE = f"instrumental-variations {__version__}"
 
@@ -72,6 +72,7 @@ def take_record(facts: Json, finished: Finished, scores: Json) -> Json:
     return {
         **facts,
         "tempo_bpm": None if finished.tempo_bpm is None else round(finished.tempo_bpm, 2),
+        "key": None if finished.key is None else str(finished.key),
         **({"bars": finished.bars} if finished.bars is not None else {}),
         **({"loop": dict(finished.loop)} if finished.loop is not None else {}),
         "duration_s": finished.audio.duration_s,
@@ -106,6 +107,9 @@ def tags(track: str, sha256: str, name: str, take: Mapping[str, Any]) -> dict[st
     free = {}
     if take["tempo_bpm"] is not None:
         free["BPM"] = f"{take['tempo_bpm']:.0f}"
+    if take["key"] is not None:
+        tonic, mode = take["key"].split()
+        free["KEY"] = f"{tonic}m" if mode == "minor" else tonic  # as ID3v2 has it
     if "loop" in take:
         n_samples = round(take["duration_s"] * take["sample_rate"])
         free |= {"LOOPSTART": "0", "LOOPLENGTH": str(n_samples)}
