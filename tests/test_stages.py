@@ -111,7 +111,7 @@ def test_tempo_and_key_are_those_of_the_result() -> None:
     result = finished(sequenced(16.0), length_s=16.0)
     assert result.tempo_bpm == pytest.approx(120, abs=0.5)
     assert result.key is not None
-    assert (str(result.key), result.key.short) in {
-        ("A minor", "Am"),
-        ("C major", "C"),
+    assert str(result.key) in {
+        "A minor",
+        "C major",
     }  # its chords are in both
