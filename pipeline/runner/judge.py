@@ -1,8 +1,8 @@
 """Judges results by the scores of docs/scores.md: which gates one fails, and how it ranks among others.
 
-The rank is the mean of what a listener wants, each 0 to 1: a similarity within the band, key and tempo of the
-source, joins that are not heard, no defects, and the prompt where there is one. A copy of the source is not
-what a variation is for, so without a band of the configuration's own the usual one counts.
+The rank is the mean of what a listener wants, each 0 to 1: similarity to the source, but within a band; its
+key and tempo; joins that are not heard; no defects; and the prompt where there is one. A copy of the source
+is not what a variation is for, so without a band of the configuration's own the usual one counts.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class ScoringJudge:
         )
         return Verdict(
             failed=tuple(failed_gates(scores, gates, reference.collapsed_share)),
-            rank=float(np.mean(list(_merits(scores, gates)))),
+            rank=rank(scores, gates),
             similarity=scores.similarity,
             scores=scores.as_json(),
             sound=analysed[0].fingerprint,
@@ -135,10 +135,16 @@ def failed_gates(scores: Scores, gates: Gates, collapsed_share: float) -> Iterat
         yield f"its similarity to the source is {scores.similarity:.2f}"
 
 
+def rank(scores: Scores, gates: Gates) -> float:
+    """The mean of all merits, 0 to 1."""
+    return float(np.mean(list(_merits(scores, gates))))
+
+
 def _merits(scores: Scores, gates: Gates) -> Iterator[float]:
     """What the rank is the mean of, 0 to 1 each; what can't be measured is left out."""
     low, high = gates.similarity or USUAL_BAND
     outside = max(low - scores.similarity, scores.similarity - high, 0.0)
+    yield scores.similarity
     yield max(0.0, 1.0 - outside / BAND_EDGE)
     if scores.key_agreement is not None:
         yield scores.key_agreement
