@@ -30,7 +30,9 @@ def compute_chroma(mono: Floats) -> Floats:
     power = np.empty((n_frames, 12), np.float32)
     for first in range(0, n_frames, BLOCK_FRAMES):
         spectra = scipy.fft.rfft(frames[first : first + BLOCK_FRAMES] * window, axis=1)
-        power[first : first + BLOCK_FRAMES] = (spectra.real**2 + spectra.imag**2) @ bank.T
+        powers = spectra.real**2 + spectra.imag**2
+        # Not a product of matrices, which BLAS rounds differently for another number of threads
+        power[first : first + BLOCK_FRAMES] = np.einsum("fb,cb->fc", powers, bank, optimize=False)
     lengths = np.linalg.norm(power, axis=1, keepdims=True)
     is_heard = lengths > SILENT_POWER * lengths.max(initial=0.0)
     return np.where(is_heard, power / np.maximum(lengths, 1e-30), np.float32(0.0))
