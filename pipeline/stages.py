@@ -1,7 +1,7 @@
 """The stages as functions of values: no paths, no clock, no database.
 
-normalize → embed → generate, of which the last two are the engines' own methods; `finish` checks and
-levels every variation before it is written.
+normalize → embed → generate, of which the last two are the engines' own methods; `finish` checks every
+variation and gives it its final form before it is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
 OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
 LOOP_EXTRA, LOOP_EXTRA_S = 0.2, 4.0  # share and seconds made beyond the asked length to choose a loop from
-BARS_EXTRA_S = 2.5  # half a bar of 4/4 at 48 beats a minute
+BARS_EXTRA_S = 4.0  # half a bar of seven beats at 55 a minute, the slowest
 BAR_FADE_S = 0.03  # before the bar line at which the sound ends
 
 
@@ -153,7 +153,7 @@ def _shaped(
 
 def _moved(details: Mapping[str, Any], start_s: float, duration_s: float) -> Mapping[str, Any]:
     """The engine's details with the times of the joins counted from `start_s`, without joins cut away."""
-    if not start_s or "joins" not in details:
+    if "joins" not in details:
         return details
     joins = [{**join, "out_s": round(join["out_s"] - start_s, 3)} for join in details["joins"]]
     return {**details, "joins": [join for join in joins if 0 < join["out_s"] < duration_s]}

@@ -93,7 +93,9 @@ def test_a_length_in_bars_ends_faded_on_the_bar_line_nearest_to_the_asked_one() 
     settings = Output.model_validate({"length": "bars"})
     made = sequenced(stages.engine_duration_s(15.3, settings))
     made = audio.remove_offset(made)  # of the kicks
-    result = finished(made, length_s=15.3, length="bars")
+    details = {"joins": [{"out_s": 8.0}, {"out_s": 17.0}]}
+    result = finished(made, length_s=15.3, details=details, length="bars")
+    assert result.details["joins"] == [{"out_s": 8.0}]
     assert (result.bars, result.audio.duration_s) == (8, pytest.approx(16.0, abs=0.02))
     assert np.max(np.abs(result.audio.samples[:, -1])) < 1e-4
     n = result.audio.n_samples - round(0.05 * made.sample_rate)

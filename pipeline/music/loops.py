@@ -95,7 +95,8 @@ def find_loop(audio: Audio, piece: Piece, length_s: float) -> Loop:
     """
     has_beat = piece.beats.tempo_bpm is not None
     grid = find_grid(piece)
-    tolerance_s = max(LENGTH_TOLERANCE * length_s, 0.5 * grid.bar_s + GRID_S)
+    nearest_s = max(0.5 * grid.bar_s, grid.bar_s - length_s)  # at most, to a whole number of bars
+    tolerance_s = max(LENGTH_TOLERANCE * length_s, nearest_s + GRID_S)
     enter, leave = _pairs(grid, length_s, tolerance_s, LEAD_S if has_beat else BEATLESS_LEAD_S)
     if not enter.size:
         raise EngineFailure(f"no loop of {length_s:.1f} s fits in {audio.duration_s:.1f} s of sound")
@@ -115,13 +116,15 @@ def find_loop(audio: Audio, piece: Piece, length_s: float) -> Loop:
 
 
 def bar_line(piece: Piece, near_s: float) -> tuple[float, int] | None:
-    """The bar line nearest to a time, in seconds, and the bars before it; None without a beat."""
+    """The end of the bar that ends nearest to a time, in seconds, and its number; None without a bar."""
     if piece.beats.tempo_bpm is None:
         return None
     grid = find_grid(piece)
-    lines_s = grid.edges_s[grid.phase :: grid.meter]
-    bar = int(np.argmin(np.abs(lines_s - near_s)))
-    return float(lines_s[bar]), bar
+    ends_s = grid.edges_s[grid.phase :: grid.meter][1:]
+    if not ends_s.size:
+        return None
+    bar = int(np.argmin(np.abs(ends_s - near_s)))
+    return float(ends_s[bar]), bar + 1
 
 
 def cut_loop(audio: Audio, loop: Loop) -> Audio:

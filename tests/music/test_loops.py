@@ -61,3 +61,9 @@ def test_the_bar_line_nearest_to_a_time_is_found_and_none_without_a_beat() -> No
     assert line[0] == pytest.approx(16.0, abs=0.02)
     assert line[1] == 8
     assert bar_line(analyse(pads()), 15.1) is None
+
+
+def test_a_length_of_less_than_a_bar_becomes_one_bar() -> None:
+    piece = sequenced(8.0)
+    assert find_loop(piece, analyse(piece), 0.3).bars == 1
+    assert bar_line(analyse(piece), 0.3) == (pytest.approx(BAR_S, abs=0.02), 1)
