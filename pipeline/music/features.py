@@ -8,6 +8,7 @@ their median over the track before they are summed, so 1 is the distance of two 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,10 +70,13 @@ def _rows(values: Floats, parts: int) -> Floats:
     return np.ascontiguousarray(values.T.reshape(-1, values.shape[0] * parts))
 
 
-def beat_distances(features: Features) -> Floats:
-    """Distance of every two beats, (beats, beats): 0 for equal beats, about 1 for two random ones."""
+def beat_distances(features: Features, weights: Mapping[str, float] = WEIGHTS) -> Floats:
+    """Distance of every two beats, (beats, beats): 0 for equal beats, about 1 for two random ones.
+
+    `weights` of the kinds of features add up to 1.
+    """
     total = np.zeros((features.harmony.shape[0],) * 2, np.float32)
-    for kind, weight in WEIGHTS.items():
+    for kind, weight in weights.items():
         distances = _euclidean(getattr(features, kind))
         pairs = distances[np.triu_indices_from(distances, 1)]
         typical = float(np.median(pairs)) if pairs.size else 0.0
