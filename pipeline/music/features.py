@@ -71,7 +71,10 @@ def _rows(values: Floats, parts: int) -> Floats:
 
 
 def beat_distances(features: Features, weights: Mapping[str, float] = WEIGHTS) -> Floats:
-    """Distance of every two beats, (beats, beats): 0 for equal beats, about 1 for two random ones."""
+    """Distance of every two beats, (beats, beats): 0 for equal beats, about 1 for two random ones.
+
+    `weights` of the kinds of features add up to 1.
+    """
     total = np.zeros((features.harmony.shape[0],) * 2, np.float32)
     for kind, weight in weights.items():
         distances = _euclidean(getattr(features, kind))

@@ -9,13 +9,13 @@ source. They build on `pipeline.music` and on each other in this order: `similar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
 
-VERSION = "1"
+VERSION = "2"
 
 
 class RemixParams(Params):
@@ -31,8 +31,8 @@ class RemixParams(Params):
         default=40.0,
         ge=5.0,
         le=500.0,
-        description="length of the crossfade at a join, ending just before the beat; "
-        "at least 250 where the music has no beat",
+        description="length of the crossfade at a join, ending just before the beat or onset; "
+        "at least 600 where the music has no beat",
     )
     min_segment_beats: int = Field(
         default=8,
@@ -40,11 +40,20 @@ class RemixParams(Params):
         le=64,
         description="least number of beats played between two joins (of half seconds where there is no beat)",
     )
+    emphasis: Literal["balanced", "timbre", "harmony"] = Field(
+        default="balanced", description="what matters most when two passages are compared for a join"
+    )
 
 
 def params_of_similarity(similarity: float) -> dict[str, Any]:
-    """The temperature for a similarity to the source of 0 to 1."""
-    return {"temperature": round(1.6 * (1.0 - similarity), 3)}
+    """The parameters for a similarity to the source of 0 to 1.
+
+    From 1 to 0.8 the temperature rises from 0.15, which gives the track's start with one late join, to 0.6:
+    pieces from anywhere, with few joins. From there to 0 it rises to 2, with ever shorter segments.
+    """
+    close = 0.15 + 2.25 * (1.0 - similarity)
+    temperature = close if similarity > 0.8 else 0.6 + 1.75 * (0.8 - similarity)
+    return {"temperature": round(temperature, 3), "min_segment_beats": 8 if similarity > 0.2 else 4}
 
 
 def _load(settings: EngineSettings) -> Generator:
