@@ -31,7 +31,7 @@ DIGITS = 4  # of a rounded value
 class Scores:
     """The measures of docs/scores.md; None where one does not apply."""
 
-    similarity: float  # 0 to 1: how close to the source, by the four below that there are
+    similarity: float  # 0 to 1: how close to the source, by those of the next three that there are
     chroma: float | None  # 0 to 1: share of the time with the same strongest pitch class
     chroma_warped: float | None  # -1 to 1: likeness of the harmony, wherever in the source it is from
     embedding: float | None  # -1 to 1: cosine of the vectors given; None: none given
@@ -97,7 +97,7 @@ def score(
         tempo_agrees=None if ratio is None else tempo_agrees(ratio),
         key=str(made.key) if made.key else None,
         key_agreement=key_agreement(source.key, made.key) if source.key and made.key else None,
-        copy_longest_s=copies.longest_s,
+        copy_longest_s=min(copies.longest_s, audio.duration_s),
         copy_share=copies.share,
         joins=tuple(_join(made, source, at_s) for at_s in joins_s),
         worst_seam=worst_seam(made.seams, source.seams),
