@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
 OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
-LOOP_EXTRA, LOOP_EXTRA_S = 0.2, 4.0  # share and seconds made beyond the asked length to choose a loop from
+# Share and least seconds made beyond the asked length to choose a loop from. 4 s of it are faded in a remix.
+# The contexts of seams of 16 s have a similarity of 0.1 with 7 s and of 0.33 with 14 s.
+LOOP_EXTRA, LOOP_EXTRA_S = 0.2, 12.0
 BARS_EXTRA_S = 4.0  # half a bar of seven beats at 55 a minute, the slowest
 BAR_FADE_S = 0.03  # before the bar line at which the sound ends
 
@@ -72,7 +74,7 @@ class Finished:
 def engine_duration_s(length_s: float, settings: Output) -> float:
     """How much an engine has to make for a variation of this length: loops and bars are cut from more."""
     if settings.loop:
-        return length_s * (1 + LOOP_EXTRA) + LOOP_EXTRA_S
+        return length_s + max(LOOP_EXTRA * length_s, LOOP_EXTRA_S)
     return length_s + (BARS_EXTRA_S if settings.length == "bars" else 0.0)
 
 

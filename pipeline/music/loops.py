@@ -32,6 +32,7 @@ LENGTH_WEIGHT = 0.1  # cost of a length at the tolerance: 1 is the distance of t
 LEVEL_S = 0.25  # before both ends, whose levels are compared
 LEVEL_WEIGHT = 0.05  # cost of a dB
 OFF_DOWNBEAT_COST = 0.1
+ODD_BARS_COSTS = (0.0, 0.1, 0.05, 0.1)  # by the loop's bars, modulo four: phrases often have four
 CROSSFADE_S, BEATLESS_CROSSFADE_S = 0.04, 0.5
 LEAD_S = CROSSFADE_S + GUARD_S + ALIGN_S  # sound that must lie before the start
 BEATLESS_LEAD_S = BEATLESS_CROSSFADE_S + GUARD_S + GRID_S / 2
@@ -105,7 +106,9 @@ def find_loop(audio: Audio, piece: Piece, length_s: float) -> Loop:
     costs = contexts + LEVEL_WEIGHT * np.abs(steps_db)
     lengths_s = grid.edges_s[leave] - grid.edges_s[enter]
     costs += LENGTH_WEIGHT * np.abs(lengths_s - length_s) / tolerance_s
-    costs += OFF_DOWNBEAT_COST * ((enter - grid.phase) % grid.meter != 0)
+    if has_beat:
+        costs += OFF_DOWNBEAT_COST * ((enter - grid.phase) % grid.meter != 0)
+        costs += np.array(ODD_BARS_COSTS)[(leave - enter) // grid.meter % 4]
     best = int(np.argmin(costs))
     rate = audio.sample_rate
     start, stop = (round(float(grid.edges_s[edge]) * rate) for edge in (enter[best], leave[best]))
