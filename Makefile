@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all test-demucs test-audiocraft torture bench lint clean
+.PHONY: demo test test-all test-demucs test-audiocraft test-audiobox torture bench lint clean
 
 demo: $(VENV)/core
 	@echo "One batch over the bundled instrumental:"
@@ -25,7 +25,7 @@ test: $(VENV)/full
 
 # Also the tests that take long by nature; fails if the coverage is below the limit in pyproject.toml.
 test-all: $(VENV)/full
-	$(BIN)/python $(PYTEST) -m "not torture and not demucs and not audiocraft" --cov --cov-report=term
+	$(BIN)/python $(PYTEST) -m "not torture and not demucs and not audiocraft and not audiobox" --cov --cov-report=term
 
 # The tests that need an optional package, each in an environment that has it.
 test-demucs: $(VENV)/with-demucs/done
@@ -33,6 +33,9 @@ test-demucs: $(VENV)/with-demucs/done
 
 test-audiocraft: $(VENV)/with-audiocraft/done
 	$(VENV)/with-audiocraft/bin/python -m pytest -m audiocraft tests/engines/audiocraft
+
+test-audiobox: $(VENV)/with-audiobox/done
+	$(VENV)/with-audiobox/bin/python -m pytest -m audiobox tests/engines/test_audiobox.py
 
 # The long part of the fault harness: about an hour.
 torture: $(VENV)/full
@@ -65,6 +68,7 @@ $(VENV)/full: requirements.txt requirements-core.txt requirements-models.txt
 # An environment on top of the first: it uses the packages of the first by way of a .pth file, and installs only what
 # is missing or needed in another version, by the command that the program tells its users to run.
 $(VENV)/with-demucs/done: MODULE := pipeline.engines.musicgen.demucs
+$(VENV)/with-audiobox/done: MODULE := pipeline.engines.audiobox
 $(VENV)/with-audiocraft/done: MODULE := pipeline.engines.audiocraft
 $(VENV)/with-audiocraft/done: requirements-audiocraft.txt
 $(VENV)/with-%/done: $(VENV)/full

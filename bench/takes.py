@@ -23,7 +23,7 @@ from pipeline import audio, stages  # noqa: E402
 from pipeline.config import Gates, Normalize, Output  # noqa: E402
 from pipeline.config.sweeps import complete_params  # noqa: E402
 from pipeline.engines import cards  # noqa: E402
-from pipeline.engines.base import EngineSettings  # noqa: E402
+from pipeline.engines.base import Embedder, EngineSettings, Generator  # noqa: E402
 from pipeline.records import Audio, Variation, VariationRequest  # noqa: E402
 from pipeline.runner.generation import Verdict  # noqa: E402
 from pipeline.runner.judge import ScoringJudge  # noqa: E402
@@ -42,6 +42,19 @@ MEASURES = (
     "worst_seam",
 )
 MEASURES += ("joins", "silent_share", "clipped_share")
+
+
+class NoModels:
+    """Engines for a judge that needs none."""
+
+    def embedder(self) -> Embedder:
+        raise NotImplementedError
+
+    def generator(self) -> Generator:
+        raise NotImplementedError
+
+    def rater(self) -> None:
+        return None
 
 
 def main(paths: Sequence[str]) -> None:
@@ -69,7 +82,7 @@ def _similarities(source: Audio, setting: float) -> list[float]:
 
 def _verdicts(source: Audio, similarity: float, n: int) -> Iterator[Verdict]:
     """What the judge finds about results with the seeds 1 to n."""
-    card, judge = cards()[ENGINE], ScoringJudge(None)  # type: ignore[arg-type]
+    card, judge = cards()[ENGINE], ScoringJudge(NoModels(), lambda: False)
     reference, params = judge.analyse(source), complete_params(card, {}, similarity)
     requests = [VariationRequest(str(seed), "", source, LENGTH_S, seed, params) for seed in range(1, n + 1)]
     generator = card.load(EngineSettings(sample_rate=source.sample_rate))

@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pipeline.config import Config, Embed, Generate, load_config
-from pipeline.engines.base import EngineSettings, StopFn
+from pipeline.config import Config, StageSettings, load_config
+from pipeline.engines.base import EngineSettings, StageName, StopFn
 from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
 from pipeline.fs.mounts import mounts_of
@@ -56,7 +56,18 @@ class App:
         config = load_config(config_path, preset=None if preset is None else _preset(home, preset))
         return cls(home, config, config_path, preset, Workspace.of(home, config.folders))
 
-    def settings(self, section: Embed | Generate) -> EngineSettings:
+    @property
+    def stages(self) -> list[StageName]:
+        """The stages that have an engine."""
+        return ["embed", "generate"] if self.config.judge.engine == "none" else ["embed", "generate", "judge"]
+
+    def section(self, stage: StageName) -> StageSettings:
+        """The configuration of a stage."""
+        section: StageSettings = getattr(self.config, stage)
+        return section
+
+    def settings(self, stage: StageName) -> EngineSettings:
+        section = self.section(stage)
         model = section.model
         if model is not None and (folder := self.home / expand_user(model)).is_dir():
             model = str(folder.resolve())
@@ -70,9 +81,8 @@ class App:
             sections=section.sections,
         )
 
-    def choice(self, stage: Literal["embed", "generate"]) -> Choice:
-        section = self.config.embed if stage == "embed" else self.config.generate
-        return select_engine(stage, section.engine, self.settings(section))
+    def choice(self, stage: StageName) -> Choice:
+        return select_engine(stage, self.section(stage).engine, self.settings(stage))
 
     def check_variations(self, generator: Choice) -> None:
         """Check that this machine has what the variations' parameters need.
@@ -86,9 +96,9 @@ class App:
 
     @cached_property
     def recipe(self) -> Recipe:
-        generator = self.choice("generate")
-        self.check_variations(generator)
-        return Recipe(self.config, self.choice("embed"), generator)
+        choices = {stage: self.choice(stage) for stage in self.stages}
+        self.check_variations(choices["generate"])
+        return Recipe(self.config, choices["embed"], choices["generate"], choices.get("judge"))
 
     def fetch_missing(self) -> None:
         """Download the weights of named engines that are not on this machine yet.
@@ -97,14 +107,13 @@ class App:
             MissingWeights: they can't be downloaded now.
             MissingPackage, MissingWeights: see `check_variations`, which comes before any download.
         """
-        sections = (self.config.embed, self.config.generate)
         # Not `self.recipe`, which is made once: the choice may be another after the download.
-        choices = (self.choice("embed"), self.choice("generate"))
-        self.check_variations(choices[1])
-        for choice, section in zip(choices, sections, strict=True):
+        choices = {stage: self.choice(stage) for stage in self.stages}
+        self.check_variations(choices["generate"])
+        for stage, choice in choices.items():
             if choice.needs_weights and choice.model is not None:
                 log.info("fetching the weights of %s (%s)", choice.model, choice.license)
-                hub.fetch(choice.model, section.revision, layout=choice.card.layout)
+                hub.fetch(choice.model, self.section(stage).revision, layout=choice.card.layout)
 
     def reopened(self) -> App:
         """The same home with its configuration read again.
@@ -158,7 +167,7 @@ class App:
         from pipeline.runner.runner import Runner
 
         recipe = self.recipe
-        for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
+        for stage, choice in recipe.engines.items():
             model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
             log.info("%s: %s%s: %s", stage, choice.card.name, model, choice.why)
         store.remember_config(self.config.sha256, self.config.canonical())
@@ -176,8 +185,9 @@ class App:
             settling=Settling(intake.settle_s, trust_times=trust_times),
         )
         engines = LoadedEngines(
-            (recipe.embedder, self.settings(self.config.embed)),
-            (recipe.generator, self.settings(self.config.generate)),
+            (recipe.embedder, self.settings("embed")),
+            (recipe.generator, self.settings("generate")),
+            (recipe.rater, self.settings("judge")) if recipe.rater else None,
             earlier,
         )
         runner = Runner(
@@ -187,7 +197,7 @@ class App:
             store=store,
             outbox=outbox,
             engines=engines,
-            judge=ScoringJudge(engines),
+            judge=ScoringJudge(engines, should_stop),
             reporter=reporter,
             clock=time.time,
             should_stop=should_stop,

@@ -113,6 +113,13 @@ class Recipe:
     config: Config
     embedder: Choice
     generator: Choice
+    rater: Choice | None = None  # of takes; None: scores alone rank them
+
+    @property
+    def engines(self) -> dict[str, Choice]:
+        """The engines that there are, by stage."""
+        found = {"embed": self.embedder, "generate": self.generator}
+        return found | ({"judge": self.rater} if self.rater else {})
 
     @cached_property
     def result_bytes(self) -> float:
@@ -134,6 +141,7 @@ class Recipe:
             OUTPUT_VERSION,
             self.config.output.model_dump(mode="json"),
         ]
+        rated_by = [_engine_identity(self.rater)] if self.rater else []
         units: list[VariationUnit] = []
         for planned in plan_variations(self.config, self.generator.card):
             words = [PROMPT_VERSION, embed] if planned.params.get("prompt") == AUTO_PROMPT else []
@@ -146,7 +154,7 @@ class Recipe:
             unit = VariationUnit(**known, key="", sound=sound, takes=takes)
             alike = list(dict.fromkeys(other.group for other in units if other.must_differ_from(unit)))
             gates = planned.gates.model_dump(mode="json", exclude={"rejected"})
-            key = digest(["generate", unit.group, unit.kept, unit.place, gates, alike])
+            key = digest(["generate", unit.group, unit.kept, unit.place, gates, alike, *rated_by])
             units.append(replace(unit, key=key))
         if self.config.output.album:  # then the loudness of each depends on all
             units = [replace(unit, key=digest([unit.key, *(other.key for other in units)])) for unit in units]

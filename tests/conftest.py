@@ -31,7 +31,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessFo
 
 
 # A test with one of these fixtures gets the marker, and runs where the package is installed.
-MARKERS = {"need_demucs": "demucs", "need_audiocraft": "audiocraft"}
+MARKERS = {"need_demucs": "demucs", "need_audiocraft": "audiocraft", "need_audiobox": "audiobox"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

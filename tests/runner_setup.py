@@ -79,6 +79,18 @@ class StubEmbedder:
 
 
 @dataclass
+class StubRater:
+    """A rater that gives each sound the ratings of a given function."""
+
+    ratings: Callable[[Audio], dict[str, float]]
+    name: str = "stub-rater"
+    version: str = "1"
+
+    def rate(self, audio: Audio, *, should_stop: StopFn) -> dict[str, float]:
+        return self.ratings(audio)
+
+
+@dataclass
 class StubJudge:
     """A judge that passes everything, unless `verdict` says otherwise, and takes no two sounds for alike."""
 
@@ -103,16 +115,20 @@ class StubJudge:
 
 @dataclass
 class StubEngines:
-    """The two engines of a runner, already loaded."""
+    """The engines of a runner, already loaded."""
 
     stub_generator: StubGenerator
     stub_embedder: StubEmbedder = field(default_factory=StubEmbedder)
+    stub_rater: StubRater | None = None
 
     def embedder(self) -> StubEmbedder:
         return self.stub_embedder
 
     def generator(self) -> StubGenerator:
         return self.stub_generator
+
+    def rater(self) -> StubRater | None:
+        return self.stub_rater
 
 
 @dataclass

@@ -39,7 +39,7 @@ def test_the_defaults_of_the_main_settings() -> None:
 
     assert (config.device, config.intake.after) == ("cpu", "move")
     assert (config.folders.inbox, config.folders.outbox, config.folders.state) == ("inbox", "outbox", "state")
-    assert (config.generate.engine, config.embed.engine) == ("auto", "auto")
+    assert (config.generate.engine, config.embed.engine, config.judge.engine) == ("auto", "auto", "none")
     assert (config.output.loudness_lufs, config.output.true_peak_dbtp) == (-14.0, -1.0)
 
 
@@ -143,6 +143,7 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
             'generate.engine: must be one of auto, musicgen, remix, audiocraft, not "mg"',
         ),
         ('embed: {engine: remix}', 'embed.engine: must be one of auto, clap, descriptors, not "remix"'),
+        ("judge: {engine: auto}", 'judge.engine: must be one of none, audiobox, not "auto"'),
         (variation("count: 0"), "generate.variations[0].count: must be greater than or equal to 1, not 0"),
         (variation("seed: -1"), "generate.variations[0].seed: must be greater than or equal to 0, not -1"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.engines import cards
 from pipeline.engines.selection import Choice
-from pipeline.plan import Recipe, TrackPlan, VariationUnit, plan_variations
+from pipeline.plan import Recipe, TrackPlan, VariationUnit, digest, plan_variations
 
 SHA256, OTHER_SHA256 = "a" * 64, "b" * 64
 FAITHFUL = {"name": "faithful", "temperature": 0.6}
@@ -19,6 +19,7 @@ REMIX = Choice(cards()["remix"], None, None, "test")
 MUSICGEN = Choice(cards()["musicgen"], "facebook/musicgen-melody", "0" * 40, "test")
 DESCRIPTORS = Choice(cards()["descriptors"], None, None, "test")
 CLAP = Choice(cards()["clap"], "laion/clap-htsat-unfused", "1" * 40, "test")
+AUDIOBOX = Choice(cards()["audiobox"], "facebook/audiobox-aesthetics", "2" * 40, "test")
 
 
 def config(*variations: dict[str, Any], generate: dict[str, Any] | None = None, **sections: Any) -> Config:
@@ -31,9 +32,10 @@ def plan(
     *,
     embedder: Choice = DESCRIPTORS,
     generator: Choice = REMIX,
+    rater: Choice | None = None,
     sha256: str = SHA256,
 ) -> TrackPlan:
-    return Recipe(made or config(), embedder, generator).plan(sha256)
+    return Recipe(made or config(), embedder, generator, rater).plan(sha256)
 
 
 def keys(made: TrackPlan) -> list[str]:
@@ -105,6 +107,22 @@ def test_another_embedder_changes_the_embedding_alone() -> None:
 
     assert after.embed_key != before.embed_key
     assert after.variations == before.variations
+
+
+def test_a_rater_changes_which_takes_are_chosen_and_no_take() -> None:
+    before, after = plan(), plan(rater=AUDIOBOX)
+
+    assert after.embed_key == before.embed_key
+    assert not set(keys(after)) & set(keys(before))
+    assert [unit.takes for unit in after.variations] == [unit.takes for unit in before.variations]
+    assert keys(plan(rater=replace(AUDIOBOX, revision="3" * 40))) != keys(after)
+
+
+def test_without_a_rater_nothing_of_it_is_in_a_key() -> None:
+    """So that results that were made before there were raters count as done."""
+    for unit in plan().variations:
+        gates = unit.gates.model_dump(mode="json", exclude={"rejected"})
+        assert unit.key == digest(["generate", unit.group, unit.kept, unit.place, gates, []])
 
 
 @pytest.mark.parametrize("change", [{"revision": "2" * 40}, {"model": "facebook/musicgen-stereo-melody"}])

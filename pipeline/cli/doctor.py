@@ -10,6 +10,7 @@ from typing import Literal
 
 from pipeline.app import App
 from pipeline.engines import cards
+from pipeline.engines.base import StageName
 from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
 from pipeline.errors import PipelineError
@@ -45,8 +46,7 @@ def run_checks(app: App, *, repair: bool) -> Iterator[Check]:
         "folders": _folders(app),
         "decoders": _decoders(),
         "engines": _engines(app),
-        "engine of embed": _choice(app, "embed"),
-        "engine of generate": _choice(app, "generate"),
+        **{f"engine of {stage}": _choice(app, stage) for stage in app.stages},
         "database": _database(app, repair=repair),
     }
     for what, results in checks.items():
@@ -88,7 +88,7 @@ def _engines(app: App) -> Iterator[Check]:
             yield Check("ok", f"{card.name} at its last start", found)
 
 
-def _choice(app: App, stage: Literal["embed", "generate"]) -> Iterator[Check]:
+def _choice(app: App, stage: StageName) -> Iterator[Check]:
     """Which engine the configuration uses for a stage, and whether everything that it needs is here."""
     choice = app.choice(stage)
     where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""

@@ -21,9 +21,12 @@ def model_lines(app: App) -> Iterator[str]:
         yield f"{one.model} {one.revision[:12]}: {one.size_bytes / 1e9:.2f} GB ({one.model_type}{state})"
     complete = {one.model for one in cached if one.complete}
     for model, revision, terms, layout in wanted_models(app, None):
-        is_listed = layout is TRANSFORMERS and model in complete
-        if not is_listed and hub.locate(model, revision, layout=layout) is None:
+        if layout is TRANSFORMERS and model in complete:
+            continue
+        if (found := hub.locate(model, revision, layout=layout)) is None:
             yield f"{model}: not on this machine; {terms}; {hub.FETCH_COMMAND}"
+        elif layout is not TRANSFORMERS:
+            yield f"{model} {found.revision[:12]}: in {found.folder}"
 
 
 def wanted_models(app: App, names: Sequence[str] | None) -> Iterator[tuple[str, str | None, str, Layout]]:
@@ -32,7 +35,8 @@ def wanted_models(app: App, names: Sequence[str] | None) -> Iterator[tuple[str, 
         yield name, None, LICENSE_UNKNOWN, TRANSFORMERS
     if names:
         return
-    for section, stage in ((app.config.embed, "embed"), (app.config.generate, "generate")):
+    for stage in app.stages:
+        section = app.section(stage)
         for card in cards().values():
             is_candidate = card.stage == stage and card.is_meant_by(section.engine)
             if is_candidate and card.default_model is not None:

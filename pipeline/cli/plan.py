@@ -36,7 +36,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     from pipeline.outbox.outbox import Outbox
 
     recipe = app.recipe
-    for stage, choice in (("embed", recipe.embedder), ("generate", recipe.generator)):
+    for stage, choice in recipe.engines.items():
         to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
         yield f"{stage}: {choice.card.name} ({choice.why}){to_fetch}"
     card = recipe.generator.card

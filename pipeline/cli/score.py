@@ -47,7 +47,7 @@ def score_files(app: App, file: Path, source: Path) -> Scores:
         BadAudio: a file can't be read.
     """
     made, reference = _read(app, file), _read(app, source)
-    settings = app.settings(app.config.embed)
+    settings = app.settings("embed")
     engine = "clap" if app.config.embed.engine == "clap" else "descriptors"
     embedder = cast(Embedder, select_engine("embed", engine, settings).card.load(settings))
     source_vector, vector = (

@@ -85,6 +85,10 @@ class Embed(StageSettings):
     pass
 
 
+class Judge(StageSettings):
+    engine: str = "none"
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 KEEP = r"best ([1-9]\d{0,2}) of ([1-9]\d{0,2})"
 
@@ -161,6 +165,7 @@ def _with_engine_sections(model: type[StageSettings], stage: str) -> type[StageS
 if not TYPE_CHECKING:
     Embed = _with_engine_sections(Embed, "embed")
     Generate = _with_engine_sections(Generate, "generate")
+    Judge = _with_engine_sections(Judge, "judge")
 
 
 class Output(Section):
@@ -214,6 +219,7 @@ class Config(Section):
     embed: Embed = Embed.model_construct()
     generate: Generate = Generate.model_construct()
     gates: Gates = Gates.model_construct()
+    judge: Judge = Judge.model_construct()
     output: Output = Output.model_construct()
     retry: Retry = Retry.model_construct()
     disk: Disk = Disk.model_construct()
@@ -255,8 +261,8 @@ def load_config(
                 for problem in problems
             ]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from e
-    generate = config.generate
-    problems = config_errors.of_engines(config.embed.engine, generate.engine, generate.variations)
+    engines = {"embed": config.embed.engine, "generate": config.generate.engine, "judge": config.judge.engine}
+    problems = config_errors.of_engines(engines, config.generate.variations)
     if problems := [*problems, *config_errors.of_output(config.output)]:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config

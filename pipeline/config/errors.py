@@ -50,20 +50,21 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
     ]
 
 
-def of_engines(embed: str, generate: str, variations: Sequence[BaseModel]) -> list[str]:
+def of_engines(engines: Mapping[str, str], variations: Sequence[BaseModel]) -> list[str]:
     """Unknown engines, and variation parameters that no engine, or not the chosen one, would take.
 
     Args:
-        embed, generate: engine name or "auto".
+        engines: by stage, an engine's name or "auto", for the judge "none".
         variations: the entries of `generate.variations`, with the engine's parameters as extra fields.
     """
     problems = []
-    for stage, engine in (("embed", embed), ("generate", generate)):
-        known = ["auto", *(card.name for card in cards().values() if card.stage == stage)]
+    for stage, engine in engines.items():
+        instead = "none" if stage == "judge" else "auto"
+        known = [instead, *(card.name for card in cards().values() if card.stage == stage)]
         if engine not in known:
             problems.append(f"{stage}.engine: must be one of {', '.join(known)}, not {shown(engine)}")
     generators = [card for card in cards().values() if card.stage == "generate"]
-    takers = [card for card in generators if card.is_meant_by(generate)]
+    takers = [card for card in generators if card.is_meant_by(engines["generate"])]
     for i, spec in enumerate(variations):
         where = f"generate.variations[{i}]"
         found = list(_of_params(where, spec, generators, takers))

@@ -1,7 +1,7 @@
-"""The two protocols of engines, and the card by which an engine is found.
+"""The three protocols of engines, and the card by which an engine is found.
 
 To add an engine, add one module (or package) to `pipeline/engines/`. It defines `ENGINE`, an
-`EngineCard`, whose `load` returns an object with the methods of `Generator` or `Embedder`. The card
+`EngineCard`, whose `load` returns an object with the methods of `Generator`, `Embedder` or `Rater`. The card
 is read by all commands, so importing the module must be fast: heavy packages (torch, scipy)
 are imported inside functions.
 
@@ -79,6 +79,25 @@ class TextEmbedder(Embedder, Protocol):
         ...
 
 
+class Rater(Protocol):
+    """Rates sound as listeners would."""
+
+    name: str
+    version: str
+
+    def rate(self, audio: Audio, *, should_stop: StopFn) -> Mapping[str, float]:
+        """Ratings of one sound by the names of their axes, 1 (worst) to 10 each.
+
+        Raises:
+            Stopped: soon after `should_stop` returned true.
+        """
+        ...
+
+
+Engine = Generator | Embedder | Rater
+StageName = Literal["embed", "generate", "judge"]  # a section of the configuration with an engine
+
+
 class Params(BaseModel):
     """Base of an engine's parameters of one variation. Every field has a range and a default."""
 
@@ -86,7 +105,7 @@ class Params(BaseModel):
 
 
 class EngineSection(Params):
-    """Base of an engine's own section of the configuration, `generate.<engine>` or `embed.<engine>`.
+    """Base of an engine's own section of the configuration, such as `generate.<engine>`.
 
     Every field has a default and a description.
     """
@@ -128,11 +147,11 @@ class EngineCard:
     """Facts about an engine that are known without loading it."""
 
     name: str
-    stage: Literal["generate", "embed"]
+    stage: StageName
     version: str  # to be raised whenever the same request would give other bits
     summary: str  # one line for `doctor` and the README
     params: type[Params]
-    load: Callable[[EngineSettings], Generator] | Callable[[EngineSettings], Embedder]
+    load: Callable[[EngineSettings], Engine]
     packages: tuple[str, ...] = ()  # importable names it needs
     install: str = "pip install -r requirements-core.txt"  # the command that brings them
     default_model: str | None = None  # a hub id; None: no weights needed

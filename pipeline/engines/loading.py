@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Protocol, cast
 
-from pipeline.engines.base import Embedder, EngineSettings, Generator
+from pipeline.engines.base import Embedder, Engine, EngineSettings, Generator, Rater
 from pipeline.engines.selection import Choice
 from pipeline.errors import EngineUnusable, PipelineError
 from pipeline.fs.disk import environment_error
@@ -17,10 +17,13 @@ log = logging.getLogger("pipeline")
 
 
 class Engines(Protocol):
-    """The source of the runner's engines. Both methods raise EngineUnusable if there is none to be had."""
+    """The source of the runner's engines. The methods raise EngineUnusable if there is none to be had."""
 
     def embedder(self) -> Embedder: ...
     def generator(self) -> Generator: ...
+    def rater(self) -> Rater | None:
+        """None: the configuration has no engine for it."""
+        ...
 
 
 class LoadedEngines:
@@ -30,11 +33,12 @@ class LoadedEngines:
         self,
         embedder: Wanted,
         generator: Wanted,
+        rater: Wanted | None = None,
         earlier: Engines | None = None,
     ) -> None:
-        self._wanted = (embedder, generator)
+        self._wanted = (embedder, generator, rater)
         before = earlier._loaded if isinstance(earlier, LoadedEngines) else []
-        self._loaded: list[tuple[Wanted, Generator | Embedder]] = [
+        self._loaded: list[tuple[Wanted, Engine]] = [
             (wanted, engine) for wanted, engine in before if wanted in self._wanted
         ]
 
@@ -44,7 +48,11 @@ class LoadedEngines:
     def generator(self) -> Generator:
         return cast(Generator, self._load_once(self._wanted[1]))
 
-    def _load_once(self, wanted: Wanted) -> Generator | Embedder:
+    def rater(self) -> Rater | None:
+        wanted = self._wanted[2]
+        return None if wanted is None else cast(Rater, self._load_once(wanted))
+
+    def _load_once(self, wanted: Wanted) -> Engine:
         for loaded, engine in self._loaded:
             if loaded == wanted:
                 return engine
@@ -53,7 +61,7 @@ class LoadedEngines:
         return engine
 
 
-def _load(choice: Choice, settings: EngineSettings) -> Generator | Embedder:
+def _load(choice: Choice, settings: EngineSettings) -> Engine:
     """Load an engine.
 
     Raises:

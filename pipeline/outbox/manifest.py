@@ -11,7 +11,7 @@ from pipeline import __version__, audio
 from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
-from pipeline.plan import Take
+from pipeline.plan import Recipe, Take
 from pipeline.records import SourceInfo
 from pipeline.stages import Finished, Normalized
 
@@ -122,6 +122,16 @@ def tags(track: str, sha256: str, name: str, take: Mapping[str, Any]) -> dict[st
     }
 
 
+def _rater_facts(choice: Choice) -> Json:
+    return {
+        "engine": choice.card.name,
+        "model": choice.model,
+        "revision": choice.revision,
+        "version": choice.card.version,
+        "license": choice.license,
+    }
+
+
 def markers(take: Mapping[str, Any]) -> list[audio.Marker]:
     """The joins of a variation whose engine tells them."""
     joins = enumerate(take["details"].get("joins", ()), 1)
@@ -129,7 +139,7 @@ def markers(take: Mapping[str, Any]) -> list[audio.Marker]:
 
 
 def manifest(
-    source: Json, normalized: Json, embedding: Json, variations: list[Json], config_sha256: str, *, now: float
+    source: Json, normalized: Json, embedding: Json, variations: list[Json], recipe: Recipe, *, now: float
 ) -> Json:
     """Of the records above; `source` has what a track's row says of its file: name, names, sha256, bytes."""
     return {
@@ -138,7 +148,8 @@ def manifest(
         "normalized": {key: value for key, value in normalized.items() if key != "source"},
         "embedding": embedding,
         "variations": variations,
-        "config_sha256": config_sha256,
+        **({"judge": _rater_facts(recipe.rater)} if recipe.rater else {}),
+        "config_sha256": recipe.config.sha256,
         "pipeline_version": __version__,
         "created_at": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
     }

@@ -242,13 +242,16 @@ class Generation:
         job.scratch.save(TAKE, judged.take.key, judged.audio)
         choice.judged[judged.take.key] = replace(judged, audio=None, seconds=0.0)
         held = {"failed": judged.failed, "rank": judged.rank, "similarity": judged.similarity}
+        held["unit"] = choice.units[0].key  # a changed gate or rater asks for another verdict
         self._record(job, judged.take.key, {**judged.record, "held": held}, judged.seconds)
 
     def _restore(self, job: Job, choice: Choice) -> None:
-        """Take over the missing takes that an earlier run held."""
+        """Take over the missing takes that an earlier run held for the same choice."""
         for take in choice.missing:
             record = self.store.unit(take.key)
-            if record is None or (held := self._held(job, take, record)) is None:
+            if record is None or record["held"]["unit"] != choice.units[0].key:
+                continue
+            if (held := self._held(job, take, record)) is None:
                 continue
             judged = record.pop("held")
             choice.judged[take.key] = JudgedTake(

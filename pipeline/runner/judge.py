@@ -1,21 +1,23 @@
 """Judges results by the scores of docs/scores.md: which gates one fails, and how it ranks among others.
 
 The rank is the mean of what a listener wants, each 0 to 1: similarity to the source, but within a band; its
-key and tempo; joins that are not heard; no defects; and the prompt where there is one. A copy of the source
-is not what a variation is for, so without a band of the configuration's own the usual one counts.
+key and tempo; joins that are not heard; no defects; the prompt where there is one; and a model's ratings if
+the configuration has one. A copy of the source is not what a variation is for, so without a band of the
+configuration's own the usual one counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
 from pipeline.config import Gates
 from pipeline.engines import cards
-from pipeline.engines.base import Embedder, EngineSettings, TextEmbedder
+from pipeline.engines.base import Embedder, EngineSettings, StopFn, TextEmbedder
 from pipeline.engines.loading import Engines
 from pipeline.music.words import describe
 from pipeline.records import Audio, Samples
@@ -23,13 +25,18 @@ from pipeline.runner.generation import Verdict
 from pipeline.scores.analysis import Source, analyse
 from pipeline.scores.copies import Bits, shared_share
 from pipeline.scores.defects import find_defects
-from pipeline.scores.scores import Scores, score
+from pipeline.scores.scores import DIGITS, Scores, score
 from pipeline.scores.similarity import cosine
 from pipeline.stages import Finished
 
 USUAL_BAND = (0.3, 0.9)  # of the similarity, for the rank
 BAND_EDGE = 0.3  # so far outside of the band, a similarity counts 0
 COLLAPSED_SHARE = 0.5  # of the seconds as noise or as a stuck tone, beyond those of the source
+# The axes of a rating that a listener gains from: content enjoyment and production quality. Of the others,
+# usefulness is the sound's worth as material for other works, and complexity is neither good nor bad.
+RATED_AXES = ("CE", "PQ")
+WORST_RATING, BEST_RATING = 1.0, 10.0
+NOT_RATED: Mapping[str, float] = MappingProxyType({})
 FOREIGN_KEY = 0.2  # key agreement of parallel keys; with less, two keys are foreign to each other
 
 
@@ -52,6 +59,7 @@ class ScoringJudge:
     """
 
     engines: Engines
+    should_stop: StopFn
 
     @cached_property
     def _text_embedder(self) -> TextEmbedder | None:
@@ -89,11 +97,12 @@ class ScoringJudge:
             vector=self._vector(made.audio),
             prompt=self._adherence(made.audio, prompt),
         )
+        rating = self._rating(made.audio)
         return Verdict(
             failed=tuple(failed_gates(scores, gates, reference.collapsed_share)),
-            rank=rank(scores, gates),
+            rank=rank(scores, gates, rating),
             similarity=scores.similarity,
-            scores=scores.as_json(),
+            scores=scores.as_json() | ({"rating": rating} if rating else {}),
             sound=analysed[0].fingerprint,
         )
 
@@ -102,6 +111,13 @@ class ScoringJudge:
         if not prompt or (by_text := self._text_embedder) is None:
             return None
         return cosine(_embed(by_text, made), by_text.embed_texts([prompt])[0])
+
+    def _rating(self, made: Audio) -> dict[str, float]:
+        """A model's ratings by axis, rounded; empty if the configuration has no such model."""
+        if (rater := self.engines.rater()) is None:
+            return {}
+        rated = rater.rate(made, should_stop=self.should_stop)
+        return {axis: round(value, DIGITS) for axis, value in rated.items()}
 
     def sound(self, made: Audio) -> Bits:
         return analyse(made)[0].fingerprint
@@ -135,12 +151,12 @@ def failed_gates(scores: Scores, gates: Gates, collapsed_share: float) -> Iterat
         yield f"its similarity to the source is {scores.similarity:.2f}"
 
 
-def rank(scores: Scores, gates: Gates) -> float:
+def rank(scores: Scores, gates: Gates, rating: Mapping[str, float] = NOT_RATED) -> float:
     """The mean of all merits, 0 to 1."""
-    return float(np.mean(list(_merits(scores, gates))))
+    return float(np.mean(list(_merits(scores, gates, rating))))
 
 
-def _merits(scores: Scores, gates: Gates) -> Iterator[float]:
+def _merits(scores: Scores, gates: Gates, rating: Mapping[str, float]) -> Iterator[float]:
     """What the rank is the mean of, 0 to 1 each; what can't be measured is left out."""
     low, high = gates.similarity or USUAL_BAND
     outside = max(low - scores.similarity, scores.similarity - high, 0.0)
@@ -155,3 +171,6 @@ def _merits(scores: Scores, gates: Gates) -> Iterator[float]:
     yield 1.0 - max(scores.silent_share, scores.noise_share, scores.stuck_share, scores.clipped_share)
     if scores.prompt is not None:
         yield max(0.0, scores.prompt)
+    if rating:
+        mean = float(np.mean([rating[axis] for axis in RATED_AXES]))
+        yield min(max((mean - WORST_RATING) / (BEST_RATING - WORST_RATING), 0.0), 1.0)

@@ -147,6 +147,7 @@ class Runner:
             self.engines.embedder()
         if any(self.store.unit(unit.key) is None for plan in plans for unit in plan.variations):
             self.engines.generator()
+            self.engines.rater()
 
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages, in this order."""
@@ -271,7 +272,7 @@ class Runner:
         names = [file.display for file in self.store.files_of(track.sha256)]
         source = {"name": track.name, "names": names, "sha256": track.sha256, "bytes": track.bytes}
         made = manifest.manifest(
-            source, job.normalized, job.embedding, variations, self.recipe.config.sha256, now=self.clock()
+            source, job.normalized, job.embedding, variations, self.recipe, now=self.clock()
         )
         self.outbox.publish_manifest(folder, made)
         with self.store.transaction():

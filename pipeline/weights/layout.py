@@ -55,10 +55,7 @@ def check(folder: Path) -> None:
             )
         raise BadCheckpoint(f"{folder} is incomplete: {', '.join(lacking)} missing.")
     for name in _shards(folder):
-        try:
-            _check_safetensors(folder / name)
-        except OSError as error:
-            raise BadCheckpoint(f"{folder / name} can't be read: {error.strerror}.") from error
+        check_safetensors(folder / name)
 
 
 @dataclass(frozen=True)
@@ -103,8 +100,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_safetensors(path: Path) -> None:
+    """Check that the header's offsets end where the file does, which finds downloads that were cut off.
+
+    Raises:
+        BadCheckpoint: they do not, or the file can't be read.
+    """
+    try:
+        _check_safetensors(path)
+    except OSError as error:
+        raise BadCheckpoint(f"{path} can't be read: {error.strerror}.") from error
+
+
 def _check_safetensors(path: Path) -> None:
-    """Check that the header's offsets end where the file does, which finds downloads that were cut off."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runner_setup import RunnerSetup, StubGenerator, UnloadableEngines
+from runner_setup import RunnerSetup, StubEngines, StubGenerator, StubRater, UnloadableEngines
 
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings
@@ -51,6 +51,17 @@ def test_nothing_is_claimed_and_work_continues_once_the_engine_can_be_loaded(
     engines.error = None
     runner.drain()
     assert setup.states(hashes) == [("done", 0)] * 2
+
+
+def test_a_rater_that_cannot_be_loaded_costs_no_track_an_attempt(setup: RunnerSetup) -> None:
+    class WithoutRater(StubEngines):
+        def rater(self) -> StubRater:
+            raise EngineUnusable("no weights")
+
+    hashes = setup.add_tracks("a.wav")
+    with pytest.raises(EngineUnusable, match="no weights"):
+        replace(setup.runner(StubGenerator()), engines=WithoutRater(StubGenerator())).drain()
+    assert (setup.states(hashes), setup.outcomes(hashes[0])) == ([("queued", 0)], [])
 
 
 def test_an_engine_that_no_due_track_needs_is_not_loaded(
@@ -103,10 +114,27 @@ def test_every_error_of_loading_is_an_environment_error(
 ) -> None:
     choice = Choice(replace(cards()["remix"], load=fail_with(error)), None, None, "test")
     wanted = choice, EngineSettings()
-    engines = LoadedEngines(wanted, wanted)
+    engines = LoadedEngines(wanted, wanted, wanted)
 
     with pytest.raises(kind, match=says):
         engines.generator()
+    with pytest.raises(kind, match=says):
+        engines.rater()
+
+
+def test_a_rater_is_loaded_once_and_only_if_it_is_wanted() -> None:
+    made: list[StubRater] = []
+
+    def load(_: EngineSettings) -> StubRater:
+        made.append(StubRater(lambda audio: {}))
+        return made[-1]
+
+    others = Choice(cards()["remix"], None, None, "test"), EngineSettings()
+    rater = Choice(replace(cards()["audiobox"], load=load), None, None, "test"), EngineSettings()
+    assert LoadedEngines(others, others).rater() is None
+    engines = LoadedEngines(others, others, rater)
+    assert engines.rater() is engines.rater() is LoadedEngines(others, others, rater, engines).rater()
+    assert len(made) == 1
 
 
 def test_a_track_that_would_wait_longer_than_the_longest_backoff_is_due_now(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from runner_setup import StubEngines, StubGenerator
 
 from pipeline.config import Gates
 from pipeline.records import Audio
@@ -93,7 +94,7 @@ def test_a_band_of_ones_own_decides_what_is_too_close(good: Scores) -> None:
 
 
 def test_results_are_judged_from_their_sound() -> None:
-    judge = ScoringJudge(None)  # type: ignore[arg-type]
+    judge = ScoringJudge(StubEngines(StubGenerator()), lambda: False)
     source = judge.analyse(melody(8.0))
     same, other = (
         judge.judge(source, Finished(audio, -14.0, None, None, {}, None, None), Gates(), "")
@@ -107,9 +108,5 @@ def test_results_are_judged_from_their_sound() -> None:
 
 
 def test_a_track_is_described_by_words_without_a_model() -> None:
-    class NoText:
-        def embedder(self) -> None:
-            return None
-
-    judge = ScoringJudge(NoText())  # type: ignore[arg-type]
+    judge = ScoringJudge(StubEngines(StubGenerator()), lambda: False)
     assert judge.describe(judge.analyse(melody(8.0))).startswith("instrumental, ")

@@ -472,6 +472,28 @@ def test_takes_that_a_killed_run_has_held_are_not_made_again(setup: RunnerSetup)
     assert setup.files(sha256)["variations/01-v.wav"] == interrupted["variations/01-v.wav"]
 
 
+def test_takes_that_a_killed_run_has_held_are_made_again_if_the_judge_has_changed(setup: RunnerSetup) -> None:
+    setup = with_variation(setup, seed=1, keep="best 1 of 2")
+    [sha256] = setup.add_tracks("a.wav")
+    first, second = SeededTakes({1: 0.9}), SeededTakes({2: 0.9})
+
+    def one_take(request: VariationRequest) -> Variation:
+        if request.seed == 2:
+            raise Stopped("as by a signal")
+        return first.make(request)
+
+    first.answer = one_take
+    with pytest.raises(Stopped):
+        setup.runner(first, judge=first.judge).drain()
+    setup.recipe = replace(setup.recipe, rater=Choice(cards()["audiobox"], "aes", "1" * 40, "test"))
+    setup.runner(second, judge=second.judge).drain()
+
+    assert second.calls == [[sha256, sha256]]
+    made = setup.manifest(sha256)
+    assert made["variations"][0]["seed"] == 2
+    assert (made["judge"]["engine"], made["judge"]["revision"]) == ("audiobox", "1" * 40)
+
+
 def test_a_silent_take_is_replaced_by_another_one(setup: RunnerSetup) -> None:
     setup = with_variation(setup, seed=1)
     [sha256] = setup.add_tracks("a.wav")
