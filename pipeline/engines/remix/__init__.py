@@ -15,7 +15,7 @@ from pydantic import Field
 
 from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
 
-VERSION = "1"
+VERSION = "2"
 
 
 class RemixParams(Params):
@@ -31,8 +31,8 @@ class RemixParams(Params):
         default=40.0,
         ge=5.0,
         le=500.0,
-        description="length of the crossfade at a join, ending just before the beat; "
-        "at least 250 where the music has no beat",
+        description="length of the crossfade at a join, ending just before the beat or onset; "
+        "at least 600 where the music has no beat",
     )
     min_segment_beats: int = Field(
         default=8,

@@ -1,20 +1,23 @@
-"""The analysis of a track, shared by all its requests: beats, bars, sections, possible joins, the ending."""
+"""The analysis of a track, shared by all its requests: where it may be cut, possible joins, the ending."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.engines.remix.similarity import join_costs
-from pipeline.music import bars, beats, features, spectra
-from pipeline.music.analysis import at_analysis_rate
+from pipeline.engines.remix.beatless import onset_edges_s
+from pipeline.engines.remix.similarity import break_penalties, join_costs
+from pipeline.music import analysis, bars, beats, features, spectra
 from pipeline.music.spectra import Doubles, Floats
 from pipeline.records import Audio
 
+MIN_BARS = 6  # of fewer bars any beats may be joined that keep the position in the bar
+PHRASE_BARS = 4  # most phrases have four bars, or a multiple of them
+BEATLESS_BAR = 4  # intervals without a beat that stand for a bar, as in `bars`
 # Corrections of a join's score
-OFF_DOWNBEAT_PENALTY = 0.1  # the join is not on a downbeat
-ODD_BARS_PENALTIES = (0.0, 0.06, 0.03, 0.06)  # by the bars it skips, modulo four: phrases often have four
+ODD_BARS_PENALTIES = (0.0, 0.6, 0.4, 0.6)  # by the bars it skips, modulo PHRASE_BARS
 STEP_BACK_PENALTY = 0.3  # it goes back by one bar; falls to 0 at eight bars
 SECTION_BONUS = 0.06  # it leaves at the end of a section; the same for entering at the start of one
 LOOP_SCORE = 0.8  # score of joining the end to the start of a track that is cut as a loop
@@ -27,18 +30,18 @@ PLAYED_DECAY_S = 0.4  # part of the decay that is always played
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """One track; times are seconds of the source, edges are indices of `edges_s`."""
+    """One track, and the points where it may be cut: its downbeats, or onsets if it has no beat."""
 
     duration_s: float
-    edges_s: Doubles  # (beats + 1,)
-    tempo_bpm: float | None  # None: the edges are pseudo-beats
+    edges_s: Doubles  # (beats + 1,), seconds; without a beat, of intervals of about half a second
+    tempo_bpm: float | None  # None: the music has no beat
     pulse_clarity: float
-    meter: int
-    sections: tuple[int, ...]
-    scores: (
-        Floats  # (beats + 1, beats + 1), of leaving at the first edge and entering at the second; -inf: never
-    )
-    similarities: Floats  # scores before corrections: 1 for equal contexts, 0 for a typical pair
+    meter: int  # beats a bar; 1 without a beat
+    first: int  # edge of the first point
+    step: int  # edges from point to point
+    phrase_bars: tuple[int, ...]  # bars since a phrase began, of each point
+    scores: Floats  # (points, points), corrected, of leaving at the first and entering at the second
+    natural: Floats  # the same before corrections: 1 as in uncut music, 0 for a typical pair of points
     has_ending: bool  # it comes to an end, rather than being cut off or looping
     spare_tail_s: float  # how much of the final decay may be left out
 
@@ -46,56 +49,82 @@ class Analysis:
     def n_beats(self) -> int:
         return self.edges_s.size - 1
 
+    @property
+    def points_s(self) -> Doubles:
+        return self.edges_s[self.first :: self.step]
+
 
 def analyse(audio: Audio) -> Analysis:
     """Analyse a track of any length and rate."""
-    mono = at_analysis_rate(audio)
-    spectrum = spectra.compute_spectra(mono)
-    pulse = beats.track_beats(spectrum.onsets, mono)
-    of_beats = features.beat_features(spectrum, pulse.edges_s)
+    piece = analysis.analyse(audio)
+    mono, spectrum, pulse = piece.mono, piece.spectra, piece.beats
+    has_beat = pulse.tempo_bpm is not None
+    edges_s = pulse.edges_s if has_beat else onset_edges_s(spectrum, audio.duration_s)
+    of_beats = features.beat_features(spectrum, edges_s)
     distances = features.beat_distances(of_beats)
-    found = bars.find_bars(of_beats, distances) if pulse.tempo_bpm else bars.bars_of_pseudo_beats(distances)
-    similarities, scores = _scores(join_costs(distances), found)
+    found = bars.find_bars(of_beats, distances) if has_beat else bars.bars_of_pseudo_beats(distances)
     has_ending, spare_tail_s = _ending(mono)
-    if pulse.tempo_bpm and not has_ending and _is_whole_bars(pulse.edges_s, audio.duration_s, found.meter):
-        similarities[-1, 0] = scores[-1, 0] = LOOP_SCORE
+    is_loop = has_beat and not has_ending and _is_whole_bars(edges_s, audio.duration_s, found.meter)
+    first = 0 if is_loop else found.phase
+    step = found.meter if edges_s.size > MIN_BARS * found.meter else 1
+    points_s = edges_s[first::step]
+    costs = join_costs(distances)[first::step, first::step]
+    sections = tuple((edge - first) // step for edge in found.sections)
+    bar = found.meter // step if has_beat else BEATLESS_BAR
+    penalties = break_penalties(spectrum.mel, mono, points_s)
+    natural, scores = _scores(costs, penalties, sections, bar, has_bars=has_beat)
+    if is_loop:
+        natural[-1, 0] = scores[-1, 0] = LOOP_SCORE
     return Analysis(
         duration_s=audio.duration_s,
-        edges_s=pulse.edges_s,
+        edges_s=edges_s,
         tempo_bpm=pulse.tempo_bpm,
         pulse_clarity=pulse.pulse_clarity,
         meter=found.meter,
-        sections=found.sections,
+        first=first,
+        step=step,
+        phrase_bars=_phrase_bars(points_s.size, sections, bar),
         scores=scores,
-        similarities=similarities,
+        natural=natural,
         has_ending=has_ending,
         spare_tail_s=spare_tail_s,
     )
 
 
-def _scores(costs: Floats, found: bars.Bars) -> tuple[Floats, Floats]:
-    """For every join its similarity, and the corrected score that the search uses; (edges, edges) each."""
+def _scores(
+    costs: Floats, penalties: Floats, sections: tuple[int, ...], bar: int, *, has_bars: bool
+) -> tuple[Floats, Floats]:
+    """How natural every join is, and the corrected score that the search uses; (points, points) each.
+
+    `bar` is the number of points in a bar.
+    """
     n = costs.shape[0]
     leave, enter = np.arange(n, dtype=np.int32)[:, None], np.arange(n, dtype=np.int32)
     distance = leave - enter
-    meter = found.meter
-    least = meter if meter > 1 else max(1, min(4, n // 4))
-    possible = (distance % meter == 0) & (np.abs(distance) >= least)
+    possible = np.abs(distance) >= min(bar, max(1, n // 4))
+    possible &= distance % bar == 0 if has_bars else enter > 0  # no sound before it could be faded in
     possible &= (leave > 0) & (leave < n - 1) & (enter < n - 1)
     typical = float(np.median(costs[possible])) if possible.any() else 0.0
-    similarities = (1.0 - costs / max(typical, 1e-6)).astype(np.float32)
-    scores = similarities.copy()
-    if meter > 1:
-        off_downbeat = (leave - found.phase) % meter != 0
-        scores -= np.where(off_downbeat, OFF_DOWNBEAT_PENALTY, 0.0).astype(np.float32)
-        scores -= np.asarray(ODD_BARS_PENALTIES, np.float32)[distance // meter % 4]
-    boundary = np.isin(np.arange(n), found.sections).astype(np.float32)
+    natural = (1.0 - costs / max(typical, 1e-6) - penalties).astype(np.float32)
+    scores = natural.copy()
+    if has_bars:
+        scores -= np.asarray(ODD_BARS_PENALTIES, np.float32)[distance // bar % PHRASE_BARS]
+    boundary = np.isin(np.arange(n), sections).astype(np.float32)
     scores += SECTION_BONUS * (boundary[:, None] + boundary)
-    bars_back = distance / max(meter, 3)
-    step_back = STEP_BACK_PENALTY * np.clip((8 - bars_back) / 7, 0, 1)
+    step_back = STEP_BACK_PENALTY * np.clip((8 - distance / bar) / 7, 0, 1)
     scores -= np.where(distance > 0, step_back, 0.0).astype(np.float32)
     scores[~possible] = -np.inf
-    return similarities, scores
+    return natural, scores
+
+
+def _phrase_bars(n_points: int, sections: tuple[int, ...], bar: int) -> tuple[int, ...]:
+    """How many bars before each point a phrase began; every section begins one, `bar` is in points."""
+    starts = [0, *sections, n_points]
+    return tuple(
+        (point - start) // bar % PHRASE_BARS
+        for start, stop in itertools.pairwise(starts)
+        for point in range(start, stop)
+    )
 
 
 def _is_whole_bars(edges_s: Doubles, duration_s: float, meter: int) -> bool:

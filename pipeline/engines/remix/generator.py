@@ -78,10 +78,10 @@ class RemixGenerator:
 def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s: float) -> Mapping[str, Any]:
     """A remix's details for the manifest, as JSON values.
 
-    A join's `score` is its similarity: 1 if the contexts of both sides are the same, 0 if they differ as much
-    as those of a typical pair of edges at the same position in the bar.
+    A join's `score` is 1 if the contexts of both sides are the same and no sound breaks off, 0 if they differ
+    as much as those of a typical pair of points. Bars are the source's, the first whole one is 1.
     """
-    scores = [float(track.similarities[join.edges]) for join in joins]
+    scores = [float(track.natural[join.points]) for join in joins]
     return {
         "mode": "grid" if track.tempo_bpm is None else "beats",
         "tempo_bpm": None if track.tempo_bpm is None else round(track.tempo_bpm, 2),
@@ -96,11 +96,26 @@ def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s:
                 "from_s": round(join.from_s, 3),
                 "to_s": round(join.to_s, 3),
                 "score": round(score, 3),
+                **_bars(track, join),
             }
             for join, score in zip(joins, scores, strict=True)
         ],
         "mean_score": round(float(np.mean(scores)), 3) if scores else None,
         "coverage": round(_coverage(track.duration_s, path, joins, duration_s), 3),
+    }
+
+
+def _bars(track: Analysis, join: Join) -> Mapping[str, Any]:
+    """The bars of a join, if the music has any."""
+    if track.tempo_bpm is None:
+        return {}
+    beats = [point * track.step for point in join.points]
+    left, entered = (beat // track.meter + 1 for beat in beats)
+    return {
+        "from_bar": left,
+        "to_bar": entered,
+        "bars_jumped": entered - left,
+        "keeps_bar_position": (beats[1] - beats[0]) % track.meter == 0,
     }
 
 

@@ -1,11 +1,12 @@
-"""The lattice of (beats left, edge) on which paths through a track are weighed and drawn.
+"""The lattice of (intervals left, point) on which paths through a track are weighed and drawn.
 
-At an edge the music either plays on to the next edge or joins to a target and plays at least `min_segment`
-beats from there. Counting these beats as part of the join keeps joins apart without a third dimension.
-Weights are logarithms. Summed backwards from the end, they give at every point the total weight of all
-possible continuations, and a path drawn forwards by these totals is an exact sample of all paths of that
-length and end (forward filtering, backward sampling, Carter and Kohn 1994, with time reversed). With
-the maximum in place of the sum, the same recursion finds the best path (Viterbi).
+Points are where a track may be cut; they are evenly spaced, and lengths count the intervals between them. A
+path is a sequence of segments. A segment begins where the path starts or a join enters, and ends where the
+next join leaves. Weights are logarithms: of a segment by its length, and of a join. Summed backwards from the
+end, they give at every point the total weight of all possible continuations, and a path drawn forwards by
+these totals is an exact sample of all paths of that length and end: forward filtering, backward sampling
+(Carter and Kohn 1994) with time reversed, for a semi-Markov model with explicit durations (Rabiner 1989,
+section IV D). With the maximum in place of the sum, the same recursion finds the best path (Viterbi).
 """
 
 from __future__ import annotations
@@ -22,66 +23,70 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """What may follow each edge."""
+    """What a path may consist of; log weights, -inf: never."""
 
-    play_on: Doubles  # (edges,), log weights
-    targets: Indices  # (edges, targets): edges; min_segment beats follow them wherever `join` is finite
-    join: Doubles  # (edges, targets), log weights; -inf: never
-    min_segment: int  # beats
+    segments: Doubles  # (longest + 1,): of a segment between joins, by its length
+    last: Doubles  # (longest + 1,): of the last segment
+    targets: Indices  # (points, targets): points that may be entered
+    joins: Doubles  # (points, targets)
 
 
-def path_weights(moves: Moves, final: Doubles, n_beats: int, *, best: bool) -> Doubles:
-    """Log weight of all paths to the end, or of the best one if `best`; (n_beats + 1 beats left, edges).
+@dataclass(frozen=True, eq=False)
+class Lattice:
+    """Log weights of all paths to the end, or of the best one; (intervals left + 1, points) each."""
 
-    `final`, (edges,), is the log weight of ending at each edge.
-    """
+    moves: Moves
+    entered: Doubles  # after a segment has begun at the point
+    left: Doubles  # before a join leaves the point
+    final: Doubles  # (points,): of ending at each point
+
+
+def weigh(moves: Moves, final: Doubles, n_intervals: int, *, best: bool) -> Lattice:
+    """The lattice of the paths of up to n_intervals; `final` is the log weight of ending at each point."""
     combine = np.maximum.reduce if best else np.logaddexp.reduce
-    table = np.full((n_beats + 1, final.size), -np.inf)
-    table[0] = final
-    landing = _landing(moves, slice(None))
-    options = np.full((final.size, landing.shape[1] + 1), -np.inf)
-    for left in range(1, n_beats + 1):
-        options[:-1, 0] = moves.play_on[:-1] + table[left - 1, 1:]
-        if left >= moves.min_segment:
-            options[:, 1:] = moves.join + table[left - moves.min_segment][landing]
-        table[left] = combine(options, axis=1)
-    return table
-
-
-def start_weight(table: Doubles, moves: Moves, edge: int, n_beats: int) -> float:
-    """Log weight of all paths of n_beats from this edge; the first segment, too, has min_segment beats."""
-    played = min(moves.min_segment, n_beats)
-    return float(table[n_beats - played, edge + played]) if edge + played < table.shape[1] else -np.inf
+    entered, left = np.full((2, n_intervals + 1, final.size), -np.inf)
+    lattice = Lattice(moves, entered, left, final)
+    everywhere = np.arange(final.size)
+    for n in range(1, n_intervals + 1):
+        entered[n] = combine(_segments(lattice, n, everywhere), axis=1)
+        left[n] = combine(moves.joins + entered[n][moves.targets], axis=1)
+    return lattice
 
 
 def draw_joins(
-    table: Doubles, moves: Moves, edge: int, n_beats: int, rng: np.random.Generator | None
+    lattice: Lattice, point: int, n_intervals: int, rng: np.random.Generator | None
 ) -> tuple[tuple[int, int], ...]:
-    """The joins (edge left, edge entered) of a path drawn by the table; of the best path without `rng`."""
-    played = min(moves.min_segment, n_beats)
-    edge, left = edge + played, n_beats - played
-    joins = []
-    options = np.full(moves.targets.shape[1] + 1, -np.inf)
-    while left > 0:
-        options[:] = -np.inf
-        if edge + 1 < table.shape[1]:
-            options[0] = moves.play_on[edge] + table[left - 1, edge + 1]
-        if left >= moves.min_segment:
-            options[1:] = moves.join[edge] + table[left - moves.min_segment, _landing(moves, edge)]
-        choice = draw_index(options, rng)
-        if choice == 0:
-            edge, left = edge + 1, left - 1
-        else:
-            target = int(moves.targets[edge, choice - 1])
-            joins.append((edge, target))
-            edge, left = target + moves.min_segment, left - moves.min_segment
-    return tuple(joins)
+    """The joins (point left, point entered) of a drawn path from a point; of the best path without `rng`."""
+    moves, joins, n = lattice.moves, [], n_intervals
+    while True:
+        options = _segments(lattice, n, np.array([point]))[0]
+        length = draw_index(options, rng)
+        if length == options.size - 1:
+            return tuple(joins)
+        leave, n = point + length, n - length
+        weights = moves.joins[leave] + lattice.entered[n][moves.targets[leave]]
+        point = int(moves.targets[leave, draw_index(weights, rng)])
+        joins.append((leave, point))
 
 
-def _landing(moves: Moves, edges: int | slice) -> Indices:
-    """The edge min_segment beats after a join; clipped at the end, where joins are never taken."""
-    landing = moves.targets[edges] + moves.min_segment
-    return np.asarray(np.minimum(landing, moves.targets.shape[0] - 1))
+def _segments(lattice: Lattice, n: int, points: Indices) -> Doubles:
+    """Log weights of the segments from each point with n intervals left, (points, longest + 2).
+
+    By length, each with all that may follow it; in the last column those that are the path's last.
+    """
+    moves, n_points = lattice.moves, lattice.final.size
+    lengths = np.arange(min(moves.segments.size, n))
+    ends = points[:, None] + lengths
+    inside = ends < n_points
+    options = np.full((points.size, lengths.size + 1), -np.inf)
+    follow = lattice.left[n - lengths, np.where(inside, ends, 0)]
+    options[:, :-1] = np.where(inside, moves.segments[lengths] + follow, -np.inf)
+    if n < moves.last.size:
+        end = points + n
+        options[:, -1] = np.where(
+            end < n_points, moves.last[n] + lattice.final[np.minimum(end, n_points - 1)], -np.inf
+        )
+    return options
 
 
 def draw_index(log_weights: Doubles, rng: np.random.Generator | None) -> int:

@@ -1,47 +1,63 @@
-"""The search for a path through the beats that has the asked length.
+"""The search for a path through a track that has the asked length.
 
-A path plays beats in order and at some edges joins to another edge; at least `min_segment` beats are played
-between two joins. Among the paths of one length from a start to an end:
+A path plays from a start, and at some points joins to another point. At temperature 0 it is the best one: few
+joins, with high scores, from the track's start (as the retargeting of Wenner et al. 2013). A temperature
+T > 0 draws:
 
-- temperature 0 takes the best one: few joins, with high scores (as the retargeting of Wenner et al. 2013).
-- a temperature T > 0 draws. At each edge the probability of a join is exp(-1/T) where the joins are as good
-  as the track's best, and lower elsewhere; a target has the weight exp(score / T). The draw is conditional
-  on the asked length and end (see `lattice`). Of DRAWS paths, one of the better half is taken: those with
-  the best joins and the fewest repeated beats. A copy of the track's start is not taken if there are others.
+- the start and the kind of the end: any beginning of a phrase is as likely as the track's start, unless T is
+  low; the last seconds are the track's own or are faded.
+- a path between them, by the lengths of its segments, whose typical length falls with T, preferably four,
+  eight or sixteen bars; and by the scores of its joins (see `lattice`). A low T prefers joins that go forward.
+  Of DRAWS paths with as many joins as the first one, one of the better half is taken: those with the best
+  joins and the fewest repeated bars.
 
-Only the best share of the track's joins may be used, the first of GATES. A larger share is tried if there is
-no path of the asked length, or so few that many seeds would give the same one.
+Only joins of a score above the first of FLOORS may be used. The floor is lowered if there is no path of the
+asked length, or if there are too few starts, so that many seeds would give similar results.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from pipeline.engines.remix.analysis import Analysis
-from pipeline.engines.remix.lattice import Moves, draw_index, draw_joins, path_weights, start_weight
+from pipeline.engines.remix.analysis import PHRASE_BARS, Analysis
+from pipeline.engines.remix.lattice import Lattice, Moves, draw_index, draw_joins, weigh
 from pipeline.errors import EngineFailure
 from pipeline.music.spectra import Doubles
 
-Joins = tuple[tuple[int, int], ...]  # (edge left, edge entered) of each
+Joins = tuple[tuple[int, int], ...]  # (point left, point entered) of each
 
-GATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of all possible joins that may be used
-VARIETY_GATE = 0.1  # the largest share that is tried for the sake of variety alone
-MIN_SIMILARITY = 0.15  # of a join, at all gates but the last
-MAX_TARGETS, MAX_TARGETS_AT_LAST_GATE = 16, 64  # per edge
-REFERENCE = 0.01  # the best share of the joins, which defines "as good as the track's best"
-SCORE_WEIGHT = 8.0  # in the exponent, at temperature 1
+# Least score of joins, and whether joins that skip an odd number of bars need no more. Of the joins above 0.2,
+# 95 % are as smooth as uncut music to the classifier that `similarity` names; of those from 0 to 0.2 90 %.
+FLOORS = ((0.2, False), (0.0, False), (0.0, True), (-0.5, True), (-np.inf, True))
+VARIETY_FLOORS = 3  # so many are tried for the sake of variety alone
+ENOUGH_VARIETY = 16  # different ones among the first draws
+FROZEN_FLOOR = 2  # the first floor at temperature 0, where the best path avoids bad joins by itself
+MAX_TARGETS = 32  # of a point
+SCORE_WEIGHT = 6.0  # log weight of a join per unit of score
+GOOD_SCORE = 0.5  # a point whose joins have this score or more is left as readily as any
+LEAVING = 0.3
+NEVER = -1e9
 JOIN_COST = 2.0  # at temperature 0: two joins of score 1 cost as much as one of score 0
 FROZEN = 0.01  # temperatures up to here count as 0
+SEGMENT_S, SEGMENT_SPREAD = 6.0, 0.4  # typical length at temperature 1; log-normal deviation
+SEGMENT_EXPONENT = 1.5  # the typical length is divided by this power of the temperature
+ODD_SEGMENT = (0.0, -2.0, -1.0, -2.0)  # log weights by its bars modulo PHRASE_BARS
+BACKWARD = -0.5  # log weight of a join that goes back, at temperature 1
+MAX_UNCUT_S = 27.0  # longest passage of the source without a join
+MAX_UNCUT_SHARE = 0.85  # the same of the result
+OWN_ENDING = 0.6  # log weight of playing the track's own ending, over fading, at temperature 1; times 1 / T
+PICKUP = -3.0  # log weight of starting a few beats before a downbeat, by which the ending can fit
+LATE_START = -0.02  # log weight of starting elsewhere than the track does, at temperature 1; times 1 / T³
+START = (0.0, -0.7, -0.7, -0.7)  # log weights of starting so many bars into a phrase
 DRAWS = 32
-ENOUGH_VARIETY = 26  # different paths among the draws
-SECTION_START = 1.25  # weight at temperature 1 of starting at a section; the track's start has 1
-PICKUP = -4.0  # log weight of starting a few beats before a downbeat, by which the ending can fit
 MAX_END_SILENCE_S = 0.35  # after the track's own ending
 LANDING_S = 0.05  # tolerance of both limits on when the ending comes
-MAX_RESERVE = 0.1  # share of beats planned beyond the asked length where the beats vary in length
-RECENT_BARS = 16  # a beat that was played within these bars counts as repeated
+MAX_RESERVE = 0.1  # share of intervals planned beyond the asked length where they vary in length
+MISSING = 0.25  # intervals that may lack: the track goes on after the last one
+RECENT_S = 30.0  # nothing is played three times within this time
 WORST_WEIGHT, REPEAT_WEIGHT = 0.5, 1.0  # in a path's fault
 
 
@@ -56,15 +72,17 @@ class BeatPath:
 
 @dataclass(frozen=True)
 class _Start:
-    edge: int
-    n_beats: int  # to play from there
+    start_s: float
+    point: int  # the first one after start_s
+    n_intervals: int  # to play from there
+    to_ending: bool
     log_weight: float
 
 
 def find_path(
     track: Analysis, duration_s: float, *, temperature: float, min_segment: int, seed: int
 ) -> BeatPath:
-    """The path of this length, which depends on the arguments alone.
+    """The path of this length, which depends on the arguments alone; `min_segment` is in beats.
 
     Raises:
         EngineFailure: there is none; this has not been seen with any track of two bars or more.
@@ -73,9 +91,7 @@ def find_path(
     reaches_end = duration_s >= track.duration_s - track.spare_tail_s
     if rng is None and duration_s <= track.duration_s and (reaches_end or not track.has_ending):
         return BeatPath(0.0, (), to_ending=reaches_end)
-    search = _Search(track, duration_s, temperature, max(1, min(min_segment, track.n_beats // 3)), rng)
-    found = search.find(to_ending=True) if track.has_ending else None
-    found = found or search.find(to_ending=False)
+    found = _Search(track, duration_s, temperature, min_segment, rng).find()
     if found is None:
         raise EngineFailure(
             f"found no path of {duration_s:.1f} s through a track of {track.duration_s:.1f} s"
@@ -90,155 +106,196 @@ class _Search:
     track: Analysis
     duration_s: float
     temperature: float
-    min_segment: int
+    min_segment: int  # beats
     rng: np.random.Generator | None
 
-    def find(self, *, to_ending: bool) -> BeatPath | None:
-        """A path through the narrowest gate that gives one and, if drawn, enough variety."""
+    def find(self) -> BeatPath | None:
+        """A path through the first of FLOORS that gives one and, if drawn, enough variety."""
+        starts = self._starts()
         found: BeatPath | None = None
-        for gate in GATES:
-            if self.rng is None and gate < VARIETY_GATE:
+        for tried, (floor, any_bars) in enumerate(FLOORS):
+            if self.rng is None and tried < FROZEN_FLOOR:
                 continue
-            if gate > VARIETY_GATE and (to_ending or found):
+            if found and tried >= VARIETY_FLOORS:
                 break
-            candidates = self._candidates(gate, to_ending)
-            found = self._choose(candidates) or found
-            if found and (self.rng is None or len({path for _, path in candidates}) >= ENOUGH_VARIETY):
+            lattices = self._lattices(self._moves(floor, any_bars), starts)
+            weights = self._weights(starts, lattices)
+            paths = [path for k in self._order(weights) for path in self._draw(starts[k], lattices, 1)]
+            if paths:
+                found = self._choose(paths[0], lattices)
+            if found and (self.rng is None or len(set(paths)) >= ENOUGH_VARIETY):
                 break
         return found
 
-    def _candidates(self, gate: float, to_ending: bool) -> list[tuple[float, BeatPath]]:
-        """The best path, or up to DRAWS drawn ones, each with its fault."""
-        starts = self._starts(to_ending)
-        if not starts:
-            return []
-        moves = self._moves(gate)
-        final = np.full(self.track.n_beats + 1, -np.inf)
-        final[-1 if to_ending else slice(0, -1)] = (
-            0.0  # before the last beat, sound is left to fill the length
-        )
-        longest = max(start.n_beats for start in starts)
-        table = path_weights(moves, final, longest, best=self.rng is None)
-        weights: Doubles = np.array(
-            [start.log_weight + start_weight(table, moves, start.edge, start.n_beats) for start in starts]
-        )
+    def _order(self, weights: Doubles) -> list[int]:
+        """Indices of DRAWS drawn starts; without `rng`, of all, the best first."""
         if not np.isfinite(weights).any():
             return []
-        candidates = []
-        for _ in range(DRAWS if self.rng else 1):
-            start = starts[draw_index(weights, self.rng)]
-            joins = draw_joins(table, moves, start.edge, start.n_beats, self.rng)
-            if to_ending and not self._ends_in_time(start, joins):
-                continue
-            if self.rng and gate <= VARIETY_GATE and not joins and start.edge == 0:
-                continue  # a copy
-            start_s = float(self.track.edges_s[start.edge]) if start.edge else 0.0
-            candidates.append((self._fault(start, joins), BeatPath(start_s, joins, to_ending)))
-        return candidates
+        if self.rng:
+            return [draw_index(weights, self.rng) for _ in range(DRAWS)]
+        return [int(k) for k in np.argsort(-weights, kind="stable") if np.isfinite(weights[k])]
 
-    def _choose(self, candidates: list[tuple[float, BeatPath]]) -> BeatPath | None:
-        """One of the better half of those with the first one's start and number of joins.
+    def _draw(self, start: _Start, lattices: dict[bool, Lattice], n: int) -> list[tuple[_Start, Joins]]:
+        """Up to n paths from a start: those of n that meet all conditions."""
+        lattice = lattices[start.to_ending]
+        draws = (draw_joins(lattice, start.point, start.n_intervals, self.rng) for _ in range(n))
+        return [(start, joins) for joins in draws if self._is_good(start, joins)]
+
+    def _choose(self, first: tuple[_Start, Joins], lattices: dict[bool, Lattice]) -> BeatPath:
+        """One of the better half of the paths with the first one's start and number of joins.
 
         The first one was drawn, so these two are left to the draw.
         """
-        if not candidates:
-            return None
-        _, first = candidates[0]
-        rivals = [
-            (fault, path)
-            for fault, path in candidates
-            if path.start_s == first.start_s and len(path.joins) == len(first.joins)
-        ]
-        rivals.sort(key=lambda rival: rival[0])
-        n_better = (len(rivals) + 1) // 2
-        return rivals[0 if self.rng is None else int(self.rng.integers(n_better))][1]
+        start, joins = first
+        if self.rng is None:
+            return BeatPath(start.start_s, joins, start.to_ending)
+        rivals = [joins, *(one for _, one in self._draw(start, lattices, DRAWS))]
+        rivals = [one for one in rivals if len(one) == len(joins)]
+        rivals.sort(key=lambda one: self._fault(start, one))
+        chosen = rivals[int(self.rng.integers((len(rivals) + 1) // 2))]
+        return BeatPath(start.start_s, chosen, start.to_ending)
 
-    def _moves(self, gate: float) -> Moves:
-        """The joins that pass the gate, and the log weights of joining and of playing on."""
-        track, is_last_gate = self.track, gate == GATES[-1]
-        n_joins = int(np.isfinite(track.scores).sum())
-        allowed = track.scores.copy()
-        allowed[:, track.n_beats - self.min_segment + 1 :] = -np.inf  # too near the end for a segment
-        if not is_last_gate:
-            allowed[track.similarities < MIN_SIMILARITY] = -np.inf
-        ranked = np.sort(allowed[np.isfinite(allowed)])[::-1].astype(np.float64)
-        n_targets = min(MAX_TARGETS_AT_LAST_GATE if is_last_gate else MAX_TARGETS, allowed.shape[1])
-        targets = np.argsort(-allowed, axis=1, kind="stable")[:, :n_targets]
-        scores = np.take_along_axis(allowed, targets, axis=1).astype(np.float64)
-        if ranked.size:
-            scores[scores < ranked[min(max(round(gate * n_joins), 1), ranked.size) - 1]] = -np.inf
-        if self.rng is None or not ranked.size:
-            return Moves(np.zeros(len(scores)), targets, scores - JOIN_COST, self.min_segment)
-        reference = ranked[min(int(REFERENCE * n_joins), ranked.size - 1)]
-        exponent = SCORE_WEIGHT / self.temperature * (scores - reference)
-        total = np.logaddexp.reduce(exponent, axis=1, keepdims=True)
-        any_join = -1.0 / self.temperature + np.minimum(total, 0.0)  # log of the probability of joining here
-        join = np.full_like(exponent, -np.inf)
-        np.subtract(exponent + any_join, total, out=join, where=np.isfinite(total))
-        return Moves(np.log1p(-np.exp(any_join[:, 0])), targets, join, self.min_segment)
+    def _lattices(self, moves: Moves, starts: list[_Start]) -> dict[bool, Lattice]:
+        """Of the paths to the track's own end, and of those that may end at any point but the last."""
+        n_points = self.track.points_s.size
+        own, anywhere = np.full((2, n_points), -np.inf)
+        own[-1] = anywhere[:-1] = 0.0  # after every point but the last, sound is left to fill the length
+        lattices = {}
+        for to_ending, final in ((True, own), (False, anywhere)):
+            longest = max((one.n_intervals for one in starts if one.to_ending == to_ending), default=0)
+            lattices[to_ending] = weigh(moves, final, longest, best=self.rng is None)
+        return lattices
 
-    def _starts(self, to_ending: bool) -> list[_Start]:
-        """Every start, with every number of beats, that can give the asked length."""
+    def _weights(self, starts: list[_Start], lattices: dict[bool, Lattice]) -> Doubles:
+        """Log weights of the starts, -inf where no path begins; without `rng` they include the best path's."""
+        totals = np.array([lattices[one.to_ending].entered[one.n_intervals, one.point] for one in starts])
+        weights = np.array([one.log_weight for one in starts])
+        return weights + totals if self.rng is None else np.where(np.isfinite(totals), weights, -np.inf)
+
+    def _moves(self, floor: float, any_bars: bool) -> Moves:
+        """The joins above the floor, before their correction for odd numbers of bars if `any_bars`."""
         track = self.track
-        beats_s = np.diff(track.edges_s)
-        beat_s = float(np.median(beats_s))
-        reserve = min(MAX_RESERVE, float(beats_s.std() / beats_s.mean()))
-        tail_s = track.duration_s - float(track.edges_s[-1])
+        scores = np.where((track.natural if any_bars else track.scores) >= floor, track.scores, -np.inf)
+        targets = np.argsort(-scores, axis=1, kind="stable")[:, :MAX_TARGETS]
+        joins = np.take_along_axis(scores, targets, axis=1).astype(np.float64)
+        if self.rng is None:
+            lengths = np.zeros(self.track.points_s.size)
+            lengths[: self._shortest] = -np.inf
+            return Moves(lengths, lengths, targets, joins - JOIN_COST)
+        weights = SCORE_WEIGHT * (joins - GOOD_SCORE)
+        weights += np.where(targets < np.arange(len(targets))[:, None], BACKWARD / self.temperature, 0.0)
+        total = np.maximum(np.logaddexp.reduce(weights, axis=1, keepdims=True), NEVER)
+        weights += LEAVING * np.minimum(total, 0.0) - total
+        lengths = self._length_weights()
+        reversed_sums = np.logaddexp.accumulate(lengths[::-1])[::-1]  # of a segment of this length or more
+        last = np.where(np.arange(lengths.size) < self._shortest, -np.inf, reversed_sums)
+        return Moves(lengths, last, targets, weights)
+
+    def _length_weights(self) -> Doubles:
+        """Log probability of each length of a segment, (longest + 1,)."""
+        track, intervals = self.track, np.arange(self._longest + 1)
+        typical_s = SEGMENT_S / self.temperature**SEGMENT_EXPONENT
+        ratio = np.maximum(intervals, 0.5) * self._interval_s / typical_s
+        weights = -0.5 * (np.log(ratio) / SEGMENT_SPREAD) ** 2
+        if track.step == track.meter > 1:
+            weights += np.array(ODD_SEGMENT)[intervals % PHRASE_BARS]
+        weights[: self._shortest] = -np.inf
+        return np.asarray(weights - np.logaddexp.reduce(weights))
+
+    @cached_property
+    def _interval_s(self) -> float:
+        return float(np.diff(self.track.points_s).mean())
+
+    @cached_property
+    def _shortest(self) -> int:
+        """Least length of a segment in intervals; the track and the result have room for a join."""
+        wanted, track = -(-self.min_segment // self.track.step), self.track.points_s.size - 1
+        return max(1, min(wanted, track // 3, int(self.duration_s / self._interval_s) // 2))
+
+    @cached_property
+    def _longest(self) -> int:
+        """Greatest length of a segment in intervals; there are two segments that give any longer length."""
+        limit_s = min(MAX_UNCUT_S, MAX_UNCUT_SHARE * self.duration_s)
+        return max(int(limit_s / self._interval_s), 2 * self._shortest - 1)
+
+    def _starts(self) -> list[_Start]:
+        """Every start, with every number of intervals, that can give the asked length."""
+        track, interval_s = self.track, self._interval_s
+        phrases_s = track.points_s[PHRASE_BARS:] - track.points_s[:-PHRASE_BARS]
+        reserve = min(MAX_RESERVE, float(phrases_s.std() / phrases_s.mean())) if phrases_s.size else 0.0
+        tail_s = track.duration_s - float(track.points_s[-1])
+        own_ending = OWN_ENDING / max(self.temperature, FROZEN)
         starts = []
-        for edge, log_weight in self._start_edges(to_ending):
-            wanted_s = self.duration_s - (float(track.edges_s[0]) if edge == 0 else 0.0)
-            if to_ending:
-                least = (wanted_s - tail_s - MAX_END_SILENCE_S) / beat_s
-                most = (wanted_s - tail_s + track.spare_tail_s) / beat_s
-                lengths = range(max(0, int(np.ceil(least))), int(np.floor(most)) + 1)
-            else:
-                n_beats = max(0, int(np.ceil(wanted_s / beat_s * (1.0 + reserve) - 0.5)))
-                lengths = range(n_beats, n_beats + 1)
-            starts += [_Start(edge, n_beats, log_weight) for n_beats in lengths]
+        for start_s, point, log_weight in self._beginnings():
+            wanted_s = self.duration_s - (float(track.points_s[point]) - start_s)
+            if start_s in (0.0, float(track.points_s[point])):
+                n = max(1, int(np.ceil(wanted_s / interval_s * (1.0 + reserve) - MISSING)))
+                starts.append(_Start(start_s, point, n, False, log_weight))
+            if track.has_ending:
+                least = int(np.ceil((wanted_s - tail_s - MAX_END_SILENCE_S) / interval_s))
+                most = int((wanted_s - tail_s + track.spare_tail_s) / interval_s)
+                starts += [
+                    _Start(start_s, point, n, True, log_weight + own_ending)
+                    for n in range(max(1, least), most + 1)
+                ]
         return starts
 
-    def _start_edges(self, to_ending: bool) -> list[tuple[int, float]]:
-        """Edges to start at and their log weights: the track's start, sections, and pickups to both."""
-        track, edges = self.track, [(0, 0.0)]
-        if self.rng and track.sections:
-            log_weight = float(np.log(SECTION_START * self.temperature / len(track.sections)))
-            edges += [(edge, log_weight) for edge in track.sections]
-        if to_ending:
-            downbeats = [(track.meter, 0.0), *edges[1:]]
-            edges += [
-                (edge - k, weight + PICKUP) for edge, weight in downbeats for k in range(1, track.meter)
-            ]
-        return edges
-
-    def _ends_in_time(self, start: _Start, joins: Joins) -> bool:
-        """Whether the track's ending fits the asked length, given the true lengths of the beats."""
+    def _beginnings(self) -> list[tuple[float, int, float]]:
+        """Where to start: seconds, the first point from there on, and the log weight."""
         track = self.track
-        lead_s = 0.0 if start.edge else float(track.edges_s[0])
-        points = [start.edge, *(edge for join in joins for edge in join), track.n_beats]
-        played_s = float(np.diff(track.edges_s[points])[::2].sum())
-        missing_s = self.duration_s - lead_s - played_s - (track.duration_s - float(track.edges_s[-1]))
+        late = LATE_START / max(self.temperature, FROZEN) ** 3
+        points = range(1, track.points_s.size - 1) if self.rng else ()
+        later = [(point, late + START[track.phrase_bars[point]]) for point in points]
+        starts = [(0.0, 0, 0.0), *((float(track.points_s[point]), point, weight) for point, weight in later)]
+        for point, log_weight in [(1, 0.0), *later]:
+            edge = track.first + point * track.step
+            for early in track.edges_s[edge - track.step + 1 : edge]:
+                starts.append((float(early), point, log_weight + PICKUP))
+        return starts
+
+    def _is_good(self, start: _Start, joins: Joins) -> bool:
+        """Whether the ending fits the asked length, given the true lengths of the intervals.
+
+        Nor may anything be played three times within RECENT_S, unless the track is shorter than that.
+        """
+        track = self.track
+        if self.rng and track.duration_s > RECENT_S and self._repeats(start, joins)[1]:
+            return False
+        if not start.to_ending:
+            return True
+        points = [start.point, *(point for join in joins for point in join), track.points_s.size - 1]
+        played_s = (
+            float(np.diff(track.points_s[points])[::2].sum() + track.points_s[start.point]) - start.start_s
+        )
+        missing_s = self.duration_s - played_s - (track.duration_s - float(track.points_s[-1]))
         return -track.spare_tail_s - LANDING_S <= missing_s <= MAX_END_SILENCE_S + LANDING_S
 
     def _fault(self, start: _Start, joins: Joins) -> float:
-        """The mean and the worst loss of score at the joins, and the share of beats repeated soon."""
+        """The mean and the worst loss of score at the joins, and the share of what is repeated soon."""
         if not joins:
             return 0.0
         losses = 1.0 - np.array([self.track.scores[join] for join in joins])
-        recent = RECENT_BARS * max(self.track.meter, 4)
-        last_played: dict[int, int] = {}
-        n_repeated = 0
-        for at, beat in enumerate(_beats(start, joins)):
-            n_repeated += at - last_played.get(beat, -recent - 1) <= recent
-            last_played[beat] = at
-        repeated = n_repeated / max(start.n_beats, 1)
+        repeated = self._repeats(start, joins)[0] / start.n_intervals
         return float(losses.mean() + WORST_WEIGHT * losses.max() + REPEAT_WEIGHT * repeated)
 
+    def _repeats(self, start: _Start, joins: Joins) -> tuple[int, int]:
+        """How many intervals are played a second time, and how many a third time, within RECENT_S."""
+        recent = RECENT_S / self._interval_s
+        played: dict[int, list[int]] = {}
+        n_second = n_third = 0
+        for at, interval in enumerate(_intervals(start, joins)):
+            before = played.setdefault(interval, [])
+            n_second += len(before) > 0 and at - before[-1] <= recent
+            n_third += len(before) > 1 and at - before[-2] <= recent
+            before.append(at)
+        return n_second, n_third
 
-def _beats(start: _Start, joins: Joins) -> list[int]:
-    """The source's beats in the order in which they are played."""
-    beats: list[int] = []
-    edge = start.edge
+
+def _intervals(start: _Start, joins: Joins) -> list[int]:
+    """The source's intervals in the order in which they are played."""
+    played: list[int] = []
+    point = start.point
     for leave, enter in joins:
-        beats += range(edge, leave)
-        edge = enter
-    return beats + list(range(edge, edge + start.n_beats - len(beats)))
+        played += range(point, leave)
+        point = enter
+    return played + list(range(point, point + start.n_intervals - len(played)))

