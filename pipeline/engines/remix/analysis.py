@@ -53,6 +53,11 @@ class Analysis:
     def points_s(self) -> Doubles:
         return self.edges_s[self.first :: self.step]
 
+    @property
+    def tail_s(self) -> float:
+        """Time from the last point to the end."""
+        return self.duration_s - float(self.points_s[-1])
+
 
 def analyse(audio: Audio) -> Analysis:
     """Analyse a track of any length and rate."""

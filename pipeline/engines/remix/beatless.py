@@ -22,7 +22,7 @@ ATTACK_S = 0.1  # longest rise of the flux before its peak
 
 
 def onset_edges_s(spectrum: Spectra, duration_s: float) -> Doubles:
-    """Edges from 0 to the track's end, (edges,), rising; each lies less than half an interval off the grid."""
+    """Edges from 0 to the track's end, (edges,), rising; each is less than half an interval off the grid."""
     n = max(MIN_EDGES, round(duration_s / GRID_S))
     edges_s = np.linspace(0.0, duration_s, n + 1)
     flux = scipy.ndimage.gaussian_filter1d(spectrum.onsets.astype(np.float64), FLUX_WIDTH_S * FRAME_RATE_HZ)
@@ -37,7 +37,7 @@ def onset_edges_s(spectrum: Spectra, duration_s: float) -> Doubles:
 
 
 def _scaled(values: Doubles) -> Doubles:
-    return values / max(float(np.percentile(values, 95)), 1e-9)
+    return np.asarray(values / max(float(np.percentile(values, 95)), 1e-9))
 
 
 def _harmonic_change(pitches: Floats, n_frames: int) -> Doubles:
@@ -52,4 +52,5 @@ def _harmonic_change(pitches: Floats, n_frames: int) -> Doubles:
     n = chroma.shape[1]
     before, after = padded[:, width - half - 1 :][:, :n], padded[:, width + half + 1 :][:, :n]
     change = np.sqrt(((after - before) ** 2).sum(axis=0))
-    return np.interp(np.arange(n_frames) / FRAME_RATE_HZ, np.arange(n) / TONE_RATE_HZ, change)
+    frames_s = np.arange(n_frames) / FRAME_RATE_HZ
+    return np.asarray(np.interp(frames_s, np.arange(n) / TONE_RATE_HZ, change))

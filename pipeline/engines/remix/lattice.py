@@ -57,7 +57,8 @@ def draw_joins(
     lattice: Lattice, point: int, n_intervals: int, rng: np.random.Generator | None
 ) -> tuple[tuple[int, int], ...]:
     """The joins (point left, point entered) of a drawn path from a point; of the best path without `rng`."""
-    moves, joins, n = lattice.moves, [], n_intervals
+    moves, n = lattice.moves, n_intervals
+    joins: list[tuple[int, int]] = []
     while True:
         options = _segments(lattice, n, np.array([point]))[0]
         length = draw_index(options, rng)

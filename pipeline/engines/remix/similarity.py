@@ -12,6 +12,7 @@ there after j breaks off; what lasts across j but was not there before i sets in
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.music.spectra import FRAME_RATE_HZ, RATE_HZ, Doubles, Floats
 
@@ -78,7 +79,7 @@ def _levels_db(mono: Floats, times_s: Doubles) -> tuple[Floats, Floats]:
     at = np.round(times_s * RATE_HZ).astype(np.int64)
     reach = round(LEVEL_S * RATE_HZ)
 
-    def level(start: Doubles, stop: Doubles) -> Floats:
+    def level(start: NDArray[np.int64], stop: NDArray[np.int64]) -> Floats:
         start, stop = np.clip(start, 0, mono.size), np.clip(stop, 0, mono.size)
         mean = (power[stop] - power[start]) / np.maximum(stop - start, 1)
         return np.asarray(np.maximum(10 * np.log10(np.maximum(mean, 1e-12)), SILENCE_DB), np.float32)
