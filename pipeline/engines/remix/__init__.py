@@ -43,8 +43,14 @@ class RemixParams(Params):
 
 
 def params_of_similarity(similarity: float) -> dict[str, Any]:
-    """The temperature for a similarity to the source of 0 to 1."""
-    return {"temperature": round(1.6 * (1.0 - similarity), 3)}
+    """The parameters for a similarity to the source of 0 to 1.
+
+    From 1 to 0.8 the temperature rises from 0.15, which gives the track's start with one late join, to 0.6:
+    pieces from anywhere, with few joins. From there to 0 it rises to 2, with ever shorter segments.
+    """
+    close = 0.15 + 2.25 * (1.0 - similarity)
+    temperature = close if similarity > 0.8 else 0.6 + 1.75 * (0.8 - similarity)
+    return {"temperature": round(temperature, 3), "min_segment_beats": 8 if similarity > 0.2 else 4}
 
 
 def _load(settings: EngineSettings) -> Generator:

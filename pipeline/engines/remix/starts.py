@@ -11,7 +11,7 @@ from pipeline.engines.remix.moves import FROZEN, Wish
 
 OWN_ENDING = 0.6  # log weight of playing the track's own ending, over fading, at temperature 1; times 1 / T
 PICKUP = -3.0  # log weight of starting a few beats before a downbeat, by which the ending can fit
-LATE_START = -0.02  # log weight of starting elsewhere than the track does, at temperature 1; times 1 / T³
+EARLY, EARLY_EXPONENT = 0.48, 5  # log weight of starting elsewhere than the track does: -(EARLY / T)^5
 IN_PHRASE = -0.7  # log weight of starting inside a phrase
 MAX_END_SILENCE_S = 0.35  # after the track's own ending
 LANDING_S = 0.05  # tolerance of both limits on when the ending comes
@@ -72,11 +72,11 @@ def _intervals_to_ending(wish: Wish, duration_s: float) -> range:
 def _beginnings(wish: Wish) -> list[tuple[float, int, float]]:
     """Where to start: seconds, the first point from there on, and the log weight."""
     track = wish.track
-    late = LATE_START / max(wish.temperature, FROZEN) ** 3
+    late = -((EARLY / max(wish.temperature, FROZEN)) ** EARLY_EXPONENT)
     inner = range(0) if wish.is_frozen else range(1, track.points_s.size - 1)
     later = [(point, late + (IN_PHRASE if track.phrase_bars[point] else 0.0)) for point in inner]
     found = [(0.0, 0, 0.0), *((float(track.points_s[point]), point, weight) for point, weight in later)]
-    for point, log_weight in [(1, 0.0), *later]:
+    for point, log_weight in [(1, 0.0)] if wish.is_frozen else later:
         edge = track.first + point * track.step
         pickups_s = track.edges_s[edge - track.step + 1 : edge]
         found += [(float(pickup_s), point, log_weight + PICKUP) for pickup_s in pickups_s]

@@ -1,0 +1,167 @@
+"""The form of remixes: where they start and end, how often and where they jump, and how siblings differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import synth
+from numpy.typing import NDArray
+
+from pipeline.engines.base import EngineSettings
+from pipeline.engines.remix import ENGINE, params_of_similarity
+from pipeline.engines.remix.beatless import onset_edges_s
+from pipeline.engines.remix.lattice import Moves, weigh
+from pipeline.engines.remix.similarity import break_penalties
+from pipeline.music import spectra
+from pipeline.records import Audio, Variation, VariationRequest
+
+PIECE = synth.play(
+    124, "verse chorus verse verse chorus verse chorus chorus"
+)  # 32 bars, 62 s and a last chord
+BAR_S = 4 * PIECE.beat_s
+RATE = spectra.RATE_HZ
+
+
+@cache
+def remixes(seconds: float = 30.0, n: int = 8, **params: float) -> list[Variation]:
+    generator: Any = ENGINE.load(EngineSettings(sample_rate=PIECE.audio.sample_rate))
+    wanted = [VariationRequest(str(seed), "t", PIECE.audio, seconds, seed, params) for seed in range(n)]
+    return list(generator.generate(wanted, progress=lambda *_: None, should_stop=lambda: False))
+
+
+def played_s(variation: Variation) -> NDArray[np.float64]:
+    """The source's time that is heard, every 10 ms of the result."""
+    time_s = np.arange(0.0, variation.audio.duration_s, 0.01)
+    source_s = variation.details["start_s"] + time_s
+    for join in variation.details["joins"]:
+        after = time_s >= join["out_s"]
+        source_s[after] = join["to_s"] + time_s[after] - join["out_s"]
+    return source_s
+
+
+def n_joins(variations: Sequence[Variation]) -> int:
+    return sum(len(variation.details["joins"]) for variation in variations)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.2])
+def test_siblings_seldom_play_the_same_at_the_same_time(temperature: float) -> None:
+    played = [played_s(variation) for variation in remixes(temperature=temperature)]
+    shared = [np.mean(np.abs(one - other) < 0.05) for one, other in combinations(played, 2)]
+    assert np.mean(shared) < 0.12 and max(shared) < 0.9
+
+
+def test_starts_and_endings_vary() -> None:
+    variations = [*remixes(temperature=0.6), *remixes(temperature=1.2)]
+    starts_s = {variation.details["start_s"] for variation in variations}
+    assert len(starts_s) >= 8
+    assert {variation.details["ending"] for variation in variations} == {"own", "fade"}
+
+
+def test_a_doubled_temperature_makes_far_more_joins() -> None:
+    assert n_joins(remixes(temperature=1.2)) >= 1.6 * n_joins(remixes(temperature=0.6))
+
+
+def test_most_jumps_are_by_multiples_of_four_bars_and_all_keep_the_position_in_the_bar() -> None:
+    joins = [join for variation in remixes(temperature=1.2) for join in variation.details["joins"]]
+    assert all(join["keeps_bar_position"] for join in joins)
+    assert np.mean([join["bars_jumped"] % 4 == 0 for join in joins]) >= 0.85
+    for join in joins:
+        assert join["to_bar"] - join["from_bar"] == join["bars_jumped"]
+        assert round((join["to_s"] - join["from_s"]) / BAR_S, 1) == join["bars_jumped"]
+
+
+def test_joins_are_on_bar_lines() -> None:
+    for join in (join for variation in remixes(temperature=1.2) for join in variation.details["joins"]):
+        assert abs(join["from_s"] / BAR_S - round(join["from_s"] / BAR_S)) * BAR_S < 0.01
+
+
+@pytest.mark.parametrize("temperature", [0.6, 2.0])
+def test_nothing_is_played_three_times_within_30_s(temperature: float) -> None:
+    for variation in remixes(temperature=temperature):
+        half_bars = np.floor(played_s(variation) / BAR_S * 2).astype(int)
+        visits = half_bars[np.flatnonzero(np.diff(half_bars, prepend=-1))]
+        assert np.unique(visits, return_counts=True)[1].max() <= 2
+
+
+def test_no_passage_of_30_s_is_uncut() -> None:
+    for variation in remixes(60.0, 4, temperature=0.3):
+        joins_s = [join["out_s"] for join in variation.details["joins"]]
+        assert max(np.diff([0.0, *joins_s, 60.0])) < 30
+
+
+def test_the_dial_says_how_much_is_heard_at_the_same_time_as_in_the_source() -> None:
+    shares = []
+    for similarity in (1.0, 0.9, 0.7):
+        params = params_of_similarity(similarity)
+        ENGINE.params.model_validate(params)
+        played = [played_s(variation) for variation in remixes(**params)]
+        shares.append(np.mean([np.abs(one - 0.01 * np.arange(one.size)) < 0.05 for one in played]))
+    assert all(one > other for one, other in pairwise(shares)) and shares[0] > 0.7 and shares[-1] < 0.15, shares
+
+
+def notes(times_s: Sequence[float], total_s: float, *, decay_s: float = 1.0) -> Audio:
+    """Notes of changing pitch with soft attacks at these times, mono at the rate of the analysis."""
+    out = np.zeros(round(total_s * RATE))
+    for k, at_s in enumerate(times_s):
+        time_s = np.arange(out.size - round(at_s * RATE)) / RATE
+        level = np.minimum(time_s / 0.03, 1) * np.exp(-time_s / decay_s)
+        out[-time_s.size :] += level * np.sin(2 * np.pi * 220 * 2 ** (k * 5 % 12 / 12) * time_s)
+    return Audio(0.2 * out[None].astype(np.float32), RATE)
+
+
+def test_music_without_a_beat_is_cut_just_before_its_onsets() -> None:
+    times_s = np.cumsum(np.random.default_rng(1).uniform(0.8, 1.7, 12))
+    edges_s = onset_edges_s(spectra.compute_spectra(notes(times_s, 18.0).mono()), 18.0)
+    assert np.all(np.diff(edges_s) > 0)
+    before_s = np.array([(at_s - edges_s[edges_s <= at_s + 0.02]).min() for at_s in times_s])
+    near = np.abs((times_s + 0.25) % 0.5 - 0.25) < 0.15  # onsets half-way between two edges are out of reach
+    assert near.sum() >= 4 and before_s[near].max() < 0.1
+
+
+def test_what_breaks_off_or_sets_in_without_an_attack_is_penalized() -> None:
+    """A chord from 2 to 6 s, which ends at once; silence around it."""
+    sound = notes([2.0], 6.0, decay_s=100.0).mono()
+    mono = np.pad(sound, (0, 4 * RATE))
+    mel = spectra.compute_spectra(mono).mel
+    silent, begin, middle, late, end, after = range(6)
+    penalty = break_penalties(mel, mono, np.array([1.0, 2.0, 3.5, 4.5, 6.0, 8.0]))
+    assert penalty[middle, late] < 0.1  # the same chord goes on
+    assert penalty[end, after] < 0.1  # it ended by itself
+    assert penalty[silent, begin] < 0.1  # it begins by its own attack
+    assert penalty[middle, after] > 0.3 and penalty[silent, middle] > 0.3
+
+
+def test_a_jump_in_level_is_penalized_but_not_one_of_the_tracks_own() -> None:
+    rng = np.random.default_rng(2)
+    mono = rng.standard_normal(8 * RATE).astype(np.float32) * np.repeat([0.01, 0.1], 4 * RATE).astype(
+        np.float32
+    )
+    quiet, step, loud, louder = range(4)
+    penalty = break_penalties(np.zeros((2, 1378), np.float32), mono, np.array([2.0, 4.0, 6.0, 7.0]))
+    assert penalty[quiet, loud] > 1.5 and penalty[loud, louder] < 0.1
+    assert penalty[quiet, step] < 0.1
+
+
+def test_the_lattice_weighs_every_path_once() -> None:
+    rng = np.random.default_rng(4)
+    targets = np.array([[1, 3], [0, 2], [4, 0], [1, 2], [0, 1], [2, 3]])
+    joins, segments = rng.normal(size=(6, 2)), np.array([-np.inf, 0.1, -0.4, 0.3])
+    last, final = np.array([-np.inf, -0.2, 0.5, 0.0]), rng.normal(size=6)
+    moves = Moves(segments, last, targets, joins)
+
+    def total(point: int, left: int) -> float:
+        weight = np.exp(last[left] + final[point + left]) if left < 4 and point + left < 6 else 0.0
+        for length in range(1, min(4, left)):
+            if (leave := point + length) < 6:
+                for k, target in enumerate(targets[leave]):
+                    weight += np.exp(segments[length] + joins[leave, k]) * total(int(target), left - length)
+        return float(weight)
+
+    entered = weigh(moves, final, 7, best=False).entered
+    expected = [[total(point, left) for point in range(6)] for left in range(1, 8)]
+    np.testing.assert_allclose(np.exp(entered[1:]), expected, rtol=1e-9)
