@@ -9,7 +9,7 @@ source. They build on `pipeline.music` and on each other in this order: `similar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,9 @@ class RemixParams(Params):
         ge=1,
         le=64,
         description="least number of beats played between two joins (of half seconds where there is no beat)",
+    )
+    emphasis: Literal["balanced", "timbre", "harmony"] = Field(
+        default="balanced", description="what matters most when two passages are compared for a join"
     )
 
 

@@ -14,6 +14,11 @@ from pipeline.music.spectra import Doubles, Floats
 from pipeline.records import Audio
 
 MIN_BARS = 6  # of fewer bars any beats may be joined that keep the position in the bar
+EMPHASES = {  # weights of a beat's features
+    "balanced": features.WEIGHTS,
+    "timbre": {"harmony": 0.1, "timbre": 0.6, "rhythm": 0.2, "loudness": 0.1},
+    "harmony": {"harmony": 0.7, "timbre": 0.1, "rhythm": 0.1, "loudness": 0.1},
+}
 PHRASE_BARS = 4  # most phrases have four bars, or a multiple of them
 BEATLESS_BAR = 4  # intervals without a beat that stand for a bar, as in `bars`
 # Corrections of a join's score
@@ -59,14 +64,14 @@ class Analysis:
         return self.duration_s - float(self.points_s[-1])
 
 
-def analyse(audio: Audio) -> Analysis:
-    """Analyse a track of any length and rate."""
+def analyse(audio: Audio, emphasis: str = "balanced") -> Analysis:
+    """Analyse a track of any length and rate; `emphasis`: a key of EMPHASES."""
     piece = analysis.analyse(audio)
     mono, spectrum, pulse = piece.mono, piece.spectra, piece.beats
     has_beat = pulse.tempo_bpm is not None
     edges_s = pulse.edges_s if has_beat else onset_edges_s(spectrum, audio.duration_s)
     of_beats = features.beat_features(spectrum, edges_s)
-    distances = features.beat_distances(of_beats)
+    distances = features.beat_distances(of_beats, EMPHASES[emphasis])
     found = bars.find_bars(of_beats, distances) if has_beat else bars.bars_of_pseudo_beats(distances)
     has_ending, spare_tail_s = _ending(mono)
     is_loop = has_beat and not has_ending and _is_whole_bars(edges_s, audio.duration_s, found.meter)

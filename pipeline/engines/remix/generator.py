@@ -43,7 +43,7 @@ class RemixGenerator:
     def _vary(
         self,
         request: VariationRequest,
-        analyse: Callable[[Audio], Analysis],
+        analyse: Callable[[Audio, str], Analysis],
         progress: ProgressFn,
         should_stop: StopFn,
     ) -> Variation:
@@ -58,7 +58,7 @@ class RemixGenerator:
             raise BadAudio(
                 f"the normalized audio lasts {source.duration_s:.2f} s; remix needs {MIN_DURATION_S} s"
             )
-        track = analyse(source)
+        track = analyse(source, params.emphasis)
         step(1)
         path = find_path(
             track,

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.remix import ENGINE, params_of_similarity
+from pipeline.engines.remix.analysis import EMPHASES
 from pipeline.engines.remix.beatless import onset_edges_s
 from pipeline.engines.remix.lattice import Moves, weigh
 from pipeline.engines.remix.similarity import break_penalties
-from pipeline.music import spectra
+from pipeline.music import features, spectra
 from pipeline.records import Audio, Variation, VariationRequest
 
 PIECE = synth.play(
@@ -101,7 +102,9 @@ def test_the_dial_says_how_much_is_heard_at_the_same_time_as_in_the_source() -> 
         ENGINE.params.model_validate(params)
         played = [played_s(variation) for variation in remixes(**params)]
         shares.append(np.mean([np.abs(one - 0.01 * np.arange(one.size)) < 0.05 for one in played]))
-    assert all(one > other for one, other in pairwise(shares)) and shares[0] > 0.7 and shares[-1] < 0.15, shares
+    assert all(one > other for one, other in pairwise(shares)) and shares[0] > 0.7 and shares[-1] < 0.15, (
+        shares
+    )
 
 
 def notes(times_s: Sequence[float], total_s: float, *, decay_s: float = 1.0) -> Audio:
@@ -145,6 +148,26 @@ def test_a_jump_in_level_is_penalized_but_not_one_of_the_tracks_own() -> None:
     penalty = break_penalties(np.zeros((2, 1378), np.float32), mono, np.array([2.0, 4.0, 6.0, 7.0]))
     assert penalty[quiet, loud] > 1.5 and penalty[loud, louder] < 0.1
     assert penalty[quiet, step] < 0.1
+
+
+def test_the_emphasis_says_whether_timbre_or_harmony_makes_beats_alike() -> None:
+    """Four seconds each of C in sines, C in saws, F sharp in sines; a note on each half second."""
+    time_s = np.arange(RATE // 2) / RATE
+
+    def note(pitch_hz: float, partials: int) -> NDArray[np.float64]:
+        waves = [np.sin(2 * np.pi * k * pitch_hz * time_s) / k for k in range(1, partials + 1)]
+        return np.asarray(0.2 * np.exp(-time_s / 0.2) * np.sum(waves, axis=0))
+
+    passages = [np.tile(note(*voice), 8) for voice in ((261.6, 1), (261.6, 12), (370.0, 1))]
+    spectrum = spectra.compute_spectra(np.concatenate(passages).astype(np.float32))
+    of_beats = features.beat_features(spectrum, np.arange(25) / 2)
+    by_timbre, by_harmony = (
+        features.beat_distances(of_beats, EMPHASES[name]) for name in ("timbre", "harmony")
+    )
+    sines, saws, other_pitch = 4, 12, 20
+    assert by_timbre[sines, other_pitch] < by_timbre[sines, saws]
+    assert by_harmony[sines, other_pitch] > 1.5 * by_timbre[sines, other_pitch]
+    assert by_harmony[sines, saws] < by_timbre[sines, saws]
 
 
 def test_the_lattice_weighs_every_path_once() -> None:
