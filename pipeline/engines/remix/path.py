@@ -32,11 +32,11 @@ Joins = tuple[tuple[int, int], ...]  # (point left, point entered) of each
 
 # Least score of joins, and whether the penalty for skipping an odd number of bars counts. Of the joins above
 # 0.2, 95 % are as smooth as uncut music to the classifier that `similarity` names; from 0 to 0.2, 90 %.
-FLOORS = ((0.2, True), (0.0, True), (0.0, False), (-0.5, False), (-np.inf, False))
-VARIETY_FLOORS = 3  # so many are tried for the sake of variety alone
+FLOORS = ((0.2, True), (0.0, True), (0.0, False), (-0.2, False), (-0.5, False), (-np.inf, False))
+VARIETY_FLOORS = 4  # so many are tried for the sake of variety alone
 FROZEN_FLOOR = 2  # the first one at temperature 0, where the best path avoids bad joins by itself
 DRAWS = 32
-ENOUGH_VARIETY = 16  # different paths among the draws
+ENOUGH_VARIETY = 20  # different paths among the draws
 RECENT_S = 30.0  # nothing is played three times within this time if that can be avoided
 WORST_WEIGHT, REPEAT_WEIGHT = 0.5, 1.0  # in a path's fault
 

@@ -9,9 +9,9 @@ import numpy as np
 from pipeline.engines.remix.analysis import PHRASE_BARS
 from pipeline.engines.remix.moves import FROZEN, Wish
 
-OWN_ENDING = 0.6  # log weight of playing the track's own ending, over fading, at temperature 1; times 1 / T
+OWN_ENDING = 1.2  # log weight of playing the track's own ending, over fading, at temperature 1; times 1 / T
 PICKUP = -3.0  # log weight of starting a few beats before a downbeat, by which the ending can fit
-EARLY, EARLY_EXPONENT = 0.48, 5  # log weight of starting elsewhere than the track does: -(EARLY / T)^5
+EARLY, EARLY_EXPONENT = 0.52, 5  # log weight of starting elsewhere than the track does: -(EARLY / T)^5
 IN_PHRASE = -0.7  # log weight of starting inside a phrase
 MAX_END_SILENCE_S = 0.35  # after the track's own ending
 LANDING_S = 0.05  # tolerance of both limits on when the ending comes
