@@ -24,7 +24,7 @@ def analyse(audio: Audio) -> Piece:
     """Analyse a piece of any length and rate."""
     mono = at_analysis_rate(audio)
     found = spectra.compute_spectra(mono)
-    return Piece(mono, found, beats.track_beats(found.onsets, mono))
+    return Piece(mono, found, beats.track_beats(found, mono))
 
 
 def at_analysis_rate(audio: Audio) -> Floats:

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.music.features import ONSET_PARTS, TONE_PARTS, Features
-from pipeline.music.spectra import Doubles, Floats
+from pipeline.music.spectra import Floats
 
-METERS = {4: 0.0, 3: 0.02, 5: 0.04, 7: 0.04}  # beats a bar: lead it needs over four, in typical distances
-MAX_LAG = 36  # beats, over which similarity is compared to find the meter
 SECTION_BARS = 4  # half the kernel's width, and the least length of a section
 SECTION_PEAK = 1.0  # least novelty of a boundary: standard deviations above the mean
 
@@ -31,49 +28,14 @@ class Bars:
     sections: tuple[int, ...]  # downbeats at which a section begins, without the first section's
 
 
-def find_bars(features: Features, distances: Floats) -> Bars:
-    """The bars of a track with these features and beat distances, (beats, beats)."""
-    meter = _meter(distances)
-    evidence = _downbeat_evidence(features)
-    phase = int(np.argmax([float(evidence[phase::meter].mean()) for phase in range(meter)]))
+def find_bars(distances: Floats, meter: int, phase: int) -> Bars:
+    """The bars of a track with these beat distances, (beats, beats), beats a bar and first bar line."""
     return Bars(meter, phase, _sections(distances, meter, phase))
 
 
 def bars_of_pseudo_beats(distances: Floats) -> Bars:
     """Bars of one beat, as no edge is a downbeat; sections as for four beats a bar."""
     return Bars(1, 0, _sections(distances, 4, 0))
-
-
-def _meter(distances: Floats) -> int:
-    """Beats a bar: the number at whose multiples the distance of beats drops most."""
-    max_lag = min(MAX_LAG, distances.shape[0] // 2)
-    candidates = [meter for meter in METERS if 2 * meter <= max_lag]  # a drop must be observed twice
-    if 4 not in candidates:
-        return 4
-    by_lag = np.array([float(np.diagonal(distances, lag).mean()) for lag in range(1, max_lag + 2)])
-    drops = 0.5 * (by_lag[:-2] + by_lag[2:]) - by_lag[1:-1]  # from lag 2 on, relative to both neighbours
-    return max(candidates, key=lambda m: float(drops[m - 2 :: m].mean()) - METERS[m])
-
-
-def _downbeat_evidence(features: Features) -> Doubles:
-    """The higher, the more likely the beat is a downbeat, (beats,)."""
-    first_onsets = features.rhythm.reshape(-1, ONSET_PARTS, 3)[:, 0]  # of each beat, in three bands
-    low, _, high = np.ascontiguousarray(first_onsets.T)
-    return _z_scores(low) + 0.3 * _z_scores(high) + 1.5 * _z_scores(_harmonic_change(features))
-
-
-def _harmonic_change(features: Features) -> Doubles:
-    """Cosine distance between the chroma of the two beats before each beat and that of it and the next."""
-    beats = features.harmony.reshape(-1, TONE_PARTS, 12).mean(axis=1).astype(np.float64)
-    padded = np.concatenate([beats[:1], beats[:1], beats, beats[-1:]])
-    pairs = padded[:-1] + padded[1:]
-    pairs /= np.maximum(np.linalg.norm(pairs, axis=1, keepdims=True), 1e-9)
-    return np.asarray(1.0 - (pairs[:-2] * pairs[2:]).sum(axis=1))
-
-
-def _z_scores(values: Floats | Doubles) -> Doubles:
-    values = np.asarray(values, np.float64)
-    return np.asarray((values - values.mean()) / max(float(values.std()), 1e-9))
 
 
 def _sections(distances: Floats, meter: int, phase: int) -> tuple[int, ...]:

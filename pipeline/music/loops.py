@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import EngineFailure
-from pipeline.music import bars, features
+from pipeline.music import features
 from pipeline.music.analysis import Piece
 from pipeline.music.spectra import RATE_HZ, Doubles, Floats
 from pipeline.music.splice import ALIGN_S, GUARD_S, alignment, crossfade
@@ -58,14 +58,10 @@ class Grid:
 
 def find_grid(piece: Piece) -> Grid:
     """The piece's beats and bars, or an even grid of bars of one beat."""
-    has_beat, duration_s = piece.beats.tempo_bpm is not None, piece.mono.size / RATE_HZ
+    found, duration_s = piece.beats, piece.mono.size / RATE_HZ
     even = np.linspace(0.0, duration_s, max(2, round(duration_s / GRID_S)) + 1)
-    edges_s = piece.beats.edges_s if has_beat else even
-    of_beats = features.beat_features(piece.spectra, edges_s)
-    distances = features.beat_distances(of_beats, WEIGHTS)
-    if not has_beat:
-        return Grid(edges_s, distances, 1, 0)
-    found = bars.find_bars(of_beats, features.beat_distances(of_beats))
+    edges_s = even if found.tempo_bpm is None else found.edges_s
+    distances = features.beat_distances(features.beat_features(piece.spectra, edges_s), WEIGHTS)
     return Grid(edges_s, distances, found.meter, found.phase)
 
 

@@ -45,7 +45,7 @@ def analyse(audio: Audio) -> tuple[Source, Floats]:
     source = Source(
         chroma=chroma,
         fingerprint=fingerprint(found.pitches),
-        tempo_bpm=beats.track_beats(found.onsets, slow).tempo_bpm,
+        tempo_bpm=beats.track_beats(found, slow).tempo_bpm,
         key=find_key(found.pitches) if chroma.any() else None,
         seams=seam_curves(mono, audio.sample_rate, found.onsets),
         context=context,

@@ -72,7 +72,11 @@ def analyse(audio: Audio, emphasis: str = "balanced") -> Analysis:
     edges_s = pulse.edges_s if has_beat else onset_edges_s(spectrum, audio.duration_s)
     of_beats = features.beat_features(spectrum, edges_s)
     distances = features.beat_distances(of_beats, EMPHASES[emphasis])
-    found = bars.find_bars(of_beats, distances) if has_beat else bars.bars_of_pseudo_beats(distances)
+    found = (
+        bars.find_bars(distances, pulse.meter, pulse.phase)
+        if has_beat
+        else bars.bars_of_pseudo_beats(distances)
+    )
     has_ending, spare_tail_s = _ending(mono)
     is_loop = has_beat and not has_ending and _is_whole_bars(edges_s, audio.duration_s, found.meter)
     first = 0 if is_loop else found.phase
