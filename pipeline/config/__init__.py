@@ -147,8 +147,8 @@ class Generate(StageSettings):
     duration_s: Duration = 30.0
     batch_tracks: Annotated[int, Field(ge=1, le=64)] = 8
     variations: Annotated[tuple[VariationSpec, ...], Field(min_length=1, strict=False)] = (
-        VariationSpec.model_construct(name="faithful", similarity=0.8, count=2),
-        VariationSpec.model_construct(name="bold", similarity=[0.5, 0.3]),
+        VariationSpec.model_construct(name="faithful", similarity=0.6, count=2),
+        VariationSpec.model_construct(name="bold", similarity=[0.4, 0.2]),
     )
 
 

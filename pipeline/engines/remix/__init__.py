@@ -9,6 +9,7 @@ source. They build on `pipeline.music` and on each other in this order: `similar
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field
@@ -45,14 +46,19 @@ class RemixParams(Params):
     )
 
 
-def params_of_similarity(similarity: float) -> dict[str, Any]:
-    """The parameters for a similarity to the source of 0 to 1.
+# (similarity, temperature). From 0.9 to 0.7 more and more seeds start elsewhere than the track does, which a
+# small change of the temperature decides; from there on there are more joins.
+DIAL = ((1.0, 0.15), (0.9, 0.36), (0.7, 0.405), (0.6, 0.6), (0.0, 2.0))
 
-    From 1 to 0.8 the temperature rises from 0.15, which gives the track's start with one late join, to 0.6:
-    pieces from anywhere, with few joins. From there to 0 it rises to 2, with ever shorter segments.
+
+def params_of_similarity(similarity: float) -> dict[str, Any]:
+    """The parameters for a similarity to the source of 0 to 1: a temperature between the points of DIAL.
+
+    At 1 it is the track's start with one late join, at 0.6 pieces from anywhere with few joins, and from 0.2
+    on segments are shorter as well.
     """
-    close = 0.15 + 2.25 * (1.0 - similarity)
-    temperature = close if similarity > 0.8 else 0.6 + 1.75 * (0.8 - similarity)
+    (above, low), (below, high) = next(pair for pair in pairwise(DIAL) if similarity >= pair[1][0])
+    temperature = low + (high - low) * (above - similarity) / (above - below)
     return {"temperature": round(temperature, 3), "min_segment_beats": 8 if similarity > 0.2 else 4}
 
 
