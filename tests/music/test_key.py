@@ -1,0 +1,42 @@
+"""Keys of synthesized pieces, and the agreement of two keys."""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+
+import mir_eval
+import numpy as np
+import pieces
+import pytest
+
+from pipeline.music.key import NAMES, Key, find_key, key_agreement
+from pipeline.music.spectra import N_PITCHES, compute_spectra
+
+KEYS = [Key(tonic, mode, 1.0) for tonic in range(12) for mode in ("major", "minor")]
+
+
+@pytest.mark.parametrize("style", ["rock", "ballad", "swing", "waltz"])
+def test_the_key_of_a_piece_is_found(style: str) -> None:
+    for tonic, mode in ((0, "minor"), (4, "major"), (7, "minor"), (10, "major")):
+        piece = pieces.play(style, 140.0, tonic=tonic, mode=mode, form="AB", seed=tonic)
+        found = find_key(compute_spectra(piece.mono).pitches)
+        assert (found.tonic, found.mode) == (tonic, mode)
+        assert found.confidence > 0.02
+
+
+def test_a_key_is_written_as_musicians_write_it() -> None:
+    assert [str(Key(9, "minor", 0.1)), str(Key(10, "major", 0.1))] == ["A minor", "Bb major"]
+
+
+def test_silence_has_a_key_without_confidence() -> None:
+    assert find_key(np.zeros((N_PITCHES, 10), np.float32)).confidence == 0.0
+
+
+def test_agreement_is_the_mirex_score_with_fifths_up_and_down() -> None:
+    for a, b in product(KEYS, KEYS):  # mir_eval counts a fifth up only
+        expected = max(mir_eval.key.weighted_score(*pair) for pair in permutations((_name(a), _name(b))))
+        assert key_agreement(a, b) == pytest.approx(expected), (str(a), str(b))
+
+
+def _name(key: Key) -> str:
+    return f"{NAMES[key.tonic]} {key.mode}"
