@@ -16,8 +16,6 @@ import numpy as np
 from pipeline.music.features import ONSET_PARTS, TONE_PARTS, Features
 from pipeline.music.spectra import Doubles, Floats
 
-METERS = {4: 0.0, 3: 0.02, 5: 0.04, 7: 0.04}  # beats a bar: lead it needs over four, in typical distances
-MAX_LAG = 36  # beats, over which similarity is compared to find the meter
 SECTION_BARS = 4  # half the kernel's width, and the least length of a section
 SECTION_PEAK = 1.0  # least novelty of a boundary: standard deviations above the mean
 
@@ -31,9 +29,8 @@ class Bars:
     sections: tuple[int, ...]  # downbeats at which a section begins, without the first section's
 
 
-def find_bars(features: Features, distances: Floats) -> Bars:
-    """The bars of a track with these features and beat distances, (beats, beats)."""
-    meter = _meter(distances)
+def find_bars(features: Features, distances: Floats, meter: int) -> Bars:
+    """The bars of a track with these features, beat distances, (beats, beats), and beats a bar."""
     evidence = _downbeat_evidence(features)
     phase = int(np.argmax([float(evidence[phase::meter].mean()) for phase in range(meter)]))
     return Bars(meter, phase, _sections(distances, meter, phase))
@@ -42,17 +39,6 @@ def find_bars(features: Features, distances: Floats) -> Bars:
 def bars_of_pseudo_beats(distances: Floats) -> Bars:
     """Bars of one beat, as no edge is a downbeat; sections as for four beats a bar."""
     return Bars(1, 0, _sections(distances, 4, 0))
-
-
-def _meter(distances: Floats) -> int:
-    """Beats a bar: the number at whose multiples the distance of beats drops most."""
-    max_lag = min(MAX_LAG, distances.shape[0] // 2)
-    candidates = [meter for meter in METERS if 2 * meter <= max_lag]  # a drop must be observed twice
-    if 4 not in candidates:
-        return 4
-    by_lag = np.array([float(np.diagonal(distances, lag).mean()) for lag in range(1, max_lag + 2)])
-    drops = 0.5 * (by_lag[:-2] + by_lag[2:]) - by_lag[1:-1]  # from lag 2 on, relative to both neighbours
-    return max(candidates, key=lambda m: float(drops[m - 2 :: m].mean()) - METERS[m])
 
 
 def _downbeat_evidence(features: Features) -> Doubles:

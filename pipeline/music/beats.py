@@ -19,18 +19,22 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter1d, uniform_filter1d
+from scipy.ndimage import gaussian_filter1d, median_filter, uniform_filter1d
 
-from pipeline.music.spectra import FRAME_RATE_HZ, RATE_HZ, Doubles, Floats
+from pipeline.music.meter import FASTEST_BPM, PREFERRED_BPM, PULSE_TICKS, SLOWEST_BPM, find_level
+from pipeline.music.spectra import FRAME_RATE_HZ, RATE_HZ, Doubles, Floats, Spectra
 
-SLOWEST_BPM, FASTEST_BPM = 55.0, 215.0
-PRIOR_BPM, PRIOR_OCTAVES = 118.0, 0.9
-MULTIPLES = 4  # of the beat period, over which the autocorrelation is averaged
-FINE_MULTIPLES = 24  # the same for the final refinement of the period
-CLEAR_PULSE = 0.16
+WINDOW_S = 8.0  # of the tempogram: four beats at 60 BPM and their like a little later
+MULTIPLES = 4  # of the pulse's period, over which the autocorrelation is averaged
+PULSE_PRIOR_OCTAVES = 0.9  # standard deviation of the pulse's rate around the preferred tempo
+LEAST_CLARITY = 0.22  # measured: noise, speech and pads up to 0.17, music with a beat from 0.34
 MIN_BEATS = 8  # with fewer the tempo is unreliable and pseudo-beats are used
-TIGHTNESS = 400.0  # weight of the beat tracker's penalty for intervals off the tempo
-STEADY_S = 0.006  # the tempo is steady if the median distance of the beats from an even grid is less
+SHORTEST, LONGEST = 0.7, 1.3  # intervals between beats, of the typical one
+TEMPO_CHANGE = 300.0  # cost of a squared change of the interval from beat to beat, in log units
+TEMPO_OFFSET = 8.0  # the same of its difference from the typical interval
+STEADY_S = 0.008  # beats are on an even grid if they are no further from it, by the median of ...
+STEADY_BEATS = 9  # ... so many in sequence
+CLOSE_S = 0.003  # beats this close to a line count alike when it is fitted
 LOCAL_BEATS = 2  # neighbours to either side to which a local line is fitted
 NEAR_EDGE_S = 0.02  # a beat this close to the track's start or end is moved onto it
 GRID_S = 0.5  # length of a pseudo-beat
@@ -45,21 +49,31 @@ class Beats:
     edges_s: Doubles  # (beats + 1,), rising, within the track
     tempo_bpm: float | None  # None: the edges are pseudo-beats
     pulse_clarity: float  # -1 to 1
+    meter: int  # beats a bar, 1 of pseudo-beats
 
 
-def track_beats(onsets: Floats, mono: Floats) -> Beats:
-    """The beats of mono sound at RATE_HZ, (samples,); `onsets` are its onset strengths, (frames,)."""
+def track_beats(spectra: Spectra, mono: Floats) -> Beats:
+    """The beats of mono sound at RATE_HZ, (samples,)."""
     duration_s = mono.size / RATE_HZ
-    envelope = _normalized(onsets)
-    period, clarity = _period(envelope)
-    if clarity < CLEAR_PULSE or duration_s * FRAME_RATE_HZ < MIN_BEATS * period:
-        n_beats = max(MIN_PSEUDO_BEATS, round(duration_s / GRID_S))
-        return Beats(np.linspace(0.0, duration_s, n_beats + 1), None, clarity)
-    frames = _beat_frames(envelope, period)
-    times_s = _fit(_interpolated(frames, envelope), period) / FRAME_RATE_HZ
+    envelope = _normalized(spectra.onsets)
+    pulse_s = _follow(envelope, _pulse_period(envelope)) / FRAME_RATE_HZ
+    if pulse_s.size < MIN_BEATS:
+        return _pseudo_beats(duration_s, 0.0)
+    ticks_s = _divide(_extend(pulse_s, duration_s))
+    level = find_level(spectra, ticks_s)
+    times_s = ticks_s[level.phase :: level.beat]
+    if level.clarity < LEAST_CLARITY or times_s.size < MIN_BEATS:
+        return _pseudo_beats(duration_s, level.clarity)
+    frames = _interpolated(np.round(times_s * FRAME_RATE_HZ).astype(np.int64), envelope)
+    times_s = _fit(frames / FRAME_RATE_HZ)
     times_s = times_s + _attack_shift_s(times_s, mono)
-    edges_s = _extend(times_s, duration_s)
-    return Beats(edges_s, 60.0 / float(np.median(np.diff(edges_s))), clarity)
+    edges_s = _within(_extend(times_s, duration_s), duration_s)
+    return Beats(edges_s, 60.0 / float(np.median(np.diff(edges_s))), level.clarity, level.meter)
+
+
+def _pseudo_beats(duration_s: float, clarity: float) -> Beats:
+    n_beats = max(MIN_PSEUDO_BEATS, round(duration_s / GRID_S))
+    return Beats(np.linspace(0.0, duration_s, n_beats + 1), None, clarity, 1)
 
 
 def _normalized(onsets: Floats) -> Doubles:
@@ -69,56 +83,67 @@ def _normalized(onsets: Floats) -> Doubles:
     return np.asarray(flat / max(float(flat.std()), 1e-9))
 
 
-def _period(envelope: Doubles) -> tuple[float, float]:
-    """Beat period in frames, and the pulse clarity."""
-    correlation = _autocorrelation(envelope)
-    periods = 60.0 * FRAME_RATE_HZ / np.geomspace(FASTEST_BPM, SLOWEST_BPM, 800)
-    combs = _comb(correlation, periods, MULTIPLES)
-    octaves = np.log2(60.0 * FRAME_RATE_HZ / periods / PRIOR_BPM)
-    best = periods[np.argmax(np.maximum(combs, 0.0) * np.exp(-0.5 * (octaves / PRIOR_OCTAVES) ** 2))]
-    fine = best * np.linspace(0.97, 1.03, 241)
-    best = fine[np.argmax(_comb(correlation, fine, MULTIPLES))]
-    fine = best * np.linspace(0.994, 1.006, 241)
-    sharp = fine[np.argmax(_comb(correlation, fine, FINE_MULTIPLES))]
-    return float(sharp), float(_comb(correlation, np.array([sharp]), MULTIPLES)[0])
-
-
-def _autocorrelation(envelope: Doubles) -> Doubles:
-    """For lags up to half the length, divided by the number of overlapping frames; 1 at lag 0."""
-    n = envelope.size
-    spectrum = scipy.fft.rfft(envelope, scipy.fft.next_fast_len(2 * n))
-    raw = scipy.fft.irfft(np.abs(spectrum) ** 2)[: max(2, n // 2)]
-    smooth = gaussian_filter1d(raw / (n - np.arange(raw.size)), 1.0)
-    return np.asarray(smooth / max(float(smooth[0]), 1e-12))
-
-
-def _comb(correlation: Doubles, periods: Doubles, multiples: int) -> Doubles:
-    """Mean of the autocorrelation at 1 to `multiples` times each period, without lags beyond its end."""
-    lags = periods[:, None] * np.arange(1, multiples + 1)
+def _pulse_period(envelope: Doubles) -> float:
+    """The period, in frames, of the clearest pulse: the mean over windows of the autocorrelation at its multiples."""
+    size = round(WINDOW_S * FRAME_RATE_HZ)
+    padded = np.pad(envelope, (0, max(0, size - envelope.size)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 2]
+    correlation = _autocorrelation(windows - windows.mean(axis=1, keepdims=True))
+    periods = 60.0 * FRAME_RATE_HZ / np.geomspace(FASTEST_BPM, SLOWEST_BPM, 400)
+    lags = periods[:, None] * np.arange(1, MULTIPLES + 1)
     inside = lags <= correlation.size - 1
     values = np.interp(lags, np.arange(correlation.size), correlation) * inside
-    return np.asarray(values.sum(axis=1) / np.maximum(inside.sum(axis=1), 1))
+    combs = values.sum(axis=1) / inside.sum(axis=1)
+    octaves = np.log2(60.0 * FRAME_RATE_HZ / periods / PREFERRED_BPM)
+    prior = np.exp(-0.5 * (octaves / PULSE_PRIOR_OCTAVES) ** 2)
+    return float(periods[np.argmax(np.maximum(combs, 0.0) * prior)])
 
 
-def _beat_frames(envelope: Doubles, period: float) -> NDArray[np.int64]:
-    """The frames of the beats by Ellis's dynamic programming."""
+def _autocorrelation(windows: Doubles) -> Doubles:
+    """Mean autocorrelation of (windows, frames), each of unit energy, for lags up to half the length."""
+    n = windows.shape[1]
+    spectra = scipy.fft.rfft(windows, scipy.fft.next_fast_len(2 * n), axis=1)
+    raw = scipy.fft.irfft(np.abs(spectra) ** 2, axis=1)[:, : n // 2] / (n - np.arange(n // 2))
+    quiet = 0.1 * raw[:, 0].mean() + 1e-12  # windows without onsets count less
+    return np.asarray(gaussian_filter1d((raw / np.maximum(raw[:, :1], quiet)).mean(axis=0), 1.5))
+
+
+def _follow(envelope: Doubles, period: float) -> Doubles:
+    """The frames of a pulse that begins with this period and may change it slowly.
+
+    Ellis's dynamic programming, with the interval to the beat before as part of the state, so that the cost is
+    of changes between successive intervals. Scores of a block of frames depend on earlier blocks alone.
+    """
     local = gaussian_filter1d(envelope, period / 32)
-    gaps = np.arange(round(period / 2), round(period * 2) + 1)
-    penalty = -TIGHTNESS * np.log(gaps / period) ** 2
-    reversed_penalty, first, last = penalty[::-1].copy(), int(gaps[0]), int(gaps[-1])
-    previous = np.full(local.size, -1, np.int64)
-    total = np.concatenate([np.zeros(last), local])  # zeros: the first beat has no predecessor and no penalty
-    for frame in range(local.size):
-        reachable = total[frame : frame + last - first + 1] + reversed_penalty
-        best = int(np.argmax(reachable))
-        total[last + frame] = local[frame] + reachable[best]
-        previous[frame] = frame - last + best
-    frame = local.size - 1 - int(np.argmax(total[last:][-round(period) :][::-1]))
-    beats = []
-    while frame >= 0:
+    intervals = np.arange(round(SHORTEST * period), round(LONGEST * period) + 1)
+    logs = np.log(intervals)
+    change = -TEMPO_CHANGE * (logs[:, None] - logs) ** 2  # (interval before, interval after)
+    offset = -TEMPO_OFFSET * (logs - np.log(period)) ** 2
+    n, first, last = local.size, int(intervals[0]), int(intervals[-1])
+    leaving = np.zeros(
+        (last + n, intervals.size)
+    )  # best score of leaving a frame by an interval; before the start 0
+    score, before = np.empty((n, intervals.size)), np.empty((n, intervals.size), np.int64)
+    for start in range(0, n, first):
+        block = np.arange(start, min(n, start + first))
+        arrived = leaving[block[:, None] + last - intervals, np.arange(intervals.size)]
+        score[block] = local[block, None] + offset + arrived
+        through = score[block][:, :, None] + change
+        before[block] = through.argmax(axis=1)
+        leaving[block + last] = through.max(axis=1)
+    frame = n - 1 - int(np.argmax(score[-round(period) :].max(axis=1)[::-1]))
+    k = int(score[frame].argmax())
+    beats = [frame]
+    while (frame := frame - int(intervals[k])) >= 0:
+        k = int(before[frame, k])
         beats.append(frame)
-        frame = int(previous[frame])
-    return np.array(beats[::-1], np.int64)
+    return np.array(beats[::-1], np.float64)
+
+
+def _divide(times_s: Doubles) -> Doubles:
+    """PULSE_TICKS evenly spaced times from each time to the next."""
+    index = np.arange((times_s.size - 1) * PULSE_TICKS + 1) / PULSE_TICKS
+    return np.interp(index, np.arange(times_s.size), times_s)
 
 
 def _interpolated(frames: NDArray[np.int64], envelope: Doubles) -> Doubles:
@@ -136,21 +161,19 @@ def _interpolated(frames: NDArray[np.int64], envelope: Doubles) -> Doubles:
     return out
 
 
-def _fit(times: Doubles, period: float) -> Doubles:
-    """Beats on one even grid if the tempo is steady, otherwise on lines fitted to their neighbours."""
-    steps = np.maximum(1, np.round(np.diff(times) / period)).astype(np.int64)
-    index = np.concatenate([[0], np.cumsum(steps)])
-    slope, start = _line(index.astype(np.float64), times)
-    grid = np.arange(index[-1] + 1)
-    if np.median(np.abs(times - (start + slope * index))) <= STEADY_S * FRAME_RATE_HZ:
-        return np.asarray(start + slope * grid)
-    filled = np.interp(grid, index, times)
-    out = np.empty(grid.size)
-    for k in grid:
-        near = slice(max(0, k - LOCAL_BEATS), k + LOCAL_BEATS + 1)
-        slope, start = _line(grid[near].astype(np.float64), filled[near])
-        out[k] = start + slope * k
-    return out
+def _fit(times_s: Doubles) -> Doubles:
+    """Beats on even grids wherever the tempo is steady, on lines fitted to their neighbours elsewhere."""
+    index = np.arange(times_s.size, dtype=np.float64)
+    slope, start = _line(index, times_s)
+    residual = np.abs(times_s - start - slope * index)
+    if median_filter(residual, STEADY_BEATS, mode="nearest").max() <= STEADY_S:
+        return np.asarray(start + slope * index)
+    half = times_s.size // 2
+    if half >= 2 * STEADY_BEATS:
+        return np.concatenate([_fit(times_s[:half]), _fit(times_s[half:])])
+    near = [slice(max(0, k - LOCAL_BEATS), k + LOCAL_BEATS + 1) for k in range(times_s.size)]
+    lines = [_line(index[part], times_s[part]) for part in near]
+    return np.array([start + slope * k for k, (slope, start) in enumerate(lines)])
 
 
 def _line(x: Doubles, y: Doubles) -> tuple[float, float]:
@@ -159,7 +182,7 @@ def _line(x: Doubles, y: Doubles) -> tuple[float, float]:
     slope, start = 1.0, 0.0
     for _ in range(12):
         slope, start = np.polynomial.Polynomial.fit(x, y, 1, w=np.sqrt(weights)).convert().coef[::-1]
-        weights = 1.0 / np.maximum(np.abs(y - start - slope * x), 0.5)
+        weights = 1.0 / np.maximum(np.abs(y - start - slope * x), CLOSE_S)
     return float(slope), float(start)
 
 
@@ -174,12 +197,17 @@ def _attack_shift_s(times_s: Doubles, mono: Floats) -> float:
 
 
 def _extend(times_s: Doubles, duration_s: float) -> Doubles:
-    """The beats extrapolated to both ends of the track at the tempo of the first and the last beat."""
-    head, tail = times_s[1] - times_s[0], times_s[-1] - times_s[-2]
+    """The beats extrapolated beyond both ends of the track at the tempo of the first and the last beats."""
+    head = float(np.median(np.diff(times_s[:MIN_BEATS])))
+    tail = float(np.median(np.diff(times_s[-MIN_BEATS:])))
     before = times_s[0] - head * np.arange(int(times_s[0] / head) + 1, 0, -1)
     after = times_s[-1] + tail * np.arange(1, int((duration_s - times_s[-1]) / tail) + 2)
-    edges = np.concatenate([before, times_s, after])
-    edges = edges[(edges >= -NEAR_EDGE_S) & (edges <= duration_s + NEAR_EDGE_S)]
-    edges[edges <= NEAR_EDGE_S] = 0.0
-    edges[edges >= duration_s - NEAR_EDGE_S] = duration_s
-    return np.asarray(edges)
+    return np.concatenate([before, times_s, after])
+
+
+def _within(edges_s: Doubles, duration_s: float) -> Doubles:
+    """The beats inside of the track; those very near to its start or end are moved there."""
+    inside = edges_s[(edges_s >= -NEAR_EDGE_S) & (edges_s <= duration_s + NEAR_EDGE_S)]
+    inside[inside <= NEAR_EDGE_S] = 0.0
+    inside[inside >= duration_s - NEAR_EDGE_S] = duration_s
+    return np.asarray(inside)

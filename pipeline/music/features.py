@@ -33,13 +33,9 @@ class Features:
 def beat_features(spectra: Spectra, edges_s: Doubles) -> Features:
     """The features of the beats between the edges."""
     tone_edges = _divide(edges_s, TONE_PARTS)
-    mel = _means(spectra.mel, tone_edges * FRAME_RATE_HZ)
-    pitches = np.sqrt(
-        _means(spectra.pitches, tone_edges * TONE_RATE_HZ)
-    )  # compressed, so that quieter notes count as well
-    chroma = pitches.reshape(N_PITCHES // 12, 12, -1).sum(axis=0)
-    chroma = chroma / np.maximum(np.linalg.norm(chroma, axis=0), 1e-9)
-    onsets = np.sqrt(_means(spectra.band_onsets, _divide(edges_s, ONSET_PARTS) * FRAME_RATE_HZ))
+    mel = means_between(spectra.mel, tone_edges * FRAME_RATE_HZ)
+    chroma = mean_chroma(spectra.pitches, tone_edges * TONE_RATE_HZ)
+    onsets = np.sqrt(means_between(spectra.band_onsets, _divide(edges_s, ONSET_PARTS) * FRAME_RATE_HZ))
     timbre = scipy.fft.dct(mel, axis=0, norm="ortho")
     return Features(
         harmony=_rows(chroma, TONE_PARTS),
@@ -55,7 +51,14 @@ def _divide(edges: Doubles, parts: int) -> Doubles:
     return np.interp(index, np.arange(edges.size), edges)
 
 
-def _means(frames: Floats, edges: Doubles) -> Floats:
+def mean_chroma(pitches: Floats, edges: Doubles) -> Floats:
+    """Chroma of `Spectra.pitches` between fractional frame positions, (12, edges - 1), A first, of unit length."""
+    compressed = np.sqrt(means_between(pitches, edges))  # so that quieter notes count as well
+    chroma = compressed.reshape(N_PITCHES // 12, 12, -1).sum(axis=0)
+    return np.asarray(chroma / np.maximum(np.linalg.norm(chroma, axis=0), 1e-9))
+
+
+def means_between(frames: Floats, edges: Doubles) -> Floats:
     """Means of (bands, frames) between fractional frame positions, (bands, edges - 1)."""
     sums = np.pad(np.cumsum(frames, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
     at = np.clip(edges + 0.5, 0.0, frames.shape[1])  # frame k stands for k - 0.5 to k + 0.5

@@ -50,10 +50,14 @@ def analyse(audio: Audio) -> Analysis:
     """Analyse a track of any length and rate."""
     mono = _at_analysis_rate(audio)
     spectrum = spectra.compute_spectra(mono)
-    pulse = beats.track_beats(spectrum.onsets, mono)
+    pulse = beats.track_beats(spectrum, mono)
     of_beats = features.beat_features(spectrum, pulse.edges_s)
     distances = features.beat_distances(of_beats)
-    found = bars.find_bars(of_beats, distances) if pulse.tempo_bpm else bars.bars_of_pseudo_beats(distances)
+    found = (
+        bars.find_bars(of_beats, distances, pulse.meter)
+        if pulse.tempo_bpm
+        else bars.bars_of_pseudo_beats(distances)
+    )
     similarities, scores = _scores(join_costs(distances), found)
     has_ending, spare_tail_s = _ending(mono)
     if pulse.tempo_bpm and not has_ending and _is_whole_bars(pulse.edges_s, audio.duration_s, found.meter):
