@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.music.features import ONSET_PARTS, TONE_PARTS, Features
-from pipeline.music.spectra import Doubles, Floats
+from pipeline.music.spectra import Floats
 
 SECTION_BARS = 4  # half the kernel's width, and the least length of a section
 SECTION_PEAK = 1.0  # least novelty of a boundary: standard deviations above the mean
@@ -29,37 +28,14 @@ class Bars:
     sections: tuple[int, ...]  # downbeats at which a section begins, without the first section's
 
 
-def find_bars(features: Features, distances: Floats, meter: int) -> Bars:
-    """The bars of a track with these features, beat distances, (beats, beats), and beats a bar."""
-    evidence = _downbeat_evidence(features)
-    phase = int(np.argmax([float(evidence[phase::meter].mean()) for phase in range(meter)]))
+def find_bars(distances: Floats, meter: int, phase: int) -> Bars:
+    """The bars of a track with these beat distances, (beats, beats), beats a bar and first bar line."""
     return Bars(meter, phase, _sections(distances, meter, phase))
 
 
 def bars_of_pseudo_beats(distances: Floats) -> Bars:
     """Bars of one beat, as no edge is a downbeat; sections as for four beats a bar."""
     return Bars(1, 0, _sections(distances, 4, 0))
-
-
-def _downbeat_evidence(features: Features) -> Doubles:
-    """The higher, the more likely the beat is a downbeat, (beats,)."""
-    first_onsets = features.rhythm.reshape(-1, ONSET_PARTS, 3)[:, 0]  # of each beat, in three bands
-    low, _, high = np.ascontiguousarray(first_onsets.T)
-    return _z_scores(low) + 0.3 * _z_scores(high) + 1.5 * _z_scores(_harmonic_change(features))
-
-
-def _harmonic_change(features: Features) -> Doubles:
-    """Cosine distance between the chroma of the two beats before each beat and that of it and the next."""
-    beats = features.harmony.reshape(-1, TONE_PARTS, 12).mean(axis=1).astype(np.float64)
-    padded = np.concatenate([beats[:1], beats[:1], beats, beats[-1:]])
-    pairs = padded[:-1] + padded[1:]
-    pairs /= np.maximum(np.linalg.norm(pairs, axis=1, keepdims=True), 1e-9)
-    return np.asarray(1.0 - (pairs[:-2] * pairs[2:]).sum(axis=1))
-
-
-def _z_scores(values: Floats | Doubles) -> Doubles:
-    values = np.asarray(values, np.float64)
-    return np.asarray((values - values.mean()) / max(float(values.std()), 1e-9))
 
 
 def _sections(distances: Floats, meter: int, phase: int) -> tuple[int, ...]:

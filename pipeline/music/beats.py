@@ -21,7 +21,15 @@ import scipy.fft
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d, median_filter, uniform_filter1d
 
-from pipeline.music.meter import FASTEST_BPM, PREFERRED_BPM, PULSE_TICKS, SLOWEST_BPM, find_level
+from pipeline.music.meter import (
+    FASTEST_BPM,
+    PREFERRED_BPM,
+    PULSE_TICKS,
+    SLOWEST_BPM,
+    find_bar_line,
+    find_level,
+    measure_rhythm,
+)
 from pipeline.music.spectra import FRAME_RATE_HZ, RATE_HZ, Doubles, Floats, Spectra
 
 WINDOW_S = 8.0  # of the tempogram: four beats at 60 BPM and their like a little later
@@ -50,6 +58,7 @@ class Beats:
     tempo_bpm: float | None  # None: the edges are pseudo-beats
     pulse_clarity: float  # -1 to 1
     meter: int  # beats a bar, 1 of pseudo-beats
+    phase: int  # edge of the first bar line: 0 <= phase < meter
 
 
 def track_beats(spectra: Spectra, mono: Floats) -> Beats:
@@ -60,20 +69,24 @@ def track_beats(spectra: Spectra, mono: Floats) -> Beats:
     if pulse_s.size < MIN_BEATS:
         return _pseudo_beats(duration_s, 0.0)
     ticks_s = _divide(_extend(pulse_s, duration_s))
-    level = find_level(spectra, ticks_s)
-    times_s = ticks_s[level.phase :: level.beat]
-    if level.clarity < LEAST_CLARITY or times_s.size < MIN_BEATS:
+    rhythm = measure_rhythm(spectra, ticks_s)
+    level = find_level(rhythm)
+    if level.clarity < LEAST_CLARITY or ticks_s.size < MIN_BEATS * level.beat:
         return _pseudo_beats(duration_s, level.clarity)
-    frames = _interpolated(np.round(times_s * FRAME_RATE_HZ).astype(np.int64), envelope)
+    bar_line = find_bar_line(rhythm, level)
+    rough_s = ticks_s[bar_line % level.beat :: level.beat]
+    frames = _interpolated(np.round(rough_s * FRAME_RATE_HZ).astype(np.int64), envelope)
     times_s = _fit(frames / FRAME_RATE_HZ)
     times_s = times_s + _attack_shift_s(times_s, mono)
     edges_s = _within(_extend(times_s, duration_s), duration_s)
-    return Beats(edges_s, 60.0 / float(np.median(np.diff(edges_s))), level.clarity, level.meter)
+    tempo_bpm = 60.0 / float(np.median(np.diff(edges_s)))
+    first = int(np.argmin(np.abs(edges_s - times_s[bar_line // level.beat + level.meter]))) % level.meter
+    return Beats(edges_s, tempo_bpm, level.clarity, level.meter, first)
 
 
 def _pseudo_beats(duration_s: float, clarity: float) -> Beats:
     n_beats = max(MIN_PSEUDO_BEATS, round(duration_s / GRID_S))
-    return Beats(np.linspace(0.0, duration_s, n_beats + 1), None, clarity, 1)
+    return Beats(np.linspace(0.0, duration_s, n_beats + 1), None, clarity, 1, 0)
 
 
 def _normalized(onsets: Floats) -> Doubles:
@@ -84,7 +97,7 @@ def _normalized(onsets: Floats) -> Doubles:
 
 
 def _pulse_period(envelope: Doubles) -> float:
-    """The period, in frames, of the clearest pulse: the mean over windows of the autocorrelation at its multiples."""
+    """The period, in frames, at whose multiples the autocorrelation of the windows is highest."""
     size = round(WINDOW_S * FRAME_RATE_HZ)
     padded = np.pad(envelope, (0, max(0, size - envelope.size)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 2]
@@ -111,8 +124,8 @@ def _autocorrelation(windows: Doubles) -> Doubles:
 def _follow(envelope: Doubles, period: float) -> Doubles:
     """The frames of a pulse that begins with this period and may change it slowly.
 
-    Ellis's dynamic programming, with the interval to the beat before as part of the state, so that the cost is
-    of changes between successive intervals. Scores of a block of frames depend on earlier blocks alone.
+    Ellis's dynamic programming, with the interval to the beat before as part of the state, so that what costs
+    is a change between successive intervals. Scores of a block of frames depend on earlier blocks alone.
     """
     local = gaussian_filter1d(envelope, period / 32)
     intervals = np.arange(round(SHORTEST * period), round(LONGEST * period) + 1)

@@ -52,7 +52,7 @@ def _divide(edges: Doubles, parts: int) -> Doubles:
 
 
 def mean_chroma(pitches: Floats, edges: Doubles) -> Floats:
-    """Chroma of `Spectra.pitches` between fractional frame positions, (12, edges - 1), A first, of unit length."""
+    """Chroma between fractional frame positions, (12, edges - 1), A first, each of unit length."""
     compressed = np.sqrt(means_between(pitches, edges))  # so that quieter notes count as well
     chroma = compressed.reshape(N_PITCHES // 12, 12, -1).sum(axis=0)
     return np.asarray(chroma / np.maximum(np.linalg.norm(chroma, axis=0), 1e-9))

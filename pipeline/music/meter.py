@@ -1,11 +1,15 @@
 """The metrical level of the beat: which multiple or fraction of a pulse it is, and how many make a bar.
 
-A pulse that was followed through a track may be any level of the meter, or one and a half of it. So the track is
-divided into ticks, PULSE_TICKS to a pulse, which takes changes of tempo out, and every candidate for the beat is
-judged together with the bar above it (Klapuri et al. 2006, "Analysis of the meter of acoustic musical signals"):
-music repeats its pattern of onsets and its harmony after one and two bars of the true meter, beats have stronger
-accents than what is between them, and tempos near PREFERRED_BPM are more likely (van Noorden and Moelants 1999,
-"Resonance in the perception of musical pulse").
+A pulse that was followed through a track may be any level of the meter, or one and a half of it. So the
+track is divided into ticks, PULSE_TICKS to a pulse, which takes changes of tempo out, and every candidate
+for the beat is judged together with the bar above it (Klapuri et al. 2006, "Analysis of the meter of
+acoustic musical signals"): music repeats its pattern of onsets and its harmony after one and two bars of
+the true meter, beats have stronger accents than what is between them, and tempos near PREFERRED_BPM are
+more likely (van Noorden and Moelants 1999, "Resonance in the perception of musical pulse").
+
+Bar lines are where timbre and harmony differ most from what was before (Foote 2000, "Automatic audio
+segmentation using a measure of audio novelty"), on every scale from half a beat to a bar, where low onsets
+are strong, and a beat before a backbeat. This places the beats too, as off-beats may have stronger onsets.
 
 Compound meters count in dotted beats, four to a bar: two bars of 6/8 are taken as one of 12/8.
 """
@@ -18,7 +22,7 @@ import numpy as np
 import scipy.fft
 from scipy.ndimage import uniform_filter1d
 
-from pipeline.music.features import means_between, mean_chroma
+from pipeline.music.features import mean_chroma, means_between
 from pipeline.music.spectra import FRAME_RATE_HZ, TONE_RATE_HZ, Doubles, Spectra
 
 PULSE_TICKS = 12  # divisible by 2, 3 and 4
@@ -38,6 +42,8 @@ BEAT, BAR, TWO_BARS = 1.0, 2.0, 4.0  # similarity of the onsets after a beat, a 
 HARMONY = 2.0  # similarity of the chroma after two bars
 ACCENT = 2.0  # mean accent of the beats, in standard deviations
 TEMPO = 3.0  # per squared octave from the preferred tempo
+# Weights of the evidence for bar lines, each in standard deviations
+TIMBRE_CHANGE, HARMONY_CHANGE, LOW_ONSET, BACKBEAT = 2.9, 1.3, 1.3, 1.1
 
 
 @dataclass(frozen=True)
@@ -45,57 +51,85 @@ class Level:
     """A candidate for the beat, in ticks."""
 
     beat: int
-    phase: int  # of the first beat: 0 <= phase < beat
     meter: int  # beats a bar
     clarity: float  # mean similarity of the onsets after a bar and after two, -1 to 1
     score: float
 
+    @property
+    def bar(self) -> int:
+        return self.meter * self.beat
+
 
 @dataclass(frozen=True, eq=False)
-class _Evidence:
-    onsets: Doubles  # (lags,): similarity of onsets so many ticks apart, 1 at lag 0
-    harmony: Doubles  # (lags,): the same of chroma
-    accents: Doubles  # (3, ticks): low onsets, all onsets, changes of harmony; in standard deviations
+class Rhythm:
+    """What the choice is made by, per tick."""
+
+    tick_s: float
+    onsets: Doubles  # (3, ticks): in the low, middle and high band, in standard deviations
+    mel: Doubles  # (N_MEL, ticks)
+    chroma: Doubles  # (12, ticks)
+    onsets_after: Doubles  # (lags,): similarity of onsets so many ticks apart, 1 at lag 0
+    harmony_after: Doubles  # (lags,): the same of chroma
 
 
-def find_level(spectra: Spectra, ticks_s: Doubles) -> Level:
-    """The most likely beat and meter of a track with a tick at each of these times, (ticks,)."""
-    evidence = _evidence(spectra, ticks_s)
-    tick_s = float(np.median(np.diff(ticks_s)))
-    beats = [n for n in BEAT_TICKS if SLOWEST_BPM <= 60.0 / (n * tick_s) <= FASTEST_BPM]
-    return max((_level(evidence, tick_s, n, m) for n in beats for m in METERS), key=lambda level: level.score)
-
-
-def _evidence(spectra: Spectra, ticks_s: Doubles) -> _Evidence:
+def measure_rhythm(spectra: Spectra, ticks_s: Doubles) -> Rhythm:
+    """The rhythm of a track with a tick at each of these times, (ticks,)."""
     middles_s = 0.5 * (ticks_s[1:] + ticks_s[:-1])
     edges_s = np.concatenate([[2 * ticks_s[0] - middles_s[0]], middles_s, [2 * ticks_s[-1] - middles_s[-1]]])
     onsets = means_between(spectra.band_onsets, edges_s * FRAME_RATE_HZ).astype(np.float64)
     onsets = _standardized(onsets - uniform_filter1d(onsets, ONSET_MEAN_TICKS, axis=1, mode="nearest"))
     chroma = mean_chroma(spectra.pitches, edges_s * TONE_RATE_HZ).astype(np.float64)
-    changes = _changes(chroma, PULSE_TICKS // 2)
-    accents = np.stack([onsets[0], onsets.sum(axis=0), changes])
-    return _Evidence(
-        _similarity(onsets), _similarity(chroma - chroma.mean(axis=1, keepdims=True)), _standardized(accents)
+    return Rhythm(
+        tick_s=float(np.median(np.diff(ticks_s))),
+        onsets=onsets,
+        mel=means_between(spectra.mel, edges_s * FRAME_RATE_HZ).astype(np.float64),
+        chroma=chroma,
+        onsets_after=_similarity(onsets),
+        harmony_after=_similarity(chroma - chroma.mean(axis=1, keepdims=True)),
     )
 
 
-def _level(evidence: _Evidence, tick_s: float, beat: int, meter: int) -> Level:
+def find_level(rhythm: Rhythm) -> Level:
+    """The most likely beat and meter."""
+    beats = [n for n in BEAT_TICKS if SLOWEST_BPM <= 60.0 / (n * rhythm.tick_s) <= FASTEST_BPM]
+    return max((_level(rhythm, n, m) for n in beats for m in METERS), key=lambda level: level.score)
+
+
+def find_bar_line(rhythm: Rhythm, level: Level) -> int:
+    """The tick of the first bar line: 0 <= tick < level.bar."""
+    low, middle, _ = rhythm.onsets
+    reaches = (level.beat // 2, level.beat, 2 * level.beat, level.bar)
+    evidence = _folded(
+        TIMBRE_CHANGE * _changes(rhythm.mel, reaches)
+        + HARMONY_CHANGE * _changes(rhythm.chroma, reaches)
+        + LOW_ONSET * low,
+        level.bar,
+    )
+    if level.meter % 2 == 0:
+        backbeat = np.roll(_folded(middle, 2 * level.beat), -level.beat)
+        evidence = evidence + BACKBEAT * np.tile(backbeat, level.meter // 2)
+    return int(np.argmax(evidence))
+
+
+def _level(rhythm: Rhythm, beat: int, meter: int) -> Level:
     bar = beat * meter
-    after_bar, after_two = _at(evidence.onsets, bar), _at(evidence.onsets, 2 * bar)
-    n = evidence.accents.shape[1] // beat * beat
-    accents = evidence.accents[:, :n].reshape(3, -1, beat).mean(axis=1)
-    phase = int(np.argmax(accents.sum(axis=0)))
-    octaves = np.log2(60.0 / (beat * tick_s) / PREFERRED_BPM)
+    after_bar, after_two = _at(rhythm.onsets_after, bar), _at(rhythm.onsets_after, 2 * bar)
+    accents = _standardized(rhythm.onsets.sum(axis=0))
     score = (
-        BEAT * _at(evidence.onsets, beat)
+        BEAT * _at(rhythm.onsets_after, beat)
         + BAR * after_bar
         + TWO_BARS * after_two
-        + HARMONY * _at(evidence.harmony, 2 * bar)
-        + ACCENT * accents[1, phase]
-        - TEMPO * octaves**2
+        + HARMONY * _at(rhythm.harmony_after, 2 * bar)
+        + ACCENT * _folded(accents, beat).max()
+        - TEMPO * np.log2(60.0 / (beat * rhythm.tick_s) / PREFERRED_BPM) ** 2
         - METERS[meter]
     )
-    return Level(beat, phase, meter, 0.5 * (after_bar + after_two), float(score))
+    return Level(beat, meter, 0.5 * (after_bar + after_two), float(score))
+
+
+def _folded(values: Doubles, period: int) -> Doubles:
+    """Means of the values at every position in the period, (period,)."""
+    return np.asarray(values[: values.size // period * period].reshape(-1, period).mean(axis=0))
 
 
 def _at(similarity: Doubles, lag: int) -> float:
@@ -112,18 +146,22 @@ def _similarity(rows: Doubles) -> Doubles:
     return np.asarray(mean / max(float(mean[0]), 1e-12))
 
 
-def _changes(chroma: Doubles, reach: int) -> Doubles:
-    """Cosine distance of the mean chroma of `reach` ticks before each tick and of those from it on, (ticks,)."""
-    n = chroma.shape[1]
-    sums = np.cumsum(np.pad(chroma, ((0, 0), (reach + 1, reach)), mode="edge"), axis=1)
-    before, after = (
-        sums[:, reach : reach + n] - sums[:, :n],
-        sums[:, 2 * reach :][:, :n] - sums[:, reach:][:, :n],
-    )
-    lengths = np.linalg.norm(before, axis=0) * np.linalg.norm(after, axis=0)
-    return np.asarray(1.0 - (before * after).sum(axis=0) / np.maximum(lengths, 1e-9))
+def _changes(rows: Doubles, reaches: tuple[int, ...]) -> Doubles:
+    """How much the mean of `reach` ticks before each tick differs from that of those from it on, (ticks,).
+
+    Squared distances, in standard deviations, summed over the reaches; in standard deviations again.
+    """
+    n = rows.shape[1]
+    total = np.zeros(n)
+    for reach in reaches:
+        sums = np.cumsum(np.pad(rows, ((0, 0), (reach + 1, reach)), mode="edge"), axis=1)
+        before = sums[:, reach : reach + n] - sums[:, :n]
+        after = sums[:, 2 * reach : 2 * reach + n] - sums[:, reach : reach + n]
+        total += _standardized(((after - before) ** 2).sum(axis=0))
+    return _standardized(total)
 
 
-def _standardized(rows: Doubles) -> Doubles:
-    centred = rows - rows.mean(axis=1, keepdims=True)
-    return np.asarray(centred / np.maximum(centred.std(axis=1, keepdims=True), 1e-9))
+def _standardized(values: Doubles) -> Doubles:
+    """Without their mean and of unit standard deviation along the last axis."""
+    centred = values - values.mean(axis=-1, keepdims=True)
+    return np.asarray(centred / np.maximum(centred.std(axis=-1, keepdims=True), 1e-9))

@@ -54,7 +54,7 @@ def analyse(audio: Audio) -> Analysis:
     of_beats = features.beat_features(spectrum, pulse.edges_s)
     distances = features.beat_distances(of_beats)
     found = (
-        bars.find_bars(of_beats, distances, pulse.meter)
+        bars.find_bars(distances, pulse.meter, pulse.phase)
         if pulse.tempo_bpm
         else bars.bars_of_pseudo_beats(distances)
     )
