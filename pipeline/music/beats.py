@@ -37,9 +37,11 @@ MULTIPLES = 4  # of the pulse's period, over which the autocorrelation is averag
 PULSE_PRIOR_OCTAVES = 0.9  # standard deviation of the pulse's rate around the preferred tempo
 LEAST_CLARITY = 0.22  # measured: noise, speech and pads up to 0.17, music with a beat from 0.34
 MIN_BEATS = 8  # with fewer the tempo is unreliable and pseudo-beats are used
-SHORTEST, LONGEST = 0.7, 1.3  # intervals between beats, of the typical one
+SHORTEST, LONGEST, N_INTERVALS = 0.7, 1.3, 41  # intervals between beats, relative to the typical one
 TEMPO_CHANGE = 300.0  # cost of a squared change of the interval from beat to beat, in log units
 TEMPO_OFFSET = 8.0  # the same of its difference from the typical interval
+NEAR_FRAMES = 4  # an onset at most so far from a beat is the beat's ...
+ONSET_STRENGTH = 0.5  # ... if it is this strong, in standard deviations
 STEADY_S = 0.008  # beats are on an even grid if they are no further from it, by the median of ...
 STEADY_BEATS = 9  # ... so many in sequence
 CLOSE_S = 0.003  # beats this close to a line count alike when it is fitted
@@ -65,18 +67,20 @@ def track_beats(spectra: Spectra, mono: Floats) -> Beats:
     """The beats of mono sound at RATE_HZ, (samples,)."""
     duration_s = mono.size / RATE_HZ
     envelope = _normalized(spectra.onsets)
-    pulse_s = _follow(envelope, _pulse_period(envelope)) / FRAME_RATE_HZ
-    if pulse_s.size < MIN_BEATS:
-        return _pseudo_beats(duration_s, 0.0)
-    ticks_s = _divide(_extend(pulse_s, duration_s))
-    rhythm = measure_rhythm(spectra, ticks_s)
-    level = find_level(rhythm)
+    period_s = _pulse_period_s(envelope)
+    for _ in range(2):  # the second time the beat itself is followed
+        pulse_s = _follow(envelope, period_s)
+        if pulse_s.size < MIN_BEATS:
+            return _pseudo_beats(duration_s, 0.0)
+        ticks_s = _divide(_extend(pulse_s, duration_s))
+        rhythm = measure_rhythm(spectra, ticks_s)
+        level = find_level(rhythm)
+        period_s = level.beat * rhythm.tick_s
     if level.clarity < LEAST_CLARITY or ticks_s.size < MIN_BEATS * level.beat:
         return _pseudo_beats(duration_s, level.clarity)
     bar_line = find_bar_line(rhythm, level)
     rough_s = ticks_s[bar_line % level.beat :: level.beat]
-    frames = _interpolated(np.round(rough_s * FRAME_RATE_HZ).astype(np.int64), envelope)
-    times_s = _fit(frames / FRAME_RATE_HZ)
+    times_s = _fit(*_heard(rough_s, envelope))
     times_s = times_s + _attack_shift_s(times_s, mono)
     edges_s = _within(_extend(times_s, duration_s), duration_s)
     tempo_bpm = 60.0 / float(np.median(np.diff(edges_s)))
@@ -96,8 +100,8 @@ def _normalized(onsets: Floats) -> Doubles:
     return np.asarray(flat / max(float(flat.std()), 1e-9))
 
 
-def _pulse_period(envelope: Doubles) -> float:
-    """The period, in frames, at whose multiples the autocorrelation of the windows is highest."""
+def _pulse_period_s(envelope: Doubles) -> float:
+    """The period at whose multiples the autocorrelation of the windows is highest."""
     size = round(WINDOW_S * FRAME_RATE_HZ)
     padded = np.pad(envelope, (0, max(0, size - envelope.size)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 2]
@@ -109,7 +113,7 @@ def _pulse_period(envelope: Doubles) -> float:
     combs = values.sum(axis=1) / inside.sum(axis=1)
     octaves = np.log2(60.0 * FRAME_RATE_HZ / periods / PREFERRED_BPM)
     prior = np.exp(-0.5 * (octaves / PULSE_PRIOR_OCTAVES) ** 2)
-    return float(periods[np.argmax(np.maximum(combs, 0.0) * prior)])
+    return float(periods[np.argmax(np.maximum(combs, 0.0) * prior)]) / FRAME_RATE_HZ
 
 
 def _autocorrelation(windows: Doubles) -> Doubles:
@@ -121,14 +125,15 @@ def _autocorrelation(windows: Doubles) -> Doubles:
     return np.asarray(gaussian_filter1d((raw / np.maximum(raw[:, :1], quiet)).mean(axis=0), 1.5))
 
 
-def _follow(envelope: Doubles, period: float) -> Doubles:
-    """The frames of a pulse that begins with this period and may change it slowly.
+def _follow(envelope: Doubles, period_s: float) -> Doubles:
+    """The times, in s, of a pulse of about this period, which may change slowly.
 
     Ellis's dynamic programming, with the interval to the beat before as part of the state, so that what costs
     is a change between successive intervals. Scores of a block of frames depend on earlier blocks alone.
     """
+    period = period_s * FRAME_RATE_HZ
     local = gaussian_filter1d(envelope, period / 32)
-    intervals = np.arange(round(SHORTEST * period), round(LONGEST * period) + 1)
+    intervals = np.unique(np.round(period * np.geomspace(SHORTEST, LONGEST, N_INTERVALS)).astype(np.int64))
     logs = np.log(intervals)
     change = -TEMPO_CHANGE * (logs[:, None] - logs) ** 2  # (interval before, interval after)
     offset = -TEMPO_OFFSET * (logs - np.log(period)) ** 2
@@ -150,7 +155,7 @@ def _follow(envelope: Doubles, period: float) -> Doubles:
     while (frame := frame - int(intervals[k])) >= 0:
         k = int(before[frame, k])
         beats.append(frame)
-    return np.array(beats[::-1], np.float64)
+    return np.array(beats[::-1]) / FRAME_RATE_HZ
 
 
 def _divide(times_s: Doubles) -> Doubles:
@@ -159,31 +164,31 @@ def _divide(times_s: Doubles) -> Doubles:
     return np.interp(index, np.arange(times_s.size), times_s)
 
 
-def _interpolated(frames: NDArray[np.int64], envelope: Doubles) -> Doubles:
-    """Each beat moved to the envelope's peak within 4 frames, by parabolic interpolation between frames."""
+def _heard(times_s: Doubles, envelope: Doubles) -> tuple[Doubles, NDArray[np.bool_]]:
+    """Each beat moved to the onset near it, between frames, and which beats have such an onset."""
     smooth = gaussian_filter1d(envelope, 1.0)
-    out = frames.astype(np.float64)
-    for k, frame in enumerate(frames):
-        low, high = max(1, frame - 4), min(smooth.size - 1, frame + 5)
-        if high - low < 3:
-            continue
-        peak = low + int(np.argmax(smooth[low:high]))
-        left, mid, right = smooth[peak - 1], smooth[peak], smooth[min(peak + 1, smooth.size - 1)]
-        curve = left - 2 * mid + right
-        out[k] = peak + (0.5 * (left - right) / curve if curve < 0 and mid >= max(left, right) else 0.0)
-    return out
+    at = np.clip(
+        np.round(times_s * FRAME_RATE_HZ).astype(np.int64), NEAR_FRAMES + 1, smooth.size - NEAR_FRAMES - 2
+    )
+    near = at[:, None] + np.arange(-NEAR_FRAMES, NEAR_FRAMES + 1)
+    peak = near[np.arange(at.size), smooth[near].argmax(axis=1)]
+    left, middle, right = smooth[peak - 1], smooth[peak], smooth[peak + 1]
+    heard = (middle >= ONSET_STRENGTH) & (middle >= left) & (middle >= right)
+    shift = 0.5 * (left - right) / np.minimum(left - 2 * middle + right, -1e-9)
+    return np.where(heard, (peak + shift) / FRAME_RATE_HZ, times_s), heard
 
 
-def _fit(times_s: Doubles) -> Doubles:
+def _fit(times_s: Doubles, heard: NDArray[np.bool_]) -> Doubles:
     """Beats on even grids wherever the tempo is steady, on lines fitted to their neighbours elsewhere."""
     index = np.arange(times_s.size, dtype=np.float64)
-    slope, start = _line(index, times_s)
-    residual = np.abs(times_s - start - slope * index)
-    if median_filter(residual, STEADY_BEATS, mode="nearest").max() <= STEADY_S:
-        return np.asarray(start + slope * index)
+    if heard.sum() >= STEADY_BEATS:
+        slope, start = _line(index[heard], times_s[heard])
+        apart_s = np.abs(times_s - start - slope * index)[heard]
+        if median_filter(apart_s, STEADY_BEATS, mode="nearest").max() <= STEADY_S:
+            return np.asarray(start + slope * index)
     half = times_s.size // 2
     if half >= 2 * STEADY_BEATS:
-        return np.concatenate([_fit(times_s[:half]), _fit(times_s[half:])])
+        return np.concatenate([_fit(times_s[:half], heard[:half]), _fit(times_s[half:], heard[half:])])
     near = [slice(max(0, k - LOCAL_BEATS), k + LOCAL_BEATS + 1) for k in range(times_s.size)]
     lines = [_line(index[part], times_s[part]) for part in near]
     return np.array([start + slope * k for k, (slope, start) in enumerate(lines)])

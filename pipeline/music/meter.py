@@ -27,17 +27,12 @@ from pipeline.music.spectra import FRAME_RATE_HZ, TONE_RATE_HZ, Doubles, Spectra
 
 PULSE_TICKS = 12  # divisible by 2, 3 and 4
 BEAT_TICKS = (4, 6, 8, 9, 12, 16, 18, 24, 36)  # candidates: from a third of the pulse to three pulses
-METERS = {
-    4: 0.0,
-    3: 0.5,
-    5: 1.0,
-    7: 1.0,
-}  # beats a bar, and how much more its evidence has to be than for four
+METERS = {4: 0.0, 3: 0.5, 5: 0.5, 7: 0.5}  # beats a bar: by how much the evidence must exceed that of four
 SLOWEST_BPM, FASTEST_BPM = 55.0, 215.0
 PREFERRED_BPM = 118.0
 LONGEST_TICKS = 2 * max(METERS) * max(BEAT_TICKS)  # two bars of the slowest beat
 ONSET_MEAN_TICKS = 4 * PULSE_TICKS  # onset strengths are taken relative to their mean over so long
-# Weights of the evidence
+# Weights of the evidence; similarities are relative to that of the bars which repeat best
 BEAT, BAR, TWO_BARS = 1.0, 2.0, 4.0  # similarity of the onsets after a beat, a bar, two bars
 HARMONY = 2.0  # similarity of the chroma after two bars
 ACCENT = 2.0  # mean accent of the beats, in standard deviations
@@ -92,7 +87,9 @@ def measure_rhythm(spectra: Spectra, ticks_s: Doubles) -> Rhythm:
 def find_level(rhythm: Rhythm) -> Level:
     """The most likely beat and meter."""
     beats = [n for n in BEAT_TICKS if SLOWEST_BPM <= 60.0 / (n * rhythm.tick_s) <= FASTEST_BPM]
-    return max((_level(rhythm, n, m) for n in beats for m in METERS), key=lambda level: level.score)
+    bars = [n * meter * count for n in beats for meter in METERS for count in (1, 2)]
+    best = max(0.1, *(_at(rhythm.onsets_after, bar) for bar in bars))
+    return max((_level(rhythm, n, m, best) for n in beats for m in METERS), key=lambda level: level.score)
 
 
 def find_bar_line(rhythm: Rhythm, level: Level) -> int:
@@ -111,19 +108,18 @@ def find_bar_line(rhythm: Rhythm, level: Level) -> int:
     return int(np.argmax(evidence))
 
 
-def _level(rhythm: Rhythm, beat: int, meter: int) -> Level:
+def _level(rhythm: Rhythm, beat: int, meter: int, best: float) -> Level:
     bar = beat * meter
     after_bar, after_two = _at(rhythm.onsets_after, bar), _at(rhythm.onsets_after, 2 * bar)
-    accents = _standardized(rhythm.onsets.sum(axis=0))
-    score = (
+    similarity = (
         BEAT * _at(rhythm.onsets_after, beat)
         + BAR * after_bar
         + TWO_BARS * after_two
         + HARMONY * _at(rhythm.harmony_after, 2 * bar)
-        + ACCENT * _folded(accents, beat).max()
-        - TEMPO * np.log2(60.0 / (beat * rhythm.tick_s) / PREFERRED_BPM) ** 2
-        - METERS[meter]
     )
+    accent = _folded(_standardized(rhythm.onsets.sum(axis=0)), beat).max()
+    octaves = np.log2(60.0 / (beat * rhythm.tick_s) / PREFERRED_BPM)
+    score = similarity / best + ACCENT * accent - TEMPO * octaves**2 - METERS[meter]
     return Level(beat, meter, 0.5 * (after_bar + after_two), float(score))
 
 
