@@ -7,7 +7,7 @@ and three where it swings or is dotted (6/8: a bar of two beats, each a dotted q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,19 +16,23 @@ from numpy.typing import NDArray
 
 from pipeline.music.spectra import RATE_HZ
 
+Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 TempoOf = Callable[[Doubles], Doubles]  # beats per minute at a position in beats
+Stroke = tuple[float, float, Doubles]  # steps into the bar, gain, sound
 
-TONICS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
-# Degrees of the chords of four bars
-CHORDS = {"major": {"A": (1, 6, 4, 5), "B": (4, 1, 2, 5)}, "minor": {"A": (1, 6, 4, 5), "B": (4, 1, 7, 5)}}
+DEGREES = {  # of the chords of four bars
+    "major": {"A": (1, 6, 4, 5), "B": (4, 1, 2, 5)},
+    "minor": {"A": (1, 6, 4, 5), "B": (4, 1, 7, 5)},
+}
+BARS = 4  # of each letter of the form
 JITTER_S = 0.004  # standard deviation of a stroke's time
 
 
 @dataclass(frozen=True)
 class Style:
-    """Patterns of one bar: x a stroke, . none; the bass plays the chord's root (x) or fifth (5)."""
+    """Patterns of one bar: x a stroke, . none; the bass plays the chord's root (x) or its fifth (5)."""
 
     meter: int
     steps: int  # a beat
@@ -39,7 +43,6 @@ class Style:
     chords: str = ""
     lead: str = ""
     attack_s: float = 0.004
-    decay_s: float = 0.8
 
 
 STYLES = {
@@ -97,93 +100,55 @@ STYLES = {
 class Piece:
     """Music and its truth."""
 
-    mono: NDArray[np.float32]  # (samples,) at RATE_HZ
+    mono: Floats  # (samples,) at RATE_HZ
     beats_s: Doubles
     downbeats_s: Doubles
-    sections_s: Doubles  # starts of the sections, without the first
     meter: int
-    key: str  # such as "F# minor"
+    tonic: int  # pitch class: 0 is C
+    mode: str
 
 
 @cache
 def play(
-    style_name: str,
+    name: str,
     bpm: float | TempoOf = 120.0,
     *,
     tonic: int = 0,
     mode: str = "major",
-    form: str = "AABBA",
+    form: str = "AAB",
     pickup: int = 0,
-    lead_in_s: float = 0.3,
     seed: int = 0,
 ) -> Piece:
-    """Four bars a letter of the form, after `pickup` beats of the melody alone and a silence before them."""
-    style, rng = STYLES[style_name], np.random.default_rng(seed)
-    per_bar = style.meter * style.steps
-    n_bars = 4 * len(form)
-    seconds_at = _clock(bpm, n_bars * style.meter + pickup, lead_in_s)
-    out = np.zeros(int((seconds_at(np.array([n_bars * style.meter + pickup]))[0] + 1.5) * RATE_HZ))
-
-    def stroke(step: float, sound: Doubles, gain: float) -> None:
-        at_s = seconds_at(np.array([step / style.steps + pickup]))[0] + JITTER_S * float(
-            np.clip(rng.standard_normal(), -2.5, 2.5)
-        )
-        first = max(0, round(at_s * RATE_HZ))
-        kept = sound[: max(0, out.size - first)]
-        out[first : first + kept.size] += gain * rng.uniform(0.7, 1.0) * kept
-
-    scale, root = np.array(SCALES[mode]), 48 + (tonic + 5) % 12 - 5
-    tunes = {letter: rng.integers(-1, 4, (2, per_bar)) for letter in "AB"}
-    for beat in range(-pickup, 0):
-        stroke(beat * style.steps, _note(root + 12 + int(scale[4]), 0.4, style.attack_s, style.decay_s), 0.25)
+    """Four bars for each letter of the form, after `pickup` beats of the melody alone."""
+    style, rng = STYLES[name], np.random.default_rng(seed)
+    n_bars = BARS * len(form)
+    seconds_at = _clock(bpm, n_bars * style.meter + pickup)
+    out = np.zeros(int((seconds_at(n_bars * style.meter + pickup) + 1.5) * RATE_HZ))
+    tunes = {letter: rng.integers(0, 4, (2, style.meter * style.steps)) for letter in "AB"}
     for bar in range(n_bars):
-        letter = form[bar // 4]
-        degree = CHORDS[mode][letter][bar % 4] - 1
-        raised = mode == "minor" and degree == 4  # the dominant of minor is major
-        chord = [root + int(scale[(degree + k) % 7]) + 12 * ((degree + k) // 7) for k in (0, 2, 4)]
-        chord[1] += raised
-        if bar == n_bars - 1 or (bar % 8 == 7 and bar // 4 + 1 < len(form) and bar % 16 == 15):
-            chord = [root + int(scale[k]) for k in (0, 2, 4)]
-        for name in ("kick", "snare", "hat"):
-            for step in _strokes(getattr(style, name)):
-                sound = {"kick": _kick, "snare": _snare, "hat": _hat}[name]()
-                stroke(bar * per_bar + step, sound, {"kick": 0.8, "snare": 0.5, "hat": 0.2}[name])
-        beat_s = float(np.diff(seconds_at(np.array([0.0, 1.0]) + pickup + bar * style.meter))[0])
-        step_s = beat_s / style.steps
-        for step in _strokes(style.bass):
-            pitch = chord[0 if style.bass[step] == "x" else 2] - 24
-            length_s = _gap(style.bass, step) * step_s
-            stroke(bar * per_bar + step, _note(pitch + 12, length_s, style.attack_s, 0.6), 0.3)
-        for k, step in enumerate(_strokes(style.chords)):
-            arpeggio = style.chords.count("x") == per_bar
-            length_s = _gap(style.chords, step) * step_s
-            for pitch in [chord[k % 3]] if arpeggio else chord:
-                stroke(bar * per_bar + step, _note(pitch + 12, length_s, style.attack_s, style.decay_s), 0.12)
-        for k, step in enumerate(_strokes(style.lead)):
-            move = int(tunes[letter][bar % 2, k])
-            pitch = chord[move % 3] + 24 + (12 if move > 2 else 0)
-            if step % style.steps and move == -1:
-                pitch = root + 24 + int(scale[(degree + 1) % 7])
-            stroke(
-                bar * per_bar + step,
-                _note(pitch, _gap(style.lead, step) * step_s, style.attack_s, style.decay_s),
-                0.16,
-            )
-    beats = np.arange(-pickup, n_bars * style.meter) + pickup
-    bars = np.arange(n_bars) * style.meter + pickup
-    changes = [k for k in range(1, len(form)) if form[k] != form[k - 1]]
+        chord = _chord(tonic, mode, 1 if bar == n_bars - 1 else DEGREES[mode][form[bar // BARS]][bar % BARS])
+        first = bar * style.meter + pickup
+        step_s = float(seconds_at(first + 1) - seconds_at(first)) / style.steps
+        strokes = [*_bar(style, chord, tunes[form[bar // BARS]][bar % 2], step_s)]
+        if bar == 0:
+            upbeat = _note(_chord(tonic, mode, 1)[2] + 12, 0.4, style.attack_s)
+            strokes += [(-k * style.steps, 0.25, upbeat) for k in range(1, pickup + 1)]
+        for step, gain, sound in strokes:
+            late_s = JITTER_S * float(np.clip(rng.standard_normal(), -2.5, 2.5))
+            at = max(0, round((seconds_at(first + step / style.steps) + late_s) * RATE_HZ))
+            out[at : at + sound.size] += gain * rng.uniform(0.7, 1.0) * sound[: out.size - at]
     return Piece(
-        (0.5 * out / np.abs(out).max()).astype(np.float32),
-        seconds_at(beats),
-        seconds_at(bars),
-        seconds_at(np.array(changes) * 4 * style.meter + pickup),
-        style.meter,
-        f"{TONICS[tonic]} {mode}",
+        mono=(0.5 * out / np.abs(out).max()).astype(np.float32),
+        beats_s=seconds_at(np.arange(n_bars * style.meter + pickup)),
+        downbeats_s=seconds_at(np.arange(n_bars) * style.meter + pickup),
+        meter=style.meter,
+        tonic=tonic,
+        mode=mode,
     )
 
 
 def rubato(bpm: float, depth: float = 0.12, beats: float = 16.0) -> TempoOf:
-    """A tempo that swells and slackens by `depth` over so many beats."""
+    """A tempo that rises and falls by `depth` over so many beats."""
     return lambda at: bpm * (1 + depth * np.sin(2 * np.pi * at / beats))
 
 
@@ -198,7 +163,7 @@ def two_tempos(first_bpm: float, second_bpm: float, change_beat: int) -> TempoOf
 
 
 @cache
-def swells(seconds: float = 30.0, seed: int = 0) -> NDArray[np.float32]:
+def swells(seconds: float = 30.0, seed: int = 0) -> Floats:
     """Chords that fade into each other at uneven times, without onsets or beats; mono at RATE_HZ."""
     rng = np.random.default_rng(seed)
     time_s = np.arange(round(seconds * RATE_HZ)) / RATE_HZ
@@ -211,22 +176,43 @@ def swells(seconds: float = 30.0, seed: int = 0) -> NDArray[np.float32]:
     return np.asarray(0.3 * out / np.abs(out).max(), np.float32)
 
 
-def _clock(bpm: float | TempoOf, beats: int, lead_in_s: float) -> Callable[[Doubles], Doubles]:
-    """Seconds at a position in beats."""
+def _clock(bpm: float | TempoOf, beats: int) -> Callable[..., Doubles]:
+    """Seconds at a position in beats; the first is at 0.3 s."""
     at = np.arange(0, beats + 4, 1 / 64)
     tempo = bpm(at) if callable(bpm) else np.full(at.size, bpm)
-    seconds = lead_in_s + np.concatenate([[0.0], np.cumsum(60.0 / tempo)[:-1] / 64])
+    seconds = 0.3 + np.concatenate([[0.0], np.cumsum(60.0 / tempo)[:-1] / 64])
     return lambda positions: np.interp(positions, at, seconds)
 
 
-def _strokes(pattern: str) -> list[int]:
-    return [k for k, sign in enumerate(pattern) if sign != "."]
+def _chord(tonic: int, mode: str, degree: int) -> list[int]:
+    """The triad on a degree of the scale, MIDI; the dominant of minor is major."""
+    scale, root = SCALES[mode], 48 + (tonic + 5) % 12 - 5
+    chord = [root + scale[k % 7] + 12 * (k // 7) for k in (degree - 1, degree + 1, degree + 3)]
+    chord[1] += mode == "minor" and degree == 5
+    return chord
 
 
-def _gap(pattern: str, step: int) -> int:
-    """Steps to the next stroke."""
-    later = [k for k in _strokes(pattern + pattern[:1].replace(".", "x")) if k > step]
-    return (later[0] if later else len(pattern)) - step
+def _bar(style: Style, chord: list[int], tune: NDArray[np.int64], step_s: float) -> Iterator[Stroke]:
+    for pattern, gain, drum in (
+        (style.kick, 0.8, _kick), (style.snare, 0.5, _snare), (style.hat, 0.2, _hat)
+    ):  # fmt: skip
+        yield from ((step, gain, drum()) for step, _ in _strokes(pattern))
+    for step, steps in _strokes(style.bass):
+        pitch = chord[0 if style.bass[step] == "x" else 2] - 12
+        yield step, 0.3, _note(pitch, steps * step_s, style.attack_s)
+    broken = style.chords.count("x") == len(style.chords)
+    for k, (step, steps) in enumerate(_strokes(style.chords)):
+        for pitch in [chord[k % 3]] if broken else chord:
+            yield step, 0.12, _note(pitch + 12, steps * step_s, style.attack_s)
+    for k, (step, steps) in enumerate(_strokes(style.lead)):
+        pitch = (*chord, chord[0] + 12)[tune[k]] + 24
+        yield step, 0.16, _note(pitch, steps * step_s, style.attack_s)
+
+
+def _strokes(pattern: str) -> list[tuple[int, int]]:
+    """The step of each stroke, and the steps from it to the next."""
+    at = [step for step, sign in enumerate(pattern) if sign != "."]
+    return list(zip(at, np.diff([*at, len(pattern)]).tolist(), strict=True)) if at else []
 
 
 def _hz(pitch: float) -> float:
@@ -234,12 +220,12 @@ def _hz(pitch: float) -> float:
 
 
 @cache
-def _note(pitch: int, seconds: float, attack_s: float, decay_s: float) -> Doubles:
+def _note(pitch: int, seconds: float, attack_s: float) -> Doubles:
     time_s = np.arange(max(64, round(seconds * RATE_HZ))) / RATE_HZ
     f = _hz(pitch)
     partials = sum(np.sin(2 * np.pi * f * k * time_s) / k**1.4 for k in range(1, 8) if f * k < 9000)
     edges = np.minimum(1.0, time_s / attack_s) * np.minimum(1.0, (time_s[-1] - time_s) / 0.02)
-    return np.asarray(partials * np.exp(-time_s / decay_s) * edges)
+    return np.asarray(partials * np.exp(-time_s / 0.7) * edges)
 
 
 @cache
