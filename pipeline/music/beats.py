@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d, median_filter, uniform_filter1d
 
 from pipeline.music.meter import (
+    BEAT_TICKS,
     FASTEST_BPM,
+    OCTAVE_TICKS,
     PREFERRED_BPM,
     PULSE_TICKS,
     SLOWEST_BPM,
@@ -68,13 +70,13 @@ def track_beats(spectra: Spectra, mono: Floats) -> Beats:
     duration_s = mono.size / RATE_HZ
     envelope = _normalized(spectra.onsets)
     period_s = _pulse_period_s(envelope)
-    for _ in range(2):  # the second time the beat itself is followed
+    for candidates in (BEAT_TICKS, OCTAVE_TICKS):  # the second time the beat itself is followed
         pulse_s = _follow(envelope, period_s)
         if pulse_s.size < MIN_BEATS:
             return _pseudo_beats(duration_s, 0.0)
         ticks_s = _divide(_extend(pulse_s, duration_s))
         rhythm = measure_rhythm(spectra, ticks_s)
-        level = find_level(rhythm)
+        level = find_level(rhythm, candidates)
         period_s = level.beat * rhythm.tick_s
     if level.clarity < LEAST_CLARITY or ticks_s.size < MIN_BEATS * level.beat:
         return _pseudo_beats(duration_s, level.clarity)

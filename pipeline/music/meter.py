@@ -26,7 +26,8 @@ from pipeline.music.features import mean_chroma, means_between
 from pipeline.music.spectra import FRAME_RATE_HZ, TONE_RATE_HZ, Doubles, Spectra
 
 PULSE_TICKS = 12  # divisible by 2, 3 and 4
-BEAT_TICKS = (4, 6, 8, 9, 12, 16, 18, 24, 36)  # candidates: from a third of the pulse to three pulses
+# Candidates for the beat: a third of the pulse to three pulses; its octaves alone once the pulse is the beat
+BEAT_TICKS, OCTAVE_TICKS = (4, 6, 8, 9, 12, 16, 18, 24, 36), (6, 12, 24)
 METERS = {4: 0.0, 3: 0.5, 5: 0.5, 7: 0.5}  # beats a bar: by how much the evidence must exceed that of four
 SLOWEST_BPM, FASTEST_BPM = 55.0, 215.0
 PREFERRED_BPM = 118.0
@@ -84,9 +85,9 @@ def measure_rhythm(spectra: Spectra, ticks_s: Doubles) -> Rhythm:
     )
 
 
-def find_level(rhythm: Rhythm) -> Level:
-    """The most likely beat and meter."""
-    beats = [n for n in BEAT_TICKS if SLOWEST_BPM <= 60.0 / (n * rhythm.tick_s) <= FASTEST_BPM]
+def find_level(rhythm: Rhythm, beat_ticks: tuple[int, ...]) -> Level:
+    """The most likely beat, of so many ticks, and meter."""
+    beats = [n for n in beat_ticks if SLOWEST_BPM <= 60.0 / (n * rhythm.tick_s) <= FASTEST_BPM]
     bars = [n * meter * count for n in beats for meter in METERS for count in (1, 2)]
     best = max(0.1, *(_at(rhythm.onsets_after, bar) for bar in bars))
     return max((_level(rhythm, n, m, best) for n in beats for m in METERS), key=lambda level: level.score)

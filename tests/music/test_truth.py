@@ -20,7 +20,8 @@ WRITTEN = [  # style, beats per minute, form
     ("metal", 145.0, "AAB"), ("chiptune", 150.0, "AAB"), ("arpeggio", 62.0, "AB"), ("ballad", 60.0, "AB"),
     ("strings", 90.0, "AAB"), ("swing", 190.0, "AABB"), ("shuffle", 113.0, "AAB"),
     ("waltz", 160.0, "AABB"),
-    ("jazz waltz", 100.0, "AAB"), ("three", 110.0, "AAB"), ("six eight", 80.0, "AABB"), ("jig", 120.0, "AABB"),
+    ("jazz waltz", 100.0, "AAB"), ("three", 110.0, "AAB"), ("six eight", 80.0, "AABB"),
+    ("jig", 120.0, "AABB"),
 ]  # fmt: skip
 NUMBERS = range(len(WRITTEN))
 
