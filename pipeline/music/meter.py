@@ -39,7 +39,7 @@ HARMONY = 2.0  # similarity of the chroma after two bars
 ACCENT = 2.0  # mean accent of the beats, in standard deviations
 TEMPO = 3.0  # per squared octave from the preferred tempo
 # Weights of the evidence for bar lines, each in standard deviations
-TIMBRE_CHANGE, HARMONY_CHANGE, LOW_ONSET, BACKBEAT = 2.9, 1.3, 1.3, 1.1
+TIMBRE_CHANGE, HARMONY_CHANGE, LOW_ONSET, BACKBEAT = 3.0, 0.7, 0.8, 1.1
 
 
 @dataclass(frozen=True)
