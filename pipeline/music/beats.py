@@ -1,14 +1,14 @@
 """Tempo, beat times and bar lines of a track, and whether it has beats at all.
 
 A pulse is sought by the autocorrelation of the onset envelope in windows (a tempogram) and followed by
-dynamic programming (Ellis 2007, "Beat tracking by dynamic programming") that lets its period change slowly, as
-in Krebs, Böck and Widmer (2015, "An efficient state-space model for joint tempo and meter tracking"). Which
-multiple or fraction of the pulse is the beat, and where bars begin, is decided in `meter`; then the beat itself
-is followed.
+dynamic programming (Ellis 2007, "Beat tracking by dynamic programming") that lets its period change slowly,
+as in Krebs, Böck and Widmer (2015, "An efficient state-space model for joint tempo and meter tracking").
+Which multiple or fraction of the pulse is the beat, and where bars begin, is decided in `meter`; then the
+beat itself is followed.
 
 These beats lie on analysis frames and drift towards the loudest onset nearby, so they are fitted afterwards:
-to even grids where the music keeps a steady tempo (anything sequenced or played to a click), otherwise to short
-local lines. Finally all beats are shifted by one offset that puts them on the steepest rise of the level.
+to even grids where the music keeps a steady tempo (anything sequenced or played to a click), otherwise to
+short local lines. Finally all are shifted by one offset that puts them on the steepest rise of the level.
 
 Pulse clarity is how similar the onsets of bars are. A track below LEAST_CLARITY gets evenly spaced
 pseudo-beats instead.
