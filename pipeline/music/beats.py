@@ -84,13 +84,12 @@ def track_beats(spectra: Spectra, mono: Floats) -> Beats:
         return _pseudo_beats(duration_s, level.clarity)
     bar_line = find_bar_line(rhythm, level)
     rough_s = ticks_s[bar_line % level.beat :: level.beat]
-    times_s = _fit(*_heard(rough_s, envelope))
+    first_bar = (bar_line // level.beat - int((rough_s < 0.0).sum())) % level.meter
+    times_s = _fit(*_heard(rough_s[(rough_s >= 0.0) & (rough_s <= duration_s)], envelope))
     times_s = times_s + _attack_shift_s(times_s, mono)
     edges_s = _within(_extend(times_s, duration_s), duration_s)
     tempo_bpm = 60.0 / float(np.median(np.diff(edges_s)))
-    bar_lines_s = times_s[bar_line // level.beat :: level.meter]
-    inner_s = bar_lines_s[bar_lines_s.size // 2]  # the first may lie before the track
-    phase = int(np.argmin(np.abs(edges_s - inner_s))) % level.meter
+    phase = int(np.argmin(np.abs(edges_s - times_s[first_bar]))) % level.meter
     return Beats(edges_s, tempo_bpm, level.clarity, level.meter, phase)
 
 
