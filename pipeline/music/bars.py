@@ -1,10 +1,7 @@
-"""Meter, downbeats and section boundaries.
+"""Bars and section boundaries.
 
-Downbeats are louder in the low band than other beats, and harmony changes on them more often (Klapuri
-et al. 2006, "Analysis of the meter of acoustic musical signals"). A bar has four beats unless beats that
-lie multiples of three, five or seven apart are clearly more similar. Sections begin at the peaks of the
-novelty curve, the correlation of the distance matrix with a checkerboard kernel along its diagonal
-(Foote 2000, "Automatic audio segmentation using a measure of audio novelty").
+Sections begin at the peaks of the novelty curve, the correlation of the distance matrix with a checkerboard
+kernel along its diagonal (Foote 2000, "Automatic audio segmentation using a measure of audio novelty").
 """
 
 from __future__ import annotations

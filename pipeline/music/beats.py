@@ -1,14 +1,16 @@
-"""Tempo and beat times of a track, and whether it has beats at all.
+"""Tempo, beat times and bar lines of a track, and whether it has beats at all.
 
-Tempo: the beat period with the highest mean autocorrelation of the onset envelope over its first four
-multiples, weighted by a log-normal prior over tempo (Ellis 2007, "Beat tracking by dynamic programming").
-Beats: dynamic programming as in the same paper. These beats lie on analysis frames and drift towards
-the loudest onset nearby, so they are fitted afterwards: to one even grid where the music keeps a steady
-tempo (anything sequenced or played to a click), otherwise to short local lines. Finally all beats are
-shifted by one offset that puts them on the steepest rise of the level.
+A pulse is sought by the autocorrelation of the onset envelope in windows (a tempogram) and followed by
+dynamic programming (Ellis 2007, "Beat tracking by dynamic programming") that lets its period change slowly,
+as in Krebs, Böck and Widmer (2015, "An efficient state-space model for joint tempo and meter tracking").
+Which multiple or fraction of the pulse is the beat, and where bars begin, is decided in `meter`; then the
+beat itself is followed.
 
-Pulse clarity is the mean of the normalized autocorrelation over the four multiples (after Lartillot et al.
-2008, "Multi-feature modeling of pulse clarity"). A track below CLEAR_PULSE gets evenly spaced
+These beats lie on analysis frames and drift towards the loudest onset nearby, so they are fitted afterwards:
+to even grids where the music keeps a steady tempo (anything sequenced or played to a click), otherwise to
+short local lines. Finally all are shifted by one offset that puts them on the steepest rise of the level.
+
+Pulse clarity is how similar the onsets of bars are. A track below LEAST_CLARITY gets evenly spaced
 pseudo-beats instead.
 """
 
@@ -34,13 +36,13 @@ from pipeline.music.meter import (
 )
 from pipeline.music.spectra import FRAME_RATE_HZ, RATE_HZ, Doubles, Floats, Spectra
 
-WINDOW_S = 8.0  # of the tempogram: four beats at 60 BPM and their like a little later
+WINDOW_S = 8.0  # of the tempogram, so that four beats at 60 BPM are compared with the next four
 MULTIPLES = 4  # of the pulse's period, over which the autocorrelation is averaged
 PULSE_PRIOR_OCTAVES = 0.9  # standard deviation of the pulse's rate around the preferred tempo
 LEAST_CLARITY = 0.22  # measured: noise, speech and pads up to 0.17, music with a beat from 0.34
 MIN_BEATS = 8  # with fewer the tempo is unreliable and pseudo-beats are used
 SHORTEST, LONGEST, N_INTERVALS = 0.7, 1.3, 41  # intervals between beats, relative to the typical one
-TEMPO_CHANGE = 300.0  # cost of a squared change of the interval from beat to beat, in log units
+TEMPO_CHANGE = 500.0  # cost of a squared change of the interval from beat to beat, in log units
 TEMPO_OFFSET = 8.0  # the same of its difference from the typical interval
 NEAR_FRAMES = 4  # an onset at most so far from a beat is the beat's ...
 ONSET_STRENGTH = 0.5  # ... if it is this strong, in standard deviations
@@ -82,12 +84,13 @@ def track_beats(spectra: Spectra, mono: Floats) -> Beats:
         return _pseudo_beats(duration_s, level.clarity)
     bar_line = find_bar_line(rhythm, level)
     rough_s = ticks_s[bar_line % level.beat :: level.beat]
-    times_s = _fit(*_heard(rough_s, envelope))
+    first_bar = (bar_line // level.beat - int((rough_s < 0.0).sum())) % level.meter
+    times_s = _fit(*_heard(rough_s[(rough_s >= 0.0) & (rough_s <= duration_s)], envelope))
     times_s = times_s + _attack_shift_s(times_s, mono)
     edges_s = _within(_extend(times_s, duration_s), duration_s)
     tempo_bpm = 60.0 / float(np.median(np.diff(edges_s)))
-    first = int(np.argmin(np.abs(edges_s - times_s[bar_line // level.beat + level.meter]))) % level.meter
-    return Beats(edges_s, tempo_bpm, level.clarity, level.meter, first)
+    phase = int(np.argmin(np.abs(edges_s - times_s[first_bar]))) % level.meter
+    return Beats(edges_s, tempo_bpm, level.clarity, level.meter, phase)
 
 
 def _pseudo_beats(duration_s: float, clarity: float) -> Beats:
@@ -140,9 +143,7 @@ def _follow(envelope: Doubles, period_s: float) -> Doubles:
     change = -TEMPO_CHANGE * (logs[:, None] - logs) ** 2  # (interval before, interval after)
     offset = -TEMPO_OFFSET * (logs - np.log(period)) ** 2
     n, first, last = local.size, int(intervals[0]), int(intervals[-1])
-    leaving = np.zeros(
-        (last + n, intervals.size)
-    )  # best score of leaving a frame by an interval; before the start 0
+    leaving = np.zeros((last + n, intervals.size))  # best score before an interval; 0 before the start
     score, before = np.empty((n, intervals.size)), np.empty((n, intervals.size), np.int64)
     for start in range(0, n, first):
         block = np.arange(start, min(n, start + first))
@@ -169,9 +170,8 @@ def _divide(times_s: Doubles) -> Doubles:
 def _heard(times_s: Doubles, envelope: Doubles) -> tuple[Doubles, NDArray[np.bool_]]:
     """Each beat moved to the onset near it, between frames, and which beats have such an onset."""
     smooth = gaussian_filter1d(envelope, 1.0)
-    at = np.clip(
-        np.round(times_s * FRAME_RATE_HZ).astype(np.int64), NEAR_FRAMES + 1, smooth.size - NEAR_FRAMES - 2
-    )
+    at = np.round(times_s * FRAME_RATE_HZ).astype(np.int64)
+    at = np.clip(at, NEAR_FRAMES + 1, smooth.size - NEAR_FRAMES - 2)
     near = at[:, None] + np.arange(-NEAR_FRAMES, NEAR_FRAMES + 1)
     peak = near[np.arange(at.size), smooth[near].argmax(axis=1)]
     left, middle, right = smooth[peak - 1], smooth[peak], smooth[peak + 1]

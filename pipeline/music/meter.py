@@ -31,15 +31,16 @@ BEAT_TICKS, OCTAVE_TICKS = (4, 6, 8, 9, 12, 16, 18, 24, 36), (6, 12, 24)
 METERS = {4: 0.0, 3: 0.5, 5: 0.5, 7: 0.5}  # beats a bar: by how much the evidence must exceed that of four
 SLOWEST_BPM, FASTEST_BPM = 55.0, 215.0
 PREFERRED_BPM = 118.0
-LONGEST_TICKS = 2 * max(METERS) * max(BEAT_TICKS)  # two bars of the slowest beat
+LONGEST_TICKS = 4 * max(METERS) * max(BEAT_TICKS)  # four bars of the slowest beat
 ONSET_MEAN_TICKS = 4 * PULSE_TICKS  # onset strengths are taken relative to their mean over so long
 # Weights of the evidence; similarities are relative to that of the bars which repeat best
 BEAT, BAR, TWO_BARS = 1.0, 2.0, 4.0  # similarity of the onsets after a beat, a bar, two bars
-HARMONY = 2.0  # similarity of the chroma after two bars
+HARMONY = 2.0  # similarity of the chroma after two bars, or after four less FOUR_BARS, whichever is more
+FOUR_BARS = 0.3  # four bars of a wrong meter are more often like each other by chance
 ACCENT = 2.0  # mean accent of the beats, in standard deviations
 TEMPO = 3.0  # per squared octave from the preferred tempo
 # Weights of the evidence for bar lines, each in standard deviations
-TIMBRE_CHANGE, HARMONY_CHANGE, LOW_ONSET, BACKBEAT = 2.9, 1.3, 1.3, 1.1
+TIMBRE_CHANGE, HARMONY_CHANGE, LOW_ONSET, BACKBEAT = 3.0, 0.7, 0.8, 1.1
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,15 @@ def find_bar_line(rhythm: Rhythm, level: Level) -> int:
 
 def _level(rhythm: Rhythm, beat: int, meter: int, best: float) -> Level:
     bar = beat * meter
-    after_bar, after_two = _at(rhythm.onsets_after, bar), _at(rhythm.onsets_after, 2 * bar)
+    after_bar = _at(rhythm.onsets_after, bar)
+    after_two = _at(rhythm.onsets_after, 2 * bar, otherwise=after_bar)
+    after_two_chords = _at(rhythm.harmony_after, 2 * bar)
+    after_four_chords = _at(rhythm.harmony_after, 4 * bar, otherwise=FOUR_BARS)
     similarity = (
         BEAT * _at(rhythm.onsets_after, beat)
         + BAR * after_bar
         + TWO_BARS * after_two
-        + HARMONY * _at(rhythm.harmony_after, 2 * bar)
+        + HARMONY * max(after_two_chords, after_four_chords - FOUR_BARS)
     )
     accent = _folded(_standardized(rhythm.onsets.sum(axis=0)), beat).max()
     octaves = np.log2(60.0 / (beat * rhythm.tick_s) / PREFERRED_BPM)
@@ -129,9 +133,9 @@ def _folded(values: Doubles, period: int) -> Doubles:
     return np.asarray(values[: values.size // period * period].reshape(-1, period).mean(axis=0))
 
 
-def _at(similarity: Doubles, lag: int) -> float:
-    """The similarity at a lag; 0 for lags that were not observed."""
-    return float(similarity[lag]) if lag < similarity.size else 0.0
+def _at(similarity: Doubles, lag: int, otherwise: float = 0.0) -> float:
+    """The similarity at a lag; `otherwise` for lags that were not observed."""
+    return float(similarity[lag]) if lag < similarity.size else otherwise
 
 
 def _similarity(rows: Doubles) -> Doubles:

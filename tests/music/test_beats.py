@@ -39,6 +39,8 @@ def test_beats_and_bars_follow_a_tempo_that_changes(name: str) -> None:
     beats = beats_of(piece.mono)
     assert mir_eval.beat.f_measure(piece.beats_s, beats.edges_s) > 0.9
     assert_bars_are_right(beats, piece)
+    changes = np.diff(np.log(np.diff(beats.edges_s[1:-1])))
+    assert np.abs(changes).max() < 0.2  # the two tempos differ by 0.12
 
 
 @pytest.mark.parametrize("pickup", [1, 2, 3])

@@ -44,7 +44,7 @@ def at_one_level(truth: pieces.Doubles, found: pieces.Doubles) -> list[tuple[pie
 
 
 def test_beats_are_where_they_were_written() -> None:
-    # F-measure within 70 ms; counting in half or double tempo is allowed. librosa's beat tracker: 0.78
+    # F-measure within 70 ms; counting in half or double tempo is allowed. librosa's beat tracker: 0.84
     scores = []
     for number in NUMBERS:
         piece, beats, _ = heard(number)
