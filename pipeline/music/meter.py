@@ -35,7 +35,7 @@ LONGEST_TICKS = 4 * max(METERS) * max(BEAT_TICKS)  # four bars of the slowest be
 ONSET_MEAN_TICKS = 4 * PULSE_TICKS  # onset strengths are taken relative to their mean over so long
 # Weights of the evidence; similarities are relative to that of the bars which repeat best
 BEAT, BAR, TWO_BARS = 1.0, 2.0, 4.0  # similarity of the onsets after a beat, a bar, two bars
-HARMONY = 2.0  # similarity of the chroma after two bars, or after four less FOUR_BARS, whichever is more
+HARMONY = 2.0  # similarity of the chroma after two bars, or, for the meter, after four less FOUR_BARS
 FOUR_BARS = 0.3  # four bars of a wrong meter are more often like each other by chance
 ACCENT = 2.0  # mean accent of the beats, in standard deviations
 TEMPO = 3.0  # per squared octave from the preferred tempo
@@ -91,7 +91,11 @@ def find_level(rhythm: Rhythm, beat_ticks: tuple[int, ...]) -> Level:
     beats = [n for n in beat_ticks if SLOWEST_BPM <= 60.0 / (n * rhythm.tick_s) <= FASTEST_BPM]
     bars = [n * meter * count for n in beats for meter in METERS for count in (1, 2)]
     best = max(0.1, *(_at(rhythm.onsets_after, bar) for bar in bars))
-    return max((_level(rhythm, n, m, best) for n in beats for m in METERS), key=lambda level: level.score)
+    likeliest = max(
+        (_level(rhythm, n, m, best) for n in beats for m in METERS), key=lambda level: level.score
+    )
+    same_beat = (_level(rhythm, likeliest.beat, meter, best, four_bars=True) for meter in METERS)
+    return max(same_beat, key=lambda level: level.score)
 
 
 def find_bar_line(rhythm: Rhythm, level: Level) -> int:
@@ -110,17 +114,16 @@ def find_bar_line(rhythm: Rhythm, level: Level) -> int:
     return int(np.argmax(evidence))
 
 
-def _level(rhythm: Rhythm, beat: int, meter: int, best: float) -> Level:
+def _level(rhythm: Rhythm, beat: int, meter: int, best: float, *, four_bars: bool = False) -> Level:
+    """One candidate. With `four_bars`, which tells meters apart but not tempos, four bars may repeat, too."""
     bar = beat * meter
     after_bar = _at(rhythm.onsets_after, bar)
     after_two = _at(rhythm.onsets_after, 2 * bar, otherwise=after_bar)
-    after_two_chords = _at(rhythm.harmony_after, 2 * bar)
-    after_four_chords = _at(rhythm.harmony_after, 4 * bar, otherwise=FOUR_BARS)
+    harmony = _at(rhythm.harmony_after, 2 * bar)
+    if four_bars:
+        harmony = max(harmony, _at(rhythm.harmony_after, 4 * bar, otherwise=FOUR_BARS) - FOUR_BARS)
     similarity = (
-        BEAT * _at(rhythm.onsets_after, beat)
-        + BAR * after_bar
-        + TWO_BARS * after_two
-        + HARMONY * max(after_two_chords, after_four_chords - FOUR_BARS)
+        BEAT * _at(rhythm.onsets_after, beat) + BAR * after_bar + TWO_BARS * after_two + HARMONY * harmony
     )
     accent = _folded(_standardized(rhythm.onsets.sum(axis=0)), beat).max()
     octaves = np.log2(60.0 / (beat * rhythm.tick_s) / PREFERRED_BPM)
