@@ -58,10 +58,13 @@ Any parameter may have several values: a list, or a range `{low: 0.6, high: 1.2,
 - `zip`: all first values together, then all second ones.
 - `{random: 8, seed: 1}`: so many combinations drawn at random. Ranges need no steps here.
 
+`keep: best 2 of 6` makes six takes of each combination and publishes the best two; `gates` in an entry has
+the gates that differ from `gates` for all, where `null` means the same as there: see [scores.md](scores.md).
+
 `plan` shows what a configuration expands to.
 
-`--preset NAME` puts the settings of `config/presets/NAME.yaml` above the configuration. There are
-{presets}; any YAML file that is put there is a preset too.
+`--preset NAME` puts the settings of a preset above the configuration. There are {presets}, and every YAML
+file in `config/presets/` of the home.
 """
 
 

@@ -32,6 +32,7 @@ log = logging.getLogger("pipeline")
 
 DEFAULT_CONFIG = Path("config/default.yaml")
 PRESETS = Path("config/presets")
+OWN_PRESETS = Path(__file__).parent / "cli" / "template" / "presets"
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,10 @@ def _preset(home: Path, name: str) -> Path:
     """The file of a preset.
 
     Raises:
-        ConfigError: the home has none of that name.
+        ConfigError: neither the home nor this program has one of that name.
     """
-    known = {path.stem: path for path in sorted((home / PRESETS).glob("*.yaml"))}
+    folders = (OWN_PRESETS, home / PRESETS)  # those of the home win
+    known = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
     if name not in known:
-        there = f"there are {', '.join(known)}" if known else f"{home / PRESETS} has none"
-        raise ConfigError(f"there is no preset {name}: {there}")
+        raise ConfigError(f"there is no preset {name}: there are {', '.join(sorted(known))}")
     return known[name]

@@ -123,13 +123,15 @@ class Recipe:
 
     @cached_property
     def result_bytes(self) -> float:
-        """An estimate of the size of one track's results, no less than that: stereo WAV files."""
+        """An estimate of the size of one track's results and takes: stereo WAV files."""
         output = self.config.output
         rate = output.sample_rate or self.config.normalize.sample_rate
         per_second = rate * 2 * BYTES_PER_SAMPLE[output.bit_depth]
         planned = plan_variations(self.config, self.generator.card)
-        durations = [UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s for one in planned]
-        return per_second * sum(durations)
+        return per_second * sum(
+            (UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s) * one.tried / one.kept
+            for one in planned
+        )
 
     def plan(self, sha256: str) -> TrackPlan:
         normalize = digest(

@@ -193,6 +193,9 @@ class Scratch:
             return None
         return Audio(samples, sample_rate)
 
+    def remove(self, kind: str, key: str) -> None:
+        self._path(kind, key).unlink(missing_ok=True)
+
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -43,6 +43,11 @@ def test_a_range_has_evenly_spaced_values_and_whole_ones_without_repeats() -> No
     assert values({"temperature": {"low": 0.7, "high": 1.0, "steps": 4}}, "temperature") == [
         (0.7,), (0.8,), (0.9,), (1.0,),
     ]  # fmt: skip
+    assert values({"temperature": {"low": 0, "high": 1, "steps": 3}}, "temperature") == [
+        (0.0,),
+        (0.5,),
+        (1.0,),
+    ]
     assert values({"top_k": {"low": 1, "high": 3, "steps": 9}}, "top_k") == [(1,), (2,), (3,)]
 
 

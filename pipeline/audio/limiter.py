@@ -17,7 +17,7 @@ from pipeline.records import Audio, Samples
 LOOK_AHEAD_S = 0.005  # to either side of a peak: a period of 200 Hz, so that the bass is hardly distorted
 RELEASE_DB_PER_S = 40.0
 WRAP_S = 1.0  # of the other end of a loop that is limited along with each end
-MAX_PASSES, TOLERANCE_LU = 5, 0.1  # limiting costs loudness, which the next pass adds to its gain
+MAX_PASSES, TOLERANCE_LU = 10, 0.1  # limiting costs loudness, which the next pass adds to its gain
 
 
 def limit_to_loudness(
@@ -29,12 +29,15 @@ def limit_to_loudness(
     stays below the target. In a loop, the gain runs from the end into the start.
     """
     gain_db, limited = 0.0, audio
+    missing_lu = target_lufs - loudness_lufs(audio)
+    if np.isinf(missing_lu):
+        return audio
     for _ in range(MAX_PASSES):
-        missing_lu = target_lufs - loudness_lufs(limited)
-        if abs(missing_lu) <= TOLERANCE_LU or np.isinf(missing_lu):
-            break
         gain_db += missing_lu
         limited = _limit(amplify(audio, gain_db), ceiling_dbtp - MARGIN_DB, is_loop=is_loop)
+        missing_lu = target_lufs - loudness_lufs(limited)
+        if abs(missing_lu) <= TOLERANCE_LU:
+            break
     return limited
 
 

@@ -77,6 +77,8 @@ def _variation(planned: PlannedVariation, card: EngineCard) -> str:
     words = [f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in own.items()]
     if planned.similarity is not None:
         words.insert(0, f"similarity {planned.similarity:g}")
+    if planned.tried > 1:
+        words.append(f"one of the best {planned.kept} of {planned.tried}")
     return f"{Path(planned.file).name}: {', '.join([length, *words])}"
 
 
@@ -112,10 +114,13 @@ def _planned(
 
 def _estimate(store: Store | None, recipe: Recipe, to_do: list[list[PlannedVariation]]) -> str:
     """About how long the work takes, by what such work took on this machine."""
-    lengths = [one.duration_s for missing in to_do for one in missing]
-    sound_s = sum(UNKNOWN_DURATION_S if length == "source" else length for length in lengths)
+    wanted = [one for missing in to_do for one in missing]
+    sound_s = sum(
+        (UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s) * one.tried / one.kept
+        for one in wanted
+    )
     pace = store.pace(recipe.generator.card.name, recipe.generator.model) if store else None
-    what = f"{len(lengths)} variations of {sum(map(bool, to_do))} tracks"
+    what = f"{len(wanted)} variations of {sum(map(bool, to_do))} tracks"
     if pace is None:
         return f"{what}; no estimate of the time, as {recipe.generator.card.name} has made nothing here yet"
     seconds = pace.per_track_s * sum(map(bool, to_do)) + pace.per_second_s * sound_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,7 +74,9 @@ def _text(value: Any) -> str:
 
 def _read(app: App, path: Path) -> Audio:
     normalize = app.config.normalize
-    limits = DecodeLimits(accept_truncated=normalize.accept_truncated)
+    limits = DecodeLimits(
+        min_duration_s=0.0, max_duration_s=math.inf, accept_truncated=normalize.accept_truncated
+    )
     try:
         return decode(path, sample_rate=normalize.sample_rate, limits=limits)[0]
     except BadAudio as e:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from pipeline.config import errors as config_errors
 from pipeline.config.sweeps import Duration, Expand
@@ -89,14 +89,21 @@ class Judge(StageSettings):
     engine: str = "none"
 
 
+def _rising(band: tuple[float, float]) -> tuple[float, float]:
+    if band[0] > band[1]:
+        raise ValueError("must have the lower end first")
+    return band
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 KEEP = r"best ([1-9]\d{0,2}) of ([1-9]\d{0,2})"
+Band = Annotated[tuple[Share, Share], Field(strict=False), AfterValidator(_rising)]
 
 
 class EntryGates(Section):
     """The checks that the results of one entry must pass; None: as `gates` says for all."""
 
-    similarity: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
+    similarity: Band | None = None
     same_tempo: bool | None = None
     same_key: bool | None = None
     max_silence: Share | None = None

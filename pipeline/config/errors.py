@@ -21,6 +21,7 @@ _PATTERNS = {  # by a part of the pattern; the first that matches counts
     r"^\.": "must begin with a dot and have no slash, such as .done",
     r"^[^./": "must not begin with a dot or contain a slash or control character",
     r"^[^\x00]": "must not contain a NUL character",
+    "^best ": "must be as in: best 2 of 6",
 }
 
 
@@ -67,7 +68,7 @@ def of_engines(engines: Mapping[str, str], variations: Sequence[BaseModel]) -> l
     takers = [card for card in generators if card.is_meant_by(engines["generate"])]
     for i, spec in enumerate(variations):
         where = f"generate.variations[{i}]"
-        found = list(_of_params(where, spec, generators, takers))
+        found = [*_of_params(where, spec, generators, takers), *_of_keep(f"{where}.keep", spec)]
         problems += dict.fromkeys(found or _of_expansion(where, spec, takers))
     return problems
 
@@ -113,6 +114,14 @@ def _of_params(
         if key == "similarity":
             without = [card.name for card in takers if card.params_of_similarity is None]
             yield from (f"{path}: {name} has no parameters for it" for name in without)
+
+
+def _of_keep(where: str, spec: Any) -> Iterator[str]:
+    kept, tried = spec.best_of
+    if kept > tried:
+        yield f"{where}: can't keep {kept} of {tried}"
+    if spec.keep and spec.count > 1:
+        yield f"{where}: says how many results there are, so there can't be a count as well"
 
 
 def _of_section(where: str, section: Any, card: EngineCard) -> Iterator[str]:

@@ -8,6 +8,7 @@ first values together, then the second (`zip`), or `{random: n, seed: s}`, which
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pipeline.engines.base import EngineCard, Params
 
 Duration = Annotated[float, Field(ge=0.1, le=3600)] | Literal["source"]
 
+MOST = 1000  # combinations of one entry
 DIGITS = 6  # after the point, of values in a range
 
 
@@ -47,7 +49,7 @@ class Random(BaseModel):
 
 
 class Range(BaseModel):
-    """The values between two, both of which belong to it; whole numbers if these are."""
+    """The values between two, both of which belong to it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -55,12 +57,11 @@ class Range(BaseModel):
     high: int | float
     steps: Annotated[int, Field(ge=2, le=1000)] | None = None
 
-    def at(self, share: float) -> int | float:
+    def at(self, share: float, *, is_whole: bool) -> int | float:
         value = self.low + share * (self.high - self.low)
-        is_whole = isinstance(self.low, int) and isinstance(self.high, int)
         return round(value) if is_whole else round(value, DIGITS)
 
-    def spaced(self) -> list[int | float]:
+    def spaced(self, *, is_whole: bool) -> list[int | float]:
         """The evenly spaced values, without repeats.
 
         Raises:
@@ -68,7 +69,8 @@ class Range(BaseModel):
         """
         if self.steps is None:
             raise ValueError("a range needs steps, unless its values are drawn: expand: {random: n}")
-        return list(dict.fromkeys(self.at(step / (self.steps - 1)) for step in range(self.steps)))
+        shares = (step / (self.steps - 1) for step in range(self.steps))
+        return list(dict.fromkeys(self.at(share, is_whole=is_whole) for share in shares))
 
 
 Expand = Literal["grid", "zip"] | Random
@@ -106,22 +108,29 @@ def expand(entry: Mapping[str, Any], how: Expand, card: EngineCard) -> list[Comb
     fields = {*SharedParams.model_fields, *card.params.model_fields}
     own = {name: value for name, value in entry.items() if name in fields} | entry.get(card.name, {})
     axes = {name: choices(value) for name, value in own.items()}
-    return [_combination(given, card) for given in _combine(axes, how)]
+    whole = {name for name, field in card.params.model_fields.items() if field.annotation is int}
+    return [_combination(given, card) for given in _combine(axes, how, whole)]
 
 
-def _combine(axes: Mapping[str, list[Any] | Range], how: Expand) -> Iterator[dict[str, Any]]:
+def _combine(axes: Mapping[str, list[Any] | Range], how: Expand, whole: set[str]) -> Iterator[dict[str, Any]]:
+    """The values of each combination; `whole`: the parameters that are whole numbers."""
     if isinstance(how, Random):
         rng = random.Random(how.seed)  # only its method `random` gives the same numbers in every version
         for _ in range(how.random):
-            yield {name: _draw(axis, rng.random()) for name, axis in axes.items()}
+            yield {name: _draw(axis, rng.random(), is_whole=name in whole) for name, axis in axes.items()}
         return
-    values = {name: axis.spaced() if isinstance(axis, Range) else axis for name, axis in axes.items()}
+    values = {
+        name: axis.spaced(is_whole=name in whole) if isinstance(axis, Range) else axis
+        for name, axis in axes.items()
+    }
+    if how == "grid" and (n := math.prod(map(len, values.values()))) > MOST:
+        raise ValueError(f"these are {n} combinations; {MOST} are the most")
     rows = itertools.product(*values.values()) if how == "grid" else _rows(values)
     yield from (dict(zip(values, row, strict=True)) for row in rows)
 
 
-def _draw(axis: list[Any] | Range, share: float) -> Any:
-    return axis.at(share) if isinstance(axis, Range) else axis[int(share * len(axis))]
+def _draw(axis: list[Any] | Range, share: float, *, is_whole: bool) -> Any:
+    return axis.at(share, is_whole=is_whole) if isinstance(axis, Range) else axis[int(share * len(axis))]
 
 
 def _rows(values: Mapping[str, list[Any]]) -> Iterator[tuple[Any, ...]]:

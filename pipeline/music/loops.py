@@ -133,6 +133,7 @@ def cut_loop(audio: Audio, loop: Loop) -> Audio:
     guard = round(GUARD_S * rate)
     samples = audio.samples[:, loop.start : loop.stop].copy()
     end = samples.shape[1] - guard
+    n_fade = min(n_fade, end // 2)
     shift = loop.start - loop.stop
     fade_at = loop.stop - guard - n_fade
     samples[:, end:] = audio.samples[:, loop.start - guard : loop.start]

@@ -20,6 +20,7 @@ FACTS = (  # for tags
     *("seed", "similarity", "params", "prompt", "engine", "model", "revision", "version", "license"),
     *("tempo_bpm", "key", "bars", "loop"),
 )
+OPUS_RATE_HZ = 48000  # in which positions in Ogg Opus are counted, whatever the sound's rate (RFC 7845)
 SOFTWARE = f"instrumental-variations {__version__}"
 
 Json = dict[str, Any]
@@ -98,7 +99,9 @@ def variation_record(
     }
 
 
-def tags(track: str, sha256: str, name: str, take: Mapping[str, Any]) -> dict[str, str]:
+def tags(
+    track: str, sha256: str, name: str, take: Mapping[str, Any], *, output_format: str
+) -> dict[str, str]:
     """The facts for the file itself; without a date, so that the same request gives the same bytes.
 
     Those in capitals are for formats with free tags. Loops have LOOPSTART and LOOPLENGTH, in samples.
@@ -111,8 +114,8 @@ def tags(track: str, sha256: str, name: str, take: Mapping[str, Any]) -> dict[st
         tonic, mode = take["key"].split()
         free["KEY"] = f"{tonic}m" if mode == "minor" else tonic  # as ID3v2 has it
     if "loop" in take:
-        n_samples = round(take["duration_s"] * take["sample_rate"])
-        free |= {"LOOPSTART": "0", "LOOPLENGTH": str(n_samples)}
+        rate = OPUS_RATE_HZ if output_format == "opus" else take["sample_rate"]
+        free |= {"LOOPSTART": "0", "LOOPLENGTH": str(round(take["duration_s"] * rate))}
     return {
         "title": f"{track} ({name})",
         "comment": json.dumps(comment, sort_keys=True, ensure_ascii=False),

@@ -34,6 +34,7 @@ from pipeline.store.schema import AttemptOutcome
 from pipeline.store.store import Store
 
 TAKE = "take"  # what a held take is called in the state folder
+LEVELS = ("loudness_lufs", "peak_dbfs", "true_peak_dbtp")
 PUBLISHED = audio.DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf)  # for own results
 
 
@@ -235,6 +236,10 @@ class Generation:
         self._advance(job)
         if any(unit.key not in job.variations for unit in choice.units):
             self._hold(job, choice, judged)
+        else:  # the sounds of what is decided are no longer needed
+            for key, one in choice.judged.items():
+                choice.judged[key] = replace(one, audio=None)
+                job.scratch.remove(TAKE, key)
 
     def _hold(self, job: Job, choice: Choice, judged: JudgedTake) -> None:
         """Keep a take in the state folder until it is decided about."""
@@ -308,11 +313,14 @@ class Generation:
         if album_lufs is not None:
             gain_db = album_lufs - record["loudness_lufs"]
             sound = audio.amplify(sound, gain_db)
-            levels = {name: round(record[name] + gain_db, 2) for name in ("loudness_lufs", "peak_dbfs")}
-            record = {**record, **levels}
+            record = {**_raised(record, gain_db), "scores": _raised(record["scores"], gain_db)}
         published = self._write(job, unit.file, unit.name, record, sound)
         made = manifest.variation_record(
-            published, unit.name, record, choice.faults(judged), self._tried(job, choice, unit)
+            published,
+            unit.name,
+            record,
+            choice.faults[judged.take.key],
+            self._tried(job, choice, unit),
         )
         job.variations[unit.key] = made
         self._record(job, unit.key, made, judged.seconds)
@@ -322,11 +330,11 @@ class Generation:
         first, tried = choice.units[0], list[Json]()
         stem, ending = PurePath(first.file).name.rsplit(".", 1)
         for judged in (choice.judged[take.key] for take in choice.asked):
-            measured = {"similarity": judged.similarity}
-            fact = {**judged.take.facts(), "measured": measured, "failed": list(choice.faults(judged))}
+            failed = list(choice.faults[judged.take.key])
+            fact = {**judged.take.facts(), "measured": {"similarity": judged.similarity}, "failed": failed}
             is_rejected = judged.take.key not in (choice.kept or ()) and judged.sound is not None
             if is_rejected and first.gates.rejected == "keep":
-                file = f"{REJECTED}/{stem}-{judged.take.seed}.{ending}"
+                file = f"{REJECTED}/{stem}-{judged.take.key[:8]}.{ending}"
                 if unit is first:
                     self._write(job, file, first.name, judged.record, self._sound_of(job, judged))
                 fact["file"] = file
@@ -341,7 +349,7 @@ class Generation:
 
     def _write(self, job: Job, file: str, name: str, record: Mapping[str, Any], sound: Audio) -> Published:
         output = self.recipe.config.output
-        tags = manifest.tags(job.track.name, job.track.sha256, name, record)
+        tags = manifest.tags(job.track.name, job.track.sha256, name, record, output_format=output.format)
         return self.outbox.publish(
             job.track.folder,
             file,
@@ -377,6 +385,12 @@ class Generation:
             self.reporter.step(sum(shares.values()), len(shares), label)
 
         return progress
+
+
+def _raised(record: Mapping[str, Any], gain_db: float) -> Json:
+    """A record with the levels that are in it raised by a gain."""
+    levels = {name: record[name] for name in LEVELS if record.get(name) is not None}
+    return {**record, **{name: round(level + gain_db, 2) for name, level in levels.items()}}
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -48,6 +48,7 @@ class Choice:
     asked: list[Take] = field(default_factory=list)  # in the order in which they count
     judged: dict[str, JudgedTake] = field(default_factory=dict)  # by their keys
     kept: tuple[str, ...] | None = None  # the key of each unit's take; None: not decided yet
+    faults: dict[str, tuple[str, ...]] = field(default_factory=dict)  # why each judged take isn't a good one
 
     def __post_init__(self) -> None:
         self.asked = list(self.units[0].takes)
@@ -76,28 +77,31 @@ class Choice:
             self.asked += [self._another(len(self.asked) + n) for n in range(n_more)]
             return
         rest = [one for one in self.judged.values() if one not in good and one.sound is not None]
-        rest.sort(key=lambda one: (len(self.faults(one)), -one.rank))
+        rest.sort(key=lambda one: (len(self.faults[one.take.key]), self._outside_band(one), -one.rank))
         found = [*good, *rest][: len(self.units)]
         if len(found) < len(self.units):
             raise EngineFailure(next(fault for one in self.judged.values() for fault in one.failed))
         self.kept = tuple(one.take.key for one in found)
 
-    def faults(self, judged: JudgedTake) -> tuple[str, ...]:
-        """Why a take is not a good one: the gates it fails, or a better one that it resembles too much."""
-        return judged.failed or self._too_alike(judged, self._good(before=judged))
-
-    def _good(self, before: JudgedTake | None = None) -> list[JudgedTake]:
-        """The takes that pass the gates and differ from each other, best first; up to `before`."""
-        order = [self.judged[take.key] for take in self.asked if take.key in self.judged]
+    def _good(self) -> list[JudgedTake]:
+        """The best takes that pass the gates and differ from each other, one a unit; notes all faults."""
+        order = [self.judged[take.key] for take in self.asked]
         if len(self.units[0].takes) > 1:
             order.sort(key=lambda one: -one.rank)
         good: list[JudgedTake] = []
         for one in order:
-            if one is before or len(good) == len(self.units):
-                break
-            if not one.failed and not self._too_alike(one, good):
+            is_needed = not one.failed and len(good) < len(self.units)
+            self.faults[one.take.key] = one.failed or (self._too_alike(one, good) if is_needed else ())
+            if is_needed and not self.faults[one.take.key]:
                 good.append(one)
         return good
+
+    def _outside_band(self, judged: JudgedTake) -> float:
+        """How far a take's similarity is from the band that it should be in."""
+        band, similarity = self.units[0].gates.similarity, judged.similarity
+        if band is None or similarity is None:
+            return 0.0
+        return max(band[0] - similarity, similarity - band[1], 0.0)
 
     def _too_alike(self, judged: JudgedTake, better: Sequence[JudgedTake]) -> tuple[str, ...]:
         limit = self.units[0].gates.max_shared
@@ -114,7 +118,7 @@ class Choice:
         first, last = self.units[0], self.judged[self.asked[-1].key]
         seed, similarity = seed_from(["retry", first.takes[0].seed, n]), last.take.similarity
         band, params = first.gates.similarity, last.take.params
-        if band and similarity is not None and last.similarity is not None:
+        if band and similarity is not None and last.similarity is not None and self._outside_band(last):
             middle = (band[0] + band[1]) / 2
             similarity = round(min(max(similarity + middle - last.similarity, 0.0), 1.0), 3)
             params = complete_params(self.card, first.given, similarity)

@@ -28,6 +28,12 @@ def test_it_reaches_the_loudness_under_the_ceiling_where_a_gain_does_not() -> No
     assert true_peak_dbtp(limited) <= -1.0
 
 
+def test_sound_that_has_the_loudness_already_is_limited_too() -> None:
+    sound = drums_over_a_chord()
+    limited = limit_to_loudness(sound, target_lufs=loudness_lufs(sound) + 0.05, ceiling_dbtp=-12.0)
+    assert true_peak_dbtp(limited) <= -12.0
+
+
 def test_peaks_between_the_samples_are_limited_too() -> None:
     """A sine at a quarter of the rate, 45 degrees off, peaks 3 dB above its samples (BS.1770-4, Annex 2)."""
     wave = np.sin(0.5 * np.pi * np.arange(2 * RATE) + 0.25 * np.pi, dtype=np.float32)[None]

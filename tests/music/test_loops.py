@@ -67,3 +67,10 @@ def test_a_length_of_less_than_a_bar_becomes_one_bar() -> None:
     piece = sequenced(8.0)
     assert find_loop(piece, analyse(piece), 0.3).bars == 1
     assert bar_line(analyse(piece), 0.3) == (pytest.approx(BAR_S, abs=0.02), 1)
+
+
+def test_a_loop_shorter_than_its_crossfade_has_a_shorter_one() -> None:
+    noise = Audio(0.1 * np.random.default_rng(1).standard_normal((2, 15 * RATE)).astype(np.float32), RATE)
+    for length_s in (0.1, 0.3, 0.5, 0.6):
+        found = find_loop(noise, analyse(noise), length_s)
+        assert cut_loop(noise, found).n_samples == found.stop - found.start

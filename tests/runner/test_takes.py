@@ -66,7 +66,7 @@ def test_other_seeds_are_tried_up_to_the_limit_and_then_the_least_bad_take_is_ke
              [(0.1, ["a", "b"]), (0.2, ["a"]), (0.3, ["a", "b", "c"])]}  # fmt: skip
     assert len(seeds) == 3
     assert kept_ranks(choice) == [0.2]
-    assert choice.faults(choice.kept_takes[0]) == ("a",)
+    assert choice.faults[choice.kept_takes[0].take.key] == ("a",)
 
 
 def test_the_first_good_take_ends_the_retries() -> None:
@@ -91,7 +91,7 @@ def test_a_take_that_shares_too_much_with_an_earlier_variation_of_its_entry_is_m
     judge(first, 0.5)
     second.decide()
     assert second.kept is None
-    assert second.faults(next(iter(second.judged.values()))) == (
+    assert second.faults[next(iter(second.judged))] == (
         f"shares 100% of its sound with the take of seed {first.asked[0].seed}",
     )
     judge(second, 0.7)
