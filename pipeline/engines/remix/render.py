@@ -96,10 +96,19 @@ def _fade(at: int, offsets: tuple[int, int], n_source: int, length: int, guard: 
 
 
 def _mix(out: Samples, audio: Audio, old_offset: int, piece: _Piece) -> None:
-    """Write the piece's crossfade with the one before it."""
+    """Write the piece's crossfade with the one before it.
+
+    At a cut without one, from the end of a loop to its start, the step between the two samples is spread over
+    GUARD_S, as it would click.
+    """
     start, stop = piece.fade
     if start < stop:
         out[:, start:stop] = crossfade(audio, start + old_offset, start + piece.offset, stop - start)
+        return
+    spread = out[:, start : start + round(GUARD_S * audio.sample_rate)]
+    if start > 0 and spread.shape[1]:
+        fade = np.cos(0.5 * np.pi * np.arange(spread.shape[1]) / spread.shape[1]) ** 2
+        spread += (out[:, start - 1 : start] - spread[:, :1]) * fade
 
 
 def _fade_ends(out: Samples, path: BeatPath, source_end: int, rate: int) -> None:

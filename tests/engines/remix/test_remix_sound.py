@@ -225,3 +225,16 @@ def test_joins_of_produced_tracks_do_not_click_and_are_better_than_random(path: 
     assert max(level_step_db(s) for s in joins) < 2.0
     made, random = mean_scores(analyse(audio), variations)
     assert made > random + 0.2
+
+
+def test_the_end_of_a_loop_joins_its_start_without_a_click() -> None:
+    piece = synth.play(120.0, "verse verse", ending=False).audio
+    sway = 0.2 * np.sin(np.pi * np.arange(piece.n_samples) / (2 * piece.n_samples))  # ends far from its start
+    source = Audio(piece.samples + sway.astype(np.float32), piece.sample_rate)
+    [made] = remixes(source, 2.5 * source.duration_s, seeds=[0], temperature=0.0)
+    whole = [join for join in made.details["joins"] if join["to_s"] == 0.0]
+    assert whole  # the whole loop is played more than once
+    for join in whole:
+        at = round(join["out_s"] * source.sample_rate)
+        step = made.audio.samples[:, at] - made.audio.samples[:, at - 1]
+        assert np.abs(step).max() < 0.05
