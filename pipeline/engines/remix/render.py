@@ -98,8 +98,8 @@ def _fade(at: int, offsets: tuple[int, int], n_source: int, length: int, guard: 
 def _mix(out: Samples, audio: Audio, old_offset: int, piece: _Piece) -> None:
     """Write the piece's crossfade with the one before it.
 
-    At a cut without one, from the end of a loop to its start, the step between the two samples is spread over
-    GUARD_S, as it would click.
+    At a cut without one, from the end of a loop to its start, the last sample is held and faded over GUARD_S
+    unless the start goes on from it, as sound that stops at once clicks.
     """
     start, stop = piece.fade
     if start < stop:
@@ -108,7 +108,9 @@ def _mix(out: Samples, audio: Audio, old_offset: int, piece: _Piece) -> None:
     spread = out[:, start : start + round(GUARD_S * audio.sample_rate)]
     if start > 0 and spread.shape[1]:
         fade = np.cos(0.5 * np.pi * np.arange(spread.shape[1]) / spread.shape[1]) ** 2
-        spread += (out[:, start - 1 : start] - spread[:, :1]) * fade
+        last = out[:, start - 1 : start]
+        stops = np.abs(last - spread[:, :1]) >= 0.5 * np.abs(last)
+        spread += np.where(stops, last, 0.0) * fade
 
 
 def _fade_ends(out: Samples, path: BeatPath, source_end: int, rate: int) -> None:
