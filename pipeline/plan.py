@@ -76,11 +76,6 @@ class VariationUnit(PlannedVariation):
         """Equal for the variations that are chosen among the same takes."""
         return tuple(take.key for take in self.takes)
 
-    def must_differ_from(self, other: VariationUnit) -> bool:
-        """Whether the two are of one entry with equal parameters, but chosen among different takes."""
-        is_alike = self.sound == other.sound and self.params == other.params
-        return is_alike and self.group != other.group
-
     def length_s(self, source: Audio) -> float:
         """Its length for the normalized source."""
         return source.duration_s if self.duration_s == "source" else self.duration_s
@@ -154,9 +149,8 @@ class Recipe:
             )
             known = {**vars(planned), "seed": takes[0].seed}
             unit = VariationUnit(**known, key="", sound=sound, takes=takes)
-            alike = list(dict.fromkeys(other.group for other in units if other.must_differ_from(unit)))
             gates = planned.gates.model_dump(mode="json", exclude={"rejected"})
-            key = digest(["generate", unit.group, unit.kept, unit.place, gates, alike, *rated_by])
+            key = digest(["generate", unit.group, unit.kept, unit.place, gates, *rated_by])
             units.append(replace(unit, key=key))
         if self.config.output.album:  # then the loudness of each depends on all
             units = [replace(unit, key=digest([unit.key, *(other.key for other in units)])) for unit in units]

@@ -275,7 +275,7 @@ class Generation:
         """A variation that an earlier run has published, as others are compared with it."""
         record = job.variations[unit.key]
         take = replace(unit.takes[0], key=unit.key, seed=record["seed"])
-        if not any(unit.must_differ_from(other) for other in job.missing):
+        if unit.gates.max_shared is None:
             return JudgedTake(take, (), 0.0, None, record=record)
         path = self.outbox.root / job.track.folder / record["file"]
         sound, _ = audio.decode(path, sample_rate=record["sample_rate"], limits=PUBLISHED)

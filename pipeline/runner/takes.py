@@ -1,9 +1,10 @@
 """Which takes of a variation are made, and which of them are kept.
 
 `keep: best n of m` makes m takes with different seeds. Of those that pass the gates, the n with the highest
-rank are kept; without `keep` there is one take, n = m = 1. Two takes that share too much of their sound at
-the same time are not both kept. If too few are left, others are made with further seeds, up to the limit of
-retries. If there are still too few then, those that fail the fewest gates are kept, and the manifest says so.
+rank are kept; without `keep` there is one take, n = m = 1. Two results of a track that share too much of
+their sound at the same time are not both kept: the later one in the plan gives way. If too few are left,
+others are made with further seeds, up to the limit of retries. If there are still too few then, those that
+fail the fewest gates are kept, and the manifest says so.
 
 A take that misses the band of similarity moves the dial of the next one by as much as it missed the middle.
 """
@@ -42,7 +43,7 @@ class Choice:
     """The choice of the variations of one group among their takes."""
 
     units: tuple[VariationUnit, ...]  # best first
-    alike: tuple[Choice, ...]  # earlier ones, from whose variations these must differ
+    earlier: tuple[Choice, ...]  # those of the track from whose variations these must differ
     card: EngineCard
     shared: Shared
     asked: list[Take] = field(default_factory=list)  # in the order in which they count
@@ -64,12 +65,12 @@ class Choice:
         return [self.judged[key] for key in self.kept or ()]
 
     def decide(self) -> None:
-        """Keep takes, or ask for more, once all are judged and all earlier choices that matter are made.
+        """Keep takes, or ask for more, once all are judged and all earlier choices are made.
 
         Raises:
             EngineFailure: not enough takes have a sound.
         """
-        if self.kept is not None or self.missing or any(other.kept is None for other in self.alike):
+        if self.kept is not None or self.missing or any(other.kept is None for other in self.earlier):
             return
         first, good = self.units[0], self._good()
         retries = first.gates.retries - (len(self.asked) - len(first.takes))
@@ -107,7 +108,7 @@ class Choice:
         limit = self.units[0].gates.max_shared
         if limit is None:
             return ()
-        for other in [*(one for choice in self.alike for one in choice.kept_takes), *better]:
+        for other in [*(one for choice in self.earlier for one in choice.kept_takes), *better]:
             share = self.shared(judged, other) if other.sound is not None else 0.0
             if share > limit:
                 return (f"shares {share:.0%} of its sound with the take of seed {other.take.seed}",)
@@ -132,6 +133,5 @@ def choices(units: Sequence[VariationUnit], card: EngineCard, shared: Shared) ->
     for unit in units:
         groups.setdefault(unit.group, []).append(unit)
     for group in groups.values():
-        alike = tuple(choice for choice in found if choice.units[0].must_differ_from(group[0]))
-        found.append(Choice(tuple(group), alike, card, shared))
+        found.append(Choice(tuple(group), tuple(found), card, shared))
     return found

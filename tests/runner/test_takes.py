@@ -98,6 +98,15 @@ def test_a_take_that_shares_too_much_with_an_earlier_variation_of_its_entry_is_m
     assert kept_ranks(second) == [0.7]
 
 
+def test_results_of_two_entries_must_differ_too() -> None:
+    near, far = made(similarity=[0.6, 0.3], shared=lambda one, other: 1.0 if one == other else 0.0)
+    judge(near, 0.5)
+    judge(far, 0.5)
+    assert (len(far.missing), far.kept) == (1, None)
+    judge(far, 0.6)
+    assert (kept_ranks(near), kept_ranks(far)) == ([0.5], [0.6])
+
+
 def test_of_two_takes_that_share_too_much_the_better_one_is_kept() -> None:
     [choice] = made(keep="best 2 of 3", shared=lambda one, other: 0.8 if one + other > 1.5 else 0.0)
     for rank in (0.7, 0.9, 0.1):
