@@ -3,6 +3,9 @@
 A unit's key is the SHA-256 of the canonical JSON of its inputs, one of which is the key of the
 stage before. So a changed parameter changes only the keys of later stages, and a key that is
 found in the store means that the work is done.
+
+One thing is not in a variation's key: the other variations of the track, which its sound must differ from
+(`gates.max_shared`). A seed that gives way to another because of them is not made anew when they change.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationReque
 
 if TYPE_CHECKING:
     from pipeline.audio import Levels
-    from pipeline.music.analysis import Piece
-    from pipeline.music.key import Key
 
 NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
 OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
@@ -64,8 +62,6 @@ class Finished:
 
     audio: Audio
     loudness_lufs: float
-    tempo_bpm: float | None  # None: it has no clear beat
-    key: Key | None  # None: nothing in it has a pitch
     details: Mapping[str, Any]  # the engine's, for the manifest
     bars: int | None  # of a loop, or up to the bar line at which it ends
     loop: Mapping[str, Any] | None  # of a loop: how alike both ends are, for the manifest
@@ -98,23 +94,17 @@ def finish(
     import numpy as np
 
     from pipeline import audio
-    from pipeline.music.analysis import analyse
-    from pipeline.music.key import find_key
 
     made = _checked(variation.audio, request)
     rate = audio.nearest_rate(settings.format, settings.sample_rate or made.sample_rate)
     made = audio.remove_offset(audio.resample(made, rate))
-    piece = analyse(made)
-    key = find_key(piece.spectra.pitches)
-    shaped, start_s, facts = _shaped(made, piece, settings, length_s)
+    shaped, start_s, facts = _shaped(made, settings, length_s)
     leveled, loudness = _leveled(shaped, settings, source_lufs)
     if not np.isfinite(loudness):
         raise EngineFailure("the engine made sound that is too quiet to measure")
     return Finished(
         audio=leveled,
         loudness_lufs=loudness,
-        tempo_bpm=piece.beats.tempo_bpm,
-        key=key if key.confidence > 0 else None,
         details=_moved(variation.details, start_s, leveled.duration_s),
         **facts,
     )
@@ -135,18 +125,17 @@ def _checked(made: Audio, request: VariationRequest) -> Audio:
     return made
 
 
-def _shaped(
-    made: Audio, piece: Piece, settings: Output, length_s: float
-) -> tuple[Audio, float, dict[str, Any]]:
+def _shaped(made: Audio, settings: Output, length_s: float) -> tuple[Audio, float, dict[str, Any]]:
     """The sound in its final length with its fades, where it begins in `made`, and facts on bars and loop."""
     from pipeline import audio
+    from pipeline.music.analysis import analyse
     from pipeline.music.loops import bar_line, cut_loop, find_loop
 
     if settings.loop:
-        found = find_loop(made, piece, length_s)
+        found = find_loop(made, analyse(made), length_s)
         return cut_loop(made, found), found.start / made.sample_rate, {"bars": found.bars, "loop": found.seam}
     fade_out_s, bars = settings.fade_out_s, None
-    if settings.length == "bars" and (line := bar_line(piece, length_s)):
+    if settings.length == "bars" and (line := bar_line(analyse(made), length_s)):
         (length_s, bars), fade_out_s = line, max(fade_out_s, BAR_FADE_S)
     cut_to = Audio(cut(made.samples, 0, round(length_s * made.sample_rate)), made.sample_rate)
     faded = audio.fade(cut_to, in_s=settings.fade_in_s, out_s=fade_out_s)

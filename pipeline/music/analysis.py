@@ -22,16 +22,16 @@ class Piece:
 
 def analyse(audio: Audio) -> Piece:
     """Analyse a piece of any length and rate."""
-    mono = at_analysis_rate(audio)
+    mono = at_rate(audio, spectra.RATE_HZ)
     found = spectra.compute_spectra(mono)
     return Piece(mono, found, beats.track_beats(found, mono))
 
 
-def at_analysis_rate(audio: Audio) -> Floats:
-    """The mono sound at spectra.RATE_HZ, (samples,)."""
+def at_rate(audio: Audio, rate_hz: int) -> Floats:
+    """The mono sound at another sample rate, (samples,)."""
     import soxr
 
     mono = np.ascontiguousarray(audio.mono(), dtype=np.float32)
-    if audio.sample_rate == spectra.RATE_HZ:
+    if audio.sample_rate == rate_hz:
         return mono
-    return np.asarray(soxr.resample(mono, audio.sample_rate, spectra.RATE_HZ), dtype=np.float32)
+    return np.asarray(soxr.resample(mono, audio.sample_rate, rate_hz), dtype=np.float32)

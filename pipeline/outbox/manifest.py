@@ -70,10 +70,11 @@ def take_facts(take: Take, generator: Generator, choice: Choice) -> Json:
 
 def take_record(facts: Json, finished: Finished, scores: Json) -> Json:
     """A result that is judged, but not published yet."""
+    tempo_bpm = scores.get("tempo_bpm")
     return {
         **facts,
-        "tempo_bpm": None if finished.tempo_bpm is None else round(finished.tempo_bpm, 2),
-        "key": None if finished.key is None else str(finished.key),
+        "tempo_bpm": None if tempo_bpm is None else round(tempo_bpm, 2),
+        "key": scores.get("key"),
         **({"bars": finished.bars} if finished.bars is not None else {}),
         **({"loop": dict(finished.loop)} if finished.loop is not None else {}),
         "duration_s": finished.audio.duration_s,

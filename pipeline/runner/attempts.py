@@ -28,7 +28,7 @@ from pipeline.plan import Take, TrackPlan, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage, VariationRequest
 from pipeline.runner.retry import MISSING_INBOX_PAUSE_S, backoff_s
-from pipeline.runner.takes import Choice
+from pipeline.runner.takes import TakeChoice
 from pipeline.stages import engine_duration_s
 from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
@@ -49,7 +49,9 @@ class Job:
     normalized: dict[str, Any] = field(default_factory=dict)  # the record of the finished unit, or empty
     embedding: dict[str, Any] = field(default_factory=dict)  # likewise
     variations: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished units' records, by key
-    choices: list[Choice] = field(default_factory=list)  # of its variations, once they are being generated
+    choices: list[TakeChoice] = field(
+        default_factory=list
+    )  # of its variations, once they are being generated
     reference: Any = None  # what its variations are compared with, once it has been analysed
     attempt: int | None = None  # id of the open attempt
     stage: str = RESULT_CHECK  # the stage that runs now

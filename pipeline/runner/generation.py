@@ -28,7 +28,7 @@ from pipeline.plan import AUTO_PROMPT, Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.attempts import Attempts, Job
-from pipeline.runner.takes import Choice, JudgedTake, choices
+from pipeline.runner.takes import JudgedTake, TakeChoice, choices
 from pipeline.stages import Finished
 from pipeline.store.schema import AttemptOutcome
 from pipeline.store.store import Store
@@ -78,7 +78,7 @@ class Wanted:
     """One take that a call of the generator is to make."""
 
     job: Job
-    choice: Choice
+    choice: TakeChoice
     take: Take
     request: VariationRequest
 
@@ -241,7 +241,7 @@ class Generation:
                 choice.judged[key] = replace(one, audio=None)
                 job.scratch.remove(TAKE, key)
 
-    def _hold(self, job: Job, choice: Choice, judged: JudgedTake) -> None:
+    def _hold(self, job: Job, choice: TakeChoice, judged: JudgedTake) -> None:
         """Keep a take in the state folder until it is decided about."""
         assert judged.audio is not None
         job.scratch.save(TAKE, judged.take.key, judged.audio)
@@ -250,7 +250,7 @@ class Generation:
         held["unit"] = choice.units[0].key  # a changed gate or rater asks for another verdict
         self._record(job, judged.take.key, {**judged.record, "held": held}, judged.seconds)
 
-    def _restore(self, job: Job, choice: Choice) -> None:
+    def _restore(self, job: Job, choice: TakeChoice) -> None:
         """Take over the missing takes that an earlier run held for the same choice."""
         for take in choice.missing:
             record = self.store.unit(take.key)
@@ -307,7 +307,7 @@ class Generation:
             self.finish(job)
 
     def _publish(
-        self, job: Job, choice: Choice, unit: VariationUnit, judged: JudgedTake, album_lufs: float | None
+        self, job: Job, choice: TakeChoice, unit: VariationUnit, judged: JudgedTake, album_lufs: float | None
     ) -> None:
         sound, record = self._sound_of(job, judged), judged.record
         if album_lufs is not None:
@@ -325,7 +325,7 @@ class Generation:
         job.variations[unit.key] = made
         self._record(job, unit.key, made, judged.seconds)
 
-    def _tried(self, job: Job, choice: Choice, unit: VariationUnit) -> list[Json]:
+    def _tried(self, job: Job, choice: TakeChoice, unit: VariationUnit) -> list[Json]:
         """What the manifest says of all takes; with the best one, those not kept are published if wanted."""
         first, tried = choice.units[0], list[Json]()
         stem, ending = PurePath(first.file).name.rsplit(".", 1)

@@ -39,11 +39,11 @@ class JudgedTake:
 
 
 @dataclass(eq=False)
-class Choice:
+class TakeChoice:
     """The choice of the variations of one group among their takes."""
 
     units: tuple[VariationUnit, ...]  # best first
-    earlier: tuple[Choice, ...]  # those of the track from whose variations these must differ
+    earlier: tuple[TakeChoice, ...]  # those of the track from whose variations these must differ
     card: EngineCard
     shared: Shared
     asked: list[Take] = field(default_factory=list)  # in the order in which they count
@@ -126,12 +126,12 @@ class Choice:
         return make_take(first.sound, seed, params, similarity)
 
 
-def choices(units: Sequence[VariationUnit], card: EngineCard, shared: Shared) -> list[Choice]:
+def choices(units: Sequence[VariationUnit], card: EngineCard, shared: Shared) -> list[TakeChoice]:
     """The choices of a track's variations, in the order of its plan."""
-    found: list[Choice] = []
+    found: list[TakeChoice] = []
     groups: dict[tuple[str, ...], list[VariationUnit]] = {}
     for unit in units:
         groups.setdefault(unit.group, []).append(unit)
     for group in groups.values():
-        found.append(Choice(tuple(group), tuple(found), card, shared))
+        found.append(TakeChoice(tuple(group), tuple(found), card, shared))
     return found

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from pipeline.music import beats, spectra
+from pipeline.music import analysis
 from pipeline.music.key import Key, find_key
 from pipeline.music.spectra import Floats
 from pipeline.records import Audio
@@ -37,24 +35,16 @@ def analyse_source(audio: Audio) -> Source:
 
 def analyse(audio: Audio) -> tuple[Source, Floats]:
     """The analysis of a track or a variation, and its mono signal at `pipeline.music.spectra.RATE_HZ`."""
-    mono = audio.mono()
-    slow = _resampled(mono, audio.sample_rate, spectra.RATE_HZ)
-    found = spectra.compute_spectra(slow)
-    chroma = compute_chroma(_resampled(mono, audio.sample_rate, CHROMA_RATE_HZ))
+    piece, mono = analysis.analyse(audio), audio.mono()
+    found, chroma = piece.spectra, compute_chroma(analysis.at_rate(audio, CHROMA_RATE_HZ))
     context = context_frames(found.pitches)
     source = Source(
         chroma=chroma,
         fingerprint=fingerprint(found.pitches),
-        tempo_bpm=beats.track_beats(found, slow).tempo_bpm,
+        tempo_bpm=piece.beats.tempo_bpm,
         key=find_key(found.pitches) if chroma.any() else None,
         seams=seam_curves(mono, audio.sample_rate, found.onsets),
         context=context,
         own_distance=own_distance(context),
     )
-    return source, slow
-
-
-def _resampled(mono: Floats, from_hz: int, to_hz: int) -> Floats:
-    import soxr
-
-    return mono if from_hz == to_hz else np.asarray(soxr.resample(mono, from_hz, to_hz), np.float32)
+    return source, piece.mono

@@ -97,7 +97,7 @@ def test_results_are_judged_from_their_sound() -> None:
     judge = ScoringJudge(StubEngines(StubGenerator()), lambda: False)
     source = judge.analyse(melody(8.0))
     same, other = (
-        judge.judge(source, Finished(audio, -14.0, None, None, {}, None, None), Gates(), "")
+        judge.judge(source, Finished(audio, -14.0, {}, None, None), Gates(), "")
         for audio in (melody(), melody(transpose=6))
     )
     assert same.similarity is not None and other.similarity is not None

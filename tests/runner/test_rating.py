@@ -41,7 +41,7 @@ def judge_with(rating: dict[str, float] | None) -> ScoringJudge:
 
 def verdict(source: Source, rating: dict[str, float] | None) -> Verdict:
     """On the source as a variation of itself."""
-    made = Finished(source.music, -14.0, None, None, {}, None, None)
+    made = Finished(source.music, -14.0, {}, None, None)
     return judge_with(rating).judge(source.reference, made, Gates(max_copied=0.5), "")
 
 

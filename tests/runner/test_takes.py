@@ -11,10 +11,10 @@ from pipeline.engines import cards
 from pipeline.engines.selection import Choice as Engine
 from pipeline.errors import EngineFailure
 from pipeline.plan import Recipe, Take
-from pipeline.runner.takes import Choice, JudgedTake, choices
+from pipeline.runner.takes import JudgedTake, TakeChoice, choices
 
 
-def made(gates: dict[str, Any] | None = None, shared: Any = None, **entry: Any) -> list[Choice]:
+def made(gates: dict[str, Any] | None = None, shared: Any = None, **entry: Any) -> list[TakeChoice]:
     """The choices of one entry's variations; `shared` compares the sounds, which are the takes' ranks."""
     config = Config.model_validate(
         {"generate": {"variations": [{"name": "a", **entry}]}, "gates": gates or {}}
@@ -26,7 +26,7 @@ def made(gates: dict[str, Any] | None = None, shared: Any = None, **entry: Any) 
     return choices(units, remix.card, lambda a, b: shared(a.sound, b.sound) if shared else 0.0)
 
 
-def judge(choice: Choice, rank: float, *failed: str, similarity: float | None = None) -> Take:
+def judge(choice: TakeChoice, rank: float, *failed: str, similarity: float | None = None) -> Take:
     """Answer the first take that is missing."""
     take = choice.missing[0]
     choice.judged[take.key] = JudgedTake(take, failed, rank, similarity, sound=rank)
@@ -34,7 +34,7 @@ def judge(choice: Choice, rank: float, *failed: str, similarity: float | None = 
     return take
 
 
-def kept_ranks(choice: Choice) -> list[float]:
+def kept_ranks(choice: TakeChoice) -> list[float]:
     return [one.rank for one in choice.kept_takes]
 
 

@@ -26,7 +26,7 @@ MAX_UNCUT_SHARE = 0.85  # the same, of the result
 
 
 @dataclass(frozen=True)
-class Wish:
+class PathRequest:
     """What is asked of a path, without its seed."""
 
     track: Analysis
@@ -57,36 +57,36 @@ class Wish:
         return max(int(limit_s / self.interval_s), 2 * self.shortest - 1)
 
 
-def moves(wish: Wish, allowed: Doubles) -> Moves:
+def moves(asked: PathRequest, allowed: Doubles) -> Moves:
     """The segments and joins of a path; `allowed`, (points, points), are the scores of the possible joins."""
     targets = np.argsort(-allowed, axis=1, kind="stable")[:, :MAX_TARGETS]
     scores = np.take_along_axis(allowed, targets, axis=1)
-    if wish.is_frozen:
-        lengths = np.zeros(wish.track.points_s.size)
-        lengths[: wish.shortest] = -np.inf
+    if asked.is_frozen:
+        lengths = np.zeros(asked.track.points_s.size)
+        lengths[: asked.shortest] = -np.inf
         return Moves(lengths, lengths, targets, scores - JOIN_COST)
-    lengths = _length_weights(wish)
+    lengths = _length_weights(asked)
     at_least = np.logaddexp.accumulate(lengths[::-1])[::-1]  # of a segment of this length or more
-    at_least[: wish.shortest] = -np.inf
-    return Moves(lengths, at_least, targets, _join_weights(wish, targets, scores))
+    at_least[: asked.shortest] = -np.inf
+    return Moves(lengths, at_least, targets, _join_weights(asked, targets, scores))
 
 
-def _length_weights(wish: Wish) -> Doubles:
+def _length_weights(asked: PathRequest) -> Doubles:
     """Log probability of each length of a segment, (longest + 1,)."""
-    intervals = np.arange(wish.longest + 1)
-    typical_s = SEGMENT_S / wish.temperature**SEGMENT_EXPONENT
-    ratio = np.maximum(intervals, 0.5) * wish.interval_s / typical_s
+    intervals = np.arange(asked.longest + 1)
+    typical_s = SEGMENT_S / asked.temperature**SEGMENT_EXPONENT
+    ratio = np.maximum(intervals, 0.5) * asked.interval_s / typical_s
     weights = -0.5 * (np.log(ratio) / SEGMENT_SPREAD) ** 2
-    if wish.track.step == wish.track.meter > 1:
+    if asked.track.step == asked.track.meter > 1:
         weights += np.array(ODD_SEGMENT)[intervals % PHRASE_BARS]
-    weights[: wish.shortest] = -np.inf
+    weights[: asked.shortest] = -np.inf
     return np.asarray(weights - np.logaddexp.reduce(weights))
 
 
-def _join_weights(wish: Wish, targets: Indices, scores: Doubles) -> Doubles:
+def _join_weights(asked: PathRequest, targets: Indices, scores: Doubles) -> Doubles:
     """Log probability of leaving each point for each target, (points, targets)."""
     back = targets < np.arange(len(targets))[:, None]
-    weights = SCORE_WEIGHT * (scores - GOOD_SCORE) + np.where(back, BACKWARD / wish.temperature, 0.0)
+    weights = SCORE_WEIGHT * (scores - GOOD_SCORE) + np.where(back, BACKWARD / asked.temperature, 0.0)
     total = np.logaddexp.reduce(weights, axis=1, keepdims=True)
     total = np.where(np.isfinite(total), total, 0.0)
     return np.asarray(weights - total + RELUCTANCE * np.minimum(total, 0.0))

@@ -23,7 +23,7 @@ import numpy as np
 
 from pipeline.engines.remix.analysis import Analysis
 from pipeline.engines.remix.lattice import Lattice, draw_index, draw_joins, weigh
-from pipeline.engines.remix.moves import Wish, moves
+from pipeline.engines.remix.moves import PathRequest, moves
 from pipeline.engines.remix.starts import Start, ends_in_time, starts
 from pipeline.errors import EngineFailure
 from pipeline.music.spectra import Doubles
@@ -58,11 +58,11 @@ def find_path(
     Raises:
         EngineFailure: there is none; this has not been seen with any track of two bars or more.
     """
-    wish = Wish(track, duration_s, temperature, min_segment)
+    asked = PathRequest(track, duration_s, temperature, min_segment)
     reaches_end = duration_s >= track.duration_s - track.spare_tail_s
-    if wish.is_frozen and duration_s <= track.duration_s and (reaches_end or not track.has_ending):
+    if asked.is_frozen and duration_s <= track.duration_s and (reaches_end or not track.has_ending):
         return BeatPath(0.0, (), to_ending=reaches_end)
-    found = _Search(wish, None if wish.is_frozen else np.random.default_rng(seed)).find()
+    found = _Search(asked, None if asked.is_frozen else np.random.default_rng(seed)).find()
     if found is None:
         raise EngineFailure(
             f"found no path of {duration_s:.1f} s through a track of {track.duration_s:.1f} s"
@@ -74,12 +74,12 @@ def find_path(
 class _Search:
     """One request's search; without `rng` it takes the best path instead of drawing."""
 
-    wish: Wish
+    asked: PathRequest
     rng: np.random.Generator | None
 
     def find(self) -> BeatPath | None:
         """A path above the first of FLOORS that gives one and, if drawn, enough variety."""
-        possible = starts(self.wish)
+        possible = starts(self.asked)
         found, found_thirds = None, 0
         for tried, floor in enumerate(FLOORS):
             if self.rng is None and tried < FROZEN_FLOOR:
@@ -99,7 +99,7 @@ class _Search:
 
     def _allowed(self, floor: float, counts_bars: bool) -> Doubles:
         """The scores of the joins above a floor, (points, points); -inf: not allowed."""
-        track = self.wish.track
+        track = self.asked.track
         above = (track.scores if counts_bars else track.natural) >= floor
         return np.where(above, track.scores, -np.inf).astype(np.float64)
 
@@ -107,7 +107,7 @@ class _Search:
         """Of the paths to the track's own end, and of those that may end at any point but the last."""
         own, anywhere = np.full((2, len(allowed)), -np.inf)
         own[-1] = anywhere[:-1] = 0.0  # after every point but the last, sound is left to fill the length
-        made, lattices = moves(self.wish, allowed), {}
+        made, lattices = moves(self.asked, allowed), {}
         for to_ending, final in ((True, own), (False, anywhere)):
             longest = max((one.n_intervals for one in possible if one.to_ending == to_ending), default=0)
             lattices[to_ending] = weigh(made, final, longest, best=self.rng is None)
@@ -132,7 +132,7 @@ class _Search:
         lattice = lattices[start.to_ending]
         draws = (draw_joins(lattice, start.point, start.n_intervals, self.rng) for _ in range(n))
         return [
-            (start, joins) for joins in draws if not start.to_ending or ends_in_time(self.wish, start, joins)
+            (start, joins) for joins in draws if not start.to_ending or ends_in_time(self.asked, start, joins)
         ]
 
     def _choose(self, first: tuple[Start, Joins], lattices: dict[bool, Lattice]) -> BeatPath:
@@ -155,13 +155,13 @@ class _Search:
         """The mean and the worst loss of score at the joins, and the share of what is repeated soon."""
         if not joins:
             return 0.0
-        losses = 1.0 - np.array([self.wish.track.scores[join] for join in joins])
+        losses = 1.0 - np.array([self.asked.track.scores[join] for join in joins])
         repeated = self._repeats(start, joins)[0] / start.n_intervals
         return float(losses.mean() + WORST_WEIGHT * losses.max() + REPEAT_WEIGHT * repeated)
 
     def _repeats(self, start: Start, joins: Joins) -> tuple[int, int]:
         """How many intervals are played a second time, and how many a third time, within RECENT_S."""
-        recent = RECENT_S / self.wish.interval_s
+        recent = RECENT_S / self.asked.interval_s
         played: dict[int, list[int]] = {}
         n_second = n_third = 0
         for at, interval in enumerate(_intervals(start, joins)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.engines.remix.analysis import PHRASE_BARS
-from pipeline.engines.remix.moves import FROZEN, Wish
+from pipeline.engines.remix.moves import FROZEN, PathRequest
 
 OWN_ENDING = 1.2  # log weight of playing the track's own ending, over fading, at temperature 1; times 1 / T
 PICKUP = -3.0  # log weight of starting a few beats before a downbeat, by which the ending can fit
@@ -30,53 +30,53 @@ class Start:
     log_weight: float
 
 
-def starts(wish: Wish) -> list[Start]:
+def starts(asked: PathRequest) -> list[Start]:
     """Every start, with every number of intervals, that can give the asked length."""
-    track, found = wish.track, []
-    for start_s, point, log_weight in _beginnings(wish):
+    track, found = asked.track, []
+    for start_s, point, log_weight in _beginnings(asked):
         lead_s = float(track.points_s[point]) - start_s
         if point == 0 or lead_s == 0:
-            n = _intervals_to_fade(wish, wish.duration_s - lead_s)
+            n = _intervals_to_fade(asked, asked.duration_s - lead_s)
             found.append(Start(start_s, point, n, False, log_weight))
         if track.has_ending:
-            own = log_weight + OWN_ENDING / max(wish.temperature, FROZEN)
-            lengths = _intervals_to_ending(wish, wish.duration_s - lead_s)
+            own = log_weight + OWN_ENDING / max(asked.temperature, FROZEN)
+            lengths = _intervals_to_ending(asked, asked.duration_s - lead_s)
             found += [Start(start_s, point, n, True, own) for n in lengths]
     return found
 
 
-def ends_in_time(wish: Wish, start: Start, joins: tuple[tuple[int, int], ...]) -> bool:
+def ends_in_time(asked: PathRequest, start: Start, joins: tuple[tuple[int, int], ...]) -> bool:
     """Whether the track's ending fits the asked length, given the true lengths of the intervals."""
-    track = wish.track
+    track = asked.track
     points = [start.point, *(point for join in joins for point in join), track.points_s.size - 1]
     lead_s = float(track.points_s[start.point]) - start.start_s
     played_s = lead_s + float(np.diff(track.points_s[points])[::2].sum()) + track.tail_s
-    missing_s = wish.duration_s - played_s
+    missing_s = asked.duration_s - played_s
     return -track.spare_tail_s - LANDING_S <= missing_s <= MAX_END_SILENCE_S + LANDING_S
 
 
-def _intervals_to_fade(wish: Wish, duration_s: float) -> int:
-    points_s = wish.track.points_s
+def _intervals_to_fade(asked: PathRequest, duration_s: float) -> int:
+    points_s = asked.track.points_s
     phrases_s = points_s[PHRASE_BARS:] - points_s[:-PHRASE_BARS]
     reserve = min(MAX_RESERVE, float(phrases_s.std() / phrases_s.mean())) if phrases_s.size else 0.0
-    return max(1, int(np.ceil(duration_s / wish.interval_s * (1.0 + reserve) - MISSING)))
+    return max(1, int(np.ceil(duration_s / asked.interval_s * (1.0 + reserve) - MISSING)))
 
 
-def _intervals_to_ending(wish: Wish, duration_s: float) -> range:
-    until_last_s = duration_s - wish.track.tail_s
-    least = int(np.ceil((until_last_s - MAX_END_SILENCE_S) / wish.interval_s))
-    most = int((until_last_s + wish.track.spare_tail_s) / wish.interval_s)
+def _intervals_to_ending(asked: PathRequest, duration_s: float) -> range:
+    until_last_s = duration_s - asked.track.tail_s
+    least = int(np.ceil((until_last_s - MAX_END_SILENCE_S) / asked.interval_s))
+    most = int((until_last_s + asked.track.spare_tail_s) / asked.interval_s)
     return range(max(1, least), most + 1)
 
 
-def _beginnings(wish: Wish) -> list[tuple[float, int, float]]:
+def _beginnings(asked: PathRequest) -> list[tuple[float, int, float]]:
     """Where to start: seconds, the first point from there on, and the log weight."""
-    track = wish.track
-    late = -((EARLY / max(wish.temperature, FROZEN)) ** EARLY_EXPONENT)
-    inner = range(0) if wish.is_frozen else range(1, track.points_s.size - 1)
+    track = asked.track
+    late = -((EARLY / max(asked.temperature, FROZEN)) ** EARLY_EXPONENT)
+    inner = range(0) if asked.is_frozen else range(1, track.points_s.size - 1)
     later = [(point, late + (IN_PHRASE if track.phrase_bars[point] else 0.0)) for point in inner]
     found = [(0.0, 0, 0.0), *((float(track.points_s[point]), point, weight) for point, weight in later)]
-    for point, log_weight in [(1, 0.0)] if wish.is_frozen else later:
+    for point, log_weight in [(1, 0.0)] if asked.is_frozen else later:
         edge = track.first + point * track.step
         pickups_s = track.edges_s[edge - track.step + 1 : edge]
         found += [(float(pickup_s), point, log_weight + PICKUP) for pickup_s in pickups_s]
