@@ -49,6 +49,12 @@ class PlannedVariation:
     tried: int  # chosen among so many takes, of which `seed` and `occurrence` are the first's
     place: int  # 0: the best of those that are kept
 
+    @property
+    def made_s(self) -> float:
+        """An estimate of the seconds of sound that are made for it: its share of all takes."""
+        length_s = UNKNOWN_DURATION_S if self.duration_s == "source" else self.duration_s
+        return length_s * self.tried / self.kept
+
 
 @dataclass(frozen=True)
 class Take:
@@ -126,10 +132,7 @@ class Recipe:
         rate = output.sample_rate or self.config.normalize.sample_rate
         per_second = rate * 2 * BYTES_PER_SAMPLE[output.bit_depth]
         planned = plan_variations(self.config, self.generator.card)
-        return per_second * sum(
-            (UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s) * one.tried / one.kept
-            for one in planned
-        )
+        return per_second * sum(one.made_s for one in planned)
 
     def plan(self, sha256: str) -> TrackPlan:
         normalize = digest(

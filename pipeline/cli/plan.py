@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.app import App
 from pipeline.errors import FolderUnusable, os_reason
-from pipeline.plan import UNKNOWN_DURATION_S, PlannedVariation, plan_variations
+from pipeline.plan import PlannedVariation, plan_variations
 from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
 
@@ -115,16 +115,13 @@ def _planned(
 def _estimate(store: Store | None, recipe: Recipe, to_do: list[list[PlannedVariation]]) -> str:
     """About how long the work takes, by what such work took on this machine."""
     wanted = [one for missing in to_do for one in missing]
-    sound_s = sum(
-        (UNKNOWN_DURATION_S if one.duration_s == "source" else one.duration_s) * one.tried / one.kept
-        for one in wanted
-    )
+    n_tracks = sum(map(bool, to_do))
     pace = store.pace(recipe.generator.card.name, recipe.generator.model) if store else None
-    what = f"{len(wanted)} variations of {sum(map(bool, to_do))} tracks"
+    what = f"to do: variations: {len(wanted)}, tracks: {n_tracks}"
     if pace is None:
         return f"{what}; no estimate of the time, as {recipe.generator.card.name} has made nothing here yet"
-    seconds = pace.per_track_s * sum(map(bool, to_do)) + pace.per_second_s * sound_s
-    return f"{what}: about {_rough(seconds)}, by what such work took here before"
+    seconds = pace.per_track_s * n_tracks + pace.per_second_s * sum(one.made_s for one in wanted)
+    return f"{what}, time: about {_rough(seconds)}, by what such work took here before"
 
 
 def _rough(seconds: float) -> str:

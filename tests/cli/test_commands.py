@@ -299,7 +299,7 @@ def test_plan_shows_what_a_sweep_expands_to_and_estimates_the_time_from_earlier_
 
     assert "each track: 4 variations" in out
     assert re.search(r"  0\d-a.wav: 5 s, similarity 0.9, temperature", out)
-    assert re.search(r"4 variations of 1 tracks: about \d+\.\d h, by what such work took here", out)
+    assert re.search(r"variations: 4, tracks: 1, time: about \d+\.\d h, by what such work took here", out)
 
 
 def test_plan_names_the_conflict_copies_of_sync_tools(home: Home, pipeline: Pipeline) -> None:
