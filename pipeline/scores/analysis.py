@@ -13,6 +13,7 @@ from pipeline.scores.chroma import compute_chroma
 from pipeline.scores.context import context_frames, own_distance
 from pipeline.scores.copies import Bits, fingerprint
 from pipeline.scores.seams import SeamCurves, seam_curves
+from pipeline.scores.similarity import has_pitch
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ def analyse(audio: Audio) -> tuple[Source, Floats]:
         chroma=chroma,
         fingerprint=fingerprint(found.pitches),
         tempo_bpm=piece.beats.tempo_bpm,
-        key=find_key(found.pitches) if chroma.any() else None,
+        key=find_key(found.pitches) if has_pitch(chroma) else None,
         seams=seam_curves(mono, audio.sample_rate, found.onsets),
         context=context,
         own_distance=own_distance(context),

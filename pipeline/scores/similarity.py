@@ -62,6 +62,13 @@ def warped_similarity(source: Floats, made: Floats) -> float | None:
     return 1.0 - float(np.concatenate(costs).mean())
 
 
+def has_pitch(chroma: Floats) -> bool:
+    """Whether half of the sound or more has a pitch: noise and most drums have none."""
+    centred = _centred(chroma)
+    is_pitched, is_flat = centred[:, :12].any(axis=1).sum(), centred[:, 13].sum()
+    return bool(is_pitched > 0 and is_pitched >= is_flat)
+
+
 def _centred(chroma: Floats) -> Floats:
     """(frames, 14) of unit length; the last two are 1 in silence and in sound without pitch, else 0."""
     roots = np.sqrt(chroma)

@@ -158,3 +158,8 @@ def test_scores_do_not_depend_on_rate_or_channels(source: Source) -> None:
 def test_a_part_of_the_source_is_close_to_it_without_its_beginning(source: Source) -> None:
     result = score(source, part(play(), 4.0, 12.0))
     assert result.chroma_warped is not None and result.chroma_warped > 0.95
+
+
+def test_noise_has_no_key_and_a_tune_has_one(source: Source) -> None:
+    assert analyse_source(noise()).key is None
+    assert source.key is not None
