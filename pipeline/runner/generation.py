@@ -7,6 +7,7 @@ loses nothing.
 
 from __future__ import annotations
 
+import logging
 import math
 import sqlite3
 import traceback
@@ -32,6 +33,8 @@ from pipeline.runner.takes import JudgedTake, TakeChoice, choices
 from pipeline.stages import Finished
 from pipeline.store.schema import AttemptOutcome
 from pipeline.store.store import Store
+
+log = logging.getLogger("pipeline")
 
 TAKE = "take"  # what a held take is called in the state folder
 LEVELS = ("loudness_lufs", "peak_dbfs", "true_peak_dbtp")
@@ -135,8 +138,9 @@ class Generation:
             with self.attempts.guarded(job):
                 self.attempts.begin(job, Stage.GENERATE)
                 self._begin(job)
-        name = jobs[0].track.name if len(jobs) == 1 else f"{len(jobs)} tracks"
         while wanted := {one.take.key: one for job in jobs for one in self._wanted(job)}:
+            names = {one.job.track.sha256: one.job.track.name for one in wanted.values()}
+            name = next(iter(names.values())) if len(names) == 1 else f"{len(names)} tracks"
             self.reporter.stage(name, Stage.GENERATE)
             try:
                 generator = self.engines.generator()
@@ -294,6 +298,8 @@ class Generation:
                 n_asked = len(choice.asked)
                 self._restore(job, choice)
                 choice.decide()
+                if len(choice.asked) > n_asked > 0:
+                    log.info("%s: another take of %s: %s", job.track.name, *_last_fault(choice))
         is_album = self.recipe.config.output.album
         if is_album and any(choice.kept is None for choice in job.choices):
             return
@@ -314,14 +320,12 @@ class Generation:
             gain_db = album_lufs - record["loudness_lufs"]
             sound = audio.amplify(sound, gain_db)
             record = {**_raised(record, gain_db), "scores": _raised(record["scores"], gain_db)}
+        if failed := choice.faults[judged.take.key]:
+            name = PurePath(unit.file).name
+            log.warning("%s: %s fails its gates: %s", job.track.name, name, "; ".join(failed))
         published = self._write(job, unit.file, unit.name, record, sound)
-        made = manifest.variation_record(
-            published,
-            unit.name,
-            record,
-            choice.faults[judged.take.key],
-            self._tried(job, choice, unit),
-        )
+        takes = self._tried(job, choice, unit)
+        made = manifest.variation_record(published, unit.name, record, failed, takes)
         job.variations[unit.key] = made
         self._record(job, unit.key, made, judged.seconds)
 
@@ -385,6 +389,12 @@ class Generation:
             self.reporter.step(sum(shares.values()), len(shares), label)
 
         return progress
+
+
+def _last_fault(choice: TakeChoice) -> tuple[str, str]:
+    """The first file of a choice, and why the last take that was judged for it is not kept."""
+    faults = [fault for take in choice.asked for fault in choice.faults.get(take.key, ())]
+    return PurePath(choice.units[0].file).name, faults[-1]
 
 
 def _raised(record: Mapping[str, Any], gain_db: float) -> Json:

@@ -435,7 +435,10 @@ def test_the_best_of_several_takes_is_published_and_the_manifest_tells_of_the_ot
     ]  # fmt: skip
 
 
-def test_a_variation_that_passes_no_gate_is_published_with_what_it_fails(setup: RunnerSetup) -> None:
+def test_a_variation_that_passes_no_gate_is_published_with_what_it_fails(
+    setup: RunnerSetup, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="pipeline")
     setup = with_variation(setup, seed=1)
     [sha256] = setup.add_tracks("a.wav")
     generator = StubGenerator()
@@ -443,6 +446,9 @@ def test_a_variation_that_passes_no_gate_is_published_with_what_it_fails(setup: 
     judge = StubJudge(lambda made, gates: Verdict(("is noise",), 0.0, None, {}, made))
     setup.runner(generator, judge=judge).drain()
 
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("a.wav: another take of 01-v.wav: is noise") == setup.config.gates.retries
+    assert "a.wav: 01-v.wav fails its gates: is noise" in said
     [made] = setup.manifest(sha256)["variations"]
     assert made["failed"] == ["is noise"]
     assert len(generator.calls) == len(made["takes"]) == 1 + setup.config.gates.retries
