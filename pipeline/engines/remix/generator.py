@@ -92,9 +92,9 @@ def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s:
         "ending": "own" if path.to_ending else "fade",
         "joins": [
             {
-                "out_s": round(join.out_s, 3),
-                "from_s": round(join.from_s, 3),
-                "to_s": round(join.to_s, 3),
+                "out_s": round(join.out_s, 5),
+                "from_s": round(join.from_s, 5),
+                "to_s": round(join.to_s, 5),
                 "score": round(score, 3),
                 **_bars(track, join),
             }
