@@ -24,6 +24,15 @@ WRITTEN = [  # style, beats per minute, form
     ("jig", 120.0, "AABB"),
 ]  # fmt: skip
 NUMBERS = range(len(WRITTEN))
+SOME = NUMBERS[::3]
+each_number = pytest.mark.parametrize(
+    "number",
+    [number if number in SOME else pytest.param(number, marks=pytest.mark.long) for number in NUMBERS],
+    ids=lambda number: "{} at {:g}".format(*WRITTEN[number]),
+)
+some_and_all = pytest.mark.parametrize(
+    "numbers", [SOME, pytest.param(NUMBERS, marks=pytest.mark.long)], ids=["some", "all"]
+)
 
 
 @cache
@@ -43,25 +52,27 @@ def at_one_level(truth: pieces.Doubles, found: pieces.Doubles) -> list[tuple[pie
     return [(truth[k::2], found) for k in (0, 1)] if ratio < 0.6 else [(truth, found)]
 
 
-def test_beats_are_where_they_were_written() -> None:
+@some_and_all
+def test_beats_are_where_they_were_written(numbers: range) -> None:
     # F-measure within 70 ms; counting in half or double tempo is allowed. librosa's beat tracker: 0.84
     scores = []
-    for number in NUMBERS:
+    for number in numbers:
         piece, beats, _ = heard(number)
         pairs = at_one_level(piece.beats_s, played(beats.edges_s, piece))
         scores.append(max(mir_eval.beat.f_measure(*pair, f_measure_threshold=0.07) for pair in pairs))
-    assert np.mean(scores) >= 0.95, dict(zip(WRITTEN, scores, strict=True))
+    assert np.mean(scores) >= 0.95, dict(zip(numbers, scores, strict=True))
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: "{} at {:g}".format(*WRITTEN[number]))
+@each_number
 def test_the_tempo_is_right_up_to_octaves(number: int) -> None:
     octaves = np.log2(heard(number)[1].tempo_bpm / WRITTEN[number][1])
     assert min(abs(octaves - whole) for whole in (-1, 0, 1)) < 0.02
 
 
-def test_bar_lines_are_where_they_were_written() -> None:
+@some_and_all
+def test_bar_lines_are_where_they_were_written(numbers: range) -> None:
     right, all_lines = 0, 0
-    for number in NUMBERS:
+    for number in numbers:
         piece, beats, _ = heard(number)
         lines = played(beats.edges_s[beats.phase :: beats.meter], piece)
         right += sum(np.abs(piece.downbeats_s - line).min() < 0.07 for line in lines)
@@ -69,13 +80,15 @@ def test_bar_lines_are_where_they_were_written() -> None:
     assert right / all_lines >= 0.95
 
 
-def test_the_meter_is_as_written_and_six_eight_counts_four_dotted_beats() -> None:
-    meters = [(piece.meter, beats.meter) for piece, beats, _ in map(heard, NUMBERS)]
+@some_and_all
+def test_the_meter_is_as_written_and_six_eight_counts_four_dotted_beats(numbers: range) -> None:
+    meters = [(piece.meter, beats.meter) for piece, beats, _ in map(heard, numbers)]
     assert all(found == {2: 4}.get(meter, meter) for meter, found in meters)
 
 
-def test_keys_are_as_written() -> None:
-    right = [(key.tonic, key.mode) == (piece.tonic, piece.mode) for piece, _, key in map(heard, NUMBERS)]
+@some_and_all
+def test_keys_are_as_written(numbers: range) -> None:
+    right = [(key.tonic, key.mode) == (piece.tonic, piece.mode) for piece, _, key in map(heard, numbers)]
     assert np.mean(right) >= 0.9
 
 

@@ -30,7 +30,7 @@ def music(checkpoint: Any, frames: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 2048, (checkpoint.layers.shape.codebooks, frames))
 
 
-@pytest.mark.parametrize("engine", ["musicgen", "stereo_musicgen"])
+@pytest.mark.parametrize("engine", ["musicgen", pytest.param("stereo_musicgen", marks=pytest.mark.long)])
 def test_a_minute_is_decoded_at_once(engine: str, request: pytest.FixtureRequest) -> None:
     """Reference: EnCodec on all of it, bit for bit."""
     checkpoint = request.getfixturevalue(engine).checkpoint
@@ -40,7 +40,7 @@ def test_a_minute_is_decoded_at_once(engine: str, request: pytest.FixtureRequest
     )
 
 
-@pytest.mark.parametrize("engine", ["musicgen", "stereo_musicgen"])
+@pytest.mark.parametrize("engine", ["musicgen", pytest.param("stereo_musicgen", marks=pytest.mark.long)])
 def test_in_pieces_it_is_nearly_the_same_and_has_no_seam(engine: str, request: pytest.FixtureRequest) -> None:
     """Reference: EnCodec on all of it at once. Away from the joins 1e-3 of the largest sample.
 
@@ -65,7 +65,9 @@ def test_in_pieces_it_is_nearly_the_same_and_has_no_seam(engine: str, request: p
     assert error[near].max() <= 1e-2
 
 
-@pytest.mark.parametrize("frames", [3001, 4499, 4502])
+@pytest.mark.parametrize(
+    "frames", [3001, *(pytest.param(frames, marks=pytest.mark.long) for frames in (4499, 4502))]
+)
 def test_every_length_is_decoded_without_a_gap(musicgen: Any, frames: int) -> None:
     """Also where one or two frames remain, fewer than a crossfade has."""
     codes = music(musicgen.checkpoint, frames)

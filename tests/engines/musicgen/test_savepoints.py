@@ -47,7 +47,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.long), 3.0])
 def test_a_stopped_request_is_resumed_with_the_same_result(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str, guidance: float
 ) -> None:
@@ -227,7 +227,7 @@ def test_tokens_stay_saved_when_decoding_fails(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["int8", "torch"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("torch", marks=pytest.mark.long)])
 def test_requests_with_all_their_tokens_are_only_decoded(
     musicgen: Any, request_for: RequestFn, tmp_path: Path, kind: str
 ) -> None:

@@ -95,6 +95,7 @@ def test_no_passage_of_30_s_is_uncut() -> None:
         assert max(np.diff([0.0, *joins_s, 60.0])) < 30
 
 
+@pytest.mark.long
 def test_the_dial_says_how_much_is_heard_at_the_same_time_as_in_the_source() -> None:
     shares = []
     for similarity in (1.0, 0.8, 0.6):
