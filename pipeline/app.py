@@ -91,8 +91,12 @@ class App:
         Raises:
             MissingPackage, MissingWeights: it does not.
         """
-        if upkeep := generator.card.upkeep:
-            for planned in plan_variations(self.config, generator.card):
+        for planned in plan_variations(self.config, generator.card):
+            if planned.change:
+                from pipeline.audio.stretch import check_installed
+
+                check_installed()
+            if upkeep := generator.card.upkeep:
                 upkeep.check_params(planned.params)
 
     @cached_property

@@ -25,7 +25,7 @@ from pipeline.engines.selection import Choice
 from pipeline.fs.names import file_safe
 from pipeline.music import PROMPT_VERSION
 from pipeline.records import Audio
-from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSION
+from pipeline.stages import CHANGE_VERSION, NORMALIZE_VERSION, OUTPUT_VERSION
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
 AUTO_PROMPT = "auto"  # a prompt made of words from the track's analysis
@@ -44,6 +44,7 @@ class PlannedVariation:
     given: Mapping[str, Any] = field(compare=False)  # the engine's parameters that the entry says itself
     params: Mapping[str, Any]  # the engine's parameters, complete
     similarity: float | None  # to the source, as asked; `params` says how
+    change: Mapping[str, Any]  # of the source before: its `transpose` and `speed`, if there are any
     gates: Gates
     kept: int  # it is one of so many results
     tried: int  # chosen among so many takes, of which `seed` and `occurrence` are the first's
@@ -64,11 +65,12 @@ class Take:
     seed: int
     params: Mapping[str, Any]
     similarity: float | None  # the dial, by which `params` were made
+    change: Mapping[str, Any]  # of the source: see `PlannedVariation`
 
     def facts(self) -> dict[str, Any]:
         """What a request's result depends on beside the track, for the manifest."""
         dial = {} if self.similarity is None else {"similarity": self.similarity}
-        return {"seed": self.seed, **dial, "params": dict(self.params)}
+        return {"seed": self.seed, **dial, **self.change, "params": dict(self.params)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class VariationUnit(PlannedVariation):
 
     key: str
     seed: int
+    source: str  # key of the audio that it is made from: the normalized audio, or that with its change
     sound: str  # digest of what all its takes have in common
     takes: tuple[Take, ...]  # the first ones; more are made in place of those that fail the gates
 
@@ -86,7 +89,7 @@ class VariationUnit(PlannedVariation):
         return tuple(take.key for take in self.takes)
 
     def length_s(self, source: Audio) -> float:
-        """Its length for the normalized source."""
+        """Its length; `source`: the audio that it is made from."""
         return source.duration_s if self.duration_s == "source" else self.duration_s
 
 
@@ -148,13 +151,15 @@ class Recipe:
         units: list[VariationUnit] = []
         for planned in plan_variations(self.config, self.generator.card):
             words = [PROMPT_VERSION, embed] if planned.params.get("prompt") == AUTO_PROMPT else []
-            sound = digest(["take", normalize, made_by, planned.name, planned.duration_s, words])
+            change = planned.change
+            source = digest(["change", CHANGE_VERSION, normalize, change]) if change else normalize
+            sound = digest(["take", source, made_by, planned.name, planned.duration_s, words])
             takes = tuple(
-                make_take(sound, _seed(sha256, planned, n), planned.params, planned.similarity)
+                make_take(sound, _seed(sha256, planned, n), planned.params, planned.similarity, change)
                 for n in range(planned.tried)
             )
             known = {**vars(planned), "seed": takes[0].seed}
-            unit = VariationUnit(**known, key="", sound=sound, takes=takes)
+            unit = VariationUnit(**known, key="", source=source, sound=sound, takes=takes)
             gates = planned.gates.model_dump(mode="json", exclude={"rejected"})
             key = digest(["generate", unit.group, unit.kept, unit.place, gates, *rated_by])
             units.append(replace(unit, key=key))
@@ -178,7 +183,7 @@ def plan_variations(config: Config, card: EngineCard) -> list[PlannedVariation]:
         combinations = expand(spec.model_extra or {}, spec.expand, card)
         for n, made in enumerate(made for made in combinations for _ in range(spec.count)):
             params = complete_params(card, made.given, made.similarity)
-            identity = digest([spec.name, params])
+            identity = digest([spec.name, {**params, **made.change}])
             duration_s = config.generate.duration_s if made.duration_s is None else made.duration_s
             seed = None if spec.seed is None else (spec.seed + n * tried) % 2**63
             if seed is not None:
@@ -196,6 +201,7 @@ def plan_variations(config: Config, card: EngineCard) -> list[PlannedVariation]:
                         given=made.given,
                         params=params,
                         similarity=made.similarity,
+                        change=made.change,
                         gates=config.gates.of(spec.gates),
                         kept=kept,
                         tried=tried,
@@ -206,9 +212,11 @@ def plan_variations(config: Config, card: EngineCard) -> list[PlannedVariation]:
     return planned
 
 
-def make_take(sound: str, seed: int, params: Mapping[str, Any], similarity: float | None) -> Take:
+def make_take(
+    sound: str, seed: int, params: Mapping[str, Any], similarity: float | None, change: Mapping[str, Any]
+) -> Take:
     """A take with the sound of these parameters and this seed; `sound`: see `VariationUnit`."""
-    return Take(digest([sound, params, seed]), seed, params, similarity)
+    return Take(digest([sound, params, seed]), seed, params, similarity, change)
 
 
 def _seed(sha256: str, planned: PlannedVariation, n: int) -> int:
@@ -219,7 +227,8 @@ def _seed(sha256: str, planned: PlannedVariation, n: int) -> int:
     """
     if planned.seed is not None:
         return (planned.seed + n) % 2**63
-    return seed_from(["seed", sha256, planned.name, planned.params, planned.occurrence + n])
+    params = {**planned.params, **planned.change}
+    return seed_from(["seed", sha256, planned.name, params, planned.occurrence + n])
 
 
 def seed_from(value: Any) -> int:

@@ -121,8 +121,8 @@ class VariationRequest:
     """One variation to make. The result depends on this value and the engine's version alone."""
 
     request_id: str  # the unit of work's key: unique, stable between runs
-    track_id: str  # SHA-256 of the source's bytes: requests that share it share their audio
-    audio: Audio  # the normalized source
+    track_id: str  # SHA-256 of the source's bytes
+    audio: Audio  # the normalized source, in the key and tempo that the variation asks for
     duration_s: float  # the result has round(duration_s * generator.sample_rate) samples
     seed: int  # 0 <= seed < 2**63
     params: Mapping[str, Any] = field(default_factory=dict)  # the engine's parameters, checked and complete

@@ -1,7 +1,8 @@
 """The stages as functions of values: no paths, no clock, no database.
 
-normalize → embed → generate, of which the last two are the engines' own methods; `finish` checks every
-variation and gives it its final form before it is written.
+normalize → embed → generate, of which the last two are the engines' own methods. `change` gives a variation
+its source in another key or tempo. `finish` checks every variation and gives it its final form before it is
+written.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.audio import Levels
 
 NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
+CHANGE_VERSION = "1"  # raised when the same change, or another version of its library, gives other samples
 OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
 # Share and least seconds made beyond the asked length to choose a loop from. 4 s of it are faded in a remix.
 # The contexts of seams of 16 s have a similarity of 0.1 with 7 s and of 0.33 with 14 s.
@@ -54,6 +56,16 @@ def normalize(decoded: Audio, settings: Normalize) -> Normalized:
     levels = audio.levels(trimmed)
     gain_db = audio.gain_to(levels, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp)
     return Normalized(audio.amplify(trimmed, gain_db), levels.amplified(gain_db), levels.loudness_lufs)
+
+
+def change(source: Audio, settings: Normalize, *, transpose: int = 0, speed: float = 1.0) -> Audio:
+    """The normalized source in another key or tempo (see `pipeline.audio.stretch`), normalized again."""
+    from pipeline import audio
+
+    changed = audio.stretch(source, transpose=transpose, speed=speed)
+    return audio.to_loudness(
+        changed, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ import pytest
 from home_folder import ROOT
 
 from pipeline import __version__
+from pipeline.audio.stretch import REQUIREMENT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DYNAMIC = PROJECT["tool"]["setuptools"]["dynamic"]
@@ -43,6 +44,11 @@ def test_every_requirement_is_pinned_in_one_list() -> None:
     ]
     named += pins("requirements.txt")
     assert len(named) == len(set(named))
+
+
+def test_the_library_for_key_and_tempo_is_asked_for_as_it_is_required() -> None:
+    name, version = REQUIREMENT.split("==")
+    assert pins("requirements-core.txt")[name] == version
 
 
 def test_the_package_requires_what_a_checkout_does() -> None:

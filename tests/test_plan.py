@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.engines import cards
 from pipeline.engines.selection import Choice
 from pipeline.plan import Recipe, TrackPlan, VariationUnit, digest, plan_variations
+from pipeline.stages import OUTPUT_VERSION
 
 SHA256, OTHER_SHA256 = "a" * 64, "b" * 64
 FAITHFUL = {"name": "faithful", "temperature": 0.6}
@@ -75,6 +76,35 @@ def test_a_changed_entry_changes_its_key_and_no_other(change: dict[str, Any]) ->
     assert (after.normalize_key, after.embed_key) == (before.normalize_key, before.embed_key)
     assert keys(after)[0] == keys(before)[0]
     assert keys(after)[1] != keys(before)[1]
+
+
+@pytest.mark.parametrize("change", [{"transpose": -2}, {"speed": 1.1}])
+def test_a_changed_source_changes_keys_and_seeds_of_its_entry_alone(change: dict[str, Any]) -> None:
+    before, after = plan(), plan(config(FAITHFUL, {**BOLD, **change}))
+
+    assert (after.normalize_key, after.embed_key) == (before.normalize_key, before.embed_key)
+    assert after.variations[0] == before.variations[0]
+    assert after.variations[0].source == after.normalize_key != after.variations[1].source
+    assert keys(after)[1] != keys(before)[1]
+    assert after.variations[1].seed != before.variations[1].seed
+    assert after.variations[1].takes[0].facts().items() >= change.items()
+
+
+def test_a_source_that_is_not_changed_is_in_no_key() -> None:
+    """So that results that were made before there were changes count as done."""
+    assert plan(config({**FAITHFUL, "transpose": 0, "speed": 1}, BOLD)) == plan()
+    [unit, _] = plan().variations
+    made_by = [["remix", REMIX.card.version, None, None], OUTPUT_VERSION, config().output.model_dump()]
+    assert unit.sound == digest(["take", plan().normalize_key, made_by, "faithful", 30.0, []])
+    assert set(unit.takes[0].facts()) == {"seed", "params"}
+
+
+def test_one_source_serves_all_variations_with_the_same_change() -> None:
+    entry = {"name": "a", "seed": 5, "transpose": [-2, 0, 2], "temperature": [0.5, 0.8]}
+    made = plan(config(entry, {**BOLD, "transpose": 2}))
+    sources = [unit.source for unit in made.variations]
+    assert sources == [sources[0]] * 2 + [made.normalize_key] * 2 + [sources[4]] * 3
+    assert len(set(sources)) == 3
 
 
 def test_a_changed_normalization_changes_every_key() -> None:

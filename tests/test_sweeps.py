@@ -94,3 +94,12 @@ def test_every_similarity_gives_valid_parameters_of_every_generator_that_has_the
 
 def test_durations_may_be_swept_too() -> None:
     assert [made.duration_s for made in expanded({"duration_s": [10.0, "source"]})] == [10.0, "source"]
+
+
+def test_key_and_tempo_of_the_source_may_be_swept_too_and_defaults_are_no_change() -> None:
+    made = expanded({"transpose": [-2, 0], "speed": [1, 1.1]})
+    assert [one.change for one in made] == [
+        {"transpose": -2}, {"transpose": -2, "speed": 1.1}, {}, {"speed": 1.1},
+    ]  # fmt: skip
+    made = expanded({"transpose": {"low": -1, "high": 1, "steps": 5}})
+    assert [one.change.get("transpose", 0) for one in made] == [-1, 0, 1]  # whole semitones

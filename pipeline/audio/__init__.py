@@ -1,6 +1,7 @@
-"""Audio in and out: decoding, resampling, trimming of silence, loudness, writing of files.
+"""Audio in and out: decoding, resampling, trimming of silence, key and tempo, loudness, writing of files.
 
-The package is cheap to import: av, soxr, scipy and pyloudnorm are imported by the functions that use them.
+The package is cheap to import: av, soxr, scipy, pyloudnorm and python-stretch are imported by the functions
+that use them.
 """
 
 from pipeline.audio.decode import DecodeLimits, decode
@@ -19,6 +20,7 @@ from pipeline.audio.offset import fade, remove_offset
 from pipeline.audio.resampling import resample
 from pipeline.audio.silence import trim_silence
 from pipeline.audio.sniff import looks_like_audio
+from pipeline.audio.stretch import stretch
 from pipeline.audio.wav import Marker, write_wav
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "remove_offset",
     "resample",
     "sample_rates",
+    "stretch",
     "to_loudness",
     "trim_silence",
     "true_peak_dbtp",

@@ -75,8 +75,8 @@ def _variation(planned: PlannedVariation, card: EngineCard) -> str:
     defaults = card.params().model_dump(mode="json")
     own = {name: value for name, value in planned.params.items() if value != defaults[name]}
     words = [f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in own.items()]
-    if planned.similarity is not None:
-        words.insert(0, f"similarity {planned.similarity:g}")
+    dial = {} if planned.similarity is None else {"similarity": planned.similarity}
+    words[:0] = [f"{name} {value:g}" for name, value in {**dial, **planned.change}.items()]
     if planned.tried > 1:
         words.append(f"one of the best {planned.kept} of {planned.tried}")
     return f"{Path(planned.file).name}: {', '.join([length, *words])}"

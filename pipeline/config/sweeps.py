@@ -37,6 +37,12 @@ class SharedParams(Params):
     duration_s: Duration | None = Field(
         default=None, description="seconds, or `source`; null: as `generate.duration_s` says"
     )
+    transpose: int = Field(
+        default=0, ge=-12, le=12, description="semitones by which the source is moved before anything is made"
+    )
+    speed: float = Field(
+        default=1.0, ge=0.5, le=2.0, description="factor of the source's tempo; the key stays"
+    )
 
 
 class Random(BaseModel):
@@ -83,6 +89,7 @@ class Combination:
     given: Mapping[str, Any]  # the engine's parameters that the entry says itself
     similarity: float | None
     duration_s: float | Literal["source"] | None
+    change: Mapping[str, Any]  # of the source: its `transpose` and `speed`, if they are not the defaults
 
 
 def choices(value: Any) -> list[Any] | Range:
@@ -105,10 +112,10 @@ def expand(entry: Mapping[str, Any], how: Expand, card: EngineCard) -> list[Comb
     Raises:
         ValueError: the values can't be combined as `how` says.
     """
-    fields = {*SharedParams.model_fields, *card.params.model_fields}
-    own = {name: value for name, value in entry.items() if name in fields} | entry.get(card.name, {})
+    known = {**SharedParams.model_fields, **card.params.model_fields}
+    own = {name: value for name, value in entry.items() if name in known} | entry.get(card.name, {})
     axes = {name: choices(value) for name, value in own.items()}
-    whole = {name for name, field in card.params.model_fields.items() if field.annotation is int}
+    whole = {name for name, field in known.items() if field.annotation is int}
     return [_combination(given, card) for given in _combine(axes, how, whole)]
 
 
@@ -146,7 +153,8 @@ def _rows(values: Mapping[str, list[Any]]) -> Iterator[tuple[Any, ...]]:
 def _combination(given: Mapping[str, Any], card: EngineCard) -> Combination:
     shared = SharedParams.model_validate({k: v for k, v in given.items() if k in SharedParams.model_fields})
     own = {name: value for name, value in given.items() if name in card.params.model_fields}
-    return Combination(own, shared.similarity, shared.duration_s)
+    change = shared.model_dump(include={"transpose", "speed"}, exclude_defaults=True)
+    return Combination(own, shared.similarity, shared.duration_s, change)
 
 
 def complete_params(card: EngineCard, given: Mapping[str, Any], similarity: float | None) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from pipeline.stages import Finished, Normalized
 
 SCHEMA = 1
 FACTS = (  # for tags
-    *("seed", "similarity", "params", "prompt", "engine", "model", "revision", "version", "license"),
+    *("seed", "similarity", "transpose", "speed", "params", "prompt"),
+    *("engine", "model", "revision", "version", "license"),
     *("tempo_bpm", "key", "bars", "loop"),
 )
 OPUS_RATE_HZ = 48000  # in which positions in Ogg Opus are counted, whatever the sound's rate (RFC 7845)

@@ -52,7 +52,7 @@ class Job:
     choices: list[TakeChoice] = field(
         default_factory=list
     )  # of its variations, once they are being generated
-    reference: Any = None  # what its variations are compared with, once it has been analysed
+    references: dict[str, Any] = field(default_factory=dict)  # analysed sources of its variations, by key
     attempt: int | None = None  # id of the open attempt
     stage: str = RESULT_CHECK  # the stage that runs now
     over: bool = False  # done, failed or queued again
@@ -61,12 +61,15 @@ class Job:
     def missing(self) -> list[VariationUnit]:
         return [unit for unit in self.plan.variations if unit.key not in self.variations]
 
-    def audio(self) -> Audio:
-        """The normalized audio, mapped from the state folder."""
-        loaded = self.scratch.load("normalized", self.plan.normalize_key, self.normalized["sample_rate"])
+    def audio(self, key: str | None = None) -> Audio:
+        """The normalized audio, or a variation's source by its key, mapped from the state folder."""
+        loaded = self.stored(key or self.plan.normalize_key)
         if loaded is None:
             raise EngineFailure("the normalized audio has disappeared from the state folder")
         return loaded
+
+    def stored(self, key: str) -> Audio | None:
+        return self.scratch.load("normalized", key, self.normalized["sample_rate"])
 
     def request(self, unit: VariationUnit, take: Take, source: Audio, output: Output) -> VariationRequest:
         return VariationRequest(

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from pipeline import audio, stages
 from pipeline.config import Gates
-from pipeline.engines.base import Generator, ProgressFn
+from pipeline.engines.base import Generator, ProgressFn, check_stop
 from pipeline.engines.loading import Engines
 from pipeline.errors import EngineFailure
 from pipeline.fs.disk import environment_error
@@ -170,25 +170,38 @@ class Generation:
         found: list[Wanted] = []
         if not job.over:
             with self.attempts.guarded(job):
-                source = job.audio()
+                sources: dict[str, Audio] = {}  # by key
                 for choice in job.choices:
+                    unit = choice.units[0]
                     for take in choice.missing:
-                        request = job.request(choice.units[0], take, source, self.recipe.config.output)
-                        request = self._with_prompt(job, request)
+                        if unit.source not in sources:
+                            sources[unit.source] = self._source(job, unit)
+                        request = job.request(unit, take, sources[unit.source], self.recipe.config.output)
+                        request = self._with_prompt(job, unit, request)
                         found.append(Wanted(job, choice, take, request))
+                # An engine may analyse a source once if its requests are consecutive.
+                found.sort(key=lambda one: list(sources).index(one.choice.units[0].source))
         return found
 
-    def _with_prompt(self, job: Job, request: VariationRequest) -> VariationRequest:
-        """The request with words from the track's analysis, if it asks for them."""
+    def _source(self, job: Job, unit: VariationUnit) -> Audio:
+        """What a variation is made from, mapped from the state folder; made first if it isn't there."""
+        if job.stored(unit.source) is None:
+            check_stop(self.should_stop)
+            changed = stages.change(job.audio(), self.recipe.config.normalize, **unit.change)
+            job.scratch.save("normalized", unit.source, changed)
+        return job.audio(unit.source)
+
+    def _with_prompt(self, job: Job, unit: VariationUnit, request: VariationRequest) -> VariationRequest:
+        """The request with words from the source's analysis, if it asks for them."""
         if request.params.get("prompt") != AUTO_PROMPT:
             return request
-        words = self.judge.describe(self._reference(job, request.audio))
+        words = self.judge.describe(self._reference(job, unit, request.audio))
         return replace(request, params={**request.params, "prompt": words})
 
-    def _reference(self, job: Job, source: Audio) -> Any:
-        if job.reference is None:
-            job.reference = self.judge.analyse(source)
-        return job.reference
+    def _reference(self, job: Job, unit: VariationUnit, source: Audio) -> Any:
+        if unit.source not in job.references:
+            job.references[unit.source] = self.judge.analyse(source)
+        return job.references[unit.source]
 
     def _call(self, generator: Generator, wanted: dict[str, Wanted]) -> None:
         requests = [one.request for one in wanted.values()]
@@ -221,7 +234,7 @@ class Generation:
             self._advance(job)
             return
         prompt = wanted.request.params.get("prompt", "")
-        reference = self._reference(job, wanted.request.audio)
+        reference = self._reference(job, choice.units[0], wanted.request.audio)
         verdict = self.judge.judge(reference, finished, choice.units[0].gates, prompt)
         facts = manifest.take_facts(take, generator, self.recipe.generator)
         if prompt != take.params.get("prompt", ""):

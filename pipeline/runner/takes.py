@@ -123,7 +123,7 @@ class TakeChoice:
             middle = (band[0] + band[1]) / 2
             similarity = round(min(max(similarity + middle - last.similarity, 0.0), 1.0), 3)
             params = complete_params(self.card, first.given, similarity)
-        return make_take(first.sound, seed, params, similarity)
+        return make_take(first.sound, seed, params, similarity, first.change)
 
 
 def choices(units: Sequence[VariationUnit], card: EngineCard, shared: Shared) -> list[TakeChoice]:

@@ -144,6 +144,22 @@ def test_demucs_that_is_configured_and_not_installed_is_2_before_any_work(
     assert any("pip install demucs==" in line for line in pipeline("doctor").out.splitlines())
 
 
+def test_a_key_that_the_library_is_missing_for_is_2_before_any_work(
+    home: Home, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "python_stretch", None)
+    home.configure({"name": "plain"}, {"name": "higher", "transpose": 2})
+    write_music(home.inbox / "song.wav")
+
+    ended = pipeline("once")
+
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "transpose and speed need python-stretch==0.3.1: pip install python-stretch==" in ended.err
+    assert (home.inbox / "song.wav").exists()
+    home.configure({"name": "plain", "transpose": 0})
+    assert pipeline("plan").code == 0
+
+
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not in the core install")
 def test_weights_of_demucs_are_looked_for_without_importing_anything(
     home: Home, pipeline: Pipeline, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -293,12 +309,13 @@ def test_plan_shows_what_a_sweep_expands_to_and_estimates_the_time_from_earlier_
         for stage, made in [("normalize", {}), ("generate", {"engine": "remix", "duration_s": 4.0})]:
             store.finish_unit(stage, sha256=song.sha256, stage=stage, result=made, seconds=1e6, now=0.0)
     write_music(home.inbox / "new.wav", seed=1)
-    home.configure({"name": "a", "similarity": [0.9, 0.4], "duration_s": [3.0, 5.0]})
+    sweep = {"similarity": [0.9, 0.4], "duration_s": [3.0, 5.0]}
+    home.configure({"name": "a", **sweep, "transpose": -2, "speed": 1.1})
 
     out = pipeline("plan").out
 
     assert "each track: 4 variations" in out
-    assert re.search(r"  0\d-a.wav: 5 s, similarity 0.9, temperature", out)
+    assert re.search(r"  0\d-a.wav: 5 s, similarity 0.9, transpose -2, speed 1.1, temperature", out)
     assert re.search(r"variations: 4, tracks: 1, time: about \d+\.\d h, by what such work took here", out)
 
 

@@ -35,6 +35,7 @@ from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, S
 from pipeline.outbox.outbox import Outbox, Published
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.generation import Verdict
+from pipeline.runner.judge import ScoringJudge
 from pipeline.runner.retry import JITTER, backoff_s
 from pipeline.stages import Finished
 
@@ -529,6 +530,36 @@ def test_a_prompt_of_words_from_the_analysis_is_given_to_the_engine_and_shown(se
     automatic, own = setup.manifest(sha256)["variations"]
     assert (automatic["params"]["prompt"], automatic["prompt"]) == ("auto", "words")
     assert "prompt" not in own
+
+
+def test_a_variation_of_a_changed_source_is_made_from_it_and_compared_with_it(setup: RunnerSetup) -> None:
+    setup = with_variation(
+        setup,
+        temperature=[0.5, 0.8],
+        transpose=[0, 5],
+        speed=0.8,
+        duration_s="source",
+        gates={"max_shared": 1.0},
+    )
+    [sha256] = setup.add_tracks("a.wav")
+    sources: list[Audio] = []
+
+    def itself(request: VariationRequest) -> Variation:
+        sources.append(request.audio)
+        return Variation(request.request_id, request.audio)
+
+    generator = StubGenerator(itself)
+    setup.runner(generator, judge=ScoringJudge(StubEngines(generator), lambda: False)).drain()
+
+    assert (sources[0], sources[2]) == (sources[1], sources[3])  # one object, so that it is analysed once
+    made = setup.manifest(sha256)["variations"]
+    assert [(one["params"]["temperature"], one.get("transpose"), one["speed"]) for one in made] == [
+        (0.5, None, 0.8), (0.5, 5, 0.8), (0.8, None, 0.8), (0.8, 5, 0.8),
+    ]  # fmt: skip
+    assert [one["duration_s"] for one in made] == pytest.approx([1.5 / 0.8] * 4, abs=0.001)
+    assert [one["scores"]["similarity"] for one in made] == [1.0] * 4  # to the unchanged source: 0.3
+    pitches_hz = [np.abs(np.fft.rfft(source.mono())).argmax() / source.duration_s for source in sources[1:3]]
+    assert pitches_hz[1] / pitches_hz[0] == pytest.approx(2 ** (5 / 12), rel=0.01)
 
 
 def test_rejected_takes_are_published_apart_if_they_are_wanted(setup: RunnerSetup) -> None:

@@ -69,6 +69,13 @@ def test_other_seeds_are_tried_up_to_the_limit_and_then_the_least_bad_take_is_ke
     assert choice.faults[choice.kept_takes[0].take.key] == ("a",)
 
 
+def test_another_take_is_of_the_same_changed_source() -> None:
+    [choice] = made(gates={"retries": 1}, transpose=2)
+    first = judge(choice, 0.1, "a")
+    [second] = choice.missing
+    assert second.change == first.change == {"transpose": 2}
+
+
 def test_the_first_good_take_ends_the_retries() -> None:
     [choice] = made(gates={"retries": 5})
     judge(choice, 0.1, "a")
