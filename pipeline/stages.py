@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pipeline.audio import Levels
 
 NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
-OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
+# By format, raised when the same variation would be written as different bytes
+OUTPUT_VERSIONS: Mapping[str, str] = {"wav": "3", "flac": "3", "mp3": "4", "opus": "3"}
 # Share and least seconds made beyond the asked length to choose a loop from. 4 s of it are faded in a remix.
 # The contexts of seams of 16 s have a similarity of 0.1 with 7 s and of 0.33 with 14 s.
 LOOP_EXTRA, LOOP_EXTRA_S = 0.2, 12.0
