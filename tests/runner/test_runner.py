@@ -32,6 +32,7 @@ from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, Stopped
+from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox, Published
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.generation import Verdict
@@ -543,6 +544,31 @@ def test_rejected_takes_are_published_apart_if_they_are_wanted(setup: RunnerSetu
     first, kept, third = (one.get("file") for one in made["takes"])
     assert kept is None
     assert sorted(setup.files(sha256)) == sorted(["embedding.npz", first, third, "variations/01-v.wav"])
+
+
+@pytest.mark.parametrize("problem", ["missing", "altered"])
+def test_a_rejected_take_that_is_missing_or_altered_is_found_and_made_again(
+    setup: RunnerSetup, problem: str
+) -> None:
+    setup = with_variation(setup, seed=1, keep="best 2 of 3")
+    setup = with_gates(setup, rejected="keep")
+    [sha256] = setup.add_tracks("a.wav")
+    generator = SeededTakes({1: 0.9, 2: 0.8})
+    setup.runner(generator, judge=generator.judge).drain()
+    before = setup.files(sha256), setup.manifest(sha256)
+    [name] = {take["file"] for one in before[1]["variations"] for take in one["takes"] if "file" in take}
+    path = setup.workspace.outbox / setup.track(sha256).folder / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    if problem == "missing":
+        path.unlink()
+
+    outbox = Outbox(setup.workspace.outbox)
+    [finding] = reconcile(setup.store, outbox, setup.workspace, thorough=True, repair=True, now=setup.now)
+    assert f"{name} is {problem}" in finding.text
+    setup.runner(generator, judge=generator.judge).drain()
+
+    assert (setup.files(sha256), setup.manifest(sha256)) == before
+    assert reconcile(setup.store, outbox, setup.workspace, thorough=True, repair=True, now=setup.now) == []
 
 
 def test_as_an_album_all_results_of_a_track_have_the_loudness_of_the_quietest(setup: RunnerSetup) -> None:
