@@ -147,7 +147,7 @@ def _moved(details: Mapping[str, Any], start_s: float, duration_s: float) -> Map
     """The engine's details with the times of the joins counted from `start_s`, without joins cut away."""
     if "joins" not in details:
         return details
-    joins = [{**join, "out_s": round(join["out_s"] - start_s, 3)} for join in details["joins"]]
+    joins = [{**join, "out_s": round(join["out_s"] - start_s, 6)} for join in details["joins"]]
     return {**details, "joins": [join for join in joins if 0 < join["out_s"] < duration_s]}
 
 
