@@ -6,7 +6,7 @@ variation and gives it its final form before it is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +82,14 @@ def finish(
     *,
     length_s: float,
     source_lufs: float,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Finished:
     """Check a generator's result and give it its final form.
 
     Args:
         length_s: the asked length; `request.duration_s` is the `engine_duration_s` of it.
         source_lufs: the loudness of the source file.
+        on_step: called between the steps; what it raises ends the work.
 
     Raises:
         EngineFailure: it has the wrong length, samples that are not finite, or no sound.
@@ -98,9 +100,12 @@ def finish(
 
     made = _checked(variation.audio, request)
     rate = audio.nearest_rate(settings.format, settings.sample_rate or made.sample_rate)
+    on_step()
     made = audio.remove_offset(audio.resample(made, rate))
+    on_step()
     shaped, start_s, facts = _shaped(made, settings, length_s)
-    leveled, loudness = _leveled(shaped, settings, source_lufs)
+    on_step()
+    leveled, loudness = _leveled(shaped, settings, source_lufs, on_step)
     if not np.isfinite(loudness):
         raise EngineFailure("the engine made sound that is too quiet to measure")
     return Finished(
@@ -151,7 +156,9 @@ def _moved(details: Mapping[str, Any], start_s: float, duration_s: float) -> Map
     return {**details, "joins": [join for join in joins if 0 < join["out_s"] < duration_s]}
 
 
-def _leveled(shaped: Audio, settings: Output, source_lufs: float) -> tuple[Audio, float]:
+def _leveled(
+    shaped: Audio, settings: Output, source_lufs: float, on_step: Callable[[], None]
+) -> tuple[Audio, float]:
     """The sound at the asked loudness, and its loudness in LUFS."""
     from pipeline import audio
     from pipeline.audio.limiter import limit_to_loudness
@@ -160,7 +167,11 @@ def _leveled(shaped: Audio, settings: Output, source_lufs: float) -> tuple[Audio
     ceiling_dbtp = settings.true_peak_dbtp
     if settings.limiter:
         limited = limit_to_loudness(
-            shaped, target_lufs=target_lufs, ceiling_dbtp=ceiling_dbtp, is_loop=settings.loop
+            shaped,
+            target_lufs=target_lufs,
+            ceiling_dbtp=ceiling_dbtp,
+            is_loop=settings.loop,
+            on_step=on_step,
         )
         return limited, audio.loudness_lufs(limited)
     levels = audio.levels(shaped)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from pipeline import audio, stages
 from pipeline.config import Gates
-from pipeline.engines.base import Generator, ProgressFn
+from pipeline.engines.base import Generator, ProgressFn, check_stop
 from pipeline.engines.loading import Engines
 from pipeline.errors import EngineFailure
 from pipeline.fs.disk import environment_error
@@ -215,6 +215,7 @@ class Generation:
                 self.recipe.config.output,
                 length_s=choice.units[0].length_s(wanted.request.audio),
                 source_lufs=job.normalized["source"]["loudness_lufs"],
+                on_step=lambda: check_stop(self.should_stop),
             )
         except EngineFailure as e:
             choice.judged[take.key] = JudgedTake(take, (str(e),), -math.inf, None)

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.config import Gates
 from pipeline.engines import cards
-from pipeline.engines.base import Embedder, EngineSettings, StopFn, TextEmbedder
+from pipeline.engines.base import Embedder, EngineSettings, StopFn, TextEmbedder, check_stop
 from pipeline.engines.loading import Engines
 from pipeline.music.words import describe
 from pipeline.records import Audio, Samples
@@ -55,7 +55,8 @@ class ScoringJudge:
     """A `Judge`: see `pipeline.runner.generation`.
 
     The similarity counts the weight-free descriptors whichever engine embeds, so that it does not depend on
-    what else is installed. Only prompts need an embedder that knows texts.
+    what else is installed. Only prompts need an embedder that knows texts. All methods that take sound raise
+    Stopped, soon after `should_stop` returned true.
     """
 
     engines: Engines
@@ -70,23 +71,28 @@ class ScoringJudge:
     def _descriptors(self) -> Embedder:
         return cards()["descriptors"].load(EngineSettings())  # type: ignore[return-value]
 
-    def _vector(self, audio: Audio) -> Samples:
-        return _embed(self._descriptors, audio)
+    def _check_stop(self) -> None:
+        check_stop(self.should_stop)
+
+    def _embed(self, embedder: Embedder, audio: Audio) -> Samples:
+        return embedder.embed(audio, should_stop=self.should_stop).track
 
     def analyse(self, source: Audio) -> Reference:
+        self._check_stop()
         analysed, mono = analyse(source)
+        self._check_stop()
         defects = find_defects(source, mono)
-        return Reference(
-            analysed, source, self._vector(source), max(defects.noise_share, defects.stuck_share)
-        )
+        vector = self._embed(self._descriptors, source)
+        return Reference(analysed, source, vector, max(defects.noise_share, defects.stuck_share))
 
     def describe(self, reference: Reference) -> str:
         source, by_text = reference.source, self._text_embedder
-        vector = _embed(by_text, reference.audio) if by_text else None
+        vector = self._embed(by_text, reference.audio) if by_text else None
         return describe(source.tempo_bpm, source.key, vector, by_text.embed_texts if by_text else None)
 
     def judge(self, reference: Reference, made: Finished, gates: Gates, prompt: str) -> Verdict:
         joins_s = [join["out_s"] for join in made.details.get("joins", ())]
+        self._check_stop()
         analysed = analyse(made.audio)
         scores = score(
             reference.source,
@@ -94,8 +100,9 @@ class ScoringJudge:
             analysed=analysed,
             joins_s=joins_s,
             source_vector=reference.vector,
-            vector=self._vector(made.audio),
+            vector=self._embed(self._descriptors, made.audio),
             prompt=self._adherence(made.audio, prompt),
+            on_step=self._check_stop,
         )
         rating = self._rating(made.audio)
         return Verdict(
@@ -110,7 +117,7 @@ class ScoringJudge:
         """Cosine of the vectors of a sound and its prompt; None if there is no prompt, or no model for it."""
         if not prompt or (by_text := self._text_embedder) is None:
             return None
-        return cosine(_embed(by_text, made), by_text.embed_texts([prompt])[0])
+        return cosine(self._embed(by_text, made), by_text.embed_texts([prompt])[0])
 
     def _rating(self, made: Audio) -> dict[str, float]:
         """A model's ratings by axis, rounded; empty if the configuration has no such model."""
@@ -120,14 +127,11 @@ class ScoringJudge:
         return {axis: round(value, DIGITS) for axis, value in rated.items()}
 
     def sound(self, made: Audio) -> Bits:
+        self._check_stop()
         return analyse(made)[0].fingerprint
 
     def shared(self, one: Bits, other: Bits) -> float:
         return shared_share(one, other)
-
-
-def _embed(embedder: Embedder, audio: Audio) -> Samples:
-    return embedder.embed(audio, should_stop=lambda: False).track
 
 
 def failed_gates(scores: Scores, gates: Gates, collapsed_share: float) -> Iterator[str]:

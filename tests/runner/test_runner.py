@@ -171,13 +171,15 @@ def test_a_track_alone_gives_the_same_files_as_in_a_batch(tmp_path: Path) -> Non
 
 def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(setup: RunnerSetup) -> None:
     [sha256] = setup.add_tracks("a.wav")
+    made = []
 
-    def last_one(request: VariationRequest) -> Variation:
-        setup.stop = True
+    def second_stopped(request: VariationRequest) -> Variation:
+        made.append(request)
+        setup.stop = len(made) == 2  # before the result is finished and judged
         return noise(request)
 
     with pytest.raises(Stopped):
-        setup.runner(StubGenerator(last_one)).drain()
+        setup.runner(StubGenerator(second_stopped)).drain()
 
     assert setup.states([sha256]) == [("queued", 0)]
     assert setup.outcomes(sha256) == [("normalize", "done"), ("embed", "done"), ("generate", "stopped")]
