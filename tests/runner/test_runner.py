@@ -31,7 +31,7 @@ from pipeline.config import Gates
 from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
-from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, Stopped
+from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, NoResult, Stopped
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox, Published
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
@@ -218,6 +218,24 @@ def test_a_transient_failure_is_retried_after_doubling_waits_and_then_fails_the_
     assert (runner.result.done, runner.result.failed) == (set(), {sha256})
     assert [outcome for stage, outcome in setup.outcomes(sha256) if stage == "generate"] == ["failed"] * 3
     assert (setup.workspace.inbox / "failed" / "a.wav").exists()
+
+
+def silent(request: VariationRequest) -> Variation:
+    made = noise(request)
+    return replace(made, audio=Audio(0 * made.audio.samples, SAMPLE_RATE))
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [(silent, "the engine made silence"),
+     (lambda request: Failure(request.request_id, NoResult("found no path")), "found no path")],
+)  # fmt: skip
+def test_what_no_other_try_can_make_fails_the_track_at_once(tmp_path: Path, answer: Any, why: str) -> None:
+    setup = RunnerSetup.at(tmp_path, max_attempts=3)
+    [sha256] = setup.add_tracks("a.wav")
+    setup.runner(StubGenerator(answer)).drain()
+    assert setup.states([sha256]) == [("failed", 1)]
+    assert setup.track(sha256).error == why
 
 
 def test_a_track_whose_failure_has_passed_is_finished(tmp_path: Path) -> None:
