@@ -1,9 +1,9 @@
 """Judges results by the scores of docs/scores.md: which gates one fails, and how it ranks among others.
 
 The rank is the mean of what a listener wants, each 0 to 1: similarity to the source, but within a band; its
-key and tempo; joins that are not heard; no defects; the prompt where there is one; and a model's ratings if
-the configuration has one. A copy of the source is not what a variation is for, so without a band of the
-configuration's own the usual one counts.
+key and tempo; joins that are not heard, and such a seam of a loop; no defects; the prompt where there is one;
+and a model's ratings if the configuration has one. A copy of the source is not what a variation is for, so
+without a band of the configuration's own the usual one counts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,7 @@ class ScoringJudge:
         rating = self._rating(made.audio)
         return Verdict(
             failed=tuple(failed_gates(scores, gates, reference.collapsed_share)),
-            rank=rank(scores, gates, rating),
+            rank=rank(scores, gates, rating, made.loop),
             similarity=scores.similarity,
             scores=scores.as_json() | ({"rating": rating} if rating else {}),
             sound=analysed[0].fingerprint,
@@ -155,12 +156,19 @@ def failed_gates(scores: Scores, gates: Gates, collapsed_share: float) -> Iterat
         yield f"its similarity to the source is {scores.similarity:.2f}"
 
 
-def rank(scores: Scores, gates: Gates, rating: Mapping[str, float] = NOT_RATED) -> float:
-    """The mean of all merits, 0 to 1."""
-    return float(np.mean(list(_merits(scores, gates, rating))))
+def rank(
+    scores: Scores,
+    gates: Gates,
+    rating: Mapping[str, float] = NOT_RATED,
+    loop: Mapping[str, Any] | None = None,
+) -> float:
+    """The mean of all merits, 0 to 1; `loop`: of a loop, the facts on its seam."""
+    return float(np.mean(list(_merits(scores, gates, rating, loop))))
 
 
-def _merits(scores: Scores, gates: Gates, rating: Mapping[str, float]) -> Iterator[float]:
+def _merits(
+    scores: Scores, gates: Gates, rating: Mapping[str, float], loop: Mapping[str, Any] | None
+) -> Iterator[float]:
     """What the rank is the mean of, 0 to 1 each; what can't be measured is left out."""
     low, high = gates.similarity or USUAL_BAND
     outside = max(low - scores.similarity, scores.similarity - high, 0.0)
@@ -172,6 +180,8 @@ def _merits(scores: Scores, gates: Gates, rating: Mapping[str, float]) -> Iterat
         yield float(scores.tempo_agrees)
     yield scores.worst_seam.quality
     yield float(np.mean([seam.quality for seam in scores.joins])) if scores.joins else 1.0
+    if loop is not None:
+        yield min(max(loop["similarity"], 0.0), 1.0)
     yield 1.0 - max(scores.silent_share, scores.noise_share, scores.stuck_share, scores.clipped_share)
     if scores.prompt is not None:
         yield max(0.0, scores.prompt)

@@ -109,6 +109,16 @@ def test_results_are_judged_from_their_sound() -> None:
     assert judge.shared(judge.sound(melody()), same.sound) == 1.0
 
 
+def test_a_loop_ranks_by_how_alike_the_contexts_of_its_ends_are() -> None:
+    judge = ScoringJudge(StubEngines(StubGenerator()), lambda: False)
+    source = judge.analyse(melody())
+    poor, good, best = (
+        judge.judge(source, Finished(melody(), -14.0, {}, 2, {"similarity": value}), Gates(), "").rank
+        for value in (-0.1, 0.5, 1.0)
+    )
+    assert poor < good < best <= 1.0
+
+
 def test_judging_ends_at_any_of_its_steps_if_it_is_asked_to() -> None:
     reference = ScoringJudge(StubEngines(StubGenerator()), lambda: False).analyse(melody())
 
