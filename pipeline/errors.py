@@ -57,6 +57,12 @@ class EngineFailure(PipelineError):
     permanent = False
 
 
+class NoResult(EngineFailure):
+    """An engine can't make what was asked, and neither can another try: results depend on requests alone."""
+
+    permanent = True
+
+
 class FolderUnusable(PipelineError):
     """A working folder or the database can't be read or written: the machine's fault, not a track's."""
 

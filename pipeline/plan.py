@@ -25,7 +25,7 @@ from pipeline.engines.selection import Choice
 from pipeline.fs.names import file_safe
 from pipeline.music import PROMPT_VERSION
 from pipeline.records import Audio
-from pipeline.stages import CHANGE_VERSION, NORMALIZE_VERSION, OUTPUT_VERSION
+from pipeline.stages import CHANGE_VERSION, NORMALIZE_VERSION, OUTPUT_VERSIONS
 
 BYTES_PER_SAMPLE = {16: 2, 24: 3, "float": 4}
 AUTO_PROMPT = "auto"  # a prompt made of words from the track's analysis
@@ -144,7 +144,7 @@ class Recipe:
         embed = digest(["embed", normalize, _engine_identity(self.embedder)])
         made_by = [
             _engine_identity(self.generator),
-            OUTPUT_VERSION,
+            OUTPUT_VERSIONS[self.config.output.format],
             self.config.output.model_dump(mode="json"),
         ]
         rated_by = [_engine_identity(self.rater)] if self.rater else []

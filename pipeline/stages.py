@@ -7,7 +7,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
 CHANGE_VERSION = "1"  # raised when the same change, or another version of its library, gives other samples
-OUTPUT_VERSION = "3"  # raised when the same variation would be written as different bytes
+# By format, raised when the same variation would be written as different bytes
+OUTPUT_VERSIONS: Mapping[str, str] = {"wav": "3", "flac": "3", "mp3": "4", "opus": "3"}
 # Share and least seconds made beyond the asked length to choose a loop from. 4 s of it are faded in a remix.
 # The contexts of seams of 16 s have a similarity of 0.1 with 7 s and of 0.33 with 14 s.
 LOOP_EXTRA, LOOP_EXTRA_S = 0.2, 12.0
@@ -93,12 +94,14 @@ def finish(
     *,
     length_s: float,
     source_lufs: float,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Finished:
     """Check a generator's result and give it its final form.
 
     Args:
         length_s: the asked length; `request.duration_s` is the `engine_duration_s` of it.
         source_lufs: the loudness of the source file.
+        on_step: called between the steps; what it raises ends the work.
 
     Raises:
         EngineFailure: it has the wrong length, samples that are not finite, or no sound.
@@ -109,9 +112,12 @@ def finish(
 
     made = _checked(variation.audio, request)
     rate = audio.nearest_rate(settings.format, settings.sample_rate or made.sample_rate)
+    on_step()
     made = audio.remove_offset(audio.resample(made, rate))
+    on_step()
     shaped, start_s, facts = _shaped(made, settings, length_s)
-    leveled, loudness = _leveled(shaped, settings, source_lufs)
+    on_step()
+    leveled, loudness = _leveled(shaped, settings, source_lufs, on_step)
     if not np.isfinite(loudness):
         raise EngineFailure("the engine made sound that is too quiet to measure")
     return Finished(
@@ -158,11 +164,13 @@ def _moved(details: Mapping[str, Any], start_s: float, duration_s: float) -> Map
     """The engine's details with the times of the joins counted from `start_s`, without joins cut away."""
     if "joins" not in details:
         return details
-    joins = [{**join, "out_s": round(join["out_s"] - start_s, 3)} for join in details["joins"]]
+    joins = [{**join, "out_s": round(join["out_s"] - start_s, 6)} for join in details["joins"]]
     return {**details, "joins": [join for join in joins if 0 < join["out_s"] < duration_s]}
 
 
-def _leveled(shaped: Audio, settings: Output, source_lufs: float) -> tuple[Audio, float]:
+def _leveled(
+    shaped: Audio, settings: Output, source_lufs: float, on_step: Callable[[], None]
+) -> tuple[Audio, float]:
     """The sound at the asked loudness, and its loudness in LUFS."""
     from pipeline import audio
     from pipeline.audio.limiter import limit_to_loudness
@@ -171,7 +179,11 @@ def _leveled(shaped: Audio, settings: Output, source_lufs: float) -> tuple[Audio
     ceiling_dbtp = settings.true_peak_dbtp
     if settings.limiter:
         limited = limit_to_loudness(
-            shaped, target_lufs=target_lufs, ceiling_dbtp=ceiling_dbtp, is_loop=settings.loop
+            shaped,
+            target_lufs=target_lufs,
+            ceiling_dbtp=ceiling_dbtp,
+            is_loop=settings.loop,
+            on_step=on_step,
         )
         return limited, audio.loudness_lufs(limited)
     levels = audio.levels(shaped)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from sequenced import sequenced
 
 from pipeline import audio, stages
+from pipeline.audio.wav import write_wav
 from pipeline.config import Output
+from pipeline.errors import Stopped
+from pipeline.outbox.manifest import markers
 from pipeline.records import Audio, Variation, VariationRequest
 from pipeline.scores import analyse_source
 
@@ -29,12 +36,15 @@ def finished(
     length_s: float = DURATION_S,
     source_lufs: float = -20.0,
     details: Any = None,
+    on_step: Callable[[], None] = lambda: None,
     **output: Any,
 ) -> stages.Finished:
     request = VariationRequest("r", "t", made, made.duration_s, 1)
     settings = Output.model_validate(output)
     variation = Variation("r", made, details or {})
-    return stages.finish(variation, request, settings, length_s=length_s, source_lufs=source_lufs)
+    return stages.finish(
+        variation, request, settings, length_s=length_s, source_lufs=source_lufs, on_step=on_step
+    )
 
 
 def test_the_default_is_one_gain_to_the_loudness_and_nothing_else() -> None:
@@ -88,6 +98,36 @@ def test_a_loop_is_cut_from_more_on_its_bars_without_fades_and_its_joins_are_mov
     assert 0 < 8.0 - join["out_s"] < made_s - 16.0
     levels = [float(np.mean(part**2)) for part in np.split(result.audio.samples[0], 8)]
     assert max(levels) < 1.2 * min(levels)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_finishing_ends_at_any_of_its_steps_if_it_is_asked_to(step: int) -> None:
+    steps = iter(range(1, step + 1))
+
+    def on_step() -> None:
+        if next(steps) == step:
+            raise Stopped("as by a signal")
+
+    with pytest.raises(Stopped):
+        finished(music(DURATION_S), limiter=True, on_step=on_step)
+
+
+@pytest.mark.parametrize("rate", [44100, 192000])
+@pytest.mark.parametrize("output", [{}, {"loop": True}])
+def test_the_cue_points_of_a_wav_are_at_the_samples_of_the_joins(output: Any, rate: int) -> None:
+    made = audio.resample(sequenced(24.0), rate)
+    marked = [made.n_samples // 2 + 12_347 * n for n in range(3)]
+    samples = made.samples.copy()
+    samples[:, marked] = 1.0
+    details = {"joins": [{"out_s": round(at / rate, 6)} for at in marked]}  # as the remix gives them
+    result = finished(Audio(samples, rate), length_s=12.0 if output else 24.0, details=details, **output)
+
+    file, record = io.BytesIO(), {"details": result.details, "sample_rate": rate}
+    write_wav(file, result.audio, bit_depth=24, tags={}, markers=markers(record))
+    wav = file.getvalue()
+    _, *points = struct.unpack_from("<I" + "II4sIII" * 3, wav, wav.index(b"cue ") + 8)
+    read, _ = soundfile.read(io.BytesIO(wav))
+    assert points[5::6] == sorted(np.argsort(np.abs(read[:, 0]))[-3:])
 
 
 def test_a_length_in_bars_ends_faded_on_the_bar_line_nearest_to_the_asked_one() -> None:

@@ -18,6 +18,9 @@ from pipeline.records import Audio, Samples
 
 Format = Literal["wav", "flac", "mp3", "opus"]
 _BLOCK_FRAMES = 4096  # given to an encoder that has no frame size of its own
+# LAME multiplies what it encodes at 160 kbit/s or less by this, against clipping (its presets.c): mono, and
+# stereo below 32 kHz, as MPEG-2 has no more.
+_LAME_SCALE, _MPEG1_RATE_HZ = 0.95, 32_000
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,20 @@ def write_encoded(
             context.bit_rate = encoder.bits_per_s * audio.channels
         context.open()
         dither = np.random.default_rng(0)  # fixed, so that equal samples give equal bytes
-        size = context.frame_size or _BLOCK_FRAMES
+        size, gain = context.frame_size or _BLOCK_FRAMES, _gain(audio, format_name)
         for start in range(0, audio.n_samples, size):
-            block = _as_format(audio.samples[:, start : start + size], context.format.name, dither)
+            block = _as_format(gain * audio.samples[:, start : start + size], context.format.name, dither)
             frame = av.AudioFrame.from_ndarray(block, format=context.format.name, layout=layout)
             frame.sample_rate, frame.pts = audio.sample_rate, start
             frame.time_base = Fraction(1, audio.sample_rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def _gain(audio: Audio, format_name: Format) -> np.float32:
+    """What the samples are multiplied by, so that they are decoded as loud as they are."""
+    is_scaled = format_name == "mp3" and (audio.channels == 1 or audio.sample_rate < _MPEG1_RATE_HZ)
+    return np.float32(1 / _LAME_SCALE if is_scaled else 1.0)
 
 
 def _as_format(block: Samples, sample_format: str, dither: np.random.Generator) -> Any:

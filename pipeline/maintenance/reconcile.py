@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pipeline.errors import os_reason
 from pipeline.fs.names import printable
 from pipeline.maintenance.retention import finish_interrupted_removals, unneeded_copies
-from pipeline.outbox.outbox import Outbox, Published, listed_files
+from pipeline.outbox.outbox import Outbox, Published, files_of, listed_files
 from pipeline.store.schema import Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import Workspace
@@ -150,7 +150,9 @@ def _find_problem(track: Track, units: list[dict[str, Any]], outbox: Outbox, *, 
     Raises:
         OSError: something is there but can't be read.
     """
-    finished_at = {(unit["result"]["file"], unit["result"]["sha256"]): unit["finished_at"] for unit in units}
+    finished_at = {
+        (one.file, one.sha256): unit["finished_at"] for unit in units for one in files_of(unit["result"])
+    }
     manifest = outbox.read_manifest(track.folder)
     files = listed_files(manifest)
     if manifest is None or files is None:
@@ -164,8 +166,7 @@ def _find_problem(track: Track, units: list[dict[str, Any]], outbox: Outbox, *, 
 
 
 def _has_all_results(track: Track, units: list[dict[str, Any]], outbox: Outbox) -> bool:
-    newest = {unit["result"]["file"]: unit["result"] for unit in units}
-    wanted = {file: Published(file, result["sha256"], result["bytes"]) for file, result in newest.items()}
+    wanted = {one.file: one for unit in units for one in files_of(unit["result"])}  # the newest of each name
     return bool(wanted) and len(outbox.find_intact(track.folder, wanted)) == len(wanted)
 
 

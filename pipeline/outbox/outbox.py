@@ -230,12 +230,22 @@ class Outbox:
         return [path for path in files if names.fullmatch(str(path.relative_to(base)))]
 
 
+def files_of(record: Mapping[str, Any]) -> list[Published]:
+    """The file of a recorded result, and those of its takes that are published as rejected.
+
+    Raises:
+        KeyError: it is no such record.
+    """
+    takes = [take for take in record.get("takes", ()) if "sha256" in take]
+    return [Published(one["file"], one["sha256"], one["bytes"]) for one in (record, *takes)]
+
+
 def listed_files(manifest: Any) -> list[Published] | None:
     """The files that a manifest names; None if it is none, or not a valid one."""
     try:
         entries = [manifest["embedding"], *manifest["variations"]]
-        found = [Published(entry["file"], entry["sha256"], entry["bytes"]) for entry in entries]
-    except (KeyError, TypeError):
+        found = list(dict.fromkeys(one for entry in entries for one in files_of(entry)))
+    except (AttributeError, KeyError, TypeError):
         return None
     valid = all(
         isinstance(one.file, str) and isinstance(one.sha256, str) and isinstance(one.bytes, int)

@@ -228,6 +228,7 @@ class Generation:
                 self.recipe.config.output,
                 length_s=choice.units[0].length_s(wanted.request.audio),
                 source_lufs=job.normalized["source"]["loudness_lufs"],
+                on_step=lambda: check_stop(self.should_stop),
             )
         except EngineFailure as e:
             choice.judged[take.key] = JudgedTake(take, (str(e),), -math.inf, None)
@@ -345,6 +346,8 @@ class Generation:
     def _tried(self, job: Job, choice: TakeChoice, unit: VariationUnit) -> list[Json]:
         """What the manifest says of all takes; with the best one, those not kept are published if wanted."""
         first, tried = choice.units[0], list[Json]()
+        if unit is not first:
+            return list(job.variations[first.key]["takes"])
         stem, ending = PurePath(first.file).name.rsplit(".", 1)
         for judged in (choice.judged[take.key] for take in choice.asked):
             failed = list(choice.faults[judged.take.key])
@@ -352,9 +355,8 @@ class Generation:
             is_rejected = judged.take.key not in (choice.kept or ()) and judged.sound is not None
             if is_rejected and first.gates.rejected == "keep":
                 file = f"{REJECTED}/{stem}-{judged.take.key[:8]}.{ending}"
-                if unit is first:
-                    self._write(job, file, first.name, judged.record, self._sound_of(job, judged))
-                fact["file"] = file
+                sound = self._sound_of(job, judged)
+                fact |= vars(self._write(job, file, first.name, judged.record, sound))
             tried.append(fact)
         return tried
 

@@ -1,9 +1,9 @@
 """Judges results by the scores of docs/scores.md: which gates one fails, and how it ranks among others.
 
 The rank is the mean of what a listener wants, each 0 to 1: similarity to the source, but within a band; its
-key and tempo; joins that are not heard; no defects; the prompt where there is one; and a model's ratings if
-the configuration has one. A copy of the source is not what a variation is for, so without a band of the
-configuration's own the usual one counts.
+key and tempo; joins that are not heard, and such a seam of a loop; no defects; the prompt where there is one;
+and a model's ratings if the configuration has one. A copy of the source is not what a variation is for, so
+without a band of the configuration's own the usual one counts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from pipeline.config import Gates
 from pipeline.engines import cards
-from pipeline.engines.base import Embedder, EngineSettings, StopFn, TextEmbedder
+from pipeline.engines.base import Embedder, EngineSettings, StopFn, TextEmbedder, check_stop
 from pipeline.engines.loading import Engines
 from pipeline.music.words import describe
 from pipeline.records import Audio, Samples
@@ -55,7 +56,8 @@ class ScoringJudge:
     """A `Judge`: see `pipeline.runner.generation`.
 
     The similarity counts the weight-free descriptors whichever engine embeds, so that it does not depend on
-    what else is installed. Only prompts need an embedder that knows texts.
+    what else is installed. Only prompts need an embedder that knows texts. All methods that take sound raise
+    Stopped, soon after `should_stop` returned true.
     """
 
     engines: Engines
@@ -70,23 +72,28 @@ class ScoringJudge:
     def _descriptors(self) -> Embedder:
         return cards()["descriptors"].load(EngineSettings())  # type: ignore[return-value]
 
-    def _vector(self, audio: Audio) -> Samples:
-        return _embed(self._descriptors, audio)
+    def _check_stop(self) -> None:
+        check_stop(self.should_stop)
+
+    def _embed(self, embedder: Embedder, audio: Audio) -> Samples:
+        return embedder.embed(audio, should_stop=self.should_stop).track
 
     def analyse(self, source: Audio) -> Reference:
+        self._check_stop()
         analysed, mono = analyse(source)
+        self._check_stop()
         defects = find_defects(source, mono)
-        return Reference(
-            analysed, source, self._vector(source), max(defects.noise_share, defects.stuck_share)
-        )
+        vector = self._embed(self._descriptors, source)
+        return Reference(analysed, source, vector, max(defects.noise_share, defects.stuck_share))
 
     def describe(self, reference: Reference) -> str:
         source, by_text = reference.source, self._text_embedder
-        vector = _embed(by_text, reference.audio) if by_text else None
+        vector = self._embed(by_text, reference.audio) if by_text else None
         return describe(source.tempo_bpm, source.key, vector, by_text.embed_texts if by_text else None)
 
     def judge(self, reference: Reference, made: Finished, gates: Gates, prompt: str) -> Verdict:
         joins_s = [join["out_s"] for join in made.details.get("joins", ())]
+        self._check_stop()
         analysed = analyse(made.audio)
         scores = score(
             reference.source,
@@ -94,13 +101,14 @@ class ScoringJudge:
             analysed=analysed,
             joins_s=joins_s,
             source_vector=reference.vector,
-            vector=self._vector(made.audio),
+            vector=self._embed(self._descriptors, made.audio),
             prompt=self._adherence(made.audio, prompt),
+            on_step=self._check_stop,
         )
         rating = self._rating(made.audio)
         return Verdict(
             failed=tuple(failed_gates(scores, gates, reference.collapsed_share)),
-            rank=rank(scores, gates, rating),
+            rank=rank(scores, gates, rating, made.loop),
             similarity=scores.similarity,
             scores=scores.as_json() | ({"rating": rating} if rating else {}),
             sound=analysed[0].fingerprint,
@@ -110,7 +118,7 @@ class ScoringJudge:
         """Cosine of the vectors of a sound and its prompt; None if there is no prompt, or no model for it."""
         if not prompt or (by_text := self._text_embedder) is None:
             return None
-        return cosine(_embed(by_text, made), by_text.embed_texts([prompt])[0])
+        return cosine(self._embed(by_text, made), by_text.embed_texts([prompt])[0])
 
     def _rating(self, made: Audio) -> dict[str, float]:
         """A model's ratings by axis, rounded; empty if the configuration has no such model."""
@@ -120,14 +128,11 @@ class ScoringJudge:
         return {axis: round(value, DIGITS) for axis, value in rated.items()}
 
     def sound(self, made: Audio) -> Bits:
+        self._check_stop()
         return analyse(made)[0].fingerprint
 
     def shared(self, one: Bits, other: Bits) -> float:
         return shared_share(one, other)
-
-
-def _embed(embedder: Embedder, audio: Audio) -> Samples:
-    return embedder.embed(audio, should_stop=lambda: False).track
 
 
 def failed_gates(scores: Scores, gates: Gates, collapsed_share: float) -> Iterator[str]:
@@ -151,12 +156,19 @@ def failed_gates(scores: Scores, gates: Gates, collapsed_share: float) -> Iterat
         yield f"its similarity to the source is {scores.similarity:.2f}"
 
 
-def rank(scores: Scores, gates: Gates, rating: Mapping[str, float] = NOT_RATED) -> float:
-    """The mean of all merits, 0 to 1."""
-    return float(np.mean(list(_merits(scores, gates, rating))))
+def rank(
+    scores: Scores,
+    gates: Gates,
+    rating: Mapping[str, float] = NOT_RATED,
+    loop: Mapping[str, Any] | None = None,
+) -> float:
+    """The mean of all merits, 0 to 1; `loop`: of a loop, the facts on its seam."""
+    return float(np.mean(list(_merits(scores, gates, rating, loop))))
 
 
-def _merits(scores: Scores, gates: Gates, rating: Mapping[str, float]) -> Iterator[float]:
+def _merits(
+    scores: Scores, gates: Gates, rating: Mapping[str, float], loop: Mapping[str, Any] | None
+) -> Iterator[float]:
     """What the rank is the mean of, 0 to 1 each; what can't be measured is left out."""
     low, high = gates.similarity or USUAL_BAND
     outside = max(low - scores.similarity, scores.similarity - high, 0.0)
@@ -168,6 +180,8 @@ def _merits(scores: Scores, gates: Gates, rating: Mapping[str, float]) -> Iterat
         yield float(scores.tempo_agrees)
     yield scores.worst_seam.quality
     yield float(np.mean([seam.quality for seam in scores.joins])) if scores.joins else 1.0
+    if loop is not None:
+        yield min(max(loop["similarity"], 0.0), 1.0)
     yield 1.0 - max(scores.silent_share, scores.noise_share, scores.stuck_share, scores.clipped_share)
     if scores.prompt is not None:
         yield max(0.0, scores.prompt)

@@ -27,7 +27,7 @@ from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
-from pipeline.outbox.outbox import EMBEDDING, Outbox, Published
+from pipeline.outbox.outbox import EMBEDDING, Outbox, Published, files_of
 from pipeline.plan import Recipe
 from pipeline.progress import Reporter
 from pipeline.records import Embedding, Stage
@@ -196,11 +196,16 @@ class Runner:
     def _find_results_of(self, job: Job) -> None:
         folder, wanted = job.track.folder, job.plan.keys
         recorded = {key: record for key in wanted if (record := self.store.unit(key)) is not None}
-        present = self.outbox.find_intact(
-            folder, {key: _published(record) for key, record in recorded.items()}
-        )
+        files = {key: files_of(record) for key, record in recorded.items()}
+        rejected = {one.file: one for _, *others in files.values() for one in others}
+        found = self.outbox.find_intact(folder, {key: own for key, (own, *_) in files.items()} | rejected)
+        present = {
+            key: found[key]
+            for key, (_, *others) in files.items()
+            if key in found and all(found.get(one.file) == one for one in others)
+        }
         is_complete = len(present) == len(wanted)
-        if is_complete and self._is_published(job, present):
+        if is_complete and self._is_published(job, found):
             job.embedding = recorded.pop(job.plan.embed_key)
             job.variations = recorded
             return
@@ -209,10 +214,10 @@ class Runner:
         self.outbox.remove_manifest(folder)
         self._adopt(job, recorded, present)
 
-    def _is_published(self, job: Job, present: Mapping[str, Published]) -> bool:
+    def _is_published(self, job: Job, found: Mapping[str, Published]) -> bool:
         """Whether the manifest already lists exactly what is wanted: only the last steps are missing."""
-        named = all(present[unit.key].file == unit.file for unit in job.plan.variations)
-        return named and self.outbox.manifest_lists(job.track.folder, list(present.values()))
+        named = all(found[unit.key].file == unit.file for unit in job.plan.variations)
+        return named and self.outbox.manifest_lists(job.track.folder, list(found.values()))
 
     def _adopt(self, job: Job, recorded: Mapping[str, Json], present: Mapping[str, Published]) -> None:
         """Take over results of earlier runs, renamed to what the current plan calls them."""
@@ -347,10 +352,6 @@ def check_outbox_mount(outbox: Path, store: Store) -> str:
 
 def _save(embedding: Embedding, out: BinaryIO) -> None:
     np.savez(out, track=embedding.track, windows=embedding.windows, times_s=embedding.times_s)
-
-
-def _published(record: dict[str, Any]) -> Published:
-    return Published(record["file"], record["sha256"], record["bytes"])
 
 
 def _limits(settings: Normalize) -> audio.DecodeLimits:

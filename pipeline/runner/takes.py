@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.config.sweeps import complete_params
 from pipeline.engines.base import EngineCard
-from pipeline.errors import EngineFailure
+from pipeline.errors import NoResult
 from pipeline.plan import Take, VariationUnit, make_take, seed_from
 from pipeline.records import Audio
 
@@ -68,7 +68,7 @@ class TakeChoice:
         """Keep takes, or ask for more, once all are judged and all earlier choices are made.
 
         Raises:
-            EngineFailure: not enough takes have a sound.
+            NoResult: not enough takes have a sound.
         """
         if self.kept is not None or self.missing or any(other.kept is None for other in self.earlier):
             return
@@ -81,7 +81,7 @@ class TakeChoice:
         rest.sort(key=lambda one: (len(self.faults[one.take.key]), self._outside_band(one), -one.rank))
         found = [*good, *rest][: len(self.units)]
         if len(found) < len(self.units):
-            raise EngineFailure(next(fault for one in self.judged.values() for fault in one.failed))
+            raise NoResult(next(fault for one in self.judged.values() for fault in one.failed))
         self.kept = tuple(one.take.key for one in found)
 
     def _good(self) -> list[JudgedTake]:

@@ -8,6 +8,7 @@ MP3 and moderate noise leave the bits alone. The same notes on another instrumen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +50,12 @@ def fingerprint(pitches: Floats) -> Bits:
     return np.ascontiguousarray((np.sign(change) * is_heard).T.astype(np.int8))
 
 
-def find_copies(source: Bits, made: Bits) -> Copies:
+def find_copies(source: Bits, made: Bits, on_step: Callable[[], None] = lambda: None) -> Copies:
     """The passages of `made` that are found anywhere in `source`, by their fingerprints.
 
     All diagonals of the matrix of agreements (made frames by source frames) are followed at once, row by row,
-    so that only WINDOW + BLOCK_FRAMES of its rows are in memory.
+    so that only WINDOW + BLOCK_FRAMES of its rows are in memory. `on_step` is called before every
+    BLOCK_FRAMES, and may raise: two tracks of 20 minutes take half a minute.
     """
     window = min(WINDOW, len(source), len(made))
     needed, columns = _needed_agreement(made, window), source.T.astype(np.float32)
@@ -61,6 +63,7 @@ def find_copies(source: Bits, made: Bits) -> Copies:
     sums, runs = np.zeros(len(source), np.float32), np.zeros(len(source) + 1, np.int64)
     is_copied, longest = np.zeros(len(made), bool), 0
     for first in range(0, len(made), BLOCK_FRAMES):
+        on_step()
         for at, agreement in enumerate(made[first : first + BLOCK_FRAMES] @ columns, first):
             earlier, sums = sums, agreement.copy()
             sums[1:] += earlier[:-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +70,7 @@ def score(
     vector: Floats | None = None,
     prompt: float | None = None,
     analysed: tuple[Source, Floats] | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Score a variation of any length, rate and channels.
 
@@ -79,13 +80,17 @@ def score(
         source_vector, vector: embeddings of the source and the variation by one engine, (d,).
         prompt: cosine of the embeddings of the variation and of its prompt, by one model.
         analysed: what `analyse` found in the variation, if that is known already.
+        on_step: called at least every few seconds; what it raises ends the work.
     """
     made, mono = analysed or analyse(audio)
+    on_step()
     chroma = chroma_similarity(source.chroma, made.chroma)
     warped = warped_similarity(source.chroma, made.chroma)
     embedding = None if vector is None or source_vector is None else cosine(source_vector, vector)
     ratio = made.tempo_bpm / source.tempo_bpm if source.tempo_bpm and made.tempo_bpm else None
-    copies, defects = find_copies(source.fingerprint, made.fingerprint), find_defects(audio, mono)
+    copies = find_copies(source.fingerprint, made.fingerprint, on_step)
+    defects = find_defects(audio, mono)
+    on_step()
     return Scores(
         similarity=overall_similarity(chroma, warped, embedding),
         chroma=chroma,

@@ -36,6 +36,14 @@ def test_libsndfile_decodes_as_many_samples_as_were_written(
     assert np.max(np.abs(read.T - TONE[:channels])[:, inner]) <= tolerance
 
 
+@pytest.mark.parametrize("rate", [44100, 22050, 8000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_mp3_is_as_loud_as_what_was_written(rate: int, channels: int) -> None:
+    read, _ = soundfile.read(io.BytesIO(encoded("mp3", rate=rate, channels=channels)), always_2d=True)
+    powers = [float(np.mean(sound[:, 2000:-2000] ** 2)) for sound in (read.T, TONE[:channels])]
+    assert 10 * np.log10(powers[0] / powers[1]) == pytest.approx(0.0, abs=0.05)
+
+
 def test_flac_has_the_samples_of_a_wav_in_16_and_24_bits() -> None:
     for bit_depth, subtype in ((16, "PCM_16"), (24, "PCM_24")):
         with soundfile.SoundFile(io.BytesIO(encoded("flac", bit_depth=bit_depth))) as file:

@@ -10,9 +10,11 @@ import pytest
 from runner_setup import StubEngines, StubGenerator
 
 from pipeline.config import Gates
+from pipeline.errors import Stopped
 from pipeline.records import Audio
 from pipeline.runner.judge import ScoringJudge, failed_gates, rank
 from pipeline.scores import Scores, analyse_source, score
+from pipeline.scores.copies import BLOCK_FRAMES
 from pipeline.scores.seams import Seam
 from pipeline.stages import Finished
 
@@ -105,6 +107,38 @@ def test_results_are_judged_from_their_sound() -> None:
     assert judge.shared(same.sound, same.sound) == 1.0
     assert judge.shared(same.sound, other.sound) < 0.5
     assert judge.shared(judge.sound(melody()), same.sound) == 1.0
+
+
+def test_a_loop_ranks_by_how_alike_the_contexts_of_its_ends_are() -> None:
+    judge = ScoringJudge(StubEngines(StubGenerator()), lambda: False)
+    source = judge.analyse(melody())
+    poor, good, best = (
+        judge.judge(source, Finished(melody(), -14.0, {}, 2, {"similarity": value}), Gates(), "").rank
+        for value in (-0.1, 0.5, 1.0)
+    )
+    assert poor < good < best <= 1.0
+
+
+def test_judging_ends_at_any_of_its_steps_if_it_is_asked_to() -> None:
+    reference = ScoringJudge(StubEngines(StubGenerator()), lambda: False).analyse(melody())
+
+    def steps_until(stop_at: int) -> int:
+        """How many steps judging has; it is asked to stop at this one."""
+        steps: list[None] = []
+
+        def should_stop() -> bool:
+            steps.append(None)
+            return len(steps) == stop_at
+
+        judge = ScoringJudge(StubEngines(StubGenerator()), should_stop)
+        judge.judge(reference, Finished(melody(), -14.0, {}, None, None), Gates(), "")
+        return len(steps)
+
+    n_steps = steps_until(-1)
+    assert n_steps > len(reference.source.fingerprint) / BLOCK_FRAMES
+    for step in range(1, n_steps + 1):
+        with pytest.raises(Stopped):
+            steps_until(step)
 
 
 def test_a_track_is_described_by_words_without_a_model() -> None:

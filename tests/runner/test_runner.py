@@ -31,7 +31,8 @@ from pipeline.config import Gates
 from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
-from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, Stopped
+from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, NoResult, Stopped
+from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox, Published
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
 from pipeline.runner.generation import Verdict
@@ -171,13 +172,15 @@ def test_a_track_alone_gives_the_same_files_as_in_a_batch(tmp_path: Path) -> Non
 
 def test_a_stop_queues_again_without_an_attempt_and_keeps_what_is_published(setup: RunnerSetup) -> None:
     [sha256] = setup.add_tracks("a.wav")
+    made = []
 
-    def last_one(request: VariationRequest) -> Variation:
-        setup.stop = True
+    def second_stopped(request: VariationRequest) -> Variation:
+        made.append(request)
+        setup.stop = len(made) == 2  # before the result is finished and judged
         return noise(request)
 
     with pytest.raises(Stopped):
-        setup.runner(StubGenerator(last_one)).drain()
+        setup.runner(StubGenerator(second_stopped)).drain()
 
     assert setup.states([sha256]) == [("queued", 0)]
     assert setup.outcomes(sha256) == [("normalize", "done"), ("embed", "done"), ("generate", "stopped")]
@@ -216,6 +219,24 @@ def test_a_transient_failure_is_retried_after_doubling_waits_and_then_fails_the_
     assert (runner.result.done, runner.result.failed) == (set(), {sha256})
     assert [outcome for stage, outcome in setup.outcomes(sha256) if stage == "generate"] == ["failed"] * 3
     assert (setup.workspace.inbox / "failed" / "a.wav").exists()
+
+
+def silent(request: VariationRequest) -> Variation:
+    made = noise(request)
+    return replace(made, audio=Audio(0 * made.audio.samples, SAMPLE_RATE))
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [(silent, "the engine made silence"),
+     (lambda request: Failure(request.request_id, NoResult("found no path")), "found no path")],
+)  # fmt: skip
+def test_what_no_other_try_can_make_fails_the_track_at_once(tmp_path: Path, answer: Any, why: str) -> None:
+    setup = RunnerSetup.at(tmp_path, max_attempts=3)
+    [sha256] = setup.add_tracks("a.wav")
+    setup.runner(StubGenerator(answer)).drain()
+    assert setup.states([sha256]) == [("failed", 1)]
+    assert setup.track(sha256).error == why
 
 
 def test_a_track_whose_failure_has_passed_is_finished(tmp_path: Path) -> None:
@@ -574,6 +595,31 @@ def test_rejected_takes_are_published_apart_if_they_are_wanted(setup: RunnerSetu
     first, kept, third = (one.get("file") for one in made["takes"])
     assert kept is None
     assert sorted(setup.files(sha256)) == sorted(["embedding.npz", first, third, "variations/01-v.wav"])
+
+
+@pytest.mark.parametrize("problem", ["missing", "altered"])
+def test_a_rejected_take_that_is_missing_or_altered_is_found_and_made_again(
+    setup: RunnerSetup, problem: str
+) -> None:
+    setup = with_variation(setup, seed=1, keep="best 2 of 3")
+    setup = with_gates(setup, rejected="keep")
+    [sha256] = setup.add_tracks("a.wav")
+    generator = SeededTakes({1: 0.9, 2: 0.8})
+    setup.runner(generator, judge=generator.judge).drain()
+    before = setup.files(sha256), setup.manifest(sha256)
+    [name] = {take["file"] for one in before[1]["variations"] for take in one["takes"] if "file" in take}
+    path = setup.workspace.outbox / setup.track(sha256).folder / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    if problem == "missing":
+        path.unlink()
+
+    outbox = Outbox(setup.workspace.outbox)
+    [finding] = reconcile(setup.store, outbox, setup.workspace, thorough=True, repair=True, now=setup.now)
+    assert f"{name} is {problem}" in finding.text
+    setup.runner(generator, judge=generator.judge).drain()
+
+    assert (setup.files(sha256), setup.manifest(sha256)) == before
+    assert reconcile(setup.store, outbox, setup.workspace, thorough=True, repair=True, now=setup.now) == []
 
 
 def test_as_an_album_all_results_of_a_track_have_the_loudness_of_the_quietest(setup: RunnerSetup) -> None:

@@ -92,9 +92,9 @@ def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s:
         "ending": "own" if path.to_ending else "fade",
         "joins": [
             {
-                "out_s": round(join.out_s, 5),
-                "from_s": round(join.from_s, 5),
-                "to_s": round(join.to_s, 5),
+                "out_s": round(join.out_s, 6),
+                "from_s": round(join.from_s, 6),
+                "to_s": round(join.to_s, 6),
                 "score": round(score, 3),
                 **_bars(track, join),
             }

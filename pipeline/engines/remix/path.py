@@ -25,7 +25,7 @@ from pipeline.engines.remix.analysis import Analysis
 from pipeline.engines.remix.lattice import Lattice, draw_index, draw_joins, weigh
 from pipeline.engines.remix.moves import PathRequest, moves
 from pipeline.engines.remix.starts import Start, ends_in_time, starts
-from pipeline.errors import EngineFailure
+from pipeline.errors import NoResult
 from pipeline.music.spectra import Doubles
 
 Joins = tuple[tuple[int, int], ...]  # (point left, point entered) of each
@@ -56,7 +56,7 @@ def find_path(
     """The path of this length, which depends on the arguments alone; `min_segment` is in beats.
 
     Raises:
-        EngineFailure: there is none; this has not been seen with any track of two bars or more.
+        NoResult: there is none; this has not been seen with any track of two bars or more.
     """
     asked = PathRequest(track, duration_s, temperature, min_segment)
     reaches_end = duration_s >= track.duration_s - track.spare_tail_s
@@ -64,9 +64,7 @@ def find_path(
         return BeatPath(0.0, (), to_ending=reaches_end)
     found = _Search(asked, None if asked.is_frozen else np.random.default_rng(seed)).find()
     if found is None:
-        raise EngineFailure(
-            f"found no path of {duration_s:.1f} s through a track of {track.duration_s:.1f} s"
-        )
+        raise NoResult(f"found no path of {duration_s:.1f} s through a track of {track.duration_s:.1f} s")
     return found
 
 
