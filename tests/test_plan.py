@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.engines import cards
 from pipeline.engines.selection import Choice
 from pipeline.plan import Recipe, TrackPlan, VariationUnit, digest, plan_variations
-from pipeline.stages import OUTPUT_VERSION
+from pipeline.stages import OUTPUT_VERSIONS
 
 SHA256, OTHER_SHA256 = "a" * 64, "b" * 64
 FAITHFUL = {"name": "faithful", "temperature": 0.6}
@@ -94,7 +94,8 @@ def test_a_source_that_is_not_changed_is_in_no_key() -> None:
     """So that results that were made before there were changes count as done."""
     assert plan(config({**FAITHFUL, "transpose": 0, "speed": 1}, BOLD)) == plan()
     [unit, _] = plan().variations
-    made_by = [["remix", REMIX.card.version, None, None], OUTPUT_VERSION, config().output.model_dump()]
+    engine = ["remix", REMIX.card.version, None, None]
+    made_by = [engine, OUTPUT_VERSIONS["wav"], config().output.model_dump()]
     assert unit.sound == digest(["take", plan().normalize_key, made_by, "faithful", 30.0, []])
     assert set(unit.takes[0].facts()) == {"seed", "params"}
 
