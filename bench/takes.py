@@ -24,9 +24,8 @@ from pipeline.config import Gates, Normalize, Output  # noqa: E402
 from pipeline.config.sweeps import complete_params  # noqa: E402
 from pipeline.engines import cards  # noqa: E402
 from pipeline.engines.base import Embedder, EngineSettings, Generator  # noqa: E402
+from pipeline.executors.judge import ScoringJudge, Verdict  # noqa: E402
 from pipeline.records import Audio, Variation, VariationRequest  # noqa: E402
-from pipeline.runner.generation import Verdict  # noqa: E402
-from pipeline.runner.judge import ScoringJudge  # noqa: E402
 
 ENGINE = "remix"
 LENGTH_S = 30.0

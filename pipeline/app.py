@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, StageSettings, load_config
-from pipeline.engines.base import EngineSettings, StageName, StopFn
+from pipeline.engines.base import EngineSettings, StageName
 from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
 from pipeline.fs.mounts import mounts_of
@@ -21,7 +22,7 @@ from pipeline.weights import hub
 from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace, expand_user
 
 if TYPE_CHECKING:
-    from pipeline.engines.loading import Engines
+    from pipeline.engines.loading import EngineChoices
     from pipeline.intake.ingest import Ingest
     from pipeline.intake.watcher import Watcher
     from pipeline.progress import Reporter
@@ -131,7 +132,7 @@ class App:
             raise ConfigError(f"{fresh.config_path}: other folders need a restart")
         return fresh
 
-    def reloaded(self, runner: Runner) -> tuple[App, Ingest, Runner]:
+    def reloaded(self, runner: Runner, signals: Signals) -> tuple[App, Ingest, Runner]:
         """The configuration read again, and what works by it in the place of `runner`.
 
         Raises:
@@ -140,7 +141,7 @@ class App:
         fresh = self.reopened()
         fresh.fetch_missing()
         return fresh, *fresh.ingest_and_runner(
-            runner.store, runner.folder, runner.reporter, runner.should_stop, earlier=runner.engines
+            runner.store, runner.folder, runner.reporter, signals, earlier=runner
         )
 
     def open_store(self) -> Store:
@@ -156,20 +157,17 @@ class App:
         store: Store,
         folder: InputFolder,
         reporter: Reporter,
-        should_stop: StopFn,
+        signals: Signals,
         *,
-        earlier: Engines | None = None,
+        earlier: Runner | None = None,
     ) -> tuple[Ingest, Runner]:
         """The ingest and the runner of this configuration.
 
-        Engines of the `earlier` configuration that are loaded already stay if nothing about them has changed.
+        The workers of an `earlier` runner are used again: engines that stay the same stay loaded.
         """
-        from pipeline.engines.loading import LoadedEngines
         from pipeline.intake.ingest import Ingest
         from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
-        from pipeline.runner.judge import ScoringJudge
-        from pipeline.runner.runner import Runner
 
         recipe = self.recipe
         for stage, choice in recipe.engines.items():
@@ -189,25 +187,61 @@ class App:
             scanner=Scanner(folder, intake),
             settling=Settling(intake.settle_s, trust_times=trust_times),
         )
-        engines = LoadedEngines(
+        rater = (recipe.rater, self.settings("judge")) if recipe.rater else None
+        engines: EngineChoices = (
             (recipe.embedder, self.settings("embed")),
             (recipe.generator, self.settings("generate")),
-            (recipe.rater, self.settings("judge")) if recipe.rater else None,
-            earlier,
+            rater,
         )
-        runner = Runner(
-            recipe=recipe,
-            workspace=self.workspace,
-            folder=folder,
-            store=store,
-            outbox=outbox,
-            engines=engines,
-            judge=ScoringJudge(engines, should_stop),
-            reporter=reporter,
-            clock=time.time,
-            should_stop=should_stop,
+        parts = {
+            "recipe": recipe,
+            "workspace": self.workspace,
+            "folder": folder,
+            "store": store,
+            "outbox": outbox,
+            "reporter": reporter,
+            "clock": time.time,
+            "should_stop": signals.is_stopped,
+        }
+        return ingest, self._runner(parts, engines, signals, earlier)
+
+    def _runner(
+        self, parts: dict[str, Any], choices: EngineChoices, signals: Signals, earlier: Runner | None
+    ) -> Runner:
+        from pipeline.engines.loading import LoadedEngines
+        from pipeline.executors.inline import InlineExecutor
+        from pipeline.executors.judge import ScoringJudge
+        from pipeline.executors.process import ProcessExecutor
+        from pipeline.runner.parallel import ParallelRunner
+        from pipeline.runner.runner import Runner
+
+        if self.config.executor.kind == "inline":
+            engines = LoadedEngines(*choices)
+            judge = ScoringJudge(engines, signals.is_stopped)
+            if earlier:
+                earlier.close()
+            return Runner(**parts, executor=InlineExecutor(engines, judge), judge=judge)
+        n, idle_s = self._n_workers(), self.config.executor.idle_s
+        before = earlier.executors if isinstance(earlier, ParallelRunner) else ()
+        kept = [executor for executor in before if isinstance(executor, ProcessExecutor)]
+        for executor in kept[n:]:
+            executor.close()
+        for executor in kept[:n]:
+            executor.use(choices, idle_s)
+        n_threads = max(1, (os.cpu_count() or 1) // n) if n > 1 else None  # more would hinder each other
+        new = (ProcessExecutor(choices, idle_s, n_threads) for _ in range(n - len(kept)))
+        executors = [*kept[:n], *new]
+        judge = ScoringJudge(LoadedEngines(*choices), signals.is_stopped)
+        return ParallelRunner(
+            **parts, executor=executors[0], judge=judge, executors=executors, wake=signals.wake
         )
-        return ingest, runner
+
+    def _n_workers(self) -> int:
+        """How many processes work at the same time: one for a model, which uses all cores itself."""
+        asked = self.config.executor.workers
+        if asked != "auto":
+            return asked
+        return 1 if self.recipe.generator.card.default_model else os.cpu_count() or 1
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""

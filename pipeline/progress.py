@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger("pipeline")
 
@@ -24,6 +25,10 @@ class Reporter:
 
     def __init__(self, progress: Callable[[], None] = lambda: None) -> None:
         self._progress, self._furthest = progress, 0.0
+
+    def another(self) -> Reporter:
+        """A reporter to the same place, for stages that run at the same time as those of this one."""
+        return self
 
     def queued(self, total: int) -> None:
         """`total` is how many tracks this run has finished or still has to process."""
@@ -53,6 +58,9 @@ class LogReporter(Reporter):
 
     _name, _stage, _next = "", "", 0.0
 
+    def another(self) -> Reporter:
+        return LogReporter(self._progress)
+
     def stage(self, name: str, stage: str) -> None:
         super().stage(name, stage)
         self._name, self._stage, self._next = name, stage, LOG_EVERY
@@ -74,18 +82,29 @@ class LogReporter(Reporter):
         log.error("%s: failed: %s", name, error)
 
 
-class BarReporter(Reporter):
-    """Two bars on a terminal: the tracks of the run, and the steps of the current stage."""
+@dataclass
+class Counts:
+    """The tracks of a run, and their bar."""
 
-    def __init__(self, bars: Progress, progress: Callable[[], None]) -> None:
+    bar: TaskID
+    done: int = 0
+    total: int = 0
+
+
+class BarReporter(Reporter):
+    """Bars on a terminal: one for the tracks of the run, and one for the steps of each current stage."""
+
+    def __init__(self, bars: Progress, progress: Callable[[], None], counts: Counts | None = None) -> None:
         super().__init__(progress)
         self._bars = bars
-        self._tracks = bars.add_task("tracks", total=None, label="")
+        self._counts = counts or Counts(bars.add_task("tracks", total=None, label=""))
         self._now = bars.add_task("", total=None, label="", visible=False)
-        self._done, self._total = 0, 0
+
+    def another(self) -> Reporter:
+        return BarReporter(self._bars, self._progress, self._counts)
 
     def queued(self, total: int) -> None:
-        self._total = total
+        self._counts.total = total
         self._show_tracks()
 
     def stage(self, name: str, stage: str) -> None:
@@ -95,7 +114,7 @@ class BarReporter(Reporter):
 
     def step(self, done: float, total: float, label: str) -> None:
         super().step(done, total, label)
-        self._bars.update(self._now, completed=done, total=total, label=label)
+        self._bars.update(self._now, completed=done, total=total, label=label, visible=True)
 
     def finished(self, name: str, text: str) -> None:
         super().finished(name, text)
@@ -107,12 +126,15 @@ class BarReporter(Reporter):
 
     def _one_less(self, line: str) -> None:
         self._bars.console.print(line, highlight=False, soft_wrap=True)
-        self._done += 1
+        self._bars.update(self._now, visible=False)
+        self._counts.done += 1
         self._show_tracks()
 
     def _show_tracks(self) -> None:
-        label = f"{self._done} of {self._total}" if self._total else ""
-        self._bars.update(self._tracks, completed=self._done, total=self._total or None, label=label)
+        done, total = self._counts.done, self._counts.total
+        self._bars.update(
+            self._counts.bar, completed=done, total=total or None, label=f"{done} of {total}" if total else ""
+        )
 
 
 @contextmanager

@@ -116,6 +116,14 @@ class SourceInfo:
     notes: tuple[str, ...] = ()  # what was missing, damaged or unusual and accepted nevertheless
 
 
+@dataclass(frozen=True)
+class MadeBy:
+    """The engine that made a result."""
+
+    name: str
+    version: str
+
+
 @dataclass(frozen=True, eq=False)
 class VariationRequest:
     """One variation to make. The result depends on this value and the engine's version alone."""

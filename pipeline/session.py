@@ -52,9 +52,13 @@ def open_session(
                 store.set_fact(OUTBOX_MOUNT, mount)
             given_up = _recover(app, store)
             with reporting_to(console, notifier.progress) as reporter:
-                ingest, runner = app.ingest_and_runner(store, folder, reporter, signals.is_stopped)
+                ingest, runner = app.ingest_and_runner(store, folder, reporter, signals)
                 runner.result.failed |= given_up
-                yield Session(app, ingest, runner, signals, health, notifier)
+                session = Session(app, ingest, runner, signals, health, notifier)
+                try:
+                    yield session
+                finally:
+                    session.runner.close()
         finally:
             store.close()
 
@@ -104,7 +108,7 @@ def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable,
 def _recover(app: App, store: Store) -> set[str]:
     """Put in order what a killed instance left; returns the hashes of the tracks that are given up."""
     config, inbox = app.config, app.workspace.inbox
-    given_up = recover_crashed(store, config.retry, now=time.time())
+    given_up = recover_crashed(store, config, now=time.time())
     for track in given_up:
         files = store.files_of(track.sha256)
         archive_files(store, files, inbox, config.intake, error=f"{track.name}: {track.error}")

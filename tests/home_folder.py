@@ -56,6 +56,7 @@ class Home:
             "variations": list(variations or (NEAR, FAR)),
         }
         config: dict[str, Any] = {
+            "executor": "inline",
             "intake": {"settle_s": 0},
             "normalize": {"sample_rate": SAMPLE_RATE},
             "embed": {"engine": "descriptors"},

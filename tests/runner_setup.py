@@ -15,6 +15,8 @@ from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
 from pipeline.errors import Stopped
+from pipeline.executors.inline import InlineExecutor
+from pipeline.executors.judge import Judge, Verdict
 from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.scanner import Scanner
 from pipeline.intake.settling import Settling
@@ -22,7 +24,6 @@ from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
 from pipeline.progress import LogReporter
 from pipeline.records import Audio, Embedding, Failure, Variation, VariationRequest
-from pipeline.runner.generation import Judge, Verdict
 from pipeline.runner.runner import Runner
 from pipeline.stages import Finished
 from pipeline.store.schema import Track
@@ -157,6 +158,7 @@ class RunnerSetup:
     @classmethod
     def at(cls, home: Path, *, count: int = 2, max_attempts: int = 1, **intake: Any) -> RunnerSetup:
         sections = {
+            "executor": "inline",
             "intake": intake,
             "normalize": {"sample_rate": SAMPLE_RATE},
             "generate": {"duration_s": 0.5, "variations": [{"name": "v", "count": count}]},
@@ -201,16 +203,22 @@ class RunnerSetup:
         return self.ingest().scan(should_stop=lambda: False)
 
     def runner(
-        self, generator: StubGenerator, *, outbox: Outbox | None = None, judge: Judge | None = None
+        self,
+        generator: StubGenerator | None = None,
+        *,
+        engines: StubEngines | None = None,
+        outbox: Outbox | None = None,
+        judge: Judge | None = None,
     ) -> Runner:
+        judge = judge or StubJudge()
         return Runner(
             recipe=self.recipe,
             workspace=self.workspace,
             folder=self.workspace.input_folder,
             store=self.store,
             outbox=outbox or Outbox(self.workspace.outbox),
-            engines=StubEngines(generator),
-            judge=judge or StubJudge(),
+            executor=InlineExecutor(engines or StubEngines(generator or StubGenerator()), judge),
+            judge=judge,
             reporter=LogReporter(),
             clock=lambda: self.now,
             should_stop=lambda: self.stop,

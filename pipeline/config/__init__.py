@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
 
 from pipeline.config import errors as config_errors
 from pipeline.config.sweeps import Duration, Expand
@@ -189,6 +197,16 @@ class Output(Section):
     fade_out_s: Annotated[float, Field(ge=0, le=60)] = 0.0
 
 
+class Executor(Section):
+    kind: Literal["process", "inline"] = "process"
+    workers: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = "auto"
+    idle_s: Annotated[float, Field(ge=0)] = 600.0
+
+
+def _executor_section(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class Retry(Section):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     backoff_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
@@ -220,6 +238,7 @@ class Config(Section):
     # model_construct: validating the defaults would build each section's schema at import.
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    executor: Annotated[Executor, BeforeValidator(_executor_section)] = Executor.model_construct()
     folders: Folders = Folders.model_construct()
     intake: Intake = Intake.model_construct()
     normalize: Normalize = Normalize.model_construct()

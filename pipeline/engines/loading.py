@@ -12,6 +12,7 @@ from pipeline.errors import EngineUnusable, PipelineError
 from pipeline.fs.disk import environment_error
 
 Wanted = tuple[Choice, EngineSettings]
+EngineChoices = tuple[Wanted, Wanted, Wanted | None]  # of the stages embed, generate and judge
 
 log = logging.getLogger("pipeline")
 
@@ -34,10 +35,10 @@ class LoadedEngines:
         embedder: Wanted,
         generator: Wanted,
         rater: Wanted | None = None,
-        earlier: Engines | None = None,
+        earlier: LoadedEngines | None = None,
     ) -> None:
-        self._wanted = (embedder, generator, rater)
-        before = earlier._loaded if isinstance(earlier, LoadedEngines) else []
+        self._wanted: EngineChoices = (embedder, generator, rater)
+        before = earlier._loaded if earlier else []
         self._loaded: list[tuple[Wanted, Engine]] = [
             (wanted, engine) for wanted, engine in before if wanted in self._wanted
         ]

@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import __version__, audio
-from pipeline.engines.base import Embedder, Generator
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
 from pipeline.plan import Recipe, Take
-from pipeline.records import SourceInfo
+from pipeline.records import MadeBy, SourceInfo
 from pipeline.stages import Finished, Normalized
 
 SCHEMA = 1
@@ -46,25 +45,25 @@ def normalized_record(source: SourceInfo, normalized: Normalized) -> Json:
     }
 
 
-def embedding_record(published: Published, embedder: Embedder, choice: Choice) -> Json:
+def embedding_record(published: Published, made_by: MadeBy, dim: int, choice: Choice) -> Json:
     return {
         **vars(published),
-        "engine": embedder.name,
+        "engine": made_by.name,
         "model": choice.model,
         "revision": choice.revision,
-        "version": embedder.version,
-        "dim": embedder.dim,
+        "version": made_by.version,
+        "dim": dim,
     }
 
 
-def take_facts(take: Take, generator: Generator, choice: Choice) -> Json:
+def take_facts(take: Take, made_by: MadeBy, choice: Choice) -> Json:
     """All that is needed to make the same sound again."""
     return {
         **take.facts(),
-        "engine": generator.name,
+        "engine": made_by.name,
         "model": choice.model,
         "revision": choice.revision,
-        "version": generator.version,
+        "version": made_by.version,
         "license": choice.license,
     }
 

@@ -6,7 +6,7 @@ import errno
 import logging
 import sqlite3
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from pipeline.errors import (
     SourceAway,
     SourceGone,
 )
+from pipeline.executors.tasks import TakeRequest
 from pipeline.fs.disk import environment_error
 from pipeline.intake.archive import archive_files
 from pipeline.intake.ingest import recheck_time
@@ -52,7 +53,6 @@ class Job:
     choices: list[TakeChoice] = field(
         default_factory=list
     )  # of its variations, once they are being generated
-    references: dict[str, Any] = field(default_factory=dict)  # analysed sources of its variations, by key
     attempt: int | None = None  # id of the open attempt
     stage: str = RESULT_CHECK  # the stage that runs now
     over: bool = False  # done, failed or queued again
@@ -71,15 +71,18 @@ class Job:
     def stored(self, key: str) -> Audio | None:
         return self.scratch.load("normalized", key, self.normalized["sample_rate"])
 
-    def request(self, unit: VariationUnit, take: Take, source: Audio, output: Output) -> VariationRequest:
-        return VariationRequest(
+    def request(self, unit: VariationUnit, take: Take, source: Audio, output: Output) -> TakeRequest:
+        length_s = unit.length_s(source)
+        request = VariationRequest(
             request_id=take.key,
             track_id=self.track.sha256,
             audio=source,
-            duration_s=engine_duration_s(unit.length_s(source), output),
+            duration_s=engine_duration_s(length_s, output),
             seed=take.seed,
             params=take.params,
         )
+        loudness_lufs = self.normalized["source"]["loudness_lufs"]
+        return TakeRequest(request, unit.source, length_s, loudness_lufs, unit.gates)
 
 
 @dataclass
@@ -101,7 +104,7 @@ class Attempts:
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
-    result: RunResult = field(default_factory=RunResult)
+    result: RunResult
 
     @contextmanager
     def guarded(self, job: Job) -> Iterator[None]:
@@ -220,11 +223,21 @@ class Attempts:
             self.store.release(job.track.sha256, not_before=until)
         job.over = True
 
-    def put_back(self) -> None:
-        """Queue the running tracks again after a stop or an environment error.
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Queue tracks again that are not over, after a stop or an environment error.
 
-        If the database can't be written, the next start does it.
+        If the database can't be written, `put_back_all` or the next start does it.
         """
+        with suppress(sqlite3.Error):
+            self.store.reopen()
+            with self.store.transaction():
+                for job in jobs:
+                    if not job.over:
+                        self.end(job, AttemptOutcome.STOPPED)
+                        self.store.release(job.track.sha256)
+
+    def put_back_all(self) -> None:
+        """Queue all running tracks again. Only when no batch is being processed."""
         with suppress(sqlite3.Error):
             self.store.reopen()
             self.store.release_all(now=self.clock())

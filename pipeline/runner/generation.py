@@ -14,23 +14,24 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Any
 
-from pipeline import audio, stages
-from pipeline.config import Gates
-from pipeline.engines.base import Generator, ProgressFn, check_stop
-from pipeline.engines.loading import Engines
+from pipeline import audio
+from pipeline.engines.base import ProgressFn
 from pipeline.errors import EngineFailure
+from pipeline.executors import tasks
+from pipeline.executors.base import Executor, result_of
+from pipeline.executors.judge import Judge
+from pipeline.executors.tasks import MadeTake, TakeRequest
 from pipeline.fs.disk import environment_error
 from pipeline.outbox import manifest, verify
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import REJECTED, Outbox, Published
-from pipeline.plan import AUTO_PROMPT, Recipe, Take, VariationUnit
+from pipeline.plan import Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
-from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
+from pipeline.records import Audio, Stage
 from pipeline.runner.attempts import Attempts, Job
 from pipeline.runner.takes import JudgedTake, TakeChoice, choices
-from pipeline.stages import Finished
 from pipeline.store.schema import AttemptOutcome
 from pipeline.store.store import Store
 
@@ -41,41 +42,6 @@ LEVELS = ("loudness_lufs", "peak_dbfs", "true_peak_dbtp")
 PUBLISHED = audio.DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf)  # for own results
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """What a judge finds about one result."""
-
-    failed: tuple[str, ...]  # the gates that it does not pass, each in a few words
-    rank: float  # the higher, the better
-    similarity: float | None  # to the source, as measured
-    scores: Json  # for the manifest
-    sound: Any  # what `shared` compares
-
-
-class Judge(Protocol):
-    """Measures results. Tests pass their own in the place of `pipeline.runner.judge`."""
-
-    def analyse(self, source: Audio) -> Any:
-        """What of a track is compared with its variations."""
-        ...
-
-    def describe(self, source: Any) -> str:
-        """A prompt for a track."""
-        ...
-
-    def judge(self, source: Any, made: Finished, gates: Gates, prompt: str) -> Verdict:
-        """The verdict on a variation, for which `prompt` was given; empty: none."""
-        ...
-
-    def sound(self, made: Audio) -> Any:
-        """What `shared` compares."""
-        ...
-
-    def shared(self, one: Any, other: Any) -> float:
-        """Share of the sound that two results have in common at the same time, 0 to 1."""
-        ...
-
-
 @dataclass(frozen=True)
 class Wanted:
     """One take that a call of the generator is to make."""
@@ -83,7 +49,7 @@ class Wanted:
     job: Job
     choice: TakeChoice
     take: Take
-    request: VariationRequest
+    request: TakeRequest
 
 
 @dataclass
@@ -93,8 +59,8 @@ class Generation:
     recipe: Recipe
     store: Store
     outbox: Outbox
-    engines: Engines
-    judge: Judge
+    executor: Executor
+    judge: Judge  # of which results are alike; the verdicts on them are the workers'
     attempts: Attempts
     reporter: Reporter
     clock: Callable[[], float]
@@ -143,15 +109,14 @@ class Generation:
             name = next(iter(names.values())) if len(names) == 1 else f"{len(names)} tracks"
             self.reporter.stage(name, Stage.GENERATE)
             try:
-                generator = self.engines.generator()
-                self._call(generator, wanted)
+                self._call(wanted)
             except Exception as e:
                 if isinstance(e, sqlite3.Error) or environment_error(e):
                     raise
                 return e
             for one in wanted.values():
                 if not one.job.over and one.take in one.choice.missing:
-                    self.attempts.fail(one.job, EngineFailure(f"{generator.name} made too few variations"))
+                    self.attempts.fail(one.job, EngineFailure("the engine made too few variations"))
         return None
 
     def _begin(self, job: Job) -> None:
@@ -177,7 +142,6 @@ class Generation:
                         if unit.source not in sources:
                             sources[unit.source] = self._source(job, unit)
                         request = job.request(unit, take, sources[unit.source], self.recipe.config.output)
-                        request = self._with_prompt(job, unit, request)
                         found.append(Wanted(job, choice, take, request))
                 # An engine may analyse a source once if its requests are consecutive.
                 found.sort(key=lambda one: list(sources).index(one.choice.units[0].source))
@@ -186,60 +150,47 @@ class Generation:
     def _source(self, job: Job, unit: VariationUnit) -> Audio:
         """What a variation is made from, mapped from the state folder; made first if it isn't there."""
         if job.stored(unit.source) is None:
-            check_stop(self.should_stop)
-            changed = stages.change(job.audio(), self.recipe.config.normalize, **unit.change)
+            changed = result_of(
+                self.executor,
+                tasks.change,
+                job.audio(),
+                self.recipe.config.normalize,
+                dict(unit.change),
+                should_stop=self.should_stop,
+            )
             job.scratch.save("normalized", unit.source, changed)
         return job.audio(unit.source)
 
-    def _with_prompt(self, job: Job, unit: VariationUnit, request: VariationRequest) -> VariationRequest:
-        """The request with words from the source's analysis, if it asks for them."""
-        if request.params.get("prompt") != AUTO_PROMPT:
-            return request
-        words = self.judge.describe(self._reference(job, unit, request.audio))
-        return replace(request, params={**request.params, "prompt": words})
-
-    def _reference(self, job: Job, unit: VariationUnit, source: Audio) -> Any:
-        if unit.source not in job.references:
-            job.references[unit.source] = self.judge.analyse(source)
-        return job.references[unit.source]
-
-    def _call(self, generator: Generator, wanted: dict[str, Wanted]) -> None:
+    def _call(self, wanted: dict[str, Wanted]) -> None:
         requests = [one.request for one in wanted.values()]
         start = self.clock()
-        for made in generator.generate(
-            requests, progress=self._progress(requests), should_stop=self.should_stop
+        for made in self.executor.run(
+            tasks.make_takes,
+            requests,
+            self.recipe.config.output,
+            progress=self._progress(requests),
+            should_stop=self.should_stop,
         ):
             one = wanted[made.request_id]
             with self.attempts.guarded(one.job):
-                if isinstance(made, Failure):
+                if made.error:
                     raise made.error
-                self._judge(one, made, generator, start)
+                self._take_in(one, made, start)
             start = self.clock()
 
     # -- takes -----------------------------------------------------------------------------------
 
-    def _judge(self, wanted: Wanted, made: Variation, generator: Generator, start: float) -> None:
-        """Judge a take, and publish what can be decided by it; otherwise hold it."""
+    def _take_in(self, wanted: Wanted, made: MadeTake, start: float) -> None:
+        """Publish what can be decided by a take; otherwise hold it."""
         job, choice, take = wanted.job, wanted.choice, wanted.take
-        try:
-            finished = stages.finish(
-                made,
-                wanted.request,
-                self.recipe.config.output,
-                length_s=choice.units[0].length_s(wanted.request.audio),
-                source_lufs=job.normalized["source"]["loudness_lufs"],
-                on_step=lambda: check_stop(self.should_stop),
-            )
-        except EngineFailure as e:
-            choice.judged[take.key] = JudgedTake(take, (str(e),), -math.inf, None)
+        finished, verdict = made.finished, made.verdict
+        if finished is None or verdict is None:
+            choice.judged[take.key] = JudgedTake(take, (made.unsound or "",), -math.inf, None)
             self._advance(job)
             return
-        prompt = wanted.request.params.get("prompt", "")
-        reference = self._reference(job, choice.units[0], wanted.request.audio)
-        verdict = self.judge.judge(reference, finished, choice.units[0].gates, prompt)
-        facts = manifest.take_facts(take, generator, self.recipe.generator)
-        if prompt != take.params.get("prompt", ""):
-            facts["prompt"] = prompt
+        facts = manifest.take_facts(take, made.made_by, self.recipe.generator)
+        if made.prompt != take.params.get("prompt", ""):
+            facts["prompt"] = made.prompt
         judged = JudgedTake(
             take,
             verdict.failed,
@@ -394,8 +345,8 @@ class Generation:
             now=self.clock(),
         )
 
-    def _progress(self, requests: Sequence[VariationRequest]) -> ProgressFn:
-        shares = {request.request_id: 0.0 for request in requests}
+    def _progress(self, requests: Sequence[TakeRequest]) -> ProgressFn:
+        shares = {one.request.request_id: 0.0 for one in requests}
 
         def progress(request_id: str, done: int, total: int) -> None:
             shares[request_id] = done / total if total else 1.0

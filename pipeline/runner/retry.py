@@ -31,21 +31,23 @@ def longest_wait_s(config: Config) -> float:
     return max((1 + JITTER) * config.retry.max_backoff_s, MISSING_INBOX_PAUSE_S, settle_s)
 
 
-def recover_crashed(store: Store, settings: Retry, *, now: float) -> list[Track]:
+def recover_crashed(store: Store, config: Config, *, now: float) -> list[Track]:
     """Close the attempts that a killed instance left open, and count the crash as a failed attempt.
 
-    If several tracks were being processed, nobody knows which one caused the crash. So none of them
-    is given up for it, and each runs alone before its last attempt: if a track kills the process
-    while it runs alone, that track is the cause. The first crash costs no wait, since most often it
-    is a power cut or a `kill -9`; but the track goes to the end of the queue, so that the other
-    tracks are finished whatever it does.
+    With workers it is not counted, since a track that kills a process kills a worker. Inline, if several
+    tracks were being processed, nobody knows which one caused the crash. So none of them is given up for
+    it, and each runs alone before its last attempt: if a track kills the process while it runs alone, that
+    track is the cause. The first crash costs no wait, since most often it is a power cut or a `kill -9`;
+    but the track goes to the end of the queue, so that the other tracks are finished whatever it does.
 
     Returns:
         The tracks that are given up.
     """
-    given_up = []
+    given_up, settings = [], config.retry
     with store.transaction():
         found = store.recover(now=now)
+        if config.executor.kind != "inline":
+            return []
         for track, stage in found:
             attempts = track.attempts + 1
             if len(found) > 1:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline import audio, stages
+from pipeline import audio
 from pipeline.config import Normalize
 from pipeline.engines.base import check_stop
-from pipeline.engines.loading import Engines
-from pipeline.errors import BadAudio, DiskFull, FolderUnusable, SourceAway, SourceGone
+from pipeline.errors import BadAudio, DiskFull, EngineUnusable, FolderUnusable, SourceAway, SourceGone
+from pipeline.executors import tasks
+from pipeline.executors.base import Executor, Task, WorkerLost, result_of
+from pipeline.executors.judge import Judge
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
@@ -32,7 +34,7 @@ from pipeline.plan import Recipe
 from pipeline.progress import Reporter
 from pipeline.records import Embedding, Stage
 from pipeline.runner.attempts import Attempts, Job, RunResult
-from pipeline.runner.generation import Generation, Judge
+from pipeline.runner.generation import Generation
 from pipeline.runner.retry import local_time, longest_wait_s
 from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
@@ -52,17 +54,25 @@ class Runner:
     folder: InputFolder  # whose tracks are processed; the inbox stands for the whole queue
     store: Store
     outbox: Outbox
-    engines: Engines
-    judge: Judge
+    executor: Executor
+    judge: Judge  # of which results are alike; the verdicts on them are the workers'
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
-    _was_disk_full: bool = False  # the last batch ended because of it
+    n_parallel: int = 1  # batches that are processed at the same time, this runner's among them
+    result: RunResult = field(default_factory=RunResult)
+    was_disk_full: bool = False  # the last batch ended because of it
 
     @cached_property
     def attempts(self) -> Attempts:
         return Attempts(
-            self.recipe.config, self.workspace, self.store, self.reporter, self.clock, self.should_stop
+            self.recipe.config,
+            self.workspace,
+            self.store,
+            self.reporter,
+            self.clock,
+            self.should_stop,
+            self.result,
         )
 
     @cached_property
@@ -71,7 +81,7 @@ class Runner:
             recipe=self.recipe,
             store=self.store,
             outbox=self.outbox,
-            engines=self.engines,
+            executor=self.executor,
             judge=self.judge,
             attempts=self.attempts,
             reporter=self.reporter,
@@ -81,8 +91,9 @@ class Runner:
         )
 
     @property
-    def result(self) -> RunResult:
-        return self.attempts.result
+    def is_busy(self) -> bool:
+        """Whether batches are being processed in other threads."""
+        return False
 
     def next_due(self) -> float | None:
         """When the next queued track may be processed, see `longest_wait_s`; None if none is queued."""
@@ -113,17 +124,30 @@ class Runner:
             FolderUnusable, EngineUnusable: the disk, a folder or an engine can't be used; the same.
         """
         try:
-            worked = self._claim_and_process()
+            worked = self.try_batch()
         except DiskFull:
-            if self._was_disk_full:
+            if self.was_disk_full:
                 raise
-            self._was_disk_full = True
+            self.was_disk_full = True
             self.free_space()
             return self.next_batch()
+        self.was_disk_full = False
+        return worked
+
+    def try_batch(self) -> bool:
+        """As `next_batch`, but a full disk is not tried to be mended."""
+        try:
+            return self._claim_and_process()
         except sqlite3.Error as e:
             raise environment_error(e) or e from e
-        self._was_disk_full = False
-        return worked
+
+    def release_if_idle(self) -> None:
+        """See `Executor`."""
+        self.executor.release_if_idle()
+
+    def close(self) -> None:
+        """End the workers."""
+        self.executor.close()
 
     def _claim_and_process(self) -> bool:
         due = self.next_due()
@@ -131,6 +155,8 @@ class Runner:
             return False
         check_outbox_mount(self.workspace.outbox, self.store)
         tracks = self.store.due(self._batch_size(), self.folder, now=self.clock())
+        if self.n_parallel > 1:  # small enough that no worker is left without work at the end
+            tracks = tracks[: max(1, len(tracks) // (2 * self.n_parallel))]
         self._open_engines(tracks)
         claimed = self.store.claim(tracks)
         self.process(claimed)
@@ -143,11 +169,12 @@ class Runner:
             EngineUnusable: one can't be loaded, which is no track's fault.
         """
         plans = [self.recipe.plan(track.sha256) for track in tracks]
-        if any(self.store.unit(plan.embed_key) is None for plan in plans):
-            self.engines.embedder()
-        if any(self.store.unit(unit.key) is None for plan in plans for unit in plan.variations):
-            self.engines.generator()
-            self.engines.rater()
+        embeds = any(self.store.unit(plan.embed_key) is None for plan in plans)
+        generates = any(self.store.unit(unit.key) is None for plan in plans for unit in plan.variations)
+        try:
+            self._run(tasks.open_engines, embeds, generates)
+        except WorkerLost as e:
+            raise EngineUnusable(f"an engine can't be loaded: {e}") from e
 
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages, in this order."""
@@ -160,7 +187,7 @@ class Runner:
             for step in steps:
                 step([job for job in jobs if not job.over])
         except BaseException as e:
-            self.attempts.put_back()
+            self.attempts.put_back(jobs)
             if (fault := environment_error(e)) and fault is not e:
                 raise fault from e
             raise
@@ -171,7 +198,7 @@ class Runner:
         folders = [self.workspace.outbox, self.workspace.state]
         reserve = config.disk.min_free_mb * 1e6
         fitting = count_that_fit(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
-        return 1 if self._was_disk_full else min(config.generate.batch_tracks, fitting)
+        return 1 if self.was_disk_full else min(config.generate.batch_tracks, fitting)
 
     def free_space(self) -> None:
         """Between two batches: remove what can be made again, and queue again what a full disk left running.
@@ -242,10 +269,8 @@ class Runner:
                 continue
             with self.attempts.attempt(job, Stage.NORMALIZE):
                 start = self.clock()
-                decoded, source = audio.decode(
-                    self._working_copy(job), sample_rate=settings.sample_rate, limits=_limits(settings)
-                )
-                normalized = stages.normalize(decoded, settings)
+                path = self._working_copy(job)
+                normalized, source = self._run(tasks.normalize, path, settings, _limits(settings))
                 job.scratch.save("normalized", key, normalized.audio)
                 job.normalized = manifest.normalized_record(source, normalized)
                 self._record(job, key, Stage.NORMALIZE, job.normalized, self.clock() - start)
@@ -256,15 +281,14 @@ class Runner:
                 continue
             with self.attempts.attempt(job, Stage.EMBED):
                 start = self.clock()
-                embedder = self.engines.embedder()
-                result = embedder.embed(job.audio(), should_stop=self.should_stop)
+                result, made_by, dim = self._run(tasks.embed, job.audio())
                 published = self.outbox.publish(
                     job.track.folder,
                     EMBEDDING,
                     partial(_save, result),
-                    verify=verify.embedding(embedder.dim, len(result.windows)),
+                    verify=verify.embedding(dim, len(result.windows)),
                 )
-                job.embedding = manifest.embedding_record(published, embedder, self.recipe.embedder)
+                job.embedding = manifest.embedding_record(published, made_by, dim, self.recipe.embedder)
                 self._record(job, job.plan.embed_key, Stage.EMBED, job.embedding, self.clock() - start)
 
     def _finish(self, job: Job) -> None:
@@ -292,6 +316,9 @@ class Runner:
         self.reporter.finished(track.name, f"{len(variations)} variations in {folder}")
 
     # -- helpers ---------------------------------------------------------------------------------
+
+    def _run(self, task: Task, *args: Any) -> Any:
+        return result_of(self.executor, task, *args, should_stop=self.should_stop)
 
     def _working_copy(self, job: Job) -> Path:
         """The track's bytes in the state folder, copied from a source and checked against the hash."""

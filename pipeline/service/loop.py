@@ -31,7 +31,7 @@ SCAN_SHARE = 0.1  # of the time, at most, that is spent on scans while there is 
 class Configured(Protocol):
     """A configuration that can be read again; `pipeline.app.App` is one."""
 
-    def reloaded(self, runner: Runner) -> tuple[Configured, Ingest, Runner]: ...
+    def reloaded(self, runner: Runner, signals: Signals) -> tuple[Configured, Ingest, Runner]: ...
     def watcher(self, signals: Signals) -> tuple[Watcher, str]: ...
 
 
@@ -99,6 +99,7 @@ class Watch:
     _scan_at: float = -float("inf")  # when the next scan is due
     _scan_s: float = 0.0  # how long the last scan took
     _pause_s: float = 0.0  # doubles while an environment error lasts
+    _reload_due: bool = False  # once no batch is being processed
 
     def __post_init__(self) -> None:
         self._watcher, self._mode = self.session.app.watcher(self.session.signals)
@@ -111,7 +112,8 @@ class Watch:
         session.notifier.ready()
         try:
             while not session.signals.is_stopped():
-                if session.signals.take_reload():
+                self._reload_due |= session.signals.take_reload()
+                if self._reload_due and not session.runner.is_busy:
                     self._reload()
                 if (pause_s := self._turn()) > 0:
                     session.signals.wait(max(pause_s, SHORTEST_WAIT_S))
@@ -131,17 +133,22 @@ class Watch:
             if "disk" in self.session.health.conditions:
                 self.session.runner.free_space()
             self._scan_if_due()
-            worked = self.session.runner.next_batch()
+            worked = not self._reload_due and self.session.runner.next_batch()
         except Exception as e:
             fault = environment_error(e, in_track=False)
             if fault is None:
                 raise
             return self._wait_out(fault)
+        if self.session.runner.is_busy:
+            return self._until_next()
         self._pause_s = 0.0
         for what in ("disk", "folders", "engine"):
             self.session.health.well(what)
         self.session.notifier.progress()
-        return 0.0 if worked else self._until_next()
+        if worked:
+            return 0.0
+        self.session.runner.release_if_idle()
+        return self._until_next()
 
     def _scan_if_due(self) -> None:
         """Take in what has arrived. A missing inbox does not keep the queue from being processed."""
@@ -198,7 +205,7 @@ class Watch:
 
     def _until_next(self) -> float:
         waits = [self._scan_at - self.clock()]
-        if (due := self.session.runner.next_due()) is not None:
+        if not self.session.runner.is_busy and (due := self.session.runner.next_due()) is not None:
             waits.append(max(due - self.session.runner.clock(), SHORTEST_WAIT_S))
         if self.session.notifier.watchdog_s is not None:
             waits.append(self.session.notifier.watchdog_s / 3)
@@ -207,17 +214,19 @@ class Watch:
     def _wait_out(self, fault: FolderUnusable | EngineUnusable) -> float:
         """Queue what was running again; returns the pause until the next try, which grows with each try."""
         self.session.health.degraded(condition_name(fault), str(fault))
-        self.session.runner.attempts.put_back()
+        self.session.runner.attempts.put_back_all()
         self.session.notifier.progress()  # waiting is the right thing to do, so the watchdog must not act
         self._pause_s = min(max(2 * self._pause_s, self.session.ingest.settings.poll_s), LONGEST_PAUSE_S)
         return self._pause_s
 
     def _reload(self) -> None:
         """Read the configuration again; a wrong one is refused, and the old one stays in use."""
-        session = self.session
+        session, self._reload_due = self.session, False
         session.notifier.reloading()
         try:
-            session.app, session.ingest, session.runner = session.app.reloaded(session.runner)
+            session.app, session.ingest, session.runner = session.app.reloaded(
+                session.runner, session.signals
+            )
         except PipelineError as e:
             log.error("the configuration stays as it was: %s", e)
             session.health.degraded("configuration", f"stays as it was: {e}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -56,7 +57,7 @@ def _folded(name: str) -> str:
 
 
 class Store:
-    """One connection; every method that writes is atomic, or part of an enclosing `transaction`."""
+    """One connection a thread; what a method writes is atomic, or part of an enclosing `transaction`."""
 
     def __init__(
         self, path: Path, *, read_only: bool = False, busy_timeout_s: float = BUSY_TIMEOUT_S
@@ -67,6 +68,7 @@ class Store:
             DatabaseDamaged, DiskFull, FolderUnusable: it can't be opened.
         """
         self._path, self._read_only, self._busy_timeout_s = path, read_only, busy_timeout_s
+        self._of_thread = threading.local()
         self._refuse_lost_file()
         with self._named_errors(), ExitStack() as on_error:
             self._db = self._connect()
@@ -152,6 +154,24 @@ class Store:
             self._db.row_factory = sqlite3.Row
             return False
         return True
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """The connection of this thread."""
+        connection: sqlite3.Connection | None = getattr(self._of_thread, "connection", None)
+        if connection is None:
+            connection = self._of_thread.connection = self._connect()
+        return connection
+
+    @_db.setter
+    def _db(self, connection: sqlite3.Connection) -> None:
+        self._of_thread.connection = connection
+
+    def disconnect(self) -> None:
+        """Close the connection of this thread, which does not use the database any more."""
+        if connection := getattr(self._of_thread, "connection", None):
+            connection.close()
+            self._of_thread.connection = None
 
     def close(self) -> None:
         self._db.close()

@@ -33,7 +33,7 @@ def engines() -> UnloadableEngines:
 
 @pytest.fixture
 def runner(setup: RunnerSetup, engines: UnloadableEngines) -> Runner:
-    return replace(setup.runner(StubGenerator()), engines=engines)
+    return setup.runner(engines=engines)
 
 
 def test_nothing_is_claimed_and_work_continues_once_the_engine_can_be_loaded(
@@ -60,7 +60,7 @@ def test_a_rater_that_cannot_be_loaded_costs_no_track_an_attempt(setup: RunnerSe
 
     hashes = setup.add_tracks("a.wav")
     with pytest.raises(EngineUnusable, match="no weights"):
-        replace(setup.runner(StubGenerator()), engines=WithoutRater(StubGenerator())).drain()
+        setup.runner(engines=WithoutRater(StubGenerator())).drain()
     assert (setup.states(hashes), setup.outcomes(hashes[0])) == ([("queued", 0)], [])
 
 

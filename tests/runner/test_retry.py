@@ -16,7 +16,7 @@ SETTINGS = Retry(max_attempts=3, backoff_s=10.0, max_backoff_s=100.0)
 
 def recover(setup: RunnerSetup) -> list[str]:
     """Recover from a crash; returns the hashes of the tracks that are given up."""
-    given_up = recover_crashed(setup.store, setup.config.retry, now=setup.now)
+    given_up = recover_crashed(setup.store, setup.config, now=setup.now)
     return [track.sha256 for track in given_up]
 
 

@@ -32,11 +32,10 @@ from pipeline.engines import cards
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.selection import Choice
 from pipeline.errors import BadAudio, DiskFull, EngineFailure, FolderUnusable, NoResult, Stopped
+from pipeline.executors.judge import ScoringJudge, Verdict
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox, Published
 from pipeline.records import Audio, Failure, Stage, Variation, VariationRequest
-from pipeline.runner.generation import Verdict
-from pipeline.runner.judge import ScoringJudge
 from pipeline.runner.retry import JITTER, backoff_s
 from pipeline.stages import Finished
 
@@ -102,7 +101,7 @@ def test_vectors_of_a_wrong_shape_or_length_fail_the_track_and_are_not_published
     [sha256] = setup.add_tracks("a.wav")
     generator = StubGenerator()
 
-    replace(setup.runner(generator), engines=StubEngines(generator, StubEmbedder(changes))).drain()
+    setup.runner(engines=StubEngines(generator, StubEmbedder(changes))).drain()
 
     track = setup.track(sha256)
     assert (track.state, track.stage, track.error) == ("failed", "embed", f"the written embedding {why}")

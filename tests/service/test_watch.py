@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from home_folder import write_music
-from runner_setup import RunnerSetup, StubGenerator, UnloadableEngines, failing_for
+from runner_setup import RunnerSetup, StubGenerator, StubJudge, UnloadableEngines, failing_for
 from stored_tracks import claim_due
 
 from pipeline.errors import BadAudio, ConfigError, DiskFull, EngineFailure, EngineUnusable, PipelineError
+from pipeline.executors.inline import InlineExecutor
 from pipeline.fs import copying
 from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.scanner import Scanner
@@ -46,7 +47,7 @@ class Configuration:
     inbox: Path
     fresh: tuple[Ingest, Runner] | PipelineError
 
-    def reloaded(self, runner: object) -> tuple[Configuration, Ingest, Runner]:
+    def reloaded(self, runner: object, signals: object) -> tuple[Configuration, Ingest, Runner]:
         if isinstance(self.fresh, PipelineError):
             raise self.fresh
         return self, *self.fresh
@@ -283,7 +284,7 @@ def test_an_engine_that_cannot_be_loaded_is_waited_out_and_reported(setup: Runne
     daemon = Daemon(setup)
     write_music(setup.workspace.inbox / "a.wav")
     engines = UnloadableEngines(StubGenerator(), error=EngineUnusable("device: cuda can't be used"))
-    daemon.session.runner = replace(daemon.session.runner, engines=engines)
+    daemon.session.runner = replace(daemon.session.runner, executor=InlineExecutor(engines, StubJudge()))
 
     assert [daemon.turn() for _ in range(3)] == [5.0, 10.0, 20.0]
     assert [(what, one["text"]) for what, one in daemon.health.conditions.items()] == [

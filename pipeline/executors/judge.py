@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from pipeline.engines.base import Embedder, EngineSettings, StopFn, TextEmbedder
 from pipeline.engines.loading import Engines
 from pipeline.music.words import describe
 from pipeline.records import Audio, Samples
-from pipeline.runner.generation import Verdict
 from pipeline.scores.analysis import Source, analyse
 from pipeline.scores.copies import Bits, shared_share
 from pipeline.scores.defects import find_defects
@@ -42,6 +41,41 @@ FOREIGN_KEY = 0.2  # key agreement of parallel keys; with less, two keys are for
 
 
 @dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a judge finds about one result."""
+
+    failed: tuple[str, ...]  # the gates that it does not pass, each in a few words
+    rank: float  # the higher, the better
+    similarity: float | None  # to the source, as measured
+    scores: dict[str, Any]  # for the manifest
+    sound: Any  # what `shared` compares
+
+
+class Judge(Protocol):
+    """Measures results. Tests pass their own in the place of `ScoringJudge`."""
+
+    def analyse(self, source: Audio) -> Any:
+        """What of a track is compared with its variations."""
+        ...
+
+    def describe(self, source: Any) -> str:
+        """A prompt for a track."""
+        ...
+
+    def judge(self, source: Any, made: Finished, gates: Gates, prompt: str) -> Verdict:
+        """The verdict on a variation, for which `prompt` was given; empty: none."""
+        ...
+
+    def sound(self, made: Audio) -> Any:
+        """What `shared` compares."""
+        ...
+
+    def shared(self, one: Any, other: Any) -> float:
+        """Share of the sound that two results have in common at the same time, 0 to 1."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
 class Reference:
     """A source as its variations are compared with it."""
 
@@ -53,7 +87,7 @@ class Reference:
 
 @dataclass
 class ScoringJudge:
-    """A `Judge`: see `pipeline.runner.generation`.
+    """Judges by scores.
 
     The similarity counts the weight-free descriptors whichever engine embeds, so that it does not depend on
     what else is installed. Only prompts need an embedder that knows texts. All methods that take sound raise

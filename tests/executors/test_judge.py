@@ -11,8 +11,8 @@ from runner_setup import StubEngines, StubGenerator
 
 from pipeline.config import Gates
 from pipeline.errors import Stopped
+from pipeline.executors.judge import ScoringJudge, failed_gates, rank
 from pipeline.records import Audio
-from pipeline.runner.judge import ScoringJudge, failed_gates, rank
 from pipeline.scores import Scores, analyse_source, score
 from pipeline.scores.copies import BLOCK_FRAMES
 from pipeline.scores.seams import Seam

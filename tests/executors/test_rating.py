@@ -10,9 +10,8 @@ from runner_setup import StubEngines, StubGenerator, StubRater
 
 from pipeline.audio import DecodeLimits, decode
 from pipeline.config import Gates
+from pipeline.executors.judge import Reference, ScoringJudge, Verdict
 from pipeline.records import Audio
-from pipeline.runner.generation import Verdict
-from pipeline.runner.judge import Reference, ScoringJudge
 from pipeline.stages import Finished
 
 GOOD = {"CE": 9.0, "CU": 5.0, "PC": 5.0, "PQ": 8.0}

@@ -1,0 +1,71 @@
+"""The interface of executors, and what a task can use."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.engines.loading import Engines
+from pipeline.errors import EngineFailure
+from pipeline.executors.judge import Judge
+
+# A module's function; it is called with the tools and with its arguments, and yields its results.
+Task = Callable[..., Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a task can use."""
+
+    engines: Engines
+    judge: Judge
+    progress: ProgressFn
+    should_stop: StopFn
+    references: dict[str, Any] = field(default_factory=dict)  # what tasks keep for the ones after them
+
+
+class WorkerLost(EngineFailure):
+    """The process in which a task ran has died; what it yielded before stays valid."""
+
+
+class Executor(Protocol):
+    """Runs tasks, one at a time."""
+
+    def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
+        """Yield what the task yields.
+
+        Raises:
+            Stopped: soon after `should_stop` returned true.
+            WorkerLost: the task has ended its process.
+            Exception: what the task raised.
+        """
+        ...
+
+    def release_if_idle(self) -> None:
+        """Free the memory of engines that have not been used for a while; the next task loads them again."""
+        ...
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+        ...
+
+
+def result_of(executor: Executor, task: Task, *args: Any, should_stop: StopFn) -> Any:
+    """The only result of a task; see `Executor.run`."""
+    [result] = executor.run(task, *args, progress=lambda *_: None, should_stop=should_stop)
+    return result
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error with its traceback as a note; one that can't be pickled becomes one that says the same."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        found: BaseException = pickle.loads(pickle.dumps(error))
+    except Exception:
+        found = RuntimeError(f"{type(error).__name__}: {error}")
+    found.add_note(trace)
+    return found

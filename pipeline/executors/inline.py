@@ -1,0 +1,30 @@
+"""Tasks in this process, for debugging and small tests: an engine that crashes ends the program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.engines.loading import Engines
+from pipeline.executors.base import Task, Tools
+from pipeline.executors.judge import Judge
+
+
+@dataclass
+class InlineExecutor:
+    """An `Executor`: see `pipeline.executors.base`."""
+
+    engines: Engines
+    judge: Judge
+    _references: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
+        return task(Tools(self.engines, self.judge, progress, should_stop, self._references), *args)
+
+    def release_if_idle(self) -> None:
+        """Nothing: the memory of loaded libraries would stay with this process anyway."""
+
+    def close(self) -> None:
+        """Nothing runs beside this process."""

@@ -1,0 +1,169 @@
+"""Tasks in a worker process on this machine.
+
+The process is started by the first task. A task is pulled like a generator: the worker makes the next result
+when the owner asks for it, so an engine that saves its work until a result is taken does so here as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pipeline.engines.base import ProgressFn, StopFn
+from pipeline.engines.loading import EngineChoices
+from pipeline.executors.base import Task, WorkerLost
+
+# What the owner sends, and what the worker sends.
+ENGINES, RUN, NEXT, CLOSE, STOP = "engines", "run", "next", "close", "stop"
+YIELDED, PROGRESS, LOG, RAISED, DONE = "yielded", "progress", "log", "raised", "done"
+POLL_S = 0.1  # between two questions whether to stop
+END_S = 2.0  # given to the process to end by itself
+# The variables by which libraries of linear algebra and numba take their number of threads.
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+# The worker's program. It finds modules where the owner does, and not in the folder where it is started.
+START = "import sys; sys.path[:] = {path}; from pipeline.executors.worker import main; main({fd})"
+
+log = logging.getLogger("pipeline")
+
+
+@dataclass
+class ProcessExecutor:
+    """Runs tasks in one worker process, which the next task starts again after its death or `close`."""
+
+    engines: EngineChoices
+    idle_s: float  # without a task, after which the worker is ended to free its memory
+    n_threads: int | None = None  # of each library's own; None: as many as the library takes
+    clock: Callable[[], float] = time.monotonic
+    _worker: _Worker | None = field(default=None, init=False)
+    _used_at: float = field(default=0.0, init=False)
+
+    def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
+        """See `pipeline.executors.base.Executor`."""
+        if self._worker is None:
+            self._worker = _Worker.started(self.n_threads)
+            self._worker.send(ENGINES, self.engines)
+        worker = self._worker
+        try:
+            yield from worker.run(task, args, progress, should_stop)
+        except WorkerLost:
+            self._worker = None
+            raise
+        finally:
+            self._used_at = self.clock()
+
+    def use(self, engines: EngineChoices, idle_s: float) -> None:
+        """Change the settings; engines that stay the same stay loaded."""
+        self.engines, self.idle_s = engines, idle_s
+        if self._worker:
+            self._worker.send(ENGINES, engines)
+
+    def release_if_idle(self) -> None:
+        """See `pipeline.executors.base.Executor`."""
+        if self._worker and self.clock() - self._used_at > self.idle_s:
+            log.info("the engines are idle and give their memory back")
+            self.close()
+
+    def close(self) -> None:
+        """See `pipeline.executors.base.Executor`."""
+        if self._worker:
+            self._worker.end()
+            self._worker = None
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """The owner's end of a worker process."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection
+
+    @classmethod
+    def started(cls, n_threads: int | None) -> _Worker:
+        ours, its = socket.socketpair()
+        with its:
+            threads = {} if n_threads is None else dict.fromkeys(THREADS, str(n_threads))
+            process = subprocess.Popen(
+                [sys.executable, "-c", START.format(path=sys.path, fd=its.fileno())],
+                pass_fds=[its.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**threads, **os.environ},
+                start_new_session=True,  # so that Ctrl-C reaches the owner alone, which tells the worker
+            )
+        return cls(process, Connection(ours.detach()))
+
+    def run(
+        self, task: Task, args: tuple[Any, ...], progress: ProgressFn, should_stop: StopFn
+    ) -> Iterator[Any]:
+        self.send(RUN, (task, args))
+        kind = YIELDED
+        try:
+            while kind == YIELDED:
+                self.send(NEXT)
+                kind, content = self._answer(progress, should_stop)
+                if kind == RAISED:
+                    raise content
+                if kind == YIELDED:
+                    yield content
+        except WorkerLost:
+            kind = DONE
+            raise
+        finally:
+            if kind == YIELDED:  # the caller wants no more
+                self.send(CLOSE)
+                self._answer(progress, should_stop)
+
+    def send(self, kind: str, content: Any = None) -> None:
+        try:
+            self.connection.send((kind, content))
+        except OSError as e:
+            raise self._lost() from e
+
+    def end(self) -> None:
+        """End the process: by closing its socket, or by force if it takes longer than END_S."""
+        self.connection.close()
+        try:
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _answer(self, progress: ProgressFn, should_stop: StopFn) -> tuple[str, Any]:
+        """The next message that is neither progress nor for the log."""
+        was_told = False
+        while True:
+            if not was_told and should_stop():
+                self.send(STOP)
+                was_told = True
+            try:
+                if not self.connection.poll(POLL_S):
+                    continue
+                kind, content = self.connection.recv()
+            except (EOFError, OSError) as e:
+                raise self._lost() from e
+            if kind == PROGRESS:
+                progress(*content)
+            elif kind == LOG:
+                log.log(*content)
+            else:
+                return kind, content
+
+    def _lost(self) -> WorkerLost:
+        self.end()
+        status = self.process.returncode
+        how = f"ended with status {status}"
+        if status < 0:
+            with suppress(ValueError):
+                how = f"was ended by {signal.Signals(-status).name}"
+            if -status == signal.SIGKILL:
+                how += ", as happens where memory is short"
+        return WorkerLost(f"the process of the engines {how}")

@@ -1,0 +1,134 @@
+"""The tasks: everything that takes time, as functions of values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline import audio, stages
+from pipeline.audio import DecodeLimits
+from pipeline.config import Gates, Normalize, Output
+from pipeline.engines.base import Engine, check_stop
+from pipeline.errors import EngineFailure
+from pipeline.executors.base import Tools, portable
+from pipeline.executors.judge import Verdict
+from pipeline.plan import AUTO_PROMPT
+from pipeline.records import Audio, Embedding, Failure, MadeBy, SourceInfo, Variation, VariationRequest
+from pipeline.stages import Finished, Normalized
+
+
+@dataclass(frozen=True, eq=False)
+class TakeRequest:
+    """One take to be made, finished and judged."""
+
+    request: VariationRequest  # its prompt may be AUTO_PROMPT
+    source: str  # key of `request.audio`: equal keys, equal sound
+    length_s: float  # of the finished take
+    source_lufs: float  # loudness of the source file
+    gates: Gates
+
+
+@dataclass(frozen=True, eq=False)
+class MadeTake:
+    """The result of one request: a take with its verdict, or why there is none."""
+
+    request_id: str
+    made_by: MadeBy
+    prompt: str = ""  # that the engine was given
+    finished: Finished | None = None
+    verdict: Verdict | None = None
+    unsound: str | None = None  # why the engine's sound can't be used
+    error: BaseException | None = None
+
+
+def open_engines(tools: Tools, embeds: bool, generates: bool) -> Iterator[None]:
+    """Load the engines of these stages.
+
+    Raises:
+        EngineUnusable: one can't be loaded.
+    """
+    if embeds:
+        tools.engines.embedder()
+    if generates:
+        tools.engines.generator()
+        tools.engines.rater()
+    yield
+
+
+def normalize(
+    tools: Tools, path: Path, settings: Normalize, limits: DecodeLimits
+) -> Iterator[tuple[Normalized, SourceInfo]]:
+    """Decode and normalize a file.
+
+    Raises:
+        BadAudio: it can't be used.
+    """
+    decoded, source = audio.decode(path, sample_rate=settings.sample_rate, limits=limits)
+    yield stages.normalize(decoded, settings), source
+
+
+def embed(tools: Tools, sound: Audio) -> Iterator[tuple[Embedding, MadeBy, int]]:
+    """The embedding of a normalized track, its engine, and the dimensions of its vectors."""
+    embedder = tools.engines.embedder()
+    yield embedder.embed(sound, should_stop=tools.should_stop), _made_by(embedder), embedder.dim
+
+
+def change(tools: Tools, sound: Audio, settings: Normalize, changes: dict[str, Any]) -> Iterator[Audio]:
+    """See `pipeline.stages.change`."""
+    yield stages.change(sound, settings, **changes)
+
+
+def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> Iterator[MadeTake]:
+    """Make takes by one call of the generator, in the order in which they are finished."""
+    for key in tools.references.keys() - {one.source for one in wanted}:
+        del tools.references[key]
+    generator = tools.engines.generator()
+    by_id = {one.request.request_id: _with_prompt(tools, one) for one in wanted}
+    requests = [one.request for one in by_id.values()]
+    for made in generator.generate(requests, progress=tools.progress, should_stop=tools.should_stop):
+        one = by_id[made.request_id]
+        take = MadeTake(made.request_id, _made_by(generator), one.request.params.get("prompt", ""))
+        if isinstance(made, Failure):
+            yield replace(take, error=portable(made.error))
+            continue
+        try:
+            yield _judged(tools, one, made, take, output)
+        except Exception as e:
+            yield replace(take, error=portable(e))
+
+
+def _judged(tools: Tools, one: TakeRequest, made: Variation, take: MadeTake, output: Output) -> MadeTake:
+    try:
+        finished = stages.finish(
+            made,
+            one.request,
+            output,
+            length_s=one.length_s,
+            source_lufs=one.source_lufs,
+            on_step=partial(check_stop, tools.should_stop),
+        )
+    except EngineFailure as e:
+        return replace(take, unsound=str(e))
+    verdict = tools.judge.judge(_reference(tools, one), finished, one.gates, take.prompt)
+    return replace(take, finished=finished, verdict=verdict)
+
+
+def _with_prompt(tools: Tools, one: TakeRequest) -> TakeRequest:
+    """The request with words from the source's analysis, if it asks for them."""
+    if one.request.params.get("prompt") != AUTO_PROMPT:
+        return one
+    words = tools.judge.describe(_reference(tools, one))
+    return replace(one, request=replace(one.request, params={**one.request.params, "prompt": words}))
+
+
+def _reference(tools: Tools, one: TakeRequest) -> Any:
+    if one.source not in tools.references:
+        tools.references[one.source] = tools.judge.analyse(one.request.audio)
+    return tools.references[one.source]
+
+
+def _made_by(engine: Engine) -> MadeBy:
+    return MadeBy(engine.name, engine.version)

@@ -1,0 +1,79 @@
+"""Tasks for tests, in a module that a worker process can import by its name."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.engines.base import check_stop
+from pipeline.errors import BadAudio
+from pipeline.executors.base import Tools
+
+
+def echo(tools: Tools, *values: Any) -> Iterator[Any]:
+    """Each value, with a step of progress before it."""
+    for n, value in enumerate(values, 1):
+        tools.progress("echo", n, len(values))
+        yield value
+
+
+def process_id(tools: Tools) -> Iterator[int]:
+    yield os.getpid()
+
+
+def embedder_of(tools: Tools) -> Iterator[tuple[str, int]]:
+    engine = tools.engines.embedder()
+    yield engine.name, id(engine)
+
+
+def refuse(tools: Tools, sentence: str) -> Iterator[None]:
+    yield None
+    raise BadAudio(sentence)
+
+
+class Unpicklable(Exception):
+    """It can be pickled, but not be read again."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def raise_unpicklable(tools: Tools) -> Iterator[None]:
+    raise Unpicklable(1, 2)
+    yield
+
+
+def wait_for_stop(tools: Tools) -> Iterator[str]:
+    yield "begun"
+    while True:
+        check_stop(tools.should_stop)
+        time.sleep(0.01)
+
+
+def die(tools: Tools, number: int) -> Iterator[str]:
+    yield "begun"
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
+def note_its_end(tools: Tools, file: Path) -> Iterator[int]:
+    try:
+        yield from range(10)
+    finally:
+        file.write_text("ended")
+
+
+def sleep(tools: Tools, file: Path) -> Iterator[None]:
+    file.write_text(str(os.getpid()))
+    time.sleep(60)
+    yield
+
+
+def say(tools: Tools, sentence: str) -> Iterator[None]:
+    import logging
+
+    logging.getLogger("pipeline").warning("%s", sentence)
+    yield

@@ -1,0 +1,163 @@
+"""Batches in several threads: what they do together, and what an error in one means for the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from home_folder import sha256_of, write_music
+from runner_setup import RunnerSetup, StubEngines, StubGenerator, StubJudge, failing_for, noise
+
+from pipeline.errors import EngineFailure, EngineUnusable, Stopped
+from pipeline.executors.inline import InlineExecutor
+from pipeline.outbox.outbox import Outbox
+from pipeline.records import Failure, Variation, VariationRequest
+from pipeline.runner.parallel import ParallelRunner
+from pipeline.runner.runner import Runner
+
+WAIT_S = 30.0  # after which a test that would hang fails
+
+
+def parallel(setup: RunnerSetup, *generators: StubGenerator, outbox: Outbox | None = None) -> ParallelRunner:
+    """A runner with a thread for each generator."""
+    runner = setup.runner(outbox=outbox)
+    parts = {one.name: getattr(runner, one.name) for one in fields(Runner)}
+    executors = [InlineExecutor(StubEngines(generator), StubJudge()) for generator in generators]
+    return ParallelRunner(**parts, executors=executors, wake=lambda: None)
+
+
+class Meeting:
+    """Answers that wait for each other, so that they are given at the same time."""
+
+    def __init__(self, n: int) -> None:
+        self.barrier = threading.Barrier(n)
+
+    def generator(self, answer: Callable[[VariationRequest], Any] = noise) -> StubGenerator:
+        first = threading.Event()
+
+        def meet(request: VariationRequest) -> Variation | Failure:
+            if not first.is_set():
+                first.set()
+                self.barrier.wait(WAIT_S)
+            made: Variation | Failure = answer(request)
+            return made
+
+        return StubGenerator(meet)
+
+
+def test_batches_are_processed_at_the_same_time_and_every_track_once(setup: RunnerSetup) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav", "d.wav", "e.wav")
+    meeting = Meeting(2)
+    generators = [meeting.generator(), meeting.generator()]
+    runner = parallel(setup, *generators)
+
+    assert runner.drain()
+
+    assert setup.states(hashes) == [("done", 0)] * 5
+    made = [sha256 for generator in generators for call in generator.calls for sha256 in call]
+    assert sorted(made) == sorted(hashes * 2)  # two variations each
+    assert all(generator.calls for generator in generators)
+    assert runner.result.done == set(hashes)
+    assert not runner.is_busy
+
+
+def test_the_caller_goes_on_while_batches_are_processed(setup: RunnerSetup) -> None:
+    [sha256] = setup.add_tracks("a.wav")
+    may_end, begun = threading.Event(), threading.Event()
+
+    def wait(request: VariationRequest) -> Variation:
+        begun.set()
+        assert may_end.wait(WAIT_S)
+        return noise(request)
+
+    runner = parallel(setup, StubGenerator(wait), StubGenerator(wait))
+    assert runner.next_batch()
+    assert begun.wait(WAIT_S)
+    assert runner.is_busy
+    assert setup.states([sha256]) == [("running", 0)]
+    later = sha256_of(write_music(setup.workspace.inbox / "b.wav", seed=9, seconds=1.5))
+    assert setup.ingest(settle_s=0).scan(should_stop=lambda: False).queued == 1
+
+    assert runner.next_batch()
+    may_end.set()
+    runner.drain()
+    assert setup.states([sha256, later]) == [("done", 0)] * 2
+
+
+def test_a_track_that_fails_is_no_matter_to_the_others(tmp_path: Path) -> None:
+    setup = RunnerSetup.at(tmp_path, max_attempts=1)
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav")
+    answer = failing_for(hashes[1], EngineFailure("made silence"))
+    runner = parallel(setup, StubGenerator(answer), StubGenerator(answer))
+
+    runner.drain()
+
+    assert setup.states(hashes) == [("done", 0), ("failed", 1), ("done", 0)]
+    assert runner.result.failed == {hashes[1]}
+
+
+def test_an_error_of_the_machine_ends_the_work_once_the_other_batches_have_ended(setup: RunnerSetup) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav")
+    meeting = Meeting(2)
+    gone = EngineUnusable("the device is gone")
+    broken = meeting.generator(lambda request: Failure(request.request_id, gone))
+    runner = parallel(setup, broken, meeting.generator())
+
+    with pytest.raises(EngineUnusable, match="device is gone"):
+        runner.drain()
+
+    assert not runner.is_busy
+    assert sorted(state for state, _ in setup.states(hashes)) == ["done", "queued"]
+    assert [attempts for _, attempts in setup.states(hashes)] == [0, 0]
+
+
+def test_a_stop_ends_all_batches_and_queues_their_tracks_again(setup: RunnerSetup) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav")
+    meeting = Meeting(2)
+
+    def stop(request: VariationRequest) -> Variation:
+        setup.stop = True
+        return noise(request)
+
+    runner = parallel(setup, meeting.generator(stop), meeting.generator(stop))
+    with pytest.raises(Stopped):
+        runner.drain()
+    runner.close()
+    assert setup.states(hashes) == [("queued", 0)] * 2
+    setup.stop = False
+    setup.runner().drain()
+    assert setup.states(hashes) == [("done", 0)] * 2
+
+
+class FullOnce(Outbox):
+    """An outbox whose disk is full until space was freed."""
+
+    is_full = True
+
+    def publish(self, *arguments: Any, **how: Any) -> Any:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        return super().publish(*arguments, **how)
+
+
+def test_a_full_disk_is_mended_between_batches_and_one_track_tried(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav", "d.wav")
+    outbox = FullOnce(setup.workspace.outbox)
+    runner = parallel(setup, StubGenerator(), StubGenerator(), outbox=outbox)
+    freed = []
+
+    def free_space() -> None:
+        freed.append(runner.is_busy)
+        outbox.is_full = False
+
+    monkeypatch.setattr(runner, "free_space", free_space)
+    runner.drain()
+
+    assert freed == [False]
+    assert setup.states(hashes) == [("done", 0)] * 4
