@@ -15,13 +15,14 @@ from home_folder import ROOT, Home, contents, write_music
 TIMEOUT_S = 300.0  # ends a test that would hang
 
 
-def configured(folder: Path, model: Path) -> Home:
+def configured(folder: Path, model: Path, executor: str) -> Home:
     home = Home(folder)
     home.configure(
         {"name": "near", "temperature": 0.6, "count": 2},
         {"name": "far", "guidance": 1.0},
         generate={"engine": "musicgen", "model": str(model), "duration_s": 15},
         retry={"max_attempts": 3, "backoff_s": 0},
+        executor=executor,
     )
     write_music(home.inbox / "song.wav")
     return home
@@ -46,8 +47,13 @@ def sounds(home: Home) -> dict[str, str]:
 
 
 @pytest.mark.long
-def test_a_killed_run_is_resumed_and_gives_the_same_files(musicgen_folder: Any, tmp_path: Path) -> None:
-    whole, home = (configured(tmp_path / name, musicgen_folder) for name in ("whole", "killed"))
+@pytest.mark.parametrize("executor", ["inline", "process"])
+def test_a_killed_run_is_resumed_and_gives_the_same_files(
+    musicgen_folder: Any, tmp_path: Path, executor: str
+) -> None:
+    """The same as a whole run in the program's own process."""
+    whole = configured(tmp_path / "whole", musicgen_folder, "inline")
+    home = configured(tmp_path / "killed", musicgen_folder, executor)
     ended = whole.in_child("once")
     assert ended.code == 0, ended.err
 

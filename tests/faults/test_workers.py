@@ -1,0 +1,142 @@
+"""Engines in worker processes: owners and workers that are killed, stops, and arrivals during the work."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from drive import IMPORTS, Child, counts, log_of, start, wait_until
+from home_folder import Home, contents, write_music
+from invariants import check_database, check_no_leftovers
+
+from pipeline.workspace import DONE
+
+pytestmark = pytest.mark.long  # true processes
+TRACKS = [f"{n}.wav" for n in range(6)]
+SITE = {
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "site"), str(Path(__file__).parent), IMPORTS])
+}
+
+
+def configure(home: Home, *, engine: str = "remix", workers: int = 2) -> None:
+    home.configure(
+        executor={"kind": "process", "workers": workers},
+        intake={"settle_s": 0, "rescan_s": 0.5},
+        generate={"engine": engine, **({} if engine == "remix" else {"variations": [{"name": "one"}]})},
+        retry={"max_attempts": 3, "backoff_s": 0},
+    )
+
+
+def fill(home: Home, names: list[str] = TRACKS) -> None:
+    for name in names:
+        write_music(home.inbox / name, seed=int(name[0]), seconds=8.0)
+
+
+def workers_of(child: Child) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == child.pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def is_running(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What becomes of the tracks in the program's own process."""
+    home = Home(tmp_path_factory.mktemp("undisturbed"))
+    home.configure(generate={"engine": "remix"})
+    fill(home)
+    assert home.in_child("once").code == 0
+    return contents(home.outbox)
+
+
+def check_done(home: Home, undisturbed: dict[str, str]) -> None:
+    """All tracks are done, once and whole, with the bytes of an undisturbed run."""
+    assert counts(home) == {"queued": 0, "running": 0, "done": len(TRACKS), "failed": 0}
+    assert contents(home.outbox) == undisturbed
+    assert sorted(path.name for path in (home.inbox / DONE).iterdir()) == TRACKS
+    check_database(home)
+    check_no_leftovers(home)
+
+
+def test_processes_give_the_same_bytes_as_the_program_alone(home: Home, undisturbed: dict[str, str]) -> None:
+    configure(home)
+    fill(home)
+    with start(home, "once") as child:
+        assert child.ended() == 0, child.text()
+    check_done(home, undisturbed)
+
+
+def test_killed_owners_lose_nothing_and_cost_no_track_an_attempt(
+    home: Home, undisturbed: dict[str, str]
+) -> None:
+    configure(home)
+    fill(home)
+    rng = random.Random(1)
+    for _ in range(8):
+        with start(home, "once") as child:
+            wait_until(lambda c=child: workers_of(c) or not c.is_alive(), "it works", child=child)
+            time.sleep(rng.uniform(0, 2.5))
+            workers = workers_of(child)
+            child.send(signal.SIGKILL)
+            child.process.wait()
+        wait_until(lambda w=workers: not any(map(is_running, w)), "the workers have ended")
+        store = home.store()
+        assert {track.attempts for track in store.tracks()} <= {0}
+        store.close()
+    with start(home, "once") as child:
+        assert child.ended() == 0, child.text()
+    check_done(home, undisturbed)
+
+
+def test_killed_workers_are_replaced_and_their_tracks_made(home: Home, undisturbed: dict[str, str]) -> None:
+    configure(home)
+    fill(home)
+    with start(home, "once") as child:
+        for _ in range(2):
+            wait_until(lambda: workers_of(child), "a worker works", child=child)
+            time.sleep(1.5)
+            if workers := workers_of(child):
+                os.kill(workers[0], signal.SIGKILL)
+        assert child.ended() == 0, child.text()
+    assert "was ended by SIGKILL" in log_of(home)
+    check_done(home, undisturbed)
+
+
+def test_a_file_that_arrives_while_a_worker_is_busy_is_queued(home: Home) -> None:
+    configure(home, engine="paced", workers=1)
+    fill(home, ["0.wav"])
+    with start(home, "watch", env={**SITE, "PACE_S": "1"}) as child:
+        wait_until(lambda: counts(home).get("running") == 1, "it works", child=child)
+        fill(home, ["1.wav"])
+        wait_until(lambda: counts(home)["queued"] == 1, "the second one is queued", tries=200, child=child)
+        assert counts(home)["running"] == 1
+        child.send(signal.SIGTERM)
+        assert child.ended() == 0
+
+
+def test_a_worker_that_ignores_a_stop_ends_with_the_owner(home: Home, tmp_path: Path) -> None:
+    configure(home, engine="stuck", workers=1)
+    fill(home, ["0.wav"])
+    with start(home, "watch", env={**SITE, "STUCK_AT": str(tmp_path / "stuck")}) as child:
+        wait_until((tmp_path / "stuck").exists, "it is stuck", child=child)
+        [worker] = workers_of(child)
+        child.send(signal.SIGTERM)
+        assert child.ended() == 0
+    wait_until(lambda: not is_running(worker), "the worker has ended")
+    store = home.store()
+    assert [(track.state, track.attempts) for track in store.tracks()] == [("queued", 0)]
+    store.close()
