@@ -21,8 +21,8 @@ Once = Callable[..., RunResult]
 def once(
     home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, isolated: None
 ) -> Iterator[Once]:
-    def run_once(*folder: Path, of: Home = home) -> RunResult:
-        return run(capsys, monkeypatch, of, "once", *folder)
+    def run_once(*folder: Path, of: Home = home, verb: str = "once") -> RunResult:
+        return run(capsys, monkeypatch, of, verb, *folder)
 
     return run_once
 
@@ -305,3 +305,27 @@ def test_the_joins_of_a_remix_are_cue_points(home: Home, once: Once, tmp_path: P
     wav = (folder / record["file"]).read_bytes()
     points = struct.unpack_from("<I", wav, wav.index(b"cue ") + 8)[0]
     assert points == len(record["details"]["joins"]) > 0
+
+
+def test_records_are_made_again_from_the_outbox_so_that_nothing_is_made_twice(
+    home: Home, once: Once, tmp_path: Path
+) -> None:
+    home.configure({**NEAR, "count": 2}, FAR, gates={"max_shared": None})
+    tracks = tmp_path / "tracks"
+    for n in range(2):
+        write_music(tracks / f"{n}.wav", seed=n)
+    assert once(tracks).code == 0
+    before, units = contents(home.outbox), home.finished_at()
+    manifests = {path: path.read_bytes() for path in home.outbox.rglob("manifest.json")}
+    shutil.rmtree(home.folder / "state")
+
+    said = once(verb="rebuild")
+    assert said.code == 0
+    assert said.out.splitlines()[-1] == "2 tracks recorded"
+    again = once(tracks)
+
+    assert "2 up to date" in again.out
+    assert set(home.finished_at()) == set(units)
+    assert contents(home.outbox) == before
+    assert {path: path.read_bytes() for path in manifests} == manifests
+    assert once(verb="rebuild").out.splitlines() == ["0 tracks recorded"]

@@ -287,6 +287,22 @@ def doctor(
 
 
 @cli.command()
+def rebuild(context: typer.Context) -> int:
+    """Record the finished tracks of the outbox again after the state folder was lost."""
+    from pipeline.maintenance.rebuild import rebuild as record_again
+    from pipeline.outbox.outbox import Outbox
+
+    app = _app(context)
+    app.workspace.prepare()
+    with app.workspace.locked():
+        findings = list(record_again(app.open_store(), Outbox(app.workspace.outbox), now=time.time()))
+    for finding in findings:
+        typer.echo(f"{finding.where}: {finding.text}")
+    typer.echo(f"{sum(finding.mended for finding in findings)} tracks recorded")
+    return ALL_DONE
+
+
+@cli.command()
 def gc(
     context: typer.Context,
     dry_run: Annotated[

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import __version__, audio
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
-from pipeline.plan import Recipe, Take
+from pipeline.plan import Recipe, Take, TrackPlan
 from pipeline.records import MadeBy, SourceInfo
 from pipeline.stages import Finished, Normalized
 
@@ -143,7 +143,14 @@ def markers(take: Mapping[str, Any]) -> list[audio.Marker]:
 
 
 def manifest(
-    source: Json, normalized: Json, embedding: Json, variations: list[Json], recipe: Recipe, *, now: float
+    source: Json,
+    normalized: Json,
+    embedding: Json,
+    variations: list[Json],
+    recipe: Recipe,
+    *,
+    plan: TrackPlan,
+    now: float,
 ) -> Json:
     """Of the records above; `source` has what a track's row says of its file: name, names, sha256, bytes."""
     return {
@@ -152,6 +159,12 @@ def manifest(
         "normalized": {key: value for key, value in normalized.items() if key != "source"},
         "embedding": embedding,
         "variations": variations,
+        "keys": {
+            "plan": plan.key,
+            "normalize": plan.normalize_key,
+            "embed": plan.embed_key,
+            "generate": [unit.key for unit in plan.variations],
+        },
         **({"judge": _rater_facts(recipe.rater)} if recipe.rater else {}),
         "config_sha256": recipe.config.sha256,
         "pipeline_version": __version__,

@@ -301,7 +301,7 @@ class Runner:
         names = [file.display for file in self.store.files_of(track.sha256)]
         source = {"name": track.name, "names": names, "sha256": track.sha256, "bytes": track.bytes}
         made = manifest.manifest(
-            source, job.normalized, job.embedding, variations, self.recipe, now=self.clock()
+            source, job.normalized, job.embedding, variations, self.recipe, plan=job.plan, now=self.clock()
         )
         self.outbox.publish_manifest(folder, made)
         with self.store.transaction():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pipeline.errors import DatabaseDamaged, DiskFull, FolderUnusable, UnknownTrack
+from pipeline.records import Stage
 from pipeline.store.schema import (
     MIGRATIONS,
     TRACK_COLUMNS,
@@ -311,6 +312,24 @@ class Store:
             " source = ? WHERE sha256 = ?",
             [now, plan_key, json.dumps(source), sha256],
         )
+
+    def restore(
+        self, track: Track, units: Mapping[str, tuple[Stage, Mapping[str, Any]]], *, now: float
+    ) -> bool:
+        """Record a finished track and its units of work, by key: their stages and results.
+
+        Returns:
+            False if the track is known already; then nothing is changed.
+        """
+        columns = ("sha256", "name", "folder", "state", "bytes", "finished_at", "plan_key")
+        row = {name: getattr(track, name) for name in columns}
+        with self.transaction():
+            if self.track(track.sha256) is not None:
+                return False
+            self._insert("tracks", {**row, "queued_at": now, "source": json.dumps(track.source)})
+            for key, (stage, result) in units.items():
+                self.finish_unit(key, sha256=track.sha256, stage=stage, result=result, seconds=0.0, now=now)
+        return True
 
     def fail(self, sha256: str, *, stage: str, error: str, now: float, retry_at: float | None) -> None:
         """Count a failed attempt; the track is queued again for `retry_at`, or failed if that is None."""

@@ -1,0 +1,75 @@
+"""Makes lost records of finished tracks again from the manifests in the outbox."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from pipeline.fs.names import printable
+from pipeline.maintenance.reconcile import Finding
+from pipeline.outbox.outbox import Outbox
+from pipeline.records import Stage
+from pipeline.store.schema import Track, TrackState
+from pipeline.store.store import Store
+
+OF_FILE = ("name", "names", "sha256", "bytes")  # what a manifest says of the source file, not of its sound
+
+
+def rebuild(store: Store, outbox: Outbox, *, now: float) -> Iterator[Finding]:
+    """Record the finished tracks of the outbox that the database does not know; a line for each folder.
+
+    The sizes of the files are checked at the next start, and their hashes by `doctor`. To be called only by
+    the holder of the instance lock.
+
+    Raises:
+        OSError: the outbox can't be read.
+    """
+    for folder in outbox.track_folders():
+        where, manifest = printable(folder), outbox.read_manifest(folder)
+        if manifest is None:
+            yield Finding("unknown", where, "has no manifest.json, so it is not finished")
+            continue
+        try:
+            track, units = _track_of(manifest, folder), _units_of(manifest)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            text = "its manifest.json has no keys: it was made by version 0.1.0 or is damaged"
+            yield Finding("unknown", where, text)
+            continue
+        if store.restore(track, units, now=now):
+            yield Finding("result", where, f"{len(units) - 2} variations recorded", mended=True)
+
+
+def _track_of(manifest: Mapping[str, Any], folder: str) -> Track:
+    source = manifest["source"]
+    return Track(
+        sha256=source["sha256"],
+        name=source["name"],
+        folder=folder,
+        state=TrackState.DONE,
+        bytes=source["bytes"],
+        finished_at=datetime.fromisoformat(manifest["created_at"]).timestamp(),
+        plan_key=manifest["keys"]["plan"],
+        source=_sound_of(source),
+        queued_at=0.0,
+        attempts=0,
+        not_before=0.0,
+        stage=None,
+        error=None,
+    )
+
+
+def _units_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Stage, Mapping[str, Any]]]:
+    """The units of work and their stages by key, as they were recorded."""
+    keys = manifest["keys"]
+    normalized = {"source": _sound_of(manifest["source"]), **manifest["normalized"]}
+    generated = zip(keys["generate"], manifest["variations"], strict=True)
+    return {
+        keys["normalize"]: (Stage.NORMALIZE, normalized),
+        keys["embed"]: (Stage.EMBED, manifest["embedding"]),
+        **{key: (Stage.GENERATE, record) for key, record in generated},
+    }
+
+
+def _sound_of(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key not in OF_FILE}
