@@ -211,7 +211,7 @@ class App:
         from pipeline.engines.loading import LoadedEngines
         from pipeline.executors.inline import InlineExecutor
         from pipeline.executors.judge import ScoringJudge
-        from pipeline.executors.process import ProcessExecutor
+        from pipeline.executors.process import ProcessExecutor, shares_of_machine
         from pipeline.runner.parallel import ParallelRunner
         from pipeline.runner.runner import Runner
 
@@ -228,8 +228,9 @@ class App:
             executor.close()
         for executor in kept[:n]:
             executor.use(choices, idle_s)
-        n_threads = max(1, (os.cpu_count() or 1) // n) if n > 1 else None  # more would hinder each other
-        new = (ProcessExecutor(choices, idle_s, n_threads) for _ in range(n - len(kept)))
+        caches = self.workspace.state / ENGINES_FOLDER / "numba"
+        shares = shares_of_machine(n, caches, divides_cores=not self._uses_models)
+        new = (ProcessExecutor(choices, idle_s, share) for share in shares[len(kept) :])
         executors = [*kept[:n], *new]
         judge = ScoringJudge(LoadedEngines(*choices), signals.is_stopped)
         return ParallelRunner(
@@ -241,7 +242,11 @@ class App:
         asked = self.config.executor.workers
         if asked != "auto":
             return asked
-        return 1 if self.recipe.generator.card.default_model else os.cpu_count() or 1
+        return 1 if self._uses_models else os.cpu_count() or 1
+
+    @property
+    def _uses_models(self) -> bool:
+        return any(choice.card.default_model for choice in self.recipe.engines.values())
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""

@@ -13,10 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from pipeline.engines.base import ProgressFn, StopFn
@@ -28,7 +29,7 @@ ENGINES, RUN, NEXT, CLOSE, STOP = "engines", "run", "next", "close", "stop"
 YIELDED, PROGRESS, LOG, RAISED, DONE = "yielded", "progress", "log", "raised", "done"
 POLL_S = 0.1  # between two questions whether to stop
 END_S = 2.0  # given to the process to end by itself
-# The variables by which libraries of linear algebra and numba take their number of threads.
+# Variables by which libraries of linear algebra and numba take their number of threads.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 # The worker's program. It finds modules where the owner does, and not in the folder where it is started.
 START = "import sys; sys.path[:] = {path}; from pipeline.executors.worker import main; main({fd})"
@@ -42,7 +43,7 @@ class ProcessExecutor:
 
     engines: EngineChoices
     idle_s: float  # without a task, after which the worker is ended to free its memory
-    n_threads: int | None = None  # of each library's own; None: as many as the library takes
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables of the worker alone
     clock: Callable[[], float] = time.monotonic
     _worker: _Worker | None = field(default=None, init=False)
     _used_at: float = field(default=0.0, init=False)
@@ -50,7 +51,7 @@ class ProcessExecutor:
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """See `pipeline.executors.base.Executor`."""
         if self._worker is None:
-            self._worker = _Worker.started(self.n_threads)
+            self._worker = _Worker.started(self.environment)
             self._worker.send(ENGINES, self.engines)
         worker = self._worker
         try:
@@ -88,15 +89,14 @@ class _Worker:
     connection: Connection
 
     @classmethod
-    def started(cls, n_threads: int | None) -> _Worker:
+    def started(cls, environment: Mapping[str, str]) -> _Worker:
         ours, its = socket.socketpair()
         with its:
-            threads = {} if n_threads is None else dict.fromkeys(THREADS, str(n_threads))
             process = subprocess.Popen(
                 [sys.executable, "-c", START.format(path=sys.path, fd=its.fileno())],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**threads, **os.environ},
+                env={**os.environ, **environment},
                 start_new_session=True,  # so that Ctrl-C reaches the owner alone, which tells the worker
             )
         return cls(process, Connection(ours.detach()))
@@ -167,3 +167,18 @@ class _Worker:
             if -status == signal.SIGKILL:
                 how += ", as happens where memory is short"
         return WorkerLost(f"the process of the engines {how}")
+
+
+def shares_of_machine(n_workers: int, numba_folder: Path, *, divides_cores: bool) -> list[dict[str, str]]:
+    """The variables of each of several workers.
+
+    With `divides_cores`, each takes its share of them; models need it off, since torch's results depend on
+    the number of threads. numba's cache has no lock, and two processes that filled an empty one at the same
+    time have crashed: so each has its own.
+    """
+    if n_workers == 1:
+        return [{}]
+    n_threads = str(max(1, (os.cpu_count() or 1) // n_workers))
+    threads = {name: os.environ.get(name, n_threads) for name in THREADS} if divides_cores else {}
+    caches = ({"NUMBA_CACHE_DIR": str(numba_folder / str(k))} if k else {} for k in range(n_workers))
+    return [threads | cache for cache in caches]

@@ -22,7 +22,7 @@ from pipeline.engines.base import EngineSettings
 from pipeline.engines.selection import Choice
 from pipeline.errors import BadAudio, Stopped
 from pipeline.executors.base import Task, WorkerLost
-from pipeline.executors.process import ProcessExecutor
+from pipeline.executors.process import THREADS, ProcessExecutor, shares_of_machine
 
 HERE = Path(__file__).parent
 ENGINES = (
@@ -139,6 +139,26 @@ def test_its_log_is_the_owners(executor: ProcessExecutor, caplog: pytest.LogCapt
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", "half a second\nlater")
     ]
+
+
+def test_several_processes_share_the_cores_and_no_cache_of_compiled_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in THREADS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    first, second, third = shares_of_machine(3, tmp_path, divides_cores=True)
+    assert {first[name] for name in THREADS} == {"2"}
+    assert "NUMBA_CACHE_DIR" not in first
+    assert second["NUMBA_CACHE_DIR"] != third["NUMBA_CACHE_DIR"]
+    assert shares_of_machine(1, tmp_path, divides_cores=True) == [{}]
+    assert shares_of_machine(2, tmp_path, divides_cores=False)[0] == {}
+
+    executor = ProcessExecutor(ENGINES, 60, second)
+    try:
+        assert run(executor, worker_tasks.variable, "NUMBA_CACHE_DIR") == [second["NUMBA_CACHE_DIR"]]
+    finally:
+        executor.close()
 
 
 OWNER = """

@@ -77,3 +77,7 @@ def say(tools: Tools, sentence: str) -> Iterator[None]:
 
     logging.getLogger("pipeline").warning("%s", sentence)
     yield
+
+
+def variable(tools: Tools, name: str) -> Iterator[str]:
+    yield os.environ[name]
