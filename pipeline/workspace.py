@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -135,10 +136,10 @@ class Workspace:
         return self.state / "health.json"
 
     def incoming(self) -> Path:
-        """The file that a source is copied to while its hash is still being computed."""
+        """The file that this thread copies a source to while its hash is still being computed."""
         folder = self.state / "work"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f".incoming-{os.getpid()}"
+        return folder / f".incoming-{os.getpid()}-{threading.get_ident()}"
 
     def scratch(self, sha256: str) -> Scratch:
         return Scratch(self.state / "work" / sha256)

@@ -130,7 +130,7 @@ class Watch:
     def _turn(self) -> float:
         """Scan if it is time to, then process one batch; returns how long to wait, in seconds."""
         try:
-            if "disk" in self.session.health.conditions:
+            if "disk" in self.session.health.conditions and not self.session.runner.is_busy:
                 self.session.runner.free_space()
             self._scan_if_due()
             worked = not self._reload_due and self.session.runner.next_batch()

@@ -360,3 +360,31 @@ def test_once_waits_for_a_new_file_that_may_not_be_read_yet(
     run_once(daemon.session)
 
     assert daemon.states() == ["done"]
+
+
+class BusyRunner:
+    """Wraps a runner, as if batches were being processed in other threads."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.is_busy = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+
+def test_while_batches_are_processed_files_are_taken_in_and_nothing_is_freed_or_reloaded(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = Daemon(setup)
+    runner = BusyRunner(daemon.session.runner)
+    monkeypatch.setattr(runner, "next_batch", lambda: True, raising=False)
+    monkeypatch.setattr(runner, "free_space", lambda: pytest.fail("working copies are in use"), raising=False)
+    daemon.session.runner = runner  # type: ignore[assignment]
+    daemon.health.degraded("disk", "full")
+    write_music(setup.workspace.inbox / "a.wav")
+
+    assert daemon.turn() > 0
+    setup.now += 100
+    daemon.turn()
+    assert daemon.states() == ["queued"]
