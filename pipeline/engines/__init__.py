@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import pkgutil
 from functools import cache
@@ -18,3 +19,11 @@ def cards() -> dict[str, EngineCard]:
         if isinstance(card, EngineCard):
             found.append(card)
     return {card.name: card for card in sorted(found, key=lambda card: (-card.rank, card.name))}
+
+
+def _card_named(name: str) -> EngineCard:
+    return cards()[name]
+
+
+# Its functions can't be pickled, and the other process has the same card.
+copyreg.pickle(EngineCard, lambda card: (_card_named, (card.name,)))

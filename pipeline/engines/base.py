@@ -165,15 +165,6 @@ class EngineCard:
     upkeep: Upkeep | None = None
     rank: int = 0  # `auto` takes the usable engine of the highest rank, and none below 0
 
-    def __reduce__(self) -> tuple[Callable[[str], EngineCard], tuple[str]]:
-        return _card_named, (self.name,)  # its functions can't be pickled
-
     def is_meant_by(self, engine: str) -> bool:
         """Whether the configuration's `engine`, a name or "auto", can mean this one."""
         return engine == self.name or (engine == "auto" and self.rank >= 0)
-
-
-def _card_named(name: str) -> EngineCard:
-    from pipeline.engines import cards
-
-    return cards()[name]
