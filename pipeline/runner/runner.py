@@ -40,6 +40,7 @@ from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
 
+LOAD_TRIES = 2  # of loading the engines; a process may be killed meanwhile by chance
 OUTBOX_MOUNT = "outbox mount"  # the fact in the store: where its disk was mounted at the last start
 
 log = logging.getLogger("pipeline")
@@ -171,10 +172,14 @@ class Runner:
         plans = [self.recipe.plan(track.sha256) for track in tracks]
         embeds = any(self.store.unit(plan.embed_key) is None for plan in plans)
         generates = any(self.store.unit(unit.key) is None for plan in plans for unit in plan.variations)
-        try:
-            self._run(tasks.open_engines, embeds, generates)
-        except WorkerLost as e:
-            raise EngineUnusable(f"an engine can't be loaded: {e}") from e
+        for tries_left in reversed(range(LOAD_TRIES)):
+            try:
+                self._run(tasks.open_engines, embeds, generates)
+            except WorkerLost as e:
+                if not tries_left:
+                    raise EngineUnusable(f"an engine can't be loaded: {e}") from e
+            else:
+                return
 
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages, in this order."""

@@ -106,11 +106,9 @@ def test_killed_workers_are_replaced_and_their_tracks_made(home: Home, undisturb
     configure(home)
     fill(home)
     with start(home, "once") as child:
-        for _ in range(2):
-            wait_until(lambda: workers_of(child), "a worker works", child=child)
-            time.sleep(1.5)
-            if workers := workers_of(child):
-                os.kill(workers[0], signal.SIGKILL)
+        wait_until(lambda: counts(home).get("done", 0) > 0, "a track is done", child=child)
+        for worker in workers_of(child):
+            os.kill(worker, signal.SIGKILL)
         assert child.ended() == 0, child.text()
     assert "was ended by SIGKILL" in log_of(home)
     check_done(home, undisturbed)

@@ -22,6 +22,7 @@ from pipeline.errors import (
     MissingPackage,
     PipelineError,
 )
+from pipeline.executors.base import WorkerLost
 from pipeline.records import Failure
 from pipeline.runner.runner import Runner
 
@@ -61,6 +62,29 @@ def test_a_rater_that_cannot_be_loaded_costs_no_track_an_attempt(setup: RunnerSe
     hashes = setup.add_tracks("a.wav")
     with pytest.raises(EngineUnusable, match="no weights"):
         setup.runner(engines=WithoutRater(StubGenerator())).drain()
+    assert (setup.states(hashes), setup.outcomes(hashes[0])) == ([("queued", 0)], [])
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_engines_whose_process_dies_twice_while_they_are_loaded_cannot_be_used(
+    setup: RunnerSetup, deaths: int
+) -> None:
+    lost = [WorkerLost("the process of the engines was ended by SIGKILL")] * deaths
+
+    class Dying(StubEngines):
+        def generator(self) -> StubGenerator:
+            if lost:
+                raise lost.pop()
+            return super().generator()
+
+    hashes = setup.add_tracks("a.wav")
+    runner = setup.runner(engines=Dying(StubGenerator()))
+    if deaths == 1:
+        runner.drain()
+        assert setup.states(hashes) == [("done", 0)]
+        return
+    with pytest.raises(EngineUnusable, match=r"can't be loaded: .* SIGKILL"):
+        runner.drain()
     assert (setup.states(hashes), setup.outcomes(hashes[0])) == ([("queued", 0)], [])
 
 
