@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +32,7 @@ log = logging.getLogger("pipeline")
 
 DEFAULT_CONFIG = Path("config/default.yaml")
 PRESETS = Path("config/presets")
+MOST_WORKERS = 16  # of `executor.workers: auto`; each takes about 0.4 GB
 OWN_PRESETS = Path(__file__).parent / "cli" / "template" / "presets"
 
 
@@ -239,10 +239,12 @@ class App:
 
     def _n_workers(self) -> int:
         """How many processes work at the same time: one for a model, which uses all cores itself."""
+        from pipeline.executors.process import n_cores
+
         asked = self.config.executor.workers
         if asked != "auto":
             return asked
-        return 1 if self._uses_models else os.cpu_count() or 1
+        return 1 if self._uses_models else min(n_cores(), MOST_WORKERS)
 
     @property
     def _uses_models(self) -> bool:

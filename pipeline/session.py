@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipeline.app import App
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError
+from pipeline.executors.process import kill_workers
 from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
 from pipeline.maintenance.reconcile import reconcile
@@ -131,4 +132,5 @@ def _release_and_exit(workspace: Workspace, signum: int, *, is_watching: bool) -
     log.warning("the work did not stop in time and is cut off; it is queued again")
     with suppress(sqlite3.Error, FolderUnusable):
         Store(workspace.database, busy_timeout_s=RELEASE_PATIENCE_S).release_all(now=time.time())
+    kill_workers()
     os._exit(0 if is_watching else 128 + signum)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.loading import Engines
-from pipeline.errors import EngineFailure
+from pipeline.errors import EngineFailure, Stopped
 from pipeline.executors.judge import Judge
 
 # A module's function; it is called with the tools and with its arguments, and yields its results.
@@ -61,11 +62,14 @@ def result_of(executor: Executor, task: Task, *args: Any, should_stop: StopFn) -
 
 
 def portable(error: BaseException) -> BaseException:
-    """The error with its traceback as a note; one that can't be pickled becomes one that says the same."""
+    """The error with its traceback as a note.
+
+    One that can't be pickled, or would end the owner as SystemExit does, becomes one that says the same.
+    """
     trace = "".join(traceback.format_exception(error))
-    try:
-        found: BaseException = pickle.loads(pickle.dumps(error))
-    except Exception:
-        found = RuntimeError(f"{type(error).__name__}: {error}")
+    found: BaseException = RuntimeError(f"{type(error).__name__}: {error}")
+    if isinstance(error, Exception | Stopped):
+        with suppress(Exception):
+            found = pickle.loads(pickle.dumps(error))
     found.add_note(trace)
     return found

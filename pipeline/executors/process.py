@@ -7,18 +7,23 @@ when the owner asks for it, so an engine that saves its work until a result is t
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.loading import EngineChoices
@@ -31,10 +36,36 @@ POLL_S = 0.1  # between two questions whether to stop
 END_S = 2.0  # given to the process to end by itself
 # Variables by which libraries of linear algebra and numba take their number of threads.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-# The worker's program. It finds modules where the owner does, and not in the folder where it is started.
-START = "import sys; sys.path[:] = {path}; from pipeline.executors.worker import main; main({fd})"
+# The worker's program. It finds modules where the owner does, and not in the folder where it is started. It
+# ignores the signals that stop the owner, which tells it to stop.
+START = """
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+sys.path[:] = {path}
+from pipeline.executors.worker import main
+main({fd})
+"""
 
 log = logging.getLogger("pipeline")
+
+
+def _reduce_map(array: Any) -> Any:
+    """A file that is mapped whole, as normalized audio is, is mapped there too; other arrays are sent."""
+    if isinstance(array.base, mmap.mmap) and array.filename and array.flags.c_contiguous:
+        return np.memmap, (array.filename, array.dtype, "r", array.offset, array.shape)
+    return np.array(array, subok=False).__reduce__()
+
+
+ForkingPickler.register(np.memmap, _reduce_map)
+
+_STARTED = weakref.WeakSet[subprocess.Popen[bytes]]()
+
+
+def kill_workers() -> None:
+    """End all workers by force, where the owner ends without waiting for them."""
+    for process in list(_STARTED):
+        process.kill()
 
 
 @dataclass
@@ -66,7 +97,10 @@ class ProcessExecutor:
         """Change the settings; engines that stay the same stay loaded."""
         self.engines, self.idle_s = engines, idle_s
         if self._worker:
-            self._worker.send(ENGINES, engines)
+            try:
+                self._worker.send(ENGINES, engines)
+            except WorkerLost:  # the next task starts another one
+                self._worker = None
 
     def release_if_idle(self) -> None:
         """See `pipeline.executors.base.Executor`."""
@@ -99,6 +133,7 @@ class _Worker:
                 env={**os.environ, **environment},
                 start_new_session=True,  # so that Ctrl-C reaches the owner alone, which tells the worker
             )
+        _STARTED.add(process)
         return cls(process, Connection(ours.detach()))
 
     def run(
@@ -169,6 +204,11 @@ class _Worker:
         return WorkerLost(f"the process of the engines {how}")
 
 
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def shares_of_machine(n_workers: int, numba_folder: Path, *, divides_cores: bool) -> list[dict[str, str]]:
     """The variables of each of several workers.
 
@@ -178,7 +218,7 @@ def shares_of_machine(n_workers: int, numba_folder: Path, *, divides_cores: bool
     """
     if n_workers == 1:
         return [{}]
-    n_threads = str(max(1, (os.cpu_count() or 1) // n_workers))
+    n_threads = str(max(1, n_cores() // n_workers))
     threads = {name: os.environ.get(name, n_threads) for name in THREADS} if divides_cores else {}
     caches = ({"NUMBA_CACHE_DIR": str(numba_folder / str(k))} if k else {} for k in range(n_workers))
     return [threads | cache for cache in caches]

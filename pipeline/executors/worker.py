@@ -1,7 +1,6 @@
 """The worker process: runs one task after the other for the process that has started it.
 
-It is started by `process` with a socket to the owner, and ends when the owner closes the socket or dies. It
-ignores the signals that stop the owner, since the owner tells it to stop.
+It is started by `process` with a socket to the owner, and ends when the owner closes the socket or dies.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import signal
 import threading
 import traceback
 from collections.abc import Iterator
@@ -119,8 +117,6 @@ class _ToOwner(logging.Handler):
 
 def main(socket: int) -> None:
     """Serve the owner at the other end of a socket, given by its file descriptor."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     worker = Worker(Connection(socket))
     log.setLevel(logging.DEBUG)
     log.propagate = False

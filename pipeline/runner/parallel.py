@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 from pipeline.errors import DiskFull
 from pipeline.executors.base import Executor
@@ -22,9 +23,10 @@ class ParallelRunner(Runner):
     wake: Callable[[], None]  # called in another thread whenever a batch has ended
     _free: list[Runner] = field(default_factory=list)
     _error: BaseException | None = None  # the first one that ended a batch
+    _unclaimed: set[int] = field(default_factory=set)  # ids of runners that have not claimed a batch yet
     _n_busy: int = 0
     _n_ended: int = 0
-    _changed: threading.Condition = field(default_factory=threading.Condition)  # guards the four above
+    _changed: threading.Condition = field(default_factory=threading.Condition)  # guards the five above
 
     def __post_init__(self) -> None:
         shared = {one.name: getattr(self, one.name) for one in fields(Runner) if one.init}
@@ -39,6 +41,10 @@ class ParallelRunner(Runner):
     @property
     def is_busy(self) -> bool:
         return self._n_busy > 0
+
+    @property
+    def has_error(self) -> bool:
+        return self._error is not None
 
     def drain(self) -> bool:
         """See `Runner.drain`."""
@@ -64,26 +70,34 @@ class ParallelRunner(Runner):
                 raise error
             self.was_disk_full = True
             self.free_space()
-        while self._has_room() and (due := self.next_due()) is not None and due <= self.clock():
+        self.next_due()  # ends waits that are longer than any that is set
+        while self._has_room() and self._has_unclaimed_tracks():
             with self._changed:
                 runner = self._free.pop()
                 self._n_busy += 1
+                self._unclaimed.add(id(runner))
             runner.was_disk_full = self.was_disk_full
+            runner.on_claimed = partial(self._unclaimed.discard, id(runner))
             threading.Thread(target=self._process_batch, args=[runner], daemon=True).start()
-        return self.is_busy
+        return self.is_busy or self.has_error
 
     def _has_room(self) -> bool:
         return bool(self._free) and self._error is None and not (self.was_disk_full and self.is_busy)
+
+    def _has_unclaimed_tracks(self) -> bool:
+        """Whether more tracks are due than there are runners about to claim some."""
+        n = len(self._unclaimed)
+        return len(self.store.due(n + 1, self.folder, now=self.clock())) > n
 
     def _process_batch(self, runner: Runner) -> None:
         error: BaseException | None = None
         try:
             runner.try_batch()
+            self.store.disconnect()
         except BaseException as e:  # raised in the main thread by `next_batch`
             error = e
-        finally:
-            self.store.disconnect()
         with self._changed:
+            self._unclaimed.discard(id(runner))
             self._n_busy -= 1
             self._n_ended += 1
             self._free.append(runner)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pipeline.config import Config, Retry
 from pipeline.intake.settling import PATIENCE
-from pipeline.store.schema import Track
+from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
 
 log = logging.getLogger("pipeline")
@@ -34,7 +34,8 @@ def longest_wait_s(config: Config) -> float:
 def recover_crashed(store: Store, config: Config, *, now: float) -> list[Track]:
     """Close the attempts that a killed instance left open, and count the crash as a failed attempt.
 
-    With workers it is not counted, since a track that kills a process kills a worker. Inline, if several
+    With workers it is not counted, since a track that kills a process kills a worker; but the track goes to
+    the end of the queue, and after a second crash in a row it runs alone. Inline, if several
     tracks were being processed, nobody knows which one caused the crash. So none of them is given up for
     it, and each runs alone before its last attempt: if a track kills the process while it runs alone, that
     track is the cause. The first crash costs no wait, since most often it is a power cut or a `kill -9`;
@@ -47,6 +48,8 @@ def recover_crashed(store: Store, config: Config, *, now: float) -> list[Track]:
     with store.transaction():
         found = store.recover(now=now)
         if config.executor.kind != "inline":
+            for track, stage in found:
+                _put_last(store, track, stage, now=now)
             return []
         for track, stage in found:
             attempts = track.attempts + 1
@@ -65,6 +68,20 @@ def recover_crashed(store: Store, config: Config, *, now: float) -> list[Track]:
                     track.sha256, attempts=attempts, solo=solo, error=error, now=now, retry_at=now + wait
                 )
     return given_up
+
+
+def _put_last(store: Store, track: Track, stage: str, *, now: float) -> None:
+    """Queue an interrupted track behind all others, alone if this is not the first time in a row."""
+    outcomes = [attempt.outcome for attempt in store.attempts(track.sha256)]
+    was_crashed_twice = outcomes[-2:] == [AttemptOutcome.CRASHED] * 2
+    store.record_crash(
+        track.sha256,
+        attempts=track.attempts,
+        solo=was_crashed_twice,
+        error=f"the program was killed during {stage}",
+        now=now,
+        retry_at=now,
+    )
 
 
 def local_time(when: float) -> str:

@@ -40,7 +40,7 @@ from pipeline.store.schema import AttemptOutcome, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
 
-LOAD_TRIES = 2  # of loading the engines; a process may be killed meanwhile by chance
+LOAD_TRIES = 3  # of loading the engines: an idle process may have died, and another be killed by chance
 OUTBOX_MOUNT = "outbox mount"  # the fact in the store: where its disk was mounted at the last start
 
 log = logging.getLogger("pipeline")
@@ -62,6 +62,7 @@ class Runner:
     should_stop: Callable[[], bool]
     n_parallel: int = 1  # batches that are processed at the same time, this runner's among them
     result: RunResult = field(default_factory=RunResult)
+    on_claimed: Callable[[], None] = lambda: None  # called when a batch has been claimed
     was_disk_full: bool = False  # the last batch ended because of it
 
     @cached_property
@@ -94,6 +95,11 @@ class Runner:
     @property
     def is_busy(self) -> bool:
         """Whether batches are being processed in other threads."""
+        return False
+
+    @property
+    def has_error(self) -> bool:
+        """Whether the next call of `next_batch` raises what has ended a batch in another thread."""
         return False
 
     def next_due(self) -> float | None:
@@ -160,6 +166,7 @@ class Runner:
             tracks = tracks[: max(1, len(tracks) // (2 * self.n_parallel))]
         self._open_engines(tracks)
         claimed = self.store.claim(tracks)
+        self.on_claimed()
         self.process(claimed)
         return bool(claimed)
 
@@ -172,14 +179,16 @@ class Runner:
         plans = [self.recipe.plan(track.sha256) for track in tracks]
         embeds = any(self.store.unit(plan.embed_key) is None for plan in plans)
         generates = any(self.store.unit(unit.key) is None for plan in plans for unit in plan.variations)
-        for tries_left in reversed(range(LOAD_TRIES)):
+        if not (embeds or generates):
+            return
+        for n in range(1, LOAD_TRIES + 1):
             try:
                 self._run(tasks.open_engines, embeds, generates)
-            except WorkerLost as e:
-                if not tries_left:
-                    raise EngineUnusable(f"an engine can't be loaded: {e}") from e
-            else:
                 return
+            except WorkerLost as e:
+                check_stop(self.should_stop)
+                if n == LOAD_TRIES:
+                    raise EngineUnusable(f"an engine can't be loaded: {e}") from e
 
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages, in this order."""

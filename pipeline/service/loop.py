@@ -141,6 +141,8 @@ class Watch:
             return self._wait_out(fault)
         if self.session.runner.is_busy:
             return self._until_next()
+        if self.session.runner.has_error:
+            return 0.0
         self._pause_s = 0.0
         for what in ("disk", "folders", "engine"):
             self.session.health.well(what)
@@ -214,7 +216,8 @@ class Watch:
     def _wait_out(self, fault: FolderUnusable | EngineUnusable) -> float:
         """Queue what was running again; returns the pause until the next try, which grows with each try."""
         self.session.health.degraded(condition_name(fault), str(fault))
-        self.session.runner.attempts.put_back_all()
+        if not self.session.runner.is_busy:
+            self.session.runner.attempts.put_back_all()
         self.session.notifier.progress()  # waiting is the right thing to do, so the watchdog must not act
         self._pause_s = min(max(2 * self._pause_s, self.session.ingest.settings.poll_s), LONGEST_PAUSE_S)
         return self._pause_s

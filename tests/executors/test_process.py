@@ -21,6 +21,7 @@ from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.selection import Choice
 from pipeline.errors import BadAudio, Stopped
+from pipeline.executors import process
 from pipeline.executors.base import Task, WorkerLost
 from pipeline.executors.process import THREADS, ProcessExecutor, shares_of_machine
 
@@ -68,6 +69,33 @@ def test_values_and_progress_come_in_their_order(executor: ProcessExecutor) -> N
     assert seen[0][0] == "a"
     np.testing.assert_array_equal(seen[1][0], sound)
     assert steps == [("echo", 1, 2), ("echo", 2, 2)]
+
+
+def test_a_mapped_file_is_mapped_by_the_process_and_a_part_of_one_is_copied(
+    executor: ProcessExecutor, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "sound.npy", np.arange(12, dtype=np.float32).reshape(2, 6))
+    whole = np.load(tmp_path / "sound.npy", mmap_mode="r")
+    [(values, file), (part, none)] = run(executor, worker_tasks.describe, whole, whole[:, 2:5])
+    assert (values, Path(file)) == (whole.tolist(), tmp_path / "sound.npy")
+    assert (part, none) == ([[2, 3, 4], [8, 9, 10]], None)
+
+
+def test_an_exit_of_an_engine_is_an_error_and_not_the_end(executor: ProcessExecutor) -> None:
+    with pytest.raises(RuntimeError, match="SystemExit: 0"):
+        run(executor, worker_tasks.leave)
+
+
+def test_a_process_that_has_died_unnoticed_is_replaced_when_settings_change(
+    executor: ProcessExecutor,
+) -> None:
+    [before] = run(executor, worker_tasks.process_id)
+    os.kill(before, signal.SIGKILL)
+    assert executor._worker is not None
+    executor._worker.process.wait()
+    executor.use(ENGINES, idle_s=1)
+    executor.use(ENGINES, idle_s=1)
+    assert run(executor, worker_tasks.process_id) != [before]
 
 
 def test_one_process_runs_all_tasks_and_keeps_its_engines(executor: ProcessExecutor) -> None:
@@ -146,7 +174,7 @@ def test_several_processes_share_the_cores_and_no_cache_of_compiled_code(
 ) -> None:
     for name in THREADS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(process, "n_cores", lambda: 8)
     first, second, third = shares_of_machine(3, tmp_path, divides_cores=True)
     assert {first[name] for name in THREADS} == {"2"}
     assert "NUMBA_CACHE_DIR" not in first

@@ -65,8 +65,8 @@ def test_a_rater_that_cannot_be_loaded_costs_no_track_an_attempt(setup: RunnerSe
     assert (setup.states(hashes), setup.outcomes(hashes[0])) == ([("queued", 0)], [])
 
 
-@pytest.mark.parametrize("deaths", [1, 2])
-def test_engines_whose_process_dies_twice_while_they_are_loaded_cannot_be_used(
+@pytest.mark.parametrize("deaths", [2, 3])
+def test_engines_whose_process_dies_three_times_while_they_are_loaded_cannot_be_used(
     setup: RunnerSetup, deaths: int
 ) -> None:
     lost = [WorkerLost("the process of the engines was ended by SIGKILL")] * deaths
@@ -79,7 +79,7 @@ def test_engines_whose_process_dies_twice_while_they_are_loaded_cannot_be_used(
 
     hashes = setup.add_tracks("a.wav")
     runner = setup.runner(engines=Dying(StubGenerator()))
-    if deaths == 1:
+    if deaths == 2:
         runner.drain()
         assert setup.states(hashes) == [("done", 0)]
         return

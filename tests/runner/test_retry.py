@@ -8,8 +8,9 @@ import pytest
 from runner_setup import RunnerSetup, StubGenerator
 from stored_tracks import claim_due
 
-from pipeline.config import Retry
+from pipeline.config import Executor, Retry
 from pipeline.runner.retry import JITTER, backoff_s, recover_crashed
+from pipeline.store.schema import Track
 
 SETTINGS = Retry(max_attempts=3, backoff_s=10.0, max_backoff_s=100.0)
 
@@ -111,3 +112,26 @@ def test_a_stop_does_not_count_as_an_attempt(tmp_path: Path, stage: str) -> None
     assert recover(setup) == []
     assert setup.states([sha256]) == [("queued", 0)]
     assert setup.outcomes(sha256) == [(stage, "stopped")]
+
+
+def test_with_workers_a_kill_of_the_program_is_not_counted_and_the_track_goes_last(tmp_path: Path) -> None:
+    setup = RunnerSetup.at(tmp_path, max_attempts=2)
+    setup.config = setup.config.model_copy(update={"executor": Executor()})
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav")
+
+    def due() -> list[Track]:
+        return setup.store.due(3, setup.workspace.input_folder, now=setup.now)
+
+    first, second, third = (track.sha256 for track in due())
+    assert crash(setup, limit=2) == [first, second]
+    setup.now += 1
+    assert recover(setup) == []
+    assert setup.states(hashes) == [("queued", 0)] * 3
+    assert due()[0].sha256 == third
+    assert not any(track.solo for track in due())
+
+    crash(setup, limit=3)
+    setup.now += 1
+    assert recover(setup) == []
+    assert [setup.track(sha256).solo for sha256 in (first, second, third)] == [True, True, False]
+    assert setup.states(hashes) == [("queued", 0)] * 3
