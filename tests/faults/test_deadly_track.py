@@ -9,6 +9,8 @@ from harness import KILLED, ForkServer, ProgramRun, new_home
 from home_folder import Home, sha256_of
 from invariants import Reference, check_finished, inputs_of
 
+pytestmark = pytest.mark.long  # true processes
+
 TRACKS, ATTEMPTS = 4, 3
 NO_TRACK = "0" * 64
 

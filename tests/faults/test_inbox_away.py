@@ -11,6 +11,8 @@ from drive import counts, is_idle, log_of, start, status, stop, wait_until
 from home_folder import NEAR, Home
 from writers import INTAKE, SETTLE_S, encoded
 
+pytestmark = pytest.mark.long  # true processes
+
 
 def put(home: Home, name: str, seed: int) -> Path:
     """Drop a whole file in by one rename."""

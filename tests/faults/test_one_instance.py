@@ -10,6 +10,8 @@ from harness import ForkServer
 from home_folder import Home
 from invariants import Case, check_finished, check_redone
 
+pytestmark = pytest.mark.long  # true processes
+
 FILES = 6
 LOCKED = 3
 CHECK_EVERY_S = 0.05

@@ -9,6 +9,8 @@ import pytest
 from drive import configure_for_small_files, counts, is_idle, start, stop, wait_until, write_small_files
 from home_folder import Home, sha256_of
 
+pytestmark = pytest.mark.long  # true processes
+
 
 def scans_that_found_files(home: Home) -> int:
     """How many scans took files in: one, plus the files taken in after work on others had begun."""

@@ -25,6 +25,8 @@ import yaml
 from drive import AT_ONCE, STUCK_AT, Child, counts, is_idle, log_of, start, stop, wait_until
 from home_folder import FAR, NEAR, Home, contents, write_music
 
+pytestmark = pytest.mark.long  # true processes
+
 INTAKE = {"settle_s": 0.2, "rescan_s": 1.0, "poll_s": 0.3}
 TWO = ({"name": "one"}, {"name": "two"})
 FORCED_S = 8  # how long the program waits for its engine to stop before it ends by force
