@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import librosa
 import numpy as np
 import pytest
 from tunes import RATE, changed, joined, noise, play, silence, tone
@@ -68,8 +67,11 @@ def test_the_offset_of_the_channel_that_is_furthest_off_counts() -> None:
     assert defects(Audio(samples, RATE)).dc_offset == pytest.approx(0.05, abs=0.01)
 
 
+@pytest.mark.long  # importing librosa compiles its functions
 def test_flatness_is_librosa_s() -> None:
     """Within 1e-6 of librosa.feature.spectral_flatness of the power averaged over one second."""
+    import librosa
+
     step = PARTS * PART_FRAMES * HOP
     samples = np.random.default_rng(2).standard_normal(step + N_FFT - HOP).astype(np.float32)
     found = defects(Audio(samples[None], RATE))

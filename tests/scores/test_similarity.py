@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import librosa
 import numpy as np
 import pytest
 from tunes import noise, part, play, silence, through_mp3
@@ -118,8 +117,11 @@ def test_the_overall_similarity_rises_with_each_of_its_parts() -> None:
     )
 
 
+@pytest.mark.long  # importing librosa compiles its functions
 def test_chroma_is_that_of_librosa_s_filters_on_the_power_spectrum() -> None:
     """Within 1e-5 of librosa's, which audiocraft uses, frame by frame."""
+    import librosa
+
     reference = librosa.filters.chroma(sr=RATE_HZ, n_fft=N_FFT, tuning=0.0, n_chroma=12)
     np.testing.assert_allclose(chroma_filters(), reference, atol=1e-6)
     mono = np.random.default_rng(0).standard_normal(8 * N_FFT).astype(np.float32)
@@ -130,8 +132,11 @@ def test_chroma_is_that_of_librosa_s_filters_on_the_power_spectrum() -> None:
     )
 
 
+@pytest.mark.long  # importing librosa compiles its functions
 def test_warping_costs_are_librosa_s() -> None:
     """Within 1e-5 of the subsequence matching by librosa.sequence.dtw, with the same steps and weights."""
+    import librosa
+
     rng = np.random.default_rng(1)
     source, windows = rng.standard_normal((60, 5)), rng.standard_normal((3, 20, 5))
     source /= np.linalg.norm(source, axis=1, keepdims=True)
