@@ -155,7 +155,8 @@ class _Worker:
         finally:
             if kind == YIELDED:  # the caller wants no more
                 self.send(CLOSE)
-                self._answer(progress, should_stop)
+                while self._answer(lambda *_: None, should_stop)[0] == YIELDED:
+                    pass
 
     def send(self, kind: str, content: Any = None) -> None:
         try:

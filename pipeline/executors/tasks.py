@@ -40,7 +40,7 @@ class MadeTake:
     prompt: str = ""  # that the engine was given
     finished: Finished | None = None
     verdict: Verdict | None = None
-    unsound: str | None = None  # why the engine's sound can't be used
+    refused: str | None = None  # why the engine's sound can't be used
     error: BaseException | None = None
 
 
@@ -111,7 +111,7 @@ def _judged(tools: Tools, one: TakeRequest, made: Variation, take: MadeTake, out
             on_step=partial(check_stop, tools.should_stop),
         )
     except EngineFailure as e:
-        return replace(take, unsound=str(e))
+        return replace(take, refused=str(e))
     verdict = tools.judge.judge(_reference(tools, one), finished, one.gates, take.prompt)
     return replace(take, finished=finished, verdict=verdict)
 

@@ -185,7 +185,7 @@ class Generation:
         job, choice, take = wanted.job, wanted.choice, wanted.take
         finished, verdict = made.finished, made.verdict
         if finished is None or verdict is None:
-            choice.judged[take.key] = JudgedTake(take, (made.unsound or "",), -math.inf, None)
+            choice.judged[take.key] = JudgedTake(take, (made.refused or "",), -math.inf, None)
             self._advance(job)
             return
         facts = manifest.take_facts(take, made.made_by, self.recipe.generator)

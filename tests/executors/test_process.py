@@ -148,6 +148,17 @@ def test_a_task_of_which_no_more_is_wanted_is_closed(executor: ProcessExecutor, 
     assert run(executor, worker_tasks.echo, 1) == [1]
 
 
+def test_an_error_of_the_owner_between_two_results_leaves_nothing_for_the_next_task(
+    executor: ProcessExecutor,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="terminal is gone"):
+        list(executor.run(worker_tasks.echo, 1, 2, progress=fail, should_stop=lambda: False))
+    assert run(executor, worker_tasks.echo, 3) == [3]
+
+
 def test_an_idle_process_ends_and_the_next_task_starts_another(
     executor: ProcessExecutor, clock: Clock
 ) -> None:
