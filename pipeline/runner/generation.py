@@ -60,7 +60,7 @@ class Generation:
     store: Store
     outbox: Outbox
     executor: Executor
-    judge: Judge  # of which results are alike; the verdicts on them are the workers'
+    judge: Judge  # compares results with each other; the verdicts come from the workers
     attempts: Attempts
     reporter: Reporter
     clock: Callable[[], float]

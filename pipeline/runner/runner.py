@@ -56,7 +56,7 @@ class Runner:
     store: Store
     outbox: Outbox
     executor: Executor
-    judge: Judge  # of which results are alike; the verdicts on them are the workers'
+    judge: Judge  # compares results with each other; the verdicts come from the workers
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
@@ -142,7 +142,7 @@ class Runner:
         return worked
 
     def try_batch(self) -> bool:
-        """As `next_batch`, but a full disk is not tried to be mended."""
+        """As `next_batch`, but without another try after a full disk."""
         try:
             return self._claim_and_process()
         except sqlite3.Error as e:
