@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.engines.musicgen import codec
 
+pytestmark = pytest.mark.long  # half a minute together
+
 RATE_HZ, HOP = 32000, 640
 FRAMES = 5000  # 100 s: two pieces of 30 s and one of 40 s
 JOINS_S = (30, 60)

@@ -16,6 +16,8 @@ from pipeline.engines.musicgen.savepoints import Savepoints
 from pipeline.errors import Stopped
 from pipeline.records import Failure, VariationRequest
 
+pytestmark = pytest.mark.long  # half a minute together
+
 
 def interrupted(engine: Any, request: VariationRequest, steps: int) -> None:
     """Stop a request after so many steps."""

@@ -14,6 +14,8 @@ from tones import RequestFn, tones
 from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, DelayedWindow, Window, windows
 from pipeline.records import Audio, VariationRequest
 
+pytestmark = pytest.mark.long  # half a minute together
+
 DELAYS = {"mono": np.arange(4), "stereo": np.arange(8) // 2}
 PAD = 2048
 
