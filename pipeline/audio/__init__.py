@@ -4,7 +4,7 @@ The package is cheap to import: av, soxr, scipy, pyloudnorm and python-stretch a
 that use them.
 """
 
-from pipeline.audio.decode import DecodeLimits, decode
+from pipeline.audio.decode import DecodeLimits, decode, decode_file
 from pipeline.audio.encode import missing_encoder, nearest_rate, sample_rates, write_sound
 from pipeline.audio.loudness import (
     Levels,
@@ -29,6 +29,7 @@ __all__ = [
     "Marker",
     "amplify",
     "decode",
+    "decode_file",
     "fade",
     "gain_to",
     "levels",

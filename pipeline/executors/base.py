@@ -34,7 +34,7 @@ class WorkerLost(EngineFailure):
 
 
 class Executor(Protocol):
-    """Runs tasks, one at a time."""
+    """Runs tasks, one at a time: while it waits to be asked for its next result, another one can be run."""
 
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """Yield what the task yields.

@@ -88,7 +88,8 @@ class ProcessExecutor:
         try:
             yield from worker.run(task, args, progress, should_stop)
         except WorkerLost:
-            self._worker = None
+            if self._worker is worker:
+                self._worker = None
             raise
         finally:
             self._used_at = self.clock()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +12,18 @@ from typing import Any
 
 from pipeline import audio, stages
 from pipeline.audio import DecodeLimits
+from pipeline.audio.wav import Marker
 from pipeline.config import Gates, Normalize, Output
 from pipeline.engines.base import Engine, check_stop
 from pipeline.errors import EngineFailure
 from pipeline.executors.base import Tools, portable
+from pipeline.executors.encode import embedding_file, sound_file
 from pipeline.executors.judge import Verdict
 from pipeline.plan import AUTO_PROMPT
-from pipeline.records import Audio, Embedding, Failure, MadeBy, SourceInfo, Variation, VariationRequest
+from pipeline.records import Audio, Failure, MadeBy, SourceInfo, Variation, VariationRequest
 from pipeline.stages import Finished, Normalized
+
+PUBLISHED = DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf)  # for own results
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +76,34 @@ def normalize(
     yield stages.normalize(decoded, settings), source
 
 
-def embed(tools: Tools, sound: Audio) -> Iterator[tuple[Embedding, MadeBy, int]]:
-    """The embedding of a normalized track, its engine, and the dimensions of its vectors."""
+def embed(tools: Tools, sound: Audio) -> Iterator[tuple[bytes, MadeBy, int]]:
+    """The file with the embedding of a normalized track, its engine, and the dimensions of its vectors."""
     embedder = tools.engines.embedder()
-    yield embedder.embed(sound, should_stop=tools.should_stop), _made_by(embedder), embedder.dim
+    result = embedder.embed(sound, should_stop=tools.should_stop)
+    yield embedding_file(result, embedder.dim), _made_by(embedder), embedder.dim
 
 
 def change(tools: Tools, sound: Audio, settings: Normalize, changes: dict[str, Any]) -> Iterator[Audio]:
     """See `pipeline.stages.change`."""
     yield stages.change(sound, settings, **changes)
+
+
+def encode(
+    tools: Tools, made: Audio, output: Output, tags: Mapping[str, str], markers: Sequence[Marker]
+) -> Iterator[bytes]:
+    """See `pipeline.executors.encode.sound_file`."""
+    yield sound_file(made, output, tags, markers)
+
+
+def fingerprint(tools: Tools, made: Audio) -> Iterator[Any]:
+    """What `Judge.shared` compares of a take."""
+    yield tools.judge.sound(made)
+
+
+def fingerprint_of_file(tools: Tools, content: bytes, sample_rate: int) -> Iterator[Any]:
+    """What `Judge.shared` compares of a take that is published."""
+    sound, _ = audio.decode_file(io.BytesIO(content), len(content), sample_rate=sample_rate, limits=PUBLISHED)
+    yield tools.judge.sound(sound)
 
 
 def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> Iterator[MadeTake]:

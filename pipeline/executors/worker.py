@@ -93,15 +93,21 @@ class Worker:
             self.send(DONE)
 
     def _yield_all(self, results: Iterator[Any]) -> None:
-        """Send one result whenever the owner asks for the next one."""
-        while (order := self._orders.get()[0]) == NEXT:
-            try:
-                result = next(results)
-            except StopIteration:
+        """Send one result whenever the owner asks for it; another task may be run between two."""
+        while True:
+            order, content = self._orders.get()
+            if order == RUN:
+                self._run(*content)
+            elif order == NEXT:
+                try:
+                    result = next(results)
+                except StopIteration:
+                    return
+                self.send(YIELDED, result)
+            else:
+                assert order == CLOSE
+                results.close()  # type: ignore[attr-defined]
                 return
-            self.send(YIELDED, result)
-        assert order == CLOSE
-        results.close()  # type: ignore[attr-defined]
 
 
 class _ToOwner(logging.Handler):

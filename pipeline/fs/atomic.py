@@ -8,45 +8,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 
-def write_atomically(
-    path: Path,
-    temporary: Path,
-    write: Callable[[BinaryIO], object],
-    *,
-    verify: Callable[[BinaryIO], None] | None = None,
-) -> tuple[str, int]:
-    """Write a file at `path` by way of `temporary` in the same folder; returns its SHA-256 and size in bytes.
-
-    `write` makes the content in memory, so that an error in it never reaches the disk. `verify` is
-    given the bytes that were read back; if it raises, there is no rename.
+def write_atomically(path: Path, temporary: Path, content: bytes | memoryview) -> str:
+    """Write a file at `path` by way of `temporary` in the same folder; returns its SHA-256.
 
     Raises:
         OSError: it couldn't be written, or the disk returned other bytes than were written (EIO).
             The temporary file is removed, unless that fails too.
     """
-    content = io.BytesIO()
-    write(content)
-    sha256, size = hashlib.sha256(content.getbuffer()).hexdigest(), len(content.getbuffer())
+    sha256 = hashlib.sha256(content).hexdigest()
     with replacing(path, temporary):
         _make_folder(temporary.parent)
         temporary.unlink(missing_ok=True)  # a killed run may have left it
         with temporary.open("xb") as out:
-            out.write(content.getbuffer())
+            out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        content.close()
-        read_back = _read_back(temporary, sha256)
-        if verify is not None:
-            verify(read_back)
-    return sha256, size
+        _check(temporary, sha256)
+    return sha256
 
 
 @contextmanager
@@ -78,8 +62,8 @@ def _make_folder(folder: Path) -> None:
         sync_folder(parent.parent)
 
 
-def _read_back(path: Path, sha256: str) -> BinaryIO:
-    """A file's bytes, read from the disk and not from the page cache where the system allows it.
+def _check(path: Path, sha256: str) -> None:
+    """Compare a file's bytes, read from the disk and not from the page cache where the system allows it.
 
     Raises:
         OSError: with EIO, if they are not the bytes that were written.
@@ -88,7 +72,6 @@ def _read_back(path: Path, sha256: str) -> BinaryIO:
         if hasattr(os, "posix_fadvise"):  # macOS has no such call
             with suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        content = file.read()
-    if hashlib.sha256(content).hexdigest() != sha256:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
         raise OSError(errno.EIO, "the disk returned other bytes than were written", str(path))
-    return io.BytesIO(content)

@@ -1,7 +1,7 @@
 """The outbox: complete files or none.
 
-A file is made in memory, written under a temporary name in its own folder, flushed to the disk, read
-back and verified, renamed, and the folder is flushed. Only then may the store record it.
+A file is written under a temporary name in its own folder, flushed to the disk, read back and compared,
+renamed, and the folder is flushed. Only then may the store record it.
 `manifest.json` is written last and removed first, so a folder with a manifest is complete and every
 hash in the manifest is right.
 """
@@ -12,11 +12,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.fs import atomic
 from pipeline.fs.copying import hash_file
@@ -63,21 +63,23 @@ class Outbox:
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def publish(
-        self,
-        folder: str,
-        file: str,
-        write: Callable[[BinaryIO], object],
-        *,
-        verify: Callable[[BinaryIO], None] | None = None,
-    ) -> Published:
+    def publish(self, folder: str, file: str, content: bytes) -> Published:
         """Write a file atomically; an existing one is replaced.
 
-        Raises what `write`, `verify` or `atomic.write_atomically` raise; then there is no new file.
+        Raises:
+            OSError: see `atomic.write_atomically`; then there is no new file.
         """
         path = self.root / folder / file
-        sha256, size = atomic.write_atomically(path, _beside(path, TMP_SUFFIX), write, verify=verify)
-        return Published(file, sha256, size)
+        sha256 = atomic.write_atomically(path, _beside(path, TMP_SUFFIX), content)
+        return Published(file, sha256, len(content))
+
+    def read(self, folder: str, file: str) -> bytes:
+        """The bytes of a published file.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        return (self.root / folder / file).read_bytes()
 
     def publish_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
         """Complete a folder. A manifest that differs only in its date is kept.
@@ -91,7 +93,7 @@ class Outbox:
         existing = self.read_manifest(folder)
         if existing is not None and _undated(existing) == _undated(plain):
             return
-        self.publish(folder, MANIFEST, lambda out: out.write(text.encode()))
+        self.publish(folder, MANIFEST, text.encode())
 
     def set_source_names(self, folder: str, names: list[str]) -> None:
         """Write all names of a finished track's source files to its manifest."""

@@ -20,11 +20,11 @@ from pipeline import audio
 from pipeline.engines.base import ProgressFn
 from pipeline.errors import EngineFailure
 from pipeline.executors import tasks
-from pipeline.executors.base import Executor, result_of
+from pipeline.executors.base import Executor, Task, result_of
 from pipeline.executors.judge import Judge
 from pipeline.executors.tasks import MadeTake, TakeRequest
 from pipeline.fs.disk import environment_error
-from pipeline.outbox import manifest, verify
+from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import REJECTED, Outbox, Published
 from pipeline.plan import Recipe, Take, VariationUnit
@@ -39,7 +39,6 @@ log = logging.getLogger("pipeline")
 
 TAKE = "take"  # what a held take is called in the state folder
 LEVELS = ("loudness_lufs", "peak_dbfs", "true_peak_dbtp")
-PUBLISHED = audio.DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf)  # for own results
 
 
 @dataclass(frozen=True)
@@ -150,14 +149,8 @@ class Generation:
     def _source(self, job: Job, unit: VariationUnit) -> Audio:
         """What a variation is made from, mapped from the state folder; made first if it isn't there."""
         if job.stored(unit.source) is None:
-            changed = result_of(
-                self.executor,
-                tasks.change,
-                job.audio(),
-                self.recipe.config.normalize,
-                dict(unit.change),
-                should_stop=self.should_stop,
-            )
+            settings = self.recipe.config.normalize
+            changed = self._run(tasks.change, job.audio(), settings, dict(unit.change))
             job.scratch.save("normalized", unit.source, changed)
         return job.audio(unit.source)
 
@@ -233,7 +226,7 @@ class Generation:
                 tuple(judged["failed"]),
                 judged["rank"],
                 judged["similarity"],
-                self.judge.sound(held),
+                self._run(tasks.fingerprint, held),
                 record,
             )
 
@@ -246,9 +239,9 @@ class Generation:
         take = replace(unit.takes[0], key=unit.key, seed=record["seed"])
         if unit.gates.max_shared is None:
             return JudgedTake(take, (), 0.0, None, record=record)
-        path = self.outbox.root / job.track.folder / record["file"]
-        sound, _ = audio.decode(path, sample_rate=record["sample_rate"], limits=PUBLISHED)
-        return JudgedTake(take, (), 0.0, None, self.judge.sound(sound), record)
+        content = self.outbox.read(job.track.folder, record["file"])
+        sound = self._run(tasks.fingerprint_of_file, content, record["sample_rate"])
+        return JudgedTake(take, (), 0.0, None, sound, record)
 
     def _shared(self, one: JudgedTake, other: JudgedTake) -> float:
         return self.judge.shared(one.sound, other.sound)
@@ -320,20 +313,11 @@ class Generation:
     def _write(self, job: Job, file: str, name: str, record: Mapping[str, Any], sound: Audio) -> Published:
         output = self.recipe.config.output
         tags = manifest.tags(job.track.name, job.track.sha256, name, record, output_format=output.format)
-        return self.outbox.publish(
-            job.track.folder,
-            file,
-            lambda out: audio.write_sound(
-                out,
-                sound,
-                format_name=output.format,
-                bit_depth=output.bit_depth,
-                tags=tags,
-                markers=manifest.markers(record),
-                is_loop=output.loop,
-            ),
-            verify=verify.sound(sound.n_samples, sound.sample_rate, sound.channels),
-        )
+        content = self._run(tasks.encode, sound, output, tags, manifest.markers(record))
+        return self.outbox.publish(job.track.folder, file, content)
+
+    def _run(self, task: Task, *args: Any) -> Any:
+        return result_of(self.executor, task, *args, should_stop=self.should_stop)
 
     def _record(self, job: Job, key: str, record: Json, seconds: float) -> None:
         self.store.finish_unit(

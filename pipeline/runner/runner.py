@@ -11,11 +11,9 @@ import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from pipeline import audio
 from pipeline.config import Normalize
@@ -27,12 +25,12 @@ from pipeline.executors.judge import Judge
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
-from pipeline.outbox import manifest, verify
+from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, Outbox, Published, files_of
 from pipeline.plan import Recipe
 from pipeline.progress import Reporter
-from pipeline.records import Embedding, Stage
+from pipeline.records import Stage
 from pipeline.runner.attempts import Attempts, Job, RunResult
 from pipeline.runner.generation import Generation
 from pipeline.runner.retry import local_time, longest_wait_s
@@ -295,13 +293,8 @@ class Runner:
                 continue
             with self.attempts.attempt(job, Stage.EMBED):
                 start = self.clock()
-                result, made_by, dim = self._run(tasks.embed, job.audio())
-                published = self.outbox.publish(
-                    job.track.folder,
-                    EMBEDDING,
-                    partial(_save, result),
-                    verify=verify.embedding(dim, len(result.windows)),
-                )
+                content, made_by, dim = self._run(tasks.embed, job.audio())
+                published = self.outbox.publish(job.track.folder, EMBEDDING, content)
                 job.embedding = manifest.embedding_record(published, made_by, dim, self.recipe.embedder)
                 self._record(job, job.plan.embed_key, Stage.EMBED, job.embedding, self.clock() - start)
 
@@ -389,10 +382,6 @@ def check_outbox_mount(outbox: Path, store: Store) -> str:
     if was_deeper and not any(outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
     return now
-
-
-def _save(embedding: Embedding, out: BinaryIO) -> None:
-    np.savez(out, track=embedding.track, windows=embedding.windows, times_s=embedding.times_s)
 
 
 def _limits(settings: Normalize) -> audio.DecodeLimits:

@@ -71,6 +71,26 @@ def test_values_and_progress_come_in_their_order(executor: ProcessExecutor) -> N
     assert steps == [("echo", 1, 2), ("echo", 2, 2)]
 
 
+def test_another_task_runs_between_two_results(executor: ProcessExecutor) -> None:
+    outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
+    assert next(outer) == "a"
+    assert run(executor, worker_tasks.echo, "c", "d") == ["c", "d"]
+    with pytest.raises(BadAudio, match="is no sound"):
+        run(executor, worker_tasks.refuse, "is no sound")
+    assert list(outer) == ["b"]
+
+
+def test_a_task_between_two_results_that_ends_the_process_ends_both(executor: ProcessExecutor) -> None:
+    outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
+    assert next(outer) == "a"
+    with pytest.raises(WorkerLost):
+        run(executor, worker_tasks.die, signal.SIGKILL)
+    [alive] = run(executor, worker_tasks.process_id)
+    with pytest.raises(WorkerLost):
+        next(outer)
+    assert run(executor, worker_tasks.process_id) == [alive]
+
+
 def test_a_mapped_file_is_mapped_by_the_process_and_a_part_of_one_is_copied(
     executor: ProcessExecutor, tmp_path: Path
 ) -> None:

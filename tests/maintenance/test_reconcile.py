@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stored_tracks import StoredTracks, a_manifest, claim_due, tree, trust
+from stored_tracks import StoredTracks, a_manifest, claim_due, tree
 
 from pipeline.maintenance.reconcile import Finding, reconcile
 from pipeline.outbox.outbox import EMBEDDING, MANIFEST
@@ -286,7 +286,7 @@ def test_nothing_of_a_running_track_is_touched(stored: StoredTracks) -> None:
 
 def test_a_folder_that_no_track_knows_is_reported_and_never_removed(stored: StoredTracks) -> None:
     folder = "album/old--01234567"
-    published = stored.outbox.publish(folder, EMBEDDING, lambda out: out.write(b"x"), verify=trust)
+    published = stored.outbox.publish(folder, EMBEDDING, b"x")
     stored.outbox.publish_manifest(folder, a_manifest("0" * 64, [published]))
     (stored.outbox.root / "empty--89abcdef").mkdir()
     (stored.outbox.root / "not ours").mkdir()

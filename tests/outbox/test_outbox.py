@@ -8,11 +8,10 @@ import json
 import os
 import stat
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 
-from pipeline.errors import EngineFailure
 from pipeline.fs import atomic
 from pipeline.outbox.outbox import EMBEDDING, MANIFEST, Outbox, Published, listed_files
 
@@ -21,24 +20,13 @@ FIRST, SECOND, THIRD = (f"variations/{n:02d}-{name}.wav" for n, name in ((1, "a"
 SOURCE = {"name": "song.wav", "sha256": "a" * 64, "names": ["song.wav"]}
 
 
-class WriterFailed(Exception):
-    pass
-
-
-def trust(_file: BinaryIO) -> None:
-    """A verifier that accepts any bytes."""
-
-
 @pytest.fixture
 def outbox(tmp_path: Path) -> Outbox:
     return Outbox(tmp_path / "outbox")
 
 
 def publish(outbox: Outbox, file: str, content: bytes) -> Published:
-    def write(out: BinaryIO) -> None:
-        out.write(content)
-
-    return outbox.publish(FOLDER, file, write, verify=trust)
+    return outbox.publish(FOLDER, file, content)
 
 
 def files(outbox: Outbox) -> dict[str, bytes]:
@@ -46,52 +34,11 @@ def files(outbox: Outbox) -> dict[str, bytes]:
     return {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
 
 
-def fail_half_way(out: BinaryIO) -> None:
-    out.write(b"half of it")
-    raise WriterFailed
-
-
 def test_a_published_file_is_on_the_disk_with_its_hash_and_size(outbox: Outbox) -> None:
     published = publish(outbox, FIRST, b"music")
 
     assert published == Published(FIRST, hashlib.sha256(b"music").hexdigest(), 5)
     assert files(outbox) == {FIRST: b"music"}
-
-
-def test_a_writer_may_go_back_to_its_header(outbox: Outbox) -> None:
-    def write(out: BinaryIO) -> None:
-        out.write(b"????body")
-        out.seek(0)
-        out.write(b"size")
-
-    published = outbox.publish(FOLDER, FIRST, write, verify=trust)
-    assert (published.bytes, published.sha256) == (8, hashlib.sha256(b"sizebody").hexdigest())
-
-
-def test_the_name_appears_only_with_the_complete_file(outbox: Outbox) -> None:
-    visible: list[list[str]] = []
-
-    def write(out: BinaryIO) -> None:
-        out.write(b"music")
-        visible.append([path.name for path in (outbox.root / FOLDER).rglob("[!.]*") if path.is_file()])
-
-    outbox.publish(FOLDER, FIRST, write, verify=trust)
-    assert visible == [[]]
-
-
-def test_a_writer_that_fails_leaves_nothing(outbox: Outbox) -> None:
-    with pytest.raises(WriterFailed):
-        outbox.publish(FOLDER, FIRST, fail_half_way, verify=trust)
-    assert files(outbox) == {}
-
-
-def test_a_writer_that_fails_leaves_the_file_before_as_it_was(outbox: Outbox) -> None:
-    before = publish(outbox, FIRST, b"music")
-    with pytest.raises(WriterFailed):
-        outbox.publish(FOLDER, FIRST, fail_half_way, verify=trust)
-
-    assert files(outbox) == {FIRST: b"music"}
-    assert outbox.is_intact(FOLDER, before)
 
 
 def test_a_file_published_again_replaces_the_first(outbox: Outbox) -> None:
@@ -251,27 +198,19 @@ def test_a_folder_is_named_for_the_track_and_the_start_of_its_hash() -> None:
 # -- verification ----------------------------------------------------------------------------------
 
 
-def test_a_verifier_reads_what_is_on_the_disk_before_the_rename(outbox: Outbox) -> None:
-    seen: list[tuple[bytes, bool, bytes]] = []
+def test_the_name_appears_only_with_the_complete_file(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bytes, bool]] = []
 
-    def verify(file: BinaryIO) -> None:
-        temporary = outbox.root / FOLDER / "variations" / ".01-a.wav.part"
-        seen.append((file.read(), (outbox.root / FOLDER / FIRST).exists(), temporary.read_bytes()))
+    def look(path: Path, sha256: str) -> None:
+        check(path, sha256)
+        seen.append((path.read_bytes(), (outbox.root / FOLDER / FIRST).exists()))
 
-    outbox.publish(FOLDER, FIRST, lambda out: out.write(b"music"), verify=verify)
-    assert seen == [(b"music", False, b"music")]
-
-
-def test_a_file_that_does_not_verify_is_not_published_and_leaves_nothing(outbox: Outbox) -> None:
-    before = publish(outbox, FIRST, b"music")
-
-    def verify(file: BinaryIO) -> None:
-        raise EngineFailure("is not what was meant")
-
-    with pytest.raises(EngineFailure, match="not what was meant"):
-        outbox.publish(FOLDER, FIRST, lambda out: out.write(b"noise"), verify=verify)
-    assert files(outbox) == {FIRST: b"music"}
-    assert outbox.is_intact(FOLDER, before)
+    check = atomic._check
+    monkeypatch.setattr(atomic, "_check", look)
+    publish(outbox, FIRST, b"music")
+    assert seen == [(b"music", False)]
 
 
 def test_a_disk_that_returns_other_bytes_is_a_device_error(
@@ -456,7 +395,7 @@ def test_no_folders_name_leads_out_or_hides(outbox: Outbox, part: str) -> None:
     assert not above.startswith((".", "-"))
     assert above.isprintable()
     assert 0 < len(above.encode()) <= 130
-    outbox.publish(name, FIRST, lambda out: out.write(b"x"), verify=trust)
+    outbox.publish(name, FIRST, b"x")
     assert list(outbox.track_folders()) == [name]
 
 
@@ -465,7 +404,7 @@ def test_an_album_that_is_named_like_a_tracks_folder_is_not_taken_for_one(outbox
     track = Outbox.folder_name(Path("Song.wav"), "0123456789abcdef")
     other = Outbox.folder_name(Path("B.wav"), "fedcba9876543210", below=PurePath(album, "variations"))
     for folder in (track, other):
-        outbox.publish(folder, FIRST, lambda out: out.write(b"x"), verify=trust)
+        outbox.publish(folder, FIRST, b"x")
 
     assert sorted(outbox.track_folders()) == sorted([track, other])
     assert not other.lower().startswith(f"{track.lower()}/")
@@ -485,7 +424,7 @@ def test_every_new_folders_name_is_flushed_and_the_last_one_after_the_rename(
     flushed: list[Path] = []
     real = atomic.sync_folder
     monkeypatch.setattr(atomic, "sync_folder", lambda path: (flushed.append(path), real(path)))
-    outbox.publish("album/song--aaaaaaaa", FIRST, lambda out: out.write(b"x"), verify=trust)
+    outbox.publish("album/song--aaaaaaaa", FIRST, b"x")
 
     base = outbox.root / "album" / "song--aaaaaaaa"
     assert {outbox.root.parent, outbox.root, outbox.root / "album", base} <= set(flushed)

@@ -14,7 +14,7 @@ from runner_setup import RunnerSetup, StubEngines, StubGenerator, StubJudge, fai
 
 from pipeline.errors import EngineFailure, EngineUnusable, Stopped
 from pipeline.executors.inline import InlineExecutor
-from pipeline.outbox.outbox import Outbox
+from pipeline.outbox.outbox import Outbox, Published
 from pipeline.records import Failure, Variation, VariationRequest
 from pipeline.runner.parallel import ParallelRunner
 from pipeline.runner.runner import Runner
@@ -138,10 +138,10 @@ class FullOnce(Outbox):
 
     is_full = True
 
-    def publish(self, *arguments: Any, **how: Any) -> Any:
+    def publish(self, folder: str, file: str, content: bytes) -> Published:
         if self.is_full:
             raise OSError(28, "No space left on device")
-        return super().publish(*arguments, **how)
+        return super().publish(folder, file, content)
 
 
 def test_a_full_disk_is_mended_between_batches_and_one_track_tried(

@@ -43,10 +43,10 @@ from pipeline.stages import Finished
 class FullDisk(Outbox):
     """An outbox on whose disk there is no space for audio."""
 
-    def publish(self, folder: str, file: str, write: Callable[..., object], **how: Any) -> Published:
+    def publish(self, folder: str, file: str, content: bytes) -> Published:
         if file.endswith(".wav"):
             raise OSError(errno.ENOSPC, "No space left on device", file)
-        return super().publish(folder, file, write, **how)
+        return super().publish(folder, file, content)
 
 
 @dataclass
@@ -104,7 +104,7 @@ def test_vectors_of_a_wrong_shape_or_length_fail_the_track_and_are_not_published
     setup.runner(engines=StubEngines(generator, StubEmbedder(changes))).drain()
 
     track = setup.track(sha256)
-    assert (track.state, track.stage, track.error) == ("failed", "embed", f"the written embedding {why}")
+    assert (track.state, track.stage, track.error) == ("failed", "embed", f"the embedding's file {why}")
     assert setup.files(sha256) == {}
     assert generator.calls == []
 

@@ -20,7 +20,7 @@ from pipeline.fs import copying
 from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.scanner import Scanner
 from pipeline.intake.watcher import Watcher
-from pipeline.outbox.outbox import Outbox
+from pipeline.outbox.outbox import Outbox, Published
 from pipeline.runner.runner import Runner
 from pipeline.service.health import Health
 from pipeline.service.loop import RETRY_PATIENCE_S, Session, Watch, run_once
@@ -34,10 +34,10 @@ class FullDisk(Outbox):
 
     is_full = True
 
-    def publish(self, *arguments: object, **how: object) -> object:  # type: ignore[override]
+    def publish(self, folder: str, file: str, content: bytes) -> Published:
         if self.is_full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return super().publish(*arguments, **how)  # type: ignore[arg-type]
+        return super().publish(folder, file, content)
 
 
 @dataclass

@@ -45,10 +45,9 @@ class Savepoints:
         """
         if self.folder is None:
             return
-        path = self._path(identity)
-        write_atomically(
-            path, path.with_suffix(".tmp"), lambda out: np.savez(out, codes=codes.astype(np.int16))
-        )
+        path, content = self._path(identity), io.BytesIO()
+        np.savez(content, codes=codes.astype(np.int16))
+        write_atomically(path, path.with_suffix(".tmp"), content.getbuffer())
 
     def drop(self, identity: str) -> None:
         """Delete the savepoint of a finished request."""

@@ -1,4 +1,4 @@
-"""Each verifier refuses the wrong content that it is made to refuse."""
+"""What is encoded is checked, and each check refuses the wrong content that it is made to refuse."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline import audio
+from pipeline.config import Output
 from pipeline.errors import EngineFailure
-from pipeline.outbox import verify
-from pipeline.records import Audio
+from pipeline.executors.encode import check_embedding, check_sound, embedding_file, sound_file
+from pipeline.records import Audio, Embedding
 
 RATE, N = 22050, 22051  # an odd length: the data chunk is padded
 TONE = Audio(0.5 * np.sin(np.arange(2 * N, dtype=np.float32).reshape(2, N) / 20), RATE)
@@ -27,7 +28,21 @@ def written(sound: Audio, bit_depth: Any = 24) -> io.BytesIO:
 
 @pytest.mark.parametrize("bit_depth", [16, 24, "float"])
 def test_a_wav_as_it_is_written_is_accepted(bit_depth: Any) -> None:
-    verify.sound(N, RATE, 2)(written(TONE, bit_depth))
+    check_sound(written(TONE, bit_depth), N, RATE, 2)
+
+
+@pytest.mark.parametrize("name", ["wav", "flac", "mp3", "opus"])
+def test_every_format_is_encoded_with_its_tags_and_stays_the_same(name: str) -> None:
+    sound = Audio(TONE.samples[:, :N], 48000)
+    output = Output(format=name)
+    content = sound_file(sound, output, {"title": "a song"}, [])
+    assert content == sound_file(sound, output, {"title": "a song"}, [])
+    assert b"a song" in content or "a song".encode("utf-16-le") in content
+
+
+def test_sound_that_can_not_be_heard_is_not_encoded() -> None:
+    with pytest.raises(EngineFailure, match="silent"):
+        sound_file(Audio(np.zeros((2, N), np.float32), RATE), Output(), {}, [])
 
 
 @pytest.mark.parametrize(
@@ -36,26 +51,26 @@ def test_a_wav_as_it_is_written_is_accepted(bit_depth: Any) -> None:
 )
 def test_a_wav_of_another_form_is_refused(meant: tuple[int, int, int], why: str) -> None:
     with pytest.raises(EngineFailure, match=why):
-        verify.sound(*meant)(written(TONE))
+        check_sound(written(TONE), *meant)
 
 
 def test_a_wav_that_is_cut_off_is_refused_whatever_its_header_says() -> None:
     with pytest.raises(EngineFailure, match="samples"):
-        verify.sound(N, RATE, 2)(io.BytesIO(written(TONE).getvalue()[:-7]))
+        check_sound(io.BytesIO(written(TONE).getvalue()[:-7]), N, RATE, 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF", b"no sound" * 100])
 def test_what_is_no_wav_is_refused(content: bytes) -> None:
     with pytest.raises(EngineFailure, match="decoded"):
-        verify.sound(N, RATE, 2)(io.BytesIO(content))
+        check_sound(io.BytesIO(content), N, RATE, 2)
 
 
 def test_a_silent_wav_is_refused_and_a_click_is_not() -> None:
     silent = np.zeros((2, N), np.float32)
     with pytest.raises(EngineFailure, match="silent"):
-        verify.sound(N, RATE, 2)(written(Audio(silent, RATE)))
+        check_sound(written(Audio(silent, RATE)), N, RATE, 2)
     silent[1, -1] = -0.01
-    verify.sound(N, RATE, 2)(written(Audio(silent, RATE)))
+    check_sound(written(Audio(silent, RATE)), N, RATE, 2)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -63,7 +78,7 @@ def test_a_wav_with_a_sample_that_is_not_finite_is_refused(bad: float) -> None:
     content = bytearray(written(TONE, "float").getvalue())
     content[-8:-4] = struct.pack("<f", bad)
     with pytest.raises(EngineFailure, match="finite"):
-        verify.sound(N, RATE, 2)(io.BytesIO(content))
+        check_sound(io.BytesIO(content), N, RATE, 2)
 
 
 def test_not_finite_samples_are_seen_in_every_block_of_a_long_file() -> None:
@@ -71,7 +86,7 @@ def test_not_finite_samples_are_seen_in_every_block_of_a_long_file() -> None:
     content = bytearray(written(long, "float").getvalue())
     content[-8 * 5 * N : -8 * 5 * N + 4] = struct.pack("<f", np.nan)
     with pytest.raises(EngineFailure, match="finite"):
-        verify.sound(10 * N, RATE, 2)(io.BytesIO(content))
+        check_sound(io.BytesIO(content), 10 * N, RATE, 2)
 
 
 def vectors(**changes: Any) -> io.BytesIO:
@@ -84,7 +99,16 @@ def vectors(**changes: Any) -> io.BytesIO:
 
 
 def test_an_embedding_as_it_is_written_is_accepted() -> None:
-    verify.embedding(4, 2)(vectors())
+    check_embedding(vectors(), 4, 2)
+
+
+def test_an_embedding_is_encoded_unless_its_vectors_are_wrong() -> None:
+    unit, times_s = np.eye(3, 4, dtype=np.float32), np.array([[0, 10], [10, 12]], np.float32)
+    content = embedding_file(Embedding(unit[0], unit[:2], times_s), 4)
+    with np.load(io.BytesIO(content)) as loaded:
+        np.testing.assert_array_equal(loaded["windows"], unit[:2])
+    with pytest.raises(EngineFailure, match="unit length"):
+        embedding_file(Embedding(2 * unit[0], unit[:2], times_s), 4)
 
 
 @pytest.mark.parametrize(
@@ -104,13 +128,13 @@ def test_an_embedding_as_it_is_written_is_accepted() -> None:
 )
 def test_an_embedding_that_is_not_what_was_meant_is_refused(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(EngineFailure, match=why):
-        verify.embedding(4, 2)(vectors(**changes))
+        check_embedding(vectors(**changes), 4, 2)
 
 
 @pytest.mark.parametrize("cut", [0, 10, 300])
 def test_an_embedding_that_is_cut_off_is_refused(cut: int) -> None:
     with pytest.raises(EngineFailure, match="read"):
-        verify.embedding(4, 2)(io.BytesIO(vectors().getvalue()[:cut]))
+        check_embedding(io.BytesIO(vectors().getvalue()[:cut]), 4, 2)
 
 
 def test_a_bare_array_is_no_embedding() -> None:
@@ -118,4 +142,4 @@ def test_a_bare_array_is_no_embedding() -> None:
     np.save(file, np.zeros(4, np.float32))
     file.seek(0)
     with pytest.raises(EngineFailure, match="read"):
-        verify.embedding(4, 2)(file)
+        check_embedding(file, 4, 2)
