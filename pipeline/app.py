@@ -22,6 +22,7 @@ from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace, expand_us
 
 if TYPE_CHECKING:
     from pipeline.engines.loading import EngineChoices
+    from pipeline.executors.process import ProcessExecutor
     from pipeline.intake.ingest import Ingest
     from pipeline.intake.watcher import Watcher
     from pipeline.progress import Reporter
@@ -222,19 +223,28 @@ class App:
                 earlier.close()
             return Runner(**parts, executor=InlineExecutor(engines, judge), judge=judge)
         n, idle_s = self._n_workers(), self.config.executor.idle_s
-        before = earlier.executors if isinstance(earlier, ParallelRunner) else ()
-        kept = [executor for executor in before if isinstance(executor, ProcessExecutor)]
-        for executor in kept[n:]:
-            executor.close()
-        for executor in kept[:n]:
-            executor.use(choices, idle_s)
+        # One more process normalizes the tracks that come next while a long batch is in work.
+        normalizes_ahead = self._uses_models or n == 1
         caches = self.workspace.state / ENGINES_FOLDER / "numba"
-        shares = shares_of_machine(n, caches, divides_cores=not self._uses_models)
-        new = (ProcessExecutor(choices, idle_s, share) for share in shares[len(kept) :])
-        executors = [*kept[:n], *new]
+        shares = shares_of_machine(n + normalizes_ahead, caches, divides_cores=not normalizes_ahead)
+        kept = _processes_of(earlier)
+        executors = []
+        for share in shares:
+            same = next((one for one in kept if one.environment == share), None)
+            if same:
+                kept.remove(same)
+                same.use(choices, idle_s)
+            executors.append(same or ProcessExecutor(choices, idle_s, share))
+        for executor in kept:
+            executor.close()
         judge = ScoringJudge(LoadedEngines(*choices), signals.is_stopped)
         return ParallelRunner(
-            **parts, executor=executors[0], judge=judge, executors=executors, wake=signals.wake
+            **parts,
+            executor=executors[0],
+            judge=judge,
+            executors=executors[:n],
+            normalizer=next(iter(executors[n:]), None),
+            wake=signals.wake,
         )
 
     def _n_workers(self) -> int:
@@ -262,6 +272,17 @@ class App:
         return Watcher(self.workspace.inbox, signals.wake, polling=polling), (
             f"{'polling' if polling else 'events'} ({why})"
         )
+
+
+def _processes_of(runner: Runner | None) -> list[ProcessExecutor]:
+    """The worker processes of a runner that is to be replaced."""
+    from pipeline.executors.process import ProcessExecutor
+    from pipeline.runner.parallel import ParallelRunner
+
+    if not isinstance(runner, ParallelRunner):
+        return []
+    executors = [*runner.executors, *([runner.normalizer] if runner.normalizer else [])]
+    return [executor for executor in executors if isinstance(executor, ProcessExecutor)]
 
 
 def _preset(home: Path, name: str) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,12 +17,30 @@ log = logging.getLogger("pipeline")
 LOG_EVERY = 0.25  # of a stage: how often its progress is logged
 
 
+@dataclass
+class Activity:
+    """What is being done: a stage of a track, or of several."""
+
+    name: str
+    stage: str
+    began_s: float = field(default_factory=time.monotonic)
+    n_steps: int = 0  # reported so far
+
+    @property
+    def steps_per_s(self) -> float | None:
+        """None before the first step."""
+        took_s = time.monotonic() - self.began_s
+        return self.n_steps / took_s if self.n_steps and took_s else None
+
+
 class Reporter:
     """Receives everything that happens to tracks; `name` is always printable. This one shows nothing.
 
     `progress` is called for real progress, which a watchdog may wait for; of the steps, only for
     those that are beyond the furthest so far.
     """
+
+    activity: Activity | None = None  # None: nothing is being done
 
     def __init__(self, progress: Callable[[], None] = lambda: None) -> None:
         self._progress, self._furthest = progress, 0.0
@@ -35,14 +54,20 @@ class Reporter:
 
     def stage(self, name: str, stage: str) -> None:
         """A stage begins; `name` is the track's name or the number of tracks."""
-        self._furthest = 0.0
+        self._furthest, self.activity = 0.0, Activity(name, stage)
         self._progress()
 
     def step(self, done: float, total: float, label: str) -> None:
         """The current stage has done `done` of `total` steps."""
+        if self.activity:
+            self.activity.n_steps += 1
         if done > self._furthest:
             self._furthest = done
             self._progress()
+
+    def idle(self) -> None:
+        """A batch has ended, and the next one has not begun."""
+        self.activity = None
 
     def finished(self, name: str, text: str) -> None:
         """A track is done."""

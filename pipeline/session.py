@@ -52,10 +52,16 @@ def open_session(
             if mount := check_outbox_mount(app.workspace.outbox, store):
                 store.set_fact(OUTBOX_MOUNT, mount)
             given_up = _recover(app, store)
-            with reporting_to(console, notifier.progress) as reporter:
+
+            def progress() -> None:
+                notifier.progress()
+                health.progress()
+
+            with reporting_to(console, progress) as reporter:
                 ingest, runner = app.ingest_and_runner(store, folder, reporter, signals)
                 runner.result.failed |= given_up
                 session = Session(app, ingest, runner, signals, health, notifier)
+                health.workers = session.workers
                 try:
                     yield session
                 finally:

@@ -50,6 +50,7 @@ def status_facts(app: App) -> dict[str, Any]:
         "mode": health.get("mode"),
         "inbox": health.get("inbox"),
         "degraded": health.get("conditions", []),
+        "workers": health.get("workers", []),
         "running": [],
         "waiting": [],
         "queue": [],
@@ -116,6 +117,7 @@ def status_text(facts: dict[str, Any]) -> str:
     }
     waiting = [f"{n} {states[state]}" for state, n in (facts["inbox"] or {}).items() if n and state in states]
     lines += [f"in the inbox: {', '.join(waiting)}"] if waiting else []
+    lines += [_worker_text(one) for one in facts["workers"]]
     lines += [f"now: {one['track']}: {one['stage']} for {one['since_s']:.0f} s" for one in facts["running"]]
     lines += [
         f"waiting until {local_time(one['until'])}: {one['track']}: {one['error'] or 'new'}"
@@ -127,6 +129,14 @@ def status_text(facts: dict[str, Any]) -> str:
         for one in facts["failures"]
     ]
     return "\n".join(lines)
+
+
+def _worker_text(worker: dict[str, Any]) -> str:
+    if worker["stage"] is None:
+        return f"worker ({worker['where']}): has nothing to do"
+    engine = f" by {worker['engine']}" if worker["engine"] else ""
+    rate = f", {worker['steps_per_s']:g} steps/s" if worker["steps_per_s"] else ""
+    return f"worker ({worker['where']}): {worker['track']}: {worker['stage']}{engine}{rate}"
 
 
 def show_facts(app: App, wanted: str) -> dict[str, Any]:

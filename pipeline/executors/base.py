@@ -36,6 +36,11 @@ class WorkerLost(EngineFailure):
 class Executor(Protocol):
     """Runs tasks, one at a time: while it waits to be asked for its next result, another one can be run."""
 
+    @property
+    def where(self) -> str:
+        """Where the tasks run, in a few words."""
+        ...
+
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """Yield what the task yields.
 

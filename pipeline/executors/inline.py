@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,10 @@ class InlineExecutor:
     engines: Engines
     judge: Judge
     _references: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return f"process {os.getpid()}"
 
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         return task(Tools(self.engines, self.judge, progress, should_stop, self._references), *args)

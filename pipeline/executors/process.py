@@ -79,6 +79,12 @@ class ProcessExecutor:
     _worker: _Worker | None = field(default=None, init=False)
     _used_at: float = field(default=0.0, init=False)
 
+    @property
+    def where(self) -> str:
+        """See `pipeline.executors.base.Executor`."""
+        worker = self._worker
+        return f"process {worker.process.pid}" if worker else "a process to be started"
+
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """See `pipeline.executors.base.Executor`."""
         if self._worker is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -96,9 +97,32 @@ class Runner:
         return False
 
     @property
+    def has_room(self) -> bool:
+        """Whether the next call of `next_batch` can begin a batch."""
+        return True
+
+    @property
     def has_error(self) -> bool:
         """Whether the next call of `next_batch` raises what has ended a batch in another thread."""
         return False
+
+    def workers(self) -> list[dict[str, Any]]:
+        """What each worker does, for `status`."""
+        now, config = self.reporter.activity, self.recipe
+        names: dict[str, str] = {
+            Stage.EMBED: config.embedder.card.name,
+            Stage.GENERATE: config.generator.card.name,
+        }
+        rate = now.steps_per_s if now else None
+        return [
+            {
+                "where": self.executor.where,
+                "track": now.name if now else None,
+                "stage": now.stage if now else None,
+                "engine": names.get(now.stage) if now else None,
+                "steps_per_s": None if rate is None else round(rate, 1),
+            }
+        ]
 
     def next_due(self) -> float | None:
         """When the next queued track may be processed, see `longest_wait_s`; None if none is queued."""
@@ -191,13 +215,19 @@ class Runner:
     def process(self, tracks: Sequence[Track]) -> None:
         """Take claimed tracks through all stages, in this order."""
         steps = [self._find_results, self._normalize, self._embed, self._generation.run]
+        with self.processing(tracks) as jobs:
+            for step in steps:
+                step([job for job in jobs if not job.over])
+
+    @contextmanager
+    def processing(self, tracks: Sequence[Track]) -> Iterator[list[Job]]:
+        """Claimed tracks, of which what is unfinished is queued again after an error."""
         jobs = [
             Job(track, self.recipe.plan(track.sha256), self.workspace.scratch(track.sha256))
             for track in tracks
         ]
         try:
-            for step in steps:
-                step([job for job in jobs if not job.over])
+            yield jobs
         except BaseException as e:
             self.attempts.put_back(jobs)
             if (fault := environment_error(e)) and fault is not e:

@@ -1,6 +1,6 @@
 """What a running instance reports to `status`: a small JSON file, replaced as a whole at every change.
 
-On a full disk the file keeps its last state, and the log says so. Used from one thread.
+On a full disk the file keeps its last state, and the log says so.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from pipeline.errors import os_reason
 
 log = logging.getLogger("pipeline")
+
+PROGRESS_S = 1.0  # between two reports of what the workers do
 
 
 class Health:
@@ -26,7 +29,10 @@ class Health:
         self._clock = clock
         self.conditions: dict[str, dict[str, Any]] = {}  # what is wrong now, by its short name
         self._facts: dict[str, Any] = {}
+        self.workers: Callable[[], list[dict[str, Any]]] = list  # gives what each worker does
         self._is_failing = False
+        self._written_at = -float("inf")
+        self._writing = threading.RLock()  # `progress` is called in the threads that wait for workers
 
     def open(self) -> None:
         """Report that this process runs."""
@@ -50,15 +56,26 @@ class Health:
 
     def note(self, **facts: object) -> None:
         """Report JSON values such as `mode="polling"`. The file is written only if one has changed."""
-        if any(name not in self._facts or self._facts[name] != fact for name, fact in facts.items()):
-            self._facts.update(facts)
-            self._write()
+        with self._writing:
+            if any(name not in self._facts or self._facts[name] != fact for name, fact in facts.items()):
+                self._facts.update(facts)
+                self._write()
+
+    def progress(self) -> None:
+        """Report what the workers do, unless something was reported a moment ago. In any thread."""
+        if not 0 <= self._clock() - self._written_at < PROGRESS_S:
+            self.note(workers=self.workers())
 
     def _write(self) -> None:
         """Replace the file; an error is logged once, and the next change tries again."""
+        with self._writing:
+            self._written_at = self._clock()
+            self._replace()
+
+    def _replace(self) -> None:
         report = {
             "pid": os.getpid(),
-            "written_at": self._clock(),
+            "written_at": self._written_at,
             **self._facts,
             "conditions": list(self.conditions.values()),
         }

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.engines.base import check_stop
 from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError, Stopped
@@ -45,6 +45,10 @@ class Session:
     signals: Signals
     health: Health
     notifier: Notifier
+
+    def workers(self) -> list[dict[str, Any]]:
+        """See `Runner.workers`."""
+        return self.runner.workers()
 
 
 def run_once(session: Session) -> ScanResult:
@@ -139,6 +143,7 @@ class Watch:
             if fault is None:
                 raise
             return self._wait_out(fault)
+        self.session.health.note(workers=self.session.workers())
         if self.session.runner.is_busy:
             return self._until_next()
         if self.session.runner.has_error:
@@ -207,7 +212,7 @@ class Watch:
 
     def _until_next(self) -> float:
         waits = [self._scan_at - self.clock()]
-        if not self.session.runner.is_busy and (due := self.session.runner.next_due()) is not None:
+        if self.session.runner.has_room and (due := self.session.runner.next_due()) is not None:
             waits.append(max(due - self.session.runner.clock(), SHORTEST_WAIT_S))
         if self.session.notifier.watchdog_s is not None:
             waits.append(self.session.notifier.watchdog_s / 3)

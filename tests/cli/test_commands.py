@@ -23,7 +23,7 @@ import pipeline as pipeline_package
 from pipeline.app import App
 from pipeline.cli.commands import main
 from pipeline.cli.doctor import Check
-from pipeline.cli.status import status_facts
+from pipeline.cli.status import status_facts, status_text
 from pipeline.config import load_config
 from pipeline.service.health import Health
 from pipeline.store.schema import TrackState
@@ -519,6 +519,22 @@ def test_while_doctor_repairs_status_shows_no_report_of_an_earlier_instance(
 
     assert pipeline("doctor", "--repair").code == 0
     assert [(facts["instance"], facts["mode"], facts["degraded"]) for facts in seen] == [(True, None, [])]
+
+
+def test_status_says_what_each_worker_does(home: Home) -> None:
+    facts = status_facts(App.open(home.folder, None))
+    busy = {
+        "where": "process 1",
+        "track": "a.mp3",
+        "stage": "generate",
+        "engine": "remix",
+        "steps_per_s": 9.5,
+    }
+    idle = {"where": "process 2", "track": None, "stage": None, "engine": None, "steps_per_s": None}
+    assert status_text({**facts, "workers": [busy, idle]}).splitlines()[2:] == [
+        "worker (process 1): a.mp3: generate by remix, 9.5 steps/s",
+        "worker (process 2): has nothing to do",
+    ]
 
 
 def test_a_missing_result_is_made_again_at_the_next_start(processed: Home, pipeline: Pipeline) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from drive import IMPORTS, Child, counts, log_of, start, wait_until
+from drive import IMPORTS, Child, counts, log_of, start, status, wait_until
 from home_folder import Home, contents, write_music
 from invariants import check_database, check_no_leftovers
 
@@ -45,6 +45,18 @@ def workers_of(child: Child) -> list[int]:
             if int(parent) == child.pid and state != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+def _stages(home: Home, name: str) -> list[str]:
+    """The stages of a track that were begun."""
+    if "queued" not in counts(home):
+        return []
+    store = home.store()
+    try:
+        found = [track for track in store.tracks() if track.name == name]
+        return [attempt.stage for track in found for attempt in store.attempts(track.sha256)]
+    finally:
+        store.close()
 
 
 def is_running(process: int) -> bool:
@@ -114,14 +126,18 @@ def test_killed_workers_are_replaced_and_their_tracks_made(home: Home, undisturb
     check_done(home, undisturbed)
 
 
-def test_a_file_that_arrives_while_a_worker_is_busy_is_queued(home: Home) -> None:
+def test_a_file_that_arrives_while_a_worker_is_busy_is_queued_and_normalized(home: Home) -> None:
     configure(home, engine="paced", workers=1)
     fill(home, ["0.wav"])
     with start(home, "watch", env={**SITE, "PACE_S": "1"}) as child:
-        wait_until(lambda: counts(home).get("running") == 1, "it works", child=child)
+        wait_until(lambda: _stages(home, "0.wav")[-1:] == ["generate"], "it generates", child=child)
         fill(home, ["1.wav"])
-        wait_until(lambda: counts(home)["queued"] == 1, "the second one is queued", tries=200, child=child)
-        assert counts(home)["running"] == 1
+        wait_until(lambda: _stages(home, "1.wav") == ["normalize"], "the second is normalized", child=child)
+        wait_until(lambda: counts(home)["queued"] == 1, "it waits for the engine", child=child)
+        [busy, other] = status(home)["workers"]
+        assert (busy["track"], busy["stage"], busy["engine"]) == ("0.wav", "generate", "paced")
+        assert other["stage"] is None
+        assert busy["where"] in [f"process {process}" for process in workers_of(child)]
         child.send(signal.SIGTERM)
         assert child.ended() == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -22,12 +23,15 @@ from pipeline.runner.runner import Runner
 WAIT_S = 30.0  # after which a test that would hang fails
 
 
-def parallel(setup: RunnerSetup, *generators: StubGenerator, outbox: Outbox | None = None) -> ParallelRunner:
-    """A runner with a thread for each generator."""
+def parallel(
+    setup: RunnerSetup, *generators: StubGenerator, outbox: Outbox | None = None, normalizes: bool = False
+) -> ParallelRunner:
+    """A runner with a thread for each generator, and if it `normalizes` another one that does this ahead."""
     runner = setup.runner(outbox=outbox)
     parts = {one.name: getattr(runner, one.name) for one in fields(Runner)}
     executors = [InlineExecutor(StubEngines(generator), StubJudge()) for generator in generators]
-    return ParallelRunner(**parts, executors=executors, wake=lambda: None)
+    normalizer = InlineExecutor(StubEngines(StubGenerator()), StubJudge()) if normalizes else None
+    return ParallelRunner(**parts, executors=executors, normalizer=normalizer, wake=lambda: None)
 
 
 class Meeting:
@@ -131,6 +135,61 @@ def test_a_stop_ends_all_batches_and_queues_their_tracks_again(setup: RunnerSetu
     setup.stop = False
     setup.runner().drain()
     assert setup.states(hashes) == [("done", 0)] * 2
+
+
+def test_the_next_tracks_are_normalized_while_the_engine_is_busy(tmp_path: Path) -> None:
+    setup = RunnerSetup.at(tmp_path, max_attempts=1)
+    first = setup.add_tracks("a.wav")
+    may_end, begun = threading.Event(), threading.Event()
+
+    def wait(request: VariationRequest) -> Variation:
+        begun.set()
+        assert may_end.wait(WAIT_S)
+        return noise(request)
+
+    runner = parallel(setup, StubGenerator(wait), normalizes=True)
+    runner.next_batch()
+    assert begun.wait(WAIT_S)
+    later = [
+        sha256_of(write_music(setup.workspace.inbox / f"{n}.wav", seed=n, seconds=1.5)) for n in range(7, 10)
+    ]
+    (setup.workspace.inbox / "broken.wav").write_bytes(b"RIFF" + bytes(100))
+    setup.ingest(settle_s=0).scan(should_stop=lambda: False)
+
+    key = {sha256: setup.recipe.plan(sha256).normalize_key for sha256 in later}
+    until = time.monotonic() + WAIT_S
+    while any(setup.store.unit(key[sha256]) is None for sha256 in later) or runner.result.failed == set():
+        assert time.monotonic() < until
+        assert runner.next_batch()
+        time.sleep(0.01)
+    [busy, other] = runner.workers()
+    assert (busy["track"], busy["stage"], busy["engine"]) == ("a.wav", "generate", "remix")
+    assert other["stage"] in (None, "normalize")
+    may_end.set()
+    runner.drain()
+    assert setup.states([*first, *later]) == [("done", 0)] * 4
+    assert [one.stage for one in setup.store.attempts(later[0])].count("normalize") == 1
+    assert [one["stage"] for one in runner.workers()] == [None, None]
+
+
+def test_closing_stops_what_is_being_processed(setup: RunnerSetup) -> None:
+    [sha256] = setup.add_tracks("a.wav")
+    begun = threading.Event()
+
+    class Endless(StubGenerator):
+        def generate(self, requests: Any, *, progress: Any, should_stop: Callable[[], bool]) -> Any:
+            begun.set()
+            until = time.monotonic() + WAIT_S
+            while not should_stop():
+                assert time.monotonic() < until
+            raise Stopped("asked to stop")
+            yield
+
+    runner = parallel(setup, Endless())
+    runner.next_batch()
+    assert begun.wait(WAIT_S)
+    runner.close()
+    assert setup.states([sha256]) == [("queued", 0)]
 
 
 class FullOnce(Outbox):
