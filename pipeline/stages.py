@@ -79,6 +79,21 @@ class Finished:
     bars: int | None  # of a loop, or up to the bar line at which it ends
     loop: Mapping[str, Any] | None  # of a loop: how alike both ends are, for the manifest
 
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        from pipeline import audio
+
+        return {
+            **({"bars": self.bars} if self.bars is not None else {}),
+            **({"loop": dict(self.loop)} if self.loop is not None else {}),
+            "duration_s": self.audio.duration_s,
+            "sample_rate": self.audio.sample_rate,
+            "channels": self.audio.channels,
+            "peak_dbfs": round(audio.peak_dbfs(self.audio), 2),
+            "loudness_lufs": round(self.loudness_lufs, 2),
+            "details": dict(self.details),
+        }
+
 
 def engine_duration_s(length_s: float, settings: Output) -> float:
     """How much an engine has to make for a variation of this length: loops and bars are cut from more."""

@@ -26,7 +26,7 @@ class Tools:
     judge: Judge
     progress: ProgressFn
     should_stop: StopFn
-    references: dict[str, Any] = field(default_factory=dict)  # what tasks keep for the ones after them
+    kept: dict[str, Any] = field(default_factory=dict)  # what tasks keep for the ones after them
 
 
 class WorkerLost(EngineFailure):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,20 +23,29 @@ _BLOCK_FRAMES = 1 << 16
 _VECTORS = ("times_s", "track", "windows")
 
 
-def sound_file(made: Audio, output: Output, tags: Mapping[str, str], markers: Sequence[Marker]) -> bytes:
-    """A variation in the format of `output`, with its tags and its joins' markers.
+@dataclass(frozen=True)
+class FileForm:
+    """What a variation's file is, beside its sound."""
+
+    output: Output
+    tags: Mapping[str, str]
+    markers: Sequence[Marker] = ()  # of its joins
+
+
+def sound_file(made: Audio, form: FileForm) -> bytes:
+    """A variation as a file.
 
     Raises:
         EngineFailure: it is not what it should be once it is decoded again, see `check_sound`.
     """
-    file = io.BytesIO()
+    file, output = io.BytesIO(), form.output
     audio.write_sound(
         file,
         made,
         format_name=output.format,
         bit_depth=output.bit_depth,
-        tags=tags,
-        markers=markers,
+        tags=form.tags,
+        markers=form.markers,
         is_loop=output.loop,
     )
     file.seek(0)

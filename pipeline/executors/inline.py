@@ -19,14 +19,14 @@ class InlineExecutor:
 
     engines: Engines
     judge: Judge
-    _references: dict[str, Any] = field(default_factory=dict)
+    _kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
         return f"process {os.getpid()}"
 
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
-        return task(Tools(self.engines, self.judge, progress, should_stop, self._references), *args)
+        return task(Tools(self.engines, self.judge, progress, should_stop, self._kept), *args)
 
     def release_if_idle(self) -> None:
         """Nothing: the memory of loaded libraries would stay with this process anyway."""

@@ -12,16 +12,15 @@ from typing import Any
 
 from pipeline import audio, stages
 from pipeline.audio import DecodeLimits
-from pipeline.audio.wav import Marker
 from pipeline.config import Gates, Normalize, Output
 from pipeline.engines.base import Engine, check_stop
 from pipeline.errors import EngineFailure
 from pipeline.executors.base import Tools, portable
-from pipeline.executors.encode import embedding_file, sound_file
+from pipeline.executors.encode import FileForm, embedding_file, sound_file
 from pipeline.executors.judge import Verdict
 from pipeline.plan import AUTO_PROMPT
 from pipeline.records import Audio, Failure, MadeBy, SourceInfo, Variation, VariationRequest
-from pipeline.stages import Finished, Normalized
+from pipeline.stages import Normalized
 
 PUBLISHED = DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf)  # for own results
 
@@ -44,7 +43,7 @@ class MadeTake:
     request_id: str
     made_by: MadeBy
     prompt: str = ""  # that the engine was given
-    finished: Finished | None = None
+    facts: Mapping[str, Any] | None = None  # what the manifest says of its sound, see `Finished.facts`
     verdict: Verdict | None = None
     refused: str | None = None  # why the engine's sound can't be used
     error: BaseException | None = None
@@ -88,11 +87,17 @@ def change(tools: Tools, sound: Audio, settings: Normalize, changes: dict[str, A
     yield stages.change(sound, settings, **changes)
 
 
-def encode(
-    tools: Tools, made: Audio, output: Output, tags: Mapping[str, str], markers: Sequence[Marker]
-) -> Iterator[bytes]:
-    """See `pipeline.executors.encode.sound_file`."""
-    yield sound_file(made, output, tags, markers)
+def encode(tools: Tools, made: Audio | str, form: FileForm, gain_db: float | None = None) -> Iterator[bytes]:
+    """The file of a take, or of the one that `make_takes` has made last, by its id; see `sound_file`."""
+    sound = tools.kept[made] if isinstance(made, str) else made
+    if gain_db is not None:
+        sound = audio.amplify(sound, gain_db)
+    yield sound_file(sound, form)
+
+
+def sound_of(tools: Tools, request_id: str) -> Iterator[Audio]:
+    """The take that `make_takes` has made last."""
+    yield tools.kept[request_id]
 
 
 def fingerprint(tools: Tools, made: Audio) -> Iterator[Any]:
@@ -107,9 +112,12 @@ def fingerprint_of_file(tools: Tools, content: bytes, sample_rate: int) -> Itera
 
 
 def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> Iterator[MadeTake]:
-    """Make takes by one call of the generator, in the order in which they are finished."""
-    for key in tools.references.keys() - {one.source for one in wanted}:
-        del tools.references[key]
+    """Make takes by one call of the generator, in the order in which they are finished.
+
+    The sound of a take stays here until the next one is asked for: see `encode` and `sound_of`.
+    """
+    for key in tools.kept.keys() - {one.source for one in wanted}:
+        del tools.kept[key]
     generator = tools.engines.generator()
     by_id = {one.request.request_id: _with_prompt(tools, one) for one in wanted}
     requests = [one.request for one in by_id.values()]
@@ -120,9 +128,11 @@ def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> I
             yield replace(take, error=portable(made.error))
             continue
         try:
-            yield _judged(tools, one, made, take, output)
+            judged = _judged(tools, one, made, take, output)
         except Exception as e:
-            yield replace(take, error=portable(e))
+            judged = replace(take, error=portable(e))
+        yield judged
+        tools.kept.pop(made.request_id, None)
 
 
 def _judged(tools: Tools, one: TakeRequest, made: Variation, take: MadeTake, output: Output) -> MadeTake:
@@ -138,7 +148,8 @@ def _judged(tools: Tools, one: TakeRequest, made: Variation, take: MadeTake, out
     except EngineFailure as e:
         return replace(take, refused=str(e))
     verdict = tools.judge.judge(_reference(tools, one), finished, one.gates, take.prompt)
-    return replace(take, finished=finished, verdict=verdict)
+    tools.kept[made.request_id] = finished.audio
+    return replace(take, facts=finished.facts(), verdict=verdict)
 
 
 def _with_prompt(tools: Tools, one: TakeRequest) -> TakeRequest:
@@ -150,9 +161,9 @@ def _with_prompt(tools: Tools, one: TakeRequest) -> TakeRequest:
 
 
 def _reference(tools: Tools, one: TakeRequest) -> Any:
-    if one.source not in tools.references:
-        tools.references[one.source] = tools.judge.analyse(one.request.audio)
-    return tools.references[one.source]
+    if one.source not in tools.kept:
+        tools.kept[one.source] = tools.judge.analyse(one.request.audio)
+    return tools.kept[one.source]
 
 
 def _made_by(engine: Engine) -> MadeBy:

@@ -43,7 +43,7 @@ class Worker:
     _stop: threading.Event = field(default_factory=threading.Event)
     _sending: threading.Lock = field(default_factory=threading.Lock)
     _engines: LoadedEngines | None = None
-    _references: dict[str, Any] = field(default_factory=dict)
+    _kept: dict[str, Any] = field(default_factory=dict)
 
     def serve(self) -> None:
         """Work until the owner is gone."""
@@ -83,7 +83,7 @@ class Worker:
             judge=ScoringJudge(self._engines, self._stop.is_set),
             progress=lambda *step: self.send(PROGRESS, step),
             should_stop=self._stop.is_set,
-            references=self._references,
+            kept=self._kept,
         )
         try:
             self._yield_all(task(tools, *arguments))

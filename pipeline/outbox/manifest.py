@@ -12,7 +12,7 @@ from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import Published
 from pipeline.plan import Recipe, Take, TrackPlan
 from pipeline.records import MadeBy, SourceInfo
-from pipeline.stages import Finished, Normalized
+from pipeline.stages import Normalized
 
 SCHEMA = 1
 FACTS = (  # for tags
@@ -68,21 +68,14 @@ def take_facts(take: Take, made_by: MadeBy, choice: Choice) -> Json:
     }
 
 
-def take_record(facts: Json, finished: Finished, scores: Json) -> Json:
-    """A result that is judged, but not published yet."""
+def take_record(facts: Json, sound: Mapping[str, Any], scores: Json) -> Json:
+    """A result that is judged, but not published yet; `sound`: see `Finished.facts`."""
     tempo_bpm = scores.get("tempo_bpm")
     return {
         **facts,
         "tempo_bpm": None if tempo_bpm is None else round(tempo_bpm, 2),
         "key": scores.get("key"),
-        **({"bars": finished.bars} if finished.bars is not None else {}),
-        **({"loop": dict(finished.loop)} if finished.loop is not None else {}),
-        "duration_s": finished.audio.duration_s,
-        "sample_rate": finished.audio.sample_rate,
-        "channels": finished.audio.channels,
-        "peak_dbfs": round(audio.peak_dbfs(finished.audio), 2),
-        "loudness_lufs": round(finished.loudness_lufs, 2),
-        "details": dict(finished.details),
+        **sound,
         "scores": scores,
     }
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from pipeline import audio
 from pipeline.engines.base import ProgressFn
 from pipeline.errors import EngineFailure
 from pipeline.executors import tasks
 from pipeline.executors.base import Executor, Task, result_of
+from pipeline.executors.encode import FileForm
 from pipeline.executors.judge import Judge
 from pipeline.executors.tasks import MadeTake, TakeRequest
 from pipeline.fs.disk import environment_error
@@ -176,8 +176,8 @@ class Generation:
     def _take_in(self, wanted: Wanted, made: MadeTake, start: float) -> None:
         """Publish what can be decided by a take; otherwise hold it."""
         job, choice, take = wanted.job, wanted.choice, wanted.take
-        finished, verdict = made.finished, made.verdict
-        if finished is None or verdict is None:
+        verdict = made.verdict
+        if made.facts is None or verdict is None:
             choice.judged[take.key] = JudgedTake(take, (made.refused or "",), -math.inf, None)
             self._advance(job)
             return
@@ -190,9 +190,9 @@ class Generation:
             verdict.rank,
             verdict.similarity,
             verdict.sound,
-            manifest.take_record(facts, finished, verdict.scores),
-            finished.audio,
-            self.clock() - start,
+            manifest.take_record(facts, made.facts, verdict.scores),
+            is_with_worker=True,
+            seconds=self.clock() - start,
         )
         choice.judged[take.key] = judged
         self._advance(job)
@@ -200,14 +200,13 @@ class Generation:
             self._hold(job, choice, judged)
         else:  # the sounds of what is decided are no longer needed
             for key, one in choice.judged.items():
-                choice.judged[key] = replace(one, audio=None)
+                choice.judged[key] = replace(one, is_with_worker=False)
                 job.scratch.remove(TAKE, key)
 
     def _hold(self, job: Job, choice: TakeChoice, judged: JudgedTake) -> None:
         """Keep a take in the state folder until it is decided about."""
-        assert judged.audio is not None
-        job.scratch.save(TAKE, judged.take.key, judged.audio)
-        choice.judged[judged.take.key] = replace(judged, audio=None, seconds=0.0)
+        job.scratch.save(TAKE, judged.take.key, self._run(tasks.sound_of, judged.take.key))
+        choice.judged[judged.take.key] = replace(judged, is_with_worker=False, seconds=0.0)
         held = {"failed": judged.failed, "rank": judged.rank, "similarity": judged.similarity}
         held["unit"] = choice.units[0].key  # a changed gate or rater asks for another verdict
         self._record(job, judged.take.key, {**judged.record, "held": held}, judged.seconds)
@@ -273,15 +272,14 @@ class Generation:
     def _publish(
         self, job: Job, choice: TakeChoice, unit: VariationUnit, judged: JudgedTake, album_lufs: float | None
     ) -> None:
-        sound, record = self._sound_of(job, judged), judged.record
+        record, gain_db = judged.record, None
         if album_lufs is not None:
             gain_db = album_lufs - record["loudness_lufs"]
-            sound = audio.amplify(sound, gain_db)
             record = {**_raised(record, gain_db), "scores": _raised(record["scores"], gain_db)}
         if failed := choice.faults[judged.take.key]:
             name = PurePath(unit.file).name
             log.warning("%s: %s fails its gates: %s", job.track.name, name, "; ".join(failed))
-        published = self._write(job, unit.file, unit.name, record, sound)
+        published = self._write(job, unit.file, unit.name, replace(judged, record=record), gain_db)
         takes = self._tried(job, choice, unit)
         made = manifest.variation_record(published, unit.name, record, failed, takes)
         job.variations[unit.key] = made
@@ -299,21 +297,20 @@ class Generation:
             is_rejected = judged.take.key not in (choice.kept or ()) and judged.sound is not None
             if is_rejected and first.gates.rejected == "keep":
                 file = f"{REJECTED}/{stem}-{judged.take.key[:8]}.{ending}"
-                sound = self._sound_of(job, judged)
-                fact |= vars(self._write(job, file, first.name, judged.record, sound))
+                fact |= vars(self._write(job, file, first.name, judged))
             tried.append(fact)
         return tried
 
-    def _sound_of(self, job: Job, judged: JudgedTake) -> Audio:
-        sound = judged.audio or self._held(job, judged.take, judged.record)
+    def _write(
+        self, job: Job, file: str, name: str, judged: JudgedTake, gain_db: float | None = None
+    ) -> Published:
+        output, record = self.recipe.config.output, judged.record
+        sound = judged.take.key if judged.is_with_worker else self._held(job, judged.take, record)
         if sound is None:
             raise EngineFailure("a take has disappeared from the state folder")
-        return sound
-
-    def _write(self, job: Job, file: str, name: str, record: Mapping[str, Any], sound: Audio) -> Published:
-        output = self.recipe.config.output
         tags = manifest.tags(job.track.name, job.track.sha256, name, record, output_format=output.format)
-        content = self._run(tasks.encode, sound, output, tags, manifest.markers(record))
+        form = FileForm(output, tags, manifest.markers(record))
+        content = self._run(tasks.encode, sound, form, gain_db)
         return self.outbox.publish(job.track.folder, file, content)
 
     def _run(self, task: Task, *args: Any) -> Any:

@@ -19,7 +19,6 @@ from pipeline.config.sweeps import complete_params
 from pipeline.engines.base import EngineCard
 from pipeline.errors import NoResult
 from pipeline.plan import Take, VariationUnit, make_take, seed_from
-from pipeline.records import Audio
 
 Shared = Callable[["JudgedTake", "JudgedTake"], float]  # share of the sound of two takes at the same time
 
@@ -34,7 +33,7 @@ class JudgedTake:
     similarity: float | None  # to the source, as measured
     sound: Any = None  # what `Shared` compares; None: it has no sound
     record: Mapping[str, Any] = field(default_factory=dict)  # for the manifest
-    audio: Audio | None = None  # None: it is held in the state folder, or published already
+    is_with_worker: bool = False  # its sound; otherwise it is held in the state folder, or published already
     seconds: float = 0.0  # that it took to make; 0 if that is recorded already
 
 

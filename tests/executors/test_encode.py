@@ -12,7 +12,7 @@ import pytest
 from pipeline import audio
 from pipeline.config import Output
 from pipeline.errors import EngineFailure
-from pipeline.executors.encode import check_embedding, check_sound, embedding_file, sound_file
+from pipeline.executors.encode import FileForm, check_embedding, check_sound, embedding_file, sound_file
 from pipeline.records import Audio, Embedding
 
 RATE, N = 22050, 22051  # an odd length: the data chunk is padded
@@ -34,15 +34,15 @@ def test_a_wav_as_it_is_written_is_accepted(bit_depth: Any) -> None:
 @pytest.mark.parametrize("name", ["wav", "flac", "mp3", "opus"])
 def test_every_format_is_encoded_with_its_tags_and_stays_the_same(name: str) -> None:
     sound = Audio(TONE.samples[:, :N], 48000)
-    output = Output(format=name)
-    content = sound_file(sound, output, {"title": "a song"}, [])
-    assert content == sound_file(sound, output, {"title": "a song"}, [])
+    form = FileForm(Output(format=name), {"title": "a song"})
+    content = sound_file(sound, form)
+    assert content == sound_file(sound, form)
     assert b"a song" in content or "a song".encode("utf-16-le") in content
 
 
 def test_sound_that_can_not_be_heard_is_not_encoded() -> None:
     with pytest.raises(EngineFailure, match="silent"):
-        sound_file(Audio(np.zeros((2, N), np.float32), RATE), Output(), {}, [])
+        sound_file(Audio(np.zeros((2, N), np.float32), RATE), FileForm(Output(), {}))
 
 
 @pytest.mark.parametrize(
