@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -92,26 +93,73 @@ def test_processes_give_the_same_bytes_as_the_program_alone(home: Home, undistur
     check_done(home, undisturbed)
 
 
-def test_killed_owners_lose_nothing_and_cost_no_track_an_attempt(
-    home: Home, undisturbed: dict[str, str]
-) -> None:
+def kill_at_random(home: Home, rng: random.Random) -> str:
+    """Start a run, and kill it or one of its workers after a while; returns which."""
+    victim = rng.choice(["owner", "worker"])
+    with start(home, "once") as child:
+        wait_until(lambda: workers_of(child) or not child.is_alive(), "it works", child=child)
+        time.sleep(rng.uniform(0, 2.5))
+        workers = workers_of(child)
+        if victim == "owner" or not workers:
+            victim = "owner"
+            child.send(signal.SIGKILL)
+        else:
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(workers), signal.SIGKILL)
+            time.sleep(rng.uniform(0, 1))
+            child.send(signal.SIGTERM)
+        child.ended()
+    wait_until(lambda: not any(map(is_running, workers)), "the workers have ended")
+    return victim
+
+
+def kill_until_done(home: Home, undisturbed: dict[str, str], *, kills: int, seed: int) -> str:
     configure(home)
     fill(home)
-    rng = random.Random(1)
-    for _ in range(8):
+    rng, killed = random.Random(seed), Counter[str]()
+    for _ in range(kills):
+        killed[kill_at_random(home, rng)] += 1
+        if not killed["worker"]:
+            store = home.store()
+            assert {track.attempts for track in store.tracks()} <= {0}
+            store.close()
+        if counts(home).get("done") == len(TRACKS):
+            for name in TRACKS:
+                assert home.in_child("requeue", name, "--stage", "generate").code == 0
+    with start(home, "once") as child:
+        assert child.ended() == 0, child.text()
+    check_done(home, undisturbed)
+    return f"processes: {dict(killed)} killed: 0 lost, 0 twice, 0 torn"
+
+
+def test_killed_owners_cost_no_track_an_attempt(home: Home, undisturbed: dict[str, str]) -> None:
+    configure(home)
+    fill(home)
+    for pause_s in (0.3, 1.0, 1.7, 2.4):
         with start(home, "once") as child:
             wait_until(lambda c=child: workers_of(c) or not c.is_alive(), "it works", child=child)
-            time.sleep(rng.uniform(0, 2.5))
-            workers = workers_of(child)
+            time.sleep(pause_s)
             child.send(signal.SIGKILL)
             child.process.wait()
-        wait_until(lambda w=workers: not any(map(is_running, w)), "the workers have ended")
         store = home.store()
         assert {track.attempts for track in store.tracks()} <= {0}
         store.close()
     with start(home, "once") as child:
         assert child.ended() == 0, child.text()
     check_done(home, undisturbed)
+
+
+def test_10_kills_of_owners_and_workers_lose_nothing(
+    home: Home, undisturbed: dict[str, str], figures: list[str]
+) -> None:
+    figures.append(kill_until_done(home, undisturbed, kills=10, seed=5))
+
+
+@pytest.mark.torture
+def test_60_kills_of_owners_and_workers_lose_nothing(
+    home: Home, undisturbed: dict[str, str], figures: list[str]
+) -> None:
+    figures.append(kill_until_done(home, undisturbed, kills=60, seed=6))
 
 
 def test_killed_workers_are_replaced_and_their_tracks_made(home: Home, undisturbed: dict[str, str]) -> None:
