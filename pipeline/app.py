@@ -22,7 +22,7 @@ from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace, expand_us
 
 if TYPE_CHECKING:
     from pipeline.engines.loading import EngineChoices
-    from pipeline.executors.process import ProcessExecutor
+    from pipeline.executors.base import Executors
     from pipeline.intake.ingest import Ingest
     from pipeline.intake.watcher import Watcher
     from pipeline.progress import Reporter
@@ -107,6 +107,17 @@ class App:
         self.check_variations(choices["generate"])
         return Recipe(self.config, choices["embed"], choices["generate"], choices.get("judge"))
 
+    @property
+    def engine_choices(self) -> EngineChoices:
+        """The engines of all stages with their settings."""
+        recipe = self.recipe
+        rater = (recipe.rater, self.settings("judge")) if recipe.rater else None
+        return (
+            (recipe.embedder, self.settings("embed")),
+            (recipe.generator, self.settings("generate")),
+            rater,
+        )
+
     def fetch_missing(self) -> None:
         """Download the weights of named engines that are not on this machine yet.
 
@@ -188,12 +199,6 @@ class App:
             scanner=Scanner(folder, intake),
             settling=Settling(intake.settle_s, trust_times=trust_times),
         )
-        rater = (recipe.rater, self.settings("judge")) if recipe.rater else None
-        engines: EngineChoices = (
-            (recipe.embedder, self.settings("embed")),
-            (recipe.generator, self.settings("generate")),
-            rater,
-        )
         parts = {
             "recipe": recipe,
             "workspace": self.workspace,
@@ -204,7 +209,7 @@ class App:
             "clock": time.time,
             "should_stop": signals.is_stopped,
         }
-        return ingest, self._runner(parts, engines, signals, earlier)
+        return ingest, self._runner(parts, self.engine_choices, signals, earlier)
 
     def _runner(
         self, parts: dict[str, Any], choices: EngineChoices, signals: Signals, earlier: Runner | None
@@ -212,7 +217,6 @@ class App:
         from pipeline.engines.loading import LoadedEngines
         from pipeline.executors.inline import InlineExecutor
         from pipeline.executors.judge import ScoringJudge
-        from pipeline.executors.process import ProcessExecutor, shares_of_machine
         from pipeline.runner.parallel import ParallelRunner
         from pipeline.runner.runner import Runner
 
@@ -222,12 +226,29 @@ class App:
             if earlier:
                 earlier.close()
             return Runner(**parts, executor=InlineExecutor(engines, judge), judge=judge)
+        own = LoadedEngines(*choices)  # for what is compared without a worker; none is loaded
+        judge = ScoringJudge(own, signals.is_stopped)
+        before = earlier.executors if isinstance(earlier, ParallelRunner) else None
+        return ParallelRunner(
+            **parts,
+            executor=InlineExecutor(own, judge),
+            judge=judge,
+            executors=self._processes(choices, before),
+            wake=signals.wake,
+        )
+
+    def _processes(self, choices: EngineChoices, earlier: Executors | None) -> Executors:
+        """The worker processes on this machine; those of `earlier` are used again."""
+        from pipeline.executors.base import FixedExecutors
+        from pipeline.executors.process import ProcessExecutor, shares_of_machine
+
         n, idle_s = self._n_workers(), self.config.executor.idle_s
         # One more process normalizes the tracks that come next while a long batch is in work.
         normalizes_ahead = self._uses_models or n == 1
         caches = self.workspace.state / ENGINES_FOLDER / "numba"
         shares = shares_of_machine(n + normalizes_ahead, caches, divides_cores=not normalizes_ahead)
-        kept = _processes_of(earlier)
+        before = earlier.all() if isinstance(earlier, FixedExecutors) else []
+        kept = [executor for executor in before if isinstance(executor, ProcessExecutor)]
         executors = []
         for share in shares:
             same = next((one for one in kept if one.environment == share), None)
@@ -237,15 +258,7 @@ class App:
             executors.append(same or ProcessExecutor(choices, idle_s, share))
         for executor in kept:
             executor.close()
-        judge = ScoringJudge(LoadedEngines(*choices), signals.is_stopped)
-        return ParallelRunner(
-            **parts,
-            executor=executors[0],
-            judge=judge,
-            executors=executors[:n],
-            normalizer=next(iter(executors[n:]), None),
-            wake=signals.wake,
-        )
+        return FixedExecutors(executors[:n], executors[n:])
 
     def _n_workers(self) -> int:
         """How many processes work at the same time: one for a model, which uses all cores itself."""
@@ -272,17 +285,6 @@ class App:
         return Watcher(self.workspace.inbox, signals.wake, polling=polling), (
             f"{'polling' if polling else 'events'} ({why})"
         )
-
-
-def _processes_of(runner: Runner | None) -> list[ProcessExecutor]:
-    """The worker processes of a runner that is to be replaced."""
-    from pipeline.executors.process import ProcessExecutor
-    from pipeline.runner.parallel import ParallelRunner
-
-    if not isinstance(runner, ParallelRunner):
-        return []
-    executors = [*runner.executors, *([runner.normalizer] if runner.normalizer else [])]
-    return [executor for executor in executors if isinstance(executor, ProcessExecutor)]
 
 
 def _preset(home: Path, name: str) -> Path:

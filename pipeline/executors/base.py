@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.loading import Engines
-from pipeline.errors import EngineFailure, Stopped
+from pipeline.errors import EngineFailure, EngineUnusable, Stopped
 from pipeline.executors.judge import Judge
 
 # A module's function; it is called with the tools and with its arguments, and yields its results.
@@ -31,6 +31,10 @@ class Tools:
 
 class WorkerLost(EngineFailure):
     """The process in which a task ran has died; what it yielded before stays valid."""
+
+
+class WorkerAway(EngineUnusable):
+    """No worker can be had where this one ran: the node is lost or full. It is no track's fault."""
 
 
 class Executor(Protocol):
@@ -58,6 +62,55 @@ class Executor(Protocol):
     def close(self) -> None:
         """End what runs beside this process."""
         ...
+
+
+class Executors(Protocol):
+    """The executors of a runner."""
+
+    def ready(self) -> Sequence[Executor]:
+        """Those that can be given work now, at least one; asked whenever there is work.
+
+        Raises:
+            EngineUnusable: there is none.
+        """
+        ...
+
+    def normalizers(self) -> Sequence[Executor]:
+        """Those that only normalize, ahead of the others; perhaps none."""
+        ...
+
+    def release_if_idle(self) -> None:
+        """See `Executor`; for all of them."""
+        ...
+
+    def close(self) -> None:
+        """See `Executor`; for all of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedExecutors:
+    """Executors whose number doesn't change: an `Executors`."""
+
+    executors: Sequence[Executor]
+    only_normalize: Sequence[Executor] = ()
+
+    def all(self) -> list[Executor]:
+        return [*self.executors, *self.only_normalize]
+
+    def ready(self) -> Sequence[Executor]:
+        return self.executors
+
+    def normalizers(self) -> Sequence[Executor]:
+        return self.only_normalize
+
+    def release_if_idle(self) -> None:
+        for executor in self.all():
+            executor.release_if_idle()
+
+    def close(self) -> None:
+        for executor in self.all():
+            executor.close()
 
 
 def result_of(executor: Executor, task: Task, *args: Any, should_stop: StopFn) -> Any:

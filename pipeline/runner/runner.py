@@ -183,9 +183,10 @@ class Runner:
         if due is None or due > self.clock():
             return False
         check_outbox_mount(self.workspace.outbox, self.store)
-        tracks = self.store.due(self._batch_size(), self.folder, now=self.clock())
-        if self.n_parallel > 1:  # small enough that no worker is left without work at the end
-            tracks = tracks[: max(1, len(tracks) // (2 * self.n_parallel))]
+        # Small enough at the end of the queue that no worker is left without work.
+        size, n_shares = self._batch_size(), 2 * self.n_parallel if self.n_parallel > 1 else 1
+        tracks = self.store.due(size * n_shares, self.folder, now=self.clock())
+        tracks = tracks[: max(1, min(size, len(tracks) // n_shares))]
         self._open_engines(tracks)
         claimed = self.store.claim(tracks)
         self.on_claimed()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from home_folder import sha256_of, write_music
 from runner_setup import RunnerSetup, StubEngines, StubGenerator, StubJudge, failing_for, noise
 
 from pipeline.errors import EngineFailure, EngineUnusable, Stopped
+from pipeline.executors.base import Executor, FixedExecutors, WorkerAway
 from pipeline.executors.inline import InlineExecutor
 from pipeline.outbox.outbox import Outbox, Published
 from pipeline.records import Failure, Variation, VariationRequest
@@ -30,8 +31,9 @@ def parallel(
     runner = setup.runner(outbox=outbox)
     parts = {one.name: getattr(runner, one.name) for one in fields(Runner)}
     executors = [InlineExecutor(StubEngines(generator), StubJudge()) for generator in generators]
-    normalizer = InlineExecutor(StubEngines(StubGenerator()), StubJudge()) if normalizes else None
-    return ParallelRunner(**parts, executors=executors, normalizer=normalizer, wake=lambda: None)
+    only_normalize = [InlineExecutor(StubEngines(StubGenerator()), StubJudge())] if normalizes else []
+    found = FixedExecutors(executors, only_normalize)
+    return ParallelRunner(**parts, executors=found, wake=lambda: None)
 
 
 class Meeting:
@@ -172,6 +174,18 @@ def test_the_next_tracks_are_normalized_while_the_engine_is_busy(tmp_path: Path)
     assert [one["stage"] for one in runner.workers()] == [None, None]
 
 
+def test_groups_of_tracks_are_as_large_as_allowed_until_the_queue_runs_out(tmp_path: Path) -> None:
+    setup = RunnerSetup.at(tmp_path, count=1)
+    setup.add_tracks(*(f"{n}.wav" for n in range(20)))
+    meeting = Meeting(2)
+    generators = [meeting.generator(), meeting.generator()]
+    parallel(setup, *generators).drain()
+    sizes = sorted((len(call) for generator in generators for call in generator.calls), reverse=True)
+    assert sum(sizes) == 20
+    assert sizes[0] == 5  # a quarter of the queue
+    assert sizes[-1] == 1
+
+
 def test_closing_stops_what_is_being_processed(setup: RunnerSetup) -> None:
     [sha256] = setup.add_tracks("a.wav")
     begun = threading.Event()
@@ -190,6 +204,51 @@ def test_closing_stops_what_is_being_processed(setup: RunnerSetup) -> None:
     assert begun.wait(WAIT_S)
     runner.close()
     assert setup.states([sha256]) == [("queued", 0)]
+
+
+def test_the_tracks_of_a_worker_that_is_away_are_queued_again_without_an_attempt(setup: RunnerSetup) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav")
+    meeting = Meeting(2)
+    losses = iter([WorkerAway("its node is lost")])
+
+    def lose_once(request: VariationRequest) -> Variation:
+        for loss in losses:
+            raise loss
+        return noise(request)
+
+    parallel(setup, meeting.generator(lose_once), meeting.generator()).drain()
+
+    assert setup.states(hashes) == [("done", 0)] * 3
+    outcomes = [outcome for sha256 in hashes for _, outcome in setup.outcomes(sha256)]
+    assert outcomes.count("stopped") == 1
+    assert "failed" not in outcomes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growing(FixedExecutors):
+    """Executors of which only the first one is ready until it works."""
+
+    is_first_at_work: Callable[[], bool]
+
+    def ready(self) -> Sequence[Executor]:
+        return self.executors[: 1 + self.is_first_at_work()]
+
+
+def test_an_executor_that_becomes_ready_is_used_while_others_work(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.runner.parallel.LOOK_AGAIN_S", 0.01)
+    hashes = setup.add_tracks("a.wav", "b.wav")
+    meeting = Meeting(2)  # the first one works until the second one does
+    first, second = meeting.generator(), meeting.generator()
+    runner = parallel(setup, first, second)
+    monkeypatch.setattr(Runner, "_batch_size", lambda self: 1)
+    runner.executors = Growing(executors=runner.executors.ready(), is_first_at_work=lambda: bool(first.calls))
+
+    runner.drain()
+
+    assert setup.states(hashes) == [("done", 0)] * 2
+    assert second.calls
 
 
 class FullOnce(Outbox):
