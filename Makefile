@@ -24,7 +24,7 @@ test: $(VENV)/full
 	$(BIN)/python $(PYTEST)
 
 # Also the tests that take long by nature; fails if the coverage is below the limit in pyproject.toml.
-test-all: $(VENV)/full
+test-all: $(VENV)/all
 	$(BIN)/python $(PYTEST) -m "not torture and not demucs and not audiocraft and not audiobox" --cov --cov-report=term
 
 # The tests that need an optional package, each in an environment that has it.
@@ -64,6 +64,11 @@ $(VENV)/full: requirements.txt requirements-core.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP_INSTALL) -r requirements.txt
 	touch $@ $(VENV)/core
+
+# With what the tests of `make test-all` need beyond those of `make test`.
+$(VENV)/all: $(VENV)/full requirements-ray.txt
+	$(BIN)/$(PIP_INSTALL) -r requirements-ray.txt
+	touch $@
 
 # An environment on top of the first: it uses the packages of the first by way of a .pth file, and installs only what
 # is missing or needed in another version, by the command that the program tells its users to run.

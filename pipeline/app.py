@@ -23,6 +23,7 @@ from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace, expand_us
 if TYPE_CHECKING:
     from pipeline.engines.loading import EngineChoices
     from pipeline.executors.base import Executors
+    from pipeline.executors.ray_cluster import RayCluster
     from pipeline.intake.ingest import Ingest
     from pipeline.intake.watcher import Watcher
     from pipeline.progress import Reporter
@@ -137,9 +138,11 @@ class App:
         """The same home with its configuration read again.
 
         Raises:
-            ConfigError: it is wrong, or names other folders, which needs a restart.
+            ConfigError: it is wrong, or names other folders or another cluster, which needs a restart.
         """
         fresh = App.open(self.home, self.config_path, self.preset)
+        if fresh.config.executor.address != self.config.executor.address:
+            raise ConfigError(f"{fresh.config_path}: another executor.address needs a restart")
         if fresh.workspace != self.workspace:
             raise ConfigError(f"{fresh.config_path}: other folders need a restart")
         return fresh
@@ -229,11 +232,12 @@ class App:
         own = LoadedEngines(*choices)  # for what is compared without a worker; none is loaded
         judge = ScoringJudge(own, signals.is_stopped)
         before = earlier.executors if isinstance(earlier, ParallelRunner) else None
+        find = self._on_ray if self.config.executor.kind == "ray" else self._processes
         return ParallelRunner(
             **parts,
             executor=InlineExecutor(own, judge),
             judge=judge,
-            executors=self._processes(choices, before),
+            executors=find(choices, before),
             wake=signals.wake,
         )
 
@@ -259,6 +263,40 @@ class App:
         for executor in kept:
             executor.close()
         return FixedExecutors(executors[:n], executors[n:])
+
+    def _on_ray(self, choices: EngineChoices, earlier: Executors | None) -> Executors:
+        """The workers on a Ray cluster; `earlier` is used again if it is the same."""
+        cluster = self.ray_cluster(choices)
+        if earlier == cluster:
+            earlier.use(choices, self.config.executor.idle_s)
+            return earlier
+        if earlier is not None:
+            earlier.close()
+        return cluster
+
+    def ray_cluster(self, choices: EngineChoices) -> RayCluster:
+        """The cluster of `executor: ray`, which is not connected yet."""
+        from pipeline.executors.process import n_cores
+        from pipeline.executors.ray_cluster import AUTO, RayCluster, thread_variables
+        from pipeline.executors.ray_nodes import Resources
+
+        executor, models = self.config.executor, self._uses_models
+        asked, n_threads = executor.resources_per_worker, self.config.threads or n_cores()
+        gpu = asked.gpu if asked.gpu is not None else float(self.config.device != "cpu")
+        cpu = asked.cpu or (n_threads if models and not gpu else 1)
+        threads: int | None = max(1, int(cpu))
+        if models:
+            # The bits of their results depend on the number of threads: on this machine it is left to torch,
+            # as elsewhere, and on others, which may have more cores, it is as here.
+            threads = None if executor.address == AUTO else n_threads
+        return RayCluster(
+            address=executor.address,
+            workers=None if executor.workers == "auto" else executor.workers,
+            resources=Resources(cpu, gpu),
+            environment=thread_variables(threads),
+            engines=choices,
+            idle_s=executor.idle_s,
+        )
 
     def _n_workers(self) -> int:
         """How many processes work at the same time: one for a model, which uses all cores itself."""

@@ -399,3 +399,32 @@ def test_a_format_whose_encoder_is_not_installed_is_refused_by_name(
 ) -> None:
     monkeypatch.setattr("av.codecs_available", set())
     assert "has no encoder libopus" in complaint(file, "output: {format: opus}")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{kind: ray, address: somewhere}", 'executor.address: must be auto or host:port, not "somewhere"'),
+        ("{address: 'a:1'}", "executor.address: is for kind: ray alone"),
+        (
+            "{kind: inline, resources_per_worker: {cpu: 2}}",
+            "executor.resources_per_worker: is for kind: ray alone",
+        ),
+        (
+            "{kind: ray, resources_per_worker: {cpu: 0}}",
+            "executor.resources_per_worker.cpu: must be greater than 0",
+        ),
+        ("{kind: ray, resources_per_worker: {gpu: 1}}", "no engine would use it, since device is cpu"),
+    ],
+)
+def test_what_does_not_go_together_for_ray_is_refused(file: Path, text: str, sentence: str) -> None:
+    assert sentence in complaint(file, f"executor: {text}")
+
+
+def test_ray_chooses_the_gpu_and_needs_one_for_cuda(file: Path) -> None:
+    assert "device: must be cpu or cuda with executor: ray" in complaint(
+        file, "{device: 'cuda:1', executor: ray}"
+    )
+    text = "{device: cuda, executor: {kind: ray, resources_per_worker: {gpu: 0}}}"
+    assert "must be above 0, since device is cuda" in complaint(file, text)
+    assert load(file, "{device: cuda, executor: {kind: ray, address: 'head:6379'}}").executor.kind == "ray"

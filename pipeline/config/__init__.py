@@ -197,10 +197,19 @@ class Output(Section):
     fade_out_s: Annotated[float, Field(ge=0, le=60)] = 0.0
 
 
+class WorkerResources(Section):
+    """What one worker takes of a Ray node; None: see config/default.yaml."""
+
+    cpu: Annotated[float, Field(gt=0)] | None = None
+    gpu: Annotated[float, Field(ge=0)] | None = None
+
+
 class Executor(Section):
-    kind: Literal["process", "inline"] = "process"
+    kind: Literal["process", "inline", "ray"] = "process"
     workers: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = "auto"
     idle_s: Annotated[float, Field(ge=0)] = 600.0
+    address: Annotated[str, Field(pattern=r"^(auto|[^\s:/]+:\d{1,5})$")] = "auto"
+    resources_per_worker: WorkerResources = WorkerResources.model_construct()
 
 
 def _executor_section(value: Any) -> Any:
@@ -289,6 +298,7 @@ def load_config(
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from e
     engines = {"embed": config.embed.engine, "generate": config.generate.engine, "judge": config.judge.engine}
     problems = config_errors.of_engines(engines, config.generate.variations)
+    problems += config_errors.of_executor(config.executor, config.device)
     if problems := [*problems, *config_errors.of_output(config.output)]:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config

@@ -22,6 +22,7 @@ _PATTERNS = {  # by a part of the pattern; the first that matches counts
     r"^[^./": "must not begin with a dot or contain a slash or control character",
     r"^[^\x00]": "must not contain a NUL character",
     "^best ": "must be as in: best 2 of 6",
+    "^(auto|": "must be auto or host:port",
 }
 
 
@@ -70,6 +71,24 @@ def of_engines(engines: Mapping[str, str], variations: Sequence[BaseModel]) -> l
         where = f"generate.variations[{i}]"
         found = [*_of_params(where, spec, generators, takers), *_of_keep(f"{where}.keep", spec)]
         problems += dict.fromkeys(found or _of_expansion(where, spec, takers))
+    return problems
+
+
+def of_executor(executor: Any, device: str) -> list[str]:
+    """What does not go together in `executor`, and with the device."""
+    asked = executor.resources_per_worker
+    if executor.kind != "ray":
+        given = {"address": executor.address != "auto", "resources_per_worker": asked != type(asked)()}
+        return [f"executor.{key}: is for kind: ray alone" for key, is_given in given.items() if is_given]
+    problems = []
+    if ":" in device:
+        problems.append(
+            f"device: must be cpu or cuda with executor: ray, which chooses the GPU, not {device}"
+        )
+    if device == "cpu" and asked.gpu:
+        problems.append("executor.resources_per_worker.gpu: no engine would use it, since device is cpu")
+    if device != "cpu" and asked.gpu == 0:
+        problems.append(f"executor.resources_per_worker.gpu: must be above 0, since device is {device}")
     return problems
 
 

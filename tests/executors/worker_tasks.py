@@ -91,3 +91,7 @@ def describe(tools: Tools, *arrays: Any) -> Iterator[tuple[list[Any], str | None
 def leave(tools: Tools) -> Iterator[None]:
     raise SystemExit(0)
     yield
+
+
+def read(tools: Tools, file: Path) -> Iterator[tuple[Path, str]]:
+    yield file, file.read_text()

@@ -1,0 +1,216 @@
+"""The connection to a Ray cluster: one of this machine alone, or one that the configuration names.
+
+By itself Ray listens on all addresses, asks the addresses of clouds who they are, reports usage, and takes
+over SIGTERM. A cluster that is started here does none of that, and takes work from this program alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pipeline.engines.loading import EngineChoices
+from pipeline.errors import EngineUnusable, MissingPackage
+from pipeline.executors.process import THREADS, n_cores
+from pipeline.executors.ray import RayExecutor
+from pipeline.executors.ray_nodes import (
+    NONE,
+    PROGRAM,
+    Facts,
+    Resources,
+    differences,
+    facts_of_this_process,
+    living_nodes,
+    packages_of,
+    versions,
+)
+
+INSTALL_COMMAND = 'pip install ".[ray]"'
+AUTO = "auto"
+OBJECT_STORE_BYTES = 1 << 30  # of shared memory, at most; what does not fit is in files
+FACTS_PATIENCE_S = 60.0  # for the start of a process on a node
+# Read by Ray when it is first imported, and by the processes that it starts. It would report as well that
+# usage statistics are off.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+# Of a cluster of this machine alone. The first one makes it listen on loopback only; the last one leaves it
+# to the system to end a process when memory is short, as elsewhere.
+LOCAL = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+TOKEN = "RAY_AUTH_TOKEN"
+# With this file in the home folder, the head does not ask a cloud's addresses which cloud it is in.
+PROVIDER_FILE, PROVIDER = "ray_bootstrap_config.yaml", "provider: {type: local}\n"
+
+log = logging.getLogger("pipeline")
+
+
+@dataclass
+class RayCluster:
+    """The executors on a cluster: an `Executors`. The first time they are asked for, it connects."""
+
+    address: str  # host:port, or AUTO: this machine alone
+    workers: int | None  # at most; None: as many as the nodes have room for
+    resources: Resources
+    environment: Mapping[str, str | None]  # of the actors, see `pipeline.executors.ray.RayWorker`
+    engines: EngineChoices = field(compare=False)
+    idle_s: float = field(compare=False)
+    _executors: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
+    # Processes that Ray starts end with the thread that has started them; in another thread than the main one
+    # it leaves the signal handlers as they are.
+    _thread: ThreadPoolExecutor | None = field(default=None, init=False, compare=False)
+    _folder: str | None = field(default=None, init=False, compare=False)  # of a local cluster
+
+    def ready(self) -> list[RayExecutor]:
+        """As many executors as the nodes that are there now have room for, those with an actor first.
+
+        Raises:
+            MissingPackage: Ray is not installed.
+            EngineUnusable: the cluster can't be reached, or no node has what a worker needs.
+        """
+        self.connect()
+        n = sum(self.resources.times_in(node["Resources"]) for node in living_nodes())
+        if n == 0:
+            raise EngineUnusable(
+                f"no node of the cluster has the {self.resources} that a worker needs, see"
+                " executor.resources_per_worker"
+            )
+        n = min(n, self.workers or n)
+        while len(self._executors) < n:
+            number = len(self._executors)
+            environment = dict(self.environment)
+            if self._folder:
+                environment["HOME"] = os.environ.get("HOME")
+            self._executors.append(
+                RayExecutor(number, self.engines, self.idle_s, self.resources, environment, check=self._check)
+            )
+        return sorted(self._executors, key=lambda one: one.facts is None)[:n]
+
+    def use(self, engines: EngineChoices, idle_s: float) -> None:
+        """Change the settings; engines that stay the same stay loaded."""
+        self.engines, self.idle_s = engines, idle_s
+        for executor in self._executors:
+            executor.use(engines, idle_s)
+
+    def release_if_idle(self) -> None:
+        for executor in self._executors:
+            executor.release_if_idle()
+
+    def close(self) -> None:
+        """End the actors, leave the cluster, and end one that was started here."""
+        for executor in self._executors:
+            executor.close()
+        if self._thread is not None:
+            import ray
+
+            self._thread.submit(ray.shutdown).result()
+            self._thread.shutdown()
+            self._thread = None
+        self._remove_folder()
+
+    def connect(self) -> None:
+        """Raises as `ready`."""
+        if self._thread is not None:
+            return
+        if find_spec("ray") is None:
+            raise MissingPackage(f"executor: ray needs ray: {INSTALL_COMMAND}")
+        thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        try:
+            thread.submit(self._start_local if self.address == AUTO else self._join).result()
+        except Exception as e:
+            thread.shutdown()  # which ends what was started
+            self._remove_folder()
+            reason = str(e).strip().partition("\n")[0].rstrip(".")
+            log.debug("Ray can't be used", exc_info=e)
+            where = f"the Ray cluster (executor.address: {self.address})"
+            raise EngineUnusable(f"{where} can't be used: {reason}") from e
+        self._thread = thread
+
+    def facts(self) -> list[Facts]:
+        """Each node with its versions."""
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.connect()
+        nodes, asked = living_nodes(), []
+        for node in nodes:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(facts_of_this_process)
+            asked.append(task.remote(packages_of(self.engines)))
+        found = []
+        for node, task in zip(nodes, asked, strict=True):
+            try:
+                found.append(ray.get(task, timeout=FACTS_PATIENCE_S))
+            except RayError as e:
+                log.debug("node %s does not answer", node["NodeManagerAddress"], exc_info=e)
+                found.append(Facts(node["NodeID"], node["NodeManagerAddress"], (), {PROGRAM: NONE}))
+        return found
+
+    def differences(self, facts: list[Facts]) -> list[str]:
+        """See `pipeline.executors.ray_nodes.differences`."""
+        return list(differences(facts, versions(packages_of(self.engines))))
+
+    def _check(self, facts: Facts) -> None:
+        if found := self.differences([facts]):
+            raise EngineUnusable(found[0])
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _start_local(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path must be short
+        (Path(self._folder) / PROVIDER_FILE).write_text(PROVIDER)
+        os.environ.update(QUIET | LOCAL)
+        os.environ.setdefault(TOKEN, secrets.token_hex(32))
+        home, os.environ["HOME"] = os.environ.get("HOME"), self._folder
+        try:
+            _init(
+                address="local",
+                num_cpus=n_cores(),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=self._folder,
+            )
+        finally:
+            del os.environ["HOME"]
+            if home is not None:
+                os.environ["HOME"] = home
+
+    def _join(self) -> None:
+        os.environ.update(QUIET)
+        _init(address=self.address)
+
+
+def thread_variables(threads: int | None) -> dict[str, str | None]:
+    """The variables of an actor's libraries: as they are here, or, where they are not set, so many threads.
+
+    None leaves the number to the libraries, whose models then have the threads of a worker process.
+    """
+    number = None if threads is None else str(threads)
+    return {name: os.environ.get(name) or number for name in THREADS}
+
+
+def _init(**options: Any) -> None:
+    import ray
+    from ray._private import worker
+
+    # What raylets print when a node is lost belongs into the log and not between the lines of the console.
+    worker.print_to_stdstream = lambda batch, **_: log.debug("Ray: %s", "\n".join(batch["lines"]))
+    ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)

@@ -1,0 +1,257 @@
+"""Tasks in actors on Ray: what comes back, and what a stop and the loss of an actor, node or owner do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import worker_tasks
+from test_process import ENGINES
+
+from pipeline.errors import BadAudio, EngineUnusable, Stopped
+from pipeline.executors.base import Task, WorkerAway, WorkerLost
+from pipeline.executors.process import THREADS
+from pipeline.executors.ray import RayExecutor
+from pipeline.executors.ray_cluster import AUTO, RayCluster, thread_variables
+from pipeline.executors.ray_nodes import Resources
+
+pytestmark = [
+    pytest.mark.long,  # starts clusters
+    # Not imported here: it reads its environment when it is imported.
+    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: requirements-ray.txt"),
+]
+
+
+def cluster_at(address: str, resources: Resources, workers: int | None = None) -> RayCluster:
+    return RayCluster(address, workers, resources, thread_variables(1), ENGINES, idle_s=60)
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[RayCluster]:
+    """A cluster of this machine alone, in which several actors have room on any machine."""
+    made = cluster_at(AUTO, Resources(cpu=0.25, gpu=0))
+    before = signal.getsignal(signal.SIGTERM)
+    made.connect()
+    assert signal.getsignal(signal.SIGTERM) is before
+    yield made
+    made.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def executor(local: RayCluster) -> RayExecutor:
+    return local.ready()[0]
+
+
+def run(executor: RayExecutor, task: Task, *args: Any, stop: bool = False) -> list[Any]:
+    return list(executor.run(task, *args, progress=lambda *_: None, should_stop=lambda: stop))
+
+
+# -- tasks -----------------------------------------------------------------------------------------
+
+
+def test_values_and_progress_come_in_their_order(executor: RayExecutor) -> None:
+    steps: list[tuple[str, int, int]] = []
+    sound = np.arange(6, dtype=np.float32).reshape(2, 3)
+    seen = []
+    for value in executor.run(
+        worker_tasks.echo, "a", sound, progress=lambda *step: steps.append(step), should_stop=lambda: False
+    ):
+        seen.append((value, len(steps)))
+
+    assert [n_steps for _, n_steps in seen] == [1, 2]  # a result is made when it is asked for
+    assert seen[0][0] == "a"
+    np.testing.assert_array_equal(seen[1][0], sound)
+    assert steps == [("echo", 1, 2), ("echo", 2, 2)]
+
+
+def test_another_task_runs_between_two_results(executor: RayExecutor) -> None:
+    outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
+    assert next(outer) == "a"
+    assert run(executor, worker_tasks.echo, "c", "d") == ["c", "d"]
+    with pytest.raises(BadAudio, match="is no sound"):
+        run(executor, worker_tasks.refuse, "is no sound")
+    assert list(outer) == ["b"]
+
+
+def test_arrays_are_sent_by_value_and_files_by_their_content(executor: RayExecutor, tmp_path: Path) -> None:
+    np.save(tmp_path / "sound.npy", np.arange(12, dtype=np.float32).reshape(2, 6))
+    whole = np.load(tmp_path / "sound.npy", mmap_mode="r")
+    [(values, file), (part, none)] = run(executor, worker_tasks.describe, whole, whole[:, 2:5])
+    assert (values, file) == (whole.tolist(), None)
+    assert (part, none) == ([[2, 3, 4], [8, 9, 10]], None)
+
+    (tmp_path / "song.txt").write_text("la")
+    [(copy, content)] = run(executor, worker_tasks.read, tmp_path / "song.txt")
+    assert (copy.name, content) == ("song.txt", "la")
+    assert copy != tmp_path / "song.txt"
+    assert not copy.exists()
+
+
+def test_one_actor_runs_all_tasks_and_keeps_its_engines(executor: RayExecutor) -> None:
+    [first], [second] = run(executor, worker_tasks.process_id), run(executor, worker_tasks.process_id)
+    assert first == second != os.getpid()
+    engine = run(executor, worker_tasks.embedder_of)
+    executor.use(ENGINES, idle_s=60)
+    assert run(executor, worker_tasks.embedder_of) == engine
+    assert engine[0][0] == "descriptors"
+    assert executor.where == "node 127.0.0.1"
+
+
+def test_what_a_task_raises_is_raised_here_with_its_own_traceback(executor: RayExecutor) -> None:
+    with pytest.raises(BadAudio, match="is no music") as caught:
+        run(executor, worker_tasks.refuse, "is no music")
+    assert "worker_tasks.py" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="Unpicklable: 1 and 2"):
+        run(executor, worker_tasks.raise_unpicklable)
+    with pytest.raises(RuntimeError, match="SystemExit: 0"):
+        run(executor, worker_tasks.leave)
+    assert run(executor, worker_tasks.echo, 1) == [1]
+
+
+def test_a_stop_ends_the_task_and_not_the_actor(executor: RayExecutor) -> None:
+    [process] = run(executor, worker_tasks.process_id)
+    with pytest.raises(Stopped):
+        run(executor, worker_tasks.wait_for_stop, stop=True)
+    assert run(executor, worker_tasks.process_id) == [process]
+
+
+def test_a_task_of_which_no_more_is_wanted_is_closed(executor: RayExecutor, tmp_path: Path) -> None:
+    results = executor.run(
+        worker_tasks.note_its_end, tmp_path / "file", progress=lambda *_: None, should_stop=lambda: False
+    )
+    assert next(results) == 0
+    results.close()  # type: ignore[attr-defined]
+    assert (tmp_path / "file").read_text() == "ended"
+    assert run(executor, worker_tasks.echo, 1) == [1]
+
+
+def test_an_error_of_the_owner_between_two_results_leaves_nothing_for_the_next_task(
+    executor: RayExecutor,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="terminal is gone"):
+        list(executor.run(worker_tasks.echo, 1, 2, progress=fail, should_stop=lambda: False))
+    assert run(executor, worker_tasks.echo, 3) == [3]
+
+
+def test_its_log_is_the_owners(executor: RayExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        run(executor, worker_tasks.say, "half a second\nlater")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "half a second\nlater")
+    ]
+
+
+def test_an_idle_actor_ends_and_the_next_task_starts_another(
+    executor: RayExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [before] = run(executor, worker_tasks.process_id)
+    now = executor.clock()
+    monkeypatch.setattr(executor, "clock", lambda: now + 59)
+    executor.release_if_idle()
+    assert run(executor, worker_tasks.process_id) == [before]
+    monkeypatch.setattr(executor, "clock", lambda: now + 120)
+    executor.release_if_idle()
+    assert executor.facts is None
+    assert run(executor, worker_tasks.process_id) != [before]
+
+
+def test_a_death_is_reported_and_the_next_task_has_a_new_actor(executor: RayExecutor) -> None:
+    [before] = run(executor, worker_tasks.process_id)
+    results = executor.run(
+        worker_tasks.die, signal.SIGKILL, progress=lambda *_: None, should_stop=lambda: False
+    )
+    assert next(results) == "begun"
+    with pytest.raises(WorkerLost, match="has died: "):
+        next(results)
+    assert run(executor, worker_tasks.process_id) != [before]
+
+
+# -- actors ----------------------------------------------------------------------------------------
+
+
+def test_several_actors_share_no_cache_of_compiled_code_and_have_their_threads(local: RayCluster) -> None:
+    first, second, third = local.ready()[:3]
+    for name in THREADS:
+        expected = os.environ.get(name, "1")
+        assert run(second, worker_tasks.variable, name) == [expected]
+    assert run(second, worker_tasks.variable, "HOME") == [os.environ["HOME"]]
+    caches = [run(one, worker_tasks.variable, "NUMBA_CACHE_DIR")[0] for one in (second, third)]
+    assert len(set(caches)) == 2
+    first.environment = thread_variables(None)
+    first.close()
+    with pytest.raises(KeyError):  # not what Ray has set: the library's own number, as in other processes
+        run(first, worker_tasks.variable, "NUMBA_NUM_THREADS")
+
+
+def test_without_a_free_place_no_track_is_to_blame(local: RayCluster) -> None:
+    others = [one for one in local.ready() if run(one, worker_tasks.process_id)]
+    one_more = RayExecutor(
+        len(others), ENGINES, 60, Resources(0.25, 0), {}, lambda _: None, place_patience_s=0.5
+    )
+    with pytest.raises(WorkerAway, match=r"no free 0\.25 CPUs"):
+        run(one_more, worker_tasks.process_id)
+    with pytest.raises(Stopped):
+        run(one_more, worker_tasks.process_id, stop=True)
+
+
+def test_no_socket_listens_beyond_this_machine(local: RayCluster) -> None:
+    run(local.ready()[0], worker_tasks.process_id)
+    listening = listening_addresses(processes_below(os.getpid()))
+    assert len(listening) > 3
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_a_node_without_what_a_worker_needs_is_an_error_that_says_so(local: RayCluster) -> None:
+    greedy = cluster_at(AUTO, Resources(cpu=1000, gpu=1))
+    greedy._thread = local._thread
+    with pytest.raises(EngineUnusable, match="no node of the cluster has the 1000 CPUs and 1 GPU that a"):
+        greedy.ready()
+
+
+def processes_below(process: int) -> set[int]:
+    """A process and all that it has started, and they."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = {process}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def listening_addresses(processes: set[int]) -> list[str]:
+    """The address on which each of the processes' sockets listens."""
+    sockets = set()
+    for process in processes:
+        with suppress(OSError):
+            for link in Path(f"/proc/{process}/fd").iterdir():
+                with suppress(OSError):
+                    sockets.add(str(link.readlink()))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                found.append(_address(local.partition(":")[0]))
+    return found
+
+
+def _address(digits: str) -> str:
+    """An address of /proc/net/tcp: IPv4, also mapped into IPv6, as people write it."""
+    is_mapped = digits.startswith("0000000000000000FFFF0000")
+    if len(digits) > 8 and not is_mapped:
+        return digits
+    return ".".join(str(byte) for byte in reversed(bytes.fromhex(digits[-8:])))
