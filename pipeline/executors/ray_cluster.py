@@ -10,7 +10,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +40,7 @@ from pipeline.executors.ray_nodes import (
 INSTALL_COMMAND = 'pip install ".[ray]"'
 AUTO = "auto"
 OBJECT_STORE_BYTES = 1 << 30  # of shared memory, at most; what does not fit is in files
+CONNECT_S = 10.0
 FACTS_PATIENCE_S = 60.0  # for the start of a process on a node
 # Read by Ray when it is first imported, and by the processes that it starts. It would report as well that
 # usage statistics are off.
@@ -71,7 +75,7 @@ class RayCluster:
     idle_s: float = field(compare=False)
     _executors: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
     # Processes that Ray starts end with the thread that has started them; in another thread than the main one
-    # it leaves the signal handlers as they are.
+    # it sets no signal handlers of Python.
     _thread: ThreadPoolExecutor | None = field(default=None, init=False, compare=False)
     _folder: str | None = field(default=None, init=False, compare=False)  # of a local cluster
 
@@ -131,6 +135,7 @@ class RayCluster:
         thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         try:
             thread.submit(self._start_local if self.address == AUTO else self._join).result()
+            _restore_signal_handlers()
         except Exception as e:
             thread.shutdown()  # which ends what was started
             self._remove_folder()
@@ -194,6 +199,9 @@ class RayCluster:
                 os.environ["HOME"] = home
 
     def _join(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        with socket.create_connection((host, int(port)), CONNECT_S):  # Ray itself would try for many minutes
+            pass
         os.environ.update(QUIET)
         _init(address=self.address)
 
@@ -205,6 +213,14 @@ def thread_variables(threads: int | None) -> dict[str, str | None]:
     """
     number = None if threads is None else str(threads)
     return {name: os.environ.get(name) or number for name in THREADS}
+
+
+def _restore_signal_handlers() -> None:
+    """Ray's library puts handlers of its own below those of Python, which end the process by an abort."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 def _init(**options: Any) -> None:

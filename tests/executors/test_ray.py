@@ -7,13 +7,13 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import worker_tasks
+from ray_setup import NEEDS_RAY
 from test_process import ENGINES
 
 from pipeline.errors import BadAudio, EngineUnusable, Stopped
@@ -23,11 +23,7 @@ from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_cluster import AUTO, RayCluster, thread_variables
 from pipeline.executors.ray_nodes import Resources
 
-pytestmark = [
-    pytest.mark.long,  # starts clusters
-    # Not imported here: it reads its environment when it is imported.
-    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: requirements-ray.txt"),
-]
+pytestmark = [pytest.mark.long, NEEDS_RAY]  # starts clusters
 
 
 def cluster_at(address: str, resources: Resources, workers: int | None = None) -> RayCluster:
@@ -38,12 +34,9 @@ def cluster_at(address: str, resources: Resources, workers: int | None = None) -
 def local() -> Iterator[RayCluster]:
     """A cluster of this machine alone, in which several actors have room on any machine."""
     made = cluster_at(AUTO, Resources(cpu=0.25, gpu=0))
-    before = signal.getsignal(signal.SIGTERM)
     made.connect()
-    assert signal.getsignal(signal.SIGTERM) is before
     yield made
     made.close()
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""A Ray cluster that is joined: its nodes, and what of this process stays as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import worker_tasks
+from home_folder import ROOT
+from ray_setup import NEEDS_RAY, add_node, ray_head
+from test_process import ENGINES
+
+from pipeline.errors import EngineUnusable
+from pipeline.executors.ray_cluster import RayCluster, thread_variables
+from pipeline.executors.ray_nodes import Resources
+
+pytestmark = [pytest.mark.long, NEEDS_RAY]  # starts a cluster
+
+
+def cluster_at(address: str, resources: Resources) -> RayCluster:
+    return RayCluster(address, None, resources, thread_variables(1), ENGINES, idle_s=60)
+
+
+@pytest.fixture(scope="module")
+def several() -> Iterator[Any]:
+    """A cluster to which nodes can be added."""
+    with ray_head(PYTHONPATH=str(ROOT)) as made:
+        yield made
+
+
+def test_signal_handlers_stay_ours(several: Any) -> None:
+    received = []
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in numbers}
+    joined = cluster_at(several.address, Resources(1, 0))
+    try:
+        joined.connect()
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert received == list(numbers)
+    finally:
+        joined.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_worker_has_a_gpu_of_its_own_on_a_node_with_gpus(several: Any) -> None:
+    node = add_node(several, 4, num_gpus=2)
+    joined = cluster_at(several.address, Resources(1, 1))
+    try:
+        executors = joined.ready()
+        for executor in executors:
+            assert list(executor.run(worker_tasks.echo, 1, progress=print, should_stop=lambda: False)) == [1]
+        assert sorted(executor.where for executor in executors) == [
+            "node 127.0.0.1, GPU 0",
+            "node 127.0.0.1, GPU 1",
+        ]
+    finally:
+        joined.close()
+        several.remove_node(node)
+
+
+def test_a_node_with_another_version_is_refused_before_it_works(several: Any, tmp_path: Path) -> None:
+    package = tmp_path / "numpy-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.0\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    node = add_node(several, 3, env_vars={"PYTHONPATH": path})
+    joined = cluster_at(several.address, Resources(3, 0))
+    try:
+        [executor] = joined.ready()
+        with pytest.raises(EngineUnusable, match=r"has numpy 1\.0 instead of"):
+            list(executor.run(worker_tasks.echo, 1, progress=print, should_stop=lambda: False))
+        [sentence] = joined.differences(joined.facts())
+        assert sentence.startswith("node 127.0.0.1 has numpy 1.0")
+    finally:
+        joined.close()
+        several.remove_node(node)
