@@ -47,6 +47,7 @@ def run_checks(app: App, *, repair: bool) -> Iterator[Check]:
         "decoders": _decoders(),
         "engines": _engines(app),
         **{f"engine of {stage}": _choice(app, stage) for stage in app.stages},
+        **({"ray": _ray(app)} if app.config.executor.kind == "ray" else {}),
         "database": _database(app, repair=repair),
     }
     for what, results in checks.items():
@@ -93,13 +94,29 @@ def _choice(app: App, stage: StageName) -> Iterator[Check]:
     choice = app.choice(stage)
     where = f", weights in {choice.folder} ({choice.revision})" if choice.folder else ""
     yield Check("ok", f"{stage} uses", f"{choice.card.name}: {choice.why}{where}")
-    if "torch" in choice.card.packages:
+    if "torch" in choice.card.packages and app.config.executor.kind != "ray":
         check_device(app.config.device)
     if choice.needs_weights:
         text = f"{choice.model} is not on this machine yet: {hub.FETCH_COMMAND}"
         yield Check("note", f"{stage} weights", text)
     if stage == "generate":
         app.check_variations(choice)
+
+
+def _ray(app: App) -> Iterator[Check]:
+    """The nodes of the Ray cluster, and versions there that differ from those here."""
+    cluster = app.ray_cluster(app.engine_choices)
+    try:
+        nodes = cluster.nodes()
+        for total, node in nodes:
+            installed = ", ".join(f"{name} {version}" for name, version in node.versions.items())
+            yield Check("ok", f"ray {node.where}", f"{total}; {installed}")
+        for sentence in cluster.differences([node for _, node in nodes]):
+            yield Check("bad", "ray versions", sentence)
+        n = len(cluster.ready())
+        yield Check("ok", "ray workers", f"{n} with {cluster.resources} each (cluster: {cluster.address})")
+    finally:
+        cluster.close()
 
 
 def _database(app: App, *, repair: bool) -> Iterator[Check]:

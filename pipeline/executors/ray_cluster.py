@@ -14,7 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -145,8 +145,8 @@ class RayCluster:
             raise EngineUnusable(f"{where} can't be used: {reason}") from e
         self._thread = thread
 
-    def facts(self) -> list[Facts]:
-        """Each node with its versions."""
+    def nodes(self) -> list[tuple[Resources, Facts]]:
+        """What each node has in all, and its versions. Raises as `ready`."""
         import ray
         from ray.exceptions import RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -157,16 +157,18 @@ class RayCluster:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(facts_of_this_process)
             asked.append(task.remote(packages_of(self.engines)))
-        found = []
+        found = list[tuple[Resources, Facts]]()
         for node, task in zip(nodes, asked, strict=True):
+            total = Resources(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
             try:
-                found.append(ray.get(task, timeout=FACTS_PATIENCE_S))
+                facts = ray.get(task, timeout=FACTS_PATIENCE_S)
             except RayError as e:
                 log.debug("node %s does not answer", node["NodeManagerAddress"], exc_info=e)
-                found.append(Facts(node["NodeID"], node["NodeManagerAddress"], (), {PROGRAM: NONE}))
+                facts = Facts(node["NodeID"], node["NodeManagerAddress"], (), {PROGRAM: NONE})
+            found.append((total, facts))
         return found
 
-    def differences(self, facts: list[Facts]) -> list[str]:
+    def differences(self, facts: Sequence[Facts]) -> list[str]:
         """See `pipeline.executors.ray_nodes.differences`."""
         return list(differences(facts, versions(packages_of(self.engines))))
 

@@ -19,14 +19,14 @@ NONE = "none"  # the version of a package that is not installed
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker takes of a node."""
+    """What one worker takes of a node, or what a node has in all."""
 
     cpu: float
     gpu: float
 
     def __str__(self) -> str:
         parts = [f"{n:g} {name}{'s' * (n != 1)}" for n, name in ((self.cpu, "CPU"), (self.gpu, "GPU")) if n]
-        return " and ".join(parts)
+        return " and ".join(parts) or "nothing for work"
 
     def times_in(self, total: Mapping[str, float]) -> int:
         """How many workers a node with these resources of Ray has room for."""
@@ -40,7 +40,7 @@ class Facts:
 
     node_id: str  # Ray's
     address: str
-    gpus: tuple[str, ...]  # that it has for itself
+    gpus: tuple[str, ...]  # that the process has for itself
     versions: Mapping[str, str]
 
     @property

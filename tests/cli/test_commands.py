@@ -16,8 +16,10 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy
 import pytest
 from home_folder import FAR, NEAR, ROOT, Home, RunResult, contents, run, sha256_of, write_music
+from ray_setup import NEEDS_RAY
 
 import pipeline as pipeline_package
 from pipeline.app import App
@@ -443,6 +445,17 @@ def test_requeue_of_a_stage_repeats_that_stage_alone_with_the_same_bytes(
 
 
 # -- doctor and models -----------------------------------------------------------------------------
+
+
+@pytest.mark.long  # starts a cluster
+@NEEDS_RAY
+def test_doctor_shows_the_nodes_of_the_ray_cluster(home: Home, pipeline: Pipeline) -> None:
+    home.configure(executor={"kind": "ray", "resources_per_worker": {"cpu": 0.5}})
+    ended = pipeline("doctor")
+    assert ended.code == 0, ended.out
+    [node] = [line for line in ended.out.splitlines() if "ray node 127.0.0.1" in line]
+    assert f"instrumental-variations {pipeline_package.__version__}, numpy {numpy.__version__}" in node
+    assert "with 0.5 CPUs each (cluster: auto)" in ended.out
 
 
 def test_requeue_of_a_track_without_its_source_is_refused(processed: Home, pipeline: Pipeline) -> None:

@@ -75,7 +75,9 @@ def test_a_node_with_another_version_is_refused_before_it_works(several: Any, tm
         [executor] = joined.ready()
         with pytest.raises(EngineUnusable, match=r"has numpy 1\.0 instead of"):
             list(executor.run(worker_tasks.echo, 1, progress=print, should_stop=lambda: False))
-        [sentence] = joined.differences(joined.facts())
+        totals, facts = zip(*joined.nodes(), strict=True)
+        assert sorted(map(str, totals)) == ["3 CPUs", "nothing for work"]
+        [sentence] = joined.differences(facts)
         assert sentence.startswith("node 127.0.0.1 has numpy 1.0")
     finally:
         joined.close()

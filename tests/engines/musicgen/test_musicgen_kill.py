@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from home_folder import ROOT, Home, contents, write_music
+from ray_setup import NEEDS_RAY
 
 TIMEOUT_S = 300.0  # ends a test that would hang
 
@@ -47,7 +48,7 @@ def sounds(home: Home) -> dict[str, str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("executor", ["inline", "process"])
+@pytest.mark.parametrize("executor", ["inline", "process", pytest.param("ray", marks=NEEDS_RAY)])
 def test_a_killed_run_is_resumed_and_gives_the_same_files(
     musicgen_folder: Any, tmp_path: Path, executor: str
 ) -> None:
