@@ -296,6 +296,7 @@ class App:
             environment=thread_variables(threads),
             engines=choices,
             idle_s=executor.idle_s,
+            normalizes_ahead=models,
         )
 
     def _n_workers(self) -> int:

@@ -67,7 +67,7 @@ class RayWorker:
             folder = os.environ.get("NUMBA_CACHE_DIR") or Path.home() / ".cache" / "variations" / "numba"
             os.environ["NUMBA_CACHE_DIR"] = str(Path(folder) / str(number))
         self._engines: LoadedEngines | None = None
-        self._references: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
         self._results: dict[int, Iterator[Any]] = {}  # of the tasks that have not ended, by their run
         self._files: dict[int, tempfile.TemporaryDirectory[str]] = {}  # likewise
         self._stopped: set[int] = set()  # runs that have been asked to stop
@@ -95,7 +95,7 @@ class RayWorker:
             judge=ScoringJudge(self._engines, should_stop),
             progress=lambda *step: self._reports.append(step),
             should_stop=should_stop,
-            references=self._references,
+            kept=self._kept,
         )
         self._results[run] = task(tools, *(self._received(run, value) for value in args))
         return self.next(run)

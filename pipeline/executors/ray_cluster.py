@@ -73,7 +73,9 @@ class RayCluster:
     environment: Mapping[str, str | None]  # of the actors, see `pipeline.executors.ray.RayWorker`
     engines: EngineChoices = field(compare=False)
     idle_s: float = field(compare=False)
+    normalizes_ahead: bool = False  # in another actor beside each worker, which has no GPU
     _executors: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
+    _normalizers: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
     # Processes that Ray starts end with the thread that has started them; in another thread than the main one
     # it sets no signal handlers of Python.
     _thread: ThreadPoolExecutor | None = field(default=None, init=False, compare=False)
@@ -96,27 +98,35 @@ class RayCluster:
         n = min(n, self.workers or n)
         while len(self._executors) < n:
             number = len(self._executors)
-            environment = dict(self.environment)
-            if self._folder:
-                environment["HOME"] = os.environ.get("HOME")
-            self._executors.append(
-                RayExecutor(number, self.engines, self.idle_s, self.resources, environment, check=self._check)
-            )
+            self._executors.append(self._executor(2 * number, self.resources))
+            if self.normalizes_ahead:
+                # Beside a GPU there are cores to count; beside a model on the CPU all of them are taken.
+                resources = Resources(1.0 if self.resources.gpu else 0.0, 0.0)
+                self._normalizers.append(self._executor(2 * number + 1, resources))
         return sorted(self._executors, key=lambda one: one.facts is None)[:n]
+
+    def normalizers(self) -> list[RayExecutor]:
+        return self._normalizers
+
+    def _executor(self, number: int, resources: Resources) -> RayExecutor:
+        environment = dict(self.environment)
+        if self._folder:
+            environment["HOME"] = os.environ.get("HOME")
+        return RayExecutor(number, self.engines, self.idle_s, resources, environment, check=self._check)
 
     def use(self, engines: EngineChoices, idle_s: float) -> None:
         """Change the settings; engines that stay the same stay loaded."""
         self.engines, self.idle_s = engines, idle_s
-        for executor in self._executors:
+        for executor in [*self._executors, *self._normalizers]:
             executor.use(engines, idle_s)
 
     def release_if_idle(self) -> None:
-        for executor in self._executors:
+        for executor in [*self._executors, *self._normalizers]:
             executor.release_if_idle()
 
     def close(self) -> None:
         """End the actors, leave the cluster, and end one that was started here."""
-        for executor in self._executors:
+        for executor in [*self._executors, *self._normalizers]:
             executor.close()
         if self._thread is not None:
             import ray

@@ -21,8 +21,8 @@ from pipeline.executors.ray_nodes import Resources
 pytestmark = [pytest.mark.long, NEEDS_RAY]  # starts a cluster
 
 
-def cluster_at(address: str, resources: Resources) -> RayCluster:
-    return RayCluster(address, None, resources, thread_variables(1), ENGINES, idle_s=60)
+def cluster_at(address: str, resources: Resources, **more: Any) -> RayCluster:
+    return RayCluster(address, None, resources, thread_variables(1), ENGINES, idle_s=60, **more)
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,18 @@ def test_signal_handlers_stay_ours(several: Any) -> None:
             signal.signal(number, handler)
 
 
-def test_a_worker_has_a_gpu_of_its_own_on_a_node_with_gpus(several: Any) -> None:
+def test_a_worker_has_a_gpu_of_its_own_and_others_normalize_beside_it(several: Any) -> None:
     node = add_node(several, 4, num_gpus=2)
-    joined = cluster_at(several.address, Resources(1, 1))
+    joined = cluster_at(several.address, Resources(1, 1), normalizes_ahead=True)
     try:
-        executors = joined.ready()
-        for executor in executors:
+        executors, normalizers = joined.ready(), joined.normalizers()
+        for executor in [*executors, *normalizers]:
             assert list(executor.run(worker_tasks.echo, 1, progress=print, should_stop=lambda: False)) == [1]
         assert sorted(executor.where for executor in executors) == [
             "node 127.0.0.1, GPU 0",
             "node 127.0.0.1, GPU 1",
         ]
+        assert [executor.where for executor in normalizers] == ["node 127.0.0.1"] * 2
     finally:
         joined.close()
         several.remove_node(node)
