@@ -1,16 +1,22 @@
-"""The systemd unit and the cron line, as systemd and a shell read them."""
+"""The systemd unit, the cron line and the files for Ray, as those read them who use them."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
+
+from pipeline.config import Config
+from pipeline.executors.ray_cluster import QUIET
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = ROOT / "deploy" / "variations.service"
@@ -175,3 +181,50 @@ def test_the_log_of_earlier_runs_is_kept(checkout: Path) -> None:
     for _ in range(2):
         run_cron_command(checkout, exit_code=0)
     assert (checkout / "state" / "cron.log").read_text().count("ran once") == 2
+
+
+# -- Ray -------------------------------------------------------------------------------------------
+
+RAY = ROOT / "deploy" / "ray"
+PIN = re.compile(r"^ray==(.+)$", re.MULTILINE)
+
+
+def test_the_cluster_file_is_what_ray_accepts() -> None:
+    package = find_spec("ray")
+    if package is None or package.origin is None:
+        pytest.skip("ray is not installed: requirements-ray.txt")
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(package.origin).parent / "autoscaler" / "ray-schema.json").read_text())
+    cluster = yaml.safe_load((RAY / "cluster.yaml").read_text())
+    jsonschema.validate(cluster, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**cluster, "head_node": "g6.xlarge"}, schema)
+    assert cluster["head_node_type"] in cluster["available_node_types"]
+
+
+def test_the_files_for_ray_use_the_program_as_it_is() -> None:
+    cluster, manifest = (
+        yaml.safe_load((RAY / name).read_text()) for name in ("cluster.yaml", "kuberay.yaml")
+    )
+    [pinned] = PIN.findall((ROOT / "requirements-ray.txt").read_text())
+    assert manifest["spec"]["rayVersion"] == pinned
+    for name in re.findall(r"-r (\S+)", " ".join(cluster["setup_commands"])):
+        assert (ROOT / name).is_file()
+    for file in ("cluster.yaml", "kuberay.yaml"):
+        [section] = re.findall(r"executor: (\{.*?\})", (RAY / file).read_text())
+        Config.model_validate({"device": "cuda", "executor": yaml.safe_load(section)})
+
+
+def test_the_machines_for_ray_have_a_gpu_and_report_nothing() -> None:
+    manifest = yaml.safe_load((RAY / "kuberay.yaml").read_text())
+    groups = [manifest["spec"]["headGroupSpec"], *manifest["spec"]["workerGroupSpecs"]]
+    containers = [one for group in groups for one in group["template"]["spec"]["containers"]]
+    assert containers[1]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    for container in containers:
+        assert {one["name"]: one["value"] for one in container["env"]}.items() >= {
+            name: QUIET[name] for name in ("RAY_USAGE_STATS_ENABLED", "RAY_USAGE_STATS_REPORT_URL")
+        }.items()
+    head = " ".join(yaml.safe_load((RAY / "cluster.yaml").read_text())["head_start_ray_commands"])
+    assert (
+        f"RAY_USAGE_STATS_ENABLED=0 RAY_USAGE_STATS_REPORT_URL={QUIET['RAY_USAGE_STATS_REPORT_URL']}" in head
+    )
