@@ -271,14 +271,15 @@ class RayExecutor:
             raise
         finally:
             if kind == YIELDED:  # the caller wants no more
-                self._answer(actor, actor.close.remote(run), run, lambda *_: None, should_stop)
+                with suppress(WorkerLost, WorkerAway):
+                    self._answer(actor, actor.close.remote(run), run, lambda *_: None, should_stop)
 
     def _answer(
         self, actor: Any, call: Any, run: int, progress: ProgressFn, should_stop: StopFn
     ) -> tuple[str, Any]:
         import ray
 
-        was_told, is_ready = False, False
+        was_told = False
         while True:
             if not was_told and should_stop():
                 actor.stop.options(concurrency_group=CONTROL).remote(run)
@@ -298,11 +299,10 @@ class RayExecutor:
 
     def _get(self, call: Any) -> Any:
         """The value of a call of the actor."""
+        import ray
         from ray import exceptions
 
         try:
-            import ray
-
             return ray.get(call)
         except exceptions.RayError as e:
             raise self._lost(e) from e

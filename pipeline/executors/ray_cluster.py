@@ -57,6 +57,7 @@ LOCAL = {
     "RAY_memory_monitor_refresh_ms": "0",
 }
 TOKEN = "RAY_AUTH_TOKEN"
+TMP, FOLDER = Path("/tmp"), "ray-of-"  # the paths of Ray's sockets must be short
 # With this file in the home folder, the head does not ask a cloud's addresses which cloud it is in.
 PROVIDER_FILE, PROVIDER = "ray_bootstrap_config.yaml", "provider: {type: local}\n"
 
@@ -152,7 +153,8 @@ class RayCluster:
             reason = str(e).strip().partition("\n")[0].rstrip(".")
             log.debug("Ray can't be used", exc_info=e)
             where = f"the Ray cluster (executor.address: {self.address})"
-            raise EngineUnusable(f"{where} can't be used: {reason}") from e
+            hint = "" if self.address == AUTO else "; if it asks for a token, set RAY_AUTH_MODE=token"
+            raise EngineUnusable(f"{where} can't be used: {reason}{hint}") from e
         self._thread = thread
 
     def nodes(self) -> list[tuple[Resources, Facts]]:
@@ -192,7 +194,8 @@ class RayCluster:
             self._folder = None
 
     def _start_local(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path must be short
+        _remove_folders_of_killed_owners()
+        self._folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=TMP)
         (Path(self._folder) / PROVIDER_FILE).write_text(PROVIDER)
         os.environ.update(QUIET | LOCAL)
         os.environ.setdefault(TOKEN, secrets.token_hex(32))
@@ -225,6 +228,17 @@ def thread_variables(threads: int | None) -> dict[str, str | None]:
     """
     number = None if threads is None else str(threads)
     return {name: os.environ.get(name) or number for name in THREADS}
+
+
+def _remove_folders_of_killed_owners() -> None:
+    for folder in TMP.glob(f"{FOLDER}*"):
+        process = folder.name.removeprefix(FOLDER).partition("-")[0]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)  # another user's can't be removed
+        except (OSError, ValueError):
+            continue
 
 
 def _restore_signal_handlers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from ray_setup import NEEDS_RAY
 from test_process import ENGINES
 
 from pipeline.errors import BadAudio, EngineUnusable, Stopped
+from pipeline.executors import ray_cluster
 from pipeline.executors.base import Task, WorkerAway, WorkerLost
 from pipeline.executors.process import THREADS
 from pipeline.executors.ray import RayExecutor
@@ -73,6 +75,17 @@ def test_another_task_runs_between_two_results(executor: RayExecutor) -> None:
     with pytest.raises(BadAudio, match="is no sound"):
         run(executor, worker_tasks.refuse, "is no sound")
     assert list(outer) == ["b"]
+
+
+def test_a_task_between_two_results_that_ends_the_process_ends_both(executor: RayExecutor) -> None:
+    outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
+    assert next(outer) == "a"
+    with pytest.raises(WorkerLost):
+        run(executor, worker_tasks.die, signal.SIGKILL)
+    [alive] = run(executor, worker_tasks.process_id)
+    with pytest.raises(WorkerLost):
+        next(outer)
+    assert run(executor, worker_tasks.process_id) == [alive]
 
 
 def test_arrays_are_sent_by_value_and_files_by_their_content(executor: RayExecutor, tmp_path: Path) -> None:
@@ -197,6 +210,17 @@ def test_without_a_free_place_no_track_is_to_blame(local: RayCluster) -> None:
         run(one_more, worker_tasks.process_id)
     with pytest.raises(Stopped):
         run(one_more, worker_tasks.process_id, stop=True)
+
+
+def test_what_a_killed_owner_has_left_is_removed_at_the_next_start(tmp_path: Path, monkeypatch: Any) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, mine, other = (tmp_path / f"ray-of-{process}-x" for process in (ended.pid, os.getpid(), "nobody"))
+    for folder in (left, mine, other):
+        folder.mkdir()
+    monkeypatch.setattr(ray_cluster, "TMP", tmp_path)
+    ray_cluster._remove_folders_of_killed_owners()
+    assert sorted(tmp_path.iterdir()) == sorted([mine, other])
 
 
 def test_no_socket_listens_beyond_this_machine(local: RayCluster) -> None:
