@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from pipeline.config import Config, StageSettings, load_config
 from pipeline.engines.base import EngineSettings, StageName
 from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
+from pipeline.fs.files import is_in_bucket
 from pipeline.fs.mounts import mounts_of
-from pipeline.intake.scanner import Scanner
+from pipeline.intake.scanner import scanner_for
 from pipeline.plan import Recipe, plan_variations
 from pipeline.store.store import Store
 from pipeline.weights import hub
@@ -145,7 +146,7 @@ class App:
             raise ConfigError(f"{fresh.config_path}: another executor.address needs a restart")
         if fresh.workspace != self.workspace:
             raise ConfigError(f"{fresh.config_path}: other folders need a restart")
-        return fresh
+        return replace(fresh, workspace=self.workspace)  # which may hold leases
 
     def reloaded(self, runner: Runner, signals: Signals) -> tuple[App, Ingest, Runner]:
         """The configuration read again, and what works by it in the place of `runner`.
@@ -189,7 +190,7 @@ class App:
             model = f" ({choice.model} at {(choice.revision or '')[:15]})" if choice.model else ""
             log.info("%s: %s%s: %s", stage, choice.card.name, model, choice.why)
         store.remember_config(self.config.sha256, self.config.canonical())
-        outbox = Outbox(self.workspace.outbox)
+        outbox = Outbox(self.workspace.outbox_files)
         intake = self.config.intake
         trust_times = all(mount.clock_is_ours for mount in mounts_of(folder.path))
         ingest = Ingest(
@@ -199,7 +200,7 @@ class App:
             store=store,
             outbox=outbox,
             workspace=self.workspace,
-            scanner=Scanner(folder, intake),
+            scanner=scanner_for(folder, intake, self.workspace.files_at(folder.path)),
             settling=Settling(intake.settle_s, trust_times=trust_times),
         )
         parts = {
@@ -319,6 +320,8 @@ class App:
         wanted = self.config.intake.watch
         mounts = mounts_of(self.workspace.inbox) if wanted == "auto" else []
         reason = next(filter(None, (mount.why_polled for mount in mounts)), None)
+        if is_in_bucket(self.workspace.inbox):
+            reason = "a bucket"
         polling = wanted == "polling" or reason is not None
         why = reason or ("named in the configuration" if wanted != "auto" else "a local file system")
         return Watcher(self.workspace.inbox, signals.wake, polling=polling), (

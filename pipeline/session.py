@@ -100,7 +100,9 @@ def watch_inbox(app: App, signals: Signals) -> None:
                 app = app.reopened()
 
 
-def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable, pause_s: float) -> None:
+def _wait_to_start(
+    app: App, signals: Signals, fault: FolderUnusable | EngineUnusable, pause_s: float
+) -> None:
     health, notifier = Health(app.workspace.health), Notifier.from_env()
     notifier.ready()  # a service that waits is running, and its watchdog must not act
     notifier.progress()
@@ -114,7 +116,7 @@ def _wait_to_start(app: App, signals: Signals, fault: DiskFull | EngineUnusable,
 
 def _recover(app: App, store: Store) -> set[str]:
     """Put in order what a killed instance left; returns the hashes of the tracks that are given up."""
-    config, inbox = app.config, app.workspace.inbox
+    config, inbox = app.config, app.workspace.inbox_files
     given_up = recover_crashed(store, config, now=time.time())
     for track in given_up:
         files = store.files_of(track.sha256)
@@ -122,7 +124,7 @@ def _recover(app: App, store: Store) -> set[str]:
     recover_moves(store, inbox)
     for finding in reconcile(
         store,
-        Outbox(app.workspace.outbox),
+        Outbox(app.workspace.outbox_files),
         app.workspace,
         thorough=False,
         repair=True,

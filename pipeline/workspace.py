@@ -5,21 +5,27 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
 from pipeline.fs.atomic import replacing
 from pipeline.fs.disk import environment_error
+from pipeline.fs.files import Files, bucket_path, is_in_bucket
+from pipeline.fs.local import LocalFiles
+from pipeline.fs.names import printable
 from pipeline.records import Audio
+
+if TYPE_CHECKING:
+    from pipeline.store.schema import SourceFile
 
 ENGINES_FOLDER = "engines"  # in the state folder: where engines store files
 DONE, FAILED = "done", "failed"  # the archive's folders in the inbox, which are never scanned
@@ -40,7 +46,7 @@ class InputFolder:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The three working folders, as absolute paths."""
+    """The three working folders, as absolute paths. The inbox and the outbox may be in buckets."""
 
     home: Path
     inbox: Path
@@ -56,13 +62,14 @@ class Workspace:
         """
         home = Path(os.path.realpath(home))  # unlike Path.resolve, it does not raise for a loop of links
         inbox, outbox, state = (
-            Path(os.path.realpath(home / expand_user(folder)))
+            bucket_path(folder) or Path(os.path.realpath(home / expand_user(folder)))
             for folder in (folders.inbox, folders.outbox, folders.state)
         )
         for name, folder in (("outbox", outbox), ("state", state)):
             if folder.is_relative_to(inbox) or inbox.is_relative_to(folder):
                 raise FolderUnusable(
-                    f"folders.{name} ({folder}) and folders.inbox ({inbox}) lie in one another"
+                    f"folders.{name} ({printable(folder)}) and folders.inbox ({printable(inbox)}) lie in"
+                    " one another"
                 )
         return cls(home, inbox, outbox, state)
 
@@ -70,6 +77,31 @@ class Workspace:
     def input_folder(self) -> InputFolder:
         """The inbox, as the folder that a command takes tracks from."""
         return InputFolder(self.inbox, is_inbox=True)
+
+    @cached_property
+    def inbox_files(self) -> Files:
+        return _files(self.inbox)
+
+    @cached_property
+    def outbox_files(self) -> Files:
+        return _files(self.outbox)
+
+    def files_at(self, root: Path) -> Files:
+        """The files of the inbox, or of another folder."""
+        return self.inbox_files if root == self.inbox else _files(root)
+
+    def is_in_place(self, file: SourceFile) -> bool:
+        """Whether a source is unchanged at the path where it is recorded."""
+        try:
+            found = self.files_at(file.root).find(file.current_path)
+        except OSError:
+            return False
+        return found is not None and found.identity == file.identity
+
+    @property
+    def disks(self) -> list[Path]:
+        """The folders on disks of this machine that results are written to."""
+        return [folder for folder in (self.outbox, self.state) if not is_in_bucket(folder)]
 
     def drop_normalized(self) -> None:
         """Remove all normalized audio and unfinished copies: they are made again when needed."""
@@ -85,21 +117,20 @@ class Workspace:
         return self.state / "pipeline.log"
 
     def prepare(self) -> None:
-        """Make the folders and check that they can be written.
+        """Make the folders and check that they can be used.
 
         Raises:
             FolderUnusable: one of them can't be made or written.
         """
-        for name, folder in (("inbox", self.inbox), ("outbox", self.outbox), ("state", self.state)):
+        state: Files = LocalFiles(self.state)
+        for name, files in (("inbox", self.inbox_files), ("outbox", self.outbox_files), ("state", state)):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder) as probe:  # it has no name, so a kill leaves no file
-                    probe.write(b"x")
+                files.prepare()
             except OSError as e:
                 kind = type(environment_error(e) or FolderUnusable())
                 is_file = isinstance(e, FileExistsError | NotADirectoryError)
                 reason = "it is not a folder" if is_file else os_reason(e)
-                raise kind(f"the {name} {folder} (folders.{name}) can't be used: {reason}") from e
+                raise kind(f"the {name} {files.root} (folders.{name}) can't be used: {reason}") from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -143,6 +174,10 @@ class Workspace:
 
     def scratch(self, sha256: str) -> Scratch:
         return Scratch(self.state / "work" / sha256)
+
+
+def _files(root: Path) -> Files:
+    return LocalFiles(root)
 
 
 def _take(file: IO[str]) -> bool:

@@ -192,7 +192,7 @@ class RunnerSetup:
             settings=intake,
             recipe=self.recipe,
             store=self.store,
-            outbox=Outbox(self.workspace.outbox),
+            outbox=Outbox(self.workspace.outbox_files),
             workspace=self.workspace,
             scanner=Scanner(folder, intake),
             settling=Settling(settle_s, trust_times=trust_times),
@@ -216,7 +216,7 @@ class RunnerSetup:
             workspace=self.workspace,
             folder=self.workspace.input_folder,
             store=self.store,
-            outbox=outbox or Outbox(self.workspace.outbox),
+            outbox=outbox or Outbox(self.workspace.outbox_files),
             executor=InlineExecutor(engines or StubEngines(generator or StubGenerator()), judge),
             judge=judge,
             reporter=LogReporter(),
@@ -237,7 +237,7 @@ class RunnerSetup:
         return contents(self.workspace.outbox / self.track(sha256).folder)
 
     def manifest(self, sha256: str) -> dict[str, Any]:
-        found = Outbox(self.workspace.outbox).read_manifest(self.track(sha256).folder)
+        found = Outbox(self.workspace.outbox_files).read_manifest(self.track(sha256).folder)
         assert found is not None
         return found
 

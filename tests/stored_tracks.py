@@ -34,7 +34,7 @@ class StoredTracks:
     def new(cls, home: Path) -> StoredTracks:
         workspace = Workspace.of(home, Folders())
         workspace.prepare()
-        return cls(Store(workspace.database), Outbox(workspace.outbox), workspace)
+        return cls(Store(workspace.database), Outbox(workspace.outbox_files), workspace)
 
     def arrived(self, name: str, content: bytes, *, now: float) -> str:
         """A source in the inbox, queued; returns its hash."""

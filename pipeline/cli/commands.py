@@ -222,13 +222,14 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
     from pipeline.intake.archive import restore_to_inbox
     from pipeline.store.schema import UNREADABLE, TrackState
 
-    store = _app(context).open_store()
+    app = _app(context)
+    store = app.open_store()
     found = [store.find(name) for name in tracks] if tracks else store.tracks(TrackState.FAILED)
     for track in found:
         if track.state != TrackState.FAILED:
             typer.echo(f"{track.name}: is {track.state}, not failed")
         elif track.stage == UNREADABLE:
-            restore_to_inbox(store, track)
+            restore_to_inbox(store, track, app.workspace.inbox_files)
             typer.echo(f"{track.name}: will be read again at the next scan")
         else:
             store.requeue(track.sha256, now=time.time())
@@ -295,7 +296,7 @@ def rebuild(context: typer.Context) -> int:
     app = _app(context)
     app.workspace.prepare()
     with app.workspace.locked():
-        findings = list(record_again(app.open_store(), Outbox(app.workspace.outbox), now=time.time()))
+        findings = list(record_again(app.open_store(), Outbox(app.workspace.outbox_files), now=time.time()))
     for finding in findings:
         typer.echo(f"{finding.where}: {finding.text}")
     typer.echo(f"{sum(finding.mended for finding in findings)} tracks recorded")

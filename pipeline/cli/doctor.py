@@ -15,6 +15,7 @@ from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
 from pipeline.errors import PipelineError
 from pipeline.fs.disk import environment_error
+from pipeline.fs.names import printable
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.runner.runner import check_outbox_mount
@@ -62,10 +63,11 @@ def run_checks(app: App, *, repair: bool) -> Iterator[Check]:
 
 def _folders(app: App) -> Iterator[Check]:
     app.workspace.prepare()
-    yield Check("ok", "folders", f"{app.workspace.inbox}, {app.workspace.outbox}, {app.workspace.state}")
-    free = shutil.disk_usage(app.workspace.outbox).free
+    folders = (app.workspace.inbox, app.workspace.outbox, app.workspace.state)
+    yield Check("ok", "folders", ", ".join(map(printable, folders)))
+    free = min(shutil.disk_usage(folder).free for folder in app.workspace.disks)
     mark: Literal["ok", "bad"] = "bad" if free < LOW_DISK_BYTES else "ok"
-    yield Check(mark, "disk", f"{free / 1e9:.1f} GB free for the outbox")
+    yield Check(mark, "disk", f"{free / 1e9:.1f} GB free for results and working copies")
 
 
 def _decoders() -> Iterator[Check]:
@@ -131,7 +133,7 @@ def _database(app: App, *, repair: bool) -> Iterator[Check]:
     check_outbox_mount(app.workspace.outbox, store)
     findings = reconcile(
         store,
-        Outbox(app.workspace.outbox),
+        Outbox(app.workspace.outbox_files),
         app.workspace,
         thorough=True,
         repair=repair,

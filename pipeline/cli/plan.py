@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.app import App
 from pipeline.errors import FolderUnusable, os_reason
+from pipeline.fs.names import printable
 from pipeline.plan import PlannedVariation, plan_variations
 from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
@@ -31,7 +32,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
         FolderUnusable: the folder can't be read.
     """
     from pipeline.intake.copies import is_conflict_copy
-    from pipeline.intake.scanner import Scanner
+    from pipeline.intake.scanner import scanner_for
     from pipeline.maintenance.reconcile import reconcile
     from pipeline.outbox.outbox import Outbox
 
@@ -46,7 +47,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     store = app.read_store()
     to_do, listed = list[list[PlannedVariation]](), set[str]()  # what each track still needs
     try:
-        for scanned in Scanner(folder, app.config.intake).scan():
+        for scanned in scanner_for(folder, app.config.intake, app.workspace.files_at(folder.path)).scan():
             track = _track_of(store, scanned) if store else None
             listed |= {track.sha256} if track else set()
             note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
@@ -54,13 +55,13 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
             to_do.append(missing)
             yield f"{scanned.display}: {text}{note}"
     except OSError as e:
-        raise FolderUnusable(f"{folder.path} can't be read: {os_reason(e)}") from e
+        raise FolderUnusable(f"{printable(folder.path)} can't be read: {os_reason(e)}") from e
     for track in store.tracks(TrackState.QUEUED) if store and folder.is_inbox else []:
         if track.sha256 not in listed:
             to_do.append(variations)
             yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
     if store and app.config.retention.redo_missing:
-        outbox = Outbox(app.workspace.outbox)
+        outbox = Outbox(app.workspace.outbox_files)
         findings = reconcile(store, outbox, app.workspace, thorough=False, repair=False, now=time.time())
         for finding in findings:
             if finding.kind == "result":

@@ -37,7 +37,7 @@ def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
         parts.append(f"{scan_result.unsettled} are still being written and are left for the next run")
     if scan_result.unmarked:
         parts.append(f"{scan_result.unmarked} have no marker file yet")
-    return f"{', '.join(parts)}; results are in {outbox}"
+    return f"{', '.join(parts)}; results are in {printable(outbox)}"
 
 
 def status_facts(app: App) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def show_facts(app: App, wanted: str) -> dict[str, Any]:
         "sha256": track.sha256,
         "state": track.state,
         "error": track.error,
-        "outbox": str(app.workspace.outbox / track.folder),
+        "outbox": printable(app.workspace.outbox / track.folder),
         "source": track.source,
         "files": [{"file": f.display, "state": f.state} for f in store.files_of(track.sha256)],
         "units": [

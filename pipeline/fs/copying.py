@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import stat
@@ -23,8 +24,9 @@ class FileIdentity:
     """A file counts as unchanged while these are the same."""
 
     size: int  # bytes
-    mtime_ns: int
+    mtime_ns: int  # 0 in a bucket, as is the inode
     inode: int
+    etag: str = ""  # of an object in a bucket; a file on a disk has none
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileIdentity:
@@ -132,17 +134,15 @@ def error_path(path: Path) -> Path:
     return path.with_name(os.fsdecode(name + suffix))
 
 
-def write_error(path: Path, error: str) -> None:
-    """Write the reason why a file failed beside it, in one sentence."""
-    error_path(path).write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
-
-
 def free_name(path: Path) -> Path:
     """`path`, or the first of `name (2).ext`, `name (3).ext`, … that does not exist."""
-    candidate, n = path, 1
-    while os.path.lexists(candidate):
-        n += 1
+    return next(candidate for candidate in names_like(path) if not os.path.lexists(candidate))
+
+
+def names_like(path: Path) -> Iterator[Path]:
+    """`path`, `name (2).ext`, `name (3).ext`, …: the names among which a free one is looked for, in order."""
+    yield path
+    for n in itertools.count(2):
         ending = os.fsencode(f" ({n}){path.suffix}")
         stem = os.fsencode(path.stem)[: MAX_NAME_BYTES - len(ending)]
-        candidate = path.with_name(os.fsdecode(stem + ending))
-    return candidate
+        yield path.with_name(os.fsdecode(stem + ending))

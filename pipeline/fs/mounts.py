@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.fs.files import is_in_bucket
+
 MOUNTINFO = Path("/proc/self/mountinfo")  # its format is in proc_pid_mountinfo(5)
 
 NETWORK = frozenset(
@@ -54,11 +56,15 @@ class Mount:
 
 
 def mounts_of(path: Path, mountinfo: str | None = None) -> list[Mount]:
-    """The mount that `path` lies on, or would lie on, and those inside it; none without mountinfo (macOS).
+    """The mount that `path` lies on, or would lie on, and those inside it.
+
+    There are none for a path in a bucket, and none without mountinfo (macOS).
 
     Args:
         mountinfo: the text of /proc/self/mountinfo; read from there if None.
     """
+    if is_in_bucket(path):
+        return []
     if mountinfo is None:
         try:
             mountinfo = MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")

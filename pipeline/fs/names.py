@@ -6,14 +6,19 @@ import os
 import re
 from pathlib import Path
 
+from pipeline.fs.files import with_url
+
 MAX_NAME_BYTES = 120  # of the part of a folder's name that comes from the file's
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069/\\:*?"<>|]+')
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """One line of text for any path: control characters and bytes that are not UTF-8 as escapes."""
-    text = os.fsencode(path).decode("utf-8", errors="backslashreplace")
+    """One line of text for any path: control characters and bytes that are not UTF-8 as escapes.
+
+    A path in a bucket is shown as a URL.
+    """
+    text = with_url(os.fsencode(path).decode("utf-8", errors="backslashreplace"))
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from pipeline.errors import BadAudio, DiskFull, FolderUnusable, os_reason
 from pipeline.fs import copying
 from pipeline.fs.copying import FileChanged, FileIdentity, WriteFailed, error_path
 from pipeline.fs.disk import count_that_fit, environment_error
+from pipeline.fs.files import Files, is_in_bucket
 from pipeline.fs.names import printable
 from pipeline.intake.archive import archive_files
 from pipeline.intake.copies import is_plainer
-from pipeline.intake.scanner import ScannedFile, Scanner
+from pipeline.intake.scanner import ScannedFile, Scans
 from pipeline.intake.settling import PATIENCE, Settling, has_writer
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
@@ -28,7 +29,7 @@ from pipeline.workspace import InputFolder, Workspace
 
 log = logging.getLogger("pipeline")
 
-MAX_SCAN_S = 30.0  # a scan that takes in files ends after so long, so that queued tracks are processed
+MAX_SCAN_S = 30.0  # after so long with files that it takes in, a scan ends, so that tracks are processed
 READ_PATIENCE_S = 30.0  # how long a file is tried again whose device fails
 
 
@@ -58,10 +59,10 @@ class Ingest:
     store: Store
     outbox: Outbox
     workspace: Workspace
-    scanner: Scanner
+    scanner: Scans
     settling: Settling
     clock: Callable[[], float] = time.time
-    _plan_keys: dict[str, str] = field(default_factory=dict)  # by hash of the track
+    _current: set[str] = field(default_factory=set)  # keys of plans that the configuration still has
     _logged: set[str] = field(default_factory=set)  # tracks whose results could not be read
     _failing_since: dict[Path, float] = field(default_factory=dict)  # files that can't be read
 
@@ -71,53 +72,77 @@ class Ingest:
         Raises:
             FolderUnusable: the folder can't be listed.
         """
-        result = ScanResult()
+        result, pending = ScanResult(), set[Path]()
         try:
-            scanned_files = list(self.scanner.scan())
-        except OSError as e:
-            raise FolderUnusable(f"{self.folder.path} can't be read: {os_reason(e)}") from e
-        paths = {scanned.path for scanned in scanned_files}
-        self.settling.keep_only(paths)
-        for gone in self._failing_since.keys() - paths:
-            del self._failing_since[gone]
-        try:
-            for scanned in self._ready_files(scanned_files, result, should_stop):
+            for scanned in self._ready_files(result, pending, should_stop):
                 if (sha256 := self._copy(scanned, result, should_stop)) is not None:
                     self._add(scanned, sha256, result)
         except DiskFull as e:
             result.disk_full = e
+        else:
+            if not should_stop():
+                self._forget_all_but(pending)
         return result
 
+    def _listed(self) -> Iterator[ScannedFile]:
+        """A folder is listed before anything in it is moved; a bucket may have more than fits into memory."""
+        files = self.scanner.scan()
+        if is_in_bucket(self.folder.path):
+            return files
+        try:
+            return iter(list(files))
+        except OSError as e:
+            raise FolderUnusable(f"{printable(self.folder.path)} can't be read: {os_reason(e)}") from e
+
+    def _forget_all_but(self, pending: set[Path]) -> None:
+        """Forget what earlier scans noted of files that are gone or known by now."""
+        self.settling.keep_only(pending)
+        for gone in self._failing_since.keys() - pending:
+            del self._failing_since[gone]
+
     def _ready_files(
-        self, scanned_files: Iterable[ScannedFile], result: ScanResult, should_stop: Callable[[], bool]
+        self, result: ScanResult, pending: set[Path], should_stop: Callable[[], bool]
     ) -> Iterator[ScannedFile]:
-        """The new files that are ready, as long as the working copies stay below their limit."""
+        """The new files that are ready, as long as the working copies stay below their limit.
+
+        `pending` gets the paths of all files that are not known yet.
+        """
         spooled, limit = self.store.spooled_bytes(self.folder.path), self.settings.spool_gb * 1e9
-        until = self.clock() + MAX_SCAN_S
-        for scanned in scanned_files:
+        taking_s = 0.0
+        for scanned in self._listed():
             if should_stop():
                 return
             known = self.store.file_at(scanned.path)
             if known is not None and self._was_taken_in(known, scanned):
                 self._check_known_file(known, result)
-            elif not scanned.marked:
+                continue
+            pending.add(scanned.path)
+            if not scanned.marked:
                 result.unmarked += 1
             elif self.settings.marker is None and not self._is_ready(scanned):
                 result.unsettled += 1
             elif spooled and spooled + scanned.identity.size > limit:
                 result.waiting += 1
-            elif self.clock() > until:
+            elif taking_s > MAX_SCAN_S:
                 result.waiting += 1
                 result.is_cut_short = True
             else:
                 spooled += scanned.identity.size
+                began = self.clock()
                 yield scanned
+                taking_s += self.clock() - began
+
+    @property
+    def _files(self) -> Files:
+        return self.workspace.files_at(self.folder.path)
 
     def _was_taken_in(self, file: SourceFile, scanned: ScannedFile) -> bool:
         """Whether this very file was taken in from this folder and has not been moved since."""
         return file.moved_to is None and file.root == self.folder.path and file.identity == scanned.identity
 
     def _is_ready(self, scanned: ScannedFile) -> bool:
+        if scanned.identity.etag:  # an object appears whole
+            return True
         return self.settling.is_settled(scanned, self.clock()) and not has_writer(scanned.real_path)
 
     # -- new files -------------------------------------------------------------------------------
@@ -129,7 +154,7 @@ class Ingest:
         count_that_fit([self.workspace.state], each_bytes=scanned.identity.size, reserve_bytes=reserve)
         incoming = self.workspace.incoming()
         try:
-            sha256 = copying.copy_in(
+            sha256 = self._files.copy_in(
                 scanned.real_path, incoming, expected=scanned.identity, should_stop=should_stop
             )
             if sha256 is not None:
@@ -140,7 +165,7 @@ class Ingest:
         except FileChanged:
             result.unsettled += 1
         except BadAudio as e:
-            if scanned.path.exists():
+            if self._files.find(scanned.path) is not None:
                 until = patience_end(scanned.changed_s, self.settings, now=self.clock())
                 self._retry_or_fail(scanned, str(e), until, result)
         except WriteFailed as e:
@@ -175,7 +200,7 @@ class Ingest:
             self.store.fail(sha256, stage=UNREADABLE, error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
         result.unreadable.add(sha256)
-        archive_files(self.store, [file], self.workspace.inbox, self.settings, error=f"{name} {error}")
+        archive_files(self.store, [file], self.workspace.inbox_files, self.settings, error=f"{name} {error}")
 
     def _add(self, scanned: ScannedFile, sha256: str, result: ScanResult) -> None:
         """Add a copied file to the store, and archive it if its track is finished."""
@@ -202,8 +227,8 @@ class Ingest:
         track = self.store.track(sha256)
         assert track is not None
         failed = before.moved_to if before is not None and before.state == FileState.FAILED else None
-        if failed is not None and not os.path.lexists(failed):  # it was put back in the inbox
-            error_path(failed).unlink(missing_ok=True)
+        if failed is not None and self._files.find(failed) is None:  # it was put back in the inbox
+            self._files.delete(error_path(failed))
         is_failed = track.state == TrackState.FAILED
         if is_new:
             log.info("%s: queued", scanned.display)
@@ -232,7 +257,7 @@ class Ingest:
             result.failed.add(track.sha256)
             if file.state == FileState.WAITING:  # a kill came before it was moved
                 error = f"{track.name}: {track.error}"
-                archive_files(self.store, [file], self.workspace.inbox, self.settings, error=error)
+                archive_files(self.store, [file], self.workspace.inbox_files, self.settings, error=error)
         else:
             self._check_results(track, result, file)
 
@@ -249,7 +274,7 @@ class Ingest:
             if is_new_file:
                 files = self.store.files_of(track.sha256)
                 self.outbox.set_source_names(track.folder, [one.display for one in files])
-                archive_files(self.store, files, self.workspace.inbox, self.settings, error=None)
+                archive_files(self.store, files, self.workspace.inbox_files, self.settings, error=None)
             result.up_to_date.add(track.sha256)
         except OSError as e:
             if isinstance(environment_error(e), DiskFull):
@@ -263,10 +288,11 @@ class Ingest:
         """Whether the configuration has changed, or a user brought a file whose results were removed."""
         if track.collected_at is not None:
             return is_new_file
-        if track.sha256 not in self._plan_keys:
-            self._plan_keys[track.sha256] = self.recipe.plan(track.sha256).key
-        if track.plan_key != self._plan_keys[track.sha256]:
-            return True
+        if track.plan_key not in self._current:
+            key = self.recipe.plan(track.sha256).key
+            if track.plan_key != key:
+                return True
+            self._current.add(key)
         return is_new_file and not self.outbox.is_complete(track.folder)
 
 
@@ -281,6 +307,8 @@ def recheck_time(store: Store, sha256: str, settings: Intake, *, now: float) -> 
         return None
     files = store.files_of(sha256)
     if any(file.state in (FileState.SETTLED, FileState.FAILED) for file in files):  # it was archived before
+        return None
+    if any(file.etag for file in files):  # an object appears whole
         return None
     latest = -float("inf")
     for file in files:

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.config import Intake
 from pipeline.errors import os_reason
 from pipeline.fs.copying import FileIdentity
+from pipeline.fs.files import Files, is_in_bucket
 from pipeline.fs.names import printable
 from pipeline.intake.ignore import Ignore, still_downloading
 from pipeline.workspace import DONE, FAILED, InputFolder
@@ -69,6 +71,41 @@ class Place:
 
     def below(self, name: str) -> Place:
         return Place((*self.real, name), f"{self.shown}/{name}" if self.shown else name)
+
+
+class Scans(Protocol):
+    """Lists the files of one folder that may be tracks, as often as wanted."""
+
+    def scan(self) -> Iterator[ScannedFile]: ...
+
+
+class BucketScanner:
+    """Lists the objects of an inbox in a bucket. The listing is the truth, and is read page by page."""
+
+    def __init__(self, files: Files, settings: Intake) -> None:
+        self._files = files
+        self._ignore = Ignore(settings.ignore)
+
+    def scan(self) -> Iterator[ScannedFile]:
+        """Every object that may be a track, in the order of the keys.
+
+        Raises:
+            FolderUnusable: the bucket can't be listed.
+        """
+        for entry in self._files.entries(self._files.root, without=(DONE, FAILED)):
+            parts = entry.path.relative_to(self._files.root).parts
+            shown = "/".join(parts)
+            is_reserved = len(parts) == 1 and shown in (DONE, FAILED)  # such as the marker of an empty folder
+            if not is_reserved and not self._is_ignored(parts):
+                yield ScannedFile(entry.path, entry.path, printable(shown), entry.identity, ctime_ns=0)
+
+    def _is_ignored(self, parts: tuple[str, ...]) -> bool:
+        return any(self._ignore.matches("/".join(parts[:n])) for n in range(1, len(parts) + 1))
+
+
+def scanner_for(folder: InputFolder, settings: Intake, files: Files) -> Scans:
+    """The scanner of an input folder with these files."""
+    return BucketScanner(files, settings) if is_in_bucket(folder.path) else Scanner(folder, settings)
 
 
 class Scanner:

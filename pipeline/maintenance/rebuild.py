@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.fs.names import printable
-from pipeline.maintenance.reconcile import Finding
+from pipeline.maintenance.reconcile import Finding, unreadable
 from pipeline.outbox.outbox import Outbox
 from pipeline.records import Stage
 from pipeline.store.schema import Track, TrackState
@@ -25,8 +25,11 @@ def rebuild(store: Store, outbox: Outbox, *, now: float) -> Iterator[Finding]:
     Raises:
         OSError: the outbox can't be read.
     """
-    for folder in outbox.track_folders():
-        where, manifest = printable(folder), outbox.read_manifest(folder)
+    for folder, files, manifest in outbox.contents_and_manifests():
+        where = printable(folder)
+        if isinstance(files, OSError):
+            yield unreadable(folder, files)
+            continue
         if manifest is None:
             yield Finding("unknown", where, "has no manifest.json, so it is not finished")
             continue

@@ -8,24 +8,24 @@ is only reported. To be called only by the holder of the instance lock, after `S
 
 from __future__ import annotations
 
-import errno
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import os_reason
+from pipeline.fs.files import Entry
 from pipeline.fs.names import printable
 from pipeline.maintenance.retention import finish_interrupted_removals, unneeded_copies
-from pipeline.outbox.outbox import Outbox, Published, files_of, listed_files
+from pipeline.outbox.outbox import Outbox, Published, files_of, is_temporary, listed_files
 from pipeline.store.schema import Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import Workspace
 
 MTIME_SLACK_S = 2.0  # between a file's mtime and the clock with which its unit was recorded
-_GONE = (errno.ENOENT, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
@@ -62,66 +62,89 @@ def reconcile(
     """
     if repair:
         finish_interrupted_removals(store, outbox)
-    tracks = store.tracks()
-    findings = list(_check_folders(outbox, tracks, repair=repair))
+    of_folder: dict[str, list[Track]] = {}
+    for track in store.tracks():
+        of_folder.setdefault(track.folder, []).append(track)
+    findings: list[Finding] = []
     broken: list[tuple[Track, Finding]] = []
-    for track in tracks:
-        if track.state == TrackState.DONE and track.collected_at is None:
-            finding = _check_results(track, store, outbox, workspace, thorough=thorough)
-            if finding is not None and finding.kind == "result" and repair and redo_missing:
-                broken.append((track, finding))
-            elif finding is not None:
-                findings.append(finding)
+    for content in _contents(outbox, of_folder):
+        tracks = of_folder.pop(content.folder, [])
+        findings += _check_folder(content, tracks, outbox, repair=repair)
+        for track in tracks:
+            if track.state == TrackState.DONE and track.collected_at is None:
+                finding = _check_results(track, content, store, outbox, workspace, thorough=thorough)
+                if finding is not None and finding.kind == "result" and repair and redo_missing:
+                    broken.append((track, finding))
+                elif finding is not None:
+                    findings.append(finding)
     if broken:
         with store.transaction():
             for track, finding in broken:
                 if store.track(track.sha256) == track:  # no other process has queued or collected it since
                     store.requeue(track.sha256, now=now)
                     findings.append(replace(finding, text=f"{finding.text}: queued again", mended=True))
-    copies = list(unneeded_copies(workspace, {track.sha256: track for track in store.tracks()}))
-    findings += _remove(copies, "is a working copy that nothing needs", repair=repair)
+    for path in list(unneeded_copies(workspace, {track.sha256: track for track in store.tracks()})):
+        text = "is a working copy that nothing needs"
+        findings.append(_removed(path, partial(_remove_copy, path), text, repair=repair))
     return findings
 
 
 # -- the outbox's folders --------------------------------------------------------------------------
 
 
-def _check_folders(outbox: Outbox, tracks: list[Track], *, repair: bool) -> Iterator[Finding]:
-    """Temporary files of killed runs, and folders that belong to no track."""
-    states: dict[str, TrackState] = {}
-    for track in tracks:
-        if states.get(track.folder) != TrackState.RUNNING:
-            states[track.folder] = track.state
-    for folder in outbox.track_folders():
-        state = states.get(folder)
-        try:
-            if state is None:
-                if outbox.read_manifest(folder) is not None:
-                    yield Finding("unknown", printable(folder), "belongs to no track of this database")
-            elif state in (TrackState.DONE, TrackState.FAILED):  # the runner uses or removes those of others
-                yield from _remove(outbox.temporary_files(folder), repair=repair)
-        except PermissionError as e:
-            yield _unreadable(folder, e)
+@dataclass(frozen=True)
+class _Content:
+    """What is in a track's folder."""
+
+    folder: str
+    files: dict[str, Entry] | OSError  # by name; or why the folder can't be read
+    manifest: Mapping[str, Any] | None
 
 
-def _remove(paths: list[Path], text: str = "was left by a killed run", *, repair: bool) -> Iterator[Finding]:
-    for path in paths:
-        where = printable(path)
-        if not repair:
-            yield Finding("leftover", where, text)
-            continue
-        try:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        except OSError as e:  # it does no harm, so it is no reason to stop
-            yield Finding("leftover", where, f"{text}, and can't be removed: {os_reason(e)}")
-        else:
-            yield Finding("leftover", where, f"{text}: removed", mended=True)
+def _contents(outbox: Outbox, known: Mapping[str, object]) -> Iterator[_Content]:
+    """The folders that are there; then the known ones that are not, as empty."""
+    for found in outbox.contents_and_manifests():
+        yield _Content(*found)
+    for folder in list(known):  # those that were there are no longer in it
+        yield _Content(folder, {}, None)
 
 
-def _unreadable(folder: str, error: OSError) -> Finding:
+def _check_folder(
+    content: _Content, tracks: list[Track], outbox: Outbox, *, repair: bool
+) -> Iterator[Finding]:
+    """Temporary files of killed runs, and a folder that belongs to no track."""
+    if isinstance(content.files, OSError):
+        yield unreadable(content.folder, content.files)
+    elif not tracks:
+        if content.manifest is not None:
+            yield Finding("unknown", printable(content.folder), "belongs to no track of this database")
+    elif all(track.state in (TrackState.DONE, TrackState.FAILED) for track in tracks):
+        for name, entry in content.files.items():  # the runner uses or removes those of other tracks
+            if is_temporary(name):
+                yield _removed(entry.path, partial(outbox.files.delete, entry.path), repair=repair)
+
+
+def _removed(
+    path: Path, remove: Callable[[], None], text: str = "was left by a killed run", *, repair: bool
+) -> Finding:
+    where = printable(path)
+    if not repair:
+        return Finding("leftover", where, text)
+    try:
+        remove()
+    except OSError as e:  # it does no harm, so it is no reason to stop
+        return Finding("leftover", where, f"{text}, and can't be removed: {os_reason(e)}")
+    return Finding("leftover", where, f"{text}: removed", mended=True)
+
+
+def _remove_copy(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def unreadable(folder: str, error: OSError) -> Finding:
     return Finding("unreadable", printable(folder), f"can't be read: {os_reason(error)}")
 
 
@@ -129,22 +152,32 @@ def _unreadable(folder: str, error: OSError) -> Finding:
 
 
 def _check_results(
-    track: Track, store: Store, outbox: Outbox, workspace: Workspace, *, thorough: bool
+    track: Track, content: _Content, store: Store, outbox: Outbox, workspace: Workspace, *, thorough: bool
 ) -> Finding | None:
+    if isinstance(content.files, OSError):
+        return None  # which is reported
     units = [unit for unit in store.units_of(track.sha256) if "file" in unit["result"]]
     where = printable(track.folder)
     try:
-        problem = _find_problem(track, units, outbox, thorough=thorough)
+        problem = _find_problem(track, units, content.files, content.manifest, outbox, thorough=thorough)
         if problem is None:
             return None
         if has_source(track, store, workspace) or _has_all_results(track, units, outbox):
             return Finding("result", where, problem)
         return Finding("lost", where, f"{problem}; it can't be made again: its source is gone")
     except OSError as e:
-        return _unreadable(track.folder, e)
+        return unreadable(track.folder, e)
 
 
-def _find_problem(track: Track, units: list[dict[str, Any]], outbox: Outbox, *, thorough: bool) -> str | None:
+def _find_problem(
+    track: Track,
+    units: list[dict[str, Any]],
+    found: Mapping[str, Entry],
+    manifest: Mapping[str, Any] | None,
+    outbox: Outbox,
+    *,
+    thorough: bool,
+) -> str | None:
     """Compare a finished track's folder with its recorded results.
 
     Raises:
@@ -153,7 +186,6 @@ def _find_problem(track: Track, units: list[dict[str, Any]], outbox: Outbox, *, 
     finished_at = {
         (one.file, one.sha256): unit["finished_at"] for unit in units for one in files_of(unit["result"])
     }
-    manifest = outbox.read_manifest(track.folder)
     files = listed_files(manifest)
     if manifest is None or files is None:
         return "manifest.json is missing or damaged"
@@ -161,7 +193,10 @@ def _find_problem(track: Track, units: list[dict[str, Any]], outbox: Outbox, *, 
         return "manifest.json belongs to another track"
     if any((one.file, one.sha256) not in finished_at for one in files):
         return "manifest.json names files that are not recorded"
-    problems = [_file_problem(track, one, outbox, finished_at, thorough=thorough) for one in files]
+    problems = [
+        _file_problem(track, one, found.get(one.file), outbox, finished_at, thorough=thorough)
+        for one in files
+    ]
     return ", ".join(filter(None, problems)) or None
 
 
@@ -173,29 +208,28 @@ def _has_all_results(track: Track, units: list[dict[str, Any]], outbox: Outbox) 
 def _file_problem(
     track: Track,
     published: Published,
+    entry: Entry | None,
     outbox: Outbox,
     finished_at: Mapping[tuple[str, str], float],
     *,
     thorough: bool,
 ) -> str | None:
     name = printable(published.file)
-    try:
-        stat = (outbox.root / track.folder / published.file).stat()
-    except OSError as e:
-        if e.errno in _GONE:
-            return f"{name} is missing"
-        raise
-    untouched = stat.st_mtime <= finished_at[published.file, published.sha256] + MTIME_SLACK_S
-    if stat.st_size == published.bytes and untouched and not thorough:
+    entry = entry or outbox.files.find(outbox.root / track.folder / published.file)  # a link isn't listed
+    if entry is None:
+        return f"{name} is missing"
+    untouched = entry.modified_s <= finished_at[published.file, published.sha256] + MTIME_SLACK_S
+    if entry.size == published.bytes and untouched and not thorough:
         return None
     return None if outbox.is_intact(track.folder, published) else f"{name} is altered"
 
 
 def has_source(track: Track, store: Store, workspace: Workspace) -> bool:
     """Whether a file of the track's size is at one of its paths; the runner checks its hash later."""
-    recorded = [file.current_path for file in store.files_of(track.sha256)]
-    for path in (workspace.scratch(track.sha256).source, *recorded):
+    places = [(workspace.files_at(file.root), file.current_path) for file in store.files_of(track.sha256)]
+    state = workspace.files_at(workspace.state)
+    for files, path in ((state, workspace.scratch(track.sha256).source), *places):
         with suppress(OSError):
-            if path.is_file() and path.stat().st_size == track.bytes:
+            if (found := files.find(path)) is not None and found.size == track.bytes:
                 return True
     return False

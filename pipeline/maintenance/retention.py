@@ -21,8 +21,9 @@ from pathlib import Path
 from pipeline.config import Retention
 from pipeline.engines.base import UNFINISHED
 from pipeline.fs.copying import error_path
+from pipeline.fs.files import Files
 from pipeline.fs.names import printable
-from pipeline.outbox.outbox import REJECTED, VARIATIONS, Outbox
+from pipeline.outbox.outbox import REJECTED, VARIATIONS, Outbox, is_temporary
 from pipeline.store.schema import SourceFile, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import DONE, ENGINES_FOLDER, FAILED, Workspace
@@ -54,7 +55,7 @@ def collect(
 
     What can't be removed is logged and is not in the list. With `dry_run` nothing is removed.
     """
-    outbox = Outbox(workspace.outbox)
+    outbox = Outbox(workspace.outbox_files)
     if not dry_run:
         finish_interrupted_removals(store, outbox)
     tracks = {track.sha256: track for track in store.tracks()}
@@ -71,9 +72,9 @@ def collect(
 
 def finish_interrupted_removals(store: Store, outbox: Outbox) -> None:
     """Remove the results that a killed `gc` left after it had removed their manifest."""
-    for track in store.tracks():
-        if track.collected_at is not None and (outbox.root / track.folder).is_dir():
-            _remove_collected(store, outbox, track.sha256)
+    collected = {track.folder: track for track in store.tracks() if track.collected_at is not None}
+    for folder in [folder for folder, _ in outbox.contents() if folder in collected] if collected else ():
+        _remove_collected(store, outbox, collected[folder].sha256)
 
 
 def _thin_out(
@@ -148,38 +149,35 @@ def _size_and_time(path: Path) -> tuple[int, float]:
 
 def _archived(store: Store, workspace: Workspace, tracks: Mapping[str, Track]) -> Iterator[Removable]:
     """Recorded sources in `done` and `failed`."""
+    inbox = workspace.inbox_files
+    tops = (workspace.inbox / DONE, workspace.inbox / FAILED)
+    found = {entry.path: entry for top in tops for entry in inbox.entries(top)}
     for file in store.files_below(workspace.inbox):
-        top = _archive_of(file, workspace.inbox)
-        if file.moved_to is None or top is None or not file.is_in_place:
+        if file.moved_to is None or (entry := found.get(file.moved_to)) is None:
+            continue
+        if entry.identity != file.identity:
             continue
         track = tracks.get(file.sha256)
         is_needed = track is None or _is_in_work(track)
-        remove = None if is_needed else partial(_remove_archived, store, file, top)
-        size = _bytes_of([file.moved_to, error_path(file.moved_to)])
+        remove = None if is_needed else partial(_remove_archived, store, inbox, file, tops)
+        error = found.get(error_path(entry.path))
         # The move changed the ctime: a second copy that came later is not as old as its track.
-        finished_at = (track and track.finished_at) or 0.0
-        since = max(finished_at, file.moved_to.lstat().st_ctime)
-        yield Removable("archive", file.moved_to, size, since, remove)
+        since = max((track and track.finished_at) or 0.0, entry.changed_s)
+        yield Removable("archive", entry.path, entry.size + (error.size if error else 0), since, remove)
 
 
-def _archive_of(file: SourceFile, inbox: Path) -> Path | None:
-    """The archive's folder that the file is in, if no link leads out of it."""
-    for top in (inbox / DONE, inbox / FAILED):
-        if file.moved_to is not None and file.moved_to.is_relative_to(top):
-            return top if file.moved_to.parent.resolve().is_relative_to(top.resolve()) else None
-    return None
-
-
-def _remove_archived(store: Store, file: SourceFile, top: Path) -> bool:
+def _remove_archived(store: Store, inbox: Files, file: SourceFile, tops: tuple[Path, Path]) -> bool:
     with store.locked_track(file.sha256) as track:
         current = store.file_at(file.path)
         if track is None or _is_in_work(track) or current is None or file.moved_to is None:
             return False
-        if current.moved_to != file.moved_to or not file.is_in_place:
+        found = inbox.find(file.moved_to)
+        if current.moved_to != file.moved_to or found is None or found.identity != file.identity:
             return False
-        file.moved_to.unlink()
-        error_path(file.moved_to).unlink(missing_ok=True)
-    _prune(file.moved_to.parent, top)
+        inbox.delete(file.moved_to)
+        inbox.delete(error_path(file.moved_to))
+    for top in tops:
+        inbox.prune(file.moved_to.parent, top)
     return True
 
 
@@ -187,8 +185,13 @@ def _remove_archived(store: Store, file: SourceFile, top: Path) -> bool:
 
 
 def _results(store: Store, outbox: Outbox, tracks: Mapping[str, Track], now: float) -> Iterator[Removable]:
+    sizes = {
+        folder: sum(entry.size for name, entry in files.items() if not is_temporary(name))
+        for folder, files in outbox.contents()
+        if not isinstance(files, OSError)
+    }
     for track in tracks.values():
-        if size := _bytes_of(outbox.own_files(track.folder)):
+        if size := sizes.get(track.folder):
             is_needed = track.state != TrackState.DONE or track.collected_at is not None
             remove = None if is_needed else partial(_remove_results, store, outbox, track, now)
             folder = outbox.root / track.folder
@@ -215,28 +218,7 @@ def _remove_collected(store: Store, outbox: Outbox, sha256: str) -> None:
     with store.locked_track(sha256) as track:
         if track is None or track.collected_at is None or outbox.read_manifest(track.folder) is not None:
             return
-        for path in [*outbox.own_files(track.folder), *outbox.temporary_files(track.folder)]:
-            path.unlink()
+        for entry in outbox.files_in(track.folder).values():
+            outbox.files.delete(entry.path)
     for name in (REJECTED, VARIATIONS):
-        _prune(outbox.root / track.folder / name, outbox.root)
-
-
-# -- files and folders ---------------------------------------------------------------------------------------
-
-
-def _bytes_of(paths: list[Path]) -> int:
-    """The size of those of the files that exist."""
-    size = 0
-    for path in paths:
-        with suppress(FileNotFoundError):
-            size += path.lstat().st_size
-    return size
-
-
-def _prune(folder: Path, top: Path) -> None:
-    """Remove a folder and those above it, below `top`, as far as they are empty."""
-    with suppress(OSError):  # it is not empty
-        while folder != top and folder.is_relative_to(top):
-            if folder.exists():
-                folder.rmdir()
-            folder = folder.parent
+        outbox.files.prune(outbox.root / track.folder / name, outbox.root)

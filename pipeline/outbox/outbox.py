@@ -1,33 +1,33 @@
 """The outbox: complete files or none.
 
-A file is written under a temporary name in its own folder, flushed to the disk, read back and compared,
-renamed, and the folder is flushed. Only then may the store record it.
+A file is written whole, and read back before the store may record it (see `Files.write`).
 `manifest.json` is written last and removed first, so a folder with a manifest is complete and every
 hash in the manifest is right.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from pipeline.fs import atomic
-from pipeline.fs.copying import hash_file
+from pipeline.fs.files import Entry, Files
+from pipeline.fs.local import TMP_PREFIX, TMP_SUFFIX
 from pipeline.fs.names import track_name
 
 MANIFEST = "manifest.json"
 EMBEDDING = "embedding.npz"
 VARIATIONS, REJECTED = "variations", "rejected"
-TMP_PREFIX, TMP_SUFFIX = ".", ".part"  # of a file that is being written and not verified yet
 MOVING_SUFFIX = ".move"  # of a complete, verified file that is between two names
 SHORT_HASH = 8
+READ_AT_ONCE = 16  # manifests
 _FOLDERS, _SOUND = f"({VARIATIONS}|{REJECTED})", r"[0-9]{2,}-.+\.(wav|flac|mp3|opus)"
 _OWN = re.compile(rf"manifest\.json|embedding\.npz|{_FOLDERS}/{_SOUND}", re.DOTALL)
 _TEMPORARY = re.compile(rf"(\.manifest\.json|\.embedding\.npz|{_FOLDERS}/\.{_SOUND})\.(part|move)", re.DOTALL)
@@ -46,8 +46,12 @@ class Published:
 class Outbox:
     """The outbox. `folder` is a track's folder in it, `file` a path below that folder."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    @property
+    def root(self) -> Path:
+        return self.files.root
 
     @staticmethod
     def folder_name(source: Path, sha256: str, *, below: PurePath | None = None) -> str:
@@ -63,15 +67,13 @@ class Outbox:
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def publish(self, folder: str, file: str, content: bytes) -> Published:
-        """Write a file atomically; an existing one is replaced.
+    def publish(self, folder: str, file: str, content: bytes | memoryview) -> Published:
+        """Write a file, whole or not at all; an existing one is replaced.
 
         Raises:
-            OSError: see `atomic.write_atomically`; then there is no new file.
+            OSError, FolderUnusable: see `Files.write`; then there is no new file.
         """
-        path = self.root / folder / file
-        sha256 = atomic.write_atomically(path, _beside(path, TMP_SUFFIX), content)
-        return Published(file, sha256, len(content))
+        return Published(file, self.files.write(self.root / folder / file, content), len(content))
 
     def read(self, folder: str, file: str) -> bytes:
         """The bytes of a published file.
@@ -79,21 +81,25 @@ class Outbox:
         Raises:
             OSError: it can't be read.
         """
-        return (self.root / folder / file).read_bytes()
+        return self.files.read(self.root / folder / file)
 
     def publish_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
         """Complete a folder. A manifest that differs only in its date is kept.
 
         A run that was killed between the manifest and the commit leaves such a manifest, and readers
         may have seen it.
+
+        Raises:
+            LeaseLost: another instance has written one meanwhile.
         """
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        plain = json.loads(text)
+        plain, path = json.loads(text), self.root / folder / MANIFEST
         self._flush_names(folder)
-        existing = self.read_manifest(folder)
+        known = self.files.find(path)
+        existing = self.read_manifest(folder) if known else None
         if existing is not None and _undated(existing) == _undated(plain):
             return
-        self.publish(folder, MANIFEST, text.encode())
+        self.files.write_over(path, text.encode(), known)
 
     def set_source_names(self, folder: str, names: list[str]) -> None:
         """Write all names of a finished track's source files to its manifest."""
@@ -105,9 +111,9 @@ class Outbox:
     def remove_manifest(self, folder: str) -> None:
         """Mark a folder as incomplete before anything in it changes."""
         path = self.root / folder / MANIFEST
-        if path.exists():
-            path.unlink()
-            atomic.sync_folder(path.parent)
+        if self.files.find(path) is not None:
+            self.files.delete(path)
+            self.files.flush(path.parent)
 
     def rename(self, folder: str, moves: Mapping[str, str]) -> None:
         """Rename files from old to new names, which may overlap.
@@ -120,38 +126,36 @@ class Outbox:
         while pending:
             free = [old for old, new in pending.items() if new not in pending]
             if free:
-                (base / free[0]).replace(base / pending.pop(free[0]))
+                self.files.move(base / free[0], base / pending.pop(free[0]))
             else:  # the renames form a cycle
                 old = next(iter(pending))
-                between = _beside(base / old, MOVING_SUFFIX)
-                (base / old).replace(between)
+                between = (base / old).with_name(f"{TMP_PREFIX}{PurePath(old).name}{MOVING_SUFFIX}")
+                self.files.move(base / old, between)
                 pending[str(between.relative_to(base))] = pending.pop(old)
         for parent in parents:
-            atomic.sync_folder(parent)
+            self.files.flush(parent)
 
     def _flush_names(self, folder: str) -> None:
         """Flush the folders, so that all files that a manifest will name survive a power cut."""
         base = self.root / folder
         above = [parent for parent in base.parents if parent.is_relative_to(self.root)]
         for path in (base / VARIATIONS, base / REJECTED, base, *above):
-            with suppress(FileNotFoundError):
-                atomic.sync_folder(path)
+            self.files.flush(path)
 
     def keep_only(self, folder: str, files: set[str]) -> None:
         """Remove temporary files and the variations of earlier plans that are not among `files`."""
-        base = self.root / folder
-        for path in [*self.own_files(folder), *self.temporary_files(folder)]:
-            name = str(path.relative_to(base))
+        for name, entry in self.files_in(folder).items():
             if name not in files and name != MANIFEST:
-                path.unlink()
+                self.files.delete(entry.path)
 
     # -- reading ---------------------------------------------------------------------------------
 
     def is_intact(self, folder: str, published: Published) -> bool:
         """Whether a file is there with the bytes with which it was published."""
         try:
-            path = self.root / folder / published.file
-            return path.stat().st_size == published.bytes and hash_file(path) == published.sha256
+            found = self.files.find(self.root / folder / published.file)
+            is_whole = found is not None and found.size == published.bytes
+            return is_whole and self.files.sha256_of(self.root / folder / published.file) == published.sha256
         except OSError:
             return False
 
@@ -172,19 +176,18 @@ class Outbox:
 
     def _names_by_content(self, folder: str) -> dict[tuple[str, int], list[str]]:
         """The names of a folder's files by their SHA-256 and size."""
-        base = self.root / folder
         names: dict[tuple[str, int], list[str]] = {}
-        for path in sorted([*self.own_files(folder), *self.temporary_files(folder)]):
-            if path.suffix != TMP_SUFFIX:  # those may not have been flushed
+        for name, entry in self.files_in(folder).items():
+            if not name.endswith(TMP_SUFFIX):  # those may not have been flushed
                 with suppress(OSError):
-                    content = hash_file(path), path.stat().st_size
-                    names.setdefault(content, []).append(str(path.relative_to(base)))
+                    content = self.files.sha256_of(entry.path), entry.size
+                    names.setdefault(content, []).append(name)
         return names
 
     def read_manifest(self, folder: str) -> dict[str, Any] | None:
         """A finished track's manifest; None if there is none or it is damaged."""
         try:
-            loaded: object = json.loads((self.root / folder / MANIFEST).read_bytes())
+            loaded: object = json.loads(self.files.read(self.root / folder / MANIFEST))
         except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
             return None
         return loaded if isinstance(loaded, dict) else None
@@ -197,39 +200,64 @@ class Outbox:
     def is_complete(self, folder: str) -> bool:
         """Whether there is a manifest, and all files that it lists have their size."""
         files = listed_files(self.read_manifest(folder))
-        base = self.root / folder
         try:
-            return files is not None and all((base / one.file).stat().st_size == one.bytes for one in files)
+            found = self.files_in(folder)
+            return files is not None and all(
+                (entry := found.get(one.file) or self.files.find(self.root / folder / one.file)) is not None
+                and entry.size == one.bytes
+                for one in files
+            )
         except OSError:
             return False
 
-    def track_folders(self) -> Iterator[str]:
-        """Every folder that is named like a track's, also inside other folders; links are not followed."""
+    def contents(self) -> Iterator[tuple[str, dict[str, Entry] | OSError]]:
+        """Every folder that is named like a track's, also inside other folders, and its files.
 
-        def raise_if_root(error: OSError) -> None:
-            # Another folder vanished or can't be read, which must not hide the others.
-            if error.filename == str(self.root) and not isinstance(error, FileNotFoundError):
-                raise error
+        The files are as in `files_in`; an error instead of them says why the folder can't be read.
+        """
+        for path, found in self.files.folders(lambda name: _TRACK_FOLDER.fullmatch(name) is not None):
+            files = found if isinstance(found, OSError) else _own(path, found)
+            yield str(path.relative_to(self.root)), files
 
-        for above, names, _ in os.walk(self.root, onerror=raise_if_root):
-            names[:] = [name for name in sorted(names, key=os.fsencode) if not name.startswith(".")]
-            found = [name for name in names if _TRACK_FOLDER.fullmatch(name)]
-            names[:] = [name for name in names if name not in found]
-            folders = (Path(above, name) for name in found)
-            yield from (str(path.relative_to(self.root)) for path in folders if not path.is_symlink())
+    def contents_and_manifests(
+        self,
+    ) -> Iterator[tuple[str, dict[str, Entry] | OSError, dict[str, Any] | None]]:
+        """As `contents`, with each folder's manifest as in `read_manifest`.
 
-    def own_files(self, folder: str) -> list[Path]:
-        """The files in a track's folder with names that this program gives; users may add others."""
-        return self._files(folder, _OWN)
+        Several are read at the same time, since in a bucket each takes a round trip.
+        """
 
-    def temporary_files(self, folder: str) -> list[Path]:
-        """The files in a track's folder that have a temporary name."""
-        return self._files(folder, _TEMPORARY)
+        def read(
+            found: tuple[str, dict[str, Entry] | OSError],
+        ) -> tuple[str, dict[str, Entry] | OSError, dict[str, Any] | None]:
+            folder, files = found
+            try:
+                has_one = not isinstance(files, OSError) and MANIFEST in files
+                return folder, files, self.read_manifest(folder) if has_one else None
+            except OSError as e:
+                return folder, e, None
 
-    def _files(self, folder: str, names: re.Pattern[str]) -> list[Path]:
-        base = self.root / folder
-        files = [*_files_in(base), *_files_in(base / VARIATIONS), *_files_in(base / REJECTED)]
-        return [path for path in files if names.fullmatch(str(path.relative_to(base)))]
+        contents = self.contents()
+        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+            while batch := list(itertools.islice(contents, 4 * READ_AT_ONCE)):
+                yield from pool.map(read, batch)
+
+    def files_in(self, folder: str) -> dict[str, Entry]:
+        """The files with names that this program gives, by their paths below a track's folder.
+
+        Temporary files are among them; users may add files of other names.
+        """
+        return _own(self.root / folder, self.files.entries(self.root / folder))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of a track's folder has the name of one that was being written or moved."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def _own(folder: Path, entries: Iterable[Entry]) -> dict[str, Entry]:
+    found = {str(entry.path.relative_to(folder)): entry for entry in entries}
+    return {name: entry for name, entry in found.items() if _OWN.fullmatch(name) or is_temporary(name)}
 
 
 def files_of(record: Mapping[str, Any]) -> list[Published]:
@@ -258,15 +286,3 @@ def listed_files(manifest: Any) -> list[Published] | None:
 
 def _undated(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in manifest.items() if key != "created_at"}
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f"{TMP_PREFIX}{path.name}{suffix}")
-
-
-def _files_in(folder: Path) -> list[Path]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [Path(entry.path) for entry in entries if entry.is_file(follow_symlinks=False)]

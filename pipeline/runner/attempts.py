@@ -193,7 +193,7 @@ class Attempts:
     def archive(self, track: Track, error: str | None) -> None:
         """Archive the track's files; `error`: why it failed."""
         files = self.store.files_of(track.sha256)
-        archive_files(self.store, files, self.workspace.inbox, self.config.intake, error=error)
+        archive_files(self.store, files, self.workspace.inbox_files, self.config.intake, error=error)
 
     def _wait_for_complete_file(self, job: Job, error: Exception) -> bool:
         """Whether the bytes that can't be used may be the beginning of a file that is still being written."""

@@ -35,7 +35,7 @@ from pipeline.records import Stage
 from pipeline.runner.attempts import Attempts, Job, RunResult
 from pipeline.runner.generation import Generation
 from pipeline.runner.retry import local_time, longest_wait_s
-from pipeline.store.schema import AttemptOutcome, Track, TrackState
+from pipeline.store.schema import AttemptOutcome, SourceFile, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
 
@@ -238,9 +238,10 @@ class Runner:
     def _batch_size(self) -> int:
         """As many tracks as the configuration allows and the disk has space for; one after a full disk."""
         config = self.recipe.config
-        folders = [self.workspace.outbox, self.workspace.state]
         reserve = config.disk.min_free_mb * 1e6
-        fitting = count_that_fit(folders, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve)
+        fitting = count_that_fit(
+            self.workspace.disks, each_bytes=self.recipe.result_bytes, reserve_bytes=reserve
+        )
         return 1 if self.was_disk_full else min(config.generate.batch_tracks, fitting)
 
     def free_space(self) -> None:
@@ -250,7 +251,7 @@ class Runner:
         """
         self.workspace.drop_normalized()
         for track in [*self.store.tracks(TrackState.QUEUED), *self.store.tracks(TrackState.RUNNING)]:
-            if any(file.is_in_place for file in self.store.files_of(track.sha256)):
+            if any(self.workspace.is_in_place(file) for file in self.store.files_of(track.sha256)):
                 self.workspace.scratch(track.sha256).clear()
         self.store.release_all(now=self.clock())
 
@@ -367,7 +368,7 @@ class Runner:
         sources = self.store.files_of(sha256)
         for file in sources:
             try:
-                if self._copied(job, file.current_path):
+                if self._copied(job, file):
                     return target
             except OSError as e:
                 if environment_error(e):
@@ -375,15 +376,16 @@ class Runner:
                 read_error = e
         if read_error is not None:
             raise read_error
-        if any(file.root == self.workspace.inbox for file in sources) and not self.workspace.inbox.is_dir():
+        inbox = self.workspace.inbox_files
+        if any(file.root == inbox.root for file in sources) and inbox.is_away():
             raise SourceAway("can't be read while the inbox is missing")
         raise SourceGone("was removed or changed since it was taken in: put it in the inbox again")
 
-    def _copied(self, job: Job, source: Path) -> bool:
-        incoming = self.workspace.incoming()
+    def _copied(self, job: Job, source: SourceFile) -> bool:
+        files, incoming = self.workspace.files_at(source.root), self.workspace.incoming()
         try:
             follow = self.recipe.config.intake.follow_symlinks
-            if copying.copy_in(source, incoming, follow=follow) != job.track.sha256:
+            if files.copy_in(source.current_path, incoming, follow=follow) != job.track.sha256:
                 return False
             job.scratch.adopt(incoming)
         except (BadAudio, copying.FileChanged):
@@ -399,7 +401,7 @@ class Runner:
 
 
 def check_outbox_mount(outbox: Path, store: Store) -> str:
-    """Where the disk of the outbox is mounted; empty if the system does not tell.
+    """Where the disk of the outbox is mounted; empty if the system does not tell, or for a bucket.
 
     Raises:
         FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty: all

@@ -54,6 +54,7 @@ MIGRATIONS = {  # statements by name, in their order
         "CREATE INDEX files_root ON files (root)",
         "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
     ),
+    "m003_objects": ("ALTER TABLE files ADD COLUMN etag TEXT NOT NULL DEFAULT ''",),
 }
 
 
@@ -118,6 +119,7 @@ class SourceFile:
     inode: int
     state: FileState
     moved_to: Path | None = None
+    etag: str = ""
 
     @property
     def current_path(self) -> Path:
@@ -125,15 +127,7 @@ class SourceFile:
 
     @property
     def identity(self) -> FileIdentity:
-        return FileIdentity(self.size, self.mtime_ns, self.inode)
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the file is unchanged at the path where it is recorded."""
-        try:
-            return FileIdentity.of(self.current_path.lstat()) == self.identity
-        except OSError:
-            return False
+        return FileIdentity(self.size, self.mtime_ns, self.inode, self.etag)
 
 
 @dataclass(frozen=True)

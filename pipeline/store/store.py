@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pipeline.errors import DatabaseDamaged, DiskFull, FolderUnusable, UnknownTrack
+from pipeline.fs.copying import FileIdentity
 from pipeline.records import Stage
 from pipeline.store.schema import (
     MIGRATIONS,
@@ -257,12 +258,24 @@ class Store:
         return [file_of(row) for row in rows]
 
     def set_file_state(
-        self, path: Path, state: FileState, *, moved_to: Path | None = None, inode: int | None = None
+        self,
+        path: Path,
+        state: FileState,
+        *,
+        moved_to: Path | None = None,
+        identity: FileIdentity | None = None,
     ) -> None:
-        """Record what became of a file; `inode` is given if the file got another one by the move."""
+        """Record what became of a file; `identity`: what it is after a move, if that may have changed it."""
         self._db.execute(
-            "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode) WHERE path = ?",
-            [state, None if moved_to is None else os.fsencode(moved_to), inode, os.fsencode(path)],
+            "UPDATE files SET state = ?, moved_to = ?, inode = coalesce(?, inode), etag = coalesce(?, etag)"
+            " WHERE path = ?",
+            [
+                state,
+                None if moved_to is None else os.fsencode(moved_to),
+                identity and identity.inode,
+                identity and identity.etag,
+                os.fsencode(path),
+            ],
         )
 
     # -- the queue -------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from pipeline.fs.copying import (
     free_name,
     hash_file,
     move_to_free_name,
-    write_error,
 )
+from pipeline.fs.local import LocalFiles
 
 
 def put(folder: Path, *names: str, content: bytes = b"sound") -> None:
@@ -161,14 +161,14 @@ def test_moving_to_a_free_name_makes_the_folders_it_needs(tmp_path: Path) -> Non
 
 
 def test_the_reason_is_written_beside_the_file(tmp_path: Path) -> None:
-    write_error(tmp_path / "a.wav", "is silent \udce9")
+    LocalFiles(tmp_path).note(error_path(tmp_path / "a.wav"), "is silent \udce9\n")
     assert (tmp_path / "a.wav.error.txt").read_text(encoding="utf-8") == "is silent \\udce9\n"
 
 
 @pytest.mark.parametrize("raw", [b"x" * 251 + b".wav", b"\xc3\xa9" * 125 + b".wav", b"\xff" * 255])
 def test_the_reason_of_the_longest_name_still_fits(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / os.fsdecode(raw)
-    write_error(path, "why")
+    LocalFiles(tmp_path).note(error_path(path), "why\n")
 
     assert error_path(path).read_text() == "why\n"
     assert os.fsencode(error_path(path).name).endswith(b".error.txt")

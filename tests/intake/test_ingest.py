@@ -232,12 +232,12 @@ def test_a_move_that_was_not_recorded_is_found_at_the_next_start(setup: RunnerSe
     target.parent.mkdir(parents=True)
     (setup.workspace.inbox / "album" / "a.wav").rename(target)
 
-    recover_moves(setup.store, setup.workspace.inbox)
+    recover_moves(setup.store, setup.workspace.inbox_files)
 
     [file] = setup.store.files_of(sha256)
     assert (file.state, file.moved_to) == ("settled" if ending == "done" else "aside", target)
     assert target.with_name("a.wav.error.txt").exists() == (ending == "failed")
-    recover_moves(setup.store, setup.workspace.inbox)
+    recover_moves(setup.store, setup.workspace.inbox_files)
     assert setup.store.files_of(sha256) == [file]
 
 
@@ -289,7 +289,11 @@ def test_a_file_touched_since_it_was_taken_in_is_not_moved(setup: RunnerSetup) -
     [sha256] = setup.add_tracks("a.wav")
     os.utime(setup.workspace.inbox / "a.wav", (1, 1))
     archive_files(
-        setup.store, setup.store.files_of(sha256), setup.workspace.inbox, setup.config.intake, error=None
+        setup.store,
+        setup.store.files_of(sha256),
+        setup.workspace.inbox_files,
+        setup.config.intake,
+        error=None,
     )
     assert (setup.workspace.inbox / "a.wav").exists()
 
@@ -318,7 +322,7 @@ def test_a_file_brought_back_from_failed_is_tried_again(setup: RunnerSetup) -> N
     failed = setup.workspace.inbox / "failed" / "a.wav"
     failed.rename(setup.workspace.inbox / "a.wav")
 
-    recover_moves(setup.store, setup.workspace.inbox)
+    recover_moves(setup.store, setup.workspace.inbox_files)
     assert setup.ingest(settle_s=0).scan(should_stop=lambda: False).queued == 1
     setup.runner(StubGenerator()).drain()
 
@@ -380,7 +384,7 @@ def test_of_equal_files_the_track_has_the_plainest_name(setup: RunnerSetup, copy
     assert track.folder == f"song--{track.sha256[:8]}"
 
     setup.runner(StubGenerator()).drain()
-    manifest = Outbox(setup.workspace.outbox).read_manifest(track.folder)
+    manifest = Outbox(setup.workspace.outbox_files).read_manifest(track.folder)
     assert manifest is not None
     assert (manifest["source"]["name"], sorted(manifest["source"]["names"])) == (
         "song.wav",
@@ -502,7 +506,7 @@ def test_a_file_that_could_not_be_read_is_read_again_on_request(
     settled_now(setup, path)
     track = failed_to_be_read(setup, device)
 
-    restore_to_inbox(setup.store, track)
+    restore_to_inbox(setup.store, track, setup.workspace.inbox_files)
     assert setup.ingest(settle_s=0).scan(should_stop=lambda: False).queued == 1
     setup.runner(StubGenerator()).drain()
 
@@ -537,7 +541,7 @@ def test_a_file_that_could_not_be_read_gets_its_name_back_though_another_file_ha
     [other] = setup.add_tracks("a.wav")
     setup.runner(StubGenerator()).drain()
 
-    restore_to_inbox(setup.store, track)
+    restore_to_inbox(setup.store, track, setup.workspace.inbox_files)
 
     assert (setup.workspace.inbox / "a.wav").exists()
     assert setup.track(other).state == "done"

@@ -266,7 +266,7 @@ def test_a_full_disk_is_mended_between_batches_and_one_track_tried(
     setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = setup.add_tracks("a.wav", "b.wav", "c.wav", "d.wav")
-    outbox = FullOnce(setup.workspace.outbox)
+    outbox = FullOnce(setup.workspace.outbox_files)
     runner = parallel(setup, StubGenerator(), StubGenerator(), outbox=outbox)
     freed = []
 

@@ -254,7 +254,7 @@ def test_a_full_disk_ends_the_run_and_fails_no_track(setup: RunnerSetup) -> None
     hashes = setup.add_tracks("a.wav", "b.wav")
 
     with pytest.raises(FolderUnusable, match="no space left"):
-        setup.runner(StubGenerator(), outbox=FullDisk(setup.workspace.outbox)).drain()
+        setup.runner(StubGenerator(), outbox=FullDisk(setup.workspace.outbox_files)).drain()
 
     assert setup.states(hashes) == [("queued", 0), ("queued", 0)]
     assert setup.store.attempts() == []
@@ -383,7 +383,7 @@ def test_a_closed_folder_of_one_track_stops_no_other(tmp_path: Path) -> None:
                 raise PermissionError(errno.EACCES, "Permission denied", folder)
             super().remove_manifest(folder)
 
-    setup.runner(StubGenerator(), outbox=OneClosed(setup.workspace.outbox)).drain()
+    setup.runner(StubGenerator(), outbox=OneClosed(setup.workspace.outbox_files)).drain()
 
     assert setup.states([closed, other]) == [("failed", 1), ("done", 0)]
 
@@ -612,7 +612,7 @@ def test_a_rejected_take_that_is_missing_or_altered_is_found_and_made_again(
     if problem == "missing":
         path.unlink()
 
-    outbox = Outbox(setup.workspace.outbox)
+    outbox = Outbox(setup.workspace.outbox_files)
     [finding] = reconcile(setup.store, outbox, setup.workspace, thorough=True, repair=True, now=setup.now)
     assert f"{name} is {problem}" in finding.text
     setup.runner(generator, judge=generator.judge).drain()

@@ -107,7 +107,7 @@ def test_no_scan_is_made_before_it_is_due_unless_an_event_comes(setup: RunnerSet
 
 
 def test_a_full_disk_pauses_all_work_and_is_reported_until_there_is_space(setup: RunnerSetup) -> None:
-    outbox = FullDisk(setup.workspace.outbox)
+    outbox = FullDisk(setup.workspace.outbox_files)
     daemon = Daemon(setup, outbox)
     write_music(setup.workspace.inbox / "a.wav")
 
