@@ -73,6 +73,10 @@ class DiskFull(FolderUnusable):
     """The disk has no space left, or too little to begin; the work goes on once there is space again."""
 
 
+class BucketAway(FolderUnusable):
+    """A bucket does not answer or asks to wait; the work goes on once it answers again."""
+
+
 class DatabaseDamaged(FolderUnusable):
     """SQLite can't read the database file any more."""
 
@@ -87,6 +91,10 @@ class DatabaseDamaged(FolderUnusable):
 
 class AlreadyRunning(PipelineError):
     """Another instance holds the lock."""
+
+
+class LeaseLost(FolderUnusable, AlreadyRunning):
+    """Another instance has taken over a bucket from this one, which must not write to it any more."""
 
 
 class UnknownTrack(PipelineError):

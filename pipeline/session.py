@@ -13,7 +13,7 @@ from functools import partial
 from rich.console import Console
 
 from pipeline.app import App
-from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError
+from pipeline.errors import BucketAway, DiskFull, EngineUnusable, FolderUnusable, PipelineError
 from pipeline.executors.process import kill_workers
 from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import logging_to
@@ -42,7 +42,7 @@ def open_session(
     """Open everything that a working command needs, as the only instance."""
     console, notifier = Console(stderr=True), Notifier.from_env()
     _prepare(app.workspace)
-    with app.workspace.locked(), logging_to(app.workspace.log, console):
+    with app.workspace.locked(), logging_to(app.workspace.log, console), app.workspace.leased():
         health = Health(app.workspace.health)
         health.open()
         app.fetch_missing()
@@ -84,7 +84,8 @@ def _prepare(workspace: Workspace) -> None:
 def watch_inbox(app: App, signals: Signals) -> None:
     """Run the daemon until a signal asks to stop.
 
-    A full disk or an unusable engine at the start is waited out like one during the work.
+    A full disk, a bucket that doesn't answer or an unusable engine at the start is waited out like one
+    during the work.
     """
     signals.overdue = lambda signum: os._exit(0)
     pause_s = START_PAUSE_S
@@ -93,7 +94,7 @@ def watch_inbox(app: App, signals: Signals) -> None:
             with open_session(app, app.workspace.input_folder, signals, is_watching=True) as session:
                 Watch(session).run()
                 log.info("stopped")
-        except (DiskFull, EngineUnusable) as e:
+        except (BucketAway, DiskFull, EngineUnusable) as e:
             _wait_to_start(app, signals, e, pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             with suppress(PipelineError):  # the configuration may have been changed meanwhile

@@ -7,8 +7,9 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import IO, TYPE_CHECKING
 
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
-from pipeline.fs.atomic import replacing
+from pipeline.fs.atomic import replacing, write_atomically
+from pipeline.fs.bucket import BucketFiles
 from pipeline.fs.disk import environment_error
 from pipeline.fs.files import Files, bucket_path, is_in_bucket
+from pipeline.fs.lease import Lease
 from pipeline.fs.local import LocalFiles
 from pipeline.fs.names import printable
 from pipeline.records import Audio
@@ -151,6 +154,26 @@ class Workspace:
                 file.flush()
             yield
 
+    @contextmanager
+    def leased(self) -> Iterator[None]:
+        """Hold the leases on the buckets; for the holder of the lock.
+
+        Raises:
+            AlreadyRunning: another instance holds one.
+        """
+        with ExitStack() as leases:
+            for files in (self.inbox_files, self.outbox_files):
+                if isinstance(files, BucketFiles):
+                    leases.enter_context(Lease(files, self._owner()).held())
+            yield
+
+    def _owner(self) -> str:
+        """A name for this state folder, which is made when it is first needed."""
+        path = self.state / "owner"
+        if not path.exists():
+            write_atomically(path, path.with_name("owner.part"), uuid.uuid4().hex.encode())
+        return path.read_text()
+
     def is_locked(self) -> bool:
         """Whether an instance holds the lock."""
         try:
@@ -177,7 +200,7 @@ class Workspace:
 
 
 def _files(root: Path) -> Files:
-    return LocalFiles(root)
+    return BucketFiles(root) if is_in_bucket(root) else LocalFiles(root)
 
 
 def _take(file: IO[str]) -> bool:

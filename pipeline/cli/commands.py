@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -278,8 +278,10 @@ def doctor(
 
     app = _app(context)
     worst = ALL_DONE
-    with app.workspace.locked() if repair else nullcontext():
+    with ExitStack() as held:
         if repair:
+            held.enter_context(app.workspace.locked())
+            held.enter_context(app.workspace.leased())
             Health(app.workspace.health).open()  # in place of what an earlier instance reported
         for check in run_checks(app, repair=repair):
             typer.echo(f"{check.mark:<5} {check.what}: {check.text}")

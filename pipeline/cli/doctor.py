@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from pipeline.engines.base import StageName
 from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
 from pipeline.errors import PipelineError
+from pipeline.fs.bucket import BucketFiles
 from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
 from pipeline.maintenance.reconcile import reconcile
@@ -65,6 +67,10 @@ def _folders(app: App) -> Iterator[Check]:
     app.workspace.prepare()
     folders = (app.workspace.inbox, app.workspace.outbox, app.workspace.state)
     yield Check("ok", "folders", ", ".join(map(printable, folders)))
+    for files in (app.workspace.inbox_files, app.workspace.outbox_files):
+        if isinstance(files, BucketFiles):
+            files.check_conditions(uuid.uuid4().hex)
+            yield Check("ok", "bucket", f"{files.url} honours the conditions of writes")
     free = min(shutil.disk_usage(folder).free for folder in app.workspace.disks)
     mark: Literal["ok", "bad"] = "bad" if free < LOW_DISK_BYTES else "ok"
     yield Check(mark, "disk", f"{free / 1e9:.1f} GB free for results and working copies")

@@ -30,6 +30,7 @@ from pipeline.config.sweeps import Duration, Expand
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSection
 from pipeline.errors import ConfigError
+from pipeline.fs.files import SCHEMES, bucket_path
 
 FOR_ANCHORS = ("x-", ".")  # how top-level keys begin that are ignored: they hold anchors for merge keys
 
@@ -41,10 +42,28 @@ class Section(BaseModel):
 PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 
 
+def _check_place(text: str) -> str:
+    path = bucket_path(text)
+    if path is None and re.match(r"[A-Za-z][\w+.-]*://", text):
+        raise ValueError(f"is a folder, or {', '.join(f'{scheme}://bucket/prefix' for scheme in SCHEMES)}")
+    if path is not None and ".." in path.parts:
+        raise ValueError("can't have .. in it")
+    return text
+
+
+def _check_local(text: str) -> str:
+    if "://" in text:
+        raise ValueError("is always a folder on a disk of this machine")
+    return text
+
+
+Place = Annotated[PathText, AfterValidator(_check_place)]
+
+
 class Folders(Section):
-    inbox: PathText = "inbox"
-    outbox: PathText = "outbox"
-    state: PathText = "state"
+    inbox: Place = "inbox"
+    outbox: Place = "outbox"
+    state: Annotated[PathText, AfterValidator(_check_local)] = "state"
 
 
 class Intake(Section):

@@ -28,6 +28,7 @@ import numpy as np
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.loading import EngineChoices
 from pipeline.executors.base import Task, WorkerLost
+from pipeline.fs.bucket import without_credentials
 
 # What the owner sends, and what the worker sends.
 ENGINES, RUN, NEXT, CLOSE, STOP = "engines", "run", "next", "close", "stop"
@@ -137,7 +138,7 @@ class _Worker:
                 [sys.executable, "-c", START.format(path=sys.path, fd=its.fileno())],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **environment},
+                env={**without_credentials(os.environ), **environment},
                 start_new_session=True,  # so that Ctrl-C reaches the owner alone, which tells the worker
             )
         _STARTED.add(process)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pipeline.engines.base import check_stop
-from pipeline.errors import DiskFull, EngineUnusable, FolderUnusable, PipelineError, Stopped
+from pipeline.errors import AlreadyRunning, DiskFull, EngineUnusable, FolderUnusable, PipelineError, Stopped
 from pipeline.fs.disk import environment_error
+from pipeline.fs.names import printable
 from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.settling import PATIENCE
 from pipeline.intake.watcher import Watcher
@@ -112,7 +113,7 @@ class Watch:
         """Work until a signal asks to stop."""
         session = self.session
         self._note_mode()
-        log.info("watching %s", session.ingest.folder.path)
+        log.info("watching %s", printable(session.ingest.folder.path))
         session.notifier.ready()
         try:
             while not session.signals.is_stopped():
@@ -140,7 +141,7 @@ class Watch:
             worked = not self._reload_due and self.session.runner.next_batch()
         except Exception as e:
             fault = environment_error(e, in_track=False)
-            if fault is None:
+            if fault is None or isinstance(fault, AlreadyRunning):
                 raise
             return self._wait_out(fault)
         self.session.health.note(workers=self.session.workers())
@@ -168,7 +169,7 @@ class Watch:
             return
         try:
             self._scan = self.session.ingest.scan(should_stop=self._feed_and_ask)
-        except DiskFull:
+        except (AlreadyRunning, DiskFull):
             raise
         except FolderUnusable as e:
             health.degraded("inbox", str(e))

@@ -101,6 +101,13 @@ def test_a_mapped_file_is_mapped_by_the_process_and_a_part_of_one_is_copied(
     assert (part, none) == ([[2, 3, 4], [8, 9, 10]], None)
 
 
+def test_the_process_gets_no_credentials(executor: ProcessExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    [variables] = run(executor, worker_tasks.variables)
+    assert "PATH" in variables
+    assert "AWS_SECRET_ACCESS_KEY" not in variables
+
+
 def test_an_exit_of_an_engine_is_an_error_and_not_the_end(executor: ProcessExecutor) -> None:
     with pytest.raises(RuntimeError, match="SystemExit: 0"):
         run(executor, worker_tasks.leave)

@@ -24,6 +24,10 @@ def process_id(tools: Tools) -> Iterator[int]:
     yield os.getpid()
 
 
+def variables(tools: Tools) -> Iterator[dict[str, str]]:
+    yield dict(os.environ)
+
+
 def embedder_of(tools: Tools) -> Iterator[tuple[str, int]]:
     engine = tools.engines.embedder()
     yield engine.name, id(engine)
