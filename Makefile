@@ -65,9 +65,8 @@ $(VENV)/full: requirements.txt requirements-core.txt requirements-models.txt
 	$(BIN)/$(PIP_INSTALL) -r requirements.txt
 	touch $@ $(VENV)/core
 
-# With what the tests of `make test-all` need beyond those of `make test`.
-$(VENV)/all: $(VENV)/full requirements-ray.txt
-	$(BIN)/$(PIP_INSTALL) -r requirements-ray.txt
+$(VENV)/all: requirements-test-all.txt requirements-s3.txt requirements-ray.txt $(VENV)/full
+	$(BIN)/$(PIP_INSTALL) -r requirements-test-all.txt
 	touch $@
 
 # An environment on top of the first: it uses the packages of the first by way of a .pth file, and installs only what

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from home_folder import Home
 from runner_setup import RunnerSetup
 from xdist.scheduler import LoadFileScheduling
+
+if TYPE_CHECKING:
+    from bucket_server import Bucket, BucketServer
+
+_BUCKETS = itertools.count()  # the numbers of the buckets that tests have made
 
 
 class OneProcessForMusicgen(LoadFileScheduling):
@@ -89,3 +95,22 @@ def home(tmp_path: Path) -> Home:
 @pytest.fixture
 def setup(tmp_path: Path) -> RunnerSetup:
     return RunnerSetup.at(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[BucketServer]:
+    """An S3 server on loopback."""
+    if not (find_spec("moto") and find_spec("obstore")):
+        pytest.skip("needs obstore and moto's S3 server, which make test-all installs")
+    from bucket_server import bucket_server
+
+    with bucket_server() as made:
+        yield made
+
+
+@pytest.fixture
+def bucket(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty bucket of the server, to which the environment of this process leads."""
+    for name, value in server.variables().items():
+        monkeypatch.setenv(name, value)
+    return server.made_bucket(f"bucket-{next(_BUCKETS)}")
