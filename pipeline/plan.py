@@ -134,8 +134,11 @@ class Recipe:
         output = self.config.output
         rate = output.sample_rate or self.config.normalize.sample_rate
         per_second = rate * 2 * BYTES_PER_SAMPLE[output.bit_depth]
-        planned = plan_variations(self.config, self.generator.card)
-        return per_second * sum(one.made_s for one in planned)
+        return per_second * sum(one.made_s for one in self._planned)
+
+    @cached_property
+    def _planned(self) -> list[PlannedVariation]:
+        return plan_variations(self.config, self.generator.card)
 
     def plan(self, sha256: str) -> TrackPlan:
         normalize = digest(
@@ -149,7 +152,7 @@ class Recipe:
         ]
         rated_by = [_engine_identity(self.rater)] if self.rater else []
         units: list[VariationUnit] = []
-        for planned in plan_variations(self.config, self.generator.card):
+        for planned in self._planned:
             words = [PROMPT_VERSION, embed] if planned.params.get("prompt") == AUTO_PROMPT else []
             change = planned.change
             source = digest(["change", CHANGE_VERSION, normalize, change]) if change else normalize
