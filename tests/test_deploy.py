@@ -1,4 +1,4 @@
-"""The systemd unit, the cron line and the files for Ray, as those read them who use them."""
+"""The systemd unit, the cron line, the files for Ray and the image, as those read them who use them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -228,3 +229,52 @@ def test_the_machines_for_ray_have_a_gpu_and_report_nothing() -> None:
     assert (
         f"RAY_USAGE_STATS_ENABLED=0 RAY_USAGE_STATS_REPORT_URL={QUIET['RAY_USAGE_STATS_REPORT_URL']}" in head
     )
+
+
+# -- Docker ----------------------------------------------------------------------------------------
+
+DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile in their order: each one's word and the rest of it."""
+    text = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^#.*\n", "", DOCKERFILE.read_text()))
+    return [(word, rest) for line in text.splitlines() if line for word, _, rest in [line.partition(" ")]]
+
+
+def test_everything_that_the_image_copies_is_in_the_repository() -> None:
+    copied = {source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]}
+    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in known.splitlines()}
+    assert {"pipeline", "config", "pyproject.toml"} <= copied <= top
+
+
+@pytest.mark.parametrize(
+    ("models", "code", "installed"),
+    [
+        ("cpu", 0, ["-r /src/requirements-cpu.txt"]),
+        ("cuda", 0, ["-r /src/requirements-core.txt -r /src/requirements-models.txt"]),
+        ("none", 0, []),
+        ("gpu", 2, []),
+    ],
+)
+def test_the_image_installs_the_models_that_were_asked_for(
+    tmp_path: Path, models: str, code: int, installed: list[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nshift 4\necho "$@"\n')  # without -m pip install --no-cache-dir
+    python.chmod(0o755)
+    first, second = [rest for word, rest in instructions() if word == "RUN" and "pip" in rest]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MODELS": models, "EXTRAS": "s3,ray"}
+    ran = subprocess.run(["sh", "-c", first], env=env, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.splitlines()) == (code, installed)
+    for name in re.findall(r"/src/(\S+)", ran.stdout):
+        assert (ROOT / name).exists()
+    ran = subprocess.run(["sh", "-c", second], env=env, capture_output=True, text=True, check=False)
+    assert ran.stdout == "/src[s3,ray]\n"
+
+
+def test_the_extras_of_the_image_are_those_of_the_package() -> None:
+    [default] = [rest.partition("=")[2] for word, rest in instructions() if rest.startswith("EXTRAS=")]
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
+    assert set(default.split(",")) <= known["optional-dependencies"].keys()
