@@ -36,6 +36,7 @@ from pipeline.executors.ray_nodes import (
     packages_of,
     versions,
 )
+from pipeline.fs.bucket import without_credentials
 
 INSTALL_COMMAND = 'pip install ".[ray]"'
 AUTO = "auto"
@@ -199,7 +200,11 @@ class RayCluster:
         (Path(self._folder) / PROVIDER_FILE).write_text(PROVIDER)
         os.environ.update(QUIET | LOCAL)
         os.environ.setdefault(TOKEN, secrets.token_hex(32))
-        home, os.environ["HOME"] = os.environ.get("HOME"), self._folder
+        # The processes that it starts inherit the environment, which has a bucket's keys, as it is now.
+        before = dict(os.environ)
+        for name in before.keys() - without_credentials(before).keys():
+            del os.environ[name]
+        os.environ["HOME"] = self._folder
         try:
             _init(
                 address="local",
@@ -210,8 +215,7 @@ class RayCluster:
             )
         finally:
             del os.environ["HOME"]
-            if home is not None:
-                os.environ["HOME"] = home
+            os.environ.update(before)
 
     def _join(self) -> None:
         host, _, port = self.address.rpartition(":")

@@ -25,6 +25,7 @@ from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_cluster import AUTO, RayCluster, thread_variables
 from pipeline.executors.ray_nodes import Resources
 
+SECRET = "a key of the owner's"
 pytestmark = [pytest.mark.long, NEEDS_RAY]  # starts clusters
 
 
@@ -36,7 +37,10 @@ def cluster_at(address: str, resources: Resources, workers: int | None = None) -
 def local() -> Iterator[RayCluster]:
     """A cluster of this machine alone, in which several actors have room on any machine."""
     made = cluster_at(AUTO, Resources(cpu=0.25, gpu=0))
-    made.connect()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        made.connect()
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
     yield made
     made.close()
 
@@ -51,6 +55,12 @@ def run(executor: RayExecutor, task: Task, *args: Any, stop: bool = False) -> li
 
 
 # -- tasks -----------------------------------------------------------------------------------------
+
+
+def test_the_processes_of_a_local_cluster_do_not_get_the_keys_of_buckets(executor: RayExecutor) -> None:
+    [environment] = run(executor, worker_tasks.variables)
+    assert "PATH" in environment
+    assert SECRET not in environment.values()
 
 
 def test_values_and_progress_come_in_their_order(executor: RayExecutor) -> None:
