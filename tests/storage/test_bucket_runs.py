@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from home_folder import Home, contents
+from home_folder import Home, contents, write_music
 
 if TYPE_CHECKING:
     from bucket_server import Bucket, BucketHome, BucketServer
@@ -56,6 +56,22 @@ def test_what_is_done_is_not_done_again(setup: BucketHome) -> None:
 
     assert (ended.code, ended.out.split(";")[0]) == (0, "0 done, 0 failed")
     assert (setup.bucket.sha256("out"), setup.bucket.manifests()) == before
+
+
+def test_a_known_object_is_listed_and_never_fetched_again(setup: BucketHome, server: BucketServer) -> None:
+    from bucket_proxy import proxy_to
+
+    setup.configure(intake={"settle_s": 0, "after": "keep"})
+    assert setup.run("once").code == 0
+    write_music(setup.sources / "new" / "c.wav", seed=3)
+    setup.bucket.put("in/c.wav", (setup.sources / "new" / "c.wav").read_bytes())
+
+    with proxy_to(server.port) as proxy:
+        ended = setup.run("once", **server.variables(port=proxy.port))
+
+    assert ended.out.startswith("1 done, 0 failed, 2 up to date"), ended.out
+    fetched = [line for line in proxy.passed if line.startswith("GET") and line.endswith(".wav")]
+    assert fetched == [f"GET /{setup.bucket.name}/in/c.wav"]
 
 
 def test_a_file_that_cannot_be_used_is_moved_with_the_reason_beside_it(setup: BucketHome) -> None:
