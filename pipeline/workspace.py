@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
@@ -26,9 +26,6 @@ from pipeline.fs.lease import Lease
 from pipeline.fs.local import LocalFiles
 from pipeline.fs.names import printable
 from pipeline.records import Audio
-
-if TYPE_CHECKING:
-    from pipeline.store.schema import SourceFile
 
 ENGINES_FOLDER = "engines"  # in the state folder: where engines store files
 DONE, FAILED = "done", "failed"  # the archive's folders in the inbox, which are never scanned
@@ -92,14 +89,6 @@ class Workspace:
     def files_at(self, root: Path) -> Files:
         """The files of the inbox, or of another folder."""
         return self.inbox_files if root == self.inbox else _files(root)
-
-    def is_in_place(self, file: SourceFile) -> bool:
-        """Whether a source is unchanged at the path where it is recorded."""
-        try:
-            found = self.files_at(file.root).find(file.current_path)
-        except OSError:
-            return False
-        return found is not None and found.identity == file.identity
 
     @property
     def disks(self) -> list[Path]:

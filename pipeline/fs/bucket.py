@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.errors import BadAudio, BucketAway, ConfigError, FolderUnusable, LeaseLost
 from pipeline.fs.copying import READ_BYTES, FileChanged, FileIdentity, names_like, write_errors
@@ -32,8 +32,6 @@ from pipeline.fs.files import Entry, holds, with_url
 if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
-
-    from pipeline.fs.lease import Lease
 
 T = TypeVar("T")
 INSTALL_COMMAND = 'pip install ".[s3]"'
@@ -64,12 +62,19 @@ class Refused(Exception):
     """A condition of a call does not hold: there is another object, or one where none should be."""
 
 
+class Permission(Protocol):
+    """What an instance needs to list and write: see `pipeline.fs.lease.Lease`."""
+
+    def check(self) -> None:
+        """Raises LeaseLost or BucketAway: it does not hold, or can't be known to hold."""
+
+
 @dataclass
 class BucketFiles:
     """A bucket and a prefix. While there is a `lease`, nothing is listed or written without it."""
 
     root: Path
-    lease: Lease | None = field(default=None, compare=False)
+    lease: Permission | None = field(default=None, compare=False)
 
     @property
     def url(self) -> str:

@@ -251,9 +251,17 @@ class Runner:
         """
         self.workspace.drop_normalized()
         for track in [*self.store.tracks(TrackState.QUEUED), *self.store.tracks(TrackState.RUNNING)]:
-            if any(self.workspace.is_in_place(file) for file in self.store.files_of(track.sha256)):
+            if any(self._is_in_place(file) for file in self.store.files_of(track.sha256)):
                 self.workspace.scratch(track.sha256).clear()
         self.store.release_all(now=self.clock())
+
+    def _is_in_place(self, file: SourceFile) -> bool:
+        """Whether a source is unchanged at the path where it is recorded."""
+        try:
+            found = self.workspace.files_at(file.root).find(file.current_path)
+        except OSError:
+            return False
+        return found is not None and found.identity == file.identity
 
     # -- existing results ------------------------------------------------------------------------
 
