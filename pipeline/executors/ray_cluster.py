@@ -50,12 +50,13 @@ QUIET = {
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
-# Of a cluster of this machine alone. The first one makes it listen on loopback only; the last one leaves it
-# to the system to end a process when memory is short, as elsewhere.
+# Of a cluster of this machine alone. The first one makes it listen on loopback only; the last two leave it to
+# the system to end a process when memory is short, and the priority of its processes as it is.
 LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_niceness": "0",
 }
 TOKEN = "RAY_AUTH_TOKEN"
 TMP, FOLDER = Path("/tmp"), "ray-of-"  # the paths of Ray's sockets must be short
