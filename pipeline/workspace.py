@@ -157,11 +157,11 @@ class Workspace:
             yield
 
     def _owner(self) -> str:
-        """A name for this state folder, which is made when it is first needed."""
+        """A name for this state folder, made when it is first needed; a copy of it has another one."""
         path = self.state / "owner"
         if not path.exists():
             write_atomically(path, path.with_name("owner.part"), uuid.uuid4().hex.encode())
-        return path.read_text()
+        return f"{path.read_text()}-{path.stat().st_ino}"
 
     def is_locked(self) -> bool:
         """Whether an instance holds the lock."""

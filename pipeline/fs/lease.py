@@ -30,6 +30,11 @@ RENEWALS = 4  # in the time that it lasts
 RESOLUTION_S = 1.0  # of the times of objects
 
 
+def seconds() -> float:
+    """Of a clock that goes on while the machine sleeps, where the system has one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 @dataclass
 class Lease:
     """One instance's lease on a bucket's prefix."""
@@ -37,7 +42,7 @@ class Lease:
     files: BucketFiles
     owner: str  # names the state folder, whose lock is held: what a killed instance has left is taken at once
     lasts_s: float = LASTS_S
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = seconds
     _written: FileIdentity | None = None
     _until: float = 0.0  # by `clock`
     _lost: bool = False

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, BucketAway, LeaseLost
 from pipeline.fs.copying import FileIdentity
 from pipeline.fs.files import Entry
 from pipeline.fs.lease import LASTS_S, Lease
+from pipeline.workspace import Workspace
 
 
 @dataclass
@@ -76,6 +79,15 @@ def test_an_owner_takes_what_it_held_before_a_kill() -> None:
     memory = Memory()
     a_lease(memory, "first").take()
     a_lease(memory, "first").take()
+
+
+def test_a_copy_of_a_state_folder_is_another_owner(tmp_path: Path) -> None:
+    folders = Folders(inbox="s3://bucket/in")
+    (tmp_path / "home" / "state").mkdir(parents=True)
+    first = Workspace.of(tmp_path / "home", folders)._owner()
+    shutil.copytree(tmp_path / "home", tmp_path / "copy")
+    assert Workspace.of(tmp_path / "home", folders)._owner() == first
+    assert Workspace.of(tmp_path / "copy", folders)._owner() != first
 
 
 def test_an_owner_that_was_replaced_must_not_write() -> None:
