@@ -59,9 +59,12 @@ class Bucket:
     name: str
     store: S3Store
 
-    def put(self, key: str, content: bytes, *, parts: bool = False) -> None:
+    def put(
+        self, key: str, content: bytes, *, parts: bool = False, attributes: dict[str, str] | None = None
+    ) -> None:
         """Upload an object, perhaps in parts, as tools do with large files: then its ETag is no MD5."""
-        obstore.put(self.store, key, content, use_multipart=parts, chunk_size=5 << 20)
+        options: Any = {"use_multipart": parts, "chunk_size": 5 << 20, "attributes": attributes}
+        obstore.put(self.store, key, content, **options)
 
     def fill(self, keys: Iterable[str]) -> None:
         """Make many objects whose content is their key, without the way over the network."""

@@ -24,6 +24,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import quote
 
 from pipeline.errors import BadAudio, BucketAway, ConfigError, FolderUnusable, LeaseLost
 from pipeline.fs.copying import READ_BYTES, FileChanged, FileIdentity, names_like, write_errors
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 INSTALL_COMMAND = 'pip install ".[s3]"'
 PROBE = ".probe-"  # how the name of an object begins by which conditions are tried out
-SHA256 = "sha256"  # the attribute of an object, in which its hash is stored
+SHA256 = "variations-sha256"  # the attribute of an object in which this program stores its hash
 AFTER_ALL = "\U0010ffff"  # sorts behind every name
 PAUSES_S = (0.2, 0.5, 1.0, 2.0)  # before each further try of a call
 WRITE_TRIES = 5  # of a conditional write that is refused though its condition holds
@@ -47,6 +48,12 @@ CREDENTIALS = (  # one of them says where those for S3 come from; otherwise obst
     "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_METADATA_ENDPOINT", "AWS_SKIP_SIGNATURE",
 )  # fmt: skip
 DENIED_CODES = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied")
+OF_ONE_OBJECT = {  # codes that say nothing about other objects
+    "InvalidObjectState": "it is in a class of storage from which it has to be restored first",
+    "KeyTooLongError": "its key would be too long",
+    "EntityTooLarge": "it is too large",
+}
+MOST_COPIED_BYTES = 5 << 30  # by one call, at Amazon
 CLOUD_VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
 
 _CODE = re.compile(r"<Code>(\w+)</Code>")
@@ -102,21 +109,24 @@ class BucketFiles:
         options: Any = {**TIMEOUTS, "allow_http": allow_http}
         retries: Any = OBSTORE_RETRIES
         try:
-            return from_url(self.url, client_options=options, retry_config=retries)
+            return from_url(quote(self.url, safe=":/"), client_options=options, retry_config=retries)
         except (BaseError, ValueError) as e:
             raise FolderUnusable(f"{self.url} can't be used: {_first_line(e)}") from None
 
     # -- calls -----------------------------------------------------------------------------------
 
-    def _call(self, call: Callable[[], T], *, has_condition: bool = False) -> T:
-        """Make a call, again if need be.
+    def _call(self, call: Callable[[], T], *, has_condition: bool = False, is_write: bool = False) -> T:
+        """Make a call, again if need be; one that writes only as long as there is the lease.
 
         Raises:
             FileNotFoundError: there is no such object.
+            OSError: this object alone can't be used, see OF_ONE_OBJECT.
             Refused: the condition of a call that has one does not hold.
             BucketAway, FolderUnusable: the bucket can't be used, for a time or until somebody helps.
         """
         for pause_s in (*PAUSES_S, None):
+            if is_write:
+                self._check_lease()
             try:
                 with self._named_errors():
                     return call()
@@ -143,31 +153,32 @@ class BucketFiles:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url) from None
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as e:
             raise Refused(_first_line(e)) from None
-        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as e:
-            raise self._denied(e) from None
         except exceptions.InvalidPathError as e:
             text = _first_line(e)
             raise FolderUnusable(f"{self.url} has an object whose name can't be used: {text}") from None
         except exceptions.BaseError as e:
             raise self._fault(e) from None
 
-    def _fault(self, error: Exception) -> FolderUnusable:
-        code = _CODE.search(str(error))
-        if code and code[1] == "NoSuchBucket":
+    def _fault(self, error: Exception) -> FolderUnusable | OSError:
+        from obstore import exceptions
+
+        found = _CODE.search(str(error))
+        code = found[1] if found else ""
+        if code in OF_ONE_OBJECT:
+            return OSError(errno.EIO, OF_ONE_OBJECT[code], self.url)
+        if code == "NoSuchBucket":
             return FolderUnusable(
                 f"{self.url}: there is no such bucket: make it, or correct the configuration"
             )
-        if code and code[1] in DENIED_CODES:
-            return self._denied(error)
-        if code and code[1] == "NotImplemented":
+        denials = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+        if code in DENIED_CODES or isinstance(error, denials):
+            return FolderUnusable(
+                f"access to {self.url} was denied ({_first_line(error)}): check the credentials in the"
+                " environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) and their rights"
+            )
+        if code == "NotImplemented":
             return FolderUnusable(f"{self.url} lacks an operation that is needed: conditional writes")
         return BucketAway(f"{self.url} can't be reached: {_first_line(error)}")
-
-    def _denied(self, error: Exception) -> FolderUnusable:
-        return FolderUnusable(
-            f"access to {self.url} was denied ({_first_line(error)}): check the credentials in the"
-            " environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) and their rights"
-        )
 
     def _refuse_missing_bucket(self, store: ObjectStore) -> None:
         """A missing bucket may be answered like a missing object, but not by a listing."""
@@ -211,6 +222,8 @@ class BucketFiles:
         prefix, offset = (None if prefix == "." else prefix), None
         while True:
             for entry in self._listed(prefix, offset):
+                if entry.path == folder:  # the marker that some tools make for an empty folder
+                    continue
                 name, *rest = entry.path.relative_to(folder).parts
                 if rest and name in without:
                     offset = f"{prefix}/{name}/{AFTER_ALL}" if prefix else f"{name}/{AFTER_ALL}"
@@ -275,8 +288,14 @@ class BucketFiles:
         """The hash that was stored with the object by this program; otherwise that of its content."""
         import obstore
 
+        def hashed() -> str:
+            sha = hashlib.sha256()
+            for block in obstore.get(self._store, self._key(path)).stream(min_chunk_size=READ_BYTES):
+                sha.update(block)
+            return sha.hexdigest()
+
         got = self._call(lambda: obstore.get(self._store, self._key(path), options={"head": True}))
-        return str(got.attributes.get(SHA256) or hashlib.sha256(self.read(path)).hexdigest())
+        return str(got.attributes.get(SHA256) or self._call(hashed))
 
     def copy_in(
         self,
@@ -327,9 +346,8 @@ class BucketFiles:
             self.lease.check()
 
     def write(self, path: Path, content: bytes | memoryview) -> str:
-        self._check_lease()
         content = bytes(content)
-        self._call(lambda: self._put(path, content, "overwrite"))
+        self._call(lambda: self._put(path, content, "overwrite"), is_write=True)
         return hashlib.sha256(content).hexdigest()
 
     def _put(self, path: Path, content: bytes, mode: Any) -> FileIdentity:
@@ -428,7 +446,10 @@ class BucketFiles:
         """Copy an object, and verify the copy: by its ETag, or, if that says nothing, by its content."""
         import obstore
 
-        self._call(lambda: obstore.copy(self._store, self._key(source.path), self._key(target)))
+        if source.size > MOST_COPIED_BYTES:
+            raise OSError(errno.EFBIG, "it is larger than the 5 GB that can be copied", with_url(str(target)))
+        copy = partial(obstore.copy, self._store, self._key(source.path), self._key(target))
+        self._call(copy, is_write=True)
         made = self.find(target)
         is_same = made is not None and made.size == source.size
         if is_same and made and made.identity.etag != source.identity.etag:
@@ -458,8 +479,7 @@ class BucketFiles:
     def delete(self, path: Path) -> None:
         import obstore
 
-        self._check_lease()
-        self._call(lambda: obstore.delete(self._store, self._key(path)))
+        self._call(lambda: obstore.delete(self._store, self._key(path)), is_write=True)
 
     def flush(self, folder: Path) -> None:
         pass

@@ -52,8 +52,8 @@ class Entry:
 class Files(Protocol):
     """What is done with files of the inbox and the outbox.
 
-    Every method may raise an OSError about a file on a disk. In a bucket there is only one cause that is a
-    single file's, that it is missing; anything else is FolderUnusable.
+    Every method may raise an OSError about a single file. Whatever else is wrong with a bucket is
+    FolderUnusable.
     """
 
     @property

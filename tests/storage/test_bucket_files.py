@@ -13,6 +13,7 @@ from pipeline.errors import BadAudio, BucketAway, FolderUnusable, LeaseLost
 from pipeline.fs import bucket as module
 from pipeline.fs.bucket import BucketFiles
 from pipeline.fs.copying import FileChanged
+from pipeline.fs.disk import environment_error
 from pipeline.fs.files import holds
 from pipeline.fs.lease import Lease
 from pipeline.intake.scanner import BucketScanner
@@ -47,6 +48,19 @@ def test_a_scan_lists_what_may_be_a_track_by_its_key(files: BucketFiles, bucket:
     assert [scanned.display for scanned in found] == sorted(tracks)
     assert [scanned.identity.size for scanned in found] == [len(name.encode()) for name in sorted(tracks)]
     assert len({scanned.identity.etag for scanned in found}) == len(tracks)
+
+
+def test_the_marker_of_the_prefix_itself_is_no_file(files: BucketFiles, bucket: Bucket) -> None:
+    bucket.fill(["in/", "in/a.wav"])  # as a console makes it for a new folder
+    files.prepare()
+    assert [entry.path.name for entry in files.entries(files.root)] == ["a.wav"]
+
+
+def test_a_prefix_may_have_any_characters(bucket: Bucket) -> None:
+    files = BucketFiles(Path(f"s3:/{bucket.name}/in #1?/50%25 ü"))
+    bucket.put("in #1?/50%25 ü/a.wav", b"x")
+    bucket.put("in ", b"another prefix")
+    assert [entry.path for entry in files.entries(files.root)] == [files.root / "a.wav"]
 
 
 def test_the_archive_is_not_listed_by_a_scan(
@@ -128,6 +142,13 @@ def test_a_move_that_was_killed_after_the_copy_is_completed(
     assert bucket.listed() == ["in/done/a.wav"]
 
 
+def test_metadata_of_others_says_nothing_about_the_content(files: BucketFiles, bucket: Bucket) -> None:
+    content = b"x" * (6 << 20)
+    path, target = files.root / "a.wav", files.root / "done" / "a.wav"
+    bucket.put("in/a.wav", content, parts=True, attributes={"sha256": "eA=="})
+    assert files.move_to_free_name(path, target, sha256=sha256(content)) == target
+
+
 # -- writing -----------------------------------------------------------------------------------------
 
 
@@ -200,6 +221,17 @@ def test_a_bucket_that_does_not_answer_is_away(
         ):
             with pytest.raises(BucketAway):
                 call()
+
+
+def test_what_is_wrong_with_one_object_is_no_fault_of_the_bucket(
+    files: BucketFiles, bucket: Bucket, tmp_path: Path
+) -> None:
+    bucket.put("in/cold.wav", b"x", attributes={"Storage-Class": "GLACIER"})
+    path = files.root / "cold.wav"
+    for call in (lambda: files.copy_in(path, tmp_path / "a"), lambda: files.read(path)):
+        with pytest.raises(OSError, match="has to be restored first") as caught:
+            call()
+        assert environment_error(caught.value) is None
 
 
 def test_a_missing_bucket_is_no_missing_file(bucket: Bucket, tmp_path: Path) -> None:
