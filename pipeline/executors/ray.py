@@ -182,6 +182,7 @@ class RayExecutor:
     place_patience_s: float = PLACE_PATIENCE_S
     facts: Facts | None = field(default=None, init=False)  # of the actor's process; None: there is no actor
     _actor: Any = field(default=None, init=False)
+    _is_open: bool = field(default=False, init=False)  # the actor has these engines
     _used_at: float = field(default=0.0, init=False)
     _n_runs: int = field(default=0, init=False)
 
@@ -201,6 +202,8 @@ class RayExecutor:
             self._start(should_stop)
         actor = self._actor
         try:
+            if not self._is_open:
+                self._opened(actor.open.remote(self.engines, packages_of(self.engines)))
             yield from self._run(actor, task, args, progress, should_stop)
         except (WorkerLost, WorkerAway):
             if self._actor is actor:
@@ -211,9 +214,7 @@ class RayExecutor:
 
     def use(self, engines: EngineChoices, idle_s: float) -> None:
         """Change the settings; engines that stay the same stay loaded."""
-        self.engines, self.idle_s = engines, idle_s
-        if self._actor is not None:
-            self._actor.open.remote(engines, packages_of(engines))
+        self.engines, self.idle_s, self._is_open = engines, idle_s, False
 
     def release_if_idle(self) -> None:
         """See `pipeline.executors.base.Executor`."""
@@ -244,13 +245,19 @@ class RayExecutor:
                 if waited_s > self.place_patience_s / 3 and not is_reported:
                     log.info("waiting for a free %s on the cluster", self.resources)
                     is_reported = True
-            facts = self._get(opened)
-            self.check(facts)
+            self._opened(opened)
         except BaseException:
             _kill(actor)
+            self.facts = None
             raise
-        self._actor, self.facts = actor, facts
+        self._actor = actor
         log.debug("a worker runs on %s", self.where)
+
+    def _opened(self, call: Any) -> None:
+        """Check what an actor answers that was given the engines."""
+        self.facts = self._get(call)
+        self.check(self.facts)
+        self._is_open = True
 
     def _run(
         self, actor: Any, task: Task, args: tuple[Any, ...], progress: ProgressFn, should_stop: StopFn

@@ -122,6 +122,22 @@ def test_one_actor_runs_all_tasks_and_keeps_its_engines(executor: RayExecutor) -
     assert executor.where == "node 127.0.0.1"
 
 
+def test_a_node_is_checked_again_for_changed_engines(
+    executor: RayExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise EngineUnusable("another torch")
+
+    assert run(executor, worker_tasks.echo, 1) == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "check", refuse)
+        assert run(executor, worker_tasks.echo, 2) == [2]
+        executor.use(ENGINES, idle_s=60)
+        with pytest.raises(EngineUnusable, match="another torch"):
+            run(executor, worker_tasks.echo, 3)
+    assert run(executor, worker_tasks.echo, 4) == [4]
+
+
 def test_what_a_task_raises_is_raised_here_with_its_own_traceback(executor: RayExecutor) -> None:
     with pytest.raises(BadAudio, match="is no music") as caught:
         run(executor, worker_tasks.refuse, "is no music")
