@@ -9,6 +9,8 @@ Arrays are sent by value, and a file by its content, because an actor may run on
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import logging
 import os
 import re
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.loading import EngineChoices, LoadedEngines, Wanted
@@ -49,12 +51,10 @@ class FileContent:
 class RayWorker:
     """The actor. It runs one task at a time; another one can be run between two of its results."""
 
-    def __init__(self, number: int, paths: Sequence[str], environment: Mapping[str, str | None]) -> None:
+    def __init__(self, paths: Sequence[str], environment: Mapping[str, str | None]) -> None:
         """Prepare this process before any library is imported that reads the variables.
 
         Args:
-            number: another one for each actor. numba's cache has no lock, and two processes that filled an
-                empty one at the same time have crashed: so each has its own.
             paths: where the owner finds modules.
             environment: variables to set, or, for None, to remove: Ray sets the number of threads.
         """
@@ -63,9 +63,7 @@ class RayWorker:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        if number:
-            folder = os.environ.get("NUMBA_CACHE_DIR") or Path.home() / ".cache" / "variations" / "numba"
-            os.environ["NUMBA_CACHE_DIR"] = str(Path(folder) / str(number))
+        self._cache_lock = _take_numba_cache()
         self._engines: LoadedEngines | None = None
         self._kept: dict[str, Any] = {}
         self._results: dict[int, Iterator[Any]] = {}  # of the tasks that have not ended, by their run
@@ -150,6 +148,26 @@ class RayWorker:
             folder.cleanup()
 
 
+def _take_numba_cache() -> IO[str]:
+    """Let numba use the first of its caches that no other process uses; returns the lock on it, to be kept.
+
+    A cache has no lock of its own, and two processes that filled an empty one at the same time have crashed.
+    """
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path.home() / ".cache" / "variations" / "numba")
+    for n in itertools.count():
+        cache = folder / str(n)
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        os.environ["NUMBA_CACHE_DIR"] = str(cache)
+        return lock
+    raise AssertionError
+
+
 class _ToReports(logging.Handler):
     def __init__(self, reports: deque[tuple[Any, ...]]) -> None:
         super().__init__()
@@ -172,11 +190,10 @@ def _on_this_machine(wanted: Wanted) -> Wanted:
 class RayExecutor:
     """Runs tasks in one actor, which the next task starts again after its death or `close`."""
 
-    number: int  # see `RayWorker`, as for `environment`
     engines: EngineChoices
     idle_s: float  # without a task, after which the actor is ended to free its memory and its place
     resources: Resources
-    environment: Mapping[str, str | None]
+    environment: Mapping[str, str | None]  # see `RayWorker`
     check: Callable[[Facts], None]  # raises EngineUnusable for a node that can't be used
     clock: Callable[[], float] = time.monotonic
     place_patience_s: float = PLACE_PATIENCE_S
@@ -233,7 +250,7 @@ class RayExecutor:
 
         options = {"num_cpus": self.resources.cpu, "num_gpus": self.resources.gpu, "max_restarts": 0}
         actor_class = ray.remote(concurrency_groups={CONTROL: 1}, **options)(RayWorker)
-        actor = actor_class.remote(self.number, sys.path, self.environment)
+        actor = actor_class.remote(sys.path, self.environment)
         opened = actor.open.remote(self.engines, packages_of(self.engines))
         began, is_reported = self.clock(), False
         try:

@@ -100,22 +100,21 @@ class RayCluster:
             )
         n = min(n, self.workers or n)
         while len(self._executors) < n:
-            number = len(self._executors)
-            self._executors.append(self._executor(2 * number, self.resources))
+            self._executors.append(self._executor(self.resources))
             if self.normalizes_ahead:
                 # Beside a GPU there are cores to count; beside a model on the CPU all of them are taken.
                 resources = Resources(1.0 if self.resources.gpu else 0.0, 0.0)
-                self._normalizers.append(self._executor(2 * number + 1, resources))
+                self._normalizers.append(self._executor(resources))
         return sorted(self._executors, key=lambda one: one.facts is None)[:n]
 
     def normalizers(self) -> list[RayExecutor]:
         return self._normalizers
 
-    def _executor(self, number: int, resources: Resources) -> RayExecutor:
+    def _executor(self, resources: Resources) -> RayExecutor:
         environment = dict(self.environment)
         if self._folder:
             environment["HOME"] = os.environ.get("HOME")
-        return RayExecutor(number, self.engines, self.idle_s, resources, environment, check=self._check)
+        return RayExecutor(self.engines, self.idle_s, resources, environment, check=self._check)
 
     def use(self, engines: EngineChoices, idle_s: float) -> None:
         """Change the settings; engines that stay the same stay loaded."""

@@ -219,8 +219,12 @@ def test_several_actors_share_no_cache_of_compiled_code_and_have_their_threads(l
         expected = os.environ.get(name, "1")
         assert run(second, worker_tasks.variable, name) == [expected]
     assert run(second, worker_tasks.variable, "HOME") == [os.environ["HOME"]]
-    caches = [run(one, worker_tasks.variable, "NUMBA_CACHE_DIR")[0] for one in (second, third)]
-    assert len(set(caches)) == 2
+    another = cluster_at(AUTO, Resources(cpu=0.25, gpu=0))  # of another owner
+    another._thread = local._thread
+    [fourth, *_] = another.ready()
+    caches = [run(one, worker_tasks.variable, "NUMBA_CACHE_DIR")[0] for one in (first, second, third, fourth)]
+    assert len(set(caches)) == 4
+    fourth.close()
     first.environment = thread_variables(None)
     first.close()
     with pytest.raises(KeyError):  # not what Ray has set: the library's own number, as in other processes
@@ -228,10 +232,8 @@ def test_several_actors_share_no_cache_of_compiled_code_and_have_their_threads(l
 
 
 def test_without_a_free_place_no_track_is_to_blame(local: RayCluster) -> None:
-    others = [one for one in local.ready() if run(one, worker_tasks.process_id)]
-    one_more = RayExecutor(
-        len(others), ENGINES, 60, Resources(0.25, 0), {}, lambda _: None, place_patience_s=0.5
-    )
+    assert all(run(one, worker_tasks.process_id) for one in local.ready())
+    one_more = RayExecutor(ENGINES, 60, Resources(0.25, 0), {}, lambda _: None, place_patience_s=0.5)
     with pytest.raises(WorkerAway, match=r"no free 0\.25 CPUs"):
         run(one_more, worker_tasks.process_id)
     with pytest.raises(Stopped):
