@@ -85,6 +85,7 @@ class BucketScanner:
     def __init__(self, files: Files, settings: Intake) -> None:
         self._files = files
         self._ignore = Ignore(settings.ignore)
+        self._marker = settings.marker
 
     def scan(self) -> Iterator[ScannedFile]:
         """Every object that may be a track, in the order of the keys.
@@ -100,7 +101,8 @@ class BucketScanner:
                 yield ScannedFile(entry.path, entry.path, printable(shown), entry.identity, ctime_ns=0)
 
     def _is_ignored(self, parts: tuple[str, ...]) -> bool:
-        return any(self._ignore.matches("/".join(parts[:n])) for n in range(1, len(parts) + 1))
+        is_marker = self._marker is not None and parts[-1].endswith(self._marker)
+        return is_marker or any(self._ignore.matches("/".join(parts[:n])) for n in range(1, len(parts) + 1))
 
 
 def scanner_for(folder: InputFolder, settings: Intake, files: Files) -> Scans:

@@ -50,6 +50,12 @@ def test_a_scan_lists_what_may_be_a_track_by_its_key(files: BucketFiles, bucket:
     assert len({scanned.identity.etag for scanned in found}) == len(tracks)
 
 
+def test_markers_are_no_tracks(files: BucketFiles, bucket: Bucket) -> None:
+    bucket.fill(["in/a.wav", "in/a.wav.done"])
+    scanner = BucketScanner(files, Intake(marker=".done"))
+    assert [scanned.display for scanned in scanner.scan()] == ["a.wav"]
+
+
 def test_the_marker_of_the_prefix_itself_is_no_file(files: BucketFiles, bucket: Bucket) -> None:
     bucket.fill(["in/", "in/a.wav"])  # as a console makes it for a new folder
     files.prepare()
