@@ -26,6 +26,8 @@ from drive import IMPORTS, counts, small_wav, start, stop, wait_until  # noqa: E
 from home_folder import Home  # noqa: E402
 from ray_setup import add_node, ray_head  # noqa: E402
 
+from pipeline.executors.ray_cluster import OBJECT_STORE_BYTES  # noqa: E402
+
 FAULTS = ROOT / "tests" / "faults"
 PACE_S = 0.0225  # per step; the engine `paced` has 40
 SITE = {"PYTHONPATH": os.pathsep.join([str(FAULTS / "site"), str(FAULTS), IMPORTS]), "PACE_S": str(PACE_S)}
@@ -84,7 +86,7 @@ def remix(folder: Path, n_nodes: int, n_tracks: int) -> float:
     home = Home(folder / f"remix-{n_nodes}")
     with ray_head(**SITE) as cluster:
         for _ in range(n_nodes):
-            add_node(cluster)
+            add_node(cluster, store_bytes=OBJECT_STORE_BYTES)
         home.configure(
             executor={"kind": "ray", "address": cluster.address},
             intake={"settle_s": 0.2, "rescan_s": 1, "after": "keep"},

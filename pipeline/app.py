@@ -13,6 +13,7 @@ from pipeline.config import Config, StageSettings, load_config
 from pipeline.engines.base import EngineSettings, StageName
 from pipeline.engines.selection import Choice, select_engine
 from pipeline.errors import ConfigError
+from pipeline.executors.ray_environment import AUTO, set_environment
 from pipeline.fs.files import is_in_bucket
 from pipeline.fs.mounts import mounts_of
 from pipeline.intake.scanner import scanner_for
@@ -59,6 +60,8 @@ class App:
         if config_path is None and (home / DEFAULT_CONFIG).exists():
             config_path = home / DEFAULT_CONFIG
         config = load_config(config_path, preset=None if preset is None else _preset(home, preset))
+        if config.executor.kind == "ray":
+            set_environment(config.executor.address)
         return cls(home, config, config_path, preset, Workspace.of(home, config.folders))
 
     @property
@@ -278,7 +281,7 @@ class App:
     def ray_cluster(self, choices: EngineChoices) -> RayCluster:
         """The cluster of `executor: ray`, which is not connected yet."""
         from pipeline.executors.process import n_cores
-        from pipeline.executors.ray_cluster import AUTO, RayCluster, thread_variables
+        from pipeline.executors.ray_cluster import RayCluster, thread_variables
         from pipeline.executors.ray_nodes import Resources
 
         executor, models = self.config.executor, self._uses_models

@@ -14,8 +14,12 @@ from home_folder import Home
 from runner_setup import RunnerSetup
 from xdist.scheduler import LoadFileScheduling
 
+from pipeline.executors.ray_environment import AUTO, set_environment
+
 if TYPE_CHECKING:
     from bucket_server import Bucket, BucketServer
+
+set_environment(AUTO)  # before any test imports Ray, which other packages do as well
 
 _BUCKETS = itertools.count()  # the numbers of the buckets that tests have made
 

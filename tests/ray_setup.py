@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.executors.ray_cluster import LOCAL, QUIET, TOKEN
+from pipeline.executors.ray_environment import LOCAL, QUIET
 
 # Found, and not imported: it reads its environment when it is imported.
 NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: requirements-ray.txt")
 STORE_BYTES = 100 << 20
-os.environ.setdefault(TOKEN, secrets.token_hex(32))  # Ray reads it once in a process
 
 
 @contextmanager
@@ -40,5 +37,5 @@ def ray_head(**environment: str) -> Iterator[Any]:
             signal.signal(signal.SIGTERM, before)
 
 
-def add_node(cluster: Any, n_cpus: int = 1, **options: Any) -> Any:
-    return cluster.add_node(num_cpus=n_cpus, object_store_memory=STORE_BYTES, **options)
+def add_node(cluster: Any, n_cpus: int = 1, store_bytes: int = STORE_BYTES, **options: Any) -> Any:
+    return cluster.add_node(num_cpus=n_cpus, object_store_memory=store_bytes, **options)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from pipeline.config import Config
-from pipeline.executors.ray_cluster import QUIET
+from pipeline.executors.ray_environment import QUIET
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = ROOT / "deploy" / "variations.service"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ from pipeline.engines.loading import EngineChoices
 from pipeline.errors import EngineUnusable, MissingPackage
 from pipeline.executors.process import THREADS, n_cores
 from pipeline.executors.ray import RayExecutor
+from pipeline.executors.ray_environment import AUTO, set_environment
 from pipeline.executors.ray_nodes import (
     NONE,
     PROGRAM,
@@ -39,26 +39,9 @@ from pipeline.executors.ray_nodes import (
 from pipeline.fs.bucket import without_credentials
 
 INSTALL_COMMAND = 'pip install ".[ray]"'
-AUTO = "auto"
 OBJECT_STORE_BYTES = 1 << 30  # of shared memory, at most; what does not fit is in files
 CONNECT_S = 10.0
 FACTS_PATIENCE_S = 60.0  # for the start of a process on a node
-# Read by Ray when it is first imported, and by the processes that it starts. It would report as well that
-# usage statistics are off.
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-}
-# Of a cluster of this machine alone. The first one makes it listen on loopback only; the last two leave it to
-# the system to end a process when memory is short, and the priority of its processes as it is.
-LOCAL = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_worker_niceness": "0",
-}
-TOKEN = "RAY_AUTH_TOKEN"
 TMP, FOLDER = Path("/tmp"), "ray-of-"  # the paths of Ray's sockets must be short
 # With this file in the home folder, the head does not ask a cloud's addresses which cloud it is in.
 PROVIDER_FILE, PROVIDER = "ray_bootstrap_config.yaml", "provider: {type: local}\n"
@@ -144,6 +127,7 @@ class RayCluster:
             return
         if find_spec("ray") is None:
             raise MissingPackage(f"executor: ray needs ray: {INSTALL_COMMAND}")
+        set_environment(self.address)
         thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         try:
             thread.submit(self._start_local if self.address == AUTO else self._join).result()
@@ -198,8 +182,6 @@ class RayCluster:
         _remove_folders_of_killed_owners()
         self._folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=TMP)
         (Path(self._folder) / PROVIDER_FILE).write_text(PROVIDER)
-        os.environ.update(QUIET | LOCAL)
-        os.environ.setdefault(TOKEN, secrets.token_hex(32))
         # The processes that it starts inherit the environment, which has a bucket's keys, as it is now.
         before = dict(os.environ)
         for name in before.keys() - without_credentials(before).keys():
@@ -221,7 +203,6 @@ class RayCluster:
         host, _, port = self.address.rpartition(":")
         with socket.create_connection((host, int(port)), CONNECT_S):  # Ray itself would try for many minutes
             pass
-        os.environ.update(QUIET)
         _init(address=self.address)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import worker_tasks
+from home_folder import ROOT, Home
 from ray_setup import NEEDS_RAY
 from test_process import ENGINES
 
@@ -22,7 +24,8 @@ from pipeline.executors import ray_cluster
 from pipeline.executors.base import Task, WorkerAway, WorkerLost
 from pipeline.executors.process import THREADS
 from pipeline.executors.ray import RayExecutor
-from pipeline.executors.ray_cluster import AUTO, RayCluster, thread_variables
+from pipeline.executors.ray_cluster import RayCluster, thread_variables
+from pipeline.executors.ray_environment import AUTO
 from pipeline.executors.ray_nodes import Resources
 
 SECRET = "a key of the owner's"
@@ -300,3 +303,26 @@ def _address(digits: str) -> str:
     if len(digits) > 8 and not is_mapped:
         return digits
     return ".".join(str(byte) for byte in reversed(bytes.fromhex(digits[-8:])))
+
+
+def test_another_package_may_import_ray_before_it_is_used(home: Home) -> None:
+    home.configure(executor={"kind": "ray"})
+    program = """
+import sys
+from pathlib import Path
+from pipeline.app import App
+app = App.open(Path(sys.argv[1]), Path(sys.argv[2]))
+import ray
+cluster = app.ray_cluster(app.engine_choices)
+cluster.connect()
+cluster.close()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program, home.folder, home.folder / "settings.yaml"],
+        env={name: text for name, text in os.environ.items() if not name.startswith("RAY_")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
