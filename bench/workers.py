@@ -27,6 +27,7 @@ from home_folder import Home  # noqa: E402
 from ray_setup import add_node, ray_head  # noqa: E402
 
 from pipeline.executors.ray_cluster import OBJECT_STORE_BYTES  # noqa: E402
+from pipeline.executors.ray_environment import AUTO, set_environment  # noqa: E402
 
 FAULTS = ROOT / "tests" / "faults"
 PACE_S = 0.0225  # per step; the engine `paced` has 40
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--tracks", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    set_environment(AUTO)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.what == "simulated":
