@@ -5,8 +5,9 @@
 
 `simulated`: an engine that sleeps for a fixed time per step, 0.9 s per variation, with 1 and 8 workers on
 this machine; one worker makes a fifth of the variations. `remix`: the real engine over copies of the bundled
-track, on one and on two Ray nodes of one core. `watch` runs in each case, and its workers make a few tracks
-before. The time is from the start of the first attempt at the others to the end of the last.
+track, on one and on two machines of one core: all processes, the owner's and Ray's among them, have one core
+or two. `watch` runs in each case, and its workers make a few tracks before. The time is from the start of the
+first attempt at the others to the end of the last.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pipeline.executors.ray_environment import AUTO, set_environment  # noqa: E4
 FAULTS = ROOT / "tests" / "faults"
 PACE_S = 0.0225  # per step; the engine `paced` has 40
 SITE = {"PYTHONPATH": os.pathsep.join([str(FAULTS / "site"), str(FAULTS), IMPORTS]), "PACE_S": str(PACE_S)}
+CORES = os.sched_getaffinity(0)
 PER_TRACK = 5  # variations
 FIRST, LATER = "first", "later"  # folders of the inbox
 TRIES = 40_000  # of a twentieth of a second
@@ -85,6 +87,7 @@ def remix(folder: Path, n_nodes: int, n_tracks: int) -> float:
         soundfile.write(path, samples * (1 - seed / 100), rate)
 
     home = Home(folder / f"remix-{n_nodes}")
+    os.sched_setaffinity(0, sorted(CORES)[:n_nodes])  # of all that is started, the owner and Ray among them
     with ray_head(**SITE) as cluster:
         for _ in range(n_nodes):
             add_node(cluster, store_bytes=OBJECT_STORE_BYTES)
