@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -15,22 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import worker_tasks
+from executor_setup import ENGINES, run
 from home_folder import ROOT
 
-from pipeline.engines import cards
-from pipeline.engines.base import EngineSettings
-from pipeline.engines.selection import Choice
-from pipeline.errors import BadAudio, Stopped
 from pipeline.executors import process
-from pipeline.executors.base import Task, WorkerLost
+from pipeline.executors.base import WorkerLost
 from pipeline.executors.process import THREADS, ProcessExecutor, shares_of_machine
 
 HERE = Path(__file__).parent
-ENGINES = (
-    (Choice(cards()["descriptors"], None, None, "test"), EngineSettings()),
-    (Choice(cards()["remix"], None, None, "test"), EngineSettings()),
-    None,
-)
 
 
 class Clock:
@@ -52,45 +43,6 @@ def executor(clock: Clock) -> Iterator[ProcessExecutor]:
     made.close()
 
 
-def run(executor: ProcessExecutor, task: Task, *args: Any, stop: bool = False) -> list[Any]:
-    return list(executor.run(task, *args, progress=lambda *_: None, should_stop=lambda: stop))
-
-
-def test_values_and_progress_come_in_their_order(executor: ProcessExecutor) -> None:
-    steps: list[tuple[str, int, int]] = []
-    sound = np.arange(6, dtype=np.float32).reshape(2, 3)
-    seen = []
-    for value in executor.run(
-        worker_tasks.echo, "a", sound, progress=lambda *step: steps.append(step), should_stop=lambda: False
-    ):
-        seen.append((value, len(steps)))
-
-    assert [n_steps for _, n_steps in seen] == [1, 2]  # a result is made when it is asked for
-    assert seen[0][0] == "a"
-    np.testing.assert_array_equal(seen[1][0], sound)
-    assert steps == [("echo", 1, 2), ("echo", 2, 2)]
-
-
-def test_another_task_runs_between_two_results(executor: ProcessExecutor) -> None:
-    outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
-    assert next(outer) == "a"
-    assert run(executor, worker_tasks.echo, "c", "d") == ["c", "d"]
-    with pytest.raises(BadAudio, match="is no sound"):
-        run(executor, worker_tasks.refuse, "is no sound")
-    assert list(outer) == ["b"]
-
-
-def test_a_task_between_two_results_that_ends_the_process_ends_both(executor: ProcessExecutor) -> None:
-    outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
-    assert next(outer) == "a"
-    with pytest.raises(WorkerLost):
-        run(executor, worker_tasks.die, signal.SIGKILL)
-    [alive] = run(executor, worker_tasks.process_id)
-    with pytest.raises(WorkerLost):
-        next(outer)
-    assert run(executor, worker_tasks.process_id) == [alive]
-
-
 def test_a_mapped_file_is_mapped_by_the_process_and_a_part_of_one_is_copied(
     executor: ProcessExecutor, tmp_path: Path
 ) -> None:
@@ -106,11 +58,6 @@ def test_the_process_gets_no_credentials(executor: ProcessExecutor, monkeypatch:
     [variables] = run(executor, worker_tasks.variables)
     assert "PATH" in variables
     assert "AWS_SECRET_ACCESS_KEY" not in variables
-
-
-def test_an_exit_of_an_engine_is_an_error_and_not_the_end(executor: ProcessExecutor) -> None:
-    with pytest.raises(RuntimeError, match="SystemExit: 0"):
-        run(executor, worker_tasks.leave)
 
 
 def test_a_process_that_has_died_unnoticed_is_replaced_when_settings_change(
@@ -134,22 +81,6 @@ def test_one_process_runs_all_tasks_and_keeps_its_engines(executor: ProcessExecu
     assert engine[0][0] == "descriptors"
 
 
-def test_what_a_task_raises_is_raised_here_with_its_own_traceback(executor: ProcessExecutor) -> None:
-    with pytest.raises(BadAudio, match="is no music") as caught:
-        run(executor, worker_tasks.refuse, "is no music")
-    assert "worker_tasks.py" in caught.value.__notes__[0]
-    with pytest.raises(RuntimeError, match="Unpicklable: 1 and 2"):
-        run(executor, worker_tasks.raise_unpicklable)
-    assert run(executor, worker_tasks.echo, 1) == [1]
-
-
-def test_a_stop_ends_the_task_and_not_the_process(executor: ProcessExecutor) -> None:
-    [process] = run(executor, worker_tasks.process_id)
-    with pytest.raises(Stopped):
-        run(executor, worker_tasks.wait_for_stop, stop=True)
-    assert run(executor, worker_tasks.process_id) == [process]
-
-
 @pytest.mark.parametrize(
     ("number", "says"),
     [(signal.SIGKILL, "SIGKILL, as happens where memory is short"), (signal.SIGSEGV, "SIGSEGV")],
@@ -165,27 +96,6 @@ def test_a_death_is_reported_and_the_next_task_has_a_new_process(
     assert run(executor, worker_tasks.process_id) != [before]
 
 
-def test_a_task_of_which_no_more_is_wanted_is_closed(executor: ProcessExecutor, tmp_path: Path) -> None:
-    results = executor.run(
-        worker_tasks.note_its_end, tmp_path / "file", progress=lambda *_: None, should_stop=lambda: False
-    )
-    assert next(results) == 0
-    results.close()  # type: ignore[attr-defined]
-    assert (tmp_path / "file").read_text() == "ended"
-    assert run(executor, worker_tasks.echo, 1) == [1]
-
-
-def test_an_error_of_the_owner_between_two_results_leaves_nothing_for_the_next_task(
-    executor: ProcessExecutor,
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("the terminal is gone")
-
-    with pytest.raises(OSError, match="terminal is gone"):
-        list(executor.run(worker_tasks.echo, 1, 2, progress=fail, should_stop=lambda: False))
-    assert run(executor, worker_tasks.echo, 3) == [3]
-
-
 def test_an_idle_process_ends_and_the_next_task_starts_another(
     executor: ProcessExecutor, clock: Clock
 ) -> None:
@@ -197,14 +107,6 @@ def test_an_idle_process_ends_and_the_next_task_starts_another(
     executor.release_if_idle()
     assert not is_running(before)
     assert run(executor, worker_tasks.process_id) != [before]
-
-
-def test_its_log_is_the_owners(executor: ProcessExecutor, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, "pipeline"):
-        run(executor, worker_tasks.say, "half a second\nlater")
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "half a second\nlater")
-    ]
 
 
 def test_several_processes_share_the_cores_and_no_cache_of_compiled_code(
@@ -230,7 +132,7 @@ def test_several_processes_share_the_cores_and_no_cache_of_compiled_code(
 OWNER = """
 import sys
 from pathlib import Path
-from test_process import ENGINES
+from executor_setup import ENGINES
 import worker_tasks
 from pipeline.executors.process import ProcessExecutor
 executor = ProcessExecutor(ENGINES, 60)

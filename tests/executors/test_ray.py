@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -15,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import worker_tasks
+from executor_setup import ENGINES, cluster_at, run
 from home_folder import ROOT, Home
 from ray_setup import NEEDS_RAY
-from test_process import ENGINES
 
-from pipeline.errors import BadAudio, EngineUnusable, Stopped
+from pipeline.errors import EngineUnusable, Stopped
 from pipeline.executors import ray_cluster
-from pipeline.executors.base import Task, WorkerAway, WorkerLost
+from pipeline.executors.base import WorkerAway, WorkerLost
 from pipeline.executors.process import THREADS
 from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_cluster import RayCluster, thread_variables
@@ -30,10 +29,6 @@ from pipeline.executors.ray_nodes import Resources
 
 SECRET = "a key of the owner's"
 pytestmark = [pytest.mark.long, NEEDS_RAY]  # starts clusters
-
-
-def cluster_at(address: str, resources: Resources, workers: int | None = None) -> RayCluster:
-    return RayCluster(address, workers, resources, thread_variables(1), ENGINES, idle_s=60)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +48,6 @@ def executor(local: RayCluster) -> RayExecutor:
     return local.ready()[0]
 
 
-def run(executor: RayExecutor, task: Task, *args: Any, stop: bool = False) -> list[Any]:
-    return list(executor.run(task, *args, progress=lambda *_: None, should_stop=lambda: stop))
-
-
 # -- tasks -----------------------------------------------------------------------------------------
 
 
@@ -64,41 +55,6 @@ def test_the_processes_of_a_local_cluster_do_not_get_the_keys_of_buckets(executo
     [environment] = run(executor, worker_tasks.variables)
     assert "PATH" in environment
     assert SECRET not in environment.values()
-
-
-def test_values_and_progress_come_in_their_order(executor: RayExecutor) -> None:
-    steps: list[tuple[str, int, int]] = []
-    sound = np.arange(6, dtype=np.float32).reshape(2, 3)
-    seen = []
-    for value in executor.run(
-        worker_tasks.echo, "a", sound, progress=lambda *step: steps.append(step), should_stop=lambda: False
-    ):
-        seen.append((value, len(steps)))
-
-    assert [n_steps for _, n_steps in seen] == [1, 2]  # a result is made when it is asked for
-    assert seen[0][0] == "a"
-    np.testing.assert_array_equal(seen[1][0], sound)
-    assert steps == [("echo", 1, 2), ("echo", 2, 2)]
-
-
-def test_another_task_runs_between_two_results(executor: RayExecutor) -> None:
-    outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
-    assert next(outer) == "a"
-    assert run(executor, worker_tasks.echo, "c", "d") == ["c", "d"]
-    with pytest.raises(BadAudio, match="is no sound"):
-        run(executor, worker_tasks.refuse, "is no sound")
-    assert list(outer) == ["b"]
-
-
-def test_a_task_between_two_results_that_ends_the_process_ends_both(executor: RayExecutor) -> None:
-    outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
-    assert next(outer) == "a"
-    with pytest.raises(WorkerLost):
-        run(executor, worker_tasks.die, signal.SIGKILL)
-    [alive] = run(executor, worker_tasks.process_id)
-    with pytest.raises(WorkerLost):
-        next(outer)
-    assert run(executor, worker_tasks.process_id) == [alive]
 
 
 def test_arrays_are_sent_by_value_and_files_by_their_content(executor: RayExecutor, tmp_path: Path) -> None:
@@ -139,53 +95,6 @@ def test_a_node_is_checked_again_for_changed_engines(
         with pytest.raises(EngineUnusable, match="another torch"):
             run(executor, worker_tasks.echo, 3)
     assert run(executor, worker_tasks.echo, 4) == [4]
-
-
-def test_what_a_task_raises_is_raised_here_with_its_own_traceback(executor: RayExecutor) -> None:
-    with pytest.raises(BadAudio, match="is no music") as caught:
-        run(executor, worker_tasks.refuse, "is no music")
-    assert "worker_tasks.py" in caught.value.__notes__[0]
-    with pytest.raises(RuntimeError, match="Unpicklable: 1 and 2"):
-        run(executor, worker_tasks.raise_unpicklable)
-    with pytest.raises(RuntimeError, match="SystemExit: 0"):
-        run(executor, worker_tasks.leave)
-    assert run(executor, worker_tasks.echo, 1) == [1]
-
-
-def test_a_stop_ends_the_task_and_not_the_actor(executor: RayExecutor) -> None:
-    [process] = run(executor, worker_tasks.process_id)
-    with pytest.raises(Stopped):
-        run(executor, worker_tasks.wait_for_stop, stop=True)
-    assert run(executor, worker_tasks.process_id) == [process]
-
-
-def test_a_task_of_which_no_more_is_wanted_is_closed(executor: RayExecutor, tmp_path: Path) -> None:
-    results = executor.run(
-        worker_tasks.note_its_end, tmp_path / "file", progress=lambda *_: None, should_stop=lambda: False
-    )
-    assert next(results) == 0
-    results.close()  # type: ignore[attr-defined]
-    assert (tmp_path / "file").read_text() == "ended"
-    assert run(executor, worker_tasks.echo, 1) == [1]
-
-
-def test_an_error_of_the_owner_between_two_results_leaves_nothing_for_the_next_task(
-    executor: RayExecutor,
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("the terminal is gone")
-
-    with pytest.raises(OSError, match="terminal is gone"):
-        list(executor.run(worker_tasks.echo, 1, 2, progress=fail, should_stop=lambda: False))
-    assert run(executor, worker_tasks.echo, 3) == [3]
-
-
-def test_its_log_is_the_owners(executor: RayExecutor, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "pipeline"):
-        run(executor, worker_tasks.say, "half a second\nlater")
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "half a second\nlater")
-    ]
 
 
 def test_an_idle_actor_ends_and_the_next_task_starts_another(

@@ -10,19 +10,14 @@ from typing import Any
 
 import pytest
 import worker_tasks
+from executor_setup import cluster_at
 from home_folder import ROOT
 from ray_setup import NEEDS_RAY, add_node, ray_head
-from test_process import ENGINES
 
 from pipeline.errors import EngineUnusable
-from pipeline.executors.ray_cluster import RayCluster, thread_variables
 from pipeline.executors.ray_nodes import Resources
 
 pytestmark = [pytest.mark.long, NEEDS_RAY]  # starts a cluster
-
-
-def cluster_at(address: str, resources: Resources, **more: Any) -> RayCluster:
-    return RayCluster(address, None, resources, thread_variables(1), ENGINES, idle_s=60, **more)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_process import ENGINES
+from executor_setup import ENGINES
 
 from pipeline.app import App
 from pipeline.config import Config

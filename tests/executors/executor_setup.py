@@ -1,0 +1,27 @@
+"""Executors for tests, and what they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.engines import cards
+from pipeline.engines.base import EngineSettings
+from pipeline.engines.selection import Choice
+from pipeline.executors.base import Executor, Task
+from pipeline.executors.ray_cluster import RayCluster, thread_variables
+from pipeline.executors.ray_nodes import Resources
+
+ENGINES = (
+    (Choice(cards()["descriptors"], None, None, "test"), EngineSettings()),
+    (Choice(cards()["remix"], None, None, "test"), EngineSettings()),
+    None,
+)
+
+
+def cluster_at(address: str, resources: Resources, **more: Any) -> RayCluster:
+    return RayCluster(address, None, resources, thread_variables(1), ENGINES, idle_s=60, **more)
+
+
+def run(executor: Executor, task: Task, *args: Any, stop: bool = False) -> list[Any]:
+    """All results of a task."""
+    return list(executor.run(task, *args, progress=lambda *_: None, should_stop=lambda: stop))
