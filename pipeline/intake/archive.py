@@ -26,18 +26,15 @@ def archive_files(
     for file in files:
         if file.state == FileState.SETTLED or (file.state == FileState.FAILED and error is not None):
             continue  # archived before
-        if file.root != inbox.root or inbox.is_link(
-            file.current_path
-        ):  # it may lead nowhere once it is moved
+        # A link may lead nowhere once it is moved.
+        if file.root != inbox.root or inbox.is_link(file.current_path):
             store.set_file_state(file.path, FileState.SETTLED)
             continue
         try:
             found = inbox.find(file.current_path)
             if found is not None and found.identity == file.identity:
                 _archive(store, inbox, file, settings, error)
-            elif (
-                found is None and not inbox.is_away()
-            ):  # while the whole inbox is away, no file counts as lost
+            elif found is None and not inbox.is_away():  # while the inbox is away, no file counts as lost
                 store.set_file_state(file.path, FileState.LOST)
         except OSError as e:
             log.warning("%s: can't be moved out of the inbox: %s", file.display, e.strerror)
