@@ -63,6 +63,10 @@ class RayWorker:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+        if n_threads := environment.get("OPENBLAS_NUM_THREADS"):
+            from threadpoolctl import threadpool_limits
+
+            threadpool_limits(int(n_threads))  # Ray has loaded numpy's library before it was set
         self._cache_lock = _take_numba_cache()
         self._engines: LoadedEngines | None = None
         self._kept: dict[str, Any] = {}

@@ -130,6 +130,8 @@ def test_several_actors_share_no_cache_of_compiled_code_and_have_their_threads(l
     for name in THREADS:
         expected = os.environ.get(name, "1")
         assert run(second, worker_tasks.variable, name) == [expected]
+    [n_threads] = run(second, worker_tasks.blas_threads)  # numpy's among them, which Ray itself has loaded
+    assert set(n_threads) == {int(os.environ.get("OPENBLAS_NUM_THREADS", "1"))}
     assert run(second, worker_tasks.variable, "HOME") == [os.environ["HOME"]]
     another = cluster_at(AUTO, Resources(cpu=0.25, gpu=0))  # of another owner
     another._thread = local._thread

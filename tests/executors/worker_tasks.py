@@ -99,3 +99,11 @@ def leave(tools: Tools) -> Iterator[None]:
 
 def read(tools: Tools, file: Path) -> Iterator[tuple[Path, str]]:
     yield file, file.read_text()
+
+
+def blas_threads(_: Tools) -> Iterator[list[int]]:
+    """The number of threads of each library of linear algebra that is loaded."""
+    import scipy.linalg  # noqa: F401
+    from threadpoolctl import threadpool_info
+
+    yield [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
