@@ -125,12 +125,13 @@ def measure(folder: Path, finished: int, seconds: float) -> None:
     judge: Any = FreeJudge()
     runner = Runner(
         setup.recipe, setup.workspace, setup.workspace.input_folder, setup.store,
-        Outbox(setup.workspace.outbox), executor, judge, Reporter(), time.time, lambda: False,
+        Outbox(setup.workspace.outbox_files), executor, judge, Reporter(), time.time, lambda: False,
     )  # fmt: skip
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
     runner.drain()
     took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
-    assert setup.store.counts()["done"] == finished + TRACKS, setup.store.counts()
+    failed = [track.error for track in map(setup.track, hashes) if track.error]
+    assert not failed, failed
     n, disk_s = TRACKS * VARIATIONS, least_s(folder, executor.content)
     print(
         f"{finished:>9} {seconds:>7g} s {len(executor.content) / 1e6:>7.2f} MB {1e3 * took_s / n:>8.1f} ms"
