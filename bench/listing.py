@@ -66,7 +66,8 @@ def fill_database(app: App, n: int) -> None:
             identity = FileIdentity(len(content), 0, 0, f'"{hashlib.md5(content).hexdigest()}"')
             file = SourceFile(inbox / key, sha256, inbox, key, state=FileState.SETTLED, **vars(identity))
             store.add_file(file, name=key, folder=Outbox.folder_name(Path(key), sha256), now=0.0)
-            store.finish(sha256, plan_key=app.recipe.plan(sha256).key, source={}, now=0.0)
+            keys = {"plan_key": app.recipe.plan(sha256).key, "recipe_key": app.recipe.key}
+            store.finish(sha256, **keys, source={}, now=0.0)
     store.close()
 
 
@@ -87,7 +88,7 @@ def scan(home: Home) -> None:
         settling=Settling(0.0),
     )
     figures: dict[str, float] = {}
-    for which in ("first_s", "second_s"):  # the second finds the plans' keys computed
+    for which in ("first_s", "second_s"):
         began = time.perf_counter()
         result = ingest.scan(should_stop=lambda: False)
         figures[which] = time.perf_counter() - began

@@ -140,6 +140,11 @@ class Recipe:
     def _planned(self) -> list[PlannedVariation]:
         return plan_variations(self.config, self.generator.card)
 
+    @cached_property
+    def key(self) -> str:
+        """Equal for two recipes if and only if they give the same plans."""
+        return self.plan("").key
+
     def plan(self, sha256: str) -> TrackPlan:
         normalize = digest(
             ["normalize", NORMALIZE_VERSION, sha256, self.config.normalize.model_dump(mode="json")]

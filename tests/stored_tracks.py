@@ -67,7 +67,7 @@ class StoredTracks:
         made = [self.made(sha256, file, n, now=now, n_bytes=wav_bytes) for n, file in enumerate(files)]
         self.outbox.publish_manifest(track.folder, a_manifest(sha256, made))
         claim_due(self.store, 100, now=now)
-        self.store.finish(sha256, plan_key="plan", source={"codec": "flac"}, now=now)
+        self.store.finish(sha256, plan_key="plan", recipe_key="r", source={"codec": "flac"}, now=now)
         self.archive_files(name, "done")
         return sha256
 

@@ -26,7 +26,7 @@ def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
     """The last line of `once`."""
     parts = [f"{len(result.done)} done", f"{len(result.failed)} failed"]
     if scan_result.up_to_date:
-        parts.append(f"{len(scan_result.up_to_date)} up to date")
+        parts.append(f"{scan_result.up_to_date} up to date")
     if scan_result.failed:
         parts.append(f"{len(scan_result.failed)} failed before (see `status`, `retry`)")
     if result.postponed_until is not None:

@@ -38,7 +38,8 @@ class ScanResult:
     """What one scan of a folder found: numbers of files, or hashes of tracks."""
 
     queued: int = 0  # new tracks, and finished ones that the configuration now wants otherwise
-    up_to_date: set[str] = field(default_factory=set)  # hashes of finished tracks
+    up_to_date: int = 0  # known files of finished tracks
+    brought_again: int = 0  # new files of finished tracks
     failed: set[str] = field(default_factory=set)  # hashes of tracks that failed before, files unchanged
     unsettled: int = 0  # they may still be written to
     unmarked: int = 0  # their marker is missing
@@ -62,7 +63,6 @@ class Ingest:
     scanner: Scans
     settling: Settling
     clock: Callable[[], float] = time.time
-    _current: set[str] = field(default_factory=set)  # keys of plans that the configuration still has
     _logged: set[str] = field(default_factory=set)  # tracks whose results could not be read
     _failing_since: dict[Path, float] = field(default_factory=dict)  # files that can't be read
 
@@ -275,7 +275,9 @@ class Ingest:
                 files = self.store.files_of(track.sha256)
                 self.outbox.set_source_names(track.folder, [one.display for one in files])
                 archive_files(self.store, files, self.workspace.inbox_files, self.settings, error=None)
-            result.up_to_date.add(track.sha256)
+                result.brought_again += 1
+            else:
+                result.up_to_date += 1
         except OSError as e:
             if isinstance(environment_error(e), DiskFull):
                 raise
@@ -288,11 +290,10 @@ class Ingest:
         """Whether the configuration has changed, or a user brought a file whose results were removed."""
         if track.collected_at is not None:
             return is_new_file
-        if track.plan_key not in self._current:
-            key = self.recipe.plan(track.sha256).key
-            if track.plan_key != key:
+        if track.recipe_key != self.recipe.key:
+            if track.plan_key != self.recipe.plan(track.sha256).key:
                 return True
-            self._current.add(key)
+            self.store.note_recipe(track.sha256, self.recipe.key)
         return is_new_file and not self.outbox.is_complete(track.folder)
 
 

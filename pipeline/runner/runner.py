@@ -354,7 +354,11 @@ class Runner:
         with self.store.transaction():
             self.attempts.end(job, AttemptOutcome.DONE)
             self.store.finish(
-                track.sha256, plan_key=job.plan.key, source=job.normalized["source"], now=self.clock()
+                track.sha256,
+                plan_key=job.plan.key,
+                recipe_key=self.recipe.key,
+                source=job.normalized["source"],
+                now=self.clock(),
             )
         job.over = True
         self.attempts.archive(track, None)

@@ -61,15 +61,17 @@ def run_once(session: Session) -> ScanResult:
     so that a run started by cron does not keep the lock for hours.
 
     Returns:
-        The last scan, with what all scans found up to date or failed before.
+        The last scan, with what all scans found failed before, and as up to date the known files of the first
+        scan and the new ones of all scans.
     """
     signals, ingest, runner = session.signals, session.ingest, session.runner
-    up_to_date, failed, waited_s = set[str](), set[str](), 0.0
+    failed, waited_s = set[str](), 0.0
+    up_to_date: int | None = None
     settle_s, result = ingest.settings.settle_s, runner.result
     while True:
         scan = ingest.scan(should_stop=signals.is_stopped)
         result.failed |= scan.unreadable
-        up_to_date |= scan.up_to_date - result.done
+        up_to_date = scan.brought_again + (scan.up_to_date if up_to_date is None else up_to_date)
         failed |= scan.failed - result.failed
         _report_inbox(session.health, scan)
         runner.reporter.queued(runner.store.counts()["queued"] + len(result.done) + len(result.failed))

@@ -55,6 +55,7 @@ MIGRATIONS = {  # statements by name, in their order
         "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
     ),
     "m003_objects": ("ALTER TABLE files ADD COLUMN etag TEXT NOT NULL DEFAULT ''",),
+    "m004_recipes": ("ALTER TABLE tracks ADD COLUMN recipe_key TEXT",),
 }
 
 
@@ -104,6 +105,7 @@ class Track:
     source: dict[str, Any] | None  # duration_s, sample_rate, channels, codec
     solo: bool = False  # it may have killed the process, so it is claimed alone
     collected_at: float | None = None  # when `gc` removed its outputs
+    recipe_key: str | None = None  # the key of a recipe that is known to give the plan of `plan_key`
 
 
 @dataclass(frozen=True)

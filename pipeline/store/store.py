@@ -319,12 +319,18 @@ class Store:
             "UPDATE tracks SET not_before = 0 WHERE state = 'queued' AND not_before > ?", [after]
         )
 
-    def finish(self, sha256: str, *, plan_key: str, source: Mapping[str, Any], now: float) -> None:
+    def finish(
+        self, sha256: str, *, plan_key: str, recipe_key: str, source: Mapping[str, Any], now: float
+    ) -> None:
         self._db.execute(
             "UPDATE tracks SET state = 'done', finished_at = ?, stage = NULL, error = NULL, plan_key = ?,"
-            " source = ? WHERE sha256 = ?",
-            [now, plan_key, json.dumps(source), sha256],
+            " recipe_key = ?, source = ? WHERE sha256 = ?",
+            [now, plan_key, recipe_key, json.dumps(source), sha256],
         )
+
+    def note_recipe(self, sha256: str, recipe_key: str) -> None:
+        """Record that a recipe gives the plan for which a track was finished."""
+        self._db.execute("UPDATE tracks SET recipe_key = ? WHERE sha256 = ?", [recipe_key, sha256])
 
     def restore(
         self, track: Track, units: Mapping[str, tuple[Stage, Mapping[str, Any]]], *, now: float
@@ -388,8 +394,8 @@ class Store:
                 self._db.execute("DELETE FROM units WHERE sha256 = ? AND stage = ?", [sha256, stage])
             self._db.execute(
                 "UPDATE tracks SET state = 'queued', attempts = 0, not_before = 0, queued_at = ?,"
-                " stage = NULL, error = NULL, plan_key = NULL, finished_at = NULL, solo = 0,"
-                " collected_at = NULL WHERE sha256 = ?",
+                " stage = NULL, error = NULL, plan_key = NULL, recipe_key = NULL, finished_at = NULL,"
+                " solo = 0, collected_at = NULL WHERE sha256 = ?",
                 [now, sha256],
             )
         return True

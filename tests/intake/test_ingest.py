@@ -225,7 +225,7 @@ def test_a_move_that_was_not_recorded_is_found_at_the_next_start(setup: RunnerSe
     [sha256] = setup.add_tracks("album/a.wav")
     claim_due(setup.store, 1, now=setup.now)
     if ending == "done":
-        setup.store.finish(sha256, plan_key="p", source={}, now=setup.now)
+        setup.store.finish(sha256, plan_key="p", recipe_key="r", source={}, now=setup.now)
     else:
         setup.store.fail(sha256, stage="normalize", error="is silent", now=setup.now, retry_at=None)
     target = setup.workspace.inbox / ending / "album" / "a.wav"

@@ -156,7 +156,7 @@ def test_a_track_that_was_queued_since_it_was_listed_keeps_its_results(
         other.requeue(requeued, now=NOW)
         other.requeue(again, now=NOW - 1)
         claim_due(other, 1, now=NOW)
-        other.finish(again, plan_key="plan", source={}, now=NOW)
+        other.finish(again, plan_key="plan", recipe_key="r", source={}, now=NOW)
         other.close()
         return real(*args, **kwargs)
 
@@ -303,7 +303,7 @@ def test_files_that_the_store_does_not_know_are_left_alone(stored: StoredTracks)
 def test_a_source_that_stayed_in_the_inbox_is_no_archive(stored: StoredTracks) -> None:
     sha256 = stored.arrived("kept.wav", b"k", now=OLD)
     claim_due(stored.store, 1, now=OLD)
-    stored.store.finish(sha256, plan_key="plan", source={}, now=OLD)
+    stored.store.finish(sha256, plan_key="plan", recipe_key="r", source={}, now=OLD)
     stored.store.set_file_state(stored.workspace.inbox / "kept.wav", FileState.SETTLED)
     assert gc(stored, archive_days=0.0, archive_gb=0.0) == []
     assert (stored.workspace.inbox / "kept.wav").exists()

@@ -104,7 +104,7 @@ def test_other_bytes_at_a_known_path_are_another_track(store: Store) -> None:
 def test_a_finished_track_is_not_queued_by_its_bytes_coming_again(store: Store) -> None:
     add(store)
     claim_due(store, 1, now=200.0)
-    store.finish(sha("a"), plan_key="k", source=SOURCE, now=300.0)
+    store.finish(sha("a"), plan_key="k", recipe_key="r", source=SOURCE, now=300.0)
 
     assert not add(store, name="again.wav")
     assert state_of(store) == "done"
@@ -187,7 +187,7 @@ def test_a_finished_track_has_its_result_and_no_error(store: Store) -> None:
     add(store)
     store.fail(sha("a"), stage="embed", error="oh", now=150.0, retry_at=160.0)
     claim_due(store, 1, now=200.0)
-    store.finish(sha("a"), plan_key="key", source=SOURCE, now=300.0)
+    store.finish(sha("a"), plan_key="key", recipe_key="r", source=SOURCE, now=300.0)
 
     track = store.track(sha("a"))
     assert track is not None
@@ -232,7 +232,7 @@ def test_a_released_track_is_queued_in_its_old_place_and_has_no_attempt(store: S
 
 def test_releasing_leaves_a_finished_track_finished(store: Store) -> None:
     add(store)
-    store.finish(sha("a"), plan_key="k", source=SOURCE, now=1.0)
+    store.finish(sha("a"), plan_key="k", recipe_key="r", source=SOURCE, now=1.0)
     store.release(sha("a"))
     assert state_of(store) == "done"
 
@@ -295,7 +295,7 @@ def test_recovery_queues_the_running_tracks_of_a_killed_instance_and_returns_the
 def test_recovery_returns_no_track_that_was_not_running(store: Store) -> None:
     add(store)
     store.begin_attempt(sha("a"), "generate", now=201.0)
-    store.finish(sha("a"), plan_key="k", source=SOURCE, now=202.0)
+    store.finish(sha("a"), plan_key="k", recipe_key="r", source=SOURCE, now=202.0)
 
     assert store.recover(now=900.0) == []
     assert state_of(store) == "done"
@@ -387,7 +387,7 @@ def test_a_name_of_two_tracks_is_refused_with_their_hashes(store: Store) -> None
 def test_finished_tracks_are_listed_newest_first(store: Store) -> None:
     for n, letter in enumerate("abc"):
         add(store, letter)
-        store.finish(sha(letter), plan_key="k", source=SOURCE, now=float(n))
+        store.finish(sha(letter), plan_key="k", recipe_key="r", source=SOURCE, now=float(n))
 
     assert [track.sha256[0] for track in store.tracks("done")] == ["c", "b", "a"]
     assert [track.sha256[0] for track in store.tracks("done", limit=1)] == ["c"]
