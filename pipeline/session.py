@@ -66,6 +66,9 @@ def open_session(
                     yield session
                 finally:
                     session.runner.close()
+                    if gallery := session.runner.gallery:
+                        with suppress(OSError, PipelineError):
+                            gallery.refresh(force=True)
         finally:
             store.close()
 

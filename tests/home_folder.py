@@ -49,7 +49,7 @@ class Home:
     def configure(
         self, *variations: dict[str, Any], generate: dict[str, Any] | None = None, **sections: Any
     ) -> None:
-        """Write the configuration; sections given replace the ones below."""
+        """Write the configuration; sections given replace the ones below. Pages have tests of their own."""
         defaults = {
             "engine": "remix",
             "duration_s": 2,
@@ -60,6 +60,7 @@ class Home:
             "intake": {"settle_s": 0},
             "normalize": {"sample_rate": SAMPLE_RATE},
             "embed": {"engine": "descriptors"},
+            "gallery": {"enabled": False},
             "generate": {**defaults, **(generate or {})},
             "retry": {"max_attempts": 1, "backoff_s": 0},
         }

@@ -155,6 +155,7 @@ def init(
 @cli.command()
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all tracks that are ready, then end."""
+    from pipeline.cli.gallery import index_of
     from pipeline.cli.status import summary
     from pipeline.service.loop import run_once
     from pipeline.service.signals import Signals
@@ -169,6 +170,8 @@ def once(context: typer.Context, folder: Folder = None) -> int:
             return 128 + (session.signals.stopped_by or signal.SIGINT)
         result = session.runner.result
     typer.echo(summary(result, scan_result, app.workspace.outbox))
+    if result.done and app.config.gallery.enabled:
+        typer.echo(f"to listen and compare, open {index_of(app.workspace.outbox)}")
     unfinished = scan_result.failed or scan_result.read_errors or result.postponed_until is not None
     return SOME_FAILED if result.failed or unfinished else ALL_DONE
 
@@ -324,6 +327,26 @@ def gc(
     total = sum(removal.bytes for removal in removals)
     typer.echo(f"{len(removals)} {'would be ' if dry_run else ''}removed, {total / 1e6:.1f} MB")
     return ALL_DONE
+
+
+@cli.command()
+def gallery(context: typer.Context) -> int:
+    """Write the pages of all finished tracks anew."""
+    from pipeline.cli.gallery import index_of, write_pages
+
+    app = _app(context)
+    n_written, n_without = write_pages(app)
+    typer.echo(f"{n_written} pages written" + (f", {n_without} tracks have no results" if n_without else ""))
+    typer.echo(f"open {index_of(app.workspace.outbox)}")
+    return ALL_DONE
+
+
+@cli.command()
+def demo(context: typer.Context) -> int:
+    """Process the instrumental that comes with the program."""
+    import pipeline.demo
+
+    return once(context, Path(pipeline.demo.__file__).parent)
 
 
 @cli.command()

@@ -18,6 +18,7 @@ from pipeline.errors import EngineFailure
 from pipeline.executors.base import Tools, portable
 from pipeline.executors.encode import FileForm, embedding_file, sound_file
 from pipeline.executors.judge import Verdict
+from pipeline.gallery.pictures import Picture, draw
 from pipeline.plan import AUTO_PROMPT
 from pipeline.records import Audio, Failure, MadeBy, SourceInfo, Variation, VariationRequest
 from pipeline.stages import Normalized
@@ -109,6 +110,15 @@ def fingerprint_of_file(tools: Tools, content: bytes, sample_rate: int) -> Itera
     """What `Judge.shared` compares of a take that is published."""
     sound, _ = audio.decode_file(io.BytesIO(content), len(content), sample_rate=sample_rate, limits=PUBLISHED)
     yield tools.judge.sound(sound)
+
+
+def pictures(tools: Tools, *sounds: Path | bytes) -> Iterator[list[Picture]]:
+    """The pictures of sounds for the gallery, of files or of their bytes.
+
+    Raises:
+        BadAudio: one can't be decoded.
+    """
+    yield draw(sounds)
 
 
 def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> Iterator[MadeTake]:

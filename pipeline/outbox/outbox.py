@@ -24,13 +24,15 @@ from pipeline.fs.names import track_name
 
 MANIFEST = "manifest.json"
 EMBEDDING = "embedding.npz"
+PAGE = "index.html"  # of the gallery
 VARIATIONS, REJECTED = "variations", "rejected"
 MOVING_SUFFIX = ".move"  # of a complete, verified file that is between two names
 SHORT_HASH = 8
 READ_AT_ONCE = 16  # manifests
 _FOLDERS, _SOUND = f"({VARIATIONS}|{REJECTED})", r"[0-9]{2,}-.+\.(wav|flac|mp3|opus)"
-_OWN = re.compile(rf"manifest\.json|embedding\.npz|{_FOLDERS}/{_SOUND}", re.DOTALL)
-_TEMPORARY = re.compile(rf"(\.manifest\.json|\.embedding\.npz|{_FOLDERS}/\.{_SOUND})\.(part|move)", re.DOTALL)
+_BESIDE = r"(manifest\.json|embedding\.npz|index\.html)"
+_OWN = re.compile(rf"{_BESIDE}|{_FOLDERS}/{_SOUND}", re.DOTALL)
+_TEMPORARY = re.compile(rf"(\.{_BESIDE}|{_FOLDERS}/\.{_SOUND})\.(part|move)", re.DOTALL)
 _TRACK_FOLDER = re.compile(r".+--[0-9a-f]{8}", re.DOTALL | re.IGNORECASE)
 
 

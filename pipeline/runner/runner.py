@@ -26,9 +26,11 @@ from pipeline.executors.judge import Judge
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
+from pipeline.gallery.gallery import Gallery
+from pipeline.gallery.pictures import Picture
 from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
-from pipeline.outbox.outbox import EMBEDDING, Outbox, Published, files_of
+from pipeline.outbox.outbox import EMBEDDING, PAGE, Outbox, Published, files_of
 from pipeline.plan import Recipe
 from pipeline.progress import Reporter
 from pipeline.records import Stage
@@ -59,6 +61,7 @@ class Runner:
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
+    gallery: Gallery | None = None  # where the pages of finished tracks are written
     n_parallel: int = 1  # batches that are processed at the same time, this runner's among them
     result: RunResult = field(default_factory=RunResult)
     on_claimed: Callable[[], None] = lambda: None  # called when a batch has been claimed
@@ -344,13 +347,15 @@ class Runner:
         variations = [job.variations[unit.key] for unit in job.plan.variations]
         takes = [take for record in variations for take in record.get("takes", ())]
         files = [record["file"] for record in [*variations, *takes] if "file" in record]
-        self.outbox.keep_only(folder, {EMBEDDING, *files})
+        self.outbox.keep_only(folder, {EMBEDDING, *files, *([PAGE] if self.gallery else [])})
         names = [file.display for file in self.store.files_of(track.sha256)]
         source = {"name": track.name, "names": names, "sha256": track.sha256, "bytes": track.bytes}
         made = manifest.manifest(
             source, job.normalized, job.embedding, variations, self.recipe, plan=job.plan, now=self.clock()
         )
         self.outbox.publish_manifest(folder, made)
+        if self.gallery:
+            self.gallery.add(track, made, _if_there(job.scratch.source), self._pictures)
         with self.store.transaction():
             self.attempts.end(job, AttemptOutcome.DONE)
             self.store.finish(
@@ -365,8 +370,19 @@ class Runner:
         job.scratch.clear()
         self.result.done.add(track.sha256)
         self.reporter.finished(track.name, f"{len(variations)} variations in {folder}")
+        if self.gallery:
+            self.gallery.refresh()
 
     # -- helpers ---------------------------------------------------------------------------------
+
+    def _pictures(self, sounds: list[Path | bytes]) -> list[Picture]:
+        """For a page of the gallery; none if a sound can't be decoded, which is no reason to fail a track."""
+        try:
+            found: list[Picture] = self._run(tasks.pictures, *sounds)
+            return found
+        except (BadAudio, WorkerLost) as e:
+            log.warning("a page has no waveforms: %s", e)
+            return []
 
     def _run(self, task: Task, *args: Any) -> Any:
         return result_of(self.executor, task, *args, should_stop=self.should_stop)
@@ -427,6 +443,10 @@ def check_outbox_mount(outbox: Path, store: Store) -> str:
     if was_deeper and not any(outbox.iterdir()):
         raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
     return now
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.exists() else None
 
 
 def _limits(settings: Normalize) -> audio.DecodeLimits:

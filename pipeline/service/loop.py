@@ -141,6 +141,8 @@ class Watch:
                 self.session.runner.free_space()
             self._scan_if_due()
             worked = not self._reload_due and self.session.runner.next_batch()
+            if not worked and (gallery := self.session.runner.gallery):
+                gallery.refresh(force=True)
         except Exception as e:
             fault = environment_error(e, in_track=False)
             if fault is None or isinstance(fault, AlreadyRunning):

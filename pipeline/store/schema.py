@@ -56,6 +56,7 @@ MIGRATIONS = {  # statements by name, in their order
     ),
     "m003_objects": ("ALTER TABLE files ADD COLUMN etag TEXT NOT NULL DEFAULT ''",),
     "m004_recipes": ("ALTER TABLE tracks ADD COLUMN recipe_key TEXT",),
+    "m005_newest": ("CREATE INDEX tracks_newest ON tracks (state, finished_at)",),
 }
 
 
