@@ -16,6 +16,7 @@ let current = takes[0] || source;
 let isPlaying = false;
 let loop = null; // {from, to} in seconds
 let stopAt = null; // in seconds, when only a part is played
+let lead = 0.05; // how long a sound takes to start, in seconds, as the last one did
 const byId = (id) => document.getElementById(id);
 const quietest = Math.min(...sounds.map((sound) => sound.lufs));
 
@@ -24,8 +25,12 @@ const quietest = Math.min(...sounds.map((sound) => sound.lufs));
 // Where a sound is entered that is shorter than the position: as if it were repeated.
 const within = (sound, seconds) => (seconds < sound.duration ? Math.max(seconds, 0) : seconds % sound.duration);
 
+const aMoment = () => new Promise((resolve) => setTimeout(resolve, 25));
+
+const volumeOf = (sound) => (byId("match").checked ? matchedVolume(sound.lufs, quietest) : 1);
+
 function setVolumes() {
-  for (const sound of sounds) sound.audio.volume = byId("match").checked ? matchedVolume(sound.lufs, quietest) : 1;
+  for (const sound of sounds) sound.audio.volume = volumeOf(sound);
 }
 
 async function play() {
@@ -59,20 +64,27 @@ async function choose(sound) {
     return;
   }
   show();
-  sound.audio.muted = true;
-  sound.audio.currentTime = within(sound, before.audio.currentTime);
-  try {
-    await sound.audio.play();
-  } catch (error) {
-    before.audio.pause();
-    if (current === sound && error.name !== "AbortError") pause();
-    return;
+  sound.audio.volume = 0; // not muted, as browsers open another output when that ends
+  for (let tries = 0, late = 1; Math.abs(late) > 0.02 && tries < 4; tries++) {
+    sound.audio.currentTime = within(sound, before.audio.currentTime + lead);
+    try {
+      await sound.audio.play();
+    } catch (error) {
+      before.audio.pause();
+      if (current === sound && error.name !== "AbortError") pause();
+      return;
+    }
+    for (let steady = 0; steady < 2 && isPlaying; ) { // until both run
+      const earlier = late;
+      await aMoment();
+      if (current !== sound) return; // yet another one was chosen meanwhile
+      late = within(sound, before.audio.currentTime) - sound.audio.currentTime;
+      steady = Math.abs(late - earlier) < 0.008 ? steady + 1 : 0;
+    }
+    lead = Math.min(Math.max(lead + late, 0), 1);
   }
-  const late = within(sound, before.audio.currentTime) - sound.audio.currentTime;
-  if (Math.abs(late) > 0.02) sound.audio.currentTime += late;
-  if (current !== sound) return; // yet another one was chosen meanwhile
   for (const other of sounds) if (other !== sound) other.audio.pause();
-  sound.audio.muted = false;
+  sound.audio.volume = volumeOf(sound);
   if (!isPlaying) sound.audio.pause();
 }
 
@@ -94,7 +106,7 @@ function playAround(sound, seconds) {
     current.audio.pause();
     current = sound;
   }
-  sound.audio.muted = false;
+  setVolumes();
   seek(seconds - 1);
   stopAt = seconds + 1;
   play();
@@ -348,9 +360,10 @@ document.addEventListener("keydown", (event) => {
 
 // -- the tracks before and after -------------------------------------------------------------------
 
-const place = tracks.rows.findIndex((row) => row.sha256 === document.body.dataset.track);
-for (const [id, row] of [["previous", tracks.rows[place - 1]], ["next", place < 0 ? undefined : tracks.rows[place + 1]]]) {
-  if (row && row.page) {
+const pages = tracks.rows.filter((row) => row.page);
+const place = pages.findIndex((row) => row.sha256 === document.body.dataset.track);
+for (const [id, row] of [["previous", pages[place - 1]], ["next", place < 0 ? undefined : pages[place + 1]]]) {
+  if (row) {
     byId(id).href = document.body.dataset.top + row.page;
     byId(id).hidden = false;
   }
