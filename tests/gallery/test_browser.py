@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gallery_setup import BROKEN, HOSTILE, made_gallery, page_of
-from home_folder import Home
+from gallery_setup import BROKEN, HOSTILE, made_gallery, page_of, process
+from home_folder import Home, write_music
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -264,6 +264,43 @@ def test_the_list_plays_the_best_take(browser: Any, home: Home) -> None:
         page.wait_for_function(playing)
         page.get_by_role("button", name="Play song.wav").click()
         assert not page.evaluate(playing)
+
+
+def test_ten_tracks_with_forty_takes_are_gone_through_by_the_keyboard_alone(
+    browser: Any, tmp_path: Path
+) -> None:
+    home = Home(tmp_path / "home")
+    home.configure({"name": "near", "count": 2}, {"name": "far", "count": 2}, gallery={"enabled": True})
+    for n in range(10):
+        write_music(home.inbox / f"track {n}.wav", seed=n, seconds=4.0)
+    process(home, "once")
+    with opened(browser, home.outbox / "index.html") as page:
+        first_link = "document.activeElement.matches('#tracks tbody tr:first-child a')"
+        while not page.evaluate(first_link):
+            page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        for n in range(10):
+            page.wait_for_function(
+                "[...document.querySelectorAll('.take audio')].every((one) => one.readyState > 0)"
+            )
+            page.keyboard.press("Space")
+            for take in range(4):
+                page.keyboard.press(str(take + 1))
+                page.wait_for_function("document.querySelector('.take.current audio').volume > 0")
+                page.keyboard.press(f"Shift+Digit{1 + (n + take) % 5}")
+                page.keyboard.press("k" if take == n % 4 else "x")
+            if n < 9:
+                before = page.url
+                page.keyboard.press("]")
+                page.wait_for_url(lambda url, before=before: url != before)
+        while page.evaluate("document.activeElement.id") != "download":
+            page.keyboard.press("Tab")
+        with page.expect_download() as download:
+            page.keyboard.press("Enter")
+        ratings = json.loads(download.value.path().read_text())["ratings"]
+    assert len(ratings) == 40
+    assert len({rating["track"] for rating in ratings}) == 10
+    assert sum(rating["kept"] for rating in ratings) == 10
 
 
 # -- for everybody ---------------------------------------------------------------------------------
