@@ -130,6 +130,7 @@ def sha256_of(path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hash of every file below a folder but the manifest (it has a date), by name."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    """Hash of every file below a folder but the manifest and the pages, which have a date, by name."""
+    dated = ("manifest.json", "index.html", "tracks.js")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in dated)
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}

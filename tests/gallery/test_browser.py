@@ -321,7 +321,9 @@ def test_pages_are_accessible_and_fit_their_width(
         if which == "blind":
             page.keyboard.press("b")
         page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
-        results = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]})
+        results = Axe().run(
+            page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+        )
         assert results.violations_count == 0, results.generate_report()
         wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert page.evaluate(wide) == 0

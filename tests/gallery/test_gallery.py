@@ -92,9 +92,7 @@ def test_what_has_not_changed_is_not_written_again(home: Home) -> None:
     process(home, "once")
     write_music(home.inbox / "more.wav", seed=3, seconds=4.0)
     process(home, "once")
-    index, tracks, page = (
-        path.stat().st_mtime_ns - then for path, then in zip(files, before, strict=True)
-    )
+    index, tracks, page = (path.stat().st_mtime_ns - then for path, then in zip(files, before, strict=True))
     assert (index, page) == (0, 0)
     assert tracks > 0
     assert "more.wav" in rows(home)

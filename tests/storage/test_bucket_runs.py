@@ -58,6 +58,19 @@ def test_what_is_done_is_not_done_again(setup: BucketHome) -> None:
     assert (setup.bucket.sha256("out"), setup.bucket.manifests()) == before
 
 
+@pytest.mark.parametrize("executor", ["inline", "process"])
+def test_the_gallery_is_published_like_every_other_file(setup: BucketHome, executor: str) -> None:
+    setup.configure(executor=executor, gallery={"enabled": True})
+    assert setup.run("once").out.endswith(f"open s3://{setup.bucket.name}/out/index.html\n")
+    before = setup.bucket.sha256("out")
+    pages = sorted(name for name in before if name.endswith(".html"))
+    assert pages == sorted(["index.html", *(f"{folder}/index.html" for folder in setup.bucket.manifests())])
+    assert "tracks.js" in before
+    assert setup.run("once").code == 0
+    assert setup.run("gallery").out.startswith("2 pages written")
+    assert setup.bucket.sha256("out") == before
+
+
 def test_a_known_object_is_listed_and_never_fetched_again(setup: BucketHome, server: BucketServer) -> None:
     from bucket_proxy import proxy_to
 
