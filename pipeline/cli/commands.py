@@ -341,6 +341,51 @@ def score(
     return ALL_DONE
 
 
+@cli.command()
+def reproduce(
+    context: typer.Context,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="MANIFEST|FILE", help="A manifest.json, or a variation.")
+    ] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Every take in the outbox.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The source; default: where the database has it."),
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="The only take of a manifest that is wanted.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the one file that is made.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Make variations again from what is recorded of them, and compare the bytes.
+
+    Ends with 0 if all are the same, 1 if one is different, 2 if one can't be tried.
+    """
+    from pipeline.cli import reproduce as verb
+
+    if (target is None) != every or (every and (source or file or output)):
+        raise typer.BadParameter("takes a manifest or a variation with its options, or --all alone")
+    if output is not None and output.exists():
+        raise ConfigError(f"{printable(output)} exists, and is left as it is: name another file")
+    app = _app(context) if target is None else App.open(_folder(context), context.obj["config"])
+    takes = [] if target is None else verb.takes_of(app, target, file)
+    if output is not None and len(takes) != 1:
+        raise typer.BadParameter(f"--output is for one take, not for {len(takes)}: name it with --file")
+    counts, listed = dict.fromkeys(verb.WORDS, 0), []
+    for outcome in verb.outcomes(app, verb.all_takes(app) if target is None else [takes], source):
+        counts[outcome.state] += 1
+        listed.append(outcome.as_json())
+        if not as_json and not (every and outcome.state == "same"):
+            typer.echo(verb.line(outcome))
+        if output is not None and outcome.content:
+            verb.write_output(outcome, output)
+    if as_json:
+        typer.echo(_json({**counts, "takes": listed}))
+    elif len(listed) != 1 or every:
+        typer.echo(verb.sum_text(counts))
+    return verb.exit_code(counts)
+
+
 @models.command("list")
 def models_list(context: typer.Context) -> int:
     """List the models whose weights are on this machine."""
