@@ -386,6 +386,25 @@ def reproduce(
     return verb.exit_code(counts)
 
 
+@cli.command()
+def rate(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="RATINGS.JSON", help="What a page of the gallery saved.")],
+) -> int:
+    """Store the ratings of results; a later one of the same file wins."""
+    from pipeline.ratings.file import read_ratings
+
+    ratings = read_ratings(file)
+    store = _app(context).open_store()
+    results = {track: store.results_of(track) for track in {rating.track for rating in ratings}}
+    known = [rating for rating in ratings if rating.sha256 in results[rating.track]]
+    store.rate(known, now=time.time())
+    typer.echo(f"{len(known)} ratings stored")
+    if n := len(ratings) - len(known):
+        typer.echo(f"{n} left out: no results of this home have their hashes, or they were made anew since")
+    return ALL_DONE
+
+
 @models.command("list")
 def models_list(context: typer.Context) -> int:
     """List the models whose weights are on this machine."""
