@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -403,6 +404,22 @@ def rate(
     if n := len(ratings) - len(known):
         typer.echo(f"{n} left out: no results of this home have their hashes, or they were made anew since")
     return ALL_DONE
+
+
+@cli.command()
+def export(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option("--kept", metavar="DIR", help="Where the copies go.")],
+) -> int:
+    """Copy the results that were rated as kept, with names fit for a DAW."""
+    from pipeline.cli.export import export_lines
+
+    app, counts = _app(context), Counter[str]()
+    for state, line in export_lines(app, folder):
+        counts[state] += 1
+        typer.echo(line)
+    typer.echo(", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing is rated as kept")
+    return SOME_FAILED if counts["missing"] or counts["in the way"] else ALL_DONE
 
 
 @models.command("list")

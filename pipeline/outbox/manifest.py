@@ -115,8 +115,7 @@ def tags(
     if take["tempo_bpm"] is not None:
         free["BPM"] = f"{take['tempo_bpm']:.0f}"
     if take["key"] is not None:
-        tonic, mode = take["key"].split()
-        free["KEY"] = f"{tonic}m" if mode == "minor" else tonic  # as ID3v2 has it
+        free["KEY"] = short_key(take["key"])
     if "loop" in take:
         rate = OPUS_RATE_HZ if output_format == "opus" else take["sample_rate"]
         free |= {"LOOPSTART": "0", "LOOPLENGTH": str(round(take["duration_s"] * rate))}
@@ -127,6 +126,12 @@ def tags(
         "software": software,
         **free,
     }
+
+
+def short_key(key: str) -> str:
+    """A key such as "A minor" as ID3v2 has it: "Am"."""
+    tonic, mode = key.split()
+    return f"{tonic}m" if mode == "minor" else tonic
 
 
 def _rater_facts(choice: Choice) -> Json:
