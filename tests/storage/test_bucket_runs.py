@@ -225,3 +225,24 @@ def test_takes_are_made_again_from_a_bucket(setup: BucketHome) -> None:
     assert ended.code == 0, ended.out
     assert ended.out.startswith(f"s3://{setup.bucket.name}/out/{folder}/variations/01-near.wav: the same\n")
     assert (setup.bucket.sha256("out"), setup.bucket.sha256("in")) == before
+
+
+def test_what_was_kept_is_copied_from_a_bucket(setup: BucketHome, tmp_path: Path) -> None:
+    assert setup.run("once").code == 0
+    entries = [
+        {
+            "track": made["source"]["sha256"],
+            "file": one["file"],
+            "sha256": one["sha256"],
+            "stars": 3,
+            "kept": True,
+        }
+        for made in setup.bucket.manifests().values()
+        for one in made["variations"]
+    ]
+    ratings = tmp_path / "ratings.json"
+    ratings.write_text(json.dumps({"schema": 1, "ratings": entries}))
+    assert setup.run("rate", str(ratings)).out == "4 ratings stored\n"
+    ended = setup.run("export", "--kept", str(tmp_path / "daw"))
+    assert (ended.code, ended.out.splitlines()[-1]) == (0, "4 copied")
+    assert set(contents(tmp_path / "daw").values()) == {entry["sha256"] for entry in entries}
