@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -362,6 +363,86 @@ def score(
     scores = score_files(App.open(_folder(context), context.obj["config"]), file, source)
     typer.echo(_json(scores.as_json()) if as_json else score_text(scores))
     return ALL_DONE
+
+
+@cli.command()
+def reproduce(
+    context: typer.Context,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="MANIFEST|FILE", help="A manifest.json, or a variation.")
+    ] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Every take in the outbox.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The source; default: where the database has it."),
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="The only take of a manifest that is wanted.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the one file that is made.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Make variations again from what is recorded of them, and compare the bytes.
+
+    Ends with 0 if all are the same, 1 if one is different, 2 if one can't be tried.
+    """
+    from pipeline.cli import reproduce as verb
+
+    if (target is None) != every or (every and (source or file or output)):
+        raise typer.BadParameter("takes a manifest or a variation with its options, or --all alone")
+    if output is not None and output.exists():
+        raise ConfigError(f"{printable(output)} exists, and is left as it is: name another file")
+    app = _app(context) if target is None else App.open(_folder(context), context.obj["config"])
+    takes = [] if target is None else verb.takes_of(app, target, file)
+    if output is not None and len(takes) != 1:
+        raise typer.BadParameter(f"--output is for one take, not for {len(takes)}: name it with --file")
+    counts, listed = dict.fromkeys(verb.WORDS, 0), []
+    for outcome in verb.outcomes(app, verb.all_takes(app) if target is None else [takes], source):
+        counts[outcome.state] += 1
+        listed.append(outcome.as_json())
+        if not as_json and not (every and outcome.state == "same"):
+            typer.echo(verb.line(outcome))
+        if output is not None and outcome.content:
+            verb.write_output(outcome, output)
+    if as_json:
+        typer.echo(_json({**counts, "takes": listed}))
+    elif len(listed) != 1 or every:
+        typer.echo(verb.sum_text(counts))
+    return verb.exit_code(counts)
+
+
+@cli.command()
+def rate(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="RATINGS.JSON", help="What a page of the gallery saved.")],
+) -> int:
+    """Store the ratings of results; a later one of the same file wins."""
+    from pipeline.ratings.file import read_ratings
+
+    ratings = read_ratings(file)
+    store = _app(context).open_store()
+    results = {track: store.results_of(track) for track in {rating.track for rating in ratings}}
+    known = [rating for rating in ratings if rating.sha256 in results[rating.track]]
+    store.rate(known, now=time.time())
+    typer.echo(f"{len(known)} ratings stored")
+    if n := len(ratings) - len(known):
+        typer.echo(f"{n} left out: no results of this home have their hashes, or they were made anew since")
+    return ALL_DONE
+
+
+@cli.command()
+def export(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option("--kept", metavar="DIR", help="Where the copies go.")],
+) -> int:
+    """Copy the results that were rated as kept, with names fit for a DAW."""
+    from pipeline.cli.export import export_lines
+
+    app, counts = _app(context), Counter[str]()
+    for state, line in export_lines(app, folder):
+        counts[state] += 1
+        typer.echo(line)
+    typer.echo(", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing is rated as kept")
+    return SOME_FAILED if counts["missing"] or counts["in the way"] else ALL_DONE
 
 
 @models.command("list")

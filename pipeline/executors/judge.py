@@ -141,13 +141,12 @@ class ScoringJudge:
         )
         rating = self._rating(made.audio)
         ranked = rank(scores, gates, rating, made.loop)
+        own = {"rank": round(ranked, DIGITS), **({"rating": rating} if rating else {})}
         return Verdict(
             failed=tuple(failed_gates(scores, gates, reference.collapsed_share)),
             rank=ranked,
             similarity=scores.similarity,
-            scores=scores.as_json()
-            | {"rank": round(ranked, DIGITS)}
-            | ({"rating": rating} if rating else {}),
+            scores=scores.as_json() | own,
             sound=analysed[0].fingerprint,
         )
 

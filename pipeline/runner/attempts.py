@@ -27,10 +27,10 @@ from pipeline.intake.archive import archive_files
 from pipeline.intake.ingest import recheck_time
 from pipeline.plan import Take, TrackPlan, VariationUnit
 from pipeline.progress import Reporter
-from pipeline.records import Audio, Stage, VariationRequest
+from pipeline.records import Audio, Stage
+from pipeline.runner.making import Source, take_request
 from pipeline.runner.retry import MISSING_INBOX_PAUSE_S, backoff_s
 from pipeline.runner.takes import TakeChoice
-from pipeline.stages import engine_duration_s
 from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
 from pipeline.workspace import Scratch, Workspace
@@ -72,17 +72,9 @@ class Job:
         return self.scratch.load("normalized", key, self.normalized["sample_rate"])
 
     def request(self, unit: VariationUnit, take: Take, source: Audio, output: Output) -> TakeRequest:
-        length_s = unit.length_s(source)
-        request = VariationRequest(
-            request_id=take.key,
-            track_id=self.track.sha256,
-            audio=source,
-            duration_s=engine_duration_s(length_s, output),
-            seed=take.seed,
-            params=take.params,
-        )
-        loudness_lufs = self.normalized["source"]["loudness_lufs"]
-        return TakeRequest(request, unit.source, length_s, loudness_lufs, unit.gates)
+        length_s, of_source = unit.length_s(source), self.normalized["source"]
+        sound = Source(self.track.sha256, unit.source, source, of_source["loudness_lufs"])
+        return take_request(take, sound, length_s, output, unit.gates)
 
 
 @dataclass

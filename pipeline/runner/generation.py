@@ -20,17 +20,18 @@ from pipeline.engines.base import ProgressFn
 from pipeline.errors import EngineFailure
 from pipeline.executors import tasks
 from pipeline.executors.base import Executor, Task, result_of
-from pipeline.executors.encode import FileForm
 from pipeline.executors.judge import Judge
 from pipeline.executors.tasks import MadeTake, TakeRequest
 from pipeline.fs.disk import environment_error
 from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import REJECTED, Outbox, Published
+from pipeline.outbox.settings import Settings
 from pipeline.plan import Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage
 from pipeline.runner.attempts import Attempts, Job
+from pipeline.runner.making import at_album_loudness, file_form, record_of
 from pipeline.runner.takes import JudgedTake, TakeChoice, choices
 from pipeline.store.schema import AttemptOutcome
 from pipeline.store.store import Store
@@ -38,7 +39,6 @@ from pipeline.store.store import Store
 log = logging.getLogger("pipeline")
 
 TAKE = "take"  # what a held take is called in the state folder
-LEVELS = ("loudness_lufs", "peak_dbfs", "true_peak_dbtp")
 
 
 @dataclass(frozen=True)
@@ -181,16 +181,15 @@ class Generation:
             choice.judged[take.key] = JudgedTake(take, (made.refused or "",), -math.inf, None)
             self._advance(job)
             return
-        facts = manifest.take_facts(take, made.made_by, self.recipe.generator)
-        if made.prompt != take.params.get("prompt", ""):
-            facts["prompt"] = made.prompt
+        config = self.recipe.config
+        settings = Settings(config.normalize, config.output, wanted.request.length_s)
         judged = JudgedTake(
             take,
             verdict.failed,
             verdict.rank,
             verdict.similarity,
             verdict.sound,
-            manifest.take_record(facts, made.facts, verdict.scores),
+            record_of(take, made, self.recipe.generator, settings, config.device),
             is_with_worker=True,
             seconds=self.clock() - start,
         )
@@ -274,8 +273,7 @@ class Generation:
     ) -> None:
         record, gain_db = judged.record, None
         if album_lufs is not None:
-            gain_db = album_lufs - record["loudness_lufs"]
-            record = {**_raised(record, gain_db), "scores": _raised(record["scores"], gain_db)}
+            record, gain_db = at_album_loudness(record, album_lufs)
         if failed := choice.faults[judged.take.key]:
             name = PurePath(unit.file).name
             log.warning("%s: %s fails its gates: %s", job.track.name, name, "; ".join(failed))
@@ -308,8 +306,7 @@ class Generation:
         sound = judged.take.key if judged.is_with_worker else self._held(job, judged.take, record)
         if sound is None:
             raise EngineFailure("a take has disappeared from the state folder")
-        tags = manifest.tags(job.track.name, job.track.sha256, name, record, output_format=output.format)
-        form = FileForm(output, tags, manifest.markers(record))
+        form = file_form(job.track.name, job.track.sha256, name, record, output)
         content = self._run(tasks.encode, sound, form, gain_db)
         return self.outbox.publish(job.track.folder, file, content)
 
@@ -342,12 +339,6 @@ def _last_fault(choice: TakeChoice) -> tuple[str, str]:
     """The first file of a choice, and why the last take that was judged for it is not kept."""
     faults = [fault for take in choice.asked for fault in choice.faults.get(take.key, ())]
     return PurePath(choice.units[0].file).name, faults[-1]
-
-
-def _raised(record: Mapping[str, Any], gain_db: float) -> Json:
-    """A record with the levels that are in it raised by a gain."""
-    levels = {name: record[name] for name in LEVELS if record.get(name) is not None}
-    return {**record, **{name: round(level + gain_db, 2) for name, level in levels.items()}}
 
 
 def _clear_frames(error: BaseException) -> None:

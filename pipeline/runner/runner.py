@@ -16,8 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline import audio
-from pipeline.config import Normalize
 from pipeline.engines.base import check_stop
 from pipeline.errors import BadAudio, DiskFull, EngineUnusable, FolderUnusable, SourceAway, SourceGone
 from pipeline.executors import tasks
@@ -36,6 +34,7 @@ from pipeline.progress import Reporter
 from pipeline.records import Stage
 from pipeline.runner.attempts import Attempts, Job, RunResult
 from pipeline.runner.generation import Generation
+from pipeline.runner.making import limits_of
 from pipeline.runner.retry import local_time, longest_wait_s
 from pipeline.store.schema import AttemptOutcome, SourceFile, Track, TrackState
 from pipeline.store.store import Store
@@ -325,7 +324,7 @@ class Runner:
             with self.attempts.attempt(job, Stage.NORMALIZE):
                 start = self.clock()
                 path = self._working_copy(job)
-                normalized, source = self._run(tasks.normalize, path, settings, _limits(settings))
+                normalized, source = self._run(tasks.normalize, path, settings, limits_of(settings))
                 job.scratch.save("normalized", key, normalized.audio)
                 job.normalized = manifest.normalized_record(source, normalized)
                 self._record(job, key, Stage.NORMALIZE, job.normalized, self.clock() - start)
@@ -447,12 +446,3 @@ def check_outbox_mount(outbox: Path, store: Store) -> str:
 
 def _if_there(path: Path) -> Path | None:
     return path if path.exists() else None
-
-
-def _limits(settings: Normalize) -> audio.DecodeLimits:
-    return audio.DecodeLimits(
-        min_duration_s=settings.min_duration_s,
-        max_duration_s=settings.max_duration_s,
-        max_bytes=round(settings.max_size_mb * 1e6),
-        accept_truncated=settings.accept_truncated,
-    )

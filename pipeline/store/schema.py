@@ -57,6 +57,12 @@ MIGRATIONS = {  # statements by name, in their order
     "m003_objects": ("ALTER TABLE files ADD COLUMN etag TEXT NOT NULL DEFAULT ''",),
     "m004_recipes": ("ALTER TABLE tracks ADD COLUMN recipe_key TEXT",),
     "m005_newest": ("CREATE INDEX tracks_newest ON tracks (state, finished_at)",),
+    "m006_ratings": (
+        """CREATE TABLE ratings (
+            sha256 TEXT PRIMARY KEY, track TEXT NOT NULL, file TEXT NOT NULL, stars INTEGER, kept INTEGER,
+            note TEXT NOT NULL, rated_at REAL NOT NULL
+        ) STRICT""",
+    ),
 }
 
 
@@ -146,6 +152,18 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Rating:
+    """What a person thinks of one published file."""
+
+    sha256: str  # of the file, so that one that is made anew has no rating
+    track: str  # SHA-256 of its source
+    file: str  # its name when it was rated, below the track's folder
+    stars: int | None  # 1 to 5
+    kept: bool | None  # False: dropped; None: undecided
+    note: str
+
+
+@dataclass(frozen=True)
 class Pace:
     """How long work has taken."""
 
@@ -155,6 +173,7 @@ class Pace:
 
 TRACK_COLUMNS = [field.name for field in fields(Track)]
 FILE_COLUMNS = [field.name for field in fields(SourceFile)]
+RATING_COLUMNS = [field.name for field in fields(Rating)]
 PATH_COLUMNS = ("path", "root", "moved_to")
 
 

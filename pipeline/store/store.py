@@ -23,11 +23,13 @@ from pipeline.fs.copying import FileIdentity
 from pipeline.records import Stage
 from pipeline.store.schema import (
     MIGRATIONS,
+    RATING_COLUMNS,
     TRACK_COLUMNS,
     Attempt,
     AttemptOutcome,
     FileState,
     Pace,
+    Rating,
     SourceFile,
     Track,
     TrackState,
@@ -483,6 +485,13 @@ class Store:
     def set_fact(self, name: str, value: str) -> None:
         self._insert("facts", {"name": name, "value": value})
 
+    def rate(self, ratings: Iterable[Rating], *, now: float) -> None:
+        """Record ratings in the place of earlier ones of the same files; one that says nothing removes it."""
+        with self.transaction():
+            for rating in ratings:
+                self._insert("ratings", {**vars(rating), "rated_at": now})
+            self._db.execute("DELETE FROM ratings WHERE stars IS NULL AND kept IS NULL AND note = ''")
+
     # -- queries -------------------------------------------------------------------------------
 
     def pace(self, generator: str, model: str | None) -> Pace | None:
@@ -563,6 +572,17 @@ class Store:
         """Finished units of a track: key, stage, result, seconds, finished_at."""
         rows = self._db.execute("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
         return [{**row, "result": json.loads(row["result"])} for row in rows]
+
+    def ratings(self) -> list[Rating]:
+        """All ratings, in the order in which they were given."""
+        rows = self._db.execute(f"SELECT {', '.join(RATING_COLUMNS)} FROM ratings ORDER BY rated_at, rowid")
+        return [Rating(**{**row, "kept": None if row["kept"] is None else bool(row["kept"])}) for row in rows]
+
+    def results_of(self, sha256: str) -> dict[str, dict[str, Any]]:
+        """The records of a track's published variations and takes, by the hashes of their files."""
+        results = [unit["result"] for unit in self.units_of(sha256) if unit["stage"] == Stage.GENERATE]
+        found = [one for result in results for one in (*result.get("takes", ()), result)]
+        return {one["sha256"]: one for one in found if "sha256" in one}
 
     def check(self) -> None:
         """Run SQLite's integrity check, which reads the whole file.
