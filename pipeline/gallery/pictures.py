@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import scipy.fft
 
 from pipeline import audio
 from pipeline.audio import DecodeLimits
-from pipeline.music import analysis
 from pipeline.music.spectra import Floats
 from pipeline.records import Audio
-from pipeline.scores.chroma import RATE_HZ, compute_chroma
+from pipeline.scores.chroma import N_FFT, chroma_filters
 
+RATE_HZ = 44100  # of most files, which are not resampled then
 PEAK_COLUMNS = 1000
 CHROMA_COLUMNS = 240  # at most
 LIMITS = DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf, accept_truncated=True)
@@ -47,26 +48,30 @@ def picture(sound: Audio) -> Picture:
         C first, of which 255 is the strongest pitch class of the column, for at most CHROMA_COLUMNS columns
         of equal length.
     """
-    return {
-        "peaks": _packed(np.minimum(peaks(sound), 1.0)),
-        "chroma": _packed(chroma_columns(compute_chroma(analysis.at_rate(sound, RATE_HZ)))),
-    }
+    return {"peaks": _packed(np.minimum(peaks(sound), 1.0)), "chroma": _packed(chroma(sound))}
 
 
 def peaks(sound: Audio) -> Floats:
     """The largest magnitude in each of PEAK_COLUMNS parts of equal length, over all channels."""
-    found = np.zeros(PEAK_COLUMNS, np.float32)
-    for column, part in enumerate(np.array_split(sound.samples, PEAK_COLUMNS, axis=1)):
-        if part.size:
-            found[column] = max(part.max(), -part.min())
-    return found
+    magnitudes = np.abs(sound.samples).max(axis=0)
+    if magnitudes.size < PEAK_COLUMNS:
+        magnitudes = np.repeat(magnitudes, -(-PEAK_COLUMNS // magnitudes.size))
+    return np.maximum.reduceat(magnitudes, np.linspace(0, magnitudes.size, PEAK_COLUMNS, False).astype(int))
 
 
-def chroma_columns(chroma: Floats) -> Floats:
-    """Means of (frames, 12) over at most CHROMA_COLUMNS parts, each with its largest value at 1."""
-    parts = np.array_split(chroma, min(len(chroma), CHROMA_COLUMNS))
-    means = np.stack([part.mean(axis=0) for part in parts])
-    return np.asarray(means / np.maximum(means.max(axis=1, keepdims=True), 1e-9), np.float32)
+def chroma(sound: Audio) -> Floats:
+    """Chroma, (columns, 12), by one spectrum in the middle of each column, whose largest value is 1.
+
+    There are as many columns as spectra fit into the sound, but at least one and at most CHROMA_COLUMNS. See
+    `pipeline.scores.chroma`; for a picture less than all of the sound will do.
+    """
+    mono = np.pad(sound.mono(), N_FFT // 2)
+    columns = min(max(sound.n_samples // N_FFT, 1), CHROMA_COLUMNS)
+    starts = ((np.arange(columns) + 0.5) * sound.n_samples / columns).astype(int)  # in the padded sound
+    frames = np.lib.stride_tricks.sliding_window_view(mono, N_FFT)[starts]
+    powers = np.abs(scipy.fft.rfft(frames * np.hanning(N_FFT).astype(np.float32), axis=1)) ** 2
+    found = powers @ chroma_filters(sound.sample_rate).T
+    return np.asarray(found / np.maximum(found.max(axis=1, keepdims=True), 1e-9), np.float32)
 
 
 def _packed(values: Floats) -> str:
