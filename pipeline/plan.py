@@ -101,16 +101,22 @@ class TrackPlan:
     normalize_key: str
     embed_key: str
     variations: tuple[VariationUnit, ...]
+    vectors_key: str  # of the variations' embedding; empty: they are not embedded
 
     @property
     def keys(self) -> list[str]:
         """The keys of all results that are published."""
-        return [self.embed_key, *(unit.key for unit in self.variations)]
+        return [self.embed_key, *(unit.key for unit in self.variations), *self._vectors]
 
     @property
     def key(self) -> str:
         """Equal for two plans if and only if they give the same files in the outbox."""
-        return digest([self.embed_key, *([unit.key, unit.file] for unit in self.variations)])
+        files = ([unit.key, unit.file] for unit in self.variations)
+        return digest([self.embed_key, *files, *self._vectors])
+
+    @property
+    def _vectors(self) -> list[str]:
+        return [self.vectors_key] if self.vectors_key else []
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,9 @@ class Recipe:
             units.append(replace(unit, key=key))
         if self.config.output.album:  # then the loudness of each depends on all
             units = [replace(unit, key=digest([unit.key, *(other.key for other in units)])) for unit in units]
-        return TrackPlan(sha256, normalize, embed, tuple(units))
+        vectors = ["embed variations", _engine_identity(self.embedder), [unit.key for unit in units]]
+        vectors_key = digest(vectors) if self.config.embed.variations else ""
+        return TrackPlan(sha256, normalize, embed, tuple(units), vectors_key)
 
 
 def plan_variations(config: Config, card: EngineCard) -> list[PlannedVariation]:

@@ -257,7 +257,7 @@ def requeue(
     if not has_source(found, store, app.workspace):
         typer.echo(f"{found.name}: its source is gone: put it in the inbox first", err=True)
         return SOME_FAILED
-    stages = [stage] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
+    stages = list(Stage) if stage == Stage.NORMALIZE else [stage, Stage.EMBED_VARIATIONS] if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):
         typer.echo(f"{found.name}: is being processed; requeue it when it is done", err=True)
         return SOME_FAILED
