@@ -41,6 +41,7 @@ SAID_FROM = 100  # tracks to be read, about which a person who waits is told
 Identity = list[str | None]  # of an engine: see `engine_identity`
 Row = tuple[str, str, str]  # the track's SHA-256, the file below its folder, the variation's name
 Found = list[tuple[Row, Samples]]
+_TRACK = np.dtype([("sha256", "S64"), ("at", "f8")])
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class _Cache:
     """What the cache has."""
 
     vectors: Vectors
-    tracks: Mapping[str, float]  # those that were read: when they were finished, by hash
+    tracks: NDArray[Any]  # (n,), those that were read: `sha256`, and when they were finished, `at`
     stamp: tuple[
         float, ...
     ]  # of the database then, see `Store.results_stamp`; empty if some could not be read
@@ -93,7 +94,7 @@ def load_vectors(
         OSError, FolderUnusable: the folder or the outbox can't be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{identity[0]}-{digest(identity)[:12]}.npy"
+    path = _path(folder, identity)
     with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         cache, stamp = _read(path), store.results_stamp()
@@ -115,7 +116,13 @@ def _update(
 ) -> None:
     """Bring the cache up to date; `read`: see `_vectors_of`."""
     stamp, finished = store.results_stamp(), store.finished()
-    tracks = {sha256: at for sha256, at in cache.tracks.items() if finished.get(sha256, ("", 0.0))[1] == at}
+    tracks = {
+        sha256: at
+        for sha256, at in zip(
+            cache.tracks["sha256"].astype(str).tolist(), cache.tracks["at"].tolist(), strict=True
+        )
+        if finished.get(sha256, ("", None))[1] == at
+    }
     to_read = [(sha256, folder) for sha256, (folder, _) in finished.items() if sha256 not in tracks]
     keeps = np.isin(cache.vectors.rows["track"], np.array([*tracks], "S64"))
     if len(to_read) >= SAID_FROM:
@@ -127,14 +134,23 @@ def _update(
                 tracks[sha256] = finished[sha256][1]
                 new += found
     is_whole = len(tracks) == len(finished)  # otherwise the others are tried again
-    _write(path, cache.vectors, keeps, new, {"tracks": tracks, "stamp": stamp if is_whole else ()})
+    if new or not keeps.all():
+        path.with_suffix(".npz").unlink(missing_ok=True)
+        _write_matrix(path, cache.vectors.matrix, keeps, [vector for _, vector in new])
+    rows = np.concatenate([cache.vectors.rows[keeps], _as_rows([row for row, _ in new])])
+    _write_about(path, rows, tracks, stamp if is_whole else ())
 
 
 # -- the files of the cache ------------------------------------------------------------------------
 
 
+def _path(folder: Path, identity: Identity) -> Path:
+    """Of the matrix."""
+    return folder / f"{identity[0]}-{digest(identity)[:12]}.npy"
+
+
 def _no_cache() -> _Cache:
-    return _Cache(Vectors(_empty(), _as_rows([])), {}, ())
+    return _Cache(Vectors(_empty(), _as_rows([])), np.zeros(0, _TRACK), ())
 
 
 def _empty() -> Samples:
@@ -144,32 +160,23 @@ def _empty() -> Samples:
 def _read(path: Path) -> _Cache | None:
     """The cache; None if there is none or it is damaged."""
     try:
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as loaded:
-            rows, tracks, finished_at = loaded["rows"], loaded["tracks"], loaded["finished_at"]
-            stamp = tuple(loaded["stamp"].tolist())
+        about = io.BytesIO(path.with_suffix(".npz").read_bytes())
+        with np.load(about, allow_pickle=False) as loaded:
+            rows, tracks, stamp = loaded["rows"], loaded["tracks"], tuple(loaded["stamp"].tolist())
         # An empty file can't be mapped.
         matrix = np.load(path, mmap_mode="r", allow_pickle=False) if len(rows) else _empty()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    known = dict(zip(tracks.astype(str).tolist(), finished_at.tolist(), strict=True))
-    return _Cache(Vectors(matrix, rows), known, stamp) if len(matrix) == len(rows) else None
+    return _Cache(Vectors(matrix, rows), tracks, stamp) if len(matrix) == len(rows) else None
 
 
-def _write(path: Path, old: Vectors, keeps: NDArray[np.bool_], new: Found, facts: Mapping[str, Any]) -> None:
-    """Write the rows of `old` that are kept, and the new ones."""
-    about, content = path.with_suffix(".npz"), io.BytesIO()
-    if new or not keeps.all():
-        about.unlink(missing_ok=True)
-        _write_matrix(path, old.matrix, keeps, [vector for _, vector in new])
-    np.savez(
-        content,
-        allow_pickle=False,
-        rows=np.concatenate([old.rows[keeps], _as_rows([row for row, _ in new])]),
-        tracks=np.array([*facts["tracks"]], "S64"),
-        finished_at=np.array([*facts["tracks"].values()], np.float64),
-        stamp=np.array(facts["stamp"], np.float64),
-    )
-    write_atomically(about, path.with_suffix(".part"), content.getvalue())
+def _write_about(
+    path: Path, rows: NDArray[Any], tracks: Mapping[str, float], stamp: tuple[float, ...]
+) -> None:
+    content = io.BytesIO()
+    known = np.array([*tracks.items()], _TRACK)
+    np.savez(content, allow_pickle=False, rows=rows, tracks=known, stamp=np.array(stamp, np.float64))
+    write_atomically(path.with_suffix(".npz"), path.with_suffix(".part"), content.getvalue())
 
 
 def _write_matrix(path: Path, old: Samples, keeps: NDArray[np.bool_], new: Sequence[Samples]) -> None:
