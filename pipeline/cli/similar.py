@@ -24,6 +24,7 @@ from pipeline.fs.names import printable
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import engine_identity
 from pipeline.records import Samples
+from pipeline.search.large import candidates
 from pipeline.search.nearest import combined, near_duplicates, nearest
 from pipeline.search.vectors import Vectors, load_vectors
 from pipeline.store.schema import Track
@@ -195,7 +196,9 @@ def similar_facts(
     query = combined(added, subtracted)
     if query is None:
         raise ConfigError("what is subtracted leaves nothing of what is asked for")
-    found = nearest(library.vectors.matrix, query, top, without=[*library.queried])
+    vectors, without = library.vectors, [*library.queried]
+    among = None if vectors.index is None else candidates(vectors.index, query, top + len(without))
+    found = nearest(vectors.matrix, query, top, without=without, among=among)
     return [
         {**what, "similarity": round(similarity, 4)}
         for row, similarity in found

@@ -21,17 +21,29 @@ def combined(added: Sequence[Samples], subtracted: Sequence[Samples]) -> Samples
 
 
 def nearest(
-    matrix: Samples, query: Samples, n: int, *, without: Sequence[int] = ()
+    matrix: Samples,
+    query: Samples,
+    n: int,
+    *,
+    without: Sequence[int] = (),
+    among: Sequence[int] | None = None,
 ) -> list[tuple[int, float]]:
-    """The rows of a matrix, (n, d), most similar to a query, (d,), best first, with their cosines."""
-    similarities = matrix @ query
-    similarities[list(without)] = -np.inf
-    n = min(n, len(matrix) - len(set(without)))
+    """The rows of a matrix, (n, d), most similar to a query, (d,), best first, with their cosines.
+
+    Args:
+        without: rows that are left out.
+        among: the rows that are compared, rising; default: all.
+    """
+    rows = np.arange(len(matrix)) if among is None else np.array(among, np.intp)
+    similarities = (matrix if among is None else matrix[rows]) @ query
+    is_out = np.isin(rows, [*without])
+    similarities[is_out] = -np.inf
+    n = min(n, int((~is_out).sum()))
     if n <= 0:
         return []
     best = np.argpartition(-similarities, n - 1)[:n]
     ordered = best[np.lexsort((best, -similarities[best]))]
-    return [(int(row), float(similarities[row])) for row in ordered]
+    return [(int(rows[one]), float(similarities[one])) for one in ordered]
 
 
 def near_duplicates(matrix: Samples, rows: NDArray[np.intp], above: float) -> list[tuple[int, int, float]]:

@@ -17,7 +17,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pipeline.fs.names import printable
 from pipeline.outbox.outbox import READ_AT_ONCE, VECTORS_RECORD, Outbox
 from pipeline.plan import digest, engine_identity
 from pipeline.records import Samples
+from pipeline.search.large import index_path, open_index
 from pipeline.store.store import Store
 
 log = logging.getLogger("pipeline")
@@ -52,6 +53,7 @@ class Vectors:
     # (n,), with UTF-8 in three fields: `track` is the SHA-256 of the source; `file`, below its folder in the
     # outbox, and `name` are those of a variation, and empty for the source itself.
     rows: NDArray[Any]
+    index: Any = None  # of many vectors: see `large`
 
     @property
     def sources(self) -> NDArray[np.intp]:
@@ -104,7 +106,8 @@ def load_vectors(
             _update(path, cache or _no_cache(), partial(_vectors_of, outbox, identity), store, say)
             cache = _read(path)
             assert cache is not None
-        return cache.vectors
+        vectors = cache.vectors
+        return replace(vectors, index=open_index(path, vectors.matrix, say))
 
 
 def _update(
@@ -136,6 +139,8 @@ def _update(
     is_whole = len(tracks) == len(finished)  # otherwise the others are tried again
     if new or not keeps.all():
         path.with_suffix(".npz").unlink(missing_ok=True)
+        if not keeps.all() or not len(keeps):  # otherwise there are only new rows at the end
+            index_path(path).unlink(missing_ok=True)
         _write_matrix(path, cache.vectors.matrix, keeps, [vector for _, vector in new])
     rows = np.concatenate([cache.vectors.rows[keeps], _as_rows([row for row, _ in new])])
     _write_about(path, rows, tracks, stamp if is_whole else ())
