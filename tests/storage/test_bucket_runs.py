@@ -70,7 +70,7 @@ def test_a_known_object_is_listed_and_never_fetched_again(setup: BucketHome, ser
         ended = setup.run("once", **server.variables(port=proxy.port))
 
     assert ended.out.startswith("1 done, 0 failed, 2 up to date"), ended.out
-    fetched = [line for line in proxy.passed if line.startswith("GET") and line.endswith(".wav")]
+    fetched = [line for line in proxy.passed if line.startswith("GET") and "/in/" in line and ".wav" in line]
     assert fetched == [f"GET /{setup.bucket.name}/in/c.wav"]
 
 
@@ -213,3 +213,24 @@ def test_no_secret_is_written_anywhere(setup: BucketHome, server: BucketServer) 
     written = [path.read_bytes() for path in setup.home.folder.rglob("*") if path.is_file()]
     written += [setup.bucket.get(key) for key in setup.bucket.listed() if key.endswith("manifest.json")]
     assert not any(secret.encode() in content for secret in KEYS.values() for content in written)
+
+
+def test_similar_reads_the_vectors_of_a_bucket_once(setup: BucketHome, server: BucketServer) -> None:
+    from bucket_proxy import proxy_to
+
+    assert setup.run("once").code == 0
+    hits = json.loads(setup.run("similar", "a.wav", "--json").out)
+    outbox = f"s3://{setup.bucket.name}/out/"
+    variations = [hit["file"] for hit in hits if hit["file"].startswith(outbox)]
+    assert len(variations) == 4
+    assert len(hits) == 5
+
+    with proxy_to(server.port) as proxy:
+        again = setup.run("similar", "a.wav", "--json", **server.variables(port=proxy.port))
+        variation = setup.run("similar", variations[0], "--json", **server.variables(port=proxy.port))
+
+    assert json.loads(again.out) == hits
+    assert not [line for line in proxy.passed if line.endswith(".npz")]
+    assert variation.code == 0, variation.err
+    assert variations[0] not in variation.out
+    assert len(json.loads(variation.out)) == 5, variation.err
