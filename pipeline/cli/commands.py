@@ -353,12 +353,15 @@ def similar(
     ] = None,
     *,
     texts: Annotated[
-        list[str] | None, typer.Option("--text", help="What it sounds like in words; needs clap.")
+        list[str] | None,
+        typer.Option("--text", metavar="TEXT", help="What it sounds like in words; needs clap."),
     ] = None,
     unwanted: Annotated[
         list[str] | None, typer.Option("--not", metavar="FILE|TRACK", help="What it is to be unlike.")
     ] = None,
-    unwanted_texts: Annotated[list[str] | None, typer.Option("--not-text", help="The same in words.")] = None,
+    unwanted_texts: Annotated[
+        list[str] | None, typer.Option("--not-text", metavar="TEXT", help="The same in words.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many are shown.")] = 10,
     duplicates: Annotated[
         bool, typer.Option("--duplicates", help="List pairs of sources that are nearly the same instead.")

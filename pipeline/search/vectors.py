@@ -76,9 +76,7 @@ class _Cache:
 
     vectors: Vectors
     tracks: NDArray[Any]  # (n,), those that were read: `sha256`, and when they were finished, `at`
-    stamp: tuple[
-        float, ...
-    ]  # of the database then, see `Store.results_stamp`; empty if some could not be read
+    stamp: tuple[float, ...]  # the `Store.results_stamp` of then; empty if some could not be read
 
 
 def load_vectors(
@@ -119,13 +117,8 @@ def _update(
 ) -> None:
     """Bring the cache up to date; `read`: see `_vectors_of`."""
     stamp, finished = store.results_stamp(), store.finished()
-    tracks = {
-        sha256: at
-        for sha256, at in zip(
-            cache.tracks["sha256"].astype(str).tolist(), cache.tracks["at"].tolist(), strict=True
-        )
-        if finished.get(sha256, ("", None))[1] == at
-    }
+    known = zip(cache.tracks["sha256"].astype(str).tolist(), cache.tracks["at"].tolist(), strict=True)
+    tracks = {sha256: at for sha256, at in known if finished.get(sha256, ("", None))[1] == at}
     to_read = [(sha256, folder) for sha256, (folder, _) in finished.items() if sha256 not in tracks]
     keeps = np.isin(cache.vectors.rows["track"], np.array([*tracks], "S64"))
     if len(to_read) >= SAID_FROM:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 from runner_setup import RunnerSetup, StubEmbedder, StubEngines, StubGenerator, noise
 
 from pipeline.audio import DecodeLimits, decode
@@ -139,3 +140,21 @@ def test_missing_ones_are_made_again_with_the_same_bytes(setup: RunnerSetup) -> 
     setup.store.requeue(sha256, now=setup.now)
     assert run(setup).calls == []
     assert setup.files(sha256) == before
+
+
+def test_the_batch_is_named_again_after_the_last_steps_of_one_of_its_tracks(
+    setup: RunnerSetup, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="pipeline")
+    setup.add_tracks("a.wav", "b.wav")
+    run(setup)
+    stages = [
+        one.getMessage() for one in caplog.records if one.getMessage().endswith(("generate", "variations"))
+    ]
+    first, second = (line.split(":")[0] for line in stages if line.endswith("embed-variations"))
+    assert stages == [
+        "2 tracks: generate",
+        f"{first}: embed-variations",
+        "2 tracks: generate",
+        f"{second}: embed-variations",
+    ]
