@@ -65,7 +65,7 @@ $(VENV)/full: requirements.txt requirements-core.txt requirements-models.txt
 	$(BIN)/$(PIP_INSTALL) -r requirements.txt
 	touch $@ $(VENV)/core
 
-$(VENV)/all: requirements-test-all.txt requirements-s3.txt requirements-ray.txt $(VENV)/full
+$(VENV)/all: requirements-test-all.txt requirements-s3.txt requirements-search.txt requirements-ray.txt $(VENV)/full
 	$(BIN)/$(PIP_INSTALL) -r requirements-test-all.txt
 	touch $@
 

@@ -101,16 +101,22 @@ class TrackPlan:
     normalize_key: str
     embed_key: str
     variations: tuple[VariationUnit, ...]
+    vectors_key: str  # of the variations' embedding; empty: they are not embedded
 
     @property
     def keys(self) -> list[str]:
         """The keys of all results that are published."""
-        return [self.embed_key, *(unit.key for unit in self.variations)]
+        return [self.embed_key, *(unit.key for unit in self.variations), *self._vectors]
 
     @property
     def key(self) -> str:
         """Equal for two plans if and only if they give the same files in the outbox."""
-        return digest([self.embed_key, *([unit.key, unit.file] for unit in self.variations)])
+        files = ([unit.key, unit.file] for unit in self.variations)
+        return digest([self.embed_key, *files, *self._vectors])
+
+    @property
+    def _vectors(self) -> list[str]:
+        return [self.vectors_key] if self.vectors_key else []
 
 
 @dataclass(frozen=True)
@@ -149,13 +155,13 @@ class Recipe:
         normalize = digest(
             ["normalize", NORMALIZE_VERSION, sha256, self.config.normalize.model_dump(mode="json")]
         )
-        embed = digest(["embed", normalize, _engine_identity(self.embedder)])
+        embed = digest(["embed", normalize, _identity(self.embedder)])
         made_by = [
-            _engine_identity(self.generator),
+            _identity(self.generator),
             OUTPUT_VERSIONS[self.config.output.format],
             self.config.output.model_dump(mode="json"),
         ]
-        rated_by = [_engine_identity(self.rater)] if self.rater else []
+        rated_by = [_identity(self.rater)] if self.rater else []
         units: list[VariationUnit] = []
         for planned in self._planned:
             words = [PROMPT_VERSION, embed] if planned.params.get("prompt") == AUTO_PROMPT else []
@@ -173,7 +179,9 @@ class Recipe:
             units.append(replace(unit, key=key))
         if self.config.output.album:  # then the loudness of each depends on all
             units = [replace(unit, key=digest([unit.key, *(other.key for other in units)])) for unit in units]
-        return TrackPlan(sha256, normalize, embed, tuple(units))
+        vectors = ["embed variations", _identity(self.embedder), [unit.key for unit in units]]
+        vectors_key = digest(vectors) if self.config.embed.variations else ""
+        return TrackPlan(sha256, normalize, embed, tuple(units), vectors_key)
 
 
 def plan_variations(config: Config, card: EngineCard) -> list[PlannedVariation]:
@@ -249,7 +257,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _engine_identity(choice: Choice) -> list[str | None]:
-    """The location of the weights does not count if their revision is a fingerprint of their content."""
-    by_content = (choice.revision or "").startswith("sha256:")
-    return [choice.card.name, choice.card.version, None if by_content else choice.model, choice.revision]
+def engine_identity(name: str, version: str, model: str | None, revision: str | None) -> list[str | None]:
+    """What stands for an engine in keys: equal for engines whose results can be compared.
+
+    The location of the weights does not count if their revision is a fingerprint of their content.
+    """
+    by_content = (revision or "").startswith("sha256:")
+    return [name, version, None if by_content else model, revision]
+
+
+def _identity(choice: Choice) -> list[str | None]:
+    return engine_identity(choice.card.name, choice.card.version, choice.model, choice.revision)

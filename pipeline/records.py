@@ -27,6 +27,7 @@ class Stage(StrEnum):
     NORMALIZE = "normalize"
     EMBED = "embed"
     GENERATE = "generate"
+    EMBED_VARIATIONS = "embed-variations"
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,7 @@ def test_once_on_a_folder_writes_the_outbox_and_leaves_the_folder_alone(batch: t
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
         "embedding.npz",
         "manifest.json",
+        "variations.npz",
         "variations/01-near.wav",
         "variations/02-far.wav",
     ]
@@ -116,7 +117,7 @@ def test_a_second_run_makes_nothing_again(home: Home, once: Once, tmp_path: Path
     once(source.parent)
     [folder] = home.folders
     before = home.finished_at(), (folder / "manifest.json").stat().st_mtime_ns
-    assert len(before[0]) == 4  # normalized, embedded, two variations
+    assert len(before[0]) == 5  # normalized, embedded, two variations, these embedded
 
     ended = once(source.parent)
 
@@ -151,6 +152,7 @@ def test_a_removed_and_a_moved_variation_leave_no_old_file(home: Home, once: Onc
 
     assert contents(folder) == {
         "embedding.npz": before["embedding.npz"],
+        "variations.npz": contents(folder)["variations.npz"],
         "variations/01-far.wav": before["variations/02-far.wav"],
     }
 
@@ -248,7 +250,7 @@ def test_after_delete_removes_the_source_and_a_requeue_without_it_is_refused(
     assert once().code == 0
     assert list(home.inbox.iterdir()) == []
     before = contents(home.outbox)
-    assert len(before) == 3
+    assert len(before) == 4
 
     refused = run(capsys, monkeypatch, home, "requeue", "gone", "--stage", "generate")
 

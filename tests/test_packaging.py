@@ -39,7 +39,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_every_requirement_is_pinned_in_one_list() -> None:
-    lists = ("core", "models", "ray", "s3", "audiocraft")
+    lists = ("core", "models", "ray", "s3", "search", "audiocraft")
     named = [package for name in lists for package in pins(f"requirements-{name}.txt")]
     named += pins("requirements.txt")
     assert len(named) == len(set(named))
@@ -56,6 +56,7 @@ def test_the_package_requires_what_a_checkout_does() -> None:
     assert extras["models"]["file"] == ["requirements-models.txt"]
     assert extras["ray"]["file"] == ["requirements-ray.txt"]
     assert extras["s3"]["file"] == ["requirements-s3.txt"]
+    assert extras["search"]["file"] == ["requirements-search.txt"]
     assert extras["audiocraft"]["file"] == ["requirements-models.txt", "requirements-audiocraft.txt"]
     included = [line for line in lines("requirements.txt") if line.startswith("-")]
     assert included == ["-r requirements-core.txt", "-r requirements-models.txt"]

@@ -140,6 +140,24 @@ def test_another_embedder_changes_the_embedding_alone() -> None:
     assert after.variations == before.variations
 
 
+def test_the_variations_are_embedded_again_with_another_embedder_or_other_variations_alone() -> None:
+    before = plan()
+    assert before.vectors_key in before.keys
+    assert plan(embedder=CLAP).vectors_key != before.vectors_key
+    assert plan(config(FAITHFUL)).vectors_key != before.vectors_key
+    renamed = plan(config(FAITHFUL, BOLD, retry={"max_attempts": 9}))
+    assert renamed.vectors_key == before.vectors_key
+
+
+def test_without_vectors_of_variations_nothing_of_them_is_in_a_key() -> None:
+    """So that results that were made before there were any count as done."""
+    made = plan(config(embed={"variations": False}))
+    assert made.vectors_key == ""
+    assert made.keys == [made.embed_key, *keys(made)]
+    assert made.key == digest([made.embed_key, *([unit.key, unit.file] for unit in made.variations)])
+    assert plan().key != made.key
+
+
 def test_a_rater_changes_which_takes_are_chosen_and_no_take() -> None:
     before, after = plan(), plan(rater=AUDIOBOX)
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,8 @@ models = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="List and download the models' weights."
 )
 cli.add_typer(models, name="models")
+embeddings = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The vectors of the library.")
+cli.add_typer(embeddings, name="embeddings")
 
 
 def main(default_home: Path | None = None) -> int:
@@ -261,7 +264,7 @@ def requeue(
     if not has_source(found, store, app.workspace):
         typer.echo(f"{found.name}: its source is gone: put it in the inbox first", err=True)
         return SOME_FAILED
-    stages = [stage] if stage in (Stage.EMBED, Stage.GENERATE) else list(Stage) if stage else []
+    stages = list(Stage) if stage == Stage.NORMALIZE else [stage, Stage.EMBED_VARIATIONS] if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):
         typer.echo(f"{found.name}: is being processed; requeue it when it is done", err=True)
         return SOME_FAILED
@@ -445,6 +448,71 @@ def export(
     return SOME_FAILED if counts["missing"] or counts["in the way"] else ALL_DONE
 
 
+@cli.command()
+def similar(
+    context: typer.Context,
+    wanted: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE|TRACK", help="Sound files, or tracks as in `show`; several are added."),
+    ] = None,
+    *,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="TEXT", help="What it sounds like in words; needs clap."),
+    ] = None,
+    unwanted: Annotated[
+        list[str] | None, typer.Option("--not", metavar="FILE|TRACK", help="What it is to be unlike.")
+    ] = None,
+    unwanted_texts: Annotated[
+        list[str] | None, typer.Option("--not-text", metavar="TEXT", help="The same in words.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many are shown.")] = 10,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="List pairs of sources that are nearly the same instead.")
+    ] = False,
+    above: Annotated[float, typer.Option(min=-1, max=1, help="The least similarity of such pairs.")] = 0.98,
+    as_json: AsJson = False,
+) -> int:
+    """Find sources and variations that sound like a file, a track or a text; docs/similar.md says how."""
+    from pipeline.cli import similar as found
+
+    queries = [*(wanted or ()), *(texts or ()), *(unwanted or ()), *(unwanted_texts or ())]
+    if duplicates == bool(queries):
+        raise typer.BadParameter("name a file, a track or a --text, or ask for --duplicates")
+    library = found.Library.open(_app(context), partial(typer.echo, err=True))
+    if duplicates:
+        facts = found.duplicate_facts(library, above)
+        lines = found.duplicate_text(facts, above)
+    else:
+        facts = found.similar_facts(
+            library,
+            wanted or (),
+            unwanted or (),
+            texts=texts or (),
+            unwanted_texts=unwanted_texts or (),
+            top=top,
+        )
+        lines = found.similar_text(facts)
+    typer.echo(_json(facts) if as_json else "\n".join(lines))
+    return ALL_DONE
+
+
+@embeddings.command("export")
+def embeddings_export(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The new file: .parquet or .npy.")],
+) -> int:
+    """Write the vectors of all sources and variations with their names, tracks and paths."""
+    from pipeline.cli.similar import Library
+    from pipeline.search.export import check_target, export
+
+    check_target(file)
+    library = Library.open(_app(context), partial(typer.echo, err=True))
+    for path in export(file, *library.everything(), library.engine):
+        typer.echo(printable(path))
+    return ALL_DONE
+
+
 @models.command("list")
 def models_list(context: typer.Context) -> int:
     """List the models whose weights are on this machine."""
@@ -489,7 +557,7 @@ def models_path(
     return ALL_DONE
 
 
-def _json(facts: dict[str, Any]) -> str:
+def _json(facts: Any) -> str:
     return json.dumps(facts, indent=2, ensure_ascii=False)
 
 

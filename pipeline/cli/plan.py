@@ -110,7 +110,8 @@ def _planned(
         return "up to date", []
     missing: list[PlannedVariation] = [unit for unit in wanted.variations if store.unit(unit.key) is None]
     embed = "embed, " if store.unit(wanted.embed_key) is None else ""
-    return f"the configuration has changed: {embed}{len(missing)} variations", missing
+    vectors = ", embed-variations" if wanted.vectors_key and store.unit(wanted.vectors_key) is None else ""
+    return f"the configuration has changed: {embed}{len(missing)} variations{vectors}", missing
 
 
 def _estimate(store: Store | None, recipe: Recipe, to_do: list[list[PlannedVariation]]) -> str:

@@ -47,7 +47,7 @@ def score_files(app: App, file: Path, source: Path) -> Scores:
     Raises:
         BadAudio: a file can't be read.
     """
-    made, reference = _read(app, file), _read(app, source)
+    made, reference = read_sound(app, file), read_sound(app, source)
     settings = app.settings("embed")
     engine = "clap" if app.config.embed.engine == "clap" else "descriptors"
     embedder = cast(Embedder, select_engine("embed", engine, settings).card.load(settings))
@@ -72,7 +72,12 @@ def _text(value: Any) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _read(app: App, path: Path) -> Audio:
+def read_sound(app: App, path: Path) -> Audio:
+    """A sound file of any length at the configuration's sample rate.
+
+    Raises:
+        BadAudio: it can't be read; the message has its name.
+    """
     normalize = app.config.normalize
     limits = DecodeLimits(
         min_duration_s=0.0, max_duration_s=math.inf, accept_truncated=normalize.accept_truncated

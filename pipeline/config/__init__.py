@@ -109,7 +109,7 @@ class StageSettings(Section):
 
 
 class Embed(StageSettings):
-    pass
+    variations: bool = True
 
 
 class Judge(StageSettings):

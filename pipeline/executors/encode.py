@@ -17,10 +17,9 @@ from pipeline import audio
 from pipeline.audio.wav import Marker
 from pipeline.config import Output
 from pipeline.errors import EngineFailure
-from pipeline.records import SILENT_BELOW_DBFS, UNIT_LENGTH_TOLERANCE, Audio, Embedding
+from pipeline.records import SILENT_BELOW_DBFS, UNIT_LENGTH_TOLERANCE, Audio, Embedding, Samples
 
 _BLOCK_FRAMES = 1 << 16
-_VECTORS = ("times_s", "track", "windows")
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,26 @@ def embedding_file(embedding: Embedding, dim: int) -> bytes:
     """An embedding as .npz.
 
     Raises:
-        EngineFailure: it is not what `check_embedding` asks for.
+        EngineFailure: it is not what `check_vectors` asks for.
     """
+    n = len(embedding.windows)
+    return _vectors_file(vars(embedding), {"track": (dim,), "windows": (n, dim), "times_s": (n, 2)})
+
+
+def variations_file(vectors: Sequence[Samples], dim: int) -> bytes:
+    """The vectors of a track's variations as .npz, with one array: variations (k, dim), float32.
+
+    Raises:
+        EngineFailure: they have another shape, are not finite or not of unit length.
+    """
+    return _vectors_file({"variations": np.stack(vectors)}, {"variations": (len(vectors), dim)})
+
+
+def _vectors_file(arrays: Mapping[str, Samples], shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     file = io.BytesIO()
-    np.savez(file, track=embedding.track, windows=embedding.windows, times_s=embedding.times_s)
+    np.savez(file, allow_pickle=False, **arrays)
     file.seek(0)
-    check_embedding(file, dim, len(embedding.windows))
+    check_vectors(file, shapes)
     return file.getvalue()
 
 
@@ -99,19 +112,18 @@ def _played(sound: Any) -> tuple[int, float]:
     return n_samples, peak
 
 
-def check_embedding(file: BinaryIO, dim: int, n_windows: int) -> None:
-    """Check that a file holds track (dim,), windows (n_windows, dim), times_s (n_windows, 2), of unit length.
+def check_vectors(file: BinaryIO, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that an .npz file holds these arrays, finite, and that all but `times_s` are of unit length.
 
     Raises:
         EngineFailure: it does not.
     """
-    shapes = {"track": (dim,), "windows": (n_windows, dim), "times_s": (n_windows, 2)}
     try:
         with np.load(file, allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
         raise EngineFailure(f"the embedding's file can't be read: {e}") from e
-    if tuple(sorted(arrays)) != _VECTORS:
+    if arrays.keys() != shapes.keys():
         raise EngineFailure(f"the embedding's file holds {', '.join(sorted(arrays)) or 'nothing'}")
     for name, array in arrays.items():
         if array.shape != shapes[name] or array.dtype != np.float32:
@@ -119,6 +131,6 @@ def check_embedding(file: BinaryIO, dim: int, n_windows: int) -> None:
             raise EngineFailure(f"the embedding's file has {name} as {found}, not {meant}")
         if not np.isfinite(array).all():
             raise EngineFailure(f"the embedding's file has numbers in {name} that are not finite")
-    lengths = np.linalg.norm(np.vstack([arrays["track"][None], arrays["windows"]]), axis=1)
-    if not np.allclose(lengths, 1.0, atol=UNIT_LENGTH_TOLERANCE):
+    rows = np.vstack([array for name, array in arrays.items() if name != "times_s"])
+    if not np.allclose(np.linalg.norm(rows, axis=1), 1.0, atol=UNIT_LENGTH_TOLERANCE):
         raise EngineFailure("the embedding's file has vectors that are not of unit length")

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline import audio, stages
 from pipeline.audio import DecodeLimits
 from pipeline.config import Gates, Normalize, Output
@@ -21,7 +23,7 @@ from pipeline.executors.judge import Verdict
 from pipeline.executors.versions import made_with
 from pipeline.gallery.pictures import Picture, draw
 from pipeline.plan import AUTO_PROMPT
-from pipeline.records import Audio, Failure, MadeBy, SourceInfo, Variation, VariationRequest
+from pipeline.records import Audio, Failure, MadeBy, Samples, SourceInfo, Variation, VariationRequest
 from pipeline.stages import Normalized
 
 PUBLISHED = DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf)  # for own results
@@ -83,6 +85,16 @@ def embed(tools: Tools, sound: Audio) -> Iterator[tuple[bytes, MadeBy, int]]:
     embedder = tools.engines.embedder()
     result = embedder.embed(sound, should_stop=tools.should_stop)
     yield embedding_file(result, embedder.dim), _made_by(embedder), embedder.dim
+
+
+def embed_file(tools: Tools, content: bytes) -> Iterator[tuple[Samples, MadeBy, int]]:
+    """The vector of a published variation, (dim,), its engine, and its dimensions."""
+    import soundfile
+
+    samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    embedder = tools.engines.embedder()
+    result = embedder.embed(Audio(np.ascontiguousarray(samples.T), rate), should_stop=tools.should_stop)
+    yield result.track, _made_by(embedder), embedder.dim
 
 
 def change(tools: Tools, sound: Audio, settings: Normalize, changes: dict[str, Any]) -> Iterator[Audio]:

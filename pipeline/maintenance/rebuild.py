@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.fs.names import printable
 from pipeline.maintenance.reconcile import Finding, unreadable
-from pipeline.outbox.outbox import Outbox
+from pipeline.outbox.outbox import VECTORS_RECORD, Outbox
 from pipeline.records import Stage
 from pipeline.store.schema import Track, TrackState
 from pipeline.store.store import Store
@@ -40,7 +40,8 @@ def rebuild(store: Store, outbox: Outbox, *, now: float) -> Iterator[Finding]:
             yield Finding("unknown", where, text)
             continue
         if store.restore(track, units, now=now):
-            yield Finding("result", where, f"{len(units) - 2} variations recorded", mended=True)
+            text = f"{len(manifest['variations'])} variations recorded"
+            yield Finding("result", where, text, mended=True)
 
 
 def _track_of(manifest: Mapping[str, Any], folder: str) -> Track:
@@ -67,10 +68,12 @@ def _units_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Stage, Mapping[str
     keys = manifest["keys"]
     normalized = {"source": _sound_of(manifest["source"]), **manifest["normalized"]}
     generated = zip(keys["generate"], manifest["variations"], strict=True)
+    vectors = manifest.get(VECTORS_RECORD)
     return {
         keys["normalize"]: (Stage.NORMALIZE, normalized),
         keys["embed"]: (Stage.EMBED, manifest["embedding"]),
         **{key: (Stage.GENERATE, record) for key, record in generated},
+        **({keys["embed_variations"]: (Stage.EMBED_VARIATIONS, vectors)} if vectors else {}),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import __version__, audio
 from pipeline.engines.selection import Choice
-from pipeline.outbox.outbox import Published
+from pipeline.outbox.outbox import VECTORS_RECORD, Published
 from pipeline.outbox.settings import Settings
 from pipeline.plan import Recipe, Take, TrackPlan
 from pipeline.records import MadeBy, SourceInfo
@@ -157,21 +157,27 @@ def manifest(
     variations: list[Json],
     recipe: Recipe,
     *,
+    vectors: Json,
     plan: TrackPlan,
     now: float,
 ) -> Json:
-    """Of the records above; `source` has what a track's row says of its file: name, names, sha256, bytes."""
+    """Of the records above; `source` has what a track's row says of its file: name, names, sha256, bytes.
+
+    `vectors`: the record of the variations' embedding; empty if they are not embedded.
+    """
     return {
         "schema": SCHEMA,
         "source": {**source, **normalized["source"]},
         "normalized": {key: value for key, value in normalized.items() if key != "source"},
         "embedding": embedding,
         "variations": variations,
+        **({VECTORS_RECORD: vectors} if vectors else {}),
         "keys": {
             "plan": plan.key,
             "normalize": plan.normalize_key,
             "embed": plan.embed_key,
             "generate": [unit.key for unit in plan.variations],
+            **({"embed_variations": plan.vectors_key} if vectors else {}),
         },
         **({"judge": _rater_facts(recipe.rater)} if recipe.rater else {}),
         "config_sha256": recipe.config.sha256,

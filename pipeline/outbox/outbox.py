@@ -23,16 +23,18 @@ from pipeline.fs.local import TMP_PREFIX, TMP_SUFFIX
 from pipeline.fs.names import track_name
 
 MANIFEST = "manifest.json"
-EMBEDDING = "embedding.npz"
+EMBEDDING = "embedding.npz"  # of the source
+VECTORS = "variations.npz"  # of the variations
 PAGE = "index.html"  # of the gallery
 VARIATIONS, REJECTED = "variations", "rejected"
+VECTORS_RECORD = "variation_embeddings"  # in the manifest, of the file VECTORS
 MOVING_SUFFIX = ".move"  # of a complete, verified file that is between two names
 SHORT_HASH = 8
 READ_AT_ONCE = 16  # manifests
 _FOLDERS, _SOUND = f"({VARIATIONS}|{REJECTED})", r"[0-9]{2,}-.+\.(wav|flac|mp3|opus)"
-_BESIDE = r"(manifest\.json|embedding\.npz|index\.html)"
-_OWN = re.compile(rf"{_BESIDE}|{_FOLDERS}/{_SOUND}", re.DOTALL)
-_TEMPORARY = re.compile(rf"(\.{_BESIDE}|{_FOLDERS}/\.{_SOUND})\.(part|move)", re.DOTALL)
+_FILES = r"manifest\.json|embedding\.npz|variations\.npz|index\.html"
+_OWN = re.compile(rf"{_FILES}|{_FOLDERS}/{_SOUND}", re.DOTALL)
+_TEMPORARY = re.compile(rf"(\.({_FILES})|{_FOLDERS}/\.{_SOUND})\.(part|move)", re.DOTALL)
 _TRACK_FOLDER = re.compile(r".+--[0-9a-f]{8}", re.DOTALL | re.IGNORECASE)
 
 
@@ -276,6 +278,7 @@ def listed_files(manifest: Any) -> list[Published] | None:
     """The files that a manifest names; None if it is none, or not a valid one."""
     try:
         entries = [manifest["embedding"], *manifest["variations"]]
+        entries += [manifest[VECTORS_RECORD]] if VECTORS_RECORD in manifest else []
         found = list(dict.fromkeys(one for entry in entries for one in files_of(entry)))
     except (AttributeError, KeyError, TypeError):
         return None

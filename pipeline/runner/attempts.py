@@ -50,6 +50,7 @@ class Job:
     normalized: dict[str, Any] = field(default_factory=dict)  # the record of the finished unit, or empty
     embedding: dict[str, Any] = field(default_factory=dict)  # likewise
     variations: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished units' records, by key
+    vectors: dict[str, Any] = field(default_factory=dict)  # of the variations: the record, or empty
     choices: list[TakeChoice] = field(
         default_factory=list
     )  # of its variations, once they are being generated

@@ -106,9 +106,8 @@ class Generation:
         while wanted := {one.take.key: one for job in jobs for one in self._wanted(job)}:
             names = {one.job.track.sha256: one.job.track.name for one in wanted.values()}
             name = next(iter(names.values())) if len(names) == 1 else f"{len(names)} tracks"
-            self.reporter.stage(name, Stage.GENERATE)
             try:
-                self._call(wanted)
+                self._call(wanted, name)
             except Exception as e:
                 if isinstance(e, sqlite3.Error) or environment_error(e):
                     raise
@@ -154,8 +153,9 @@ class Generation:
             job.scratch.save("normalized", unit.source, changed)
         return job.audio(unit.source)
 
-    def _call(self, wanted: dict[str, Wanted]) -> None:
+    def _call(self, wanted: dict[str, Wanted], name: str) -> None:
         requests = [one.request for one in wanted.values()]
+        self.reporter.stage(name, Stage.GENERATE)
         start = self.clock()
         for made in self.executor.run(
             tasks.make_takes,
@@ -169,6 +169,8 @@ class Generation:
                 if made.error:
                     raise made.error
                 self._take_in(one, made, start)
+            if one.job.over and not all(other.job.over for other in wanted.values()):
+                self.reporter.stage(name, Stage.GENERATE)  # again: the last steps of a track came between
             start = self.clock()
 
     # -- takes -----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pipeline.engines.base import check_stop
 from pipeline.errors import BadAudio, DiskFull, EngineUnusable, FolderUnusable, SourceAway, SourceGone
 from pipeline.executors import tasks
 from pipeline.executors.base import Executor, Task, WorkerLost, result_of
+from pipeline.executors.encode import variations_file
 from pipeline.executors.judge import Judge
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
@@ -28,7 +29,7 @@ from pipeline.gallery.gallery import Gallery
 from pipeline.gallery.pictures import Picture
 from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
-from pipeline.outbox.outbox import EMBEDDING, PAGE, Outbox, Published, files_of
+from pipeline.outbox.outbox import EMBEDDING, PAGE, VECTORS, Outbox, Published, files_of
 from pipeline.plan import Recipe
 from pipeline.progress import Reporter
 from pipeline.records import Stage
@@ -114,6 +115,7 @@ class Runner:
         names: dict[str, str] = {
             Stage.EMBED: config.embedder.card.name,
             Stage.GENERATE: config.generator.card.name,
+            Stage.EMBED_VARIATIONS: config.embedder.card.name,
         }
         rate = now.steps_per_s if now else None
         return [
@@ -202,7 +204,8 @@ class Runner:
             EngineUnusable: one can't be loaded, which is no track's fault.
         """
         plans = [self.recipe.plan(track.sha256) for track in tracks]
-        embeds = any(self.store.unit(plan.embed_key) is None for plan in plans)
+        embedded = [key for plan in plans for key in (plan.embed_key, plan.vectors_key) if key]
+        embeds = any(self.store.unit(key) is None for key in embedded)
         generates = any(self.store.unit(unit.key) is None for plan in plans for unit in plan.variations)
         if not (embeds or generates):
             return
@@ -288,6 +291,7 @@ class Runner:
         is_complete = len(present) == len(wanted)
         if is_complete and self._is_published(job, found):
             job.embedding = recorded.pop(job.plan.embed_key)
+            job.vectors = recorded.pop(job.plan.vectors_key, {})
             job.variations = recorded
             return
         if not is_complete and self.outbox.read_manifest(folder) is not None:
@@ -304,6 +308,8 @@ class Runner:
         """Take over results of earlier runs, renamed to what the current plan calls them."""
         if job.plan.embed_key in present:
             job.embedding = recorded[job.plan.embed_key]
+        if job.plan.vectors_key in present:
+            job.vectors = recorded[job.plan.vectors_key]
         names = {unit.key: unit.file for unit in job.plan.variations if unit.key in present}
         self.outbox.rename(job.track.folder, {present[key].file: file for key, file in names.items()})
         for key, file in names.items():
@@ -340,17 +346,47 @@ class Runner:
                 job.embedding = manifest.embedding_record(published, made_by, dim, self.recipe.embedder)
                 self._record(job, job.plan.embed_key, Stage.EMBED, job.embedding, self.clock() - start)
 
+    def _embed_variations(self, job: Job, variations: Sequence[Json]) -> None:
+        """Embed the published variations, unless the vectors of these very files are there already."""
+        hashes = [record["sha256"] for record in variations]
+        if job.vectors.get("of") == hashes:
+            return
+        self.attempts.end(job, AttemptOutcome.DONE)  # of the stage before
+        with self.attempts.attempt(job, Stage.EMBED_VARIATIONS):
+            start, vectors = self.clock(), []
+            for n, record in enumerate(variations, 1):
+                content = self.outbox.read(job.track.folder, record["file"])
+                vector, made_by, dim = self._run(tasks.embed_file, content)
+                vectors.append(vector)
+                self.reporter.step(n, len(variations), f"variation {n} of {len(variations)}")
+            published = self.outbox.publish(job.track.folder, VECTORS, variations_file(vectors, dim))
+            made = manifest.embedding_record(published, made_by, dim, self.recipe.embedder)
+            job.vectors = {**made, "of": hashes}
+            self._record(job, job.plan.vectors_key, Stage.EMBED_VARIATIONS, job.vectors, self.clock() - start)
+
     def _finish(self, job: Job) -> None:
-        """Publish the manifest, record the track as done, and archive its source, in this order."""
+        """Publish the last files, record the track as done, and archive its source, in this order."""
         folder, track = job.track.folder, job.track
         variations = [job.variations[unit.key] for unit in job.plan.variations]
+        if job.plan.vectors_key:
+            self._embed_variations(job, variations)
+            if job.over:  # it has failed
+                return
         takes = [take for record in variations for take in record.get("takes", ())]
-        files = [record["file"] for record in [*variations, *takes] if "file" in record]
+        others = [*takes, *([job.vectors] if job.vectors else [])]
+        files = [record["file"] for record in [*variations, *others] if "file" in record]
         self.outbox.keep_only(folder, {EMBEDDING, *files, *([PAGE] if self.gallery else [])})
         names = [file.display for file in self.store.files_of(track.sha256)]
         source = {"name": track.name, "names": names, "sha256": track.sha256, "bytes": track.bytes}
         made = manifest.manifest(
-            source, job.normalized, job.embedding, variations, self.recipe, plan=job.plan, now=self.clock()
+            source,
+            job.normalized,
+            job.embedding,
+            variations,
+            self.recipe,
+            vectors=job.vectors,
+            plan=job.plan,
+            now=self.clock(),
         )
         self.outbox.publish_manifest(folder, made)
         if self.gallery:

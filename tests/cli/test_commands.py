@@ -83,7 +83,7 @@ def processed(template: tuple[Home, Path]) -> Home:
         (["show"], "Missing argument"),
         (["show", "nothing"], "nothing has been processed"),
         (["requeue", "nothing"], "there is no track 'nothing'"),
-        (["requeue", "nothing", "--stage", "master"], "'normalize', 'embed', 'generate'"),
+        (["requeue", "nothing", "--stage", "master"], "'normalize', 'embed', 'generate', 'embed-variations'"),
     ],
 )
 def test_bad_usage_is_2_and_says_what_is_wrong(pipeline: Pipeline, words: list[str], says: str) -> None:
@@ -335,8 +335,9 @@ def test_show_has_everything_about_one_track_by_name_or_hash(processed: Home, pi
 
     assert facts == json.loads(pipeline("show", "song.wav", "--json").out)
     assert (facts["track"], facts["sha256"], facts["state"]) == ("song.wav", sha256, "done")
-    assert sorted(unit["stage"] for unit in facts["units"]) == ["embed", "generate", "generate", "normalize"]
-    assert [one["outcome"] for one in facts["attempts"]] == ["done"] * 3
+    stages = ["embed", "embed-variations", "generate", "generate", "normalize"]
+    assert sorted(unit["stage"] for unit in facts["units"]) == stages
+    assert [one["outcome"] for one in facts["attempts"]] == ["done"] * 4
     assert facts["files"] == [{"file": "song.wav", "state": "settled"}]
     text = pipeline("show", "letter.mp3").out
     assert "letter.mp3" in text.splitlines()[0]

@@ -12,7 +12,14 @@ import pytest
 from pipeline import audio
 from pipeline.config import Output
 from pipeline.errors import EngineFailure
-from pipeline.executors.encode import FileForm, check_embedding, check_sound, embedding_file, sound_file
+from pipeline.executors.encode import (
+    FileForm,
+    check_sound,
+    check_vectors,
+    embedding_file,
+    sound_file,
+    variations_file,
+)
 from pipeline.records import Audio, Embedding
 
 RATE, N = 22050, 22051  # an odd length: the data chunk is padded
@@ -98,8 +105,11 @@ def vectors(**changes: Any) -> io.BytesIO:
     return file
 
 
+SHAPES = {"track": (4,), "windows": (2, 4), "times_s": (2, 2)}
+
+
 def test_an_embedding_as_it_is_written_is_accepted() -> None:
-    check_embedding(vectors(), 4, 2)
+    check_vectors(vectors(), SHAPES)
 
 
 def test_an_embedding_is_encoded_unless_its_vectors_are_wrong() -> None:
@@ -109,6 +119,19 @@ def test_an_embedding_is_encoded_unless_its_vectors_are_wrong() -> None:
         np.testing.assert_array_equal(loaded["windows"], unit[:2])
     with pytest.raises(EngineFailure, match="unit length"):
         embedding_file(Embedding(2 * unit[0], unit[:2], times_s), 4)
+
+
+def test_the_vectors_of_variations_are_encoded_in_their_order_unless_they_are_wrong() -> None:
+    unit = np.eye(3, 4, dtype=np.float32)
+    content = variations_file([unit[2], unit[0]], 4)
+    assert content == variations_file([unit[2], unit[0]], 4)
+    with np.load(io.BytesIO(content)) as loaded:
+        assert loaded.files == ["variations"]
+        np.testing.assert_array_equal(loaded["variations"], unit[[2, 0]])
+    with pytest.raises(EngineFailure, match="unit length"):
+        variations_file([unit[0], 2 * unit[1]], 4)
+    with pytest.raises(EngineFailure, match=r"variations as float32 \(1, 4\), not float32 \(1, 5\)"):
+        variations_file([unit[0]], 5)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +151,13 @@ def test_an_embedding_is_encoded_unless_its_vectors_are_wrong() -> None:
 )
 def test_an_embedding_that_is_not_what_was_meant_is_refused(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(EngineFailure, match=why):
-        check_embedding(vectors(**changes), 4, 2)
+        check_vectors(vectors(**changes), SHAPES)
 
 
 @pytest.mark.parametrize("cut", [0, 10, 300])
 def test_an_embedding_that_is_cut_off_is_refused(cut: int) -> None:
     with pytest.raises(EngineFailure, match="read"):
-        check_embedding(io.BytesIO(vectors().getvalue()[:cut]), 4, 2)
+        check_vectors(io.BytesIO(vectors().getvalue()[:cut]), SHAPES)
 
 
 def test_a_bare_array_is_no_embedding() -> None:
@@ -142,4 +165,4 @@ def test_a_bare_array_is_no_embedding() -> None:
     np.save(file, np.zeros(4, np.float32))
     file.seek(0)
     with pytest.raises(EngineFailure, match="read"):
-        check_embedding(file, 4, 2)
+        check_vectors(file, SHAPES)

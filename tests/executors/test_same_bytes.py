@@ -29,5 +29,5 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("executor", ["process", pytest.param("ray", marks=NEEDS_RAY)])
 def test_every_executor_gives_the_same_bytes(tmp_path: Path, inline: dict[str, str], executor: str) -> None:
-    assert len(inline) == 3  # the embedding and two variations
+    assert len(inline) == 4  # two variations, their embedding and that of the track
     assert results(tmp_path, executor) == inline

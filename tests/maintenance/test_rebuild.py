@@ -51,6 +51,18 @@ def test_a_finished_track_is_recorded_once_with_its_units(stored: StoredTracks) 
     assert (stored.store.unit("g") or {})["file"] == "variations/01-a.wav"
 
 
+def test_the_vectors_of_the_variations_are_recorded_if_there_are_any(stored: StoredTracks) -> None:
+    keys = {**complete()["keys"], "embed_variations": "v"}
+    stored.outbox.publish_manifest(
+        FOLDER, complete(keys=keys, variation_embeddings={"file": "variations.npz"})
+    )
+    assert said(stored) == [("1 variations recorded", True)]
+    assert stored.store.unit("v") == {"file": "variations.npz"}
+    assert [one["stage"] for one in stored.store.units_of("1" * 64) if one["key"] == "v"] == [
+        "embed-variations"
+    ]
+
+
 @pytest.mark.parametrize(
     "changes", [{"keys": None}, {"keys": {}}, {"created_at": "today"}, {"variations": []}]
 )

@@ -14,7 +14,15 @@ import pytest
 
 from pipeline.fs import atomic
 from pipeline.fs.local import LocalFiles
-from pipeline.outbox.outbox import EMBEDDING, MANIFEST, Outbox, Published, is_temporary, listed_files
+from pipeline.outbox.outbox import (
+    EMBEDDING,
+    MANIFEST,
+    VECTORS,
+    Outbox,
+    Published,
+    is_temporary,
+    listed_files,
+)
 
 FOLDER = "song--aaaaaaaa"
 FIRST, SECOND, THIRD = (f"variations/{n:02d}-{name}.wav" for n, name in ((1, "a"), (2, "b"), (3, "c")))
@@ -173,6 +181,7 @@ def test_only_the_files_to_keep_are_kept(outbox: Outbox) -> None:
         "variations/.03-c.wav.part",
         ".manifest.json.part",
         EMBEDDING,
+        VECTORS,
     ):
         publish(outbox, file, b"x")
     outbox.keep_only(FOLDER, {FIRST, EMBEDDING})
@@ -362,6 +371,7 @@ def test_only_this_programs_temporary_files_are_listed(outbox: Outbox) -> None:
         "variations/.01-a.wav.part",
         "variations/.120-b.wav.move",
         ".embedding.npz.part",
+        ".variations.npz.part",
         ".manifest.json.part",
     ]
     theirs = [

@@ -448,7 +448,7 @@ def test_the_best_of_several_takes_is_published_and_the_manifest_tells_of_the_ot
 
     setup.runner(generator, judge=generator.judge).drain()
 
-    assert sorted(setup.files(sha256)) == ["embedding.npz", "variations/01-v.wav"]
+    assert sorted(setup.files(sha256)) == ["embedding.npz", "variations.npz", "variations/01-v.wav"]
     [made] = setup.manifest(sha256)["variations"]
     assert (made["seed"], made["scores"], "failed" in made) == (2, {"similarity": 0.5}, False)
     assert [(one["seed"], one["failed"]) for one in made["takes"]] == [
@@ -593,7 +593,8 @@ def test_rejected_takes_are_published_apart_if_they_are_wanted(setup: RunnerSetu
     [made] = setup.manifest(sha256)["variations"]
     first, kept, third = (one.get("file") for one in made["takes"])
     assert kept is None
-    assert sorted(setup.files(sha256)) == sorted(["embedding.npz", first, third, "variations/01-v.wav"])
+    vectors = ["embedding.npz", "variations.npz"]
+    assert sorted(setup.files(sha256)) == sorted([*vectors, first, third, "variations/01-v.wav"])
 
 
 @pytest.mark.parametrize("problem", ["missing", "altered"])

@@ -83,7 +83,7 @@ def test_a_known_object_is_listed_and_never_fetched_again(setup: BucketHome, ser
         ended = setup.run("once", **server.variables(port=proxy.port))
 
     assert ended.out.startswith("1 done, 0 failed, 2 up to date"), ended.out
-    fetched = [line for line in proxy.passed if line.startswith("GET") and line.endswith(".wav")]
+    fetched = [line for line in proxy.passed if line.startswith("GET") and "/in/" in line and ".wav" in line]
     assert fetched == [f"GET /{setup.bucket.name}/in/c.wav"]
 
 
@@ -108,7 +108,9 @@ def test_a_lost_state_is_recorded_again_and_nothing_is_made_twice(setup: BucketH
     assert ended.out.startswith("0 done, 0 failed")
     assert (setup.bucket.sha256("out"), setup.bucket.manifests()) == before
     store = setup.home.store()
-    assert [unit["seconds"] for track in store.tracks() for unit in store.units_of(track.sha256)] == [0.0] * 8
+    assert [unit["seconds"] for track in store.tracks() for unit in store.units_of(track.sha256)] == [
+        0.0
+    ] * 10
     store.close()
 
 
@@ -259,3 +261,24 @@ def test_what_was_kept_is_copied_from_a_bucket(setup: BucketHome, tmp_path: Path
     ended = setup.run("export", "--kept", str(tmp_path / "daw"))
     assert (ended.code, ended.out.splitlines()[-1]) == (0, "4 copied")
     assert set(contents(tmp_path / "daw").values()) == {entry["sha256"] for entry in entries}
+
+
+def test_similar_reads_the_vectors_of_a_bucket_once(setup: BucketHome, server: BucketServer) -> None:
+    from bucket_proxy import proxy_to
+
+    assert setup.run("once").code == 0
+    hits = json.loads(setup.run("similar", "a.wav", "--json").out)
+    outbox = f"s3://{setup.bucket.name}/out/"
+    variations = [hit["file"] for hit in hits if hit["file"].startswith(outbox)]
+    assert len(variations) == 4
+    assert len(hits) == 5
+
+    with proxy_to(server.port) as proxy:
+        again = setup.run("similar", "a.wav", "--json", **server.variables(port=proxy.port))
+        variation = setup.run("similar", variations[0], "--json", **server.variables(port=proxy.port))
+
+    assert json.loads(again.out) == hits
+    assert not [line for line in proxy.passed if line.endswith(".npz")]
+    assert variation.code == 0, variation.err
+    assert variations[0] not in variation.out
+    assert len(json.loads(variation.out)) == 5, variation.err

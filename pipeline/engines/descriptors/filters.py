@@ -6,6 +6,8 @@ numba code, which takes 10 to 20 s while numba's cache is empty, as it is after 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,7 @@ A4_HZ = 440.0
 CHROMA_CENTER, CHROMA_WIDTH = 5.0, 1.0  # octaves above 27.5 Hz: a Gaussian weight of each bin
 
 
+@cache
 def mel_bank(rate_hz: int, n_fft: int, n_mels: int, low_hz: float) -> Samples:
     """Triangles of equal area, evenly spaced on the mel scale, float32, (n_mels, n_fft // 2 + 1)."""
     low, high = _hz_to_mel(np.array([low_hz, rate_hz / 2]))
@@ -41,6 +44,7 @@ def _mel_to_hz(mel: Vector) -> Vector:
     return np.where(mel < CORNER_MEL, HZ_PER_MEL * mel, CORNER_HZ * np.exp(LOG_STEP * (mel - CORNER_MEL)))
 
 
+@cache
 def chroma_bank(rate_hz: int, n_fft: int) -> Samples:
     """Pitch classes, C first, float32, (12, n_fft // 2 + 1).
 
