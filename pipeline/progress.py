@@ -23,14 +23,17 @@ class Activity:
 
     name: str
     stage: str
-    began_s: float = field(default_factory=time.monotonic)
+    began_at: float = field(default_factory=time.time)
     n_steps: int = 0  # reported so far
+    done: float = 0.0  # of `total`: takes, parts of them included
+    total: float = 0.0  # 0: not known yet
+    stepped_at: float = field(default_factory=time.time)  # when `done` last changed
 
     @property
     def steps_per_s(self) -> float | None:
         """None before the first step."""
-        took_s = time.monotonic() - self.began_s
-        return self.n_steps / took_s if self.n_steps and took_s else None
+        took_s = time.time() - self.began_at
+        return self.n_steps / took_s if self.n_steps and took_s > 0 else None
 
 
 class Reporter:
@@ -59,8 +62,10 @@ class Reporter:
 
     def step(self, done: float, total: float, label: str) -> None:
         """The current stage has done `done` of `total` steps."""
-        if self.activity:
-            self.activity.n_steps += 1
+        if now := self.activity:
+            now.n_steps += 1
+            if (done, total) != (now.done, now.total):
+                now.done, now.total, now.stepped_at = done, total, time.time()
         if done > self._furthest:
             self._furthest = done
             self._progress()

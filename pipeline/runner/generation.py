@@ -191,7 +191,7 @@ class Generation:
             verdict.sound,
             record_of(take, made, self.recipe.generator, settings, config.device),
             is_with_worker=True,
-            seconds=self.clock() - start,
+            began=start,
         )
         choice.judged[take.key] = judged
         self._advance(job)
@@ -205,10 +205,10 @@ class Generation:
     def _hold(self, job: Job, choice: TakeChoice, judged: JudgedTake) -> None:
         """Keep a take in the state folder until it is decided about."""
         job.scratch.save(TAKE, judged.take.key, self._run(tasks.sound_of, judged.take.key))
-        choice.judged[judged.take.key] = replace(judged, is_with_worker=False, seconds=0.0)
+        choice.judged[judged.take.key] = replace(judged, is_with_worker=False, began=None)
         held = {"failed": judged.failed, "rank": judged.rank, "similarity": judged.similarity}
         held["unit"] = choice.units[0].key  # a changed gate or rater asks for another verdict
-        self._record(job, judged.take.key, {**judged.record, "held": held}, judged.seconds)
+        self._record(job, judged.take.key, {**judged.record, "held": held}, judged.began)
 
     def _restore(self, job: Job, choice: TakeChoice) -> None:
         """Take over the missing takes that an earlier run held for the same choice."""
@@ -281,7 +281,7 @@ class Generation:
         takes = self._tried(job, choice, unit)
         made = manifest.variation_record(published, unit.name, record, failed, takes)
         job.variations[unit.key] = made
-        self._record(job, unit.key, made, judged.seconds)
+        self._record(job, unit.key, made, judged.began)
 
     def _tried(self, job: Job, choice: TakeChoice, unit: VariationUnit) -> list[Json]:
         """What the manifest says of all takes; with the best one, those not kept are published if wanted."""
@@ -313,7 +313,8 @@ class Generation:
     def _run(self, task: Task, *args: Any) -> Any:
         return result_of(self.executor, task, *args, should_stop=self.should_stop)
 
-    def _record(self, job: Job, key: str, record: Json, seconds: float) -> None:
+    def _record(self, job: Job, key: str, record: Json, began: float | None) -> None:
+        seconds = 0.0 if began is None else self.clock() - began  # with its writing
         self.store.finish_unit(
             key,
             sha256=job.track.sha256,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.engines.base import check_stop
 from pipeline.errors import BadAudio, DiskFull, EngineUnusable, FolderUnusable, SourceAway, SourceGone
@@ -65,6 +65,7 @@ class Runner:
     result: RunResult = field(default_factory=RunResult)
     on_claimed: Callable[[], None] = lambda: None  # called when a batch has been claimed
     was_disk_full: bool = False  # the last batch ended because of it
+    makes: ClassVar[bool] = True  # it takes tracks through all stages
 
     @cached_property
     def attempts(self) -> Attempts:
@@ -109,7 +110,7 @@ class Runner:
         return False
 
     def workers(self) -> list[dict[str, Any]]:
-        """What each worker does, for `status`."""
+        """What each worker does, for `status`: since when, and how many takes of how many are done."""
         now, config = self.reporter.activity, self.recipe
         names: dict[str, str] = {
             Stage.EMBED: config.embedder.card.name,
@@ -123,6 +124,11 @@ class Runner:
                 "stage": now.stage if now else None,
                 "engine": names.get(now.stage) if now else None,
                 "steps_per_s": None if rate is None else round(rate, 1),
+                "since": now.began_at if now else None,
+                "done": now.done if now else 0.0,
+                "total": now.total if now else 0.0,
+                "stepped_at": now.stepped_at if now else None,
+                "makes": self.makes,
             }
         ]
 
