@@ -2,7 +2,8 @@
 
 Normalization, embedding and the analysis by a weight-free generator take a time that grows with the length
 of the source; engines with a model don't analyse it. The time for takes grows with their length. Some takes
-are made in place of others that fail a gate, each after another analysis. A source that isn't decoded yet is
+are made in place of others that fail a gate, each after another analysis. Medians over the tracks leave out
+what took long for a reason of its own, such as the start of a worker. A source that isn't decoded yet is
 taken to be as long as others of its format with as many bytes.
 """
 
@@ -11,8 +12,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.records import Stage
@@ -71,29 +73,29 @@ class Pace:
         """The pace of finished tracks, see `Store.work`; None if there are none."""
         if not work:
             return None
-        source_s, n_bytes = sum(one.source_s for one in work), sum(one.bytes for one in work)
-        generate_s, takes = sum(one.generate_s for one in work), sum(one.takes for one in work)
-        analysis_s = 0.0 if wanted.model else sum(map(_analysis_s, work))
-        analysed_s = sum(one.source_s * (1 + one.takes - one.results / wanted.kept) for one in work)
-        n_wanted = sum(one.results for one in work) / wanted.kept
+        takes, n_wanted = sum(one.takes for one in work), sum(one.results for one in work) / wanted.kept
         before = wanted.takes / 2  # counts as if half a track had been made with MADE_PER_TAKE
-        lengths: dict[str, tuple[float, int]] = {}
-        for one in work:
-            length_s, size = lengths.get(_ending(one.name), (0.0, 0))
-            lengths[_ending(one.name)] = length_s + one.source_s, size + one.bytes
+        analysis_s = [0.0 if wanted.model else _analysis_s(one) for one in work]
+        n_analyses = [max(1 + one.takes - one.results / wanted.kept, 1.0) for one in work]
+        s_per_byte = {
+            ending: median(one.source_s / max(one.bytes, 1) for one in work if _ending(one.name) == ending)
+            for ending in {_ending(one.name) for one in work}
+        }
         return cls(
-            normalize=sum(one.normalize_s for one in work) / source_s,
-            embed=sum(one.embed_s for one in work) / source_s,
-            analyse=analysis_s / max(analysed_s, source_s),
-            make=(generate_s - analysis_s) / sum(one.takes_s for one in work),
+            normalize=median(one.normalize_s / one.source_s for one in work),
+            embed=median(one.embed_s / one.source_s for one in work),
+            analyse=median(
+                s / (n * one.source_s) for one, s, n in zip(work, analysis_s, n_analyses, strict=True)
+            ),
+            make=median((one.generate_s - s) / one.takes_s for one, s in zip(work, analysis_s, strict=True)),
             takes=(takes + MADE_PER_TAKE * before) / (n_wanted + before),
-            s_per_byte={ending: length_s / max(size, 1) for ending, (length_s, size) in lengths.items()}
-            | {"": source_s / max(n_bytes, 1)},
+            s_per_byte=s_per_byte,
         )
 
     def length_s(self, name: str, n_bytes: int) -> float:
         """An estimate of the length of a source by its size."""
-        return n_bytes * self.s_per_byte.get(_ending(name), self.s_per_byte[""])
+        any_format = median(self.s_per_byte.values())
+        return n_bytes * self.s_per_byte.get(_ending(name), any_format)
 
     def stage_s(self, stage: str, source_s: float, n_takes: int, takes_s: float) -> float:
         """How long a stage of one track takes; `takes_s`: length of its `n_takes` wanted takes together."""
@@ -164,7 +166,11 @@ def times_left(
         None for what can't be estimated: the queue before the first track is done.
     """
     pace = Pace.of(store.work(wanted.generator, wanted.model), wanted)
-    running = store.unfinished(TrackState.RUNNING, limit=-1)
+    stages = {one["track"]: one["stage"] for one in workers}  # the database may be a moment ahead of these
+    running = [
+        replace(track, stage=stages.get(track.name, track.stage))
+        for track in store.unfinished(TrackState.RUNNING, limit=-1)
+    ]
     lengths = {track.name: pace.source_s(track) for track in running} if pace else {}
     mean_s = sum(lengths.values()) / max(len(lengths), 1)
     left = [

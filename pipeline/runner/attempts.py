@@ -54,6 +54,8 @@ class Job:
         default_factory=list
     )  # of its variations, once they are being generated
     attempt: int | None = None  # id of the open attempt
+    began: float = 0.0  # when it began
+    sound_s: float = 0.0  # length of the takes made in it
     stage: str = RESULT_CHECK  # the stage that runs now
     over: bool = False  # done, failed or queued again
 
@@ -97,6 +99,7 @@ class Attempts:
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
     result: RunResult
+    worker: Callable[[], str]  # where the tasks run
 
     @contextmanager
     def guarded(self, job: Job) -> Iterator[None]:
@@ -125,23 +128,34 @@ class Attempts:
         """Record what happens within as one attempt at the stage."""
         with self.guarded(job):
             self.begin(job, stage)
-            self.reporter.stage(job.track.name, stage)
+            self.reporter.stage([job.track.name], stage)
             yield
             self.end(job, AttemptOutcome.DONE)
 
     def begin(self, job: Job, stage: Stage) -> None:
         check_stop(self.should_stop)
-        job.stage = stage
-        job.attempt = self.store.begin_attempt(job.track.sha256, stage, now=self.clock())
+        job.stage, job.began, job.sound_s = stage, self.clock(), 0.0
+        job.attempt = self.store.begin_attempt(job.track.sha256, stage, now=job.began, worker=self.worker())
 
     def end(self, job: Job, outcome: AttemptOutcome, *, error: Exception | None = None) -> None:
         if job.attempt is not None:
             trace = None if error is None else "".join(traceback.format_exception(error))
             text = None if error is None else error_text(error)
+            now = self.clock()
             self.store.end_attempt(
-                job.attempt, outcome=outcome, now=self.clock(), error=text, traceback=trace
+                job.attempt,
+                outcome=outcome,
+                now=now,
+                error=text,
+                cause=None if error is None else error_cause(error),
+                traceback=trace,
+                sound_s=job.sound_s,
             )
             job.attempt = None
+            if outcome == AttemptOutcome.DONE:
+                self.reporter.stage_done(
+                    job.track.name, job.stage, attempt=job.track.attempts + 1, seconds=now - job.began
+                )
 
     def fail(self, job: Job, error: Exception) -> None:
         """Count a failed attempt, which is final if the error is permanent or no more attempts are allowed.
@@ -172,8 +186,9 @@ class Attempts:
             self._give_up(job, error, text)
         else:
             log.warning(
-                "%s: %s failed, will be tried again in %.0f s: %s", track.name, job.stage, wait_s, text
-            )
+                "%s: %s failed, will be tried again in %.0f s: %s", track.name, job.stage, wait_s, text,
+                extra={"stage": job.stage, "attempt": attempts, "seconds": now - job.began},
+            )  # fmt: skip
 
     def _give_up(self, job: Job, error: Exception, text: str) -> None:
         track = job.track
@@ -233,6 +248,11 @@ class Attempts:
         with suppress(sqlite3.Error):
             self.store.reopen()
             self.store.release_all(now=self.clock())
+
+
+def error_cause(error: Exception) -> str:
+    """A word for the kind of error, of which there are few."""
+    return type(error).__name__ if isinstance(error, PipelineError) else "unexpected"
 
 
 def error_text(error: Exception) -> str:

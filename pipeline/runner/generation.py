@@ -105,8 +105,7 @@ class Generation:
                 self._begin(job)
         while wanted := {one.take.key: one for job in jobs for one in self._wanted(job)}:
             names = {one.job.track.sha256: one.job.track.name for one in wanted.values()}
-            name = next(iter(names.values())) if len(names) == 1 else f"{len(names)} tracks"
-            self.reporter.stage(name, Stage.GENERATE)
+            self.reporter.stage(list(names.values()), Stage.GENERATE, total=len(wanted))
             try:
                 self._call(wanted)
             except Exception as e:
@@ -181,6 +180,7 @@ class Generation:
             choice.judged[take.key] = JudgedTake(take, (made.refused or "",), -math.inf, None)
             self._advance(job)
             return
+        job.sound_s += made.facts["duration_s"]
         config = self.recipe.config
         settings = Settings(config.normalize, config.output, wanted.request.length_s)
         judged = JudgedTake(

@@ -77,6 +77,7 @@ class Runner:
             self.clock,
             self.should_stop,
             self.result,
+            worker=lambda: self.executor.where,
         )
 
     @cached_property

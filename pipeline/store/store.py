@@ -48,6 +48,7 @@ _OF_FOLDER = (
 )
 LISTED = 10  # candidates that are named if a part of a name is ambiguous
 WORK_UNITS = 300  # the last units of work, from which the pace is taken
+CRASH = "crash"  # the cause of an attempt's end with the process
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
@@ -374,8 +375,9 @@ class Store:
     def release_all(self, *, now: float, outcome: AttemptOutcome = AttemptOutcome.STOPPED) -> None:
         """Queue all running tracks again, uncounted. Only for the holder of the instance lock."""
         with self.transaction():
-            sql = "UPDATE attempts SET ended_at = ?, outcome = ? WHERE ended_at IS NULL"
-            self._db.execute(sql, [now, outcome])
+            cause = CRASH if outcome == AttemptOutcome.CRASHED else None
+            sql = "UPDATE attempts SET ended_at = ?, outcome = ?, cause = ? WHERE ended_at IS NULL"
+            self._db.execute(sql, [now, outcome, cause])
             self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
 
     def forget(self, sha256: str) -> None:
@@ -526,6 +528,33 @@ class Store:
             {"generator": generator, "model": model, "limit": WORK_UNITS},
         )
         return [Work(**row) for row in rows]
+
+    def sound_since(self, when: float) -> float:
+        """Length of the results that were published since then, of the last WORK_UNITS; in seconds."""
+        sql = (
+            "SELECT total(json_extract(result, '$.duration_s')) FROM"
+            " (SELECT * FROM units ORDER BY rowid DESC LIMIT ?) WHERE stage = 'generate' AND seconds > 0"
+            " AND finished_at >= ?"
+        )
+        return float(self._db.execute(sql, [WORK_UNITS, when]).fetchone()[0])
+
+    def oldest_queued(self) -> float | None:
+        """When the first of the queued tracks was queued."""
+        found = self._db.execute("SELECT min(queued_at) FROM tracks WHERE state = 'queued'").fetchone()[0]
+        return None if found is None else float(found)
+
+    def n_ended_since(self, when: float) -> int:
+        """How many tracks were finished or have failed since then."""
+        sql = "SELECT count(*) FROM tracks WHERE state IN ('done', 'failed') AND finished_at >= ?"
+        return int(self._db.execute(sql, [when]).fetchone()[0])
+
+    def waiting(self, *, after: float, until: float, limit: int) -> list[Track]:
+        """The first queued tracks that wait for a time in between."""
+        sql = (
+            "SELECT * FROM tracks WHERE state = 'queued' AND not_before > ? AND not_before <= ?"
+            " ORDER BY queued_at, sha256 LIMIT ?"
+        )
+        return [track_of(row) for row in self._db.execute(sql, [after, until, limit])]
 
     def unfinished(self, state: TrackState, *, limit: int) -> list[Unfinished]:
         """What of the first running or queued tracks is done since they were queued."""
