@@ -16,7 +16,7 @@ from pipeline.app import App
 from pipeline.errors import BucketAway, DiskFull, EngineUnusable, FolderUnusable, PipelineError
 from pipeline.executors.process import kill_workers
 from pipeline.intake.archive import archive_files, recover_moves
-from pipeline.logs import logging_to
+from pipeline.logs import is_journal, logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import LogReporter, Reporter, TerminalReporter
@@ -43,11 +43,13 @@ def open_session(
 ) -> Iterator[Session]:
     """Open everything that a working command needs, as the only instance."""
     console, notifier = Console(stderr=True), Notifier.from_env()
-    is_live = console.is_terminal and view is not None
+    log_format = app.config.log.format
+    as_json = log_format == "json" or (log_format == "auto" and is_journal())
+    is_live = console.is_terminal and not as_json and view is not None
     _prepare(app.workspace)
     with (
         app.workspace.locked(),
-        logging_to(app.workspace.log, console),
+        logging_to(app.workspace.log, console, as_json=as_json),
         app.workspace.leased(),
     ):
         health = Health(app.workspace.health)

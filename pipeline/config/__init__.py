@@ -264,6 +264,10 @@ class Retention(Section):
     redo_missing: bool = True
 
 
+class Log(Section):
+    format: Literal["auto", "text", "json"] = "auto"
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -283,6 +287,7 @@ class Config(Section):
     retry: Retry = Retry.model_construct()
     disk: Disk = Disk.model_construct()
     retention: Retention = Retention.model_construct()
+    log: Log = Log.model_construct()
 
     def canonical(self) -> str:
         """The effective configuration as canonical JSON."""

@@ -25,6 +25,7 @@ from pipeline.executors.tasks import TakeRequest
 from pipeline.fs.disk import environment_error
 from pipeline.intake.archive import archive_files
 from pipeline.intake.ingest import recheck_time
+from pipeline.logs import log_facts
 from pipeline.plan import Take, TrackPlan, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage
@@ -104,6 +105,11 @@ class Attempts:
     @contextmanager
     def guarded(self, job: Job) -> Iterator[None]:
         """Turn an error into a failure of this track, unless it is an environment error: that is raised."""
+        with log_facts(track=job.track.name), self._guarded(job):
+            yield
+
+    @contextmanager
+    def _guarded(self, job: Job) -> Iterator[None]:
         try:
             yield
         except Exception as e:
@@ -193,7 +199,8 @@ class Attempts:
     def _give_up(self, job: Job, error: Exception, text: str) -> None:
         track = job.track
         self.result.failed.add(track.sha256)
-        self.reporter.failed(track.name, text)
+        with log_facts(stage=job.stage):
+            self.reporter.failed(track.name, text)
         self.archive(track, f"{track.name}{' ' if isinstance(error, BadAudio) else ': '}{text}")
         job.scratch.clear()
 

@@ -26,6 +26,7 @@ from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
 from pipeline.gallery.gallery import Gallery
 from pipeline.gallery.pictures import Picture
+from pipeline.logs import log_facts
 from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, PAGE, Outbox, Published, files_of
@@ -175,7 +176,8 @@ class Runner:
     def try_batch(self) -> bool:
         """As `next_batch`, but without another try after a full disk."""
         try:
-            return self._claim_and_process()
+            with log_facts(worker=lambda: self.executor.where):
+                return self._claim_and_process()
         except sqlite3.Error as e:
             raise environment_error(e) or e from e
 
