@@ -7,13 +7,20 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 
 from rich.console import Console
 
 from pipeline.app import App
-from pipeline.errors import BucketAway, DiskFull, EngineUnusable, FolderUnusable, PipelineError
+from pipeline.errors import (
+    BucketAway,
+    DiskFull,
+    EngineUnusable,
+    FolderUnusable,
+    PipelineError,
+    os_reason,
+)
 from pipeline.executors.process import kill_workers
 from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import is_journal, logging_to
@@ -24,10 +31,11 @@ from pipeline.runner.retry import recover_crashed
 from pipeline.runner.runner import OUTBOX_MOUNT, check_outbox_mount
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
+from pipeline.service.metrics import Metrics
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.workspace import InputFolder, Workspace
+from pipeline.workspace import InputFolder, Workspace, expand_user
 
 START_PAUSE_S = 10.0  # between the first tries of `watch` to start on a full disk or without an engine
 RELEASE_PATIENCE_S = 1.0  # for the database, when the process is about to end anyway
@@ -71,7 +79,7 @@ def open_session(
             runner.result.failed |= given_up
             session = Session(app, ingest, runner, signals, health, notifier)
             health.workers = session.workers
-            with view(app, console) if is_live and view else nullcontext():
+            with _metrics(app, health), view(app, console) if is_live and view else nullcontext():
                 session.note_wanted()
                 try:
                     yield session
@@ -82,6 +90,23 @@ def open_session(
                             gallery.refresh(force=True)
         finally:
             store.close()
+
+
+@contextmanager
+def _metrics(app: App, health: Health) -> Iterator[None]:
+    """Publish metrics as the configuration says. A port that can't be used ends no work."""
+    asked, workspace = app.config.metrics, app.workspace
+    textfile = app.home / expand_user(asked.textfile) if asked.textfile else workspace.state / "metrics.prom"
+    metrics = Metrics(workspace, textfile)
+    health.on_report = metrics.on_report
+    with ExitStack() as on_end:
+        on_end.callback(metrics.end)
+        if asked.port is not None:
+            try:
+                on_end.enter_context(metrics.served(asked.port))
+            except OSError as e:
+                health.degraded("metrics", f"port {asked.port} (metrics.port) can't be used: {os_reason(e)}")
+        yield
 
 
 def _prepare(workspace: Workspace) -> None:

@@ -268,6 +268,11 @@ class Log(Section):
     format: Literal["auto", "text", "json"] = "auto"
 
 
+class Metrics(Section):
+    textfile: PathText | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -288,6 +293,7 @@ class Config(Section):
     disk: Disk = Disk.model_construct()
     retention: Retention = Retention.model_construct()
     log: Log = Log.model_construct()
+    metrics: Metrics = Metrics.model_construct()
 
     def canonical(self) -> str:
         """The effective configuration as canonical JSON."""

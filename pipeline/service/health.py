@@ -16,6 +16,9 @@ from typing import Any
 
 from pipeline.errors import os_reason
 
+# All conditions that there are.
+CONDITIONS = ("configuration", "disk", "engine", "events", "folders", "inbox", "metrics", "room")
+
 log = logging.getLogger("pipeline")
 
 PROGRESS_S = 1.0  # between two reports of what the workers do
@@ -29,6 +32,7 @@ class Health:
         self.path = path
         self._clock = clock
         self.conditions: dict[str, dict[str, Any]] = {}  # what is wrong now, by its short name
+        self.on_report: Callable[[dict[str, Any]], None] = lambda report: None  # called with what is written
         self._started_at = self._progress_at = clock()
         self._scanned_at: float | None = None
         self._facts: dict[str, Any] = {}
@@ -94,6 +98,7 @@ class Health:
                 "conditions": list(self.conditions.values()),
             }
             self._replace(report)
+            self.on_report(report)
 
     def _replace(self, report: dict[str, Any]) -> None:
         temporary = self.path.with_name(f"{self.path.name}.part")

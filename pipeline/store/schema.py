@@ -170,6 +170,19 @@ class Rating:
 
 
 @dataclass(frozen=True)
+class AttemptTotals:
+    """Ended attempts at a stage with the same outcome and cause."""
+
+    stage: str
+    outcome: AttemptOutcome
+    cause: str  # of a failure: see `error_cause`
+    n: int
+    seconds: float
+    sound_s: float  # length of the takes made
+    within: tuple[int, ...]  # how many took no longer than each of the asked bounds
+
+
+@dataclass(frozen=True)
 class Work:
     """What a track took to make, or has taken so far, in seconds of work."""
 

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipeline.store.schema import (
     TRACK_COLUMNS,
     Attempt,
     AttemptOutcome,
+    AttemptTotals,
     FileState,
     Rating,
     SourceFile,
@@ -537,6 +538,19 @@ class Store:
             " AND finished_at >= ?"
         )
         return float(self._db.execute(sql, [WORK_UNITS, when]).fetchone()[0])
+
+    def attempt_totals(self, bounds_s: Sequence[float]) -> list[AttemptTotals]:
+        """All ended attempts, counted by stage, outcome and cause."""
+        took = "max(ended_at - started_at, 0)"
+        within = "".join(f", sum({took} <= {bound:f})" for bound in bounds_s)
+        rows = self._db.execute(
+            f"SELECT stage, outcome, coalesce(cause, ''), count(*), sum({took}), total(sound_s){within}"
+            " FROM attempts WHERE ended_at IS NOT NULL GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+        )
+        return [
+            AttemptTotals(stage, outcome, cause, n, seconds, sound_s, tuple(counts))
+            for stage, outcome, cause, n, seconds, sound_s, *counts in rows
+        ]
 
     def oldest_queued(self) -> float | None:
         """When the first of the queued tracks was queued."""
