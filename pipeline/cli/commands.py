@@ -212,6 +212,8 @@ def status(
     """Show counts, running work, the queue and failures."""
     from pipeline.cli.status import status_facts, status_text
 
+    if watch and as_json:
+        raise typer.BadParameter("--json and --watch don't go together")
     if watch:
         from rich.console import Console
 

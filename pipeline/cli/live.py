@@ -102,9 +102,10 @@ def bars(facts: dict[str, Any]) -> RenderableType:
     table.add_row("tracks", _bar(ended, total), f"{ended} of {total}", _left(facts["time_left_s"]))
     for one in facts["workers"]:
         if one["stage"] is not None:
-            share = f"{100 * one['done'] / one['total']:.0f} %" if one["total"] else ""
+            done, total = one.get("done", 0.0), one.get("total", 0.0)
+            share = f"{100 * done / total:.0f} %" if total else ""
             what = Text(f"{one['stage']}: {one['track']}")
-            table.add_row(what, _bar(one["done"], one["total"]), share, _left(one.get("left_s")))
+            table.add_row(what, _bar(done, total), share, _left(one.get("left_s")))
     return table
 
 

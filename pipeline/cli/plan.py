@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.app import App
 from pipeline.errors import FolderUnusable, os_reason
 from pipeline.fs.names import printable
-from pipeline.pace import Pace, Wanted, rough
+from pipeline.pace import Pace, Wanted, makespan_s, rough
 from pipeline.plan import PlannedVariation, plan_variations
 from pipeline.records import Stage
+from pipeline.service.health import read_health
 from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
 
@@ -87,7 +88,9 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
             if finding.kind == "result":
                 to_do.append(ToDo(finding.where, 0, variations))
                 yield f"{finding.where}: {finding.text}: made again"
-    yield _estimate(store, recipe, to_do) if to_do else "nothing to do"
+    workers = (read_health(app.workspace.health) or {}).get("workers", [])
+    n_workers = max(sum(one.get("makes", True) for one in workers), 1)  # as in the last run
+    yield _estimate(store, recipe, to_do, n_workers) if to_do else "nothing to do"
 
 
 def _variation(planned: PlannedVariation, card: EngineCard) -> str:
@@ -133,8 +136,8 @@ def _planned(
     return f"the configuration has changed: {embed}{len(missing)} variations", missing
 
 
-def _estimate(store: Store | None, recipe: Recipe, to_do: list[ToDo]) -> str:
-    """About how long one worker takes for it, by what such work took on this machine."""
+def _estimate(store: Store | None, recipe: Recipe, to_do: list[ToDo], n_workers: int) -> str:
+    """About how long it takes, by what such work took on this machine."""
     wanted = Wanted.of(recipe)
     n_variations, n_tracks = (
         sum(len(one.variations) for one in to_do),
@@ -144,5 +147,5 @@ def _estimate(store: Store | None, recipe: Recipe, to_do: list[ToDo]) -> str:
     what = f"to do: variations: {n_variations}, tracks: {n_tracks}"
     if pace is None:
         return f"{what}; no estimate of the time, as {wanted.generator} has made nothing here yet"
-    seconds = sum(one.seconds(pace) for one in to_do)
+    seconds = makespan_s([0.0] * n_workers, [one.seconds(pace) for one in to_do])
     return f"{what}, time: about {rough(seconds)}, by what such work took here before"

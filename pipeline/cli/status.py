@@ -85,7 +85,8 @@ def _free_bytes(app: App) -> int | None:
 
 def _times(store: Store, health: dict[str, Any]) -> dict[str, Any]:
     """What a running instance has done since its start, how fast, and how long the rest takes."""
-    now, workers, started_at = time.time(), health.get("workers", []), health["started_at"]
+    now, workers = time.time(), health.get("workers", [])
+    started_at = health.get("started_at", now)
     since = max(now - SPEED_S, started_at)
     left: list[float | None] = [None] * len(workers)
     whole = None
@@ -205,7 +206,7 @@ def health_text(app: App, *, now: float) -> tuple[bool, str]:
     report = read_health(app.workspace.health) if app.workspace.is_locked() else None
     if report is None:
         return False, "no instance is running"
-    ago_s, limit_s = now - report["progress_at"], report.get("watchdog_s") or WATCHDOG_S
+    ago_s, limit_s = now - report.get("progress_at", 0.0), report.get("watchdog_s") or WATCHDOG_S
     if ago_s > limit_s:
         return False, f"the last progress was {rough(ago_s)} ago, and {rough(limit_s)} are the limit"
     if conditions := report["conditions"]:

@@ -156,6 +156,8 @@ class Attempts:
                 cause=None if error is None else error_cause(error),
                 traceback=trace,
                 sound_s=job.sound_s,
+                # It may have been started by the first task, or have died.
+                worker=self.worker() if outcome == AttemptOutcome.DONE else None,
             )
             job.attempt = None
             if outcome == AttemptOutcome.DONE:

@@ -169,7 +169,6 @@ class ParallelRunner(Runner):
             self.store.disconnect()
         except BaseException as e:  # raised in the main thread by `next_batch`
             error = e
-        runner.reporter.idle()
         with self._changed:
             self._unclaimed.discard(id(runner.executor))
             self._busy.discard(id(runner.executor))

@@ -180,6 +180,8 @@ class Runner:
                 return self._claim_and_process()
         except sqlite3.Error as e:
             raise environment_error(e) or e from e
+        finally:
+            self.reporter.idle()
 
     def release_if_idle(self) -> None:
         """See `Executor`."""

@@ -23,8 +23,8 @@ from prometheus_client.core import (
     Metric,
 )
 
-from pipeline.errors import PipelineError, os_reason
 from pipeline.fs.atomic import write_atomically
+from pipeline.fs.disk import environment_error
 from pipeline.pace import Wanted, times_left
 from pipeline.service.health import CONDITIONS
 from pipeline.store.schema import AttemptOutcome, AttemptTotals
@@ -83,15 +83,15 @@ class Metrics:
 
     def _write(self) -> None:
         """Replace the text file; an error is logged once."""
+        part = self.textfile.with_name(f"{self.textfile.name}.part")
         try:
-            with suppress(PipelineError):  # the database can't be read, which is reported elsewhere
-                content = generate_latest(self.registry)
-                write_atomically(
-                    self.textfile, self.textfile.with_name(f"{self.textfile.name}.part"), content
-                )
-        except OSError as e:
+            write_atomically(self.textfile, part, generate_latest(self.registry))
+        except Exception as e:
+            fault = environment_error(e, in_track=False)
+            if fault is None:
+                raise
             if not self._is_failing:
-                log.warning("%s (metrics.textfile) can't be written: %s", self.textfile, os_reason(e))
+                log.warning("%s (metrics.textfile) can't be written: %s", self.textfile, fault)
             self._is_failing = True
         else:
             self._is_failing = False

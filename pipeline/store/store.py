@@ -460,13 +460,14 @@ class Store:
         cause: str | None = None,
         traceback: str | None = None,
         sound_s: float = 0.0,
+        worker: str | None = None,
     ) -> None:
         """Record the end of an attempt; `cause`: a word for its kind of error; `sound_s`: of all takes."""
         sql = (
-            "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, cause = ?, traceback = ?, sound_s = ?"
-            " WHERE id = ?"
+            "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, cause = ?, traceback = ?, sound_s = ?,"
+            " worker = coalesce(?, worker) WHERE id = ?"
         )
-        self._db.execute(sql, [now, outcome, error, cause, traceback, sound_s, attempt])
+        self._db.execute(sql, [now, outcome, error, cause, traceback, sound_s, worker, attempt])
 
     def unit(self, key: str) -> dict[str, Any] | None:
         """The result of a finished unit of work, or None."""

@@ -118,6 +118,11 @@ def test_on_a_terminal_the_lines_are_replaced(app: App) -> None:
     assert "\x1b[1A" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_json_is_not_for_watching(home: Home, capsys: Any, monkeypatch: Any, isolated: None) -> None:
+    ended = run(capsys, monkeypatch, home, "status", "--watch", "--json")
+    assert (ended.code, ended.out) == (2, "")
+
+
 def test_a_database_that_cannot_be_read_for_a_moment_does_not_end_it(app: App) -> None:
     app.workspace.prepare()
     app.workspace.database.write_bytes(b"this is no database " * 1000)

@@ -209,7 +209,7 @@ def test_the_text_file_is_written_whole_at_most_every_15_seconds_and_at_the_end(
 def test_a_text_file_that_cannot_be_written_is_told_once_and_ends_no_work(
     metrics: Metrics, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics.textfile = Path("/dev/null/metrics.prom")
+    metrics.textfile = Path("/dev/null/metrics.prom")  # below what is no folder
     with caplog.at_level(logging.WARNING, logger="pipeline"):
         for clock.now in (1000.0, 2000.0, 3000.0):
             metrics.on_report({})
