@@ -26,6 +26,7 @@ class Activity:
     done: float = 0.0  # of `total`: takes, parts of them included
     total: float = 0.0  # 0: not known yet
     stepped_at: float = field(default_factory=time.time)  # when `done` last changed
+    step: str = ""  # the last one, in words
 
     @property
     def steps_per_s(self) -> float | None:
@@ -64,6 +65,7 @@ class Reporter:
         """The current stage has done `done` of `total` steps."""
         if now := self.activity:
             now.n_steps += 1
+            now.step = label
             if (done, total) != (now.done, now.total):
                 now.done, now.total, now.stepped_at = done, total, time.time()
         if done > self._furthest:

@@ -103,9 +103,9 @@ def bars(facts: dict[str, Any]) -> RenderableType:
     for one in facts["workers"]:
         if one["stage"] is not None:
             done, total = one.get("done", 0.0), one.get("total", 0.0)
-            share = f"{100 * done / total:.0f} %" if total else ""
+            n_done = f"{int(done)} of {total:.0f}" if total else ""
             what = Text(f"{one['stage']}: {one['track']}")
-            table.add_row(what, _bar(done, total), share, _left(one.get("left_s")))
+            table.add_row(what, _bar(done, total), n_done, _left(one.get("left_s")))
     return table
 
 

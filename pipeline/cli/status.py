@@ -194,8 +194,9 @@ def _worker_text(worker: dict[str, Any]) -> str:
         return f"worker ({worker['where']}): has nothing to do"
     engine = f" by {worker['engine']}" if worker["engine"] else ""
     rate = f", {worker['steps_per_s']:g} steps/s" if worker["steps_per_s"] else ""
+    step = f", {worker['step']}" if worker.get("step") else ""
     left = f", about {rough(worker['left_s'])} left" if worker.get("left_s") else ""
-    return f"worker ({worker['where']}): {worker['track']}: {worker['stage']}{engine}{rate}{left}"
+    return f"worker ({worker['where']}): {worker['track']}: {worker['stage']}{engine}{step}{rate}{left}"
 
 
 def health_text(app: App, *, now: float) -> tuple[bool, str]:

@@ -126,6 +126,7 @@ class Runner:
                 "stage": now.stage if now else None,
                 "engine": names.get(now.stage) if now else None,
                 "steps_per_s": None if rate is None else round(rate, 1),
+                "step": now.step if now else "",
                 "since": now.began_at if now else None,
                 "done": now.done if now else 0.0,
                 "total": now.total if now else 0.0,

@@ -81,7 +81,7 @@ def test_everything_has_a_line_of_at_most_80_columns(facts: Facts) -> None:
         "GB free",
         "degraded since",
         "generate: [red]a[/].wav",
-        "50 %",
+        "2 of 4",
         "18 s left",
         "5 of 15",
         "next: 0.wav",
@@ -182,6 +182,7 @@ def test_status_estimates_the_time_left_of_what_runs(
     store.claim(store.tracks())
     worker = {
         "where": "process 1", "track": "a.wav", "stage": "generate", "engine": "remix", "steps_per_s": 1.0,
+        "step": "variation 2 of 2, step 1 of 3",
         "since": time.time(), "done": 1.0, "total": 2.0, "stepped_at": time.time(), "makes": True,
     }  # fmt: skip
     health = Health(app.workspace.health)
@@ -197,7 +198,9 @@ def test_status_estimates_the_time_left_of_what_runs(
     assert 0 < shown["left_s"] < 60
     assert 0 < facts["time_left_s"] < 60
     assert " left" in text.splitlines()[0]
-    assert text.splitlines()[3].startswith("worker (process 1): a.wav: generate by remix, 1 steps/s, about ")
+    assert text.splitlines()[3].startswith(
+        "worker (process 1): a.wav: generate by remix, variation 2 of 2, step 1 of 3, 1 steps/s, about "
+    )
 
 
 def test_show_has_a_bar_for_each_attempt_as_long_as_it_took(
