@@ -47,7 +47,8 @@ class Metrics:
     textfile: Path
     clock: Callable[[], float] = time.time
     report: dict[str, Any] = field(default_factory=dict)  # the last one of `Health`
-    _write_at: float = -float("inf")  # when the next writing is due
+    _written_at: float = -float("inf")
+    _rest_s: float = WRITE_S  # until the next writing
     _is_failing: bool = False
 
     def __post_init__(self) -> None:
@@ -72,9 +73,10 @@ class Metrics:
     def on_report(self, report: dict[str, Any]) -> None:
         """Note what an instance reports, and write the text file if that is due."""
         self.report, now = report, self.clock()
-        if now >= self._write_at:
+        if not 0 <= now - self._written_at < self._rest_s:  # the clock may have been set back
             self._write()
-            self._write_at = now + max(WRITE_S, (self.clock() - now) / WRITE_SHARE)
+            self._written_at = now
+            self._rest_s = max(WRITE_S, (self.clock() - now) / WRITE_SHARE)
 
     def end(self) -> None:
         """Write the text file for the last time, without workers."""

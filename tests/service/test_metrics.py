@@ -199,9 +199,13 @@ def test_the_text_file_is_written_whole_at_most_every_15_seconds_and_at_the_end(
         metrics.on_report({"workers": [{"stage": None}]})
         assert samples(metrics.textfile.read_text())[queued] == n
     add_track(store, 2, now=0.0)
+    clock.now = 500.0  # it was set back
+    metrics.on_report({"workers": [{"stage": None}]})
+    assert samples(metrics.textfile.read_text())[queued] == 2
+    add_track(store, 3, now=0.0)
     metrics.end()
     last = samples(metrics.textfile.read_text())
-    assert last[queued] == 2
+    assert last[queued] == 3
     assert last["variations_workers", (("state", "idle"),)] == 0
     assert [path.name for path in metrics.textfile.parent.glob("metrics*")] == ["metrics.prom"]
 
