@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,13 +160,15 @@ def init(
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all tracks that are ready, then end."""
     from pipeline.cli.gallery import index_of
+    from pipeline.cli.live import bars_on
     from pipeline.cli.status import summary
     from pipeline.service.loop import run_once
     from pipeline.service.signals import Signals
     from pipeline.session import open_session
 
     app = _app(context)
-    with open_session(app, _input_folder(app, folder), Signals()) as session, session.signals.on_signals():
+    opened = open_session(app, _input_folder(app, folder), Signals(), view=bars_on)
+    with opened as session, session.signals.on_signals():
         try:
             scan_result = run_once(session)
         except Stopped:
@@ -183,12 +185,13 @@ def once(context: typer.Context, folder: Folder = None) -> int:
 @cli.command()
 def watch(context: typer.Context) -> int:
     """Keep running and process what arrives in the inbox."""
+    from pipeline.cli.live import bars_on
     from pipeline.service.signals import Signals
     from pipeline.session import watch_inbox
 
     signals = Signals()
     with signals.on_signals(hangup_reloads=True):  # first, so that an early SIGHUP does not end the process
-        watch_inbox(_app(context), signals)
+        watch_inbox(_app(context), signals, bars_on)
     return ALL_DONE
 
 
@@ -204,13 +207,37 @@ def plan(context: typer.Context, folder: Folder = None) -> int:
 
 
 @cli.command()
-def status(context: typer.Context, as_json: AsJson = False) -> int:
+def status(
+    context: typer.Context,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it until Ctrl-C, always up to date.")] = False,
+) -> int:
     """Show counts, running work, the queue and failures."""
     from pipeline.cli.status import status_facts, status_text
 
+    if watch and as_json:
+        raise typer.BadParameter("--json and --watch don't go together")
+    if watch:
+        from rich.console import Console
+
+        from pipeline.cli.live import watch_status
+
+        with suppress(KeyboardInterrupt, BrokenPipeError):
+            watch_status(_app(context), Console())
+        return ALL_DONE
     facts = status_facts(_app(context))
     typer.echo(_json(facts) if as_json else status_text(facts))
     return ALL_DONE
+
+
+@cli.command()
+def health(context: typer.Context) -> int:
+    """Say whether an instance is at work and nothing is degraded; otherwise the exit code is 1."""
+    from pipeline.cli.status import health_text
+
+    is_well, text = health_text(_app(context), now=time.time())
+    typer.echo(text)
+    return ALL_DONE if is_well else SOME_FAILED
 
 
 @cli.command()

@@ -264,6 +264,15 @@ class Retention(Section):
     redo_missing: bool = True
 
 
+class Log(Section):
+    format: Literal["auto", "text", "json"] = "auto"
+
+
+class Metrics(Section):
+    textfile: PathText | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -283,6 +292,8 @@ class Config(Section):
     retry: Retry = Retry.model_construct()
     disk: Disk = Disk.model_construct()
     retention: Retention = Retention.model_construct()
+    log: Log = Log.model_construct()
+    metrics: Metrics = Metrics.model_construct()
 
     def canonical(self) -> str:
         """The effective configuration as canonical JSON."""

@@ -105,9 +105,8 @@ class Generation:
                 self._begin(job)
         while wanted := {one.take.key: one for job in jobs for one in self._wanted(job)}:
             names = {one.job.track.sha256: one.job.track.name for one in wanted.values()}
-            name = next(iter(names.values())) if len(names) == 1 else f"{len(names)} tracks"
             try:
-                self._call(wanted, name)
+                self._call(wanted, list(names.values()))
             except Exception as e:
                 if isinstance(e, sqlite3.Error) or environment_error(e):
                     raise
@@ -153,9 +152,9 @@ class Generation:
             job.scratch.save("normalized", unit.source, changed)
         return job.audio(unit.source)
 
-    def _call(self, wanted: dict[str, Wanted], name: str) -> None:
+    def _call(self, wanted: dict[str, Wanted], names: list[str]) -> None:
         requests = [one.request for one in wanted.values()]
-        self.reporter.stage(name, Stage.GENERATE)
+        self.reporter.stage(names, Stage.GENERATE, total=len(wanted))
         start = self.clock()
         for made in self.executor.run(
             tasks.make_takes,
@@ -170,7 +169,8 @@ class Generation:
                     raise made.error
                 self._take_in(one, made, start)
             if one.job.over and not all(other.job.over for other in wanted.values()):
-                self.reporter.stage(name, Stage.GENERATE)  # again: the last steps of a track came between
+                # again, as the last steps of a track came between
+                self.reporter.stage(names, Stage.GENERATE, total=len(wanted))
             start = self.clock()
 
     # -- takes -----------------------------------------------------------------------------------
@@ -183,6 +183,7 @@ class Generation:
             choice.judged[take.key] = JudgedTake(take, (made.refused or "",), -math.inf, None)
             self._advance(job)
             return
+        job.sound_s += made.facts["duration_s"]
         config = self.recipe.config
         settings = Settings(config.normalize, config.output, wanted.request.length_s)
         judged = JudgedTake(
@@ -193,7 +194,7 @@ class Generation:
             verdict.sound,
             record_of(take, made, self.recipe.generator, settings, config.device),
             is_with_worker=True,
-            seconds=self.clock() - start,
+            began=start,
         )
         choice.judged[take.key] = judged
         self._advance(job)
@@ -207,10 +208,10 @@ class Generation:
     def _hold(self, job: Job, choice: TakeChoice, judged: JudgedTake) -> None:
         """Keep a take in the state folder until it is decided about."""
         job.scratch.save(TAKE, judged.take.key, self._run(tasks.sound_of, judged.take.key))
-        choice.judged[judged.take.key] = replace(judged, is_with_worker=False, seconds=0.0)
+        choice.judged[judged.take.key] = replace(judged, is_with_worker=False, began=None)
         held = {"failed": judged.failed, "rank": judged.rank, "similarity": judged.similarity}
         held["unit"] = choice.units[0].key  # a changed gate or rater asks for another verdict
-        self._record(job, judged.take.key, {**judged.record, "held": held}, judged.seconds)
+        self._record(job, judged.take.key, {**judged.record, "held": held}, judged.began)
 
     def _restore(self, job: Job, choice: TakeChoice) -> None:
         """Take over the missing takes that an earlier run held for the same choice."""
@@ -283,7 +284,7 @@ class Generation:
         takes = self._tried(job, choice, unit)
         made = manifest.variation_record(published, unit.name, record, failed, takes)
         job.variations[unit.key] = made
-        self._record(job, unit.key, made, judged.seconds)
+        self._record(job, unit.key, made, judged.began)
 
     def _tried(self, job: Job, choice: TakeChoice, unit: VariationUnit) -> list[Json]:
         """What the manifest says of all takes; with the best one, those not kept are published if wanted."""
@@ -315,7 +316,8 @@ class Generation:
     def _run(self, task: Task, *args: Any) -> Any:
         return result_of(self.executor, task, *args, should_stop=self.should_stop)
 
-    def _record(self, job: Job, key: str, record: Json, seconds: float) -> None:
+    def _record(self, job: Job, key: str, record: Json, began: float | None) -> None:
+        seconds = 0.0 if began is None else self.clock() - began  # with its writing
         self.store.finish_unit(
             key,
             sha256=job.track.sha256,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.engines.base import check_stop
 from pipeline.errors import BadAudio, DiskFull, EngineUnusable, FolderUnusable, SourceAway, SourceGone
@@ -27,6 +27,7 @@ from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
 from pipeline.gallery.gallery import Gallery
 from pipeline.gallery.pictures import Picture
+from pipeline.logs import log_facts
 from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, PAGE, VECTORS, Outbox, Published, files_of
@@ -66,6 +67,7 @@ class Runner:
     result: RunResult = field(default_factory=RunResult)
     on_claimed: Callable[[], None] = lambda: None  # called when a batch has been claimed
     was_disk_full: bool = False  # the last batch ended because of it
+    makes: ClassVar[bool] = True  # it takes tracks through all stages
 
     @cached_property
     def attempts(self) -> Attempts:
@@ -77,6 +79,7 @@ class Runner:
             self.clock,
             self.should_stop,
             self.result,
+            worker=lambda: self.executor.where,
         )
 
     @cached_property
@@ -110,7 +113,7 @@ class Runner:
         return False
 
     def workers(self) -> list[dict[str, Any]]:
-        """What each worker does, for `status`."""
+        """What each worker does, for `status`: since when, and how many takes of how many are done."""
         now, config = self.reporter.activity, self.recipe
         names: dict[str, str] = {
             Stage.EMBED: config.embedder.card.name,
@@ -125,6 +128,12 @@ class Runner:
                 "stage": now.stage if now else None,
                 "engine": names.get(now.stage) if now else None,
                 "steps_per_s": None if rate is None else round(rate, 1),
+                "step": now.step if now else "",
+                "since": now.began_at if now else None,
+                "done": now.done if now else 0.0,
+                "total": now.total if now else 0.0,
+                "stepped_at": now.stepped_at if now else None,
+                "makes": self.makes,
             }
         ]
 
@@ -170,9 +179,12 @@ class Runner:
     def try_batch(self) -> bool:
         """As `next_batch`, but without another try after a full disk."""
         try:
-            return self._claim_and_process()
+            with log_facts(worker=lambda: self.executor.where):
+                return self._claim_and_process()
         except sqlite3.Error as e:
             raise environment_error(e) or e from e
+        finally:
+            self.reporter.idle()
 
     def release_if_idle(self) -> None:
         """See `Executor`."""

@@ -63,6 +63,11 @@ MIGRATIONS = {  # statements by name, in their order
             note TEXT NOT NULL, rated_at REAL NOT NULL
         ) STRICT""",
     ),
+    "m007_attempts": (
+        "ALTER TABLE attempts ADD COLUMN worker TEXT",
+        "ALTER TABLE attempts ADD COLUMN cause TEXT",
+        "ALTER TABLE attempts ADD COLUMN sound_s REAL NOT NULL DEFAULT 0",
+    ),
 }
 
 
@@ -149,6 +154,7 @@ class Attempt:
     ended_at: float | None
     outcome: AttemptOutcome | None  # None while it runs
     error: str | None
+    worker: str | None = None  # where its tasks ran
 
 
 @dataclass(frozen=True)
@@ -164,11 +170,43 @@ class Rating:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How long work has taken."""
+class AttemptTotals:
+    """Ended attempts at a stage with the same outcome and cause."""
 
-    per_track_s: float  # normalization and embedding of one track
-    per_second_s: float  # of generated sound
+    stage: str
+    outcome: AttemptOutcome
+    cause: str  # of a failure: see `error_cause`
+    n: int
+    seconds: float
+    sound_s: float  # length of the takes made
+    within: tuple[int, ...]  # how many took no longer than each of the asked bounds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a track took to make, or has taken so far, in seconds of work."""
+
+    name: str
+    bytes: int
+    source_s: float  # length of its normalized audio
+    normalize_s: float
+    embed_s: float
+    generate_s: float  # all its takes, those that were not kept included
+    shortest_take_s: float
+    takes: int
+    takes_s: float  # length of all takes together
+    results: int
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What of a queued or running track is known to be done."""
+
+    name: str
+    bytes: int
+    source_s: float | None  # length of its normalized audio; None: it is not normalized yet
+    is_embedded: bool
+    stage: str | None  # of the attempt that runs
 
 
 TRACK_COLUMNS = [field.name for field in fields(Track)]
