@@ -56,6 +56,8 @@ MIGRATIONS = {  # statements by name, in their order
     ),
     "m003_objects": ("ALTER TABLE files ADD COLUMN etag TEXT NOT NULL DEFAULT ''",),
     "m004_recipes": ("ALTER TABLE tracks ADD COLUMN recipe_key TEXT",),
+    # Has all that tells whether results have changed, so that the rows themselves need not be read.
+    "m005_results": ("CREATE INDEX tracks_results ON tracks (state, collected_at, finished_at)",),
 }
 
 
