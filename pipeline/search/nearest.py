@@ -34,16 +34,15 @@ def nearest(
         without: rows that are left out.
         among: the rows that are compared, rising; default: all.
     """
-    rows = np.arange(len(matrix)) if among is None else np.array(among, np.intp)
-    similarities = (matrix if among is None else matrix[rows]) @ query
-    is_out = np.isin(rows, [*without])
-    similarities[is_out] = -np.inf
-    n = min(n, int((~is_out).sum()))
+    distances = -((matrix if among is None else matrix[among]) @ query)
+    out = [*set(without)] if among is None else np.flatnonzero(np.isin(among, [*without]))
+    distances[out] = np.inf
+    n = min(n, len(distances) - len(out))
     if n <= 0:
         return []
-    best = np.argpartition(-similarities, n - 1)[:n]
-    ordered = best[np.lexsort((best, -similarities[best]))]
-    return [(int(rows[one]), float(similarities[one])) for one in ordered]
+    best = np.argpartition(distances, n - 1)[:n]
+    ordered = best[np.lexsort((best, distances[best]))]
+    return [(int(one if among is None else among[one]), -float(distances[one])) for one in ordered]
 
 
 def near_duplicates(matrix: Samples, rows: NDArray[np.intp], above: float) -> list[tuple[int, int, float]]:

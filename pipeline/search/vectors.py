@@ -1,10 +1,11 @@
 """The vectors of a library: one float32 matrix for each engine, model, revision and version.
 
-A cache of what the outbox has: `<engine>-<digest>.npy` is the matrix, which is mapped into memory, and the
-.npz of the same name says what each row is of, and from which finished tracks it was made. Before a search
-the tracks that were finished, queued again or collected since are found in the database, and only their files
-are read. The .npz is removed before the matrix changes and written after it, so that a kill in between leaves
-a matrix that counts as lost; then everything is read again. A lock keeps processes from doing this at once.
+A cache of what the outbox has. `<engine>-<digest>.npy` is the matrix and `.rows.npy` says what each row is
+of; both are mapped into memory. The .npz of the same name says from which finished tracks they were made.
+Before a search the tracks that were finished, queued again or collected since are found in the database, and
+only their files are read. The .npz is removed before the others change and written after them, so that after
+a kill in between they count as lost; then everything is read again. A lock keeps processes from doing this at
+once.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class Vectors:
 
     def find(self, sha256: str, file: str = "") -> int | None:
         """The row of a track's source, or of one of its variations; None if there is none."""
-        found = (self.rows["track"] == sha256.encode()) & (self.rows["file"] == file.encode())
-        return int(found.argmax()) if found.any() else None
+        of_track = np.flatnonzero(self.rows["track"] == sha256.encode())
+        found = of_track[self.rows["file"][of_track] == file.encode()]
+        return int(found[0]) if len(found) else None
 
     def row(self, n: int) -> Row:
         track, file, name = (self.rows[n][field].decode() for field in ("track", "file", "name"))
@@ -101,7 +103,13 @@ def load_vectors(
         if cache is None or cache.stamp != stamp:
             if outbox.files.is_away():
                 raise FolderUnusable(f"the outbox {printable(outbox.root)} is missing")
-            _update(path, cache or _no_cache(), partial(_vectors_of, outbox, identity), store, say)
+            _update(
+                path,
+                cache or _Cache(_nothing(), np.zeros(0, _TRACK), ()),
+                partial(_vectors_of, outbox, identity),
+                store,
+                say,
+            )
             cache = _read(path)
             assert cache is not None
         vectors = cache.vectors
@@ -130,13 +138,14 @@ def _update(
                 tracks[sha256] = finished[sha256][1]
                 new += found
     is_whole = len(tracks) == len(finished)  # otherwise the others are tried again
-    if new or not keeps.all():
+    only_adds = keeps.all() and len(keeps) > 0
+    if new or not only_adds:
         path.with_suffix(".npz").unlink(missing_ok=True)
-        if not keeps.all() or not len(keeps):  # otherwise there are only new rows at the end
+        if not only_adds:
             index_path(path).unlink(missing_ok=True)
         _write_matrix(path, cache.vectors.matrix, keeps, [vector for _, vector in new])
-    rows = np.concatenate([cache.vectors.rows[keeps], _as_rows([row for row, _ in new])])
-    _write_about(path, rows, tracks, stamp if is_whole else ())
+        _write_rows(path, np.concatenate([cache.vectors.rows[keeps], _as_rows([row for row, _ in new])]))
+    _write_about(path, tracks, stamp if is_whole else ())
 
 
 # -- the files of the cache ------------------------------------------------------------------------
@@ -147,12 +156,12 @@ def _path(folder: Path, identity: Identity) -> Path:
     return folder / f"{identity[0]}-{digest(identity)[:12]}.npy"
 
 
-def _no_cache() -> _Cache:
-    return _Cache(Vectors(_empty(), _as_rows([])), np.zeros(0, _TRACK), ())
+def _rows_path(path: Path) -> Path:
+    return path.with_suffix(".rows.npy")
 
 
-def _empty() -> Samples:
-    return np.zeros((0, 1), np.float32)
+def _nothing() -> Vectors:
+    return Vectors(np.zeros((0, 1), np.float32), _as_rows([]))
 
 
 def _read(path: Path) -> _Cache | None:
@@ -160,21 +169,24 @@ def _read(path: Path) -> _Cache | None:
     try:
         about = io.BytesIO(path.with_suffix(".npz").read_bytes())
         with np.load(about, allow_pickle=False) as loaded:
-            rows, tracks, stamp = loaded["rows"], loaded["tracks"], tuple(loaded["stamp"].tolist())
-        # An empty file can't be mapped.
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False) if len(rows) else _empty()
+            tracks, stamp = loaded["tracks"], tuple(loaded["stamp"].tolist())
+        matrix, rows = (np.load(one, mmap_mode="r", allow_pickle=False) for one in (path, _rows_path(path)))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return _Cache(Vectors(matrix, rows), tracks, stamp) if len(matrix) == len(rows) else None
 
 
-def _write_about(
-    path: Path, rows: NDArray[Any], tracks: Mapping[str, float], stamp: tuple[float, ...]
-) -> None:
+def _write_about(path: Path, tracks: Mapping[str, float], stamp: tuple[float, ...]) -> None:
     content = io.BytesIO()
     known = np.array([*tracks.items()], _TRACK)
-    np.savez(content, allow_pickle=False, rows=rows, tracks=known, stamp=np.array(stamp, np.float64))
+    np.savez(content, allow_pickle=False, tracks=known, stamp=np.array(stamp, np.float64))
     write_atomically(path.with_suffix(".npz"), path.with_suffix(".part"), content.getvalue())
+
+
+def _write_rows(path: Path, rows: NDArray[Any]) -> None:
+    content = io.BytesIO()
+    np.save(content, rows, allow_pickle=False)
+    write_atomically(_rows_path(path), path.with_suffix(".part"), content.getbuffer())
 
 
 def _write_matrix(path: Path, old: Samples, keeps: NDArray[np.bool_], new: Sequence[Samples]) -> None:

@@ -68,6 +68,8 @@ MIGRATIONS = {  # statements by name, in their order
         "ALTER TABLE attempts ADD COLUMN cause TEXT",
         "ALTER TABLE attempts ADD COLUMN sound_s REAL NOT NULL DEFAULT 0",
     ),
+    # Has all that tells whether results have changed, so that the rows themselves need not be read.
+    "m008_results": ("CREATE INDEX tracks_results ON tracks (state, collected_at, finished_at)",),
 }
 
 

@@ -205,9 +205,12 @@ def test_vectors_of_another_engine_are_left_out_and_read_once(
         lambda folder: [path.write_bytes(b"") for path in folder.glob("*.npz")],
         lambda folder: [path.write_bytes(path.read_bytes()[:-200]) for path in folder.glob("*.npz")],
         lambda folder: [path.write_bytes(path.read_bytes()[:-20]) for path in folder.glob("*.npy")],
-        lambda folder: [np.save(path, np.zeros((1, DIM), np.float32)) for path in folder.glob("*.npy")],
+        lambda folder: [path.write_bytes(path.read_bytes()[:-20]) for path in folder.glob("*.rows.npy")],
+        lambda folder: [
+            np.save(path, np.zeros((1, DIM), np.float32)) for path in folder.glob("*[0-9a-f].npy")
+        ],
     ],
-    ids=["lost", "no names", "no matrix", "empty", "cut", "cut matrix", "fewer rows"],
+    ids=["lost", "no stamp", "no matrix", "empty", "cut", "cut matrix", "cut rows", "fewer rows"],
 )
 def test_a_lost_or_damaged_cache_is_made_again(library: Library, spoil: Callable[[Path], Any]) -> None:
     library.add("a.wav", 1, 2)
@@ -217,7 +220,7 @@ def test_a_lost_or_damaged_cache_is_made_again(library: Library, spoil: Callable
     library.check()
 
 
-@pytest.mark.parametrize("after", ["_write_matrix", "write_atomically"])
+@pytest.mark.parametrize("after", ["_write_matrix", "_write_rows", "_write_about"])
 def test_a_kill_while_it_is_written_costs_only_another_reading(
     library: Library, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
@@ -230,7 +233,7 @@ def test_a_kill_while_it_is_written_costs_only_another_reading(
     write = getattr(cache, after)
 
     def killed(*args: Any) -> None:
-        if after == "_write_matrix":
+        if after != "_write_about":
             write(*args)
         raise KeyboardInterrupt
 

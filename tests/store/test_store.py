@@ -486,7 +486,7 @@ def test_a_database_of_an_older_version_can_be_read_and_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as older:
-        older.delitem(MIGRATIONS, "m002_suspects_and_retention")
+        older.setattr("pipeline.store.store.MIGRATIONS", dict([*MIGRATIONS.items()][:1]))
         Store(tmp_path / "pipeline.db").close()
     db = sqlite_utils.Database(tmp_path / "pipeline.db")
     db.execute(
