@@ -8,11 +8,11 @@ PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 
 demo: $(VENV)/core
 	@echo "One batch over the bundled instrumental:"
-	@$(BIN)/python run_pipeline.py once pipeline/demo
+	@$(BIN)/python run_pipeline.py demo
 	@echo
 	@find outbox -mindepth 1 -not -name .gitkeep | sort
 	@echo
-	@echo "Listen to outbox/paper-lanterns--*/variations/*.wav. Drop your own tracks into inbox/ and run:"
+	@echo "Listen: open $(CURDIR)/outbox/index.html. Drop your own tracks into inbox/ and run:"
 	@echo "    $(BIN)/python run_pipeline.py once"
 	@echo "Add the models (MusicGen, CLAP; about 6 GB of packages and as much of weights):"
 	@echo "    $(BIN)/pip install -r requirements.txt && $(BIN)/python run_pipeline.py models fetch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -163,6 +164,13 @@ class App:
             runner.store, runner.folder, runner.reporter, signals, earlier=runner
         )
 
+    @property
+    def command(self) -> list[str]:
+        """The words of a command line for this home before the verb, wherever it is entered."""
+        script = Path(sys.argv[0])
+        program = ["python", str(script.resolve())] if script.name == "run_pipeline.py" else ["variations"]
+        return [*program, "--home", str(self.home.resolve())]
+
     def open_store(self) -> Store:
         """The database for reading and writing; it is made if there is none."""
         return Store(self.workspace.database)
@@ -184,6 +192,7 @@ class App:
 
         The workers of an `earlier` runner are used again: engines that stay the same stay loaded.
         """
+        from pipeline.gallery.gallery import Gallery
         from pipeline.intake.ingest import Ingest
         from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
@@ -194,6 +203,7 @@ class App:
             log.info("%s: %s%s: %s", stage, choice.card.name, model, choice.why)
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox_files)
+        gallery = Gallery(store, outbox, self.command) if self.config.gallery.enabled else None
         intake = self.config.intake
         trust_times = all(mount.clock_is_ours for mount in mounts_of(folder.path))
         ingest = Ingest(
@@ -212,6 +222,7 @@ class App:
             "folder": folder,
             "store": store,
             "outbox": outbox,
+            "gallery": gallery,
             "reporter": reporter,
             "clock": time.time,
             "should_stop": signals.is_stopped,

@@ -140,10 +140,11 @@ class Recipe:
         output = self.config.output
         rate = output.sample_rate or self.config.normalize.sample_rate
         per_second = rate * 2 * BYTES_PER_SAMPLE[output.bit_depth]
-        return per_second * sum(one.made_s for one in self._planned)
+        return per_second * sum(one.made_s for one in self.planned)
 
     @cached_property
-    def _planned(self) -> list[PlannedVariation]:
+    def planned(self) -> list[PlannedVariation]:
+        """The variations of each track."""
         return plan_variations(self.config, self.generator.card)
 
     @cached_property
@@ -163,7 +164,7 @@ class Recipe:
         ]
         rated_by = [_identity(self.rater)] if self.rater else []
         units: list[VariationUnit] = []
-        for planned in self._planned:
+        for planned in self.planned:
             words = [PROMPT_VERSION, embed] if planned.params.get("prompt") == AUTO_PROMPT else []
             change = planned.change
             source = digest(["change", CHANGE_VERSION, normalize, change]) if change else normalize

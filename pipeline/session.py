@@ -6,45 +6,62 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 
 from rich.console import Console
 
 from pipeline.app import App
-from pipeline.errors import BucketAway, DiskFull, EngineUnusable, FolderUnusable, PipelineError
+from pipeline.errors import (
+    BucketAway,
+    DiskFull,
+    EngineUnusable,
+    FolderUnusable,
+    PipelineError,
+    os_reason,
+)
 from pipeline.executors.process import kill_workers
 from pipeline.intake.archive import archive_files, recover_moves
-from pipeline.logs import logging_to
+from pipeline.logs import is_journal, logging_to
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
-from pipeline.progress import reporting_to
+from pipeline.progress import LogReporter, Reporter, TerminalReporter
 from pipeline.runner.retry import recover_crashed
 from pipeline.runner.runner import OUTBOX_MOUNT, check_outbox_mount
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
+from pipeline.service.metrics import Metrics
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import Signals
 from pipeline.store.store import Store
-from pipeline.workspace import InputFolder, Workspace
+from pipeline.workspace import InputFolder, Workspace, expand_user
 
 START_PAUSE_S = 10.0  # between the first tries of `watch` to start on a full disk or without an engine
 RELEASE_PATIENCE_S = 1.0  # for the database, when the process is about to end anyway
 
 log = logging.getLogger("pipeline")
 
+View = Callable[[App, Console], AbstractContextManager[None]]  # shows on a terminal what an instance does
+
 
 @contextmanager
 def open_session(
-    app: App, folder: InputFolder, signals: Signals, *, is_watching: bool = False
+    app: App, folder: InputFolder, signals: Signals, *, view: View | None = None, is_watching: bool = False
 ) -> Iterator[Session]:
     """Open everything that a working command needs, as the only instance."""
     console, notifier = Console(stderr=True), Notifier.from_env()
+    log_format = app.config.log.format
+    as_json = log_format == "json" or (log_format == "auto" and is_journal())
+    is_live = console.is_terminal and not as_json and view is not None
     _prepare(app.workspace)
-    with app.workspace.locked(), logging_to(app.workspace.log, console), app.workspace.leased():
+    with (
+        app.workspace.locked(),
+        logging_to(app.workspace.log, console, as_json=as_json),
+        app.workspace.leased(),
+    ):
         health = Health(app.workspace.health)
-        health.open()
+        health.note(watchdog_s=notifier.watchdog_s)
         app.fetch_missing()
         store = app.open_store()
         signals.overdue = partial(_release_and_exit, app.workspace, is_watching=is_watching)
@@ -57,17 +74,39 @@ def open_session(
                 notifier.progress()
                 health.progress()
 
-            with reporting_to(console, progress) as reporter:
-                ingest, runner = app.ingest_and_runner(store, folder, reporter, signals)
-                runner.result.failed |= given_up
-                session = Session(app, ingest, runner, signals, health, notifier)
-                health.workers = session.workers
+            reporter: Reporter = TerminalReporter(console, progress) if is_live else LogReporter(progress)
+            ingest, runner = app.ingest_and_runner(store, folder, reporter, signals)
+            runner.result.failed |= given_up
+            session = Session(app, ingest, runner, signals, health, notifier)
+            health.workers = session.workers
+            with _metrics(app, health), view(app, console) if is_live and view else nullcontext():
+                session.note_wanted()
                 try:
                     yield session
                 finally:
                     session.runner.close()
+                    if gallery := session.runner.gallery:
+                        with suppress(OSError, PipelineError):
+                            gallery.refresh(force=True)
         finally:
             store.close()
+
+
+@contextmanager
+def _metrics(app: App, health: Health) -> Iterator[None]:
+    """Publish metrics as the configuration says. A port that can't be used ends no work."""
+    asked, workspace = app.config.metrics, app.workspace
+    textfile = app.home / expand_user(asked.textfile) if asked.textfile else workspace.state / "metrics.prom"
+    metrics = Metrics(workspace, textfile)
+    health.on_report = metrics.on_report
+    with ExitStack() as on_end:
+        on_end.callback(metrics.end)
+        if asked.port is not None:
+            try:
+                on_end.enter_context(metrics.served(asked.port))
+            except OSError as e:
+                health.degraded("metrics", f"port {asked.port} (metrics.port) can't be used: {os_reason(e)}")
+        yield
 
 
 def _prepare(workspace: Workspace) -> None:
@@ -81,7 +120,7 @@ def _prepare(workspace: Workspace) -> None:
         workspace.prepare()
 
 
-def watch_inbox(app: App, signals: Signals) -> None:
+def watch_inbox(app: App, signals: Signals, view: View | None = None) -> None:
     """Run the daemon until a signal asks to stop.
 
     A full disk, a bucket that doesn't answer or an unusable engine at the start is waited out like one
@@ -91,7 +130,8 @@ def watch_inbox(app: App, signals: Signals) -> None:
     pause_s = START_PAUSE_S
     while not signals.is_stopped():
         try:
-            with open_session(app, app.workspace.input_folder, signals, is_watching=True) as session:
+            folder = app.workspace.input_folder
+            with open_session(app, folder, signals, view=view, is_watching=True) as session:
                 Watch(session).run()
                 log.info("stopped")
         except (BucketAway, DiskFull, EngineUnusable) as e:

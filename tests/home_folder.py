@@ -49,7 +49,7 @@ class Home:
     def configure(
         self, *variations: dict[str, Any], generate: dict[str, Any] | None = None, **sections: Any
     ) -> None:
-        """Write the configuration; sections given replace the ones below."""
+        """Write the configuration; sections given replace the ones below. Pages have tests of their own."""
         defaults = {
             "engine": "remix",
             "duration_s": 2,
@@ -60,6 +60,7 @@ class Home:
             "intake": {"settle_s": 0},
             "normalize": {"sample_rate": SAMPLE_RATE},
             "embed": {"engine": "descriptors"},
+            "gallery": {"enabled": False},
             "generate": {**defaults, **(generate or {})},
             "retry": {"max_attempts": 1, "backoff_s": 0},
         }
@@ -129,6 +130,7 @@ def sha256_of(path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hash of every file below a folder but the manifest (it has a date), by name."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    """Hash of every file below a folder but the manifest and the pages, which have a date, by name."""
+    dated = ("manifest.json", "index.html", "tracks.js")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in dated)
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}

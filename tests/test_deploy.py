@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.cli.commands import cli
 from pipeline.config import Config
 from pipeline.executors.ray_environment import QUIET
+from pipeline.service.health import WATCHDOG_S
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = ROOT / "deploy" / "variations.service"
@@ -91,6 +93,10 @@ def test_the_verification_finds_errors(systemd_analyze: str, checkout: Path, tmp
     elsewhere.write_text(text.replace("/bin/python", "/bin/no-python"))
     assert "WatchdogSeconds" in verify(systemd_analyze, misspelt)[1]
     assert "no-python" in verify(systemd_analyze, elsewhere)[1]
+
+
+def test_health_takes_an_instance_for_hung_when_the_watchdog_does() -> None:
+    assert settings()["WatchdogSec"] == [f"{WATCHDOG_S / 60:.0f}min"]
 
 
 def test_what_systemd_starts_is_the_program(checkout: Path) -> None:
@@ -272,6 +278,15 @@ def test_the_image_installs_the_models_that_were_asked_for(
         assert (ROOT / name).exists()
     ran = subprocess.run(["sh", "-c", second], env=env, capture_output=True, text=True, check=False)
     assert ran.stdout == "/src[s3,ray]\n"
+
+
+def test_the_image_says_whether_it_is_well_by_a_verb_of_the_program() -> None:
+    [check] = [rest for word, rest in instructions() if word == "HEALTHCHECK"]
+    program, verb = json.loads(check[check.index("[") :])
+    assert [json.dumps([program])] == [rest for word, rest in instructions() if word == "ENTRYPOINT"]
+    assert verb in {
+        command.name or command.callback.__name__ for command in cli.registered_commands if command.callback
+    }
 
 
 def test_the_extras_of_the_image_are_those_of_the_package() -> None:

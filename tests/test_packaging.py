@@ -107,7 +107,8 @@ def test_the_wheel_has_the_program_and_its_files_only(tmp_path: Path) -> None:
     data = [name for name in names if name.startswith("pipeline/") and not name.endswith(".py")]
     config = [str(path.relative_to(ROOT / "config")) for path in (ROOT / "config").rglob("*.yaml")]
     template = [f"pipeline/cli/template/{file}" for file in config]
-    assert sorted(data) == sorted([*template, "pipeline/demo/paper-lanterns.ogg"])
+    pages = [str(path.relative_to(ROOT)) for path in (ROOT / "pipeline/gallery/templates").iterdir()]
+    assert sorted(data) == sorted([*template, *pages, "pipeline/demo/paper-lanterns.ogg"])
     install = ["install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run([*pip, *install], check=True, capture_output=True)
     ran = subprocess.run(

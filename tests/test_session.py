@@ -69,7 +69,7 @@ def test_a_hangup_during_the_start_of_watch_does_not_end_it(
         os.kill(os.getpid(), signal.SIGHUP)
         return open_app(*arguments)
 
-    def watch(_: App, signals: Signals) -> None:
+    def watch(_: App, signals: Signals, _view: object) -> None:
         assert signals._woken.wait(10)  # the listening thread has passed the signal on
         reloads.append(signals.take_reload())
 

@@ -11,7 +11,8 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from collections import Counter
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -158,13 +159,16 @@ def init(
 @cli.command()
 def once(context: typer.Context, folder: Folder = None) -> int:
     """Process all tracks that are ready, then end."""
+    from pipeline.cli.gallery import index_of
+    from pipeline.cli.live import bars_on
     from pipeline.cli.status import summary
     from pipeline.service.loop import run_once
     from pipeline.service.signals import Signals
     from pipeline.session import open_session
 
     app = _app(context)
-    with open_session(app, _input_folder(app, folder), Signals()) as session, session.signals.on_signals():
+    opened = open_session(app, _input_folder(app, folder), Signals(), view=bars_on)
+    with opened as session, session.signals.on_signals():
         try:
             scan_result = run_once(session)
         except Stopped:
@@ -172,6 +176,8 @@ def once(context: typer.Context, folder: Folder = None) -> int:
             return 128 + (session.signals.stopped_by or signal.SIGINT)
         result = session.runner.result
     typer.echo(summary(result, scan_result, app.workspace.outbox))
+    if result.done and app.config.gallery.enabled:
+        typer.echo(f"to listen and compare, open {index_of(app.workspace.outbox)}")
     unfinished = scan_result.failed or scan_result.read_errors or result.postponed_until is not None
     return SOME_FAILED if result.failed or unfinished else ALL_DONE
 
@@ -179,12 +185,13 @@ def once(context: typer.Context, folder: Folder = None) -> int:
 @cli.command()
 def watch(context: typer.Context) -> int:
     """Keep running and process what arrives in the inbox."""
+    from pipeline.cli.live import bars_on
     from pipeline.service.signals import Signals
     from pipeline.session import watch_inbox
 
     signals = Signals()
     with signals.on_signals(hangup_reloads=True):  # first, so that an early SIGHUP does not end the process
-        watch_inbox(_app(context), signals)
+        watch_inbox(_app(context), signals, bars_on)
     return ALL_DONE
 
 
@@ -200,13 +207,37 @@ def plan(context: typer.Context, folder: Folder = None) -> int:
 
 
 @cli.command()
-def status(context: typer.Context, as_json: AsJson = False) -> int:
+def status(
+    context: typer.Context,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it until Ctrl-C, always up to date.")] = False,
+) -> int:
     """Show counts, running work, the queue and failures."""
     from pipeline.cli.status import status_facts, status_text
 
+    if watch and as_json:
+        raise typer.BadParameter("--json and --watch don't go together")
+    if watch:
+        from rich.console import Console
+
+        from pipeline.cli.live import watch_status
+
+        with suppress(KeyboardInterrupt, BrokenPipeError):
+            watch_status(_app(context), Console())
+        return ALL_DONE
     facts = status_facts(_app(context))
     typer.echo(_json(facts) if as_json else status_text(facts))
     return ALL_DONE
+
+
+@cli.command()
+def health(context: typer.Context) -> int:
+    """Say whether an instance is at work and nothing is degraded; otherwise the exit code is 1."""
+    from pipeline.cli.status import health_text
+
+    is_well, text = health_text(_app(context), now=time.time())
+    typer.echo(text)
+    return ALL_DONE if is_well else SOME_FAILED
 
 
 @cli.command()
@@ -330,6 +361,26 @@ def gc(
 
 
 @cli.command()
+def gallery(context: typer.Context) -> int:
+    """Write the pages of all finished tracks anew."""
+    from pipeline.cli.gallery import index_of, write_pages
+
+    app = _app(context)
+    n_written, n_without = write_pages(app)
+    typer.echo(f"{n_written} pages written" + (f", {n_without} tracks have no results" if n_without else ""))
+    typer.echo(f"open {index_of(app.workspace.outbox)}")
+    return ALL_DONE
+
+
+@cli.command()
+def demo(context: typer.Context) -> int:
+    """Process the instrumental that comes with the program."""
+    import pipeline.demo
+
+    return once(context, Path(pipeline.demo.__file__).parent)
+
+
+@cli.command()
 def score(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The variation.")],
@@ -342,6 +393,86 @@ def score(
     scores = score_files(App.open(_folder(context), context.obj["config"]), file, source)
     typer.echo(_json(scores.as_json()) if as_json else score_text(scores))
     return ALL_DONE
+
+
+@cli.command()
+def reproduce(
+    context: typer.Context,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="MANIFEST|FILE", help="A manifest.json, or a variation.")
+    ] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Every take in the outbox.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The source; default: where the database has it."),
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="The only take of a manifest that is wanted.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the one file that is made.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Make variations again from what is recorded of them, and compare the bytes.
+
+    Ends with 0 if all are the same, 1 if one is different, 2 if one can't be tried.
+    """
+    from pipeline.cli import reproduce as verb
+
+    if (target is None) != every or (every and (source or file or output)):
+        raise typer.BadParameter("takes a manifest or a variation with its options, or --all alone")
+    if output is not None and output.exists():
+        raise ConfigError(f"{printable(output)} exists, and is left as it is: name another file")
+    app = _app(context) if target is None else App.open(_folder(context), context.obj["config"])
+    takes = [] if target is None else verb.takes_of(app, target, file)
+    if output is not None and len(takes) != 1:
+        raise typer.BadParameter(f"--output is for one take, not for {len(takes)}: name it with --file")
+    counts, listed = dict.fromkeys(verb.WORDS, 0), []
+    for outcome in verb.outcomes(app, verb.all_takes(app) if target is None else [takes], source):
+        counts[outcome.state] += 1
+        listed.append(outcome.as_json())
+        if not as_json and not (every and outcome.state == "same"):
+            typer.echo(verb.line(outcome))
+        if output is not None and outcome.content:
+            verb.write_output(outcome, output)
+    if as_json:
+        typer.echo(_json({**counts, "takes": listed}))
+    elif len(listed) != 1 or every:
+        typer.echo(verb.sum_text(counts))
+    return verb.exit_code(counts)
+
+
+@cli.command()
+def rate(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="RATINGS.JSON", help="What a page of the gallery saved.")],
+) -> int:
+    """Store the ratings of results; a later one of the same file wins."""
+    from pipeline.ratings.file import read_ratings
+
+    ratings = read_ratings(file)
+    store = _app(context).open_store()
+    results = {track: store.results_of(track) for track in {rating.track for rating in ratings}}
+    known = [rating for rating in ratings if rating.sha256 in results[rating.track]]
+    store.rate(known, now=time.time())
+    typer.echo(f"{len(known)} ratings stored")
+    if n := len(ratings) - len(known):
+        typer.echo(f"{n} left out: no results of this home have their hashes, or they were made anew since")
+    return ALL_DONE
+
+
+@cli.command()
+def export(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option("--kept", metavar="DIR", help="Where the copies go.")],
+) -> int:
+    """Copy the results that were rated as kept, with names fit for a DAW."""
+    from pipeline.cli.export import export_lines
+
+    app, counts = _app(context), Counter[str]()
+    for state, line in export_lines(app, folder):
+        counts[state] += 1
+        typer.echo(line)
+    typer.echo(", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing is rated as kept")
+    return SOME_FAILED if counts["missing"] or counts["in the way"] else ALL_DONE
 
 
 @cli.command()

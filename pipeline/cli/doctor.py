@@ -20,6 +20,7 @@ from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
 from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
+from pipeline.ratings.agreement import agreements
 from pipeline.runner.runner import check_outbox_mount
 from pipeline.store.store import Store
 from pipeline.weights import hub
@@ -136,6 +137,8 @@ def _database(app: App, *, repair: bool) -> Iterator[Check]:
     store.check()
     counts = ", ".join(f"{n} {state}" for state, n in store.counts().items())
     yield Check("ok", "database", f"intact: {counts}")
+    for engine, text in agreements(store):
+        yield Check("ok", f"ratings of {engine}", text)
     check_outbox_mount(app.workspace.outbox, store)
     findings = reconcile(
         store,

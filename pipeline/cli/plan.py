@@ -6,12 +6,15 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.app import App
 from pipeline.errors import FolderUnusable, os_reason
 from pipeline.fs.names import printable
+from pipeline.pace import Pace, Wanted, makespan_s, rough
 from pipeline.plan import PlannedVariation, plan_variations
+from pipeline.records import Stage
+from pipeline.service.health import read_health
 from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
 
@@ -23,6 +26,24 @@ if TYPE_CHECKING:
     from pipeline.workspace import InputFolder
 
 CONFLICT_COPY = " (a sync tool's conflict copy: a track of its own unless another file has the same content)"
+
+
+class ToDo(NamedTuple):
+    """What a track still needs."""
+
+    name: str
+    bytes: int  # of its source
+    variations: list[PlannedVariation]
+
+    def seconds(self, pace: Pace) -> float:
+        """How long it takes by that pace; nothing, if it needs nothing."""
+        source_s = pace.length_s(self.name, self.bytes)
+        wanted = [
+            (one.tried / one.kept, source_s if one.duration_s == "source" else one.duration_s)
+            for one in self.variations
+        ]
+        n_takes, takes_s = round(sum(n for n, _ in wanted)), sum(n * length_s for n, length_s in wanted)
+        return sum(pace.stage_s(stage, source_s, n_takes, takes_s) for stage in Stage) if wanted else 0.0
 
 
 def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
@@ -45,29 +66,31 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     yield f"each track: {len(variations)} variations"
     yield from (f"  {_variation(one, card)}" for one in variations)
     store = app.read_store()
-    to_do, listed = list[list[PlannedVariation]](), set[str]()  # what each track still needs
+    to_do, listed = list[ToDo](), set[str]()
     try:
         for scanned in scanner_for(folder, app.config.intake, app.workspace.files_at(folder.path)).scan():
             track = _track_of(store, scanned) if store else None
             listed |= {track.sha256} if track else set()
             note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
             text, missing = _planned(store, scanned, track, recipe)
-            to_do.append(missing)
+            to_do.append(ToDo(scanned.display, scanned.identity.size, missing))
             yield f"{scanned.display}: {text}{note}"
     except OSError as e:
         raise FolderUnusable(f"{printable(folder.path)} can't be read: {os_reason(e)}") from e
     for track in store.tracks(TrackState.QUEUED) if store and folder.is_inbox else []:
         if track.sha256 not in listed:
-            to_do.append(variations)
+            to_do.append(ToDo(track.name, track.bytes, variations))
             yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
     if store and app.config.retention.redo_missing:
         outbox = Outbox(app.workspace.outbox_files)
         findings = reconcile(store, outbox, app.workspace, thorough=False, repair=False, now=time.time())
         for finding in findings:
             if finding.kind == "result":
-                to_do.append(variations)
+                to_do.append(ToDo(finding.where, 0, variations))
                 yield f"{finding.where}: {finding.text}: made again"
-    yield _estimate(store, recipe, to_do) if to_do else "nothing to do"
+    workers = (read_health(app.workspace.health) or {}).get("workers", [])
+    n_workers = max(sum(one.get("makes", True) for one in workers), 1)  # as in the last run
+    yield _estimate(store, recipe, to_do, n_workers) if to_do else "nothing to do"
 
 
 def _variation(planned: PlannedVariation, card: EngineCard) -> str:
@@ -114,19 +137,16 @@ def _planned(
     return f"the configuration has changed: {embed}{len(missing)} variations{vectors}", missing
 
 
-def _estimate(store: Store | None, recipe: Recipe, to_do: list[list[PlannedVariation]]) -> str:
-    """About how long the work takes, by what such work took on this machine."""
-    wanted = [one for missing in to_do for one in missing]
-    n_tracks = sum(map(bool, to_do))
-    pace = store.pace(recipe.generator.card.name, recipe.generator.model) if store else None
-    what = f"to do: variations: {len(wanted)}, tracks: {n_tracks}"
+def _estimate(store: Store | None, recipe: Recipe, to_do: list[ToDo], n_workers: int) -> str:
+    """About how long it takes, by what such work took on this machine."""
+    wanted = Wanted.of(recipe)
+    n_variations, n_tracks = (
+        sum(len(one.variations) for one in to_do),
+        sum(bool(one.variations) for one in to_do),
+    )
+    pace = Pace.of(store.work(wanted.generator, wanted.model), wanted) if store else None
+    what = f"to do: variations: {n_variations}, tracks: {n_tracks}"
     if pace is None:
-        return f"{what}; no estimate of the time, as {recipe.generator.card.name} has made nothing here yet"
-    seconds = pace.per_track_s * n_tracks + pace.per_second_s * sum(one.made_s for one in wanted)
-    return f"{what}, time: about {_rough(seconds)}, by what such work took here before"
-
-
-def _rough(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return f"{what}; no estimate of the time, as {wanted.generator} has made nothing here yet"
+    seconds = makespan_s([0.0] * n_workers, [one.seconds(pace) for one in to_do])
+    return f"{what}, time: about {rough(seconds)}, by what such work took here before"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +12,21 @@ from pipeline.app import App
 from pipeline.config import Config
 from pipeline.errors import UnknownTrack
 from pipeline.fs.names import printable
+from pipeline.pace import Wanted, rough, times_left
 from pipeline.runner.retry import local_time, longest_wait_s
-from pipeline.service.health import read_health
+from pipeline.service.health import WATCHDOG_S, read_health
 from pipeline.store.schema import TrackState
 from pipeline.store.store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pipeline.intake.ingest import ScanResult
     from pipeline.runner.attempts import RunResult
 
 LISTED = 20  # entries of the queue and failures that `status` lists
+SPEED_S = 600.0  # of which the seconds of sound per minute are the mean
+BAR = 20  # characters of the longest bar in `show`
 
 
 def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
@@ -51,13 +58,46 @@ def status_facts(app: App) -> dict[str, Any]:
         "inbox": health.get("inbox"),
         "degraded": health.get("conditions", []),
         "workers": health.get("workers", []),
+        "disk_free_bytes": _free_bytes(app),
+        "time_left_s": None,
+        "sound_s_per_minute": None,
+        "ended": 0,
+        "oldest_queued_at": None,
         "running": [],
         "waiting": [],
         "queue": [],
         "failures": [],
     }
     store = app.read_store()
-    return facts if store is None else {**facts, **_queue_facts(store, app.config, is_running=is_running)}
+    if store is None:
+        return facts
+    with closing(store):
+        facts |= _queue_facts(store, app.config, is_running=is_running)
+        return facts | (_times(store, health) if health else {})
+
+
+def _free_bytes(app: App) -> int | None:
+    """Free space on the fullest disk that results are written to."""
+    with suppress(OSError):
+        return min(shutil.disk_usage(folder).free for folder in app.workspace.disks)
+    return None
+
+
+def _times(store: Store, health: dict[str, Any]) -> dict[str, Any]:
+    """What a running instance has done since its start, how fast, and how long the rest takes."""
+    now, workers = time.time(), health.get("workers", [])
+    started_at = health.get("started_at", now)
+    since = max(now - SPEED_S, started_at)
+    left: list[float | None] = [None] * len(workers)
+    whole = None
+    if wanted := health.get("wanted"):
+        left, whole = times_left(store, Wanted(**wanted), workers, now=now)
+    return {
+        "time_left_s": whole,
+        "sound_s_per_minute": store.sound_since(since) / max(now - since, 1.0) * 60,
+        "ended": store.n_ended_since(started_at),
+        "workers": [{**one, "left_s": left_s} for one, left_s in zip(workers, left, strict=True)],
+    }
 
 
 def _queue_facts(store: Store, config: Config, *, is_running: bool) -> dict[str, Any]:
@@ -74,15 +114,15 @@ def _queue_facts(store: Store, config: Config, *, is_running: bool) -> dict[str,
                 "track": names.get(attempt.sha256, attempt.sha256[:8]),
                 "sha256": attempt.sha256,
                 "stage": attempt.stage,
-                "since_s": round(time.time() - attempt.started_at, 1),
+                "since_s": round(now - attempt.started_at, 1),
             }
             for attempt in (store.attempts() if is_running else ())
         ],
         "waiting": [
             {"track": track.name, "until": track.not_before, "error": track.error}
-            for track in store.tracks(TrackState.QUEUED)
-            if 0 < track.not_before - now <= longest_wait_s(config)
-        ][:LISTED],
+            for track in store.waiting(after=now, until=now + longest_wait_s(config), limit=LISTED)
+        ],
+        "oldest_queued_at": store.oldest_queued(),
         "queue": queue,
         "failures": [
             {
@@ -105,30 +145,48 @@ def _path_of(store: Store, sha256: str) -> str | None:
 
 
 def status_text(facts: dict[str, Any]) -> str:
-    lines = [", ".join(f"{n} {state}" for state, n in facts["tracks"].items())]
+    lines = [*head_lines(facts)]
+    lines += [_worker_text(one) for one in facts["workers"]]
+    lines += [f"now: {one['track']}: {one['stage']} for {one['since_s']:.0f} s" for one in facts["running"]]
+    lines += [waiting_text(one) for one in facts["waiting"]]
+    lines += [f"next: {name}" for name in facts["queue"]]
+    lines += [failure_text(one) for one in facts["failures"]]
+    return "\n".join(lines)
+
+
+def head_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """Counts, what runs and how fast, what is degraded, and what waits in the inbox."""
+    queue = [f"{n} {state}" for state, n in facts["tracks"].items()]
+    if facts["time_left_s"]:
+        queue.append(f"about {rough(facts['time_left_s'])} left")
+    yield ", ".join(queue)
     mode = f", watching the inbox by {facts['mode']}" if facts["mode"] else ""
-    lines.append(f"an instance is running{mode}" if facts["instance"] else "no instance is running")
+    yield f"an instance is running{mode}" if facts["instance"] else "no instance is running"
+    if facts["instance"]:
+        yield f"{facts['sound_s_per_minute'] or 0:.0f} s of sound a minute, {_free_text(facts)}"
     for one in facts["degraded"]:
-        lines.append(f"degraded since {local_time(one['since'])}: {one['what']}: {one['text']}")
+        yield f"degraded since {local_time(one['since'])}: {one['what']}: {one['text']}"
     states = {
         "waiting": "wait until earlier tracks are done (intake.spool_gb)",
         "settling": "may still be being written",
         "unmarked": "have no marker file yet",
     }
     waiting = [f"{n} {states[state]}" for state, n in (facts["inbox"] or {}).items() if n and state in states]
-    lines += [f"in the inbox: {', '.join(waiting)}"] if waiting else []
-    lines += [_worker_text(one) for one in facts["workers"]]
-    lines += [f"now: {one['track']}: {one['stage']} for {one['since_s']:.0f} s" for one in facts["running"]]
-    lines += [
-        f"waiting until {local_time(one['until'])}: {one['track']}: {one['error'] or 'new'}"
-        for one in facts["waiting"]
-    ]
-    lines += [f"next: {name}" for name in facts["queue"]]
-    lines += [
-        f"failed: {one['track']} in {one['stage']} after {one['attempts']} attempts: {one['error']}"
-        for one in facts["failures"]
-    ]
-    return "\n".join(lines)
+    if waiting:
+        yield f"in the inbox: {', '.join(waiting)}"
+
+
+def _free_text(facts: dict[str, Any]) -> str:
+    free = facts["disk_free_bytes"]
+    return "free space unknown" if free is None else f"{free / 1e9:.1f} GB free"
+
+
+def waiting_text(one: dict[str, Any]) -> str:
+    return f"waiting until {local_time(one['until'])}: {one['track']}: {one['error'] or 'new'}"
+
+
+def failure_text(one: dict[str, Any]) -> str:
+    return f"failed: {one['track']} in {one['stage']} after {one['attempts']} attempts: {one['error']}"
 
 
 def _worker_text(worker: dict[str, Any]) -> str:
@@ -136,7 +194,25 @@ def _worker_text(worker: dict[str, Any]) -> str:
         return f"worker ({worker['where']}): has nothing to do"
     engine = f" by {worker['engine']}" if worker["engine"] else ""
     rate = f", {worker['steps_per_s']:g} steps/s" if worker["steps_per_s"] else ""
-    return f"worker ({worker['where']}): {worker['track']}: {worker['stage']}{engine}{rate}"
+    step = f", {worker['step']}" if worker.get("step") else ""
+    left = f", about {rough(worker['left_s'])} left" if worker.get("left_s") else ""
+    return f"worker ({worker['where']}): {worker['track']}: {worker['stage']}{engine}{step}{rate}{left}"
+
+
+def health_text(app: App, *, now: float) -> tuple[bool, str]:
+    """Whether an instance is at work, its last progress is recent and nothing is degraded; and what is so.
+
+    Progress is recent if systemd's watchdog would not act yet; without systemd, that of the unit in deploy/.
+    """
+    report = read_health(app.workspace.health) if app.workspace.is_locked() else None
+    if report is None:
+        return False, "no instance is running"
+    ago_s, limit_s = now - report.get("progress_at", 0.0), report.get("watchdog_s") or WATCHDOG_S
+    if ago_s > limit_s:
+        return False, f"the last progress was {rough(ago_s)} ago, and {rough(limit_s)} are the limit"
+    if conditions := report["conditions"]:
+        return False, "; ".join(f"{one['what']}: {one['text']}" for one in conditions)
+    return True, f"the last progress was {rough(ago_s)} ago"
 
 
 def show_facts(app: App, wanted: str) -> dict[str, Any]:
@@ -162,8 +238,15 @@ def show_facts(app: App, wanted: str) -> dict[str, Any]:
             for u in store.units_of(track.sha256)
         ],
         "attempts": [
-            {"stage": a.stage, "outcome": a.outcome, "error": a.error, "started_at": a.started_at}
-            for a in store.attempts(track.sha256)
+            {
+                "stage": one.stage,
+                "outcome": one.outcome,
+                "error": one.error,
+                "started_at": one.started_at,
+                "seconds": None if one.ended_at is None else round(one.ended_at - one.started_at, 2),
+                "worker": one.worker,
+            }
+            for one in store.attempts(track.sha256)
         ],
     }
 
@@ -175,9 +258,13 @@ def show_text(facts: dict[str, Any]) -> str:
     lines.append(f"outbox: {facts['outbox']}")
     lines += [f"source file: {one['file']} ({one['state']})" for one in facts["files"]]
     lines += [f"{one['stage']}: {one['file'] or 'done'} in {one['seconds']} s" for one in facts["units"]]
-    lines += [
-        f"attempt at {local_time(one['started_at'])}: {one['stage']} {one['outcome'] or 'is running'}"
-        f"{': ' + one['error'] if one['error'] else ''}"
-        for one in facts["attempts"]
-    ]
+    longest_s = max((one["seconds"] or 0.0 for one in facts["attempts"]), default=0.0)
+    for one in facts["attempts"]:
+        bar = "━" * max(1, round(BAR * (one["seconds"] or 0.0) / max(longest_s, 0.01)))
+        took = "" if one["seconds"] is None else f"{one['seconds']:.1f} s"
+        what = f"{one['stage']:<9}  {took:>9}  {bar if took else '':<{BAR}}  {one['outcome'] or 'is running'}"
+        worker, error = (
+            f"{mark}{text}" if text else "" for mark, text in ((", ", one["worker"]), (": ", one["error"]))
+        )
+        lines.append(f"{local_time(one['started_at'])}  {what}{worker}{error}")
     return "\n".join(lines)

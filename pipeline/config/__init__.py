@@ -235,6 +235,10 @@ def _executor_section(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+class GallerySettings(Section):
+    enabled: bool = True
+
+
 class Retry(Section):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     backoff_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
@@ -260,6 +264,15 @@ class Retention(Section):
     redo_missing: bool = True
 
 
+class Log(Section):
+    format: Literal["auto", "text", "json"] = "auto"
+
+
+class Metrics(Section):
+    textfile: PathText | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -275,9 +288,12 @@ class Config(Section):
     gates: Gates = Gates.model_construct()
     judge: Judge = Judge.model_construct()
     output: Output = Output.model_construct()
+    gallery: GallerySettings = GallerySettings.model_construct()
     retry: Retry = Retry.model_construct()
     disk: Disk = Disk.model_construct()
     retention: Retention = Retention.model_construct()
+    log: Log = Log.model_construct()
+    metrics: Metrics = Metrics.model_construct()
 
     def canonical(self) -> str:
         """The effective configuration as canonical JSON."""

@@ -23,6 +23,7 @@ _PATTERNS = {  # by a part of the pattern; the first that matches counts
     r"^[^\x00]": "must not contain a NUL character",
     "^best ": "must be as in: best 2 of 6",
     "^(auto|": "must be auto or host:port",
+    "[0-9a-f]{64}": "must be a SHA-256 of 64 hexadecimal digits",
 }
 
 
@@ -31,7 +32,7 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
     found: dict[str, list[str]] = {}
     inputs: dict[str, str] = {}
     for error in e.errors():
-        *parents, last = error["loc"]
+        *parents, last = error["loc"] or ("",)
         unknown = error["type"] == "extra_forbidden"  # then `last` is a key, even if it is "float"
         loc = [part for part in parents if not _is_union_branch(part)]
         if unknown or not _is_union_branch(last):

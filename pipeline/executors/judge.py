@@ -140,11 +140,13 @@ class ScoringJudge:
             on_step=self._check_stop,
         )
         rating = self._rating(made.audio)
+        ranked = rank(scores, gates, rating, made.loop)
+        own = {"rank": round(ranked, DIGITS), **({"rating": rating} if rating else {})}
         return Verdict(
             failed=tuple(failed_gates(scores, gates, reference.collapsed_share)),
-            rank=rank(scores, gates, rating, made.loop),
+            rank=ranked,
             similarity=scores.similarity,
-            scores=scores.as_json() | ({"rating": rating} if rating else {}),
+            scores=scores.as_json() | own,
             sound=analysed[0].fingerprint,
         )
 

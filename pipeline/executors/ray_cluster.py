@@ -26,16 +26,14 @@ from pipeline.executors.process import THREADS, n_cores
 from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_environment import AUTO, set_environment
 from pipeline.executors.ray_nodes import (
-    NONE,
-    PROGRAM,
     Facts,
     Resources,
     differences,
     facts_of_this_process,
     living_nodes,
     packages_of,
-    versions,
 )
+from pipeline.executors.versions import NONE, PROGRAM, versions
 from pipeline.fs.bucket import without_credentials
 
 INSTALL_COMMAND = 'pip install ".[ray]"'

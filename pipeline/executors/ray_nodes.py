@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeline import __version__
 from pipeline.engines.loading import EngineChoices
 from pipeline.errors import EngineUnusable
-
-PYTHON, PROGRAM = "Python", "instrumental-variations"
-ALWAYS = ("numpy",)  # packages that make results whatever the engines are
-NONE = "none"  # the version of a package that is not installed
+from pipeline.executors.versions import PROGRAM, PYTHON, versions
 
 
 @dataclass(frozen=True)
@@ -74,20 +68,6 @@ def facts_of_this_process(packages: Iterable[str]) -> Facts:
     context = ray.get_runtime_context()
     gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
     return Facts(context.get_node_id(), ray.util.get_node_ip_address(), gpus, versions(packages))
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions here of Python, this program and the packages.
-
-    A build's own part is left out: torch for the CPU and for CUDA are the same version.
-    """
-    found = {PYTHON: f"{sys.version_info.major}.{sys.version_info.minor}", PROGRAM: __version__}
-    for name in sorted({*ALWAYS, *packages}):
-        try:
-            found[name] = version(name).partition("+")[0]
-        except PackageNotFoundError:
-            found[name] = NONE
-    return found
 
 
 def differences(facts: Sequence[Facts], ours: Mapping[str, str]) -> Iterator[str]:

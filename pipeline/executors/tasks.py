@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from pipeline.errors import EngineFailure
 from pipeline.executors.base import Tools, portable
 from pipeline.executors.encode import FileForm, embedding_file, sound_file
 from pipeline.executors.judge import Verdict
+from pipeline.executors.versions import made_with
+from pipeline.gallery.pictures import Picture, draw
 from pipeline.plan import AUTO_PROMPT
 from pipeline.records import Audio, Failure, MadeBy, Samples, SourceInfo, Variation, VariationRequest
 from pipeline.stages import Normalized
@@ -49,6 +51,7 @@ class MadeTake:
     verdict: Verdict | None = None
     refused: str | None = None  # why the engine's sound can't be used
     error: BaseException | None = None
+    made_with: Mapping[str, str] = field(default_factory=dict)  # see `versions.made_with`
 
 
 def open_engines(tools: Tools, embeds: bool, generates: bool) -> Iterator[None]:
@@ -123,6 +126,15 @@ def fingerprint_of_file(tools: Tools, content: bytes, sample_rate: int) -> Itera
     yield tools.judge.sound(sound)
 
 
+def pictures(tools: Tools, *sounds: Path | bytes) -> Iterator[list[Picture]]:
+    """The pictures of sounds for the gallery, of files or of their bytes.
+
+    Raises:
+        BadAudio: one can't be decoded.
+    """
+    yield draw(sounds)
+
+
 def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> Iterator[MadeTake]:
     """Make takes by one call of the generator, in the order in which they are finished.
 
@@ -135,7 +147,8 @@ def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> I
     requests = [one.request for one in by_id.values()]
     for made in generator.generate(requests, progress=tools.progress, should_stop=tools.should_stop):
         one = by_id[made.request_id]
-        take = MadeTake(made.request_id, _made_by(generator), one.request.params.get("prompt", ""))
+        made_by, prompt = _made_by(generator), one.request.params.get("prompt", "")
+        take = MadeTake(made.request_id, made_by, prompt, made_with=made_with(generator.name))
         if isinstance(made, Failure):
             yield replace(take, error=portable(made.error))
             continue

@@ -51,7 +51,7 @@ def _archive(store: Store, inbox: Files, file: SourceFile, settings: Intake, err
 
 
 def _move_failed(inbox: Files, file: SourceFile, error: str) -> Path:
-    target = file.root / FAILED / _path_in_inbox(file)
+    target = file.root / FAILED / path_in_inbox(file)
     moved_to = inbox.move_to_free_name(file.current_path, target, sha256=file.sha256)
     inbox.note(error_path(moved_to), f"{error}\n")
     return moved_to
@@ -59,11 +59,11 @@ def _move_failed(inbox: Files, file: SourceFile, error: str) -> Path:
 
 def _move_finished(inbox: Files, file: SourceFile, settings: Intake) -> Path | None:
     """Returns the new path; None if the file was deleted or is at the path where it was found."""
-    here, original = file.current_path, file.root / _path_in_inbox(file)
+    here, original = file.current_path, file.root / path_in_inbox(file)
     if file.state == FileState.FAILED:
         inbox.delete(error_path(here))
     if settings.after == "move":
-        return inbox.move_to_free_name(here, file.root / DONE / _path_in_inbox(file), sha256=file.sha256)
+        return inbox.move_to_free_name(here, file.root / DONE / path_in_inbox(file), sha256=file.sha256)
     if settings.after == "delete":
         inbox.delete(here)
     elif file.state == FileState.FAILED:
@@ -72,7 +72,7 @@ def _move_finished(inbox: Files, file: SourceFile, settings: Intake) -> Path | N
     return None
 
 
-def _path_in_inbox(file: SourceFile) -> Path:
+def path_in_inbox(file: SourceFile) -> Path:
     """The path below the inbox that the file had before any move."""
     below = file.path.relative_to(file.root)
     return Path(*below.parts[1:]) if len(below.parts) > 1 and below.parts[0] in (DONE, FAILED) else below
@@ -82,7 +82,7 @@ def restore_to_inbox(store: Store, track: Track, inbox: Files) -> None:
     """Move a file that couldn't be read back to the inbox and forget it: the next scan takes it as new."""
     for file in store.files_of(track.sha256):
         if file.moved_to is not None and inbox.find(file.moved_to) is not None:
-            target = file.root / _path_in_inbox(file)
+            target = file.root / path_in_inbox(file)
             inbox.move_to_free_name(file.moved_to, target, sha256=file.sha256)
             inbox.delete(error_path(file.moved_to))
     store.forget(track.sha256)
@@ -116,7 +116,7 @@ def _moved(inbox: Files, file: SourceFile) -> Entry | None:
     A rename keeps the size, mtime and inode by which it is recognised, and a copy in a bucket the content.
     """
     for folder in (DONE, FAILED):
-        for path in names_like(inbox.root / folder / _path_in_inbox(file)):
+        for path in names_like(inbox.root / folder / path_in_inbox(file)):
             if (found := inbox.find(path)) is None:
                 break
             if holds(inbox, found, file.identity, file.sha256):

@@ -23,7 +23,7 @@ from pipeline.intake.scanner import ScannedFile, Scans
 from pipeline.intake.settling import PATIENCE, Settling, has_writer
 from pipeline.outbox.outbox import Outbox
 from pipeline.plan import Recipe
-from pipeline.store.schema import UNREADABLE, FileState, SourceFile, Track, TrackState
+from pipeline.store.schema import UNREADABLE, AttemptOutcome, FileState, SourceFile, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
 
@@ -197,6 +197,9 @@ class Ingest:
         with self.store.transaction():
             folder = Outbox.folder_name(scanned.path, sha256)
             self.store.add_file(file, name=name, folder=folder, now=self.clock())
+            attempt = self.store.begin_attempt(sha256, UNREADABLE, now=self.clock())
+            failed = AttemptOutcome.FAILED
+            self.store.end_attempt(attempt, outcome=failed, now=self.clock(), error=error, cause="unreadable")
             self.store.fail(sha256, stage=UNREADABLE, error=error, now=self.clock(), retry_at=None)
         log.error("%s: failed: %s", name, error)
         result.unreadable.add(sha256)

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import __version__, audio
 from pipeline.engines.selection import Choice
 from pipeline.outbox.outbox import VECTORS_RECORD, Published
+from pipeline.outbox.settings import Settings
 from pipeline.plan import Recipe, Take, TrackPlan
 from pipeline.records import MadeBy, SourceInfo
 from pipeline.stages import Normalized
@@ -19,6 +20,7 @@ FACTS = (  # for tags
     *("seed", "similarity", "transpose", "speed", "params", "prompt"),
     *("engine", "model", "revision", "version", "license"),
     *("tempo_bpm", "key", "bars", "loop"),
+    *("settings", "album_lufs"),
 )
 OPUS_RATE_HZ = 48000  # in which positions in Ogg Opus are counted, whatever the sound's rate (RFC 7845)
 SOFTWARE = f"instrumental-variations {__version__}"
@@ -56,10 +58,12 @@ def embedding_record(published: Published, made_by: MadeBy, dim: int, choice: Ch
     }
 
 
-def take_facts(take: Take, made_by: MadeBy, choice: Choice) -> Json:
+def take_facts(take: Take, made_by: MadeBy, choice: Choice, settings: Settings) -> Json:
     """All that is needed to make the same sound again."""
+    said = settings.said()
     return {
         **take.facts(),
+        **({"settings": said} if said else {}),
         "engine": made_by.name,
         "model": choice.model,
         "revision": choice.revision,
@@ -94,7 +98,13 @@ def variation_record(
 
 
 def tags(
-    track: str, sha256: str, name: str, take: Mapping[str, Any], *, output_format: str
+    track: str,
+    sha256: str,
+    name: str,
+    take: Mapping[str, Any],
+    *,
+    output_format: str,
+    software: str = SOFTWARE,
 ) -> dict[str, str]:
     """The facts for the file itself; without a date, so that the same request gives the same bytes.
 
@@ -105,8 +115,7 @@ def tags(
     if take["tempo_bpm"] is not None:
         free["BPM"] = f"{take['tempo_bpm']:.0f}"
     if take["key"] is not None:
-        tonic, mode = take["key"].split()
-        free["KEY"] = f"{tonic}m" if mode == "minor" else tonic  # as ID3v2 has it
+        free["KEY"] = short_key(take["key"])
     if "loop" in take:
         rate = OPUS_RATE_HZ if output_format == "opus" else take["sample_rate"]
         free |= {"LOOPSTART": "0", "LOOPLENGTH": str(round(take["duration_s"] * rate))}
@@ -114,9 +123,15 @@ def tags(
         "title": f"{track} ({name})",
         "comment": json.dumps(comment, sort_keys=True, ensure_ascii=False),
         "copyright": str(take["license"]),
-        "software": SOFTWARE,
+        "software": software,
         **free,
     }
+
+
+def short_key(key: str) -> str:
+    """A key such as "A minor" as ID3v2 has it: "Am"."""
+    tonic, mode = key.split()
+    return f"{tonic}m" if mode == "minor" else tonic
 
 
 def _rater_facts(choice: Choice) -> Json:

@@ -25,13 +25,14 @@ from pipeline.fs.names import track_name
 MANIFEST = "manifest.json"
 EMBEDDING = "embedding.npz"  # of the source
 VECTORS = "variations.npz"  # of the variations
+PAGE = "index.html"  # of the gallery
 VARIATIONS, REJECTED = "variations", "rejected"
 VECTORS_RECORD = "variation_embeddings"  # in the manifest, of the file VECTORS
 MOVING_SUFFIX = ".move"  # of a complete, verified file that is between two names
 SHORT_HASH = 8
 READ_AT_ONCE = 16  # manifests
 _FOLDERS, _SOUND = f"({VARIATIONS}|{REJECTED})", r"[0-9]{2,}-.+\.(wav|flac|mp3|opus)"
-_FILES = r"manifest\.json|embedding\.npz|variations\.npz"
+_FILES = r"manifest\.json|embedding\.npz|variations\.npz|index\.html"
 _OWN = re.compile(rf"{_FILES}|{_FOLDERS}/{_SOUND}", re.DOTALL)
 _TEMPORARY = re.compile(rf"(\.({_FILES})|{_FOLDERS}/\.{_SOUND})\.(part|move)", re.DOTALL)
 _TRACK_FOLDER = re.compile(r".+--[0-9a-f]{8}", re.DOTALL | re.IGNORECASE)

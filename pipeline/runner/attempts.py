@@ -25,12 +25,13 @@ from pipeline.executors.tasks import TakeRequest
 from pipeline.fs.disk import environment_error
 from pipeline.intake.archive import archive_files
 from pipeline.intake.ingest import recheck_time
+from pipeline.logs import log_facts
 from pipeline.plan import Take, TrackPlan, VariationUnit
 from pipeline.progress import Reporter
-from pipeline.records import Audio, Stage, VariationRequest
+from pipeline.records import Audio, Stage
+from pipeline.runner.making import Source, take_request
 from pipeline.runner.retry import MISSING_INBOX_PAUSE_S, backoff_s
 from pipeline.runner.takes import TakeChoice
-from pipeline.stages import engine_duration_s
 from pipeline.store.schema import AttemptOutcome, Track
 from pipeline.store.store import Store
 from pipeline.workspace import Scratch, Workspace
@@ -55,6 +56,8 @@ class Job:
         default_factory=list
     )  # of its variations, once they are being generated
     attempt: int | None = None  # id of the open attempt
+    began: float = 0.0  # when it began
+    sound_s: float = 0.0  # length of the takes made in it
     stage: str = RESULT_CHECK  # the stage that runs now
     over: bool = False  # done, failed or queued again
 
@@ -73,17 +76,9 @@ class Job:
         return self.scratch.load("normalized", key, self.normalized["sample_rate"])
 
     def request(self, unit: VariationUnit, take: Take, source: Audio, output: Output) -> TakeRequest:
-        length_s = unit.length_s(source)
-        request = VariationRequest(
-            request_id=take.key,
-            track_id=self.track.sha256,
-            audio=source,
-            duration_s=engine_duration_s(length_s, output),
-            seed=take.seed,
-            params=take.params,
-        )
-        loudness_lufs = self.normalized["source"]["loudness_lufs"]
-        return TakeRequest(request, unit.source, length_s, loudness_lufs, unit.gates)
+        length_s, of_source = unit.length_s(source), self.normalized["source"]
+        sound = Source(self.track.sha256, unit.source, source, of_source["loudness_lufs"])
+        return take_request(take, sound, length_s, output, unit.gates)
 
 
 @dataclass
@@ -106,10 +101,16 @@ class Attempts:
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
     result: RunResult
+    worker: Callable[[], str]  # where the tasks run
 
     @contextmanager
     def guarded(self, job: Job) -> Iterator[None]:
         """Turn an error into a failure of this track, unless it is an environment error: that is raised."""
+        with log_facts(track=job.track.name), self._guarded(job):
+            yield
+
+    @contextmanager
+    def _guarded(self, job: Job) -> Iterator[None]:
         try:
             yield
         except Exception as e:
@@ -134,23 +135,36 @@ class Attempts:
         """Record what happens within as one attempt at the stage."""
         with self.guarded(job):
             self.begin(job, stage)
-            self.reporter.stage(job.track.name, stage)
+            self.reporter.stage([job.track.name], stage)
             yield
             self.end(job, AttemptOutcome.DONE)
 
     def begin(self, job: Job, stage: Stage) -> None:
         check_stop(self.should_stop)
-        job.stage = stage
-        job.attempt = self.store.begin_attempt(job.track.sha256, stage, now=self.clock())
+        job.stage, job.began, job.sound_s = stage, self.clock(), 0.0
+        job.attempt = self.store.begin_attempt(job.track.sha256, stage, now=job.began, worker=self.worker())
 
     def end(self, job: Job, outcome: AttemptOutcome, *, error: Exception | None = None) -> None:
         if job.attempt is not None:
             trace = None if error is None else "".join(traceback.format_exception(error))
             text = None if error is None else error_text(error)
+            now = self.clock()
             self.store.end_attempt(
-                job.attempt, outcome=outcome, now=self.clock(), error=text, traceback=trace
+                job.attempt,
+                outcome=outcome,
+                now=now,
+                error=text,
+                cause=None if error is None else error_cause(error),
+                traceback=trace,
+                sound_s=job.sound_s,
+                # It may have been started by the first task, or have died.
+                worker=self.worker() if outcome == AttemptOutcome.DONE else None,
             )
             job.attempt = None
+            if outcome == AttemptOutcome.DONE:
+                self.reporter.stage_done(
+                    job.track.name, job.stage, attempt=job.track.attempts + 1, seconds=now - job.began
+                )
 
     def fail(self, job: Job, error: Exception) -> None:
         """Count a failed attempt, which is final if the error is permanent or no more attempts are allowed.
@@ -181,13 +195,15 @@ class Attempts:
             self._give_up(job, error, text)
         else:
             log.warning(
-                "%s: %s failed, will be tried again in %.0f s: %s", track.name, job.stage, wait_s, text
-            )
+                "%s: %s failed, will be tried again in %.0f s: %s", track.name, job.stage, wait_s, text,
+                extra={"stage": job.stage, "attempt": attempts, "seconds": now - job.began},
+            )  # fmt: skip
 
     def _give_up(self, job: Job, error: Exception, text: str) -> None:
         track = job.track
         self.result.failed.add(track.sha256)
-        self.reporter.failed(track.name, text)
+        with log_facts(stage=job.stage):
+            self.reporter.failed(track.name, text)
         self.archive(track, f"{track.name}{' ' if isinstance(error, BadAudio) else ': '}{text}")
         job.scratch.clear()
 
@@ -242,6 +258,11 @@ class Attempts:
         with suppress(sqlite3.Error):
             self.store.reopen()
             self.store.release_all(now=self.clock())
+
+
+def error_cause(error: Exception) -> str:
+    """A word for the kind of error, of which there are few."""
+    return type(error).__name__ if isinstance(error, PipelineError) else "unexpected"
 
 
 def error_text(error: Exception) -> str:

@@ -20,17 +20,18 @@ from pipeline.engines.base import ProgressFn
 from pipeline.errors import EngineFailure
 from pipeline.executors import tasks
 from pipeline.executors.base import Executor, Task, result_of
-from pipeline.executors.encode import FileForm
 from pipeline.executors.judge import Judge
 from pipeline.executors.tasks import MadeTake, TakeRequest
 from pipeline.fs.disk import environment_error
 from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import REJECTED, Outbox, Published
+from pipeline.outbox.settings import Settings
 from pipeline.plan import Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage
 from pipeline.runner.attempts import Attempts, Job
+from pipeline.runner.making import at_album_loudness, file_form, record_of
 from pipeline.runner.takes import JudgedTake, TakeChoice, choices
 from pipeline.store.schema import AttemptOutcome
 from pipeline.store.store import Store
@@ -38,7 +39,6 @@ from pipeline.store.store import Store
 log = logging.getLogger("pipeline")
 
 TAKE = "take"  # what a held take is called in the state folder
-LEVELS = ("loudness_lufs", "peak_dbfs", "true_peak_dbtp")
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,8 @@ class Generation:
                 self._begin(job)
         while wanted := {one.take.key: one for job in jobs for one in self._wanted(job)}:
             names = {one.job.track.sha256: one.job.track.name for one in wanted.values()}
-            name = next(iter(names.values())) if len(names) == 1 else f"{len(names)} tracks"
             try:
-                self._call(wanted, name)
+                self._call(wanted, list(names.values()))
             except Exception as e:
                 if isinstance(e, sqlite3.Error) or environment_error(e):
                     raise
@@ -153,9 +152,9 @@ class Generation:
             job.scratch.save("normalized", unit.source, changed)
         return job.audio(unit.source)
 
-    def _call(self, wanted: dict[str, Wanted], name: str) -> None:
+    def _call(self, wanted: dict[str, Wanted], names: list[str]) -> None:
         requests = [one.request for one in wanted.values()]
-        self.reporter.stage(name, Stage.GENERATE)
+        self.reporter.stage(names, Stage.GENERATE, total=len(wanted))
         start = self.clock()
         for made in self.executor.run(
             tasks.make_takes,
@@ -170,7 +169,8 @@ class Generation:
                     raise made.error
                 self._take_in(one, made, start)
             if one.job.over and not all(other.job.over for other in wanted.values()):
-                self.reporter.stage(name, Stage.GENERATE)  # again: the last steps of a track came between
+                # again, as the last steps of a track came between
+                self.reporter.stage(names, Stage.GENERATE, total=len(wanted))
             start = self.clock()
 
     # -- takes -----------------------------------------------------------------------------------
@@ -183,18 +183,18 @@ class Generation:
             choice.judged[take.key] = JudgedTake(take, (made.refused or "",), -math.inf, None)
             self._advance(job)
             return
-        facts = manifest.take_facts(take, made.made_by, self.recipe.generator)
-        if made.prompt != take.params.get("prompt", ""):
-            facts["prompt"] = made.prompt
+        job.sound_s += made.facts["duration_s"]
+        config = self.recipe.config
+        settings = Settings(config.normalize, config.output, wanted.request.length_s)
         judged = JudgedTake(
             take,
             verdict.failed,
             verdict.rank,
             verdict.similarity,
             verdict.sound,
-            manifest.take_record(facts, made.facts, verdict.scores),
+            record_of(take, made, self.recipe.generator, settings, config.device),
             is_with_worker=True,
-            seconds=self.clock() - start,
+            began=start,
         )
         choice.judged[take.key] = judged
         self._advance(job)
@@ -208,10 +208,10 @@ class Generation:
     def _hold(self, job: Job, choice: TakeChoice, judged: JudgedTake) -> None:
         """Keep a take in the state folder until it is decided about."""
         job.scratch.save(TAKE, judged.take.key, self._run(tasks.sound_of, judged.take.key))
-        choice.judged[judged.take.key] = replace(judged, is_with_worker=False, seconds=0.0)
+        choice.judged[judged.take.key] = replace(judged, is_with_worker=False, began=None)
         held = {"failed": judged.failed, "rank": judged.rank, "similarity": judged.similarity}
         held["unit"] = choice.units[0].key  # a changed gate or rater asks for another verdict
-        self._record(job, judged.take.key, {**judged.record, "held": held}, judged.seconds)
+        self._record(job, judged.take.key, {**judged.record, "held": held}, judged.began)
 
     def _restore(self, job: Job, choice: TakeChoice) -> None:
         """Take over the missing takes that an earlier run held for the same choice."""
@@ -276,8 +276,7 @@ class Generation:
     ) -> None:
         record, gain_db = judged.record, None
         if album_lufs is not None:
-            gain_db = album_lufs - record["loudness_lufs"]
-            record = {**_raised(record, gain_db), "scores": _raised(record["scores"], gain_db)}
+            record, gain_db = at_album_loudness(record, album_lufs)
         if failed := choice.faults[judged.take.key]:
             name = PurePath(unit.file).name
             log.warning("%s: %s fails its gates: %s", job.track.name, name, "; ".join(failed))
@@ -285,7 +284,7 @@ class Generation:
         takes = self._tried(job, choice, unit)
         made = manifest.variation_record(published, unit.name, record, failed, takes)
         job.variations[unit.key] = made
-        self._record(job, unit.key, made, judged.seconds)
+        self._record(job, unit.key, made, judged.began)
 
     def _tried(self, job: Job, choice: TakeChoice, unit: VariationUnit) -> list[Json]:
         """What the manifest says of all takes; with the best one, those not kept are published if wanted."""
@@ -310,15 +309,15 @@ class Generation:
         sound = judged.take.key if judged.is_with_worker else self._held(job, judged.take, record)
         if sound is None:
             raise EngineFailure("a take has disappeared from the state folder")
-        tags = manifest.tags(job.track.name, job.track.sha256, name, record, output_format=output.format)
-        form = FileForm(output, tags, manifest.markers(record))
+        form = file_form(job.track.name, job.track.sha256, name, record, output)
         content = self._run(tasks.encode, sound, form, gain_db)
         return self.outbox.publish(job.track.folder, file, content)
 
     def _run(self, task: Task, *args: Any) -> Any:
         return result_of(self.executor, task, *args, should_stop=self.should_stop)
 
-    def _record(self, job: Job, key: str, record: Json, seconds: float) -> None:
+    def _record(self, job: Job, key: str, record: Json, began: float | None) -> None:
+        seconds = 0.0 if began is None else self.clock() - began  # with its writing
         self.store.finish_unit(
             key,
             sha256=job.track.sha256,
@@ -344,12 +343,6 @@ def _last_fault(choice: TakeChoice) -> tuple[str, str]:
     """The first file of a choice, and why the last take that was judged for it is not kept."""
     faults = [fault for take in choice.asked for fault in choice.faults.get(take.key, ())]
     return PurePath(choice.units[0].file).name, faults[-1]
-
-
-def _raised(record: Mapping[str, Any], gain_db: float) -> Json:
-    """A record with the levels that are in it raised by a gain."""
-    levels = {name: record[name] for name in LEVELS if record.get(name) is not None}
-    return {**record, **{name: round(level + gain_db, 2) for name, level in levels.items()}}
 
 
 def _clear_frames(error: BaseException) -> None:

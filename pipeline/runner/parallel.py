@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.errors import DiskFull
 from pipeline.executors.base import Executor, Executors, WorkerAway
@@ -25,6 +25,8 @@ log = logging.getLogger("pipeline")
 @dataclass(kw_only=True)
 class NormalizingRunner(Runner):
     """Normalizes the tracks of the next batches while the engines are busy."""
+
+    makes: ClassVar[bool] = False
 
     def next_track(self) -> Track | None:
         """The first track of the next batches that is not normalized yet."""
@@ -167,7 +169,6 @@ class ParallelRunner(Runner):
             self.store.disconnect()
         except BaseException as e:  # raised in the main thread by `next_batch`
             error = e
-        runner.reporter.idle()
         with self._changed:
             self._unclaimed.discard(id(runner.executor))
             self._busy.discard(id(runner.executor))

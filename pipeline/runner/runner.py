@@ -14,10 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pipeline import audio
-from pipeline.config import Normalize
 from pipeline.engines.base import check_stop
 from pipeline.errors import BadAudio, DiskFull, EngineUnusable, FolderUnusable, SourceAway, SourceGone
 from pipeline.executors import tasks
@@ -27,14 +25,18 @@ from pipeline.executors.judge import Judge
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
 from pipeline.fs.mounts import mounts_of
+from pipeline.gallery.gallery import Gallery
+from pipeline.gallery.pictures import Picture
+from pipeline.logs import log_facts
 from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
-from pipeline.outbox.outbox import EMBEDDING, VECTORS, Outbox, Published, files_of
+from pipeline.outbox.outbox import EMBEDDING, PAGE, VECTORS, Outbox, Published, files_of
 from pipeline.plan import Recipe
 from pipeline.progress import Reporter
 from pipeline.records import Stage
 from pipeline.runner.attempts import Attempts, Job, RunResult
 from pipeline.runner.generation import Generation
+from pipeline.runner.making import limits_of
 from pipeline.runner.retry import local_time, longest_wait_s
 from pipeline.store.schema import AttemptOutcome, SourceFile, Track, TrackState
 from pipeline.store.store import Store
@@ -60,10 +62,12 @@ class Runner:
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
+    gallery: Gallery | None = None  # where the pages of finished tracks are written
     n_parallel: int = 1  # batches that are processed at the same time, this runner's among them
     result: RunResult = field(default_factory=RunResult)
     on_claimed: Callable[[], None] = lambda: None  # called when a batch has been claimed
     was_disk_full: bool = False  # the last batch ended because of it
+    makes: ClassVar[bool] = True  # it takes tracks through all stages
 
     @cached_property
     def attempts(self) -> Attempts:
@@ -75,6 +79,7 @@ class Runner:
             self.clock,
             self.should_stop,
             self.result,
+            worker=lambda: self.executor.where,
         )
 
     @cached_property
@@ -108,7 +113,7 @@ class Runner:
         return False
 
     def workers(self) -> list[dict[str, Any]]:
-        """What each worker does, for `status`."""
+        """What each worker does, for `status`: since when, and how many takes of how many are done."""
         now, config = self.reporter.activity, self.recipe
         names: dict[str, str] = {
             Stage.EMBED: config.embedder.card.name,
@@ -123,6 +128,12 @@ class Runner:
                 "stage": now.stage if now else None,
                 "engine": names.get(now.stage) if now else None,
                 "steps_per_s": None if rate is None else round(rate, 1),
+                "step": now.step if now else "",
+                "since": now.began_at if now else None,
+                "done": now.done if now else 0.0,
+                "total": now.total if now else 0.0,
+                "stepped_at": now.stepped_at if now else None,
+                "makes": self.makes,
             }
         ]
 
@@ -168,9 +179,12 @@ class Runner:
     def try_batch(self) -> bool:
         """As `next_batch`, but without another try after a full disk."""
         try:
-            return self._claim_and_process()
+            with log_facts(worker=lambda: self.executor.where):
+                return self._claim_and_process()
         except sqlite3.Error as e:
             raise environment_error(e) or e from e
+        finally:
+            self.reporter.idle()
 
     def release_if_idle(self) -> None:
         """See `Executor`."""
@@ -328,7 +342,7 @@ class Runner:
             with self.attempts.attempt(job, Stage.NORMALIZE):
                 start = self.clock()
                 path = self._working_copy(job)
-                normalized, source = self._run(tasks.normalize, path, settings, _limits(settings))
+                normalized, source = self._run(tasks.normalize, path, settings, limits_of(settings))
                 job.scratch.save("normalized", key, normalized.audio)
                 job.normalized = manifest.normalized_record(source, normalized)
                 self._record(job, key, Stage.NORMALIZE, job.normalized, self.clock() - start)
@@ -373,7 +387,7 @@ class Runner:
         takes = [take for record in variations for take in record.get("takes", ())]
         others = [*takes, *([job.vectors] if job.vectors else [])]
         files = [record["file"] for record in [*variations, *others] if "file" in record]
-        self.outbox.keep_only(folder, {EMBEDDING, *files})
+        self.outbox.keep_only(folder, {EMBEDDING, *files, *([PAGE] if self.gallery else [])})
         names = [file.display for file in self.store.files_of(track.sha256)]
         source = {"name": track.name, "names": names, "sha256": track.sha256, "bytes": track.bytes}
         made = manifest.manifest(
@@ -387,6 +401,8 @@ class Runner:
             now=self.clock(),
         )
         self.outbox.publish_manifest(folder, made)
+        if self.gallery:
+            self.gallery.add(track, made, _if_there(job.scratch.source), self._pictures)
         with self.store.transaction():
             self.attempts.end(job, AttemptOutcome.DONE)
             self.store.finish(
@@ -401,8 +417,19 @@ class Runner:
         job.scratch.clear()
         self.result.done.add(track.sha256)
         self.reporter.finished(track.name, f"{len(variations)} variations in {folder}")
+        if self.gallery:
+            self.gallery.refresh()
 
     # -- helpers ---------------------------------------------------------------------------------
+
+    def _pictures(self, sounds: list[Path | bytes]) -> list[Picture]:
+        """For a page of the gallery; none if a sound can't be decoded, which is no reason to fail a track."""
+        try:
+            found: list[Picture] = self._run(tasks.pictures, *sounds)
+            return found
+        except (BadAudio, WorkerLost) as e:
+            log.warning("a page has no waveforms: %s", e)
+            return []
 
     def _run(self, task: Task, *args: Any) -> Any:
         return result_of(self.executor, task, *args, should_stop=self.should_stop)
@@ -465,10 +492,5 @@ def check_outbox_mount(outbox: Path, store: Store) -> str:
     return now
 
 
-def _limits(settings: Normalize) -> audio.DecodeLimits:
-    return audio.DecodeLimits(
-        min_duration_s=settings.min_duration_s,
-        max_duration_s=settings.max_duration_s,
-        max_bytes=round(settings.max_size_mb * 1e6),
-        accept_truncated=settings.accept_truncated,
-    )
+def _if_there(path: Path) -> Path | None:
+    return path if path.exists() else None

@@ -34,7 +34,7 @@ class JudgedTake:
     sound: Any = None  # what `Shared` compares; None: it has no sound
     record: Mapping[str, Any] = field(default_factory=dict)  # for the manifest
     is_with_worker: bool = False  # its sound; otherwise it is held in the state folder, or published already
-    seconds: float = 0.0  # that it took to make; 0 if that is recorded already
+    began: float | None = None  # when its making began; None: its seconds are recorded already
 
 
 @dataclass(eq=False)

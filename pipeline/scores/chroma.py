@@ -6,6 +6,8 @@ analysis and synthesis", also in librosa), which weigh the octaves around 440 Hz
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import scipy.fft
 
@@ -38,9 +40,13 @@ def compute_chroma(mono: Floats) -> Floats:
     return np.where(is_heard, power / np.maximum(lengths, 1e-30), np.float32(0.0))
 
 
-def chroma_filters() -> Floats:
-    """(12, bins): weight of each frequency for each pitch class, C first; equal temperament, A = 440 Hz."""
-    frequencies_hz = np.arange(1, N_FFT) * (RATE_HZ / N_FFT)
+@cache
+def chroma_filters(rate_hz: int = RATE_HZ) -> Floats:
+    """(12, bins): weight of each frequency for each pitch class, C first; equal temperament, A = 440 Hz.
+
+    For spectra of N_FFT samples at that rate.
+    """
+    frequencies_hz = np.arange(1, N_FFT) * (rate_hz / N_FFT)
     semitones = 12 * np.log2(frequencies_hz / 27.5)
     semitones = np.concatenate([[semitones[0] - 18], semitones])  # 0 Hz: an octave and a half below the first
     widths = np.concatenate([np.maximum(np.diff(semitones), 1.0), [1.0]])

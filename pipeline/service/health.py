@@ -16,9 +16,13 @@ from typing import Any
 
 from pipeline.errors import os_reason
 
+# All conditions that there are.
+CONDITIONS = ("configuration", "disk", "engine", "events", "folders", "inbox", "metrics", "room")
+
 log = logging.getLogger("pipeline")
 
 PROGRESS_S = 1.0  # between two reports of what the workers do
+WATCHDOG_S = 600.0  # of no progress, after which an instance counts as hung; as WatchdogSec in deploy/
 
 
 class Health:
@@ -28,6 +32,9 @@ class Health:
         self.path = path
         self._clock = clock
         self.conditions: dict[str, dict[str, Any]] = {}  # what is wrong now, by its short name
+        self.on_report: Callable[[dict[str, Any]], None] = lambda report: None  # called with what is written
+        self._started_at = self._progress_at = clock()
+        self._scanned_at: float | None = None
         self._facts: dict[str, Any] = {}
         self.workers: Callable[[], list[dict[str, Any]]] = list  # gives what each worker does
         self._is_failing = False
@@ -61,24 +68,39 @@ class Health:
                 self._facts.update(facts)
                 self._write()
 
+    def scanned(self, **inbox: int) -> None:
+        """Report what a scan has left in the inbox. When it was stands in the next report."""
+        self._scanned_at = self._clock()
+        self.note(inbox=inbox)
+
     def progress(self) -> None:
-        """Report what the workers do, unless something was reported a moment ago. In any thread."""
-        if not 0 <= self._clock() - self._written_at < PROGRESS_S:
-            self.note(workers=self.workers())
+        """Report progress and what the workers do, unless something was reported a moment ago.
+
+        In any thread.
+        """
+        self._progress_at = self._clock()
+        if not 0 <= self._progress_at - self._written_at < PROGRESS_S:
+            with self._writing:
+                self._facts["workers"] = self.workers()
+                self._write()
 
     def _write(self) -> None:
         """Replace the file; an error is logged once, and the next change tries again."""
         with self._writing:
             self._written_at = self._clock()
-            self._replace()
+            report = {
+                "pid": os.getpid(),
+                "started_at": self._started_at,
+                "written_at": self._written_at,
+                "progress_at": self._progress_at,
+                "scanned_at": self._scanned_at,
+                **self._facts,
+                "conditions": list(self.conditions.values()),
+            }
+            self._replace(report)
+            self.on_report(report)
 
-    def _replace(self) -> None:
-        report = {
-            "pid": os.getpid(),
-            "written_at": self._written_at,
-            **self._facts,
-            "conditions": list(self.conditions.values()),
-        }
+    def _replace(self, report: dict[str, Any]) -> None:
         temporary = self.path.with_name(f"{self.path.name}.part")
         try:
             temporary.write_text(json.dumps(report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from pipeline.engines.base import check_stop
@@ -15,9 +15,10 @@ from pipeline.fs.names import printable
 from pipeline.intake.ingest import Ingest, ScanResult
 from pipeline.intake.settling import PATIENCE
 from pipeline.intake.watcher import Watcher
+from pipeline.pace import Wanted
 from pipeline.runner.retry import local_time
 from pipeline.runner.runner import Runner
-from pipeline.service.health import Health
+from pipeline.service.health import WATCHDOG_S, Health
 from pipeline.service.sd_notify import Notifier
 from pipeline.service.signals import SHORTEST_WAIT_S, Signals
 
@@ -51,6 +52,15 @@ class Session:
         """See `Runner.workers`."""
         return self.runner.workers()
 
+    def progress(self) -> None:
+        """Tell those who wait for progress that there is some."""
+        self.notifier.progress()
+        self.health.progress()
+
+    def note_wanted(self) -> None:
+        """Report what the configuration makes of each track."""
+        self.health.note(wanted=asdict(Wanted.of(self.runner.recipe)))
+
 
 def run_once(session: Session) -> ScanResult:
     """Process everything that is ready, then end; from a folder that is not the inbox, only its own tracks.
@@ -74,7 +84,6 @@ def run_once(session: Session) -> ScanResult:
         up_to_date = scan.brought_again + (scan.up_to_date if up_to_date is None else up_to_date)
         failed |= scan.failed - result.failed
         _report_inbox(session.health, scan)
-        runner.reporter.queued(runner.store.counts()["queued"] + len(result.done) + len(result.failed))
         worked = runner.drain()
         check_stop(signals.is_stopped)
         has_more = scan.is_cut_short or (worked and (scan.waiting or scan.disk_full))
@@ -92,6 +101,7 @@ def run_once(session: Session) -> ScanResult:
         else:
             result.postponed_until = due
             return replace(scan, up_to_date=up_to_date, failed=failed)
+        session.progress()
         signals.wait(pause_s)
 
 
@@ -141,6 +151,8 @@ class Watch:
                 self.session.runner.free_space()
             self._scan_if_due()
             worked = not self._reload_due and self.session.runner.next_batch()
+            if not worked and (gallery := self.session.runner.gallery):
+                gallery.refresh(force=True)
         except Exception as e:
             fault = environment_error(e, in_track=False)
             if fault is None or isinstance(fault, AlreadyRunning):
@@ -154,7 +166,7 @@ class Watch:
         self._pause_s = 0.0
         for what in ("disk", "folders", "engine"):
             self.session.health.well(what)
-        self.session.notifier.progress()
+        self.session.progress()
         if worked:
             return 0.0
         self.session.runner.release_if_idle()
@@ -198,7 +210,7 @@ class Watch:
 
     def _feed_and_ask(self) -> bool:
         """Called between two blocks of a file that is taken in, which is progress."""
-        self.session.notifier.progress()
+        self.session.progress()
         return self.session.signals.is_stopped()
 
     def _until_rescan(self) -> float:
@@ -217,8 +229,7 @@ class Watch:
         waits = [self._scan_at - self.clock()]
         if self.session.runner.has_room and (due := self.session.runner.next_due()) is not None:
             waits.append(max(due - self.session.runner.clock(), SHORTEST_WAIT_S))
-        if self.session.notifier.watchdog_s is not None:
-            waits.append(self.session.notifier.watchdog_s / 3)
+        waits.append((self.session.notifier.watchdog_s or WATCHDOG_S) / 3)
         return max(min(waits), SHORTEST_WAIT_S)
 
     def _wait_out(self, fault: FolderUnusable | EngineUnusable) -> float:
@@ -226,7 +237,7 @@ class Watch:
         self.session.health.degraded(condition_name(fault), str(fault))
         if not self.session.runner.is_busy:
             self.session.runner.attempts.put_back_all()
-        self.session.notifier.progress()  # waiting is the right thing to do, so the watchdog must not act
+        self.session.progress()  # waiting is the right thing to do, so the watchdog must not act
         self._pause_s = min(max(2 * self._pause_s, self.session.ingest.settings.poll_s), LONGEST_PAUSE_S)
         return self._pause_s
 
@@ -246,6 +257,7 @@ class Watch:
             self._watcher, self._mode = session.app.watcher(session.signals)
             self._note_mode()
             self._scan_at = -float("inf")
+            session.note_wanted()
             log.info("the configuration was read again")
             session.health.well("configuration")
         session.notifier.ready()
@@ -259,4 +271,4 @@ def condition_name(fault: FolderUnusable | EngineUnusable) -> str:
 
 
 def _report_inbox(health: Health, scan: ScanResult) -> None:
-    health.note(inbox={"waiting": scan.waiting, "settling": scan.unsettled, "unmarked": scan.unmarked})
+    health.scanned(waiting=scan.waiting, settling=scan.unsettled, unmarked=scan.unmarked)

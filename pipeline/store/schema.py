@@ -56,8 +56,20 @@ MIGRATIONS = {  # statements by name, in their order
     ),
     "m003_objects": ("ALTER TABLE files ADD COLUMN etag TEXT NOT NULL DEFAULT ''",),
     "m004_recipes": ("ALTER TABLE tracks ADD COLUMN recipe_key TEXT",),
+    "m005_newest": ("CREATE INDEX tracks_newest ON tracks (state, finished_at)",),
+    "m006_ratings": (
+        """CREATE TABLE ratings (
+            sha256 TEXT PRIMARY KEY, track TEXT NOT NULL, file TEXT NOT NULL, stars INTEGER, kept INTEGER,
+            note TEXT NOT NULL, rated_at REAL NOT NULL
+        ) STRICT""",
+    ),
+    "m007_attempts": (
+        "ALTER TABLE attempts ADD COLUMN worker TEXT",
+        "ALTER TABLE attempts ADD COLUMN cause TEXT",
+        "ALTER TABLE attempts ADD COLUMN sound_s REAL NOT NULL DEFAULT 0",
+    ),
     # Has all that tells whether results have changed, so that the rows themselves need not be read.
-    "m005_results": ("CREATE INDEX tracks_results ON tracks (state, collected_at, finished_at)",),
+    "m008_results": ("CREATE INDEX tracks_results ON tracks (state, collected_at, finished_at)",),
 }
 
 
@@ -144,18 +156,64 @@ class Attempt:
     ended_at: float | None
     outcome: AttemptOutcome | None  # None while it runs
     error: str | None
+    worker: str | None = None  # where its tasks ran
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How long work has taken."""
+class Rating:
+    """What a person thinks of one published file."""
 
-    per_track_s: float  # normalization and embedding of one track
-    per_second_s: float  # of generated sound
+    sha256: str  # of the file, so that one that is made anew has no rating
+    track: str  # SHA-256 of its source
+    file: str  # its name when it was rated, below the track's folder
+    stars: int | None  # 1 to 5
+    kept: bool | None  # False: dropped; None: undecided
+    note: str
+
+
+@dataclass(frozen=True)
+class AttemptTotals:
+    """Ended attempts at a stage with the same outcome and cause."""
+
+    stage: str
+    outcome: AttemptOutcome
+    cause: str  # of a failure: see `error_cause`
+    n: int
+    seconds: float
+    sound_s: float  # length of the takes made
+    within: tuple[int, ...]  # how many took no longer than each of the asked bounds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a track took to make, or has taken so far, in seconds of work."""
+
+    name: str
+    bytes: int
+    source_s: float  # length of its normalized audio
+    normalize_s: float
+    embed_s: float
+    generate_s: float  # all its takes, those that were not kept included
+    shortest_take_s: float
+    takes: int
+    takes_s: float  # length of all takes together
+    results: int
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What of a queued or running track is known to be done."""
+
+    name: str
+    bytes: int
+    source_s: float | None  # length of its normalized audio; None: it is not normalized yet
+    is_embedded: bool
+    stage: str | None  # of the attempt that runs
 
 
 TRACK_COLUMNS = [field.name for field in fields(Track)]
 FILE_COLUMNS = [field.name for field in fields(SourceFile)]
+RATING_COLUMNS = [field.name for field in fields(Rating)]
 PATH_COLUMNS = ("path", "root", "moved_to")
 
 

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,18 @@ from pipeline.fs.copying import FileIdentity
 from pipeline.records import Stage
 from pipeline.store.schema import (
     MIGRATIONS,
+    RATING_COLUMNS,
     TRACK_COLUMNS,
     Attempt,
     AttemptOutcome,
+    AttemptTotals,
     FileState,
-    Pace,
+    Rating,
     SourceFile,
     Track,
     TrackState,
+    Unfinished,
+    Work,
     file_of,
     row_of,
     track_of,
@@ -45,7 +49,8 @@ _OF_FOLDER = (
 )
 _WITH_RESULTS = "WHERE state = 'done' AND collected_at IS NULL"
 LISTED = 10  # candidates that are named if a part of a name is ambiguous
-PACE_UNITS = 1000  # the last units of work, from which the pace is taken
+WORK_UNITS = 300  # the last units of work, from which the pace is taken
+CRASH = "crash"  # the cause of an attempt's end with the process
 BUSY_TIMEOUT_S = 15.0  # another process of this program (`retry`, `requeue`) may be writing a row
 
 
@@ -372,8 +377,9 @@ class Store:
     def release_all(self, *, now: float, outcome: AttemptOutcome = AttemptOutcome.STOPPED) -> None:
         """Queue all running tracks again, uncounted. Only for the holder of the instance lock."""
         with self.transaction():
-            sql = "UPDATE attempts SET ended_at = ?, outcome = ? WHERE ended_at IS NULL"
-            self._db.execute(sql, [now, outcome])
+            cause = CRASH if outcome == AttemptOutcome.CRASHED else None
+            sql = "UPDATE attempts SET ended_at = ?, outcome = ?, cause = ? WHERE ended_at IS NULL"
+            self._db.execute(sql, [now, outcome, cause])
             self._db.execute("UPDATE tracks SET state = 'queued' WHERE state = 'running'")
 
     def forget(self, sha256: str) -> None:
@@ -440,9 +446,10 @@ class Store:
 
     # -- work ------------------------------------------------------------------------------------
 
-    def begin_attempt(self, sha256: str, stage: str, *, now: float) -> int:
+    def begin_attempt(self, sha256: str, stage: str, *, now: float, worker: str | None = None) -> int:
         """Record the start of an attempt at a stage; returns its id."""
-        return self._insert("attempts", {"sha256": sha256, "stage": stage, "started_at": now})
+        row = {"sha256": sha256, "stage": stage, "started_at": now, "worker": worker}
+        return self._insert("attempts", row)
 
     def end_attempt(
         self,
@@ -451,10 +458,17 @@ class Store:
         outcome: AttemptOutcome,
         now: float,
         error: str | None = None,
+        cause: str | None = None,
         traceback: str | None = None,
+        sound_s: float = 0.0,
+        worker: str | None = None,
     ) -> None:
-        sql = "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, traceback = ? WHERE id = ?"
-        self._db.execute(sql, [now, outcome, error, traceback, attempt])
+        """Record the end of an attempt; `cause`: a word for its kind of error; `sound_s`: of all takes."""
+        sql = (
+            "UPDATE attempts SET ended_at = ?, outcome = ?, error = ?, cause = ?, traceback = ?, sound_s = ?,"
+            " worker = coalesce(?, worker) WHERE id = ?"
+        )
+        self._db.execute(sql, [now, outcome, error, cause, traceback, sound_s, worker, attempt])
 
     def unit(self, key: str) -> dict[str, Any] | None:
         """The result of a finished unit of work, or None."""
@@ -484,22 +498,92 @@ class Store:
     def set_fact(self, name: str, value: str) -> None:
         self._insert("facts", {"name": name, "value": value})
 
+    def rate(self, ratings: Iterable[Rating], *, now: float) -> None:
+        """Record ratings in the place of earlier ones of the same files; one that says nothing removes it."""
+        with self.transaction():
+            for rating in ratings:
+                self._insert("ratings", {**vars(rating), "rated_at": now})
+            self._db.execute("DELETE FROM ratings WHERE stars IS NULL AND kept IS NULL AND note = ''")
+
     # -- queries -------------------------------------------------------------------------------
 
-    def pace(self, generator: str, model: str | None) -> Pace | None:
-        """How fast the last work was; None if this generator and model have made nothing."""
+    def work(self, generator: str, model: str | None) -> list[Work]:
+        """What the last tracks took to make so far, of those of which this generator and model made takes."""
         rows = self._db.execute(
-            "SELECT stage, AVG(seconds), SUM(seconds) / SUM(json_extract(result, '$.duration_s'))"
-            " FROM (SELECT * FROM units ORDER BY rowid DESC LIMIT ?) WHERE seconds > 0 AND"
-            " (stage != 'generate' OR (json_extract(result, '$.engine') = ?"
-            " AND json_extract(result, '$.model') IS ?)) GROUP BY stage",
-            [PACE_UNITS, generator, model],
+            """WITH recent AS (
+                SELECT sha256, stage, seconds, json_extract(result, '$.duration_s') AS length_s,
+                    json_extract(result, '$.file') IS NOT NULL AS is_published
+                FROM units WHERE sha256 IN (SELECT sha256 FROM units ORDER BY rowid DESC LIMIT :limit)
+                AND (stage != 'generate' OR (json_extract(result, '$.engine') = :generator
+                    AND json_extract(result, '$.model') IS :model))
+            )
+            SELECT t.name, t.bytes,
+                max(length_s) FILTER (WHERE recent.stage = 'normalize') AS source_s,
+                total(seconds) FILTER (WHERE recent.stage = 'normalize') AS normalize_s,
+                total(seconds) FILTER (WHERE recent.stage = 'embed') AS embed_s,
+                total(seconds) FILTER (WHERE recent.stage = 'generate') AS generate_s,
+                min(seconds) FILTER (WHERE recent.stage = 'generate' AND seconds > 0) AS shortest_take_s,
+                count(*) FILTER (WHERE recent.stage = 'generate' AND seconds > 0) AS takes,
+                total(length_s) FILTER (WHERE recent.stage = 'generate' AND seconds > 0) AS takes_s,
+                count(*) FILTER (WHERE recent.stage = 'generate' AND is_published) AS results
+            FROM recent JOIN tracks t USING (sha256) GROUP BY sha256
+            HAVING source_s > 0 AND results > 0 AND (takes > 1 OR (takes AND t.state = 'done'))""",
+            {"generator": generator, "model": model, "limit": WORK_UNITS},
         )
-        found = {stage: (per_unit, per_second) for stage, per_unit, per_second in rows}
-        if "generate" not in found:
-            return None
-        per_track = sum(per_unit for stage, (per_unit, _) in found.items() if stage != "generate")
-        return Pace(per_track_s=per_track, per_second_s=found["generate"][1])
+        return [Work(**row) for row in rows]
+
+    def sound_since(self, when: float) -> float:
+        """Length of the results that were published since then, of the last WORK_UNITS; in seconds."""
+        sql = (
+            "SELECT total(json_extract(result, '$.duration_s')) FROM"
+            " (SELECT * FROM units ORDER BY rowid DESC LIMIT ?) WHERE stage = 'generate' AND seconds > 0"
+            " AND finished_at >= ?"
+        )
+        return float(self._db.execute(sql, [WORK_UNITS, when]).fetchone()[0])
+
+    def attempt_totals(self, bounds_s: Sequence[float]) -> list[AttemptTotals]:
+        """All ended attempts, counted by stage, outcome and cause."""
+        took = "max(ended_at - started_at, 0)"
+        within = "".join(f", sum({took} <= {bound:f})" for bound in bounds_s)
+        rows = self._db.execute(
+            f"SELECT stage, outcome, coalesce(cause, ''), count(*), sum({took}), total(sound_s){within}"
+            " FROM attempts WHERE ended_at IS NOT NULL GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+        )
+        return [
+            AttemptTotals(stage, outcome, cause, n, seconds, sound_s, tuple(counts))
+            for stage, outcome, cause, n, seconds, sound_s, *counts in rows
+        ]
+
+    def oldest_queued(self) -> float | None:
+        """When the first of the queued tracks was queued."""
+        found = self._db.execute("SELECT min(queued_at) FROM tracks WHERE state = 'queued'").fetchone()[0]
+        return None if found is None else float(found)
+
+    def n_ended_since(self, when: float) -> int:
+        """How many tracks were finished or have failed since then."""
+        sql = "SELECT count(*) FROM tracks WHERE state IN ('done', 'failed') AND finished_at >= ?"
+        return int(self._db.execute(sql, [when]).fetchone()[0])
+
+    def waiting(self, *, after: float, until: float, limit: int) -> list[Track]:
+        """The first queued tracks that wait for a time in between."""
+        sql = (
+            "SELECT * FROM tracks WHERE state = 'queued' AND not_before > ? AND not_before <= ?"
+            " ORDER BY queued_at, sha256 LIMIT ?"
+        )
+        return [track_of(row) for row in self._db.execute(sql, [after, until, limit])]
+
+    def unfinished(self, state: TrackState, *, limit: int) -> list[Unfinished]:
+        """What of the first running or queued tracks is done since they were queued."""
+        rows = self._db.execute(
+            """SELECT name, bytes,
+                (SELECT json_extract(result, '$.duration_s') FROM units u WHERE u.sha256 = t.sha256
+                    AND u.stage = 'normalize' AND u.finished_at >= t.queued_at) AS source_s,
+                EXISTS (SELECT 1 FROM units u WHERE u.sha256 = t.sha256 AND u.stage = 'embed') AS is_embedded,
+                (SELECT stage FROM attempts a WHERE a.sha256 = t.sha256 AND a.ended_at IS NULL) AS stage
+            FROM tracks t WHERE state = ? ORDER BY queued_at, sha256 LIMIT ?""",
+            [state, limit],
+        )
+        return [Unfinished(**{**row, "is_embedded": bool(row["is_embedded"])}) for row in rows]
 
     def track(self, sha256: str) -> Track | None:
         rows = self._db.execute("SELECT * FROM tracks WHERE sha256 = ?", [sha256])
@@ -569,7 +653,7 @@ class Store:
     def attempts(self, sha256: str | None = None) -> list[Attempt]:
         """The attempts at a track; without one, those at any track that have not ended."""
         where = "ended_at IS NULL" if sha256 is None else "sha256 = :sha256"
-        columns = "sha256, stage, started_at, ended_at, outcome, error"
+        columns = "sha256, stage, started_at, ended_at, outcome, error, worker"
         sql = f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id"
         return [Attempt(**row) for row in self._db.execute(sql, {"sha256": sha256})]
 
@@ -577,6 +661,17 @@ class Store:
         """Finished units of a track: key, stage, result, seconds, finished_at."""
         rows = self._db.execute("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
         return [{**row, "result": json.loads(row["result"])} for row in rows]
+
+    def ratings(self) -> list[Rating]:
+        """All ratings, in the order in which they were given."""
+        rows = self._db.execute(f"SELECT {', '.join(RATING_COLUMNS)} FROM ratings ORDER BY rated_at, rowid")
+        return [Rating(**{**row, "kept": None if row["kept"] is None else bool(row["kept"])}) for row in rows]
+
+    def results_of(self, sha256: str) -> dict[str, dict[str, Any]]:
+        """The records of a track's published variations and takes, by the hashes of their files."""
+        results = [unit["result"] for unit in self.units_of(sha256) if unit["stage"] == Stage.GENERATE]
+        found = [one for result in results for one in (*result.get("takes", ()), result)]
+        return {one["sha256"]: one for one in found if "sha256" in one}
 
     def check(self) -> None:
         """Run SQLite's integrity check, which reads the whole file.

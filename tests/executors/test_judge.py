@@ -104,6 +104,7 @@ def test_results_are_judged_from_their_sound() -> None:
     )
     assert same.similarity is not None and other.similarity is not None
     assert same.similarity > other.similarity
+    assert same.scores["rank"] == pytest.approx(same.rank, abs=1e-4)
     assert judge.shared(same.sound, same.sound) == 1.0
     assert judge.shared(same.sound, other.sound) < 0.5
     assert judge.shared(judge.sound(melody()), same.sound) == 1.0

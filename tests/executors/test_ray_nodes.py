@@ -14,7 +14,8 @@ from pipeline.errors import MissingPackage
 from pipeline.executors import process, ray_cluster
 from pipeline.executors.process import THREADS
 from pipeline.executors.ray_cluster import RayCluster
-from pipeline.executors.ray_nodes import Facts, Resources, differences, versions
+from pipeline.executors.ray_nodes import Facts, Resources, differences
+from pipeline.executors.versions import versions
 from pipeline.workspace import Workspace
 
 LOCAL, NAMED = {"kind": "ray"}, {"kind": "ray", "address": "head:6379"}

@@ -261,7 +261,14 @@ def new_home(folder: Path, *, tracks: int, first: int = 0, **sections: Any) -> H
     """
     home = Home(folder)
     one_take = {"max_shared": None}
-    home.configure(**{"retry": {"max_attempts": 100, "backoff_s": 0}, "gates": one_take, **sections})
+    home.configure(
+        **{
+            "retry": {"max_attempts": 100, "backoff_s": 0},
+            "gates": one_take,
+            "gallery": {"enabled": True},
+            **sections,
+        }
+    )
     for n in range(first, first + tracks):
         write_music(home.inbox / f"track {n:02}.wav", seed=n)
     return home

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import soundfile
@@ -159,6 +160,10 @@ def check_finished(
     for name in done:
         check_folder(home.outbox / name, reference)
         assert contents(home.outbox / name) == reference.files[name], f"{name} has unexpected files"
+        assert (home.outbox / name / "index.html").read_text().endswith("</html>"), f"{name} has no page"
+        assert f'"{quote(name)}/index.html"' in (home.outbox / "tracks.js").read_text(), (
+            f"{name} isn't listed"
+        )
     check_no_leftovers(home)
     check_published_once(home, runs)
     assert not any(run.code == TRACEBACK for run in runs), "an exception nobody caught"

@@ -53,7 +53,8 @@ class Batches:
         self.bucket.clear()  # not another one, as its name is in the configuration and so in the manifests
         upload(self.bucket, home.inbox)
         retry = {"max_attempts": 100, "backoff_s": 0}
-        configure(home, self.bucket, retry=retry, intake={"settle_s": 0, "poll_s": 0.2})
+        pages = {"enabled": True}
+        configure(home, self.bucket, retry=retry, intake={"settle_s": 0, "poll_s": 0.2}, gallery=pages)
         return Batch(self, home, self.bucket)
 
 

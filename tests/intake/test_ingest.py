@@ -480,8 +480,9 @@ def test_a_file_that_may_not_be_read_and_is_not_new_fails(
     path, device = write_music(setup.workspace.inbox / "a.wav"), FailingDevice(monkeypatch)
     device.denies_reading = True
     setup.now = path.lstat().st_ctime + 5 * setup.config.intake.settle_s + 0.1
-    assert len(setup.scan().unreadable) == 1
+    [sha256] = setup.scan().unreadable
 
+    assert setup.outcomes(sha256) == [("intake", "failed")]
     error = setup.workspace.inbox / "failed" / "a.wav.error.txt"
     assert error.read_text() == "a.wav can't be read: permission denied\n"
 

@@ -51,7 +51,30 @@ def written(path: Path) -> dict[str, Any]:
 
 
 def test_it_reports_which_process_runs(path: Path, health: Health) -> None:
-    assert written(path) == {"pid": os.getpid(), "written_at": 1000.0, "conditions": []}
+    times = dict.fromkeys(["started_at", "written_at", "progress_at"], 1000.0)
+    assert written(path) == {"pid": os.getpid(), **times, "scanned_at": None, "conditions": []}
+
+
+def test_progress_is_known_from_its_last_time_and_written_once_a_second(
+    path: Path, health: Health, clock: Clock
+) -> None:
+    for clock.now, known in ((1000.5, 1000.0), (1001.0, 1001.0), (1600.0, 1600.0)):
+        health.progress()
+        assert written(path)["progress_at"] == known
+    clock.now = 1700.0
+    health.degraded("disk", "full")  # is no progress
+    assert written(path)["progress_at"] == 1600.0
+
+
+def test_the_time_of_a_scan_is_reported_although_it_alone_writes_nothing(
+    path: Path, health: Health, clock: Clock
+) -> None:
+    health.scanned(waiting=3)
+    clock.now = 1050.0
+    health.scanned(waiting=3)
+    assert written(path)["scanned_at"] == 1000.0
+    health.progress()
+    assert written(path)["scanned_at"] == 1050.0
 
 
 def test_conditions_and_facts_are_read_back(path: Path, health: Health) -> None:
@@ -109,7 +132,9 @@ def test_the_report_of_an_ended_instance_is_replaced_by_the_next(path: Path, clo
     ended.degraded("disk", "full")
     clock.now = 1060.0
     Health(path, clock=clock).open()
-    assert written(path) == {"pid": os.getpid(), "written_at": 1060.0, "conditions": []}
+    report = written(path)
+    assert (report["pid"], report["started_at"], report["conditions"]) == (os.getpid(), 1060.0, [])
+    assert "mode" not in report
 
 
 def test_what_workers_do_is_reported_once_a_second(path: Path, health: Health, clock: Clock) -> None:

@@ -123,6 +123,13 @@ def test_a_full_disk_pauses_all_work_and_is_reported_until_there_is_space(setup:
     assert daemon.health.conditions == {}
 
 
+def test_a_worker_has_nothing_to_do_once_its_batch_has_ended(setup: RunnerSetup) -> None:
+    daemon = Daemon(setup)
+    setup.add_tracks("a.wav")
+    daemon.turn()
+    assert [one["stage"] for one in daemon.session.workers()] == [None]
+
+
 def test_a_missing_inbox_is_checked_at_every_poll_and_does_not_stop_the_queue(
     setup: RunnerSetup,
 ) -> None:

@@ -58,6 +58,19 @@ def test_what_is_done_is_not_done_again(setup: BucketHome) -> None:
     assert (setup.bucket.sha256("out"), setup.bucket.manifests()) == before
 
 
+@pytest.mark.parametrize("executor", ["inline", "process"])
+def test_the_gallery_is_published_like_every_other_file(setup: BucketHome, executor: str) -> None:
+    setup.configure(executor=executor, gallery={"enabled": True})
+    assert setup.run("once").out.endswith(f"open s3://{setup.bucket.name}/out/index.html\n")
+    before = setup.bucket.sha256("out")
+    pages = sorted(name for name in before if name.endswith(".html"))
+    assert pages == sorted(["index.html", *(f"{folder}/index.html" for folder in setup.bucket.manifests())])
+    assert "tracks.js" in before
+    assert setup.run("once").code == 0
+    assert setup.run("gallery").out.startswith("2 pages written")
+    assert setup.bucket.sha256("out") == before
+
+
 def test_a_known_object_is_listed_and_never_fetched_again(setup: BucketHome, server: BucketServer) -> None:
     from bucket_proxy import proxy_to
 
@@ -213,6 +226,41 @@ def test_no_secret_is_written_anywhere(setup: BucketHome, server: BucketServer) 
     written = [path.read_bytes() for path in setup.home.folder.rglob("*") if path.is_file()]
     written += [setup.bucket.get(key) for key in setup.bucket.listed() if key.endswith("manifest.json")]
     assert not any(secret.encode() in content for secret in KEYS.values() for content in written)
+
+
+def test_takes_are_made_again_from_a_bucket(setup: BucketHome) -> None:
+    assert setup.run("once").code == 0
+    before = setup.bucket.sha256("out"), setup.bucket.sha256("in")
+
+    ended = setup.run("reproduce", "--all")
+
+    assert (ended.code, ended.out) == (0, "4 the same, 0 different, 0 can't be tried\n")
+    folder = next(iter(setup.bucket.manifests()))
+    ended = setup.run("reproduce", f"s3://{setup.bucket.name}/out/{folder}/manifest.json")
+    assert ended.code == 0, ended.out
+    assert ended.out.startswith(f"s3://{setup.bucket.name}/out/{folder}/variations/01-near.wav: the same\n")
+    assert (setup.bucket.sha256("out"), setup.bucket.sha256("in")) == before
+
+
+def test_what_was_kept_is_copied_from_a_bucket(setup: BucketHome, tmp_path: Path) -> None:
+    assert setup.run("once").code == 0
+    entries = [
+        {
+            "track": made["source"]["sha256"],
+            "file": one["file"],
+            "sha256": one["sha256"],
+            "stars": 3,
+            "kept": True,
+        }
+        for made in setup.bucket.manifests().values()
+        for one in made["variations"]
+    ]
+    ratings = tmp_path / "ratings.json"
+    ratings.write_text(json.dumps({"schema": 1, "ratings": entries}))
+    assert setup.run("rate", str(ratings)).out == "4 ratings stored\n"
+    ended = setup.run("export", "--kept", str(tmp_path / "daw"))
+    assert (ended.code, ended.out.splitlines()[-1]) == (0, "4 copied")
+    assert set(contents(tmp_path / "daw").values()) == {entry["sha256"] for entry in entries}
 
 
 def test_similar_reads_the_vectors_of_a_bucket_once(setup: BucketHome, server: BucketServer) -> None:

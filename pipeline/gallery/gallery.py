@@ -1,0 +1,193 @@
+"""Writes the gallery: a page in each track's folder of the outbox, and index.html and tracks.js above them.
+
+A page holds all that it needs but the sounds, so that a folder can be given away alone. tracks.js has what
+the index and the pages know of all tracks; browsers load it from a disk, where they don't load other data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pipeline.fs.files import is_in_bucket, with_url
+from pipeline.gallery.page import best_first, index_page, pictures_of, take_files, track_page
+from pipeline.gallery.pictures import Picture
+from pipeline.intake.archive import path_in_inbox
+from pipeline.outbox.outbox import PAGE, Outbox
+from pipeline.store.schema import SourceFile, Track, TrackState
+from pipeline.store.store import Store
+from pipeline.workspace import DONE
+
+INDEX, TRACKS = "index.html", "tracks.js"
+MOST_TRACKS = 2000  # in the index: the newest ones
+PAUSE_SHARE = 20  # the list is written at most for one part in so many of the time
+OPENING, CLOSING = "const TRACKS = ", ";\n"
+
+Row = dict[str, Any]  # a track in the list
+# Gives the pictures of files or of their bytes; none at all if one can't be decoded.
+Draw = Callable[[list[Path | bytes]], list[Picture]]
+
+
+@dataclass
+class Gallery:
+    """The pages of one outbox. Only the holder of the instance lock writes them."""
+
+    store: Store
+    outbox: Outbox
+    program: Sequence[str]  # the words of a command line before the verb
+    clock: Callable[[], float] = time.monotonic
+    _rows: dict[str, Row] | None = None  # by hash; None: not read yet
+    _written: dict[str, bytes] = field(default_factory=dict)  # what is known to be published above the pages
+    _next_at: float = -float("inf")  # when the list may be written again
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, track: Track, manifest: Mapping[str, Any], source: Path | None, draw: Draw) -> None:
+        """Write the page of a track.
+
+        Args:
+            source: the source file if it is at hand; without it there are no pictures of it, unless the
+                page that is there has them.
+            draw: makes the missing pictures.
+        """
+        folder = self.outbox.root / track.folder
+        urls = list(dict.fromkeys(source_urls(self.store.files_of(track.sha256), folder)))
+        pictures = self._pictures(track, manifest, source, draw)
+        top = "../" * len(Path(track.folder).parts)
+        page = track_page(
+            manifest,
+            pictures,
+            sources=urls,
+            remake=[*self.program, "reproduce", with_url(str(folder))],
+            top=top,
+        )
+        self.outbox.files.write(folder / PAGE, page.encode())
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Bring the list of tracks up to date.
+
+        Without `force`, nothing is done where it would take more than a small share of the time.
+        """
+        with self._lock:
+            began = self.clock()
+            if not force and began < self._next_at:
+                return
+            self._write_list()
+            self._next_at = self.clock() + PAUSE_SHARE * (self.clock() - began)
+
+    def write_all(self, draw: Draw) -> Iterator[tuple[Track, bool]]:
+        """Write the pages of all finished tracks anew; yields each, and whether it has a page."""
+        self._written.clear()
+        for track in self.store.tracks(TrackState.DONE):
+            manifest = None if track.collected_at is not None else self.outbox.read_manifest(track.folder)
+            if manifest is not None:
+                here = [file.current_path for file in self.store.files_of(track.sha256)]
+                self.add(track, manifest, next(filter(os.path.isfile, here), None), draw)
+            yield track, manifest is not None
+        self.refresh(force=True)
+
+    # -- pages -----------------------------------------------------------------------------------
+
+    def _pictures(
+        self, track: Track, manifest: Mapping[str, Any], source: Path | None, draw: Draw
+    ) -> dict[str, Picture]:
+        """The pictures of all sounds of a track; those in an earlier page are taken over."""
+        files = self.outbox.files
+        page = self.outbox.root / track.folder / PAGE
+        known = pictures_of(files.read(page).decode()) if files.find(page) else {}
+        sounds: dict[str, Path | bytes] = {track.sha256: source} if source else {}
+        for file, sha256 in take_files(manifest):
+            if sha256 not in known:
+                path = self.outbox.root / track.folder / file
+                sounds[sha256] = files.read(path) if is_in_bucket(path) else path
+        missing = {sha256: sound for sha256, sound in sounds.items() if sha256 not in known}
+        if missing and (drawn := draw(list(missing.values()))):
+            known |= zip(missing, drawn, strict=True)
+        wanted = [track.sha256, *(sha256 for _, sha256 in take_files(manifest))]
+        return {sha256: known[sha256] for sha256 in wanted if sha256 in known}
+
+    # -- the list --------------------------------------------------------------------------------
+
+    def _write_list(self) -> None:
+        if self._rows is None:
+            self._rows = {row["sha256"]: row for row in self._published_rows()}
+        done = (
+            one for one in self.store.tracks(TrackState.DONE, limit=MOST_TRACKS) if one.collected_at is None
+        )
+        failed = self.store.tracks(TrackState.FAILED, limit=MOST_TRACKS)
+        tracks = sorted([*done, *failed], key=lambda one: -(one.finished_at or 0.0))[:MOST_TRACKS]
+        known = self._rows
+        self._rows = {one.sha256: known.get(one.sha256, {}) for one in tracks}
+        for one in tracks:
+            if self._rows[one.sha256].get("finished_at") != one.finished_at:
+                self._rows[one.sha256] = self._row(one)
+        counts = self.store.counts()
+        older = max(counts[TrackState.DONE] + counts[TrackState.FAILED] - MOST_TRACKS, 0)
+        content = {"rows": list(self._rows.values()), "points": [], "older": older}
+        text = OPENING + json.dumps(content, separators=(",", ":"), ensure_ascii=False) + CLOSING
+        self._publish(TRACKS, text.encode())
+        self._publish(INDEX, index_page().encode())
+
+    def _publish(self, name: str, content: bytes) -> None:
+        path, files = self.outbox.root / name, self.outbox.files
+        if name not in self._written and files.find(path):
+            self._written[name] = files.read(path)
+        if self._written.get(name) != content:
+            files.write(path, content)
+            self._written[name] = content
+
+    def _published_rows(self) -> list[Row]:
+        """The rows of the list that is there; none if there is no list, or another version's."""
+        path = self.outbox.root / TRACKS
+        if self.outbox.files.find(path) is None:
+            return []
+        text = self.outbox.files.read(path).decode(errors="replace")
+        try:
+            rows: list[Row] = json.loads(text.removeprefix(OPENING).removesuffix(CLOSING))["rows"]
+            return [row for row in rows if row.keys() == self._empty_row().keys()]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return []
+
+    @staticmethod
+    def _empty_row() -> Row:
+        names = ("sha256", "name", "state", "error", "finished_at", "made_at", "page", "best", "score")
+        return dict.fromkeys((*names, "tempo_bpm", "key", "engine", "takes"))
+
+    def _row(self, track: Track) -> Row:
+        row = self._empty_row() | {
+            "sha256": track.sha256,
+            "name": track.name,
+            "state": track.state,
+            "error": track.error,
+            "finished_at": track.finished_at,
+            "made_at": None if track.finished_at is None else round(1000 * track.finished_at),
+        }
+        manifest = self.outbox.read_manifest(track.folder) if track.state == TrackState.DONE else None
+        if manifest is None or not manifest["variations"]:
+            return row
+        best = best_first(manifest["variations"])[0]
+        has_page = self.outbox.files.find(self.outbox.root / track.folder / PAGE) is not None
+        return row | {
+            "page": quote(f"{track.folder}/{PAGE}") if has_page else None,
+            "best": quote(f"{track.folder}/{best['file']}"),
+            "score": best["scores"].get("rank"),
+            "tempo_bpm": best["tempo_bpm"],
+            "key": best["key"],
+            "engine": best["engine"],
+            "takes": len(manifest["variations"]),
+        }
+
+
+def source_urls(files: Iterable[SourceFile], page_folder: Path) -> Iterator[str]:
+    """Where a track's source is or will be once it is archived, as URLs relative to a page."""
+    for file in islice(files, 3):
+        for path in (file.root / DONE / path_in_inbox(file), file.path, file.current_path):
+            if is_in_bucket(path) == is_in_bucket(page_folder):
+                yield quote(os.path.relpath(path, page_folder), safe="/")

@@ -1,0 +1,41 @@
+"use strict";
+// What both kinds of pages share: the ratings, which are kept in the browser, and the list of tracks.
+
+const PREFIX = "variations.rating.";
+
+const Ratings = {
+  // The rating of a file by its hash, or null.
+  of(sha256) {
+    const text = localStorage.getItem(PREFIX + sha256);
+    return text === null ? null : JSON.parse(text);
+  },
+  // Keep a rating; one that says nothing is forgotten.
+  keep(rating) {
+    if (rating.stars === null && rating.kept === null && rating.note === "") localStorage.removeItem(PREFIX + rating.sha256);
+    else localStorage.setItem(PREFIX + rating.sha256, JSON.stringify(rating));
+  },
+  all() {
+    return Object.keys(localStorage).filter((key) => key.startsWith(PREFIX)).sort().map((key) => JSON.parse(localStorage.getItem(key)));
+  },
+  download() {
+    const text = JSON.stringify({ schema: 1, ratings: Ratings.all() }, null, 1);
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    link.download = "ratings.json";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  },
+};
+
+// The rows of tracks.js; a folder that was copied alone has none.
+const tracks = typeof TRACKS === "undefined" ? { rows: [], points: [] } : TRACKS;
+
+function clock(seconds) {
+  const whole = Math.floor(Math.max(seconds, 0));
+  return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
+}
+
+// The volume at which a sound of that loudness is as loud as the quietest one. Louder isn't better.
+function matchedVolume(lufs, quietest) {
+  return Math.min(1, 10 ** ((quietest - lufs) / 20));
+}

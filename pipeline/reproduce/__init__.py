@@ -1,0 +1,1 @@
+"""Makes published takes again from what is recorded of them, and compares them with what was published."""

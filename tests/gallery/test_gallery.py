@@ -1,0 +1,151 @@
+"""The pages of a gallery and its list of tracks: what is written, when, and what stands in it."""
+
+from __future__ import annotations
+
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from gallery_setup import BROKEN, HOSTILE, made_gallery, page_of, process, rows
+from home_folder import Home, write_music
+
+from pipeline.gallery import gallery as gallery_module
+from pipeline.gallery.page import pictures_of
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and its text outside of scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._is_code = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._is_code = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_code = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._is_code else data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return made_gallery(tmp_path_factory.mktemp("gallery") / "home", seconds=2.0)
+
+
+@pytest.fixture
+def home(made: Home, tmp_path: Path) -> Home:
+    """A copy, to be changed."""
+    shutil.copytree(made.folder, tmp_path / "home", symlinks=True)
+    return Home(tmp_path / "home")
+
+
+def test_the_list_has_finished_and_failed_tracks(made: Home) -> None:
+    found = rows(made)
+    assert set(found) == {HOSTILE, "song.wav", BROKEN}
+    assert (found[BROKEN]["state"], found[BROKEN]["page"], found[BROKEN]["takes"]) == ("failed", None, None)
+    assert found[BROKEN]["error"]
+    song = found["song.wav"]
+    assert (song["state"], song["engine"], song["takes"]) == ("done", "remix", 3)
+    assert 0 < song["score"] <= 1
+    for link in (song["page"], song["best"]):
+        assert (made.outbox / unquote(link)).is_file()
+
+
+def test_a_page_shows_all_takes_by_rank_with_links_that_lead_to_files(made: Home) -> None:
+    page = page_of(made, "song")
+    tags = Tags(page.read_text())
+    sounds = [audio["src"] for audio in tags.all("audio") if "src" in audio]
+    assert len(sounds) == 3
+    assert all((page.parent / unquote(src or "-")).is_file() for src in sounds)
+    [source] = [one["src"] for one in tags.all("source") if (page.parent / (one["src"] or "-")).is_file()]
+    assert source == "../../inbox/done/song.wav"
+    ranks = [float(text.split()[0]) for text in tags.text.split("rank")[1:4]]
+    assert ranks == sorted(ranks, reverse=True)
+    for words in ("commercial use", "seed", "ranks lower", "reproduce", "near & <b>far"):
+        assert words in tags.text
+    assert len(pictures_of(page.read_text())) == 1 + 3 + 1  # of the source, the takes and the one not kept
+
+
+def test_a_hostile_name_is_only_a_name(made: Home) -> None:
+    tags = Tags(page_of(made, "_img").read_text())
+    assert not tags.all("img")
+    assert not tags.all("b")
+    assert HOSTILE in tags.text
+
+
+def test_what_has_not_changed_is_not_written_again(home: Home) -> None:
+    files = [home.outbox / "index.html", home.outbox / "tracks.js", page_of(home, "song")]
+    before = [path.stat().st_mtime_ns for path in files]
+    process(home, "once")
+    write_music(home.inbox / "more.wav", seed=3, seconds=4.0)
+    process(home, "once")
+    index, tracks, page = (path.stat().st_mtime_ns - then for path, then in zip(files, before, strict=True))
+    assert (index, page) == (0, 0)
+    assert tracks > 0
+    assert "more.wav" in rows(home)
+
+
+def test_the_verb_writes_lost_pages_again_and_takes_over_known_pictures(
+    home: Home, monkeypatch: Any, capsys: Any
+) -> None:
+    lost, kept = page_of(home, "song"), page_of(home, "_img")
+    before = lost.read_text(), kept.read_text()
+    lost.unlink()
+    (home.outbox / "tracks.js").unlink()
+    drawn: list[int] = []
+    whole = gallery_module.Gallery.add
+
+    def counted(self: Any, track: Any, manifest: Any, source: Any, draw: Any) -> None:
+        whole(self, track, manifest, source, lambda sounds: (drawn.append(len(sounds)), draw(sounds))[1])
+
+    monkeypatch.setattr(gallery_module.Gallery, "add", counted)
+    assert process(home, "gallery") == 0
+    assert drawn == [5]
+    assert [pictures_of(page.read_text()) for page in (lost, kept)] == [pictures_of(page) for page in before]
+    assert rows(home)["song.wav"]["page"]
+    assert f"open {home.outbox / 'index.html'}" in capsys.readouterr().out
+
+
+def test_pages_are_no_results_and_are_removed_with_them(home: Home, capsys: Any) -> None:
+    page = page_of(home, "song")
+    (page.parent / ".index.html.part").write_text("left by a kill")
+    process(home, "doctor", "--repair")
+    assert not (page.parent / ".index.html.part").exists()
+    page.unlink()
+    assert process(home, "doctor") == 0  # a page that is missing is no defect
+    process(home, "gallery")
+    home.configure(gallery={"enabled": True}, retention={"outbox_days": 0})
+    process(home, "gc")
+    process(home, "once")
+    assert not page.parent.exists()
+    assert set(rows(home)) == {BROKEN}
+
+
+def test_an_unreadable_list_is_made_again(home: Home) -> None:
+    before = rows(home)
+    (home.outbox / "tracks.js").write_text('const TRACKS = {"rows": [{"sha256": 1}, 7]};\n')
+    process(home, "once")
+    assert rows(home) == before
+
+
+def test_without_the_gallery_there_are_no_pages(home: Home) -> None:
+    shutil.rmtree(home.outbox)
+    home.outbox.mkdir()
+    home.configure(generate={"duration_s": 2})
+    write_music(home.inbox / "other.wav", seed=4, seconds=4.0)
+    process(home, "once")
+    assert not list(home.outbox.rglob("*.html"))
+    assert not (home.outbox / "tracks.js").exists()
