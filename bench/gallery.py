@@ -25,7 +25,6 @@ from home_folder import Home  # noqa: E402
 import pipeline.demo  # noqa: E402
 from pipeline.app import App  # noqa: E402
 from pipeline.cli import main as command_line  # noqa: E402
-from pipeline.gallery.gallery import Gallery  # noqa: E402
 from pipeline.maintenance.rebuild import rebuild  # noqa: E402
 from pipeline.outbox.outbox import Outbox  # noqa: E402
 
@@ -84,12 +83,12 @@ def measure(folder: Path, n: int) -> None:
     app = App.open(home.folder, home.folder / "settings.yaml")
     outbox, store = Outbox(app.workspace.outbox_files), app.open_store()
     list(rebuild(store, outbox, now=time.time()))
-    gallery = Gallery(store, outbox, app.command)
+    gallery = app.gallery(store, outbox)
     first_s = seconds(lambda: gallery.refresh(force=True))
     copy_track(made, home.outbox, n)
     list(rebuild(store, outbox, now=time.time()))
     more_s = seconds(lambda: gallery.refresh(force=True))
-    again = Gallery(store, outbox, app.command)
+    again = app.gallery(store, outbox)
     again_s = seconds(lambda: again.refresh(force=True))
     track = store.find(f"Track {n:04}.wav")
     manifest = outbox.read_manifest(track.folder)

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from pipeline.executors.ray_environment import AUTO, set_environment
 from pipeline.fs.files import is_in_bucket
 from pipeline.fs.mounts import mounts_of
 from pipeline.intake.scanner import scanner_for
-from pipeline.plan import Recipe, plan_variations
+from pipeline.plan import Recipe, identity_of, plan_variations
 from pipeline.store.store import Store
 from pipeline.weights import hub
 from pipeline.workspace import ENGINES_FOLDER, InputFolder, Workspace, expand_user
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from pipeline.engines.loading import EngineChoices
     from pipeline.executors.base import Executors
     from pipeline.executors.ray_cluster import RayCluster
+    from pipeline.gallery.gallery import Gallery
     from pipeline.intake.ingest import Ingest
     from pipeline.intake.watcher import Watcher
+    from pipeline.outbox.outbox import Outbox
     from pipeline.progress import Reporter
     from pipeline.runner.runner import Runner
     from pipeline.service.signals import Signals
@@ -171,6 +173,15 @@ class App:
         program = ["python", str(script.resolve())] if script.name == "run_pipeline.py" else ["variations"]
         return [*program, "--home", str(self.home.resolve())]
 
+    def gallery(self, store: Store, outbox: Outbox) -> Gallery:
+        from pipeline.gallery.gallery import Gallery
+        from pipeline.search.vectors import load_vectors
+
+        find = partial(
+            load_vectors, self.workspace.vectors, identity_of(self.recipe.embedder), store, outbox, log.info
+        )
+        return Gallery(store, outbox, self.command, find)
+
     def open_store(self) -> Store:
         """The database for reading and writing; it is made if there is none."""
         return Store(self.workspace.database)
@@ -192,7 +203,6 @@ class App:
 
         The workers of an `earlier` runner are used again: engines that stay the same stay loaded.
         """
-        from pipeline.gallery.gallery import Gallery
         from pipeline.intake.ingest import Ingest
         from pipeline.intake.settling import Settling
         from pipeline.outbox.outbox import Outbox
@@ -203,7 +213,7 @@ class App:
             log.info("%s: %s%s: %s", stage, choice.card.name, model, choice.why)
         store.remember_config(self.config.sha256, self.config.canonical())
         outbox = Outbox(self.workspace.outbox_files)
-        gallery = Gallery(store, outbox, self.command) if self.config.gallery.enabled else None
+        gallery = self.gallery(store, outbox) if self.config.gallery.enabled else None
         intake = self.config.intake
         trust_times = all(mount.clock_is_ours for mount in mounts_of(folder.path))
         ingest = Ingest(

@@ -156,13 +156,13 @@ class Recipe:
         normalize = digest(
             ["normalize", NORMALIZE_VERSION, sha256, self.config.normalize.model_dump(mode="json")]
         )
-        embed = digest(["embed", normalize, _identity(self.embedder)])
+        embed = digest(["embed", normalize, identity_of(self.embedder)])
         made_by = [
-            _identity(self.generator),
+            identity_of(self.generator),
             OUTPUT_VERSIONS[self.config.output.format],
             self.config.output.model_dump(mode="json"),
         ]
-        rated_by = [_identity(self.rater)] if self.rater else []
+        rated_by = [identity_of(self.rater)] if self.rater else []
         units: list[VariationUnit] = []
         for planned in self.planned:
             words = [PROMPT_VERSION, embed] if planned.params.get("prompt") == AUTO_PROMPT else []
@@ -180,7 +180,7 @@ class Recipe:
             units.append(replace(unit, key=key))
         if self.config.output.album:  # then the loudness of each depends on all
             units = [replace(unit, key=digest([unit.key, *(other.key for other in units)])) for unit in units]
-        vectors = ["embed variations", _identity(self.embedder), [unit.key for unit in units]]
+        vectors = ["embed variations", identity_of(self.embedder), [unit.key for unit in units]]
         vectors_key = digest(vectors) if self.config.embed.variations else ""
         return TrackPlan(sha256, normalize, embed, tuple(units), vectors_key)
 
@@ -267,5 +267,6 @@ def engine_identity(name: str, version: str, model: str | None, revision: str | 
     return [name, version, None if by_content else model, revision]
 
 
-def _identity(choice: Choice) -> list[str | None]:
+def identity_of(choice: Choice) -> list[str | None]:
+    """See `engine_identity`."""
     return engine_identity(choice.card.name, choice.card.version, choice.model, choice.revision)

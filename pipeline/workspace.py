@@ -105,6 +105,10 @@ class Workspace:
         return self.state / "pipeline.db"
 
     @property
+    def vectors(self) -> Path:
+        return self.state / "vectors"
+
+    @property
     def log(self) -> Path:
         return self.state / "pipeline.log"
 

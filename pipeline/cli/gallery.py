@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.app import App
 from pipeline.errors import BadAudio
 from pipeline.fs.files import with_url
-from pipeline.gallery.gallery import INDEX, Gallery
+from pipeline.gallery.gallery import INDEX
 from pipeline.gallery.pictures import Picture, draw
 from pipeline.outbox.outbox import Outbox
 
@@ -28,7 +28,7 @@ def write_pages(app: App) -> tuple[int, int]:
     """
     app.workspace.prepare()
     with app.workspace.locked(), app.workspace.leased():
-        gallery = Gallery(app.open_store(), Outbox(app.workspace.outbox_files), app.command)
+        gallery = app.gallery(app.open_store(), Outbox(app.workspace.outbox_files))
         written = [has_page for _, has_page in gallery.write_all(_draw)]
     return sum(written), len(written) - sum(written)
 

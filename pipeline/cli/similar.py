@@ -22,7 +22,7 @@ from pipeline.fs.copying import hash_file
 from pipeline.fs.files import bucket_path
 from pipeline.fs.names import printable
 from pipeline.outbox.outbox import Outbox
-from pipeline.plan import engine_identity
+from pipeline.plan import identity_of
 from pipeline.records import Samples
 from pipeline.search.large import candidates
 from pipeline.search.nearest import combined, near_duplicates, nearest
@@ -30,8 +30,6 @@ from pipeline.search.vectors import Vectors, load_vectors
 from pipeline.store.schema import Track
 from pipeline.store.store import Store
 from pipeline.weights import hub
-
-VECTORS_FOLDER = "vectors"  # in the state folder
 
 
 @dataclass
@@ -60,8 +58,7 @@ class Library:
         if choice.needs_weights:
             raise MissingWeights(f"{choice.model} is not on this machine: {hub.FETCH_COMMAND}")
         outbox = Outbox(app.workspace.outbox_files)
-        identity = engine_identity(choice.card.name, choice.card.version, choice.model, choice.revision)
-        vectors = load_vectors(app.workspace.state / VECTORS_FOLDER, identity, store, outbox, say)
+        vectors = load_vectors(app.workspace.vectors, identity_of(choice), store, outbox, say)
         if not len(vectors.rows):
             raise UnknownTrack(
                 f"no finished track has vectors by {choice.card.name} ({choice.why}): `once` makes them, or"

@@ -7,6 +7,7 @@ the index and the pages know of all tracks; browsers load it from a disk, where 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -17,14 +18,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
+from pipeline.errors import FolderUnusable
 from pipeline.fs.files import is_in_bucket, with_url
+from pipeline.gallery.map import places
 from pipeline.gallery.page import best_first, index_page, pictures_of, take_files, track_page
 from pipeline.gallery.pictures import Picture
 from pipeline.intake.archive import path_in_inbox
 from pipeline.outbox.outbox import PAGE, Outbox
+from pipeline.search.vectors import Vectors
 from pipeline.store.schema import SourceFile, Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import DONE
+
+log = logging.getLogger("pipeline")
 
 INDEX, TRACKS = "index.html", "tracks.js"
 MOST_TRACKS = 2000  # in the index: the newest ones
@@ -32,6 +40,7 @@ PAUSE_SHARE = 20  # the list is written at most for one part in so many of the t
 OPENING, CLOSING = "const TRACKS = ", ";\n"
 
 Row = dict[str, Any]  # a track in the list
+Point = list[Any]  # on the map: x, y, name, URL, whether it is a source
 # Gives the pictures of files or of their bytes; none at all if one can't be decoded.
 Draw = Callable[[list[Path | bytes]], list[Picture]]
 
@@ -43,6 +52,7 @@ class Gallery:
     store: Store
     outbox: Outbox
     program: Sequence[str]  # the words of a command line before the verb
+    vectors: Callable[[], Vectors]  # of all sources and variations, for the map
     clock: Callable[[], float] = time.monotonic
     _rows: dict[str, Row] | None = None  # by hash; None: not read yet
     _written: dict[str, bytes] = field(default_factory=dict)  # what is known to be published above the pages
@@ -130,10 +140,28 @@ class Gallery:
                 self._rows[one.sha256] = self._row(one)
         counts = self.store.counts()
         older = max(counts[TrackState.DONE] + counts[TrackState.FAILED] - MOST_TRACKS, 0)
-        content = {"rows": list(self._rows.values()), "points": [], "older": older}
+        content = {"rows": list(self._rows.values()), "points": self._points(self._rows), "older": older}
         text = OPENING + json.dumps(content, separators=(",", ":"), ensure_ascii=False) + CLOSING
         self._publish(TRACKS, text.encode())
         self._publish(INDEX, index_page().encode())
+
+    def _points(self, rows: Mapping[str, Row]) -> list[Point]:
+        """The places of the listed tracks' sources and takes on the map; none if vectors can't be read."""
+        try:
+            vectors = self.vectors()
+        except (OSError, FolderUnusable) as e:
+            log.warning("the gallery has no map: %s", e)
+            return []
+        listed = np.array([*rows], "S64")
+        known = np.flatnonzero(np.isin(vectors.rows["track"], listed)).tolist()
+        found: list[Point] = []
+        for n, (x, y) in zip(known, places(vectors.matrix[known]).tolist(), strict=True):
+            sha256, file, name = vectors.row(n)
+            row = rows[sha256]
+            what = f"{row['name']}: {name}" if file else row["name"]
+            url = f"{row['folder']}/{quote(file)}" if file else row["source"]
+            found.append([round(x, 1), round(y, 1), what, url, not file])
+        return found
 
     def _publish(self, name: str, content: bytes) -> None:
         path, files = self.outbox.root / name, self.outbox.files
@@ -157,8 +185,8 @@ class Gallery:
 
     @staticmethod
     def _empty_row() -> Row:
-        names = ("sha256", "name", "state", "error", "finished_at", "made_at", "page", "best", "score")
-        return dict.fromkeys((*names, "tempo_bpm", "key", "engine", "takes"))
+        names = ("sha256", "name", "state", "error", "finished_at", "made_at", "folder", "page", "source")
+        return dict.fromkeys((*names, "best", "score", "tempo_bpm", "key", "engine", "takes"))
 
     def _row(self, track: Track) -> Row:
         row = self._empty_row() | {
@@ -174,15 +202,26 @@ class Gallery:
             return row
         best = best_first(manifest["variations"])[0]
         has_page = self.outbox.files.find(self.outbox.root / track.folder / PAGE) is not None
+        folder = quote(track.folder)
         return row | {
-            "page": quote(f"{track.folder}/{PAGE}") if has_page else None,
-            "best": quote(f"{track.folder}/{best['file']}"),
+            "folder": folder,
+            "page": f"{folder}/{PAGE}" if has_page else None,
+            "source": self._source_url(track),
+            "best": f"{folder}/{quote(best['file'])}",
             "score": best["scores"].get("rank"),
             "tempo_bpm": best["tempo_bpm"],
             "key": best["key"],
             "engine": best["engine"],
             "takes": len(manifest["variations"]),
         }
+
+    def _source_url(self, track: Track) -> str | None:
+        """Where the source is now, relative to the list; None if it isn't on a disk like the list."""
+        root = self.outbox.root
+        for file in self.store.files_of(track.sha256):
+            if not is_in_bucket(root) and file.current_path.is_file():
+                return quote(os.path.relpath(file.current_path, root))
+        return None
 
 
 def source_urls(files: Iterable[SourceFile], page_folder: Path) -> Iterator[str]:

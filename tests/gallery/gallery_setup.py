@@ -39,11 +39,16 @@ def process(home: Home, *words: str) -> int:
         sys.argv = before
 
 
+def content(home: Home) -> dict[str, Any]:
+    """What tracks.js has."""
+    text = (home.outbox / "tracks.js").read_text()
+    found: dict[str, Any] = json.loads(text.removeprefix("const TRACKS = ").removesuffix(";\n"))
+    return found
+
+
 def rows(home: Home) -> dict[str, dict[str, Any]]:
     """The rows of the list of tracks, by name."""
-    text = (home.outbox / "tracks.js").read_text()
-    found = json.loads(text.removeprefix("const TRACKS = ").removesuffix(";\n"))["rows"]
-    return {row["name"]: row for row in found}
+    return {row["name"]: row for row in content(home)["rows"]}
 
 
 def page_of(home: Home, name: str) -> Path:

@@ -273,6 +273,17 @@ def test_the_list_plays_the_best_take(browser: Any, home: Home) -> None:
         assert not page.evaluate(playing)
 
 
+def test_a_click_on_the_map_plays(browser: Any, home: Home) -> None:
+    with opened(browser, home.outbox / "index.html") as page:
+        assert page.locator("#map circle").count() == 2 * (1 + 3)
+        assert page.locator("#map circle.is-source").count() == 2
+        page.locator("#map circle:not(.is-source)").first.click(force=True)
+        page.wait_for_function("document.getElementById('audio').currentTime > 0")
+        assert page.inner_text("#playing").startswith("Playing ")
+        page.locator("#map circle.is-source").first.click(force=True)
+        page.wait_for_function("document.getElementById('audio').src.includes('/inbox/done/')")
+
+
 def test_ten_tracks_with_forty_takes_are_gone_through_by_the_keyboard_alone(
     browser: Any, tmp_path: Path
 ) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from gallery_setup import BROKEN, HOSTILE, made_gallery, page_of, process, rows
+from gallery_setup import BROKEN, HOSTILE, content, made_gallery, page_of, process, rows
 from home_folder import Home, write_music
 
 from pipeline.gallery import gallery as gallery_module
+from pipeline.gallery.map import HEIGHT, WIDTH
 from pipeline.gallery.page import pictures_of
 
 
@@ -62,6 +63,15 @@ def test_the_list_has_finished_and_failed_tracks(made: Home) -> None:
     assert 0 < song["score"] <= 1
     for link in (song["page"], song["best"]):
         assert (made.outbox / unquote(link)).is_file()
+
+
+def test_the_map_has_each_source_and_take_once(made: Home) -> None:
+    points = content(made)["points"]
+    urls = [url for *_, url, _ in points]
+    assert len(set(urls)) == len(points) == 2 * (1 + 3)
+    assert all((made.outbox / unquote(url)).is_file() for url in urls)
+    assert sorted(name for *_, name, _, is_source in points if is_source) == sorted([HOSTILE, "song.wav"])
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y, *_ in points)
 
 
 def test_a_page_shows_all_takes_by_rank_with_links_that_lead_to_files(made: Home) -> None:
@@ -135,10 +145,13 @@ def test_pages_are_no_results_and_are_removed_with_them(home: Home, capsys: Any)
 
 
 def test_an_unreadable_list_is_made_again(home: Home) -> None:
-    before = rows(home)
+    def without_source() -> list[dict[str, Any]]:  # which has moved with the home
+        return [{**row, "source": None} for row in rows(home).values()]
+
+    before = without_source()
     (home.outbox / "tracks.js").write_text('const TRACKS = {"rows": [{"sha256": 1}, 7]};\n')
     process(home, "once")
-    assert rows(home) == before
+    assert without_source() == before
 
 
 def test_without_the_gallery_there_are_no_pages(home: Home) -> None:
