@@ -38,6 +38,7 @@ class Wanted:
     sound_s: float  # length of these takes together, without those that are as long as the source
     as_source: float  # how many are as long as the source
     kept: float  # share of the takes that are results
+    embeds: bool = False  # the results as well as the source
 
     @classmethod
     def of(cls, recipe: Recipe) -> Wanted:
@@ -50,6 +51,7 @@ class Wanted:
             sound_s=sum(length * n for length, n in planned if length != "source"),
             as_source=sum(n for length, n in planned if length == "source"),
             kept=len(planned) / takes,
+            embeds=recipe.config.embed.variations,
         )
 
     def takes_s(self, source_s: float) -> float:
@@ -103,6 +105,8 @@ class Pace:
             return self.normalize * source_s
         if stage == Stage.EMBED:
             return self.embed * source_s
+        if stage == Stage.EMBED_VARIATIONS:
+            return self.embed * takes_s
         n_analyses = 1 + (self.takes - 1) * n_takes
         return self.analyse * source_s * n_analyses + self.make * self.takes * takes_s
 
@@ -116,7 +120,8 @@ class Pace:
         needed = [
             (Stage.NORMALIZE, track.source_s is None),
             (Stage.EMBED, not track.is_embedded),
-            (Stage.GENERATE, True),
+            (Stage.GENERATE, track.stage != Stage.EMBED_VARIATIONS),
+            (Stage.EMBED_VARIATIONS, wanted.embeds),
         ]
         wants = [stage for stage, is_needed in needed if is_needed and stage != track.stage]
         takes_s = wanted.takes_s(source_s)
@@ -137,7 +142,8 @@ def stage_left_s(
     stage: str = worker["stage"]
     elapsed_s = max(now - float(worker["since"]), 0.0)
     if stage != Stage.GENERATE:
-        return None if pace is None else max(pace.stage_s(stage, source_s, 0, 0.0) - elapsed_s, 0.0)
+        takes_s = wanted.takes_s(source_s) * wanted.kept
+        return None if pace is None else max(pace.stage_s(stage, source_s, 0, takes_s) - elapsed_s, 0.0)
     done, total = float(worker["done"]), float(worker["total"] or wanted.takes)
     left = total - done
     if pace is None:

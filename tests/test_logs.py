@@ -119,7 +119,7 @@ def test_a_run_logs_who_did_what_at_which_attempt_and_how_long_it_took(home: Hom
         subprocess.run(command, stderr=stderr, stdout=subprocess.DEVNULL, env=env, check=False)
     lines = json_lines(said.read_text())
     took = {line["stage"]: line for line in lines if line.get("track") == "song.wav" and "seconds" in line}
-    assert took.keys() == {"normalize", "embed", "generate"}
+    assert took.keys() == {"normalize", "embed", "generate", "embed-variations"}
     for line in took.values():
         assert (line["attempt"], line["level"]) == (1, "INFO")
         assert line["seconds"] >= 0

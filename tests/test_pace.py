@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.pace import Pace, Wanted, makespan_s, rough, times_left
+from pipeline.pace import Pace, Wanted, makespan_s, rough, stage_left_s, times_left
 from pipeline.records import Stage
-from pipeline.store.schema import AttemptOutcome, FileState, SourceFile, Track, TrackState, Work
+from pipeline.store.schema import AttemptOutcome, FileState, SourceFile, Track, TrackState, Unfinished, Work
 from pipeline.store.store import Store
 
 TAKES, TAKE_S = 4, 30.0  # of each track, and the length of each
@@ -151,6 +151,17 @@ def ratios(workers: SimulatedWorkers, *, every: int = 1) -> list[float]:
         for at, left_s in found
         if workers.now - at > (workers.now - first) / 5
     ]  # fmt: skip
+
+
+def test_results_are_embedded_at_the_pace_of_sources(store: Store) -> None:
+    pace = Pace(0.01, 0.02, 0.03, 0.04, 1.0, {})
+    track = Unfinished("a.ogg", 1, 100.0, True, Stage.GENERATE)
+    embeds = replace(WANTED, embeds=True)
+    assert pace.rest_s(track, WANTED) == 0.0
+    assert pace.rest_s(track, embeds) == pytest.approx(0.02 * TAKES * TAKE_S)
+    assert pace.rest_s(replace(track, stage=Stage.EMBED_VARIATIONS), embeds) == 0.0
+    worker = idle(0) | {"stage": Stage.EMBED_VARIATIONS, "since": 10.0}
+    assert stage_left_s(worker, pace, embeds, 100.0, now=11.0) == pytest.approx(0.02 * TAKES * TAKE_S - 1.0)
 
 
 @pytest.mark.parametrize("n_workers", [1, 2, 4])

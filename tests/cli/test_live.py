@@ -214,9 +214,9 @@ def test_show_has_a_bar_for_each_attempt_as_long_as_it_took(
     store.end_attempt(number, now=2000.0, outcome=AttemptOutcome.FAILED, error="it broke")
     store.begin_attempt(track.sha256, "generate", now=3000.0)
     store.close()
-    *_, generate, failed, running = run(capsys, monkeypatch, home, "show", "a.wav").out.splitlines()
-    assert " generate " in generate and generate.count("━") == 1
-    assert f"process {os.getpid()}" in generate
+    *_, last, failed, running = run(capsys, monkeypatch, home, "show", "a.wav").out.splitlines()
+    assert " embed-variations " in last and last.count("━") == 1
+    assert f"process {os.getpid()}" in last
     assert failed.count("━") == 20
     assert "1000.0 s" in failed and failed.endswith("failed, process 7: it broke")
     assert running.endswith("is running")
