@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import UnknownTrack
 from pipeline.fs.names import printable
 from pipeline.pace import Wanted, rough, times_left
+from pipeline.records import Stage
 from pipeline.runner.retry import local_time, longest_wait_s
 from pipeline.service.health import WATCHDOG_S, read_health
 from pipeline.store.schema import TrackState
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 LISTED = 20  # entries of the queue and failures that `status` lists
 SPEED_S = 600.0  # of which the seconds of sound per minute are the mean
-BAR = 20  # characters of the longest bar in `show`
+BAR = 12  # characters of the longest bar in `show`
+STAGE = max(map(len, Stage))  # characters of the longest name
 
 
 def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
@@ -262,7 +264,8 @@ def show_text(facts: dict[str, Any]) -> str:
     for one in facts["attempts"]:
         bar = "━" * max(1, round(BAR * (one["seconds"] or 0.0) / max(longest_s, 0.01)))
         took = "" if one["seconds"] is None else f"{one['seconds']:.1f} s"
-        what = f"{one['stage']:<9}  {took:>9}  {bar if took else '':<{BAR}}  {one['outcome'] or 'is running'}"
+        shown, outcome = bar if took else "", one["outcome"] or "is running"
+        what = f"{one['stage']:<{STAGE}}  {took:>9}  {shown:<{BAR}}  {outcome}"
         worker, error = (
             f"{mark}{text}" if text else "" for mark, text in ((", ", one["worker"]), (": ", one["error"]))
         )

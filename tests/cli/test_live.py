@@ -217,7 +217,7 @@ def test_show_has_a_bar_for_each_attempt_as_long_as_it_took(
     *_, last, failed, running = run(capsys, monkeypatch, home, "show", "a.wav").out.splitlines()
     assert " embed-variations " in last and last.count("━") == 1
     assert f"process {os.getpid()}" in last
-    assert failed.count("━") == 20
+    assert failed.count("━") == 12
     assert "1000.0 s" in failed and failed.endswith("failed, process 7: it broke")
     assert running.endswith("is running")
 

@@ -202,13 +202,13 @@ def _is_manifest(home: Home, op: Operation) -> bool:
 
 
 def units_made(home: Home, runs: Sequence[ProgramRun]) -> int:
-    """Results renamed into place over all runs; sources that are moved to the archive don't count."""
-    inbox = f"{home.inbox.resolve()}/"
+    """Results renamed into place over all runs; archived sources and the cache of vectors don't count."""
+    others = tuple(f"{folder.resolve()}/" for folder in (home.inbox, home.folder / "state" / "vectors"))
     return sum(
         op.happened
         and op.call == "rename"
         and op.target.endswith(UNIT_ENDINGS)
-        and not op.target.startswith(inbox)
+        and not op.target.startswith(others)
         for op in operations(runs)
     )
 
