@@ -38,6 +38,7 @@ INDEX, TRACKS = "index.html", "tracks.js"
 MOST_TRACKS = 2000  # in the index: the newest ones
 PAUSE_SHARE = 20  # the list is written at most for one part in so many of the time
 OPENING, CLOSING = "const TRACKS = ", ";\n"
+DAMAGES = (AttributeError, LookupError, TypeError, ValueError)  # what a damaged manifest or list leads to
 
 Row = dict[str, Any]  # a track in the list
 Point = list[Any]  # on the map: x, y, name, URL, whether it is a source
@@ -93,13 +94,17 @@ class Gallery:
             self._next_at = self.clock() + PAUSE_SHARE * (self.clock() - began)
 
     def write_all(self, draw: Draw) -> Iterator[tuple[Track, bool]]:
-        """Write the pages of all finished tracks anew; yields each, and whether it has a page."""
-        self._written.clear()
+        """Write the pages of all finished tracks and the list anew; yields each, and whether it has a page."""
+        self._written, self._rows = {}, {}
         for track in self.store.tracks(TrackState.DONE):
             manifest = None if track.collected_at is not None else self.outbox.read_manifest(track.folder)
             if manifest is not None:
                 here = [file.current_path for file in self.store.files_of(track.sha256)]
-                self.add(track, manifest, next(filter(os.path.isfile, here), None), draw)
+                try:
+                    self.add(track, manifest, next(filter(os.path.isfile, here), None), draw)
+                except DAMAGES as e:
+                    log.warning("%s has no page: its manifest is damaged: %r", track.name, e)
+                    manifest = None
             yield track, manifest is not None
         self.refresh(force=True)
 
@@ -111,7 +116,7 @@ class Gallery:
         """The pictures of all sounds of a track; those in an earlier page are taken over."""
         files = self.outbox.files
         page = self.outbox.root / track.folder / PAGE
-        known = pictures_of(files.read(page).decode()) if files.find(page) else {}
+        known = pictures_of(files.read(page).decode(errors="replace")) if files.find(page) else {}
         sounds: dict[str, Path | bytes] = {track.sha256: source} if source else {}
         for file, sha256 in take_files(manifest):
             if sha256 not in known:
@@ -180,7 +185,7 @@ class Gallery:
         try:
             rows: list[Row] = json.loads(text.removeprefix(OPENING).removesuffix(CLOSING))["rows"]
             return [row for row in rows if row.keys() == self._empty_row().keys()]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except DAMAGES:
             return []
 
     @staticmethod
@@ -198,12 +203,18 @@ class Gallery:
             "made_at": None if track.finished_at is None else round(1000 * track.finished_at),
         }
         manifest = self.outbox.read_manifest(track.folder) if track.state == TrackState.DONE else None
-        if manifest is None or not manifest["variations"]:
+        try:
+            return row | (self._results(track, manifest) if manifest and manifest["variations"] else {})
+        except DAMAGES as e:
+            log.warning("%s: its manifest is damaged: %r", track.name, e)
             return row
+
+    def _results(self, track: Track, manifest: Mapping[str, Any]) -> Row:
+        """What a finished track's row says of its results."""
         best = best_first(manifest["variations"])[0]
         has_page = self.outbox.files.find(self.outbox.root / track.folder / PAGE) is not None
         folder = quote(track.folder)
-        return row | {
+        return {
             "folder": folder,
             "page": f"{folder}/{PAGE}" if has_page else None,
             "source": self._source_url(track),
@@ -220,7 +231,7 @@ class Gallery:
         root = self.outbox.root
         for file in self.store.files_of(track.sha256):
             if not is_in_bucket(root) and file.current_path.is_file():
-                return quote(os.path.relpath(file.current_path, root))
+                return _url_from(root, file.current_path)
         return None
 
 
@@ -229,4 +240,9 @@ def source_urls(files: Iterable[SourceFile], page_folder: Path) -> Iterator[str]
     for file in islice(files, 3):
         for path in (file.root / DONE / path_in_inbox(file), file.path, file.current_path):
             if is_in_bucket(path) == is_in_bucket(page_folder):
-                yield quote(os.path.relpath(path, page_folder), safe="/")
+                yield _url_from(page_folder, path)
+
+
+def _url_from(folder: Path, path: Path) -> str:
+    """The URL of a file, whose name may be any bytes, relative to a folder."""
+    return quote(os.fsencode(os.path.relpath(path, folder)))

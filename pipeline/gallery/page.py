@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -72,9 +73,11 @@ def index_page() -> str:
 
 
 def pictures_of(page: str) -> dict[str, Picture]:
-    """The pictures in a page that `track_page` has made."""
+    """The pictures in a page that `track_page` has made; none if it is damaged, or another page."""
     found = _PICTURES.search(page)
-    return json.loads(found[1]) if found else {}
+    with suppress(ValueError):
+        return json.loads(found[1]) if found else {}
+    return {}
 
 
 def take_files(manifest: Json) -> list[tuple[str, str]]:

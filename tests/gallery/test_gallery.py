@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -127,6 +128,37 @@ def test_the_verb_writes_lost_pages_again_and_takes_over_known_pictures(
     assert [pictures_of(page.read_text()) for page in (lost, kept)] == [pictures_of(page) for page in before]
     assert rows(home)["song.wav"]["page"]
     assert f"open {home.outbox / 'index.html'}" in capsys.readouterr().out
+
+
+def test_the_verb_gives_tracks_of_before_the_gallery_their_pages_in_the_list(home: Home) -> None:
+    for page in (page_of(home, "song"), home.outbox / "tracks.js"):
+        page.unlink()
+    process(home, "once")
+    assert rows(home)["song.wav"]["page"] is None
+    process(home, "gallery")
+    assert rows(home)["song.wav"]["page"]
+
+
+def test_a_name_that_is_not_unicode_is_linked_by_its_bytes(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.configure({"name": "near"}, gallery={"enabled": True}, generate={"duration_s": 1})
+    write_music(home.inbox / "one.wav", seconds=2.0).rename(home.inbox / os.fsdecode(b"caf\xe9.wav"))
+    assert process(home, "once") == 0
+    [row] = rows(home).values()
+    assert row["source"] == "../inbox/done/caf%E9.wav"
+    assert "../../inbox/done/caf%E9.wav" in page_of(home, "caf").read_text()
+
+
+def test_damaged_pages_and_manifests_end_no_run(home: Home, capsys: Any) -> None:
+    page_of(home, "song").write_bytes(b'caf\xe9 <script type="application/json" id="pictures">{"x</script>')
+    manifest = page_of(home, "_img").with_name("manifest.json")
+    manifest.write_text(manifest.read_text().replace('"scores"', '"of another version"'))
+    (home.outbox / "tracks.js").unlink()
+    assert process(home, "once") == 0
+    assert rows(home)[HOSTILE]["best"] is None
+    assert process(home, "gallery") == 0
+    assert "1 pages written, 1 tracks have no results" in capsys.readouterr().out
+    assert len(pictures_of(page_of(home, "song").read_text())) == 5
 
 
 def test_pages_are_no_results_and_are_removed_with_them(home: Home, capsys: Any) -> None:
