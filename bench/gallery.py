@@ -41,6 +41,7 @@ def copy_track(made: Path, outbox: Path, n: int) -> None:
         "normalize": f"n{n}",
         "embed": f"e{n}",
         "generate": [f"g{n}-{k}" for k in range(len(manifest["variations"]))],
+        "embed_variations": f"v{n}",
     }
     folder = outbox / f"track-{n:04}--{n:08x}"
     shutil.copytree(made, folder)

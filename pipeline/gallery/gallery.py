@@ -56,6 +56,7 @@ class Gallery:
     vectors: Callable[[], Vectors]  # of all sources and variations, for the map
     clock: Callable[[], float] = time.monotonic
     _rows: dict[str, Row] | None = None  # by hash; None: not read yet
+    _stamp: tuple[float, ...] = ()  # the `Store.ended_stamp` of the list
     _written: dict[str, bytes] = field(default_factory=dict)  # what is known to be published above the pages
     _next_at: float = -float("inf")  # when the list may be written again
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -82,20 +83,21 @@ class Gallery:
         self.outbox.files.write(folder / PAGE, page.encode())
 
     def refresh(self, *, force: bool = False) -> None:
-        """Bring the list of tracks up to date.
+        """Bring the list of tracks up to date, if it isn't.
 
         Without `force`, nothing is done where it would take more than a small share of the time.
         """
         with self._lock:
-            began = self.clock()
-            if not force and began < self._next_at:
+            began, stamp = self.clock(), self.store.ended_stamp()
+            if stamp == self._stamp or (not force and began < self._next_at):
                 return
             self._write_list()
+            self._stamp = stamp
             self._next_at = self.clock() + PAUSE_SHARE * (self.clock() - began)
 
     def write_all(self, draw: Draw) -> Iterator[tuple[Track, bool]]:
-        """Write the pages of all finished tracks and the list anew; yields each, and whether it has a page."""
-        self._written, self._rows = {}, {}
+        """Write all pages and the list anew; yields each finished track, and whether it has a page."""
+        self._written, self._rows, self._stamp = {}, {}, ()
         for track in self.store.tracks(TrackState.DONE):
             manifest = None if track.collected_at is not None else self.outbox.read_manifest(track.folder)
             if manifest is not None:

@@ -605,6 +605,13 @@ class Store:
         n, latest, total = self._db.execute(sql).fetchone()
         return float(n), float(latest), float(total)
 
+    def ended_stamp(self) -> tuple[float, float, float]:
+        """Numbers that change whenever a track is done, has failed, or is queued again or collected."""
+        sql = """SELECT count(*), total(finished_at), total(collected_at) FROM tracks
+            WHERE state IN ('done', 'failed')"""
+        n, ended, collected = self._db.execute(sql).fetchone()
+        return float(n), float(ended), float(collected)
+
     def finished(self) -> dict[str, tuple[str, float]]:
         """The tracks with results by hash: their folders in the outbox, and when they were finished."""
         rows = self._db.execute(f"SELECT sha256, folder, finished_at FROM tracks {_WITH_RESULTS}")
