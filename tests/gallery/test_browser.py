@@ -134,6 +134,65 @@ def test_while_another_sound_starts_there_is_no_silence(page: Any) -> None:
     assert gap < 25
 
 
+def test_the_last_of_many_quick_switches_is_heard(page: Any) -> None:
+    page.keyboard.press("Space")
+    page.wait_for_timeout(500)
+    for key in "2312312312":
+        page.keyboard.press(key)
+    page.wait_for_function(f"({HEARD})().which === 2")
+    page.wait_for_timeout(300)
+    assert page.evaluate(HEARD)["n"] == 1
+    before = page.evaluate(HEARD)["at"]
+    page.keyboard.press("3")
+    page.keyboard.press("2")  # which is still heard
+    after = page.evaluate(HEARD)
+    assert (after["n"], after["which"]) == (1, 2)
+    assert 0 <= after["at"] - before < 0.5
+
+
+def test_a_loop_after_the_end_of_a_shorter_sound_is_not_its_own(page: Any) -> None:
+    page.keyboard.press("0")
+    page.evaluate("setLoop({from: 10, to: 12})")  # of the source's 16 s; takes have 8 s
+    page.keyboard.press("Space")
+    page.wait_for_timeout(500)
+    page.keyboard.press("1")
+    page.wait_for_function(f"({HEARD})().which === 1")
+    before = page.evaluate(HEARD)["at"]
+    assert 2 <= before < 4.5
+    page.wait_for_timeout(2500)
+    assert page.evaluate(HEARD)["at"] > before + 2  # goes on
+    assert page.locator(".loop:visible").count() == 1
+
+
+@pytest.mark.parametrize("storage", ["null", "(() => { throw new DOMException('', 'SecurityError'); })()"])
+def test_without_a_store_in_the_browser_ratings_last_as_long_as_the_page(
+    browser: Any, home: Home, storage: str
+) -> None:
+    with opened(browser, page_of(home, "song")) as page:
+        page.add_init_script(f"Object.defineProperty(window, 'localStorage', {{get: () => {storage}}})")
+        page.reload()
+        page.keyboard.press("Shift+Digit4")
+        with page.expect_download() as download:
+            page.click("#download")
+        [rating] = json.loads(download.value.path().read_text())["ratings"]
+        assert rating["stars"] == 4
+
+
+def test_a_take_that_was_deleted_is_said_to_be_missing(browser: Any, home: Home, tmp_path: Path) -> None:
+    folder = shutil.copytree(page_of(home, "song").parent, tmp_path / "copy")
+    with opened(browser, folder / "index.html") as page:
+        files = names(page)
+    (folder / files[1]).unlink()
+    with opened(browser, folder / "index.html") as page:
+        page.locator(".take").nth(1).locator(".missing:visible").wait_for()
+        page.keyboard.press("Space")
+        page.wait_for_timeout(300)
+        page.keyboard.press("2")
+        page.wait_for_timeout(300)
+        assert page.evaluate(HEARD)["which"] == 1  # plays on
+        assert page.locator(".missing:visible").count() == 2
+
+
 def test_keys_seek_loop_and_play_a_join(page: Any) -> None:
     position = "document.querySelectorAll('.sound audio')[1].currentTime"
     page.keyboard.press("ArrowRight")

@@ -3,19 +3,28 @@
 
 const PREFIX = "variations.rating.";
 
+// What the browser keeps. One that is told to keep nothing has none or throws: ratings last as long as the page.
+let kept = null;
+try {
+  kept = localStorage;
+} catch (error) {}
+if (kept === null) {
+  kept = {};
+  document.getElementById("download").textContent += " (this browser doesn't keep them)";
+}
+
 const Ratings = {
-  // The rating of a file by its hash, or null.
+  // The rating of a file by its hash; undefined if there is none.
   of(sha256) {
-    const text = localStorage.getItem(PREFIX + sha256);
-    return text === null ? null : JSON.parse(text);
+    return kept[PREFIX + sha256] && JSON.parse(kept[PREFIX + sha256]);
   },
   // Keep a rating; one that says nothing is forgotten.
   keep(rating) {
-    if (rating.stars === null && rating.kept === null && rating.note === "") localStorage.removeItem(PREFIX + rating.sha256);
-    else localStorage.setItem(PREFIX + rating.sha256, JSON.stringify(rating));
+    if (rating.stars === null && rating.kept === null && rating.note === "") delete kept[PREFIX + rating.sha256];
+    else kept[PREFIX + rating.sha256] = JSON.stringify(rating);
   },
   all() {
-    return Object.keys(localStorage).filter((key) => key.startsWith(PREFIX)).sort().map((key) => JSON.parse(localStorage.getItem(key)));
+    return Object.keys(kept).filter((key) => key.startsWith(PREFIX)).sort().map((key) => JSON.parse(kept[key]));
   },
   download() {
     const text = JSON.stringify({ schema: 1, ratings: Ratings.all() }, null, 1);

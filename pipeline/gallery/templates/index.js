@@ -32,6 +32,7 @@ function toggle(url, volume = 1) {
 
 function stopped() {
   playing = null;
+  byId("playing").textContent = "";
   showPlaying();
 }
 

@@ -16,14 +16,22 @@ let current = takes[0] || source;
 let isPlaying = false;
 let loop = null; // {from, to} in seconds
 let stopAt = null; // in seconds, when only a part is played
+let switches = 0; // between sounds so far, which tells an earlier one that it is over
 let lead = 0.05; // how long a sound takes to start, in seconds, as the last one did
 const byId = (id) => document.getElementById(id);
 const quietest = Math.min(...sounds.map((sound) => sound.lufs));
 
 // -- playing ---------------------------------------------------------------------------------------
 
+// The loop, unless it begins after the end of a shorter sound.
+const loopIn = (sound) => (loop && loop.from < sound.duration - 0.05 ? loop : null);
+
 // Where a sound is entered that is shorter than the position: as if it were repeated.
 const within = (sound, seconds) => (seconds < sound.duration ? Math.max(seconds, 0) : seconds % sound.duration);
+
+function pauseAllBut(sound) {
+  for (const other of sounds) if (other !== sound) other.audio.pause();
+}
 
 const aMoment = () => new Promise((resolve) => setTimeout(resolve, 25));
 
@@ -37,7 +45,7 @@ async function play() {
   if (current.isMissing) return;
   isPlaying = true;
   show();
-  if (current.audio.currentTime >= current.duration - 0.05) current.audio.currentTime = loop ? loop.from : 0;
+  if (current.audio.currentTime >= current.duration - 0.05) current.audio.currentTime = loopIn(current)?.from ?? 0;
   try {
     await current.audio.play();
   } catch (error) {
@@ -55,9 +63,15 @@ function pause() {
 // Another sound at the same position. The one that plays is heard until the other one runs.
 async function choose(sound) {
   if (sound === current || sound.isMissing) return;
-  const before = current;
+  const before = sounds.find((one) => !one.audio.paused && one.audio.volume > 0) || current;
+  const mine = ++switches;
   current = sound;
   stopAt = null;
+  if (sound === before) { // still heard, as another one that was chosen hasn't begun
+    pauseAllBut(sound);
+    show();
+    return;
+  }
   if (!isPlaying) {
     sound.audio.currentTime = within(sound, before.audio.currentTime);
     show();
@@ -70,20 +84,21 @@ async function choose(sound) {
     try {
       await sound.audio.play();
     } catch (error) {
+      if (mine !== switches) return; // yet another one was chosen meanwhile
       before.audio.pause();
-      if (current === sound && error.name !== "AbortError") pause();
+      if (error.name !== "AbortError") pause();
       return;
     }
     for (let steady = 0; steady < 2 && isPlaying; ) { // until both run
       const earlier = late;
       await aMoment();
-      if (current !== sound) return; // yet another one was chosen meanwhile
+      if (mine !== switches) return;
       late = within(sound, before.audio.currentTime) - sound.audio.currentTime;
       steady = Math.abs(late - earlier) < 0.008 ? steady + 1 : 0;
     }
     lead = Math.min(Math.max(lead + late, 0), 1);
   }
-  for (const other of sounds) if (other !== sound) other.audio.pause();
+  pauseAllBut(sound);
   sound.audio.volume = volumeOf(sound);
   if (!isPlaying) sound.audio.pause();
 }
@@ -102,10 +117,9 @@ function setLoop(range) {
 
 function playAround(sound, seconds) {
   loop = null;
-  if (sound !== current) {
-    current.audio.pause();
-    current = sound;
-  }
+  switches++;
+  current = sound;
+  pauseAllBut(sound);
   setVolumes();
   seek(seconds - 1);
   stopAt = seconds + 1;
@@ -120,6 +134,7 @@ function playNextJoin() {
 
 function watchPosition() {
   const at = current.audio.currentTime;
+  const loop = loopIn(current);
   if (isPlaying && stopAt !== null && at >= stopAt) pause();
   if (isPlaying && loop && (at >= Math.min(loop.to, current.duration) || at < loop.from - 0.1)) current.audio.currentTime = loop.from;
   show();
@@ -129,18 +144,20 @@ for (const sound of sounds) {
   sound.audio.addEventListener("timeupdate", watchPosition);
   sound.audio.addEventListener("ended", () => {
     if (sound !== current) return;
-    if (loop) seek(loop.from), play();
+    if (loopIn(sound)) seek(loop.from), play();
     else pause();
   });
 }
 
-function missing() {
-  source.isMissing = true;
-  source.element.querySelector(".missing").hidden = false;
+for (const sound of sounds) {
+  const missing = () => {
+    sound.isMissing = true;
+    sound.element.querySelector(".missing").hidden = false;
+  };
+  const places = sound.audio.querySelectorAll("source"); // of which none may be known
+  if (places.length === 0) missing();
+  else places[places.length - 1].addEventListener("error", missing);
 }
-const places = source.audio.querySelectorAll("source");
-if (places.length === 0) missing();
-else places[places.length - 1].addEventListener("error", missing);
 
 // -- drawing ---------------------------------------------------------------------------------------
 
@@ -153,7 +170,7 @@ function show() {
     sound.wave.setAttribute("aria-valuenow", at.toFixed(1));
     sound.wave.setAttribute("aria-valuetext", clock(at));
     const region = sound.wave.querySelector(".loop");
-    region.hidden = loop === null || loop.from >= sound.duration;
+    region.hidden = loopIn(sound) === null;
     if (!region.hidden) {
       region.style.left = `${(100 * loop.from) / sound.duration}%`;
       region.style.width = `${(100 * (Math.min(loop.to, sound.duration) - loop.from)) / sound.duration}%`;
@@ -342,7 +359,8 @@ const KEYS = {
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  const isBracket = "[]".includes(event.key); // which many keyboards have with alt
+  if (event.metaKey || ((event.ctrlKey || event.altKey) && !isBracket)) return;
   const focused = event.target.closest("input, button, summary, a");
   if (focused && focused.matches("[type=text]")) return;
   if (focused && (event.key === " " || (focused.matches("[type=radio]") && event.key.startsWith("Arrow")))) return;
