@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from pipeline.errors import DatabaseDamaged, DiskFull, FolderUnusable, UnknownTrack
 from pipeline.fs.copying import FileIdentity
+from pipeline.fs.names import printable
 from pipeline.records import Stage
 from pipeline.store.schema import (
     MIGRATIONS,
@@ -634,6 +635,7 @@ class Store:
         Raises:
             UnknownTrack: there is none, or more than one.
         """
+        wanted = printable(wanted)  # as names are recorded
         rows = self._db.execute(
             "SELECT * FROM tracks WHERE name = :w"
             " OR (length(:w) >= 4 AND substr(sha256, 1, length(:w)) = lower(:w))"

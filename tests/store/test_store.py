@@ -358,6 +358,11 @@ def test_a_track_is_found_by_name_folder_hash_or_file(store: Store, wanted: str)
     assert store.find(wanted).sha256 == sha("a")
 
 
+def test_a_name_that_is_not_unicode_is_found_by_its_bytes(store: Store) -> None:
+    add(store, "a", name="caf\\xe9.wav")
+    assert store.find("caf\udce9.wav").sha256 == sha("a")
+
+
 def test_a_unique_part_of_a_name_is_enough_and_an_exact_name_wins(store: Store) -> None:
     for letter, name in (("a", "Paper Lanterns"), ("b", "paper"), ("c", "Cafe\u0301 noir")):
         store.add_file(a_file(letter), name=name, folder=letter, now=1.0)
