@@ -121,8 +121,8 @@ class Gallery:
         known = pictures_of(files.read(page).decode(errors="replace")) if files.find(page) else {}
         sounds: dict[str, Path | bytes] = {track.sha256: source} if source else {}
         for file, sha256 in take_files(manifest):
-            if sha256 not in known:
-                path = self.outbox.root / track.folder / file
+            path = self.outbox.root / track.folder / file
+            if sha256 not in known and files.find(path):  # people delete what they don't like
                 sounds[sha256] = files.read(path) if is_in_bucket(path) else path
         missing = {sha256: sound for sha256, sound in sounds.items() if sha256 not in known}
         if missing and (drawn := draw(list(missing.values()))):

@@ -168,16 +168,17 @@ def test_a_name_that_is_not_unicode_is_linked_by_its_bytes(tmp_path: Path) -> No
     assert "../../inbox/done/caf%E9.wav" in page_of(home, "caf").read_text()
 
 
-def test_damaged_pages_and_manifests_end_no_run(home: Home, capsys: Any) -> None:
+def test_damaged_pages_and_manifests_and_deleted_takes_end_no_run(home: Home, capsys: Any) -> None:
     page_of(home, "song").write_bytes(b'caf\xe9 <script type="application/json" id="pictures">{"x</script>')
     manifest = page_of(home, "_img").with_name("manifest.json")
     manifest.write_text(manifest.read_text().replace('"scores"', '"of another version"'))
     (home.outbox / "tracks.js").unlink()
     assert process(home, "once") == 0
     assert rows(home)[HOSTILE]["best"] is None
+    next((page_of(home, "song").parent / "variations").iterdir()).unlink()
     assert process(home, "gallery") == 0
     assert "1 pages written, 1 tracks have no results" in capsys.readouterr().out
-    assert len(pictures_of(page_of(home, "song").read_text())) == 5
+    assert len(pictures_of(page_of(home, "song").read_text())) == 1 + 2 + 1
 
 
 def test_pages_are_no_results_and_are_removed_with_them(home: Home, capsys: Any) -> None:
