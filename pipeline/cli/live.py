@@ -92,19 +92,19 @@ def view(facts: dict[str, Any]) -> RenderableType:
 def bars(facts: dict[str, Any]) -> RenderableType:
     """A bar for the tracks since the instance's start, and one for what each worker does."""
     table = Table.grid(padding=(0, 1))
-    table.add_column(max_width=LABEL, no_wrap=True, overflow="ellipsis")
+    table.add_column(max_width=LABEL)  # the first to be made narrower, as its cells alone may be wrapped
     for _ in range(3):
         table.add_column(no_wrap=True)
     if not facts["instance"]:
         return table
     ended, tracks = facts["ended"], facts["tracks"]
     total = ended + tracks["queued"] + tracks["running"]
-    table.add_row("tracks", _bar(ended, total), f"{ended} of {total}", _left(facts["time_left_s"]))
+    table.add_row(_line("tracks"), _bar(ended, total), f"{ended} of {total}", _left(facts["time_left_s"]))
     for one in facts["workers"]:
         if one["stage"] is not None:
             done, total = one.get("done", 0.0), one.get("total", 0.0)
             n_done = f"{int(done)} of {total:.0f}" if total else ""
-            what = Text(f"{one['stage']}: {one['track']}")
+            what = _line(f"{one['stage']}: {one['track']}")
             table.add_row(what, _bar(done, total), n_done, _left(one.get("left_s")))
     return table
 

@@ -92,6 +92,14 @@ def test_everything_has_a_line_of_at_most_80_columns(facts: Facts) -> None:
     assert any(line.startswith("embed: bbb") and "…" in line for line in shown)
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_long_name_is_cut_before_a_number_is(facts: Facts, width: int) -> None:
+    counts = {**facts["tracks"], "queued": 12_000}
+    shown = lines(bars({**facts, "tracks": counts, "time_left_s": 90_000.0}), width=width)
+    assert "5 of 12007" in shown[0]
+    assert shown[0].endswith("25.0 h left")
+
+
 def test_the_bar_of_a_stage_is_as_long_as_its_share(facts: Facts) -> None:
     [tracks, generate, embed] = lines(bars(facts))
     assert [line.count("━") for line in (tracks, generate, embed)] == [6, 10, 0]
