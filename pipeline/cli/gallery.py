@@ -11,6 +11,7 @@ from pipeline.fs.files import with_url
 from pipeline.gallery.gallery import INDEX
 from pipeline.gallery.pictures import Picture, draw
 from pipeline.outbox.outbox import Outbox
+from pipeline.runner.runner import check_outbox_mount
 
 log = logging.getLogger("pipeline")
 
@@ -25,10 +26,13 @@ def write_pages(app: App) -> tuple[int, int]:
 
     Raises:
         AlreadyRunning: another instance is at work, which writes pages itself.
+        FolderUnusable: see `check_outbox_mount`.
     """
     app.workspace.prepare()
     with app.workspace.locked(), app.workspace.leased():
-        gallery = app.gallery(app.open_store(), Outbox(app.workspace.outbox_files))
+        store = app.open_store()
+        check_outbox_mount(app.workspace.outbox, store)
+        gallery = app.gallery(store, Outbox(app.workspace.outbox_files))
         written = [has_page for _, has_page in gallery.write_all(_draw)]
     return sum(written), len(written) - sum(written)
 

@@ -19,6 +19,7 @@ from pipeline.gallery import gallery as gallery_module
 from pipeline.gallery.map import HEIGHT, WIDTH
 from pipeline.gallery.page import pictures_of
 from pipeline.outbox.outbox import Outbox
+from pipeline.runner.runner import OUTBOX_MOUNT
 from pipeline.store.schema import TrackState
 
 
@@ -179,6 +180,15 @@ def test_damaged_pages_and_manifests_and_deleted_takes_end_no_run(home: Home, ca
     assert process(home, "gallery") == 0
     assert "1 pages written, 1 tracks have no results" in capsys.readouterr().out
     assert len(pictures_of(page_of(home, "song").read_text())) == 1 + 2 + 1
+
+
+def test_nothing_is_written_where_the_disk_of_the_outbox_is_not_mounted(home: Home, capsys: Any) -> None:
+    with closing(App.open(home.folder, home.folder / "settings.yaml").open_store()) as store:
+        store.set_fact(OUTBOX_MOUNT, str(home.outbox))
+    shutil.rmtree(home.outbox)
+    assert process(home, "gallery") == 4
+    assert "isn't mounted now" in capsys.readouterr().err
+    assert not any(home.outbox.iterdir())  # by which `once` knows as well
 
 
 def test_pages_are_no_results_and_are_removed_with_them(home: Home, capsys: Any) -> None:
