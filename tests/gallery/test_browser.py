@@ -313,6 +313,10 @@ def test_the_list_is_searched_sorted_and_filtered(browser: Any, home: Home) -> N
         assert table(page)[-1] == BROKEN  # which has none
         page.fill("#search", "ONERROR img")
         assert table(page) == [HOSTILE]
+        page.evaluate("tracks.rows[0].name = 'Cafe\u0301.wav'")  # two characters
+        page.fill("#search", "CAF\u00c9")
+        assert table(page) == ["Cafe\u0301.wav"]
+        page.reload()
         page.fill("#search", "")
         page.select_option("#state", "failed")
         assert table(page) == [BROKEN]

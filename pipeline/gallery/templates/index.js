@@ -77,10 +77,13 @@ function row(track) {
   );
 }
 
+// A letter with an accent may be one character or two, as in names of files from a Mac.
+const folded = (text) => text.normalize().toLowerCase();
+
 function showTable() {
-  const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const words = folded(byId("search").value).split(/\s+/).filter(Boolean);
   const isShown = (track) =>
-    words.every((word) => track.name.toLowerCase().includes(word)) &&
+    words.every((word) => folded(track.name).includes(word)) &&
     (byId("state").value === "" || track.state === byId("state").value) &&
     (byId("engine").value === "" || track.engine === byId("engine").value);
   const shown = tracks.rows.filter(isShown).sort(compare);
