@@ -426,3 +426,23 @@ def test_everything_is_reached_by_the_keyboard_and_shows_its_focus(page: Any) ->
         if focus[0] != "BODY":
             assert focus[1] != "none", focus
     assert {"play", "blind", "download", "choose", "wave", "join", "note", "clear"} <= seen
+
+
+def test_what_has_the_focus_is_never_below_the_header(page: Any) -> None:
+    page.set_viewport_size({"width": 800, "height": 500})
+    page.evaluate("document.querySelector('h1').textContent += ' and a long name'.repeat(12)")
+    seen = 0
+    for key in ["Tab"] * 40 + ["Shift+Tab"] * 30:
+        page.keyboard.press(key)
+        hidden = page.evaluate(
+            """() => {
+              const one = document.activeElement;
+              if (one === document.body || one.closest("header")) return null;
+              const box = one.getBoundingClientRect();
+              const shown = document.elementFromPoint(box.left + 3, box.top + box.height / 2);
+              return Boolean(shown?.closest("header"));
+            }"""
+        )
+        assert not hidden
+        seen += hidden is False
+    assert seen > 40

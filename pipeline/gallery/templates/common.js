@@ -48,3 +48,10 @@ function clock(seconds) {
 function matchedVolume(lufs, quietest) {
   return Math.min(1, 10 ** ((quietest - lufs) / 20));
 }
+
+// What gets the focus must not be scrolled below the header, where that stays at the top.
+const header = document.querySelector("header");
+new ResizeObserver(() => {
+  const isSticky = getComputedStyle(header).position === "sticky";
+  document.documentElement.style.scrollPaddingTop = isSticky ? `${header.offsetHeight}px` : "0";
+}).observe(header);
