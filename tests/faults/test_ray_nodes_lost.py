@@ -12,11 +12,12 @@ from drive import AT_ONCE, Child, counts, log_of, start, wait_until
 from home_folder import Home, contents
 from invariants import check_database, check_no_leftovers
 from ray_setup import NEEDS_RAY, add_node, ray_head
-from test_workers import SITE, TRACKS, fill
+from test_workers import SITE, fill
 
 from pipeline.workspace import DONE
 
 pytestmark = [pytest.mark.long, NEEDS_RAY]  # true processes
+TRACKS = [f"{n}.wav" for n in range(10)]  # so many that there is work left when a node has joined
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What becomes of the tracks in the program's own process."""
     home = Home(tmp_path_factory.mktemp("undisturbed"))
     configure(home, "inline")
-    fill(home)
+    fill(home, TRACKS)
     assert home.in_child("once", env={**SITE, **AT_ONCE}).code == 0
     return contents(home.outbox)
 
@@ -81,7 +82,7 @@ def test_a_lost_node_loses_nothing_and_one_that_joins_is_used(
     cluster: Any, home: Home, undisturbed: dict[str, str]
 ) -> None:
     configure(home, {"kind": "ray", "address": cluster.address})
-    fill(home)
+    fill(home, TRACKS)
     nodes = [add_node(cluster), add_node(cluster)]
     with start(home, "once", env=SITE) as child:
         wait_for_two(home, child)
@@ -101,7 +102,7 @@ def test_a_killed_owner_loses_nothing_and_the_next_one_goes_on(
     cluster: Any, home: Home, undisturbed: dict[str, str]
 ) -> None:
     configure(home, {"kind": "ray", "address": cluster.address})
-    fill(home)
+    fill(home, TRACKS)
     nodes = [add_node(cluster), add_node(cluster)]
     with start(home, "once", env=SITE) as child:
         wait_for_two(home, child)
