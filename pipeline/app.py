@@ -177,10 +177,9 @@ class App:
         from pipeline.gallery.gallery import Gallery
         from pipeline.search.vectors import load_vectors
 
-        find = partial(
-            load_vectors, self.workspace.vectors, identity_of(self.recipe.embedder), store, outbox, log.info
-        )
-        return Gallery(store, outbox, self.command, find)
+        embedder = identity_of(self.recipe.embedder)
+        vectors = partial(load_vectors, self.workspace.vectors, embedder, store, outbox, log.info)
+        return Gallery(store, outbox, self.command, vectors)
 
     def open_store(self) -> Store:
         """The database for reading and writing; it is made if there is none."""

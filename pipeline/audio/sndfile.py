@@ -1,16 +1,34 @@
-"""libsndfile as the second decoder, for the Ogg Vorbis files that FFmpeg does not open.
+"""libsndfile: for results of this program, and for the Ogg Vorbis files that FFmpeg does not open.
 
 FFmpeg refuses a stream whose header packets come twice, which libvorbis and the players built on it accept.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 
 from pipeline.audio.container import Window
 from pipeline.audio.ffmpeg import Block, UndecodableError
+from pipeline.records import Audio
 
 _BLOCK_FRAMES = 1 << 12  # what has been read of a block is lost where decoding breaks off
+
+
+def read_whole(file: Path | bytes) -> Audio:
+    """A sound at its own rate, of a file or of its bytes: the quickest way, without any repair.
+
+    Raises:
+        soundfile.LibsndfileError: libsndfile can't read it.
+    """
+    import soundfile
+
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    return Audio(np.ascontiguousarray(samples.T), rate)
 
 
 class SndfileReader:

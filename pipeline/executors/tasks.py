@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline import audio, stages
 from pipeline.audio import DecodeLimits
+from pipeline.audio.sndfile import read_whole
 from pipeline.config import Gates, Normalize, Output
 from pipeline.engines.base import Engine, check_stop
 from pipeline.errors import EngineFailure
@@ -89,11 +88,8 @@ def embed(tools: Tools, sound: Audio) -> Iterator[tuple[bytes, MadeBy, int]]:
 
 def embed_file(tools: Tools, content: bytes) -> Iterator[tuple[Samples, MadeBy, int]]:
     """The vector of a published variation, (dim,), its engine, and its dimensions."""
-    import soundfile
-
-    samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     embedder = tools.engines.embedder()
-    result = embedder.embed(Audio(np.ascontiguousarray(samples.T), rate), should_stop=tools.should_stop)
+    result = embedder.embed(read_whole(content), should_stop=tools.should_stop)
     yield result.track, _made_by(embedder), embedder.dim
 
 

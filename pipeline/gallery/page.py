@@ -68,7 +68,7 @@ def track_page(
 def index_page() -> str:
     """The page of all tracks, which takes them from tracks.js."""
     return template("index.html").render(
-        style=_static("style.css"), scripts=[_static("common.js"), _static("index.js")]
+        top="", style=_static("style.css"), scripts=[_static("common.js"), _static("index.js")]
     )
 
 

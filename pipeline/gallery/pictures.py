@@ -6,6 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import scipy.fft
 
 from pipeline import audio
 from pipeline.audio import DecodeLimits
+from pipeline.audio.sndfile import read_whole
 from pipeline.music.spectra import Floats
 from pipeline.records import Audio, cut
 from pipeline.scores.chroma import N_FFT, chroma_filters
@@ -38,13 +40,10 @@ def _decoded(sound: Path | bytes) -> Audio:
     """By libsndfile at the sound's own rate, which is quickest; what it doesn't read, as a source is read."""
     import soundfile
 
-    try:
-        file = sound if isinstance(sound, Path) else io.BytesIO(sound)
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-        if len(samples):
-            return Audio(np.ascontiguousarray(samples.T), rate)
-    except soundfile.LibsndfileError:
-        pass
+    with suppress(soundfile.LibsndfileError):
+        found = read_whole(sound)
+        if found.n_samples:
+            return found
     if isinstance(sound, Path):
         return audio.decode(sound, sample_rate=RATE_HZ, limits=LIMITS)[0]
     return audio.decode_file(io.BytesIO(sound), len(sound), sample_rate=RATE_HZ, limits=LIMITS)[0]
