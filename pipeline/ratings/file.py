@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,7 +46,7 @@ def read_ratings(path: Path) -> list[Rating]:
     """
     shown = printable(path)
     try:
-        found = _File.model_validate_json(path.read_bytes())
+        found = _File.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8))  # of some editors
     except OSError as e:
         raise ConfigError(f"{shown} can't be read: {os_reason(e)}") from e
     except ValidationError as e:

@@ -14,15 +14,17 @@ Pipeline = Callable[..., RunResult]
 
 
 @pytest.fixture
-def rated(tmp_path: Path) -> RatedHome:
-    return RatedHome.at(tmp_path / "home")
-
-
-@pytest.fixture
 def pipeline(
     rated: RatedHome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, isolated: None
 ) -> Pipeline:
     return lambda *words: run(capsys, monkeypatch, rated.home, *words)
+
+
+def test_a_byte_order_mark_is_no_obstacle(rated: RatedHome, pipeline: Pipeline, tmp_path: Path) -> None:
+    [entry] = rated.track("song.wav", {})
+    path = write_ratings(tmp_path / "a.json", [{**entry, "stars": 2}])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert pipeline("rate", path).out == "1 ratings stored\n"
 
 
 def test_ratings_are_stored_and_later_ones_win(rated: RatedHome, pipeline: Pipeline, tmp_path: Path) -> None:
