@@ -16,6 +16,7 @@ import pytest
 import worker_tasks
 from executor_setup import ENGINES, run
 from home_folder import ROOT
+from set_clock import SetClock
 
 from pipeline.executors import process
 from pipeline.executors.base import WorkerLost
@@ -24,20 +25,13 @@ from pipeline.executors.process import THREADS, ProcessExecutor, shares_of_machi
 HERE = Path(__file__).parent
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def clock() -> SetClock:
+    return SetClock()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def executor(clock: Clock) -> Iterator[ProcessExecutor]:
+def executor(clock: SetClock) -> Iterator[ProcessExecutor]:
     made = ProcessExecutor(ENGINES, idle_s=60, clock=clock)
     yield made
     made.close()
@@ -97,7 +91,7 @@ def test_a_death_is_reported_and_the_next_task_has_a_new_process(
 
 
 def test_an_idle_process_ends_and_the_next_task_starts_another(
-    executor: ProcessExecutor, clock: Clock
+    executor: ProcessExecutor, clock: SetClock
 ) -> None:
     [before] = run(executor, worker_tasks.process_id)
     clock.now = 60.0

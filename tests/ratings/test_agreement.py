@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,6 @@ from pipeline.ratings.agreement import LEAST, agreements
 def results(n: int, **record: Any) -> list[dict[str, Any]]:
     """Results whose rank rises while their similarity falls."""
     return [{"scores": {"rank": i / n, "similarity": 1 - i / n}, **record} for i in range(n)]
-
-
-@pytest.fixture
-def rated(tmp_path: Path) -> RatedHome:
-    return RatedHome.at(tmp_path / "home")
 
 
 def test_the_order_by_stars_is_compared_with_that_by_each_score(rated: RatedHome) -> None:

@@ -14,11 +14,6 @@ Pipeline = Callable[..., RunResult]
 
 
 @pytest.fixture
-def rated(tmp_path: Path) -> RatedHome:
-    return RatedHome.at(tmp_path / "home")
-
-
-@pytest.fixture
 def export(
     rated: RatedHome,
     tmp_path: Path,

@@ -16,6 +16,7 @@ import pytest
 from home_folder import ROOT
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from set_clock import SetClock
 
 from pipeline.config import Folders
 from pipeline.pace import Wanted
@@ -29,16 +30,9 @@ Labels = tuple[tuple[str, str], ...]
 Sample = tuple[str, Labels]
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> SetClock:
+    return SetClock(now=1000.0)
 
 
 @pytest.fixture
@@ -56,7 +50,7 @@ def store(workspace: Workspace) -> Iterator[Store]:
 
 
 @pytest.fixture
-def metrics(workspace: Workspace, store: Store, clock: Clock) -> Metrics:
+def metrics(workspace: Workspace, store: Store, clock: SetClock) -> Metrics:
     return Metrics(workspace, workspace.state / "metrics.prom", clock)
 
 
@@ -142,7 +136,7 @@ def test_failures_by_cause_and_the_sound_that_was_made(metrics: Metrics, store: 
     assert found["variations_sound_seconds_total", ()] == 150
 
 
-def test_what_the_instance_reports(metrics: Metrics, workspace: Workspace, clock: Clock) -> None:
+def test_what_the_instance_reports(metrics: Metrics, workspace: Workspace, clock: SetClock) -> None:
     health = Health(workspace.health, clock=clock)
     health.on_report = metrics.on_report
     busy, idle = {"stage": "generate"}, {"stage": None}
@@ -188,7 +182,7 @@ def test_the_real_time_factor_and_the_time_left_come_from_the_last_work(
 
 
 def test_the_text_file_is_written_whole_at_most_every_15_seconds_and_at_the_end(
-    metrics: Metrics, store: Store, clock: Clock
+    metrics: Metrics, store: Store, clock: SetClock
 ) -> None:
     metrics.on_report({"workers": [{"stage": None}]})
     assert samples(metrics.textfile.read_text())["variations_workers", (("state", "idle"),)] == 1
@@ -211,7 +205,7 @@ def test_the_text_file_is_written_whole_at_most_every_15_seconds_and_at_the_end(
 
 
 def test_a_text_file_that_cannot_be_written_is_told_once_and_ends_no_work(
-    metrics: Metrics, clock: Clock, caplog: pytest.LogCaptureFixture
+    metrics: Metrics, clock: SetClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics.textfile = Path("/dev/null/metrics.prom")  # below what is no folder
     with caplog.at_level(logging.WARNING, logger="pipeline"):
