@@ -55,7 +55,7 @@ def run(
         for n in range(variations)
     ]
     states = engine.prepare(requests, lambda: False)
-    scheduler = engine.scheduler(states, lambda state, is_new: None, lambda: None)
+    scheduler = engine.scheduler(states, lambda state: None, lambda: None)
     if scheduler.rows < 2 * variations:
         raise MemoryError(f"only {scheduler.rows} rows fit")
     prefill_s, untouched, points = measure(engine, scheduler, states, timed)
@@ -83,6 +83,7 @@ def measure(
     began_s = time.perf_counter()
     for state in states:
         scheduler.begin(state, state.windows[0])
+    scheduler.prefill()
     scheduler.step(states)
     prefill_s = time.perf_counter() - began_s
     prefix = int(scheduler.cache.prefix_lengths[0])
@@ -117,7 +118,7 @@ def measure(
 def warm_up(decoder: Any) -> None:
     """Compile the kernels, or read the compiled ones."""
     cache = decoder.new_cache(1, 2, 1, 16)
-    decoder.prefill(cache, 0, np.zeros((16, decoder.shape.hidden), np.float32))
+    decoder.prefill(cache, {0: np.zeros((16, decoder.shape.hidden), np.float32)})
 
 
 def fill(array: np.ndarray) -> None:

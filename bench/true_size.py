@@ -112,15 +112,18 @@ def published_config() -> Any:
     )
 
 
-def build(folder: Path, config: Any, *, seed: int = SEED) -> None:
-    """Write a whole checkpoint of a configuration into an empty folder; a seed gives the same bytes."""
+def build(folder: Path, config: Any, *, seed: int = SEED, device: str = "cpu") -> None:
+    """Write a whole checkpoint of a configuration into an empty folder.
+
+    A seed gives the same bytes on a CPU. On a GPU most of the weights are drawn in seconds.
+    """
     import torch
     from checkpoints import musicgen_processor  # type: ignore[import-not-found, unused-ignore]
     from transformers import GenerationConfig
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        _write_shards(folder, _weights(config))
+        _write_shards(folder, _weights(config, device))
     config.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=2048,
@@ -133,7 +136,7 @@ def build(folder: Path, config: Any, *, seed: int = SEED) -> None:
     musicgen_processor(folder)
 
 
-def _weights(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(config: Any, device: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and values of every weight of the file, in the published file's names."""
     import torch
     from torch.nn import init
@@ -147,7 +150,7 @@ def _weights(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, weight in shapes.items():
         if not name.startswith(("text_encoder.", "audio_encoder.")):
             mean, std = _spread(name, weight.shape, config)
-            yield name, torch.empty(weight.shape).normal_(mean, std)
+            yield name, torch.empty(weight.shape, device=device).normal_(mean, std).cpu()
     # The library makes this table itself; its older versions, which wrote the published files, kept it.
     positions = MusicgenMelodySinusoidalPositionalEmbedding.get_embedding
     table = positions(config.decoder.max_position_embeddings, config.decoder.hidden_size)

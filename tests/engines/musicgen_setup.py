@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tones import tones
 
 from pipeline.engines.base import EngineSettings
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
-# int8 and float32 by the CPU's kernels, and torch's float32; with `DEVICE=cuda` torch runs in half precision
+# int8 and float32 by the CPU's kernels, and torch's float32, on a GPU where there is one
 DECODERS = ("int8", "float32", "torch")
 
 Codes = np.ndarray  # int64, (codebooks, frames)
@@ -45,7 +46,13 @@ def decoder_of(checkpoint: Any, kind: str) -> Any:
     if kind in {"int8", "float32"}:
         return CpuDecoder(Stack.packed(checkpoint.layers, kind), ends, threads=1)
     precision = "float32" if kind == "torch" else kind
-    return TorchDecoder(checkpoint.layers, ends, "cpu", precision)
+    return TorchDecoder(checkpoint.layers, ends, torch_device(), precision, most_rows=16)
+
+
+def torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def generator_with(checkpoint: Any, decoder: Any, **options: Any) -> Any:
@@ -117,7 +124,7 @@ def run_requests(checkpoint: Any, decoder: Any, states: Sequence[Any], rows: int
         steps=max(window.frames for state in states for window in state.windows) + int(delays.max()),
         prefix_steps=checkpoint.chroma_length + max(len(state.conditions.text) for state in states),
         delays=delays,
-        on_step=lambda state, is_new: None,
+        on_step=lambda state: None,
         check_stop=lambda: None,
     ).run(states)
 
@@ -128,7 +135,7 @@ class CountingDecoder:
 
     decoder: Any
     prefills: int = 0
-    rows: list[int] = field(default_factory=list)  # of each step
+    rows: list[int] = field(default_factory=list)  # of each pass
     cache: Any = None  # a weak reference to the last one
     broken: np.ndarray | None = None  # inputs of a prefix whose rows get NaN
     _broken_slots: set[int] = field(default_factory=set)  # of the prefix cache
@@ -141,15 +148,23 @@ class CountingDecoder:
         self.cache = weakref.ref(cache)
         return cache
 
-    def prefill(self, cache: Any, prefix: int, inputs: np.ndarray) -> None:
-        self.prefills += 1
-        self._broken_slots.discard(prefix)
-        if self.broken is not None and np.array_equal(inputs, self.broken):
-            self._broken_slots.add(prefix)
-        self.decoder.prefill(cache, prefix, inputs)
+    def prefill(self, cache: Any, prefixes: dict[int, np.ndarray]) -> None:
+        self.prefills += len(prefixes)
+        for slot, inputs in prefixes.items():
+            self._broken_slots.discard(slot)
+            if self.broken is not None and np.array_equal(inputs, self.broken):
+                self._broken_slots.add(slot)
+                prefixes[slot] = inputs * np.nan
+        self.decoder.prefill(cache, prefixes)
 
-    def advance(self, cache: Any, step_inputs: Sequence[Any]) -> np.ndarray:
-        self.rows.append(len(step_inputs))
-        logits: np.ndarray = self.decoder.advance(cache, step_inputs)
+    def generate(self, cache: Any, continuations: Sequence[Any]) -> Any:
+        self.rows.append(sum(len(one.slots) for one in continuations))
+        with pytest.MonkeyPatch.context() as patch:
+            if self.decoder.precision == "int8":  # it rounds NaN to a number
+                patch.setattr(self.decoder, "advance", self._advance)
+            return self.decoder.generate(cache, continuations)
+
+    def _advance(self, cache: Any, step_inputs: Sequence[Any]) -> np.ndarray:
+        logits: np.ndarray = type(self.decoder).advance(self.decoder, cache, step_inputs)
         logits[[one.prefix in self._broken_slots for one in step_inputs]] = np.nan
         return logits

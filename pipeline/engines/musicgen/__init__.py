@@ -12,9 +12,10 @@ A call of the engine passes through these modules:
 - `scheduler`: continuous batching of all requests in the rows of one KV cache. `windows` splits long
   music, `sampling` picks tokens, `savepoints` stores them, `memory_budget` limits the rows.
 - `decoder`: the interface to the language model. `cpu_decoder` implements it with the compiled
-  `kernels` and `kv_cache`, `torch_decoder` with torch, for a GPU.
-- `precision`: chooses float32 or int8. `int8_check` compares the two, `quantized_store` holds the
-  quantized layers on the disk.
+  `kernels` and `kv_cache`. `torch_decoder` implements it for a GPU with `torch_cache` and the parts of a
+  step in `triton_ops`, of which `torch_ops` is the plain form.
+- `precision`: chooses float32, int8 or half precision. `precision_check` compares them, `quantized_store`
+  holds the quantized layers on the disk.
 - `codec`: decodes tokens to sound.
 """
 
@@ -122,7 +123,7 @@ class MusicgenUpkeep:
         check = quantized_store.last_check(state_dir / FOLDER)
         if check is None:
             return None
-        return f"{check.model}: {check.words}; {'int8' if check.passed else 'float32'} is used"
+        return f"{check.model}: {check.words}; {check.precision if check.passed else 'float32'} is used"
 
     def check_params(self, params: Mapping[str, Any]) -> None:
         """Demucs and its weights are not installed with the engine."""

@@ -1,9 +1,9 @@
 """Opening a MusicGen-Melody checkpoint: a folder in the format of transformers, checked before it is used.
 
 Each part that transformers runs is loaded when it is needed: the text encoder for a prompt, the
-embedding and LM head when the decoder is opened, EnCodec when tokens are decoded to sound. That keeps
-half a gigabyte free while tokens are made. The decoder's layers, nine tenths of the weights, are read
-from their files by `layers`.
+embedding and LM head when the decoder is opened, EnCodec when tokens are decoded to sound. On a CPU
+that keeps half a gigabyte free while tokens are made; on a GPU the parts stay. The decoder's layers,
+nine tenths of the weights, are read from their files by `layers`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,27 @@ class Checkpoint:
     text_projection: Any  # the same from the text encoder's outputs
 
     def text_encoder(self) -> Any:
-        """transformers.T5EncoderModel, float32, read at every call.
+        """transformers.T5EncoderModel, float32, read at every call for a CPU.
 
         Raises:
             BadCheckpoint: as `load_checkpoint`.
         """
-        return _open(self.weights.folder, self.device).text_encoder
+        return self._parts().text_encoder
 
     def codec(self) -> Any:
-        """transformers.EncodecModel, float32, read at every call. Raises as `text_encoder`."""
-        return _open(self.weights.folder, self.device).audio_encoder
+        """transformers.EncodecModel, float32, read at every call for a CPU. Raises as `text_encoder`."""
+        return self._parts().audio_encoder
+
+    def _parts(self) -> Any:
+        return _open(self.weights.folder, self.device) if self.device == "cpu" else self._held
+
+    @cached_property
+    def _held(self) -> Any:
+        model = _open(self.weights.folder, self.device)
+        for module in model.audio_encoder.modules():
+            if hasattr(module, "flatten_parameters"):  # an LSTM's, which are copied at each call otherwise
+                module.flatten_parameters()
+        return model
 
     def embedding_and_head(self) -> EmbeddingAndHead:
         """What stands before and after the decoder's layers, read at every call. Raises as `text_encoder`."""
@@ -95,10 +107,10 @@ class Checkpoint:
 
 
 class LazyModel:
-    """A part of a checkpoint, read when it is first needed and held until `close`."""
+    """A part of a checkpoint, read when it is first needed and, on a CPU, held until `close`."""
 
-    def __init__(self, read: Callable[[], Any]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[], Any], device: str) -> None:
+        self._read, self._device = read, device
         self._model: Any = None
 
     def open(self) -> Any:
@@ -107,7 +119,7 @@ class LazyModel:
         return self._model
 
     def close(self) -> None:
-        if self._model is not None:
+        if self._model is not None and self._device == "cpu":
             self._model = None
             memory_budget.return_unused()
 

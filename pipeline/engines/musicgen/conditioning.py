@@ -54,8 +54,8 @@ class ConditionBuilder:
     """
 
     def __init__(self, checkpoint: Checkpoint, should_stop: StopFn) -> None:
-        self.checkpoint, self._text_encoder = checkpoint, LazyModel(checkpoint.text_encoder)
-        device = checkpoint.device
+        self.checkpoint, device = checkpoint, checkpoint.device
+        self._text_encoder = LazyModel(checkpoint.text_encoder, device)
         self.melody = cache(partial(melody_source, should_stop=should_stop, device=device))
         self._chroma = cache(partial(track_chroma, checkpoint))
         self._prompt = cache(partial(encode_prompt, checkpoint, open_encoder=self._text_encoder.open))

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,11 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engines.musicgen import kernels
-from pipeline.engines.musicgen.decoder import EmbeddingAndHead, StepInput
+from pipeline.engines.musicgen.decoder import (
+    UNKNOWN,
+    Continuation,
+    EmbeddingAndHead,
+    StepInput,
+    Tokens,
+)
 from pipeline.engines.musicgen.kv_cache import CpuKVCache, Indices, Slots, slot_bytes
 from pipeline.engines.musicgen.layers import MATRICES, Stack
+from pipeline.errors import EngineFailure
 from pipeline.records import Samples
 
+KNOWN_ENTRIES = 128  # of known steps in one pass, which takes half a second of the published model
 WORTH_A_THREAD = 1 << 22  # weights: with fewer, waking threads takes longer than they save
 ENTRIES_AT_ONCE = 8 * kernels.ROW_BLOCK  # positions run together, which keeps the scratch buffers small
 NO_NORM: Samples = np.empty((0, 0), np.float32)
@@ -52,6 +60,10 @@ class Entries:
 class CpuDecoder:
     """A stack of layers with its embedding and LM head."""
 
+    most_rows = 16  # eight variations with guidance; beyond that, time grows with the rows
+    prefixes_at_once = 1
+    steps_at_once = KNOWN_ENTRIES
+
     def __init__(self, stack: Stack, ends: EmbeddingAndHead, threads: int | None = None) -> None:
         """`threads` None: all cores."""
         self.stack = stack
@@ -70,10 +82,32 @@ class CpuDecoder:
     def cache_bytes(self, steps: int) -> int:
         return slot_bytes(self.shape, steps, is_int8=self.precision == "int8")
 
-    def prefill(self, cache: CpuKVCache, prefix: int, inputs: Samples) -> None:
-        x = inputs + self.ends.positions[: len(inputs)]
-        self._run(x, cache.prefixes, Entries.without_prefix(prefix, len(x)), cache.prefixes)
-        cache.prefix_lengths[prefix] = len(x)
+    def prefill(self, cache: CpuKVCache, prefixes: Mapping[int, Samples]) -> None:
+        for prefix, inputs in prefixes.items():
+            x = inputs + self.ends.positions[: len(inputs)]
+            self._run(x, cache.prefixes, Entries.without_prefix(prefix, len(x)), cache.prefixes)
+            cache.prefix_lengths[prefix] = len(x)
+
+    def generate(
+        self, cache: CpuKVCache, continuations: Sequence[Continuation]
+    ) -> list[Tokens | EngineFailure]:
+        """See `Decoder.generate`: one step of each, or several at once as long as their inputs are known."""
+        most = max(1, KNOWN_ENTRIES // sum(len(one.slots) for one in continuations))
+        steps = [min(most, known_steps(one.inputs)) for one in continuations]
+        inputs = [row for one, n in zip(continuations, steps, strict=True) for row in one.of_rows(n)]
+        inputs.sort(key=lambda row: row.prefix)  # neighbours share what the processor's caches hold
+        logits = self.advance(cache, inputs)
+        by_slot = {row.slot: logits[index].astype(np.float64) for index, row in enumerate(inputs)}
+        picked: list[Tokens | EngineFailure] = []
+        for one, n in zip(continuations, steps, strict=True):
+            tokens = np.full((n, self.shape.codebooks), UNKNOWN)
+            try:
+                tokens[-1] = one.sampler.pick(one.first_step + n - 1, *(by_slot[slot] for slot in one.slots))
+            except EngineFailure as error:
+                picked.append(error)
+            else:
+                picked.append(tokens)
+        return picked
 
     def advance(self, cache: CpuKVCache, step_inputs: Sequence[StepInput]) -> Samples:
         counts = [len(one.tokens) for one in step_inputs]
@@ -158,6 +192,12 @@ class CpuDecoder:
             norms=(arrays["attention_norm"], no_norms, arrays["feed_forward_norm"], no_norms),
             groups=(hidden, hidden, hidden, wide),
         )
+
+
+def known_steps(inputs: Tokens) -> int:
+    """How many of the first of these steps, (steps, codebooks), are known."""
+    unknown = (inputs == UNKNOWN).any(axis=1)
+    return int(unknown.argmax()) if unknown.any() else len(inputs)
 
 
 def cores() -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,8 @@ from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.musicgen import VERSION, MusicgenParams, codec, memory_budget
 from pipeline.engines.musicgen.checkpoint import Checkpoint, LazyModel
 from pipeline.engines.musicgen.conditioning import ConditionBuilder
-from pipeline.engines.musicgen.decoder import Decoder
-from pipeline.engines.musicgen.int8_check import Int8Check
+from pipeline.engines.musicgen.decoder import UNKNOWN, Decoder
+from pipeline.engines.musicgen.precision_check import PrecisionCheck
 from pipeline.engines.musicgen.sampling import Sampler
 from pipeline.engines.musicgen.savepoints import Savepoints
 from pipeline.engines.musicgen.scheduler import (
@@ -25,12 +28,15 @@ from pipeline.engines.musicgen.scheduler import (
     Scheduler,
     distinct_prefixes,
 )
-from pipeline.engines.musicgen.windows import STRIDE, UNKNOWN, windows
+from pipeline.engines.musicgen.windows import STRIDE, windows
 from pipeline.engines.pretrained import first_line
 from pipeline.errors import EngineFailure, EngineUnusable
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
+log = logging.getLogger("pipeline")
+
 SAVE_EVERY_S = 2.0  # of audio
+GPU_THREADS = 3  # that decode to sound, as one leaves most of a GPU idle
 
 
 class MusicgenGenerator:
@@ -49,7 +55,7 @@ class MusicgenGenerator:
         self,
         checkpoint: Checkpoint,
         decoder: Decoder[Any],
-        check: Int8Check | None = None,
+        check: PrecisionCheck | None = None,
         *,
         max_memory_gb: float | None = None,
         saved: Savepoints | None = None,
@@ -57,7 +63,7 @@ class MusicgenGenerator:
         """Wrap an open checkpoint.
 
         Args:
-            check: of int8, for the manifest.
+            check: of the fast precision, for the manifest.
             max_memory_gb: of the whole process; None: a share of what the system has free.
             saved: None: an interrupted call begins again.
         """
@@ -80,19 +86,38 @@ class MusicgenGenerator:
             Stopped: within one step, or one piece of sound, of `should_stop` turning true.
         """
         by_id = {request.request_id: request for request in requests}
-        encodec = LazyModel(self.checkpoint.codec)
+        encodec = LazyModel(self.checkpoint.codec, self.checkpoint.device)
+        on_gpu = self.checkpoint.device != "cpu"
+
+        def report(state: RequestState, pieces: int) -> None:
+            frames = state.codes.shape[1]
+            progress(state.request_id, frames + pieces, frames + self._pieces(state))
+            check_stop(should_stop)
+
+        def decode(state: RequestState | Failure) -> tuple[Any, Variation | Failure]:
+            if isinstance(state, Failure):
+                return state, state
+            try:
+                if state.error is not None:
+                    raise state.error
+                if on_gpu:
+                    return state, self._variation(by_id[state.request_id], state, encodec)
+                check_stop(should_stop)
+                on_piece = partial(report, state)
+                return state, self._variation(by_id[state.request_id], state, encodec, on_piece)
+            except REQUEST_ERRORS as error:
+                return state, Failure(state.request_id, error)
+
+        tokens = self.run(requests, progress, should_stop)
+        if on_gpu:
+            encodec.open()  # once, before several threads want it
         try:
-            for state in self.run(requests, progress, should_stop):
-                if isinstance(state, Failure):
-                    yield state
+            for state, result in self._beside(tokens, decode) if on_gpu else map(decode, tokens):
+                if isinstance(result, Failure):
+                    yield result
                     continue
-                try:
-                    if state.error is not None:
-                        raise state.error
-                    result = self._variation(by_id[state.request_id], state, encodec, progress, should_stop)
-                except REQUEST_ERRORS as error:
-                    yield Failure(state.request_id, error)
-                    continue
+                if on_gpu:
+                    report(state, self._pieces(state))
                 yield result
                 self.saved.drop(state.identity)
         finally:
@@ -101,27 +126,44 @@ class MusicgenGenerator:
     def run(
         self, requests: Sequence[VariationRequest], progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[RequestState | Failure]:
-        """The tokens of all requests, as they finish."""
+        """The tokens of all requests, as they finish.
+
+        Where memory runs out in spite of the budget, it goes on with half of the rows.
+        """
         prepared = self.prepare(requests, should_stop)
         yield from (failure for failure in prepared if isinstance(failure, Failure))
         states = [state for state in prepared if isinstance(state, RequestState)]
         if not states:
             return
 
-        def on_step(state: RequestState, is_new: bool) -> None:
+        save_steps = round(SAVE_EVERY_S * self.checkpoint.frames_per_s)
+
+        def on_step(state: RequestState) -> None:
             frames = state.codes.shape[1]
             made = min(state.delayed.window.start + state.position, frames)
             progress(state.request_id, made, frames + self._pieces(state))
-            is_due = state.position % round(SAVE_EVERY_S * self.checkpoint.frames_per_s) == 0
-            if is_new and (is_due or state.position == state.delayed.steps):
+            new = state.position - state.saved
+            if new >= save_steps or (new > 0 and state.position == state.delayed.steps):
                 self.saved.save(state.identity, state.codes)
+                state.saved = state.position
 
-        unfinished = list(states)
-        scheduler = self.scheduler(states, on_step, partial(check_stop, should_stop))
+        unfinished, most_rows = list(states), self.decoder.most_rows
         try:
-            for finished in scheduler.run(states):
-                yield finished
-                unfinished.remove(finished)  # the caller that asks for more has used this result
+            while unfinished:
+                scheduler = self.scheduler(unfinished, on_step, partial(check_stop, should_stop), most_rows)
+                try:
+                    for finished in scheduler.run(list(unfinished)):
+                        yield finished
+                        unfinished.remove(finished)  # the caller that asks for more has used this result
+                except (MemoryError, RuntimeError) as error:
+                    if not memory_budget.is_exhausted(error) or scheduler.rows <= memory_budget.LEAST_ROWS:
+                        raise
+                    most_rows = max(scheduler.rows // 2, memory_budget.LEAST_ROWS)
+                    log.warning(
+                        "musicgen: no memory for %d rows; it goes on with %d", scheduler.rows, most_rows
+                    )
+                    for state in unfinished:
+                        state.slots, state.prefixes = [], []
         finally:  # also after a stop, an error, or when the caller asks for no more
             for state in unfinished:
                 if (state.codes != UNKNOWN).any():
@@ -145,10 +187,11 @@ class MusicgenGenerator:
     def scheduler(
         self,
         states: Sequence[RequestState],
-        on_step: Callable[[RequestState, bool], None],
+        on_step: Callable[[RequestState], None],
         check_stop: Callable[[], None],
+        most_rows: int | None = None,
     ) -> Scheduler:
-        """A scheduler for these requests, with as many rows as memory allows.
+        """A scheduler for these requests, with as many rows as memory allows, `most_rows` at most.
 
         Raises:
             EngineUnusable: there is no memory for one variation.
@@ -159,9 +202,11 @@ class MusicgenGenerator:
         n_prefixes = distinct_prefixes(states)
         rows = memory_budget.rows_at_once(
             lambda rows: rows * row_bytes + min(rows, n_prefixes) * prefix_bytes,
-            sum(state.n_rows for state in states),
+            min(sum(state.n_rows for state in states), most_rows or self.decoder.most_rows),
             self.max_memory_gb,
-            codec.decoding_bytes(self.checkpoint, max(state.codes.shape[1] for state in states)),
+            codec.decoding_bytes(self.checkpoint, max(state.codes.shape[1] for state in states))
+            * (1 if self.checkpoint.device == "cpu" else GPU_THREADS),
+            self.checkpoint.device,
         )
         while True:
             try:
@@ -205,28 +250,20 @@ class MusicgenGenerator:
         request: VariationRequest,
         state: RequestState,
         encodec: LazyModel,
-        progress: ProgressFn,
-        should_stop: StopFn,
+        on_piece: Callable[[int], None] | None = None,
     ) -> Variation:
-        frames, pieces = state.codes.shape[1], self._pieces(state)
-
-        def on_piece(made: int) -> None:
-            progress(request.request_id, frames + made, frames + pieces)
-            check_stop(should_stop)
-
-        check_stop(should_stop)
         samples = codec.decode(self.checkpoint, encodec.open(), state.codes, on_piece)
         samples = np.ascontiguousarray(samples[:, : self._n_samples(request)])
         if not np.isfinite(samples).all() or not samples.any():
             raise EngineFailure("musicgen made silence or NaN.")
         details: dict[str, Any] = {
-            "frames": frames,
+            "frames": state.codes.shape[1],
             "windows": len(state.windows),
             "melody": state.melody_source,
             "precision": self.decoder.precision,
         }
         if self.check is not None:
-            details["int8_check"] = self.check.facts
+            details[f"{self.check.precision}_check"] = self.check.facts
         return Variation(request.request_id, Audio(samples, self.sample_rate), details)
 
     def _identity(self, request: VariationRequest, melody_source: str) -> str:
@@ -254,3 +291,28 @@ class MusicgenGenerator:
 
     def _n_samples(self, request: VariationRequest) -> int:
         return round(request.duration_s * self.sample_rate)
+
+    def _beside(
+        self, tokens: Iterable[RequestState | Failure], decode: Callable[[RequestState | Failure], Any]
+    ) -> Iterator[Any]:
+        """`decode` of everything in order, in other threads while the next tokens are made.
+
+        They are decoded one by one: in a batch, a sound would have other bits in another company.
+        """
+        waiting: deque[Future[Any]] = deque()
+        for state in tokens:
+            waiting.append(self._threads.submit(decode, state))
+            while waiting and waiting[0].done():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """Threads with a stream of the GPU each; they are kept, because a new one is slow at first."""
+        import torch
+
+        def own_stream() -> None:
+            torch.cuda.set_stream(torch.cuda.Stream(self.checkpoint.device))  # type: ignore[no-untyped-call]
+
+        return ThreadPoolExecutor(GPU_THREADS, "musicgen", own_stream)

@@ -12,25 +12,30 @@ from pathlib import Path
 
 log = logging.getLogger("pipeline")
 
-MOST_ROWS = 16  # eight variations with guidance; beyond that, a CPU's time grows with the rows
 LEAST_ROWS = 2  # one variation
 SHARE_OF_FREE = 0.6  # of what the system has free, if no limit is set
+SHARE_OF_DEVICE = 0.9  # of what a GPU has free, which is rarely used by others
 
 
 def rows_at_once(
-    bytes_of_rows: Callable[[int], float], wanted: int, max_memory_gb: float | None, reserved_bytes: int = 0
+    bytes_of_rows: Callable[[int], float],
+    wanted: int,
+    max_memory_gb: float | None,
+    reserved_bytes: int = 0,
+    device: str = "cpu",
 ) -> int:
     """Number of rows to run together: `wanted` at most, and at least those of one variation.
 
     Args:
         bytes_of_rows: memory that a number of rows takes.
-        max_memory_gb: limit for the whole process, what it holds already included.
+        wanted: number of rows that there is work for, or that are useful.
+        max_memory_gb: limit for the whole process, what it holds already included; of the device's memory.
         reserved_bytes: to be left for decoding.
     """
-    if max_memory_gb is not None:
-        free = max_memory_gb * 1e9 - _resident_bytes()
-    else:
-        free = SHARE_OF_FREE * _available_bytes()
+    held, available, share = _resident_bytes(), _available_bytes(), SHARE_OF_FREE
+    if device != "cpu":
+        (held, available), share = _of_device(device), SHARE_OF_DEVICE
+    free = share * available if max_memory_gb is None else max_memory_gb * 1e9 - held
     free -= reserved_bytes
     least = bytes_of_rows(LEAST_ROWS)
     if max_memory_gb is not None and free < least:
@@ -39,8 +44,13 @@ def rows_at_once(
             max_memory_gb,
             max_memory_gb + (least - free) / 1e9,
         )
-    possible = range(min(wanted, MOST_ROWS), LEAST_ROWS, -1)
+    possible = range(wanted, LEAST_ROWS, -1)
     return next((rows for rows in possible if bytes_of_rows(rows) <= free), LEAST_ROWS)
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether it says that the machine or a GPU has no more memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
 
 
 def return_unused() -> None:
@@ -52,6 +62,14 @@ def return_unused() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _of_device(device: str) -> tuple[float, float]:
+    """Bytes of a GPU's memory that this process uses, and that are free for it."""
+    import torch
+
+    used, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    return used, torch.cuda.mem_get_info(device)[0] + reserved - used
 
 
 def _resident_bytes() -> float:

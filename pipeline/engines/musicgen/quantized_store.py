@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines.musicgen.decoder import Shape
-from pipeline.engines.musicgen.int8_check import Int8Check
 from pipeline.engines.musicgen.layers import Stack
+from pipeline.engines.musicgen.precision_check import PrecisionCheck
 from pipeline.fs.atomic import replacing
 
 log = logging.getLogger("pipeline")
@@ -28,20 +28,28 @@ SUFFIX = ".int8"
 
 def path_of(folder: Path, revision: str) -> Path:
     """The file of a checkpoint, by its revision."""
-    return folder / ("".join(c if c.isalnum() else "-" for c in revision) + SUFFIX)
+    return folder / (name_of(revision) + SUFFIX)
 
 
-def last_check(folder: Path) -> Int8Check | None:
-    """The check of the layers that were made or read last; None if there are none."""
-    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+def name_of(revision: str) -> str:
+    """A revision as the stem of a file's name."""
+    return "".join(c if c.isalnum() else "-" for c in revision)
+
+
+def last_check(folder: Path) -> PrecisionCheck | None:
+    """The last check of layers that were made or read, or of half precision; None if there is none."""
+    found = [*folder.glob(f"*{SUFFIX}"), *folder.glob("*.json")]
+    files = sorted(found, key=lambda path: path.stat().st_mtime)
     try:
+        if files[-1].suffix == ".json":
+            return PrecisionCheck(**json.loads(files[-1].read_bytes()))
         with files[-1].open("rb") as file, np.load(file, allow_pickle=False) as saved:
             return _check(saved)
     except Exception:  # no file, or a damaged one, for which the libraries raise any error
         return None
 
 
-def read(path: Path, shape: Shape) -> tuple[Stack, Int8Check] | None:
+def read(path: Path, shape: Shape) -> tuple[Stack, PrecisionCheck] | None:
     """The layers and their check; None if the file is missing or damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
@@ -55,13 +63,13 @@ def read(path: Path, shape: Shape) -> tuple[Stack, Int8Check] | None:
     return stack, check
 
 
-def _check(saved: Any) -> Int8Check:
+def _check(saved: Any) -> PrecisionCheck:
     if saved["layout"] != LAYOUT:
         raise ValueError("it has another layout")
-    return Int8Check(**json.loads(str(saved["check"])))
+    return PrecisionCheck(**json.loads(str(saved["check"])))
 
 
-def save(path: Path, stack: Stack, check: Int8Check) -> None:
+def save(path: Path, stack: Stack, check: PrecisionCheck) -> None:
     """Write a file. If the disk is full, that is logged, and nothing is stored."""
     temporary = path.with_suffix(".tmp")
     content: dict[str, Any] = {"layout": LAYOUT, "check": json.dumps(asdict(check)), **stack.arrays}

@@ -29,7 +29,7 @@ class Sampler:
     params: SamplingParams
     seed: int  # 0 <= seed < 2**63
 
-    def pick(self, step: int, conditional: Logits, unconditional: Logits | None) -> Tokens:
+    def pick(self, step: int, conditional: Logits, unconditional: Logits | None = None) -> Tokens:
         """One token per codebook at a step, counted from 0; `unconditional` is None without guidance.
 
         Raises:

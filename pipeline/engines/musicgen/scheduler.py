@@ -4,7 +4,8 @@ Reading the weights is what a step costs, so further rows are nearly free. A req
 or two with classifier-free guidance (conditional and unconditional). When a request is finished or
 reaches the end of its window, its rows go to the next one that waits: eight tracks with one
 variation each cost about as much as one track with eight. A prefix is run once and shared by all
-rows that have the same. Each request gets the tokens that it would get alone.
+rows that have the same. Each request gets the tokens that it would get alone. Steps whose tokens are
+known, at the beginning of a further window or after an interruption, are run in company as well.
 """
 
 from __future__ import annotations
@@ -12,22 +13,20 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from pipeline.engines.musicgen.conditioning import Conditions
-from pipeline.engines.musicgen.decoder import Decoder, StepInput, Tokens
-from pipeline.engines.musicgen.sampling import Logits, Sampler
-from pipeline.engines.musicgen.windows import UNKNOWN, DelayedWindow, Window
+from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, Decoder, Tokens
+from pipeline.engines.musicgen.sampling import Sampler
+from pipeline.engines.musicgen.windows import DelayedWindow, Window
 from pipeline.errors import PipelineError
 from pipeline.records import Samples
 
 # Errors that fail one request and not the others; torch raises RuntimeError when memory runs out.
 REQUEST_ERRORS = (PipelineError, RuntimeError, ValueError, MemoryError)
-
-KNOWN_STEPS_AT_ONCE = 64  # how many known steps are run between two checks for a stop
 
 
 @dataclass(eq=False)
@@ -43,6 +42,7 @@ class RequestState:
     identity: str = ""  # digest of everything that the tokens depend on
     delayed: DelayedWindow = field(init=False)  # the current window, once it was begun
     position: int = 0  # steps of the current window that the KV cache holds
+    saved: int = 0  # how many of them need no saving: their tokens were known, or are saved
     slots: list[int] = field(default_factory=list)  # of its rows: conditional, then unconditional
     prefixes: list[int] = field(default_factory=list)  # prefix slot of each row
     error: Exception | None = None  # what prevents its tokens
@@ -74,16 +74,16 @@ class PrefixCache:
     """Which prefix is in which slot of the KV cache, and how many rows use it."""
 
     n_slots: int
-    prefill: Callable[[int, Samples], None]  # stores a prefix in a slot
     slots: dict[Hashable, int] = field(default_factory=dict)  # by key, the longest stored first
     users: Counter[int] = field(default_factory=Counter)  # rows, by slot
+    wanted: dict[int, Samples] = field(default_factory=dict)  # prefixes to be run, by slot
 
     def acquire(self, key: Hashable, inputs: Callable[[], Samples]) -> int:
-        """The slot of a prefix for one more row; `inputs` is called unless the prefix is stored."""
+        """The slot of a prefix for one more row; one that is not stored is `wanted` with its `inputs`."""
         if key not in self.slots:
-            slot = self._free_slot()
-            self.prefill(slot, inputs())
-            self.slots[key] = slot
+            prefix = inputs()
+            self.slots[key] = self._free_slot()
+            self.wanted[self.slots[key]] = prefix
         self.users[self.slots[key]] += 1
         return self.slots[key]
 
@@ -109,12 +109,12 @@ class Scheduler:
     steps: int  # of the longest window, with its delays
     prefix_steps: int  # of the longest prefix
     delays: np.ndarray  # see `DelayedWindow`
-    on_step: Callable[[RequestState, bool], None]  # after each step (True) or block of known steps (False)
+    on_step: Callable[[RequestState], None]  # after some steps of a request
     check_stop: Callable[[], None]  # raises Stopped
 
     def __post_init__(self) -> None:
         self.cache = self.decoder.new_cache(self.rows, self.steps, self.n_prefixes, self.prefix_steps)
-        self.prefixes = PrefixCache(self.n_prefixes, partial(self.decoder.prefill, self.cache))
+        self.prefixes = PrefixCache(self.n_prefixes)
         self.free = list(range(self.rows))
 
     def run(self, requests: Sequence[RequestState]) -> Iterator[RequestState]:
@@ -145,9 +145,10 @@ class Scheduler:
                 yield request
             else:
                 active.append(request)
+        self.prefill()
 
     def _advance(self, waiting: deque[RequestState], active: list[RequestState]) -> Iterator[RequestState]:
-        """One step of all active requests; the rows of those at the end of their window become free."""
+        """Some steps of all active requests; the rows of those at the end of their window become free."""
         finished = []
         for request in self.step(active):
             active.remove(request)
@@ -161,45 +162,34 @@ class Scheduler:
         yield from finished
 
     def begin(self, request: RequestState, window: Window) -> None:
-        """Take rows, run the window's prefixes, and run the steps whose tokens are known."""
+        """Take rows for a window; `prefill` runs its prefixes."""
         self.check_stop()
         request.delayed = DelayedWindow(request.codes, window, self.delays, self.decoder.shape.vocabulary)
-        request.position = 0
+        request.position, request.saved = 0, request.delayed.known_steps
         conditions = request.conditions
         prefixes = (lambda: conditions.conditional(window.start), conditions.unconditional)
         for key, inputs in zip(request.prefix_keys(window), prefixes, strict=False):
             request.slots.append(self.free.pop())
             request.prefixes.append(self.prefixes.acquire(key, inputs))
-        known = request.delayed.known_steps
-        while request.position < known:
-            self.check_stop()
-            end = min(request.position + KNOWN_STEPS_AT_ONCE, known)
-            self.decoder.advance(self.cache, self._inputs(request, end))
-            request.position = end
-            self.on_step(request, False)
 
-    def _inputs(self, request: RequestState, end: int) -> list[StepInput]:
-        """The inputs of a request's rows from its position up to step `end`, excluded."""
-        tokens = request.delayed.inputs(request.position, end)
-        return [
-            StepInput(slot, prefix, request.position, tokens)
-            for slot, prefix in zip(request.slots, request.prefixes, strict=True)
-        ]
+    def prefill(self) -> None:
+        """Run the prefixes that are wanted."""
+        while wanted := list(islice(self.prefixes.wanted, self.decoder.prefixes_at_once)):
+            self.check_stop()
+            self.decoder.prefill(self.cache, {slot: self.prefixes.wanted.pop(slot) for slot in wanted})
 
     def step(self, active: Sequence[RequestState]) -> list[RequestState]:
-        """Pick one step's tokens; returns the requests that failed or are at the end of their window."""
+        """Run some steps; returns the requests that failed or are at the end of their window."""
         self.check_stop()
-        inputs = [one for request in active for one in self._inputs(request, request.position + 1)]
-        inputs.sort(key=lambda one: one.prefix)  # neighbours share what the processor's caches hold
-        logits = self.decoder.advance(self.cache, inputs)
-        by_slot = dict(zip((one.slot for one in inputs), logits, strict=True))
-        for request in active:
-            try:
-                _pick(request, [by_slot[slot].astype(np.float64) for slot in request.slots])
-            except PipelineError as error:
-                request.error = error
-            else:
-                self.on_step(request, True)
+        most = self.decoder.steps_at_once
+        results = self.decoder.generate(self.cache, [_continuation(request, most) for request in active])
+        for request, picked in zip(active, results, strict=True):
+            if isinstance(picked, Exception):
+                request.error = picked
+                continue
+            request.delayed.store(request.position, picked)
+            request.position += len(picked)
+            self.on_step(request)
         return [one for one in active if one.error or one.position == one.delayed.steps]
 
     def _free_rows(self, request: RequestState) -> None:
@@ -209,12 +199,17 @@ class Scheduler:
         request.slots, request.prefixes = [], []
 
 
-def _pick(request: RequestState, logits: Sequence[Logits]) -> None:
-    """Pick the tokens of the next step from the logits of a request's rows.
+def _continuation(request: RequestState, most: int) -> Continuation:
+    """At most so many of a request's next steps.
 
     The noise depends on the step counted from the beginning of the piece, not of the window.
     """
-    step = request.delayed.window.start + request.position
-    picked = request.sampler.pick(step, logits[0], logits[1] if len(logits) > 1 else None)
-    request.delayed.store(request.position, picked)
-    request.position += 1
+    position, window = request.position, request.delayed
+    return Continuation(
+        slots=request.slots,
+        prefixes=request.prefixes,
+        position=position,
+        inputs=window.inputs(position, min(position + most, window.steps)),
+        sampler=request.sampler,
+        first_step=window.window.start + position,
+    )

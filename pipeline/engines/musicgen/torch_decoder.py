@@ -1,158 +1,232 @@
-"""The decoder in torch's own operations, on any device: what a GPU uses, in half precision.
+"""The decoder in torch, on any device: what a GPU uses, in half precision.
 
-Every step runs with the same number of rows, `ROWS`, padded where there are fewer, so that the
-library computes its products in the same way whatever the batch. On a GPU the padding is nearly
-free. Attention rounds according to the number of positions, so each row attends by itself, over its
-own positions only. Still, the place of a row in the batch can change the last bit and, rarely, a
-token: equal bits in any batch are promised by `cpu_decoder`, not here.
+A step runs entirely on the device, from the embedding to the picked tokens, which are the next step's
+inputs. On CUDA it is captured once per KV cache as a graph, which is replayed for several steps
+between two returns to the host, so that the device does not wait for Python.
+
+A step runs with the least of a few numbers of rows that is enough, of which some may be idle, and with
+kernels (`triton_ops`) that round a row's numbers in the same way in any batch: so a request gets the
+same tokens in any company on one kind of device. Without Triton every step has the largest number
+of rows, so that the library computes its products by the same functions. Prefixes are run in
+batches of one size for the same reason.
+
+x is kept in float32 from layer to layer; the products' inputs are in the decoder's precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.engines.musicgen.decoder import EmbeddingAndHead, Shape, StepInput
-from pipeline.engines.musicgen.layers import LayerFiles
+from pipeline.engines.musicgen import torch_ops
+from pipeline.engines.musicgen.decoder import (
+    Continuation,
+    EmbeddingAndHead,
+    Shape,
+    StepInput,
+    Tokens,
+)
+from pipeline.engines.musicgen.layers import NORMS, LayerFiles
+from pipeline.engines.musicgen.torch_cache import MOST_STEPS, Step, TorchKVCache
+from pipeline.errors import EngineFailure
 from pipeline.records import Samples
 
-if TYPE_CHECKING:
-    import torch
+MOST_ROWS = 64  # 32 variations with guidance
+RETURN_S = 0.15  # how long steps are run before the host looks for a stop
+LENGTH_UNIT = 64  # prefixes are padded to multiples of so many steps
 
-ROWS = 32  # of every step
-
-
-class TorchKVCache:
-    """One tensor for rows, one for prefixes: (layers, 2, slots, heads, steps, head size)."""
-
-    def __init__(
-        self, decoder: TorchDecoder, rows: int, steps: int, prefixes: int, prefix_steps: int
-    ) -> None:
-        self.rows = self._zeros(decoder, rows + 1, steps)  # the last row is for the padding
-        self.prefixes = self._zeros(decoder, prefixes, prefix_steps)
-        self.prefix_lengths = np.zeros(prefixes, np.int64)
-
-    @staticmethod
-    def _zeros(decoder: TorchDecoder, slots: int, steps: int) -> torch.Tensor:
-        import torch
-
-        shape = decoder.shape
-        size = (shape.layers, 2, slots, shape.heads, steps, shape.head_size)
-        return torch.zeros(size, dtype=decoder.dtype, device=decoder.device)
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class TorchDecoder:
     """The layers as tensors on a device."""
 
-    def __init__(self, files: LayerFiles, ends: EmbeddingAndHead, device: str, precision: str) -> None:
+    prefixes_at_once = 4
+
+    def __init__(
+        self,
+        files: LayerFiles,
+        ends: EmbeddingAndHead,
+        device: str,
+        precision: str,
+        most_rows: int = MOST_ROWS,
+    ) -> None:
         """`precision`: the name of a torch type, "float16", "bfloat16" or "float32".
 
         Raises:
             BadCheckpoint: as `LayerFiles.layers`.
         """
-        import torch
-
+        self.most_rows = most_rows
         self.shape: Shape = files.shape
         self.precision, self.device = precision, torch.device(device)
         self.dtype: torch.dtype = getattr(torch, precision)
-        self.ends = ends
+        self.ops: Any = _ops(self.device)
+        self.row_counts = (most_rows,) if self.ops is torch_ops else (2, 16, most_rows)
         self.layers = [
-            {name: self._tensor(value) for name, value in layer.items()} for layer in files.layers()
+            {
+                name: self._tensor(value, torch.float32 if name in NORMS else self.dtype)
+                for name, value in layer.items()
+            }
+            for layer in files.layers()
         ]
-        self.heads, self.norm = self._tensor(ends.heads), self._tensor(ends.norm)
+        self.heads = self._tensor(ends.heads, self.dtype)
+        self.norm, self.positions = self._tensor(ends.norm), self._tensor(ends.positions)
+        books, self._tokens, hidden = ends.embeddings.shape
+        self.embeddings = self._tensor(ends.embeddings.reshape(books * self._tokens, hidden))
+        self._first_tokens = torch.arange(books, device=self.device) * self._tokens
+        self._step_s = RETURN_S / 8  # as measured last
+
+    @property
+    def steps_at_once(self) -> int:
+        """See `Decoder.steps_at_once`."""
+        return max(1, min(MOST_STEPS, int(RETURN_S / self._step_s)))
 
     def new_cache(self, rows: int, steps: int, prefixes: int, prefix_steps: int) -> TorchKVCache:
-        """See `Decoder.new_cache`; it is in the device's memory."""
-        return TorchKVCache(self, rows, steps, prefixes, prefix_steps)
+        """See `Decoder.new_cache`; it is in the device's memory, with `most_rows` rows at most."""
+        step = Step.idle(self.most_rows, self.shape.codebooks, self.device)
+        return TorchKVCache(self.shape, (rows, steps, prefixes, prefix_steps), step, self.dtype)
 
     def cache_bytes(self, steps: int) -> int:
         return 2 * self.shape.layers * self.shape.hidden * self.dtype.itemsize * steps
 
-    def prefill(self, cache: TorchKVCache, prefix: int, inputs: Samples) -> None:
-        import torch
-        from torch.nn.functional import scaled_dot_product_attention as attention
-
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            cache.prefixes[layer, 0, prefix, :, : len(inputs)] = k[0]
-            cache.prefixes[layer, 1, prefix, :, : len(inputs)] = v[0]
-            return attention(q, k, v, is_causal=True)
-
-        x = inputs + self.ends.positions[: len(inputs)]
-        with torch.inference_mode():
-            self._run(self._tensor(x)[None], attend)
-        cache.prefix_lengths[prefix] = len(inputs)
+    def prefill(self, cache: TorchKVCache, prefixes: Mapping[int, Samples]) -> None:
+        by_length: dict[int, list[int]] = {}
+        for slot, inputs in prefixes.items():
+            by_length.setdefault(-(-len(inputs) // LENGTH_UNIT) * LENGTH_UNIT, []).append(slot)
+        for length, slots in by_length.items():
+            for start in range(0, len(slots), self.prefixes_at_once):
+                part = {slot: prefixes[slot] for slot in slots[start : start + self.prefixes_at_once]}
+                self._prefill(cache, part, length)
 
     def advance(self, cache: TorchKVCache, step_inputs: Sequence[StepInput]) -> Samples:
         """See `Decoder.advance`. Several steps are run one by one, so that each rounds as it did at first."""
-        import torch
-
         last: list[Samples] = [np.empty(0, np.float32)] * len(step_inputs)
-        with torch.inference_mode():
-            for step in range(max(len(one.tokens) for one in step_inputs)):
-                going = [index for index, one in enumerate(step_inputs) if step < len(one.tokens)]
-                for start in range(0, len(going), ROWS):
-                    part = going[start : start + ROWS]
-                    logits = self._step(cache, [step_inputs[index] for index in part], step)
-                    for index, row in zip(part, logits, strict=True):
-                        last[index] = row
+        for step in range(max(len(one.tokens) for one in step_inputs)):
+            going = [index for index, one in enumerate(step_inputs) if step < len(one.tokens)]
+            inputs = [
+                StepInput(one.slot, one.prefix, one.position + step, one.tokens[step : step + 1])
+                for one in (step_inputs[index] for index in going)
+            ]
+            cache.step.load_rows(inputs, cache.prefix_lengths)
+            with torch.inference_mode():
+                logits = self._logits(cache, self._row_count(len(inputs))).cpu().numpy()
+            for row, index in enumerate(going):
+                last[index] = logits[row]
         return np.stack(last)
 
-    def _step(self, cache: TorchKVCache, step_inputs: Sequence[StepInput], step: int) -> Samples:
-        """One step of up to `ROWS` rows."""
-        import torch
-        from torch.nn.functional import scaled_dot_product_attention as attention
+    def generate(
+        self, cache: TorchKVCache, continuations: Sequence[Continuation]
+    ) -> list[Tokens | EngineFailure]:
+        """See `Decoder.generate`: as many steps as the inputs of each have, all on the device."""
+        steps, began_s = min(len(one.inputs) for one in continuations), time.perf_counter()
+        inputs = [row for one in continuations for row in one.of_rows(steps)]
+        rows = self._row_count(len(inputs))
+        if self.device.type == "cuda" and rows not in cache.graphs:
+            cache.graphs[rows] = self._capture(cache, rows)
+        cache.step.load_rows(inputs, cache.prefix_lengths)
+        cache.step.load_variations(continuations)
+        with torch.inference_mode():
+            for _ in range(steps):
+                if cache.graphs:
+                    cache.graphs[rows].replay()
+                else:
+                    self._step(cache, rows)
+            picked = cache.step.picked[:steps, : len(continuations)].cpu().numpy()
+        self._step_s = (time.perf_counter() - began_s) / steps
+        return [
+            tokens
+            if (tokens != torch_ops.BROKEN).all()
+            else EngineFailure("musicgen computed NaN or infinity instead of probabilities.")
+            for tokens in picked.swapaxes(0, 1)
+        ]
 
-        n, padding = len(step_inputs), ROWS - len(step_inputs)
-        slots = np.array([one.slot for one in step_inputs] + [cache.rows.shape[2] - 1] * padding)
-        positions = np.array([one.position + step for one in step_inputs] + [0] * padding)
-        lengths = [int(cache.prefix_lengths[one.prefix]) for one in step_inputs]
-        tokens = np.zeros((ROWS, self.shape.codebooks), np.int64)
-        tokens[:n] = [one.tokens[step] for one in step_inputs]
-        before = np.array(lengths + [0] * padding)
-        x = self._tensor(self.ends.embed(tokens) + self.ends.positions[before + positions])[:, None]
-        slot_indices, step_indices = (torch.from_numpy(array).to(self.device) for array in (slots, positions))
+    def _row_count(self, rows: int) -> int:
+        """The number of rows that a step of so many has."""
+        return next(count for count in self.row_counts if count >= rows)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            """Each row attends to its prefix and to its own steps up to this one."""
-            own, prefixes = cache.rows[layer], cache.prefixes[layer]
-            own[0][slot_indices, :, step_indices] = k[:, :, 0]
-            own[1][slot_indices, :, step_indices] = v[:, :, 0]
-            out = torch.zeros_like(q)
-            for row, (one, length) in enumerate(zip(step_inputs, lengths, strict=True)):
-                prefix = prefixes[:, one.prefix, :, :length]
-                steps = own[:, one.slot, :, : one.position + step + 1]
-                keys, values = torch.cat([prefix, steps], dim=2)
-                out[row] = attention(q[row, None], keys[None], values[None])[0]
+    def _capture(self, cache: TorchKVCache, rows: int) -> Any:
+        """A graph of a step. All rows are idle meanwhile."""
+        cache.step.load_rows([], cache.prefix_lengths)
+        with torch.inference_mode():
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):  # what is compiled or chosen at first use
+                self._step(cache, rows)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._step(cache, rows)
+        return graph
+
+    def _step(self, cache: TorchKVCache, rows: int) -> None:
+        """Step `number` of the first rows, and the tokens after it."""
+        self.ops.pick(self._logits(cache, rows), cache.step)
+        cache.step.number += 1
+
+    def _logits(self, cache: TorchKVCache, rows: int) -> torch.Tensor:
+        """The logits after step `number` of the first rows: float32 (rows, codebooks, vocabulary)."""
+        step = cache.step
+        step.at.copy_(torch.where(step.position >= 0, step.position + step.number, -1))
+        tokens = step.inputs[:rows].index_select(1, step.number)[:, 0] + self._first_tokens
+        positions = step.prefix_length[:rows] + step.at[:rows].clamp(min=0)
+        x = self.embeddings[tokens].sum(dim=1) + self.positions[positions]
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.ops.attend(qkv, cache.rows[layer], cache.prefixes[layer], step)
             return out
 
-        return self._logits(self._run(x, attend)[:, 0])[:n]
+        normal = self.ops.add_norm(x, self._layers(x, attend, self.ops), self.norm, self.dtype)
+        logits: torch.Tensor = self.ops.product_float32(normal, self.heads)
+        return logits.view(rows, self.shape.codebooks, self.shape.vocabulary)
 
-    def _run(self, x: torch.Tensor, attend: Any) -> torch.Tensor:
-        """All layers over x (rows, steps, hidden); `attend(layer, q, k, v)` stores k and v and attends."""
-        from torch.nn.functional import gelu, layer_norm, linear
+    def _prefill(self, cache: TorchKVCache, prefixes: Mapping[int, Samples], length: int) -> None:
+        """Run prefixes, padded to `length` and to the number that is run at once."""
+        n, heads, head_size = self.prefixes_at_once, self.shape.heads, self.shape.head_size
+        inputs = np.zeros((n, length, self.shape.hidden), np.float32)
+        for index, prefix in enumerate(prefixes.values()):
+            inputs[index, : len(prefix)] = prefix
 
-        rows, steps, hidden = x.shape
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            q, k, v = qkv.view(n, length, 3, heads, head_size).permute(2, 0, 3, 1, 4)
+            for index, (slot, prefix) in enumerate(prefixes.items()):
+                for stored, new in zip(cache.prefixes[layer], (k, v), strict=True):
+                    stored[slot, :, : len(prefix)] = new[index, :, : len(prefix)]
+            out = scaled_dot_product_attention(q, k, v, is_causal=True)
+            return out.transpose(1, 2).reshape(n * length, self.shape.hidden)
+
+        with torch.inference_mode():
+            x = self._tensor(inputs) + self.positions[:length]
+            self._layers(x.view(n * length, self.shape.hidden), attend, torch_ops)
+        for slot, prefix in prefixes.items():
+            cache.prefix_lengths[slot] = len(prefix)
+
+    def _layers(self, x: torch.Tensor, attend: Attend, ops: Any) -> torch.Tensor | None:
+        """All layers over x, float32 (n, hidden), in place; returns what the last of them adds to x."""
+        added: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
-            normal = layer_norm(x, (hidden,), *layer["attention_norm"])
-            qkv = linear(normal, layer["qkv"]).reshape(rows, steps, 3, self.shape.heads, -1)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (rows, heads, steps, head size) each
-            attended = attend(index, q, k, v).transpose(1, 2).reshape(rows, steps, hidden)
-            x = x + linear(attended, layer["out"])
-            normal = layer_norm(x, (hidden,), *layer["feed_forward_norm"])
-            x = x + linear(gelu(linear(normal, layer["up"])), layer["down"])
-        return x
+            normal = ops.add_norm(x, added, layer["attention_norm"], self.dtype)
+            attended = attend(index, ops.product(normal, layer["qkv"]))
+            normal = ops.add_norm(
+                x, ops.product_in_parts(attended, layer["out"]), layer["feed_forward_norm"], self.dtype
+            )
+            added = ops.product_in_parts(ops.product(normal, layer["up"], with_gelu=True), layer["down"])
+        return added
 
-    def _logits(self, x: torch.Tensor) -> Samples:
-        """(rows, hidden) to float32 (rows, codebooks, vocabulary)."""
-        from torch.nn.functional import layer_norm, linear
+    def _tensor(self, values: Samples, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
 
-        out = linear(layer_norm(x, (self.shape.hidden,), *self.norm), self.heads)
-        result: Samples = out.float().cpu().numpy()
-        return result.reshape(len(x), self.shape.codebooks, self.shape.vocabulary)
 
-    def _tensor(self, values: Samples) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, self.dtype)
+def _ops(device: torch.device) -> Any:
+    """The fastest of the modules with a step's parts that runs here."""
+    if device.type == "cuda":
+        try:
+            from pipeline.engines.musicgen import triton_ops
+        except ImportError:  # on Windows, for example; Triton comes with torch for Linux
+            return torch_ops
+        return triton_ops
+    return torch_ops

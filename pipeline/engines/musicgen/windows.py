@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engines.musicgen.decoder import Tokens
+from pipeline.engines.musicgen.decoder import UNKNOWN, Tokens
 
 STRIDE = 0.6  # of a window: 18 s of 30
-
-UNKNOWN = -1  # stands for a token that was not picked yet
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,10 @@ class DelayedWindow:
         at = self.window.start + np.where(inside, frames, 0)
         return np.where(inside, self.codes[np.arange(len(self.delays)), at], self.pad)
 
-    def store(self, step: int, picked: Tokens) -> None:
-        """Store the tokens (codebooks,) picked at a step, except where a token was known before."""
-        frames = step - self.delays
-        inside = (frames >= 0) & (frames < self.window.frames)
-        books = np.flatnonzero(inside)
-        at = self.window.start + frames[books]
-        new = self.codes[books, at] == UNKNOWN
-        self.codes[books[new], at[new]] = picked[books[new]]
+    def store(self, first: int, picked: Tokens) -> None:
+        """Store the tokens (steps, codebooks) picked from step `first` on, except where a token was known."""
+        frames = first + np.arange(len(picked))[:, None] - self.delays
+        step, book = np.nonzero((frames >= 0) & (frames < self.window.frames))
+        at = self.window.start + frames[step, book]
+        new = self.codes[book, at] == UNKNOWN
+        self.codes[book[new], at[new]] = picked[step[new], book[new]]

@@ -359,8 +359,8 @@ def test_steps_taken_together_are_those_taken_alone(precision: str, dim: int) ->
 
     def after(ends: list[int]) -> np.ndarray:
         cache = decoder.new_cache(3, LENGTHS, 2, 240)
-        decoder.prefill(cache, 0, normal(5, 2 * dim, seed=3))
-        decoder.prefill(cache, 1, normal(150, 2 * dim, seed=8))
+        decoder.prefill(cache, {0: normal(5, 2 * dim, seed=3)})
+        decoder.prefill(cache, {1: normal(150, 2 * dim, seed=8)})
         begins = [0, *ends[:-1]]
         found = [
             decoder.advance(
@@ -389,7 +389,7 @@ def test_whole_layers_by_amx_are_those_without(threads: int, monkeypatch: pytest
 
     def found() -> bytes:
         cache = decoder.new_cache(2, LENGTHS, 2, 240)
-        decoder.prefill(cache, 0, normal(150, 128, seed=3))
+        decoder.prefill(cache, {0: normal(150, 128, seed=3)})
         blocks = [(0, 7), (7, 130), (130, LENGTHS)]
         return b"".join(
             decoder.advance(
@@ -414,7 +414,7 @@ def attended(precision: str, dim: int, prefix_steps: int, steps: int) -> tuple[n
     decoder = CpuDecoder(Stack.packed(layers, precision), ends, 1)
     cache = decoder.new_cache(2, steps, 2, 240)
     if prefix_steps:
-        decoder.prefill(cache, 1, prefix)
+        decoder.prefill(cache, {1: prefix})
     found = [
         decoder.advance(cache, [StepInput(1, 1, step, tokens[step : step + 1])])[0] for step in range(steps)
     ]

@@ -21,8 +21,11 @@ def test_all_wanted_rows_run_together_if_there_is_memory() -> None:
     assert memory_budget.rows_at_once(rows_of(1), 6, 1e6) == 6
 
 
-def test_there_are_never_more_rows_than_are_useful() -> None:
-    assert memory_budget.rows_at_once(rows_of(1), 100, None) == memory_budget.MOST_ROWS
+def test_there_are_never_more_rows_than_are_useful(musicgen: Any) -> None:
+    from musicgen_setup import request_state
+
+    states = [request_state(musicgen.checkpoint, str(n), seed=n) for n in range(20)]
+    assert musicgen.scheduler(states, lambda state: None, lambda: None).rows == musicgen.decoder.most_rows
 
 
 @pytest.mark.parametrize("limit_gb", [None, 0.001])
@@ -65,7 +68,7 @@ def test_variations_of_a_track_need_memory_for_the_prefixes_they_share(
             for n in range(8)
         ]
         states = musicgen.prepare(requests, lambda: False)
-        return int(musicgen.scheduler(states, lambda state, is_new: None, lambda: None).n_prefixes)
+        return int(musicgen.scheduler(states, lambda state: None, lambda: None).n_prefixes)
 
     assert prefixes((440.0, 554.37)) == 2
     assert prefixes((440.0, 554.37), (220.0, 293.66)) == 3

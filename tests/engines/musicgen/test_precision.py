@@ -14,9 +14,9 @@ from tones import RequestFn
 
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE, MusicgenSection, MusicgenUpkeep, quantized_store
-from pipeline.engines.musicgen.int8_check import MAX_KL
 from pipeline.engines.musicgen.layers import LayerFiles
 from pipeline.engines.musicgen.precision import open_decoder
+from pipeline.engines.musicgen.precision_check import MAX_KL
 from pipeline.errors import ConfigError
 
 
@@ -145,17 +145,39 @@ def test_other_weights_are_quantized_again(musicgen_folder: Path, tmp_path: Path
     assert not (first[1] == second[1]).all()
 
 
-def test_on_another_device_auto_is_half_precision(musicgen: Any) -> None:
-    """torch's device "meta", which has no data, stands for a GPU."""
-    import torch
+@pytest.fixture
+def elsewhere(musicgen: Any) -> Any:
+    """A checkpoint for a device that is not called "cpu", which stands for a GPU."""
+    return replace(musicgen.checkpoint, device="cpu:0")
 
-    elsewhere = replace(musicgen.checkpoint, device="meta")
-    decoder, check = open_decoder(elsewhere, "auto", None, None)
+
+def test_on_a_gpu_auto_is_half_precision_if_it_is_near_float32(elsewhere: Any, tmp_path: Path) -> None:
+    decoder, check = open_decoder(elsewhere, "auto", 1, tmp_path / "musicgen")
     assert decoder.precision in {"float16", "bfloat16"}
-    assert decoder.heads.device == torch.device("meta")
-    assert check is None
-    exact, _ = open_decoder(elsewhere, "float32", None, None)
-    assert exact.precision == "float32"
+    assert check is not None
+    assert check.passed
+    assert f"{decoder.precision} against float32 over 48 steps" in check.words
+    (stored,) = (tmp_path / "musicgen").iterdir()
+    before = stored.stat().st_mtime_ns
+    assert open_decoder(elsewhere, "auto", 1, tmp_path / "musicgen")[1] == check
+    assert stored.stat().st_mtime_ns == before
+    assert f"{decoder.precision} is used" in (last_start(tmp_path) or "")
+    stored.write_text("damaged")
+    assert open_decoder(elsewhere, "auto", 1, tmp_path / "musicgen")[1] == check
+
+
+def test_half_precision_that_is_too_far_from_float32_is_not_used(
+    elsewhere: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pipeline.engines.musicgen import precision_check
+
+    monkeypatch.setattr(precision_check, "MAX_KL", 0.0)
+    decoder, check = open_decoder(elsewhere, "auto", 1, None)
+    assert decoder.precision == "float32"
+    assert check is not None
+    assert not check.passed
+    assert f"{check.precision} is too far from float32" in caplog.text
+    assert open_decoder(elsewhere, "float32", 1, None)[1] is None
 
 
 def test_int8_is_for_the_cpu(musicgen: Any) -> None:

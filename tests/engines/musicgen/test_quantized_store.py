@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline.engines.musicgen import quantized_store
-from pipeline.engines.musicgen.int8_check import Int8Check
 from pipeline.engines.musicgen.layers import Stack
+from pipeline.engines.musicgen.precision_check import PrecisionCheck
 
-CHECK = Int8Check("a model", [0.01, float("inf")], [0.9, 1.0], 48, passed=False)
+CHECK = PrecisionCheck("a model", [0.01, float("inf")], [0.9, 1.0], 48, passed=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_last_check_is_that_of_the_layers_that_were_used_last(
     stack: Stack, path: Path, tmp_path: Path
 ) -> None:
     assert quantized_store.last_check(tmp_path) is None
-    other = Int8Check("another", [0.01], [1.0], 48, passed=True)
+    other = PrecisionCheck("another", [0.01], [1.0], 48, passed=True)
     quantized_store.save(quantized_store.path_of(tmp_path, "5678"), stack, other)
     quantized_store.save(path, stack, CHECK)
     os.utime(path, (1, 1))

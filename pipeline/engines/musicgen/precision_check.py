@@ -1,14 +1,17 @@
-"""The comparison of int8 with float32, made when a checkpoint's layers are quantized.
+"""The comparison of int8 or half precision with float32, made at the first start with a checkpoint.
 
-The quantized decoder writes a passage, which is then run through the float32 layers, read one at a
-time. The next-token distributions of both are compared step by step: the Kullback-Leibler
+The decoder to be checked writes a passage, which is then run through the float32 layers on the CPU,
+read one at a time. The next-token distributions of both are compared step by step: the Kullback-Leibler
 divergence, and how often both have the same likeliest token.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,28 +22,30 @@ from pipeline.engines.musicgen.conditioning import project_chroma
 from pipeline.engines.musicgen.decoder import Decoder, EmbeddingAndHead, StepInput, Tokens
 from pipeline.engines.musicgen.layers import Stack
 from pipeline.engines.musicgen.sampling import Sampler
+from pipeline.fs.atomic import write_atomically
 from pipeline.records import Samples
 
-MAX_KL = 0.05  # nats per codebook, mean over the passage: above it int8 is not used
+MAX_KL = 0.05  # nats per codebook, mean over the passage: above it float32 is used
 PASSAGE_STEPS = 48
 PASSAGE_SEED = 0
 
 
 @dataclass(frozen=True)
-class Int8Check:
-    """How near int8 is to float32 on the passage."""
+class PrecisionCheck:
+    """How near a precision is to float32 on the passage."""
 
     model: str
     kl: list[float]  # nats, mean over the passage, per codebook
     top1: list[float]  # share of steps where both have the same likeliest token, per codebook
     steps: int
     passed: bool
+    precision: str = "int8"
 
     @property
     def words(self) -> str:
         """The figures in one line."""
         return (
-            f"int8 against float32 over {self.steps} steps: KL {max(self.kl):.4f} nats at most "
+            f"{self.precision} against float32 over {self.steps} steps: KL {max(self.kl):.4f} nats at most "
             f"(limit {MAX_KL:g}), same likeliest token in {min(self.top1):.0%} or more"
         )
 
@@ -54,32 +59,46 @@ class Int8Check:
         }
 
 
-def check_int8(
+def check_precision(
     checkpoint: Checkpoint, decoder: Decoder[Any], ends: EmbeddingAndHead, threads: int | None
-) -> Int8Check:
-    """Let the int8 decoder write a passage, and compare its distributions with those of float32."""
+) -> PrecisionCheck:
+    """Let a decoder write a passage, and compare its distributions with those of float32."""
     from scipy.special import log_softmax
 
     prefix = _prefix(checkpoint)
     cache = decoder.new_cache(1, PASSAGE_STEPS, 1, len(prefix))
-    decoder.prefill(cache, 0, prefix)
+    decoder.prefill(cache, {0: prefix})
     sampler = Sampler(SamplingParams(guidance=1.0), PASSAGE_SEED)
     tokens = np.full((PASSAGE_STEPS + 1, decoder.shape.codebooks), decoder.shape.vocabulary, np.int64)
     found = []
     for step in range(PASSAGE_STEPS):
         found.append(decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])])[0])
-        tokens[step + 1] = sampler.pick(step, found[step].astype(np.float64), None)
+        tokens[step + 1] = sampler.pick(step, found[step].astype(np.float64))
     exact = _float32_logits(checkpoint, ends, prefix, tokens[:-1], threads)
     p, q = (log_softmax(logits.astype(np.float64), axis=-1) for logits in (exact, np.stack(found)))
     kl = (np.exp(p) * (p - q)).sum(axis=-1).mean(axis=0)
     same = (p.argmax(axis=-1) == q.argmax(axis=-1)).mean(axis=0)
-    return Int8Check(
+    return PrecisionCheck(
         model=checkpoint.weights.model,
         kl=kl.tolist(),
         top1=same.tolist(),
         steps=PASSAGE_STEPS,
         passed=bool(np.isfinite(kl).all() and kl.max() <= MAX_KL),
+        precision=decoder.precision,
     )
+
+
+def stored_or_made(path: Path | None, make: Callable[[], PrecisionCheck]) -> PrecisionCheck:
+    """The check in a JSON file, or one that is made and stored there."""
+    if path is None:
+        return make()
+    try:
+        return PrecisionCheck(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        check = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, path.with_suffix(".tmp"), json.dumps(asdict(check)).encode())
+    return check
 
 
 def _prefix(checkpoint: Checkpoint) -> Samples:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.engines.musicgen.int8_check import Int8Check
+from pipeline.engines.musicgen.precision_check import PrecisionCheck
 
 
 def test_figures_that_are_not_numbers_are_none() -> None:
     """JSON has no NaN."""
-    check = Int8Check("m", [float("nan"), 0.5], [0.0, 1.0], 48, passed=False)
+    check = PrecisionCheck("m", [float("nan"), 0.5], [0.0, 1.0], 48, passed=False)
     assert check.facts == {"kl_nats": [None, 0.5], "top1": [0.0, 1.0], "steps": 48}
