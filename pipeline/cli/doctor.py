@@ -22,6 +22,7 @@ from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.ratings.agreement import agreements
 from pipeline.runner.runner import check_outbox_mount
+from pipeline.service.health import read_health
 from pipeline.store.store import Store
 from pipeline.weights import hub
 from pipeline.workspace import ENGINES_FOLDER
@@ -52,6 +53,7 @@ def run_checks(app: App, *, repair: bool) -> Iterator[Check]:
         "engines": _engines(app),
         **{f"engine of {stage}": _choice(app, stage) for stage in app.stages},
         **({"ray": _ray(app)} if app.config.executor.kind == "ray" else {}),
+        "workers": _workers(app),
         "database": _database(app, repair=repair),
     }
     for what, results in checks.items():
@@ -126,6 +128,14 @@ def _ray(app: App) -> Iterator[Check]:
         yield Check("ok", "ray workers", f"{n} with {cluster.resources} each (cluster: {cluster.address})")
     finally:
         cluster.close()
+
+
+def _workers(app: App) -> Iterator[Check]:
+    """The engines that each worker of a running instance has loaded."""
+    report = (read_health(app.workspace.health) or {}) if app.workspace.is_locked() else {}
+    for worker in report.get("workers", ()):
+        loaded = ", ".join(worker.get("loaded", ())) or "no engine"
+        yield Check("ok", f"worker ({worker['where']})", f"has {loaded} loaded")
 
 
 def _database(app: App, *, repair: bool) -> Iterator[Check]:

@@ -73,7 +73,7 @@ class RayWorker:
         self._results: dict[int, Iterator[Any]] = {}  # of the tasks that have not ended, by their run
         self._files: dict[int, tempfile.TemporaryDirectory[str]] = {}  # likewise
         self._stopped: set[int] = set()  # runs that have been asked to stop
-        self._reports: deque[tuple[Any, ...]] = deque()  # progress and log records for the owner
+        self._reports: deque[tuple[Any, ...]] = deque()  # for the owner: progress, log records, engines
         log.setLevel(logging.DEBUG)
         log.propagate = False
         log.addHandler(_ToReports(self._reports))
@@ -82,7 +82,11 @@ class RayWorker:
         """Take the choice of engines; those that stay the same stay loaded."""
         embedder, generator, rater = (wanted and _on_this_machine(wanted) for wanted in choices)
         assert embedder and generator
-        self._engines = LoadedEngines(embedder, generator, rater, self._engines)
+
+        def tell(loaded: list[str]) -> None:
+            self._reports.append((loaded,))
+
+        self._engines = LoadedEngines(embedder, generator, rater, self._engines, tell)
         return facts_of_this_process(packages)
 
     def begin(self, run: int, task: Task, args: Sequence[Any]) -> tuple[str, Any, list[Any]]:
@@ -129,7 +133,7 @@ class RayWorker:
         self._stopped.add(run)
 
     def reports(self) -> list[tuple[Any, ...]]:
-        """The progress and log records since the last call. Called in the control group, too."""
+        """What there is to report since the last call. Called in the control group, too."""
         found = []
         with suppress(IndexError):
             while True:
@@ -202,6 +206,7 @@ class RayExecutor:
     clock: Callable[[], float] = time.monotonic
     place_patience_s: float = PLACE_PATIENCE_S
     facts: Facts | None = field(default=None, init=False)  # of the actor's process; None: there is no actor
+    loaded: list[str] = field(default_factory=list, init=False)  # see `Executor`
     _actor: Any = field(default=None, init=False)
     _is_open: bool = field(default=False, init=False)  # the actor has these engines
     _used_at: float = field(default=0.0, init=False)
@@ -248,6 +253,7 @@ class RayExecutor:
         if self._actor is not None:
             _kill(self._actor)
             self._actor = self.facts = None
+            self.loaded = []
 
     def _start(self, should_stop: StopFn) -> None:
         import ray
@@ -318,10 +324,13 @@ class RayExecutor:
             else:
                 reports = self._get(actor.reports.options(concurrency_group=CONTROL).remote())
             for report in reports:
-                if len(report) == 2:
-                    log.log(report[0], "%s", report[1])
-                else:
-                    progress(*report)
+                match report:
+                    case (loaded,):
+                        self.loaded = loaded
+                    case (level, text):
+                        log.log(level, "%s", text)
+                    case step:
+                        progress(*step)
             if is_ready:
                 return kind, content
 
