@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from drive import IMPORTS, Child, counts, log_of, start, status, wait_until
+from harness import ProgramRun
 from home_folder import Home, contents, write_music
 from invariants import check_database, check_no_leftovers
 
@@ -38,12 +39,12 @@ def fill(home: Home, names: list[str] = TRACKS) -> None:
         write_music(home.inbox / name, seed=int(name[0]), seconds=8.0)
 
 
-def workers_of(child: Child) -> list[int]:
+def workers_of(owner: Child | ProgramRun) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == child.pid and state != "Z":
+            if int(parent) == owner.pid and state != "Z":
                 found.append(int(stat.parent.name))
     return found
 
