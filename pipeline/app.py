@@ -89,6 +89,7 @@ class App:
             device=self.config.device,
             threads=self.config.threads,
             state_dir=self.workspace.state / ENGINES_FOLDER,
+            bucket_dir=self.workspace.unfinished_in_bucket,
             sections=section.sections,
         )
 
