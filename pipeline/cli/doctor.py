@@ -15,6 +15,7 @@ from pipeline.engines.base import StageName
 from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
 from pipeline.errors import PipelineError
+from pipeline.executors.beside import n_generators
 from pipeline.fs.bucket import BucketFiles
 from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
@@ -124,7 +125,7 @@ def _ray(app: App) -> Iterator[Check]:
             yield Check("ok", f"ray {node.where}", f"{total}; {installed}")
         for sentence in cluster.differences([node for _, node in nodes]):
             yield Check("bad", "ray versions", sentence)
-        n = len(cluster.ready())
+        n = n_generators(cluster.ready())
         yield Check("ok", "ray workers", f"{n} with {cluster.resources} each (cluster: {cluster.address})")
     finally:
         cluster.close()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from pipeline.errors import DiskFull
 from pipeline.executors.base import Executor, Executors, WorkerAway
+from pipeline.executors.beside import n_generators
 from pipeline.runner.runner import Runner
 from pipeline.store.schema import Track
 
@@ -151,7 +152,7 @@ class ParallelRunner(Runner):
             }
             self._runners[id(executor)] = kind(**{**shared, **own})
         runner = self._runners[id(executor)]
-        runner.n_parallel = len(self._ready)
+        runner.n_parallel = n_generators(self._ready)
         return runner
 
     def _has_unclaimed_tracks(self) -> bool:

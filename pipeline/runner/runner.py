@@ -224,7 +224,9 @@ class Runner:
             return
         for n in range(1, LOAD_TRIES + 1):
             try:
-                self._run(tasks.open_engines, embeds, generates)
+                if generates:
+                    self._run(tasks.open_generator)
+                self._run(tasks.open_others, embeds, generates)
                 return
             except WorkerLost as e:
                 check_stop(self.should_stop)
