@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -89,6 +90,7 @@ class App:
             device=self.config.device,
             threads=self.config.threads,
             state_dir=self.workspace.state / ENGINES_FOLDER,
+            bucket_dir=self.workspace.unfinished_in_bucket,
             sections=section.sections,
         )
 
@@ -268,24 +270,36 @@ class App:
     def _processes(self, choices: EngineChoices, earlier: Executors | None) -> Executors:
         """The worker processes on this machine; those of `earlier` are used again."""
         from pipeline.executors.base import FixedExecutors
-        from pipeline.executors.process import ProcessExecutor, shares_of_machine
+        from pipeline.executors.beside import MOST_BESIDE, beside, on_cpu, parts_of
+        from pipeline.executors.process import ProcessExecutor, n_cores, shares_of_machine
 
         n, idle_s = self._n_workers(), self.config.executor.idle_s
+        on_gpu = self._generates_on_gpu
         # One more process normalizes the tracks that come next while a long batch is in work.
-        normalizes_ahead = self._uses_models or n == 1
+        normalizes_ahead = not on_gpu and (self._uses_models or n == 1)
+        n_more = n * max(1, min(MOST_BESIDE, n_cores() // n)) if on_gpu else int(normalizes_ahead)
         caches = self.workspace.state / ENGINES_FOLDER / "numba"
-        shares = shares_of_machine(n + normalizes_ahead, caches, divides_cores=not normalizes_ahead)
-        before = earlier.all() if isinstance(earlier, FixedExecutors) else []
+        plain, divided = (shares_of_machine(n + n_more, caches, divides_cores=one) for one in (False, True))
+        wanted = [(choices, share) for share in (plain if on_gpu or normalizes_ahead else divided)]
+        if on_gpu:
+            wanted[n:] = [(on_cpu(choices), share) for share in divided[n:]]
+        before = parts_of(earlier.all()) if isinstance(earlier, FixedExecutors) else []
         kept = [executor for executor in before if isinstance(executor, ProcessExecutor)]
         executors = []
-        for share in shares:
+        for engines, share in wanted:
             same = next((one for one in kept if one.environment == share), None)
             if same:
                 kept.remove(same)
-                same.use(choices, idle_s)
-            executors.append(same or ProcessExecutor(choices, idle_s, share))
+                same.use(engines, idle_s)
+            executors.append(same or ProcessExecutor(engines, idle_s, share))
         for executor in kept:
             executor.close()
+        if on_gpu:
+            folder = self.workspace.state / ENGINES_FOLDER / "made"
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed owner has left
+            folder.mkdir(parents=True)
+            groups = [beside(executors[k], executors[n + k :: n], folder) for k in range(n)]
+            return FixedExecutors([one for group in zip(*groups, strict=True) for one in group])
         return FixedExecutors(executors[:n], executors[n:])
 
     def _on_ray(self, choices: EngineChoices, earlier: Executors | None) -> Executors:
@@ -307,7 +321,9 @@ class App:
         executor, models = self.config.executor, self._uses_models
         asked, n_threads = executor.resources_per_worker, self.config.threads or n_cores()
         gpu = asked.gpu if asked.gpu is not None else float(self.config.device != "cpu")
-        cpu = asked.cpu or (n_threads if models and not gpu else 1)
+        on_gpu = bool(gpu) and self._generates_on_gpu
+        # A worker with a GPU only makes sounds: the cores are for those beside it.
+        cpu = asked.cpu or (0.0 if on_gpu else n_threads if models and not gpu else 1)
         threads: int | None = max(1, int(cpu))
         if models:
             # The bits of their results depend on the number of threads: on this machine it is left to torch,
@@ -320,7 +336,8 @@ class App:
             environment=thread_variables(threads),
             engines=choices,
             idle_s=executor.idle_s,
-            normalizes_ahead=models,
+            normalizes_ahead=models and not on_gpu,
+            on_gpu=on_gpu,
         )
 
     def _n_workers(self) -> int:
@@ -335,6 +352,10 @@ class App:
     @property
     def _uses_models(self) -> bool:
         return any(choice.card.default_model for choice in self.recipe.engines.values())
+
+    @property
+    def _generates_on_gpu(self) -> bool:
+        return self.config.device != "cpu" and self.recipe.generator.card.default_model is not None
 
     def watcher(self, signals: Signals) -> tuple[Watcher, str]:
         """The watcher of the inbox, and its mode with the reason for it."""

@@ -105,6 +105,11 @@ class Workspace:
         return self.state / "pipeline.db"
 
     @property
+    def unfinished_in_bucket(self) -> Path | None:
+        """Where engines store unfinished work that don't reach the state folder; None without a bucket."""
+        return self.outbox / f".{ENGINES_FOLDER}" if is_in_bucket(self.outbox) else None
+
+    @property
     def vectors(self) -> Path:
         return self.state / "vectors"
 

@@ -122,6 +122,10 @@ class StubEngines:
     stub_embedder: StubEmbedder = field(default_factory=StubEmbedder)
     stub_rater: StubRater | None = None
 
+    @property
+    def loaded(self) -> list[str]:
+        return [self.stub_embedder.name, self.stub_generator.name]
+
     def embedder(self) -> StubEmbedder:
         return self.stub_embedder
 

@@ -15,6 +15,7 @@ from pipeline.engines.base import StageName
 from pipeline.engines.pretrained import check_device
 from pipeline.engines.selection import missing_packages
 from pipeline.errors import PipelineError
+from pipeline.executors.beside import n_generators
 from pipeline.fs.bucket import BucketFiles
 from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
@@ -22,6 +23,7 @@ from pipeline.maintenance.reconcile import reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.ratings.agreement import agreements
 from pipeline.runner.runner import check_outbox_mount
+from pipeline.service.health import read_health
 from pipeline.store.store import Store
 from pipeline.weights import hub
 from pipeline.workspace import ENGINES_FOLDER
@@ -52,6 +54,7 @@ def run_checks(app: App, *, repair: bool) -> Iterator[Check]:
         "engines": _engines(app),
         **{f"engine of {stage}": _choice(app, stage) for stage in app.stages},
         **({"ray": _ray(app)} if app.config.executor.kind == "ray" else {}),
+        "workers": _workers(app),
         "database": _database(app, repair=repair),
     }
     for what, results in checks.items():
@@ -122,10 +125,18 @@ def _ray(app: App) -> Iterator[Check]:
             yield Check("ok", f"ray {node.where}", f"{total}; {installed}")
         for sentence in cluster.differences([node for _, node in nodes]):
             yield Check("bad", "ray versions", sentence)
-        n = len(cluster.ready())
+        n = n_generators(cluster.ready())
         yield Check("ok", "ray workers", f"{n} with {cluster.resources} each (cluster: {cluster.address})")
     finally:
         cluster.close()
+
+
+def _workers(app: App) -> Iterator[Check]:
+    """The engines that each worker of a running instance has loaded."""
+    report = (read_health(app.workspace.health) or {}) if app.workspace.is_locked() else {}
+    for worker in report.get("workers", ()):
+        loaded = ", ".join(worker.get("loaded", ())) or "no engine"
+        yield Check("ok", f"worker ({worker['where']})", f"has {loaded} loaded")
 
 
 def _database(app: App, *, repair: bool) -> Iterator[Check]:

@@ -123,6 +123,7 @@ class EngineSettings:
     device: str = "cpu"  # "cpu", "cuda", "cuda:1"
     threads: int | None = None  # None: all cores
     state_dir: Path | None = None  # for files that save an engine work; None: it writes none
+    bucket_dir: Path | None = None  # in a bucket, for unfinished work where there is no `state_dir`
     sections: Mapping[str, EngineSection] = field(default_factory=dict)  # engines' own, by name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from pipeline.engines.base import Embedder, Engine, EngineSettings, Generator, Rater
@@ -19,6 +20,11 @@ log = logging.getLogger("pipeline")
 
 class Engines(Protocol):
     """The source of the runner's engines. The methods raise EngineUnusable if there is none to be had."""
+
+    @property
+    def loaded(self) -> Sequence[str]:
+        """The names of those that are loaded now, with their models."""
+        ...
 
     def embedder(self) -> Embedder: ...
     def generator(self) -> Generator: ...
@@ -36,12 +42,23 @@ class LoadedEngines:
         generator: Wanted,
         rater: Wanted | None = None,
         earlier: LoadedEngines | None = None,
+        on_change: Callable[[list[str]], None] = lambda loaded: None,
     ) -> None:
+        """Args:
+        on_change: called with `loaded`, now and whenever it changes.
+        """
         self._wanted: EngineChoices = (embedder, generator, rater)
         before = earlier._loaded if earlier else []
         self._loaded: list[tuple[Wanted, Engine]] = [
             (wanted, engine) for wanted, engine in before if wanted in self._wanted
         ]
+        self._on_change = on_change
+        on_change(self.loaded)
+
+    @property
+    def loaded(self) -> list[str]:
+        """See `Engines`."""
+        return [_described(choice) for (choice, _), _ in self._loaded]
 
     def embedder(self) -> Embedder:
         return cast(Embedder, self._load_once(self._wanted[0]))
@@ -59,6 +76,7 @@ class LoadedEngines:
                 return engine
         engine = _load(*wanted)
         self._loaded.append((wanted, engine))
+        self._on_change(self.loaded)
         return engine
 
 
@@ -78,6 +96,9 @@ def _load(choice: Choice, settings: EngineSettings) -> Engine:
         text = str(e) if isinstance(e, PipelineError) else f"{type(e).__name__}: {e}".rstrip(": ")
         sentence = f"the {choice.card.stage} engine {choice.card.name} can't be loaded: {text}"
         raise environment_error(e) or EngineUnusable(sentence) from e
-    what = choice.card.name if choice.model is None else f"{choice.card.name} ({choice.model})"
-    log.debug("%s loaded in %.1f s", what, time.perf_counter() - start)
+    log.debug("%s loaded in %.1f s", _described(choice), time.perf_counter() - start)
     return engine
+
+
+def _described(choice: Choice) -> str:
+    return choice.card.name if choice.model is None else f"{choice.card.name} ({choice.model})"

@@ -45,6 +45,11 @@ class Executor(Protocol):
         """Where the tasks run, in a few words."""
         ...
 
+    @property
+    def loaded(self) -> Sequence[str]:
+        """See `Engines.loaded`, of those in the process in which the tasks run."""
+        ...
+
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """Yield what the task yields.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,10 @@ class InlineExecutor:
     @property
     def where(self) -> str:
         return f"process {os.getpid()}"
+
+    @property
+    def loaded(self) -> Sequence[str]:
+        return self.engines.loaded
 
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         return task(Tools(self.engines, self.judge, progress, should_stop, self._kept), *args)

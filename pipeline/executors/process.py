@@ -32,7 +32,7 @@ from pipeline.fs.bucket import without_credentials
 
 # What the owner sends, and what the worker sends.
 ENGINES, RUN, NEXT, CLOSE, STOP = "engines", "run", "next", "close", "stop"
-YIELDED, PROGRESS, LOG, RAISED, DONE = "yielded", "progress", "log", "raised", "done"
+YIELDED, PROGRESS, LOADED, LOG, RAISED, DONE = "yielded", "progress", "loaded", "log", "raised", "done"
 POLL_S = 0.1  # between two questions whether to stop
 END_S = 2.0  # given to the process to end by itself
 # Variables by which libraries of linear algebra and numba take their number of threads.
@@ -86,6 +86,12 @@ class ProcessExecutor:
         worker = self._worker
         return f"process {worker.process.pid}" if worker else "a process to be started"
 
+    @property
+    def loaded(self) -> list[str]:
+        """See `pipeline.executors.base.Executor`."""
+        worker = self._worker
+        return list(worker.loaded) if worker else []
+
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """See `pipeline.executors.base.Executor`."""
         if self._worker is None:
@@ -129,6 +135,7 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     connection: Connection
+    loaded: list[str] = field(default_factory=list)  # see `Executor.loaded`
 
     @classmethod
     def started(cls, environment: Mapping[str, str]) -> _Worker:
@@ -182,7 +189,7 @@ class _Worker:
             self.process.wait()
 
     def _answer(self, progress: ProgressFn, should_stop: StopFn) -> tuple[str, Any]:
-        """The next message that is neither progress nor for the log."""
+        """The next message that answers an order."""
         was_told = False
         while True:
             if not was_told and should_stop():
@@ -196,6 +203,8 @@ class _Worker:
                 raise self._lost() from e
             if kind == PROGRESS:
                 progress(*content)
+            elif kind == LOADED:
+                self.loaded[:] = content
             elif kind == LOG:
                 log.log(*content)
             else:

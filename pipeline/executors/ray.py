@@ -30,6 +30,7 @@ from pipeline.errors import EngineUnusable
 from pipeline.executors.base import Task, Tools, WorkerAway, WorkerLost, portable
 from pipeline.executors.judge import ScoringJudge
 from pipeline.executors.ray_nodes import Facts, Resources, facts_of_this_process, living_nodes, packages_of
+from pipeline.records import Variation
 
 YIELDED, RAISED, DONE = "yielded", "raised", "done"
 CONTROL = "control"  # the group of calls that are answered while a task runs
@@ -51,12 +52,16 @@ class FileContent:
 class RayWorker:
     """The actor. It runs one task at a time; another one can be run between two of its results."""
 
-    def __init__(self, paths: Sequence[str], environment: Mapping[str, str | None]) -> None:
+    def __init__(
+        self, paths: Sequence[str], environment: Mapping[str, str | None], leaves_sounds: bool = False
+    ) -> None:
         """Prepare this process before any library is imported that reads the variables.
 
         Args:
             paths: where the owner finds modules.
             environment: variables to set, or, for None, to remove: Ray sets the number of threads.
+            leaves_sounds: sounds of `tasks.generate` stay in Ray's object store, and the owner gets a
+                reference, which it gives to the worker that finishes the sound.
         """
         sys.path.extend(path for path in paths if path not in sys.path)
         for name, value in environment.items():
@@ -67,13 +72,14 @@ class RayWorker:
             from threadpoolctl import threadpool_limits
 
             threadpool_limits(int(n_threads))  # Ray has loaded numpy's library before it was set
+        self._leaves_sounds = leaves_sounds
         self._cache_lock = _take_numba_cache()
         self._engines: LoadedEngines | None = None
         self._kept: dict[str, Any] = {}
         self._results: dict[int, Iterator[Any]] = {}  # of the tasks that have not ended, by their run
         self._files: dict[int, tempfile.TemporaryDirectory[str]] = {}  # likewise
         self._stopped: set[int] = set()  # runs that have been asked to stop
-        self._reports: deque[tuple[Any, ...]] = deque()  # progress and log records for the owner
+        self._reports: deque[tuple[Any, ...]] = deque()  # for the owner: progress, log records, engines
         log.setLevel(logging.DEBUG)
         log.propagate = False
         log.addHandler(_ToReports(self._reports))
@@ -82,7 +88,11 @@ class RayWorker:
         """Take the choice of engines; those that stay the same stay loaded."""
         embedder, generator, rater = (wanted and _on_this_machine(wanted) for wanted in choices)
         assert embedder and generator
-        self._engines = LoadedEngines(embedder, generator, rater, self._engines)
+
+        def tell(loaded: list[str]) -> None:
+            self._reports.append((loaded,))
+
+        self._engines = LoadedEngines(embedder, generator, rater, self._engines, tell)
         return facts_of_this_process(packages)
 
     def begin(self, run: int, task: Task, args: Sequence[Any]) -> tuple[str, Any, list[Any]]:
@@ -99,13 +109,18 @@ class RayWorker:
             should_stop=should_stop,
             kept=self._kept,
         )
-        self._results[run] = task(tools, *(self._received(run, value) for value in args))
+        try:
+            received = [self._received(run, value) for value in args]
+        except WorkerAway as e:
+            self._forget(run)
+            return RAISED, portable(e), self.reports()
+        self._results[run] = task(tools, *received)
         return self.next(run)
 
     def next(self, run: int) -> tuple[str, Any, list[Any]]:
         """The next result of a task, or how it has ended; with the reports up to then."""
         try:
-            kind, content = YIELDED, next(self._results[run])
+            kind, content = YIELDED, self._left(next(self._results[run]))
         except StopIteration:
             kind, content = DONE, None
         except BaseException as e:  # Stopped among them
@@ -129,14 +144,28 @@ class RayWorker:
         self._stopped.add(run)
 
     def reports(self) -> list[tuple[Any, ...]]:
-        """The progress and log records since the last call. Called in the control group, too."""
+        """What there is to report since the last call. Called in the control group, too."""
         found = []
         with suppress(IndexError):
             while True:
                 found.append(self._reports.popleft())
         return found
 
+    def _left(self, result: Any) -> Any:
+        import ray
+
+        if self._leaves_sounds and isinstance(result, tuple) and isinstance(result[-1], Variation):
+            return *result[:-1], ray.put(result[-1])
+        return result
+
     def _received(self, run: int, value: Any) -> Any:
+        import ray
+
+        if isinstance(value, ray.ObjectRef):
+            try:
+                return ray.get(value)
+            except ray.exceptions.RayError as e:
+                raise WorkerAway("a sound is lost with the node that made it") from e
         if not isinstance(value, FileContent):
             return value
         if run not in self._files:
@@ -199,9 +228,11 @@ class RayExecutor:
     resources: Resources
     environment: Mapping[str, str | None]  # see `RayWorker`
     check: Callable[[Facts], None]  # raises EngineUnusable for a node that can't be used
+    leaves_sounds: bool = False  # see `RayWorker`
     clock: Callable[[], float] = time.monotonic
     place_patience_s: float = PLACE_PATIENCE_S
     facts: Facts | None = field(default=None, init=False)  # of the actor's process; None: there is no actor
+    loaded: list[str] = field(default_factory=list, init=False)  # see `Executor`
     _actor: Any = field(default=None, init=False)
     _is_open: bool = field(default=False, init=False)  # the actor has these engines
     _used_at: float = field(default=0.0, init=False)
@@ -248,13 +279,14 @@ class RayExecutor:
         if self._actor is not None:
             _kill(self._actor)
             self._actor = self.facts = None
+            self.loaded = []
 
     def _start(self, should_stop: StopFn) -> None:
         import ray
 
         options = {"num_cpus": self.resources.cpu, "num_gpus": self.resources.gpu, "max_restarts": 0}
         actor_class = ray.remote(concurrency_groups={CONTROL: 1}, **options)(RayWorker)
-        actor = actor_class.remote(sys.path, self.environment)
+        actor = actor_class.remote(sys.path, self.environment, self.leaves_sounds)
         opened = actor.open.remote(self.engines, packages_of(self.engines))
         began, is_reported = self.clock(), False
         try:
@@ -318,10 +350,13 @@ class RayExecutor:
             else:
                 reports = self._get(actor.reports.options(concurrency_group=CONTROL).remote())
             for report in reports:
-                if len(report) == 2:
-                    log.log(report[0], "%s", report[1])
-                else:
-                    progress(*report)
+                match report:
+                    case (loaded,):
+                        self.loaded = loaded
+                    case (level, text):
+                        log.log(level, "%s", text)
+                    case step:
+                        progress(*step)
             if is_ready:
                 return kind, content
 

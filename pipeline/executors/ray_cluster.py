@@ -22,6 +22,8 @@ from typing import Any
 
 from pipeline.engines.loading import EngineChoices
 from pipeline.errors import EngineUnusable, MissingPackage
+from pipeline.executors.base import Executor
+from pipeline.executors.beside import MOST_BESIDE, BesideGenerator, beside, on_cpu
 from pipeline.executors.process import THREADS, n_cores
 from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_environment import AUTO, set_environment
@@ -57,15 +59,18 @@ class RayCluster:
     environment: Mapping[str, str | None]  # of the actors, see `pipeline.executors.ray.RayWorker`
     engines: EngineChoices = field(compare=False)
     idle_s: float = field(compare=False)
-    normalizes_ahead: bool = False  # in another actor beside each worker, which has no GPU
+    normalizes_ahead: bool = False  # in another actor beside each worker
+    on_gpu: bool = False  # workers only generate, and everything else is done by actors beside them
     _executors: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
     _normalizers: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
+    _on_cpu: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
+    _beside: dict[RayExecutor, list[BesideGenerator]] = field(default_factory=dict, init=False, compare=False)
     # Processes that Ray starts end with the thread that has started them; in another thread than the main one
     # it sets no signal handlers of Python.
     _thread: ThreadPoolExecutor | None = field(default=None, init=False, compare=False)
     _folder: str | None = field(default=None, init=False, compare=False)  # of a local cluster
 
-    def ready(self) -> list[RayExecutor]:
+    def ready(self) -> Sequence[Executor]:
         """As many executors as the nodes that are there now have room for, those with an actor first.
 
         Raises:
@@ -73,7 +78,8 @@ class RayCluster:
             EngineUnusable: the cluster can't be reached, or no node has what a worker needs.
         """
         self.connect()
-        n = sum(self.resources.times_in(node["Resources"]) for node in living_nodes())
+        nodes = [node["Resources"] for node in living_nodes()]
+        n = sum(self.resources.times_in(node) for node in nodes)
         if n == 0:
             raise EngineUnusable(
                 f"no node of the cluster has the {self.resources} that a worker needs, see"
@@ -86,30 +92,53 @@ class RayCluster:
                 # Beside a GPU there are cores to count; beside a model on the CPU all of them are taken.
                 resources = Resources(1.0 if self.resources.gpu else 0.0, 0.0)
                 self._normalizers.append(self._executor(resources))
-        return sorted(self._executors, key=lambda one: one.facts is None)[:n]
+        found = sorted(self._executors, key=lambda one: one.facts is None)[:n]
+        if not self.on_gpu:
+            return found
+        cores_each = (sum(node.get("CPU", 0.0) for node in nodes) - n * self.resources.cpu) / n
+        n_beside = max(1, min(MOST_BESIDE, int(cores_each)))
+        groups = [self._beside_of(one, cores_each)[:n_beside] for one in found]
+        return [one for group in zip(*groups, strict=True) for one in group]
+
+    def _beside_of(self, generator: RayExecutor, cores: float) -> list[BesideGenerator]:
+        """The executors that share a generator, for which there are so many cores."""
+        if generator not in self._beside:
+            resources = Resources(1.0 if cores >= 1 else 0.0, 0.0)
+            executors = [self._executor(resources) for _ in range(MOST_BESIDE)]
+            for one in executors:
+                one.engines, one.environment = (
+                    on_cpu(self.engines),
+                    {**one.environment, **thread_variables(1)},
+                )
+            self._on_cpu += executors
+            self._beside[generator] = beside(generator, executors, None)
+        return self._beside[generator]
 
     def normalizers(self) -> list[RayExecutor]:
         return self._normalizers
 
     def _executor(self, resources: Resources) -> RayExecutor:
-        environment = dict(self.environment)
+        environment: dict[str, str | None] = dict(self.environment)
         if self._folder:
             environment["HOME"] = os.environ.get("HOME")
-        return RayExecutor(self.engines, self.idle_s, resources, environment, check=self._check)
+        leaves_sounds = self.on_gpu and resources == self.resources
+        return RayExecutor(self.engines, self.idle_s, resources, environment, self._check, leaves_sounds)
 
     def use(self, engines: EngineChoices, idle_s: float) -> None:
         """Change the settings; engines that stay the same stay loaded."""
         self.engines, self.idle_s = engines, idle_s
         for executor in [*self._executors, *self._normalizers]:
             executor.use(engines, idle_s)
+        for executor in self._on_cpu:
+            executor.use(on_cpu(engines), idle_s)
 
     def release_if_idle(self) -> None:
-        for executor in [*self._executors, *self._normalizers]:
+        for executor in [*self._executors, *self._normalizers, *self._on_cpu]:
             executor.release_if_idle()
 
     def close(self) -> None:
         """End the actors, leave the cluster, and end one that was started here."""
-        for executor in [*self._executors, *self._normalizers]:
+        for executor in [*self._executors, *self._normalizers, *self._on_cpu]:
             executor.close()
         if self._thread is not None:
             import ray

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline import audio, stages
 from pipeline.audio import DecodeLimits
@@ -53,16 +55,21 @@ class MadeTake:
     made_with: Mapping[str, str] = field(default_factory=dict)  # see `versions.made_with`
 
 
-def open_engines(tools: Tools, embeds: bool, generates: bool) -> Iterator[None]:
-    """Load the engines of these stages.
+def open_generator(tools: Tools) -> Iterator[None]:
+    """Load the generator.
 
     Raises:
-        EngineUnusable: one can't be loaded.
+        EngineUnusable: it can't be loaded.
     """
+    tools.engines.generator()
+    yield
+
+
+def open_others(tools: Tools, embeds: bool, rates: bool) -> Iterator[None]:
+    """Load the engines of these stages. Raises as `open_generator`."""
     if embeds:
         tools.engines.embedder()
-    if generates:
-        tools.engines.generator()
+    if rates:
         tools.engines.rater()
     yield
 
@@ -136,24 +143,94 @@ def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> I
 
     The sound of a take stays here until the next one is asked for: see `encode` and `sound_of`.
     """
-    for key in tools.kept.keys() - {one.source for one in wanted}:
-        del tools.kept[key]
+    by_id = {one.request.request_id: one for one in wanted}
+    _keep_only(tools, {one.source for one in wanted})
+    for take, made in _generated(tools, wanted):
+        if made is None:
+            yield take
+        else:
+            yield from _finished(tools, by_id[take.request_id], take, made, output)
+
+
+def generate(
+    tools: Tools, wanted: Sequence[TakeRequest], paths: Mapping[str, Path]
+) -> Iterator[tuple[MadeTake, Variation | None]]:
+    """As `make_takes`, but the sounds are not finished: see `finish`.
+
+    Args:
+        paths: where each sound is stored, by request, for a worker that reads the same disk; the result then
+            has the file mapped into memory. Empty: nothing is stored.
+    """
+    _keep_only(tools, {one.source for one in wanted})
+    for take, made in _generated(tools, wanted):
+        path = paths.get(take.request_id)
+        yield take, made if made is None or path is None else _stored(made, path)
+
+
+def finish(  # noqa: PLR0917 - arguments of tasks are positional
+    tools: Tools,
+    one: TakeRequest,
+    source: Audio | None,
+    take: MadeTake,
+    made: Variation,
+    output: Output,
+    sources: Collection[str],
+) -> Iterator[MadeTake]:
+    """The take of a sound that `generate` has made; its sound stays here until the task ends.
+
+    Args:
+        one: its request, without the source's audio.
+        source: this audio; if it is None and the source was not analysed here before, nothing is yielded.
+        sources: keys of all sources of the batch.
+    """
+    _keep_only(tools, sources)
+    if source is not None:
+        one = with_audio(one, source)
+    elif one.source not in tools.kept:
+        return
+    yield from _finished(tools, one, take, made, output)
+
+
+def with_audio(one: TakeRequest, audio: Audio) -> TakeRequest:
+    """The request with another source's audio."""
+    return replace(one, request=replace(one.request, audio=audio))
+
+
+def _generated(tools: Tools, wanted: Sequence[TakeRequest]) -> Iterator[tuple[MadeTake, Variation | None]]:
+    """What the generator has made, or why there is nothing."""
     generator = tools.engines.generator()
-    by_id = {one.request.request_id: _with_prompt(tools, one) for one in wanted}
-    requests = [one.request for one in by_id.values()]
-    for made in generator.generate(requests, progress=tools.progress, should_stop=tools.should_stop):
-        one = by_id[made.request_id]
-        made_by, prompt = _made_by(generator), one.request.params.get("prompt", "")
+    requests = {one.request.request_id: _with_prompt(tools, one).request for one in wanted}
+    for made in generator.generate(
+        list(requests.values()), progress=tools.progress, should_stop=tools.should_stop
+    ):
+        made_by, prompt = _made_by(generator), requests[made.request_id].params.get("prompt", "")
         take = MadeTake(made.request_id, made_by, prompt, made_with=made_with(generator.name))
         if isinstance(made, Failure):
-            yield replace(take, error=portable(made.error))
-            continue
-        try:
-            judged = _judged(tools, one, made, take, output)
-        except Exception as e:
-            judged = replace(take, error=portable(e))
-        yield judged
-        tools.kept.pop(made.request_id, None)
+            yield replace(take, error=portable(made.error)), None
+        else:
+            yield take, made
+
+
+def _stored(made: Variation, path: Path) -> Variation:
+    np.save(path, made.audio.samples)
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    return replace(made, audio=Audio(mapped, made.audio.sample_rate))
+
+
+def _keep_only(tools: Tools, keys: Collection[str]) -> None:
+    for key in tools.kept.keys() - set(keys):
+        del tools.kept[key]
+
+
+def _finished(
+    tools: Tools, one: TakeRequest, take: MadeTake, made: Variation, output: Output
+) -> Iterator[MadeTake]:
+    try:
+        judged = _judged(tools, one, made, take, output)
+    except Exception as e:
+        judged = replace(take, error=portable(e))
+    yield judged
+    tools.kept.pop(take.request_id, None)
 
 
 def _judged(tools: Tools, one: TakeRequest, made: Variation, take: MadeTake, output: Output) -> MadeTake:

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.executors.process import (
     CLOSE,
     DONE,
     ENGINES,
+    LOADED,
     LOG,
     NEXT,
     PROGRESS,
@@ -52,7 +54,8 @@ class Worker:
             order, content = self._orders.get()
             if order == ENGINES:
                 embedder, generator, rater = content
-                self._engines = LoadedEngines(embedder, generator, rater, self._engines)
+                tell = partial(self.send, LOADED)
+                self._engines = LoadedEngines(embedder, generator, rater, self._engines, tell)
             elif order == RUN:
                 self._run(*content)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from pipeline.config import Retention
 from pipeline.engines.base import UNFINISHED
 from pipeline.fs.copying import error_path
-from pipeline.fs.files import Files
+from pipeline.fs.files import Entry, Files
 from pipeline.fs.names import printable
 from pipeline.outbox.outbox import REJECTED, VARIATIONS, Outbox, is_temporary
 from pipeline.store.schema import SourceFile, Track, TrackState
@@ -121,6 +121,12 @@ def _working_copies(
             if path.name in tracks or now - since > UNKNOWN_AT_LEAST_S:
                 what = "unfinished" if path.parent.name == UNFINISHED else "working copy"
                 yield Removable(what, path, size, since, partial(_remove_copy, store, path, since))
+    if folder := workspace.unfinished_in_bucket:
+        files = workspace.outbox_files
+        for entry in files.entries(folder):
+            if now - entry.changed_s > UNKNOWN_AT_LEAST_S:
+                remove = partial(_remove_unchanged, files, entry)
+                yield Removable("unfinished", entry.path, entry.size, entry.changed_s, remove)
 
 
 def _is_in_work(track: Track | None) -> bool:
@@ -136,6 +142,14 @@ def _remove_copy(store: Store, path: Path, since: float) -> bool:
         else:
             path.unlink(missing_ok=True)
         return True
+
+
+def _remove_unchanged(files: Files, entry: Entry) -> bool:
+    found = files.find(entry.path)
+    if found is None or found.identity != entry.identity:
+        return False
+    files.delete(entry.path)
+    return True
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:

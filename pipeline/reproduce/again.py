@@ -124,7 +124,8 @@ class Again:
             sample_rate=normalize.sample_rate,
             model=choice.model,
             revision=choice.revision,
-            state_dir=None,  # nothing is written there
+            state_dir=None,  # nothing is written
+            bucket_dir=None,
         )
         embedder = select_engine("embed", "descriptors", plain), plain
         self._engines = LoadedEngines(embedder, (choice, settings), None, self._engines)

@@ -11,15 +11,20 @@ import logging
 import math
 import sqlite3
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
 
 from pipeline.engines.base import ProgressFn
 from pipeline.errors import EngineFailure
 from pipeline.executors import tasks
 from pipeline.executors.base import Executor, Task, result_of
+from pipeline.executors.beside import BesideGenerator
 from pipeline.executors.judge import Judge
 from pipeline.executors.tasks import MadeTake, TakeRequest
 from pipeline.fs.disk import environment_error
@@ -30,6 +35,7 @@ from pipeline.outbox.settings import Settings
 from pipeline.plan import Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage
+from pipeline.runner.ahead import made_ahead
 from pipeline.runner.attempts import Attempts, Job
 from pipeline.runner.making import at_album_loudness, file_form, record_of
 from pipeline.runner.takes import JudgedTake, TakeChoice, choices
@@ -39,6 +45,7 @@ from pipeline.store.store import Store
 log = logging.getLogger("pipeline")
 
 TAKE = "take"  # what a held take is called in the state folder
+NO_AUDIO = Audio(np.zeros((1, 0), np.float32), 1)
 
 
 @dataclass(frozen=True)
@@ -153,25 +160,58 @@ class Generation:
         return job.audio(unit.source)
 
     def _call(self, wanted: dict[str, Wanted], names: list[str]) -> None:
-        requests = [one.request for one in wanted.values()]
         self.reporter.stage(names, Stage.GENERATE, total=len(wanted))
         start = self.clock()
-        for made in self.executor.run(
-            tasks.make_takes,
-            requests,
-            self.recipe.config.output,
-            progress=self._progress(requests),
-            should_stop=self.should_stop,
-        ):
-            one = wanted[made.request_id]
-            with self.attempts.guarded(one.job):
-                if made.error:
-                    raise made.error
-                self._take_in(one, made, start)
-            if one.job.over and not all(other.job.over for other in wanted.values()):
-                # again, as the last steps of a track came between
-                self.reporter.stage(names, Stage.GENERATE, total=len(wanted))
-            start = self.clock()
+        with closing(self._takes(wanted)) as takes:
+            for made in takes:
+                one = wanted[made.request_id]
+                with self.attempts.guarded(one.job):
+                    if made.error:
+                        raise made.error
+                    self._take_in(one, made, start)
+                if one.job.over and not all(other.job.over for other in wanted.values()):
+                    # again, as the last steps of a track came between
+                    self.reporter.stage(names, Stage.GENERATE, total=len(wanted))
+                start = self.clock()
+
+    def _takes(self, wanted: Mapping[str, Wanted]) -> Generator[MadeTake, None, None]:
+        """The takes as they are finished; the sound of one stays with the worker until the next is wanted."""
+        requests, output = [one.request for one in wanted.values()], self.recipe.config.output
+        progress, should_stop = self._progress(requests), self.should_stop
+        if not isinstance(self.executor, BesideGenerator):
+            yield from self.executor.run(
+                tasks.make_takes, requests, output, progress=progress, should_stop=should_stop
+            )
+            return
+        folder = self.executor.folder
+        paths = {key: folder / f"{key}.npy" for key in wanted} if folder else {}
+        generate = partial(self.executor.run, tasks.generate, requests, paths)
+        try:
+            with made_ahead(generate, progress, should_stop) as sounds:
+                for take, made in sounds:
+                    one = wanted[take.request_id]
+                    if made is None:
+                        yield take
+                    elif not one.job.over:
+                        yield from self._finished(one.request, take, made, {one.source for one in requests})
+                    _remove(paths, take.request_id)
+        finally:
+            for key in paths:
+                _remove(paths, key)
+
+    def _finished(
+        self, one: TakeRequest, take: MadeTake, made: Any, sources: Collection[str]
+    ) -> Iterator[MadeTake]:
+        """The take of a sound; the source is sent only if the worker hasn't its analysis from before."""
+        bare, output = tasks.with_audio(one, NO_AUDIO), self.recipe.config.output
+        for source in (None, one.request.audio):
+            finish = partial(self.executor.run, tasks.finish, bare, source, take, made, output, sources)
+            is_finished = False
+            for finished in finish(progress=lambda *_: None, should_stop=self.should_stop):
+                is_finished = True
+                yield finished
+            if is_finished:
+                return
 
     # -- takes -----------------------------------------------------------------------------------
 
@@ -337,6 +377,11 @@ class Generation:
             self.reporter.step(sum(shares.values()), len(shares), label)
 
         return progress
+
+
+def _remove(paths: Mapping[str, Path], key: str) -> None:
+    if path := paths.get(key):
+        path.unlink(missing_ok=True)
 
 
 def _last_fault(choice: TakeChoice) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from pipeline.errors import DiskFull
 from pipeline.executors.base import Executor, Executors, WorkerAway
+from pipeline.executors.beside import n_generators
 from pipeline.runner.runner import Runner
 from pipeline.store.schema import Track
 
@@ -136,8 +137,8 @@ class ParallelRunner(Runner):
         return bool(self._ready) and all(id(executor) in self._busy for executor in self._ready)
 
     def _free(self) -> Runner | None:
-        """A runner without a batch whose executor is ready."""
-        self._ready = list(self.executors.ready())
+        """A runner without a batch whose executor is ready; first those that have engines."""
+        self._ready = sorted(self.executors.ready(), key=lambda one: not one.loaded)
         executor = next((one for one in self._ready if id(one) not in self._busy), None)
         return None if executor is None else self._runner_of(executor, Runner)
 
@@ -151,12 +152,18 @@ class ParallelRunner(Runner):
             }
             self._runners[id(executor)] = kind(**{**shared, **own})
         runner = self._runners[id(executor)]
-        runner.n_parallel = len(self._ready)
+        runner.n_parallel = n_generators(self._ready)
         return runner
 
     def _has_unclaimed_tracks(self) -> bool:
-        """Whether more tracks are due than there are runners about to claim some."""
-        n = len(self._unclaimed)
+        """Whether more tracks are due than there are runners about to claim some.
+
+        A worker that is being started, which may wait for a place, keeps no track from one that has engines.
+        """
+        unclaimed = list(self._unclaimed)
+        if any(one.loaded and id(one) not in self._busy for one in self._ready):
+            unclaimed = [key for key in unclaimed if self._runners[key].executor.loaded]
+        n = len(unclaimed)
         return len(self.store.due(n + 1, self.folder, now=self.clock())) > n
 
     def _process_batch(self, runner: Runner) -> None:

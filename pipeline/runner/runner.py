@@ -113,7 +113,7 @@ class Runner:
         return False
 
     def workers(self) -> list[dict[str, Any]]:
-        """What each worker does, for `status`: since when, and how many takes of how many are done."""
+        """What each worker does, for `status`: its engines, since when, and how many takes are done."""
         now, config = self.reporter.activity, self.recipe
         names: dict[str, str] = {
             Stage.EMBED: config.embedder.card.name,
@@ -124,6 +124,7 @@ class Runner:
         return [
             {
                 "where": self.executor.where,
+                "loaded": list(self.executor.loaded),
                 "track": now.name if now else None,
                 "stage": now.stage if now else None,
                 "engine": names.get(now.stage) if now else None,
@@ -223,7 +224,9 @@ class Runner:
             return
         for n in range(1, LOAD_TRIES + 1):
             try:
-                self._run(tasks.open_engines, embeds, generates)
+                if generates:
+                    self._run(tasks.open_generator)
+                self._run(tasks.open_others, embeds, generates)
                 return
             except WorkerLost as e:
                 check_stop(self.should_stop)

@@ -170,6 +170,7 @@ class Watch:
         if worked:
             return 0.0
         self.session.runner.release_if_idle()
+        self.session.health.note(workers=self.session.workers())
         return self._until_next()
 
     def _scan_if_due(self) -> None:

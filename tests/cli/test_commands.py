@@ -552,6 +552,20 @@ def test_while_doctor_repairs_status_shows_no_report_of_an_earlier_instance(
     assert [(facts["instance"], facts["mode"], facts["degraded"]) for facts in seen] == [(True, None, [])]
 
 
+def test_doctor_shows_the_engines_that_the_workers_of_a_running_instance_have_loaded(
+    home: Home, pipeline: Pipeline
+) -> None:
+    workspace = App.open(home.folder, None).workspace
+    workspace.prepare()
+    musicgen = {"where": "node 10.0.0.4, GPU 0", "loaded": ["clap (laion/clap)", "musicgen (a/b)"]}
+    with workspace.locked():
+        Health(workspace.health).note(workers=[musicgen, {"where": "process 2", "loaded": []}])
+        while_it_runs = pipeline("doctor").out
+    assert "worker (node 10.0.0.4, GPU 0): has clap (laion/clap), musicgen (a/b) loaded" in while_it_runs
+    assert "ok    worker (process 2): has no engine loaded" in while_it_runs
+    assert "worker (" not in pipeline("doctor").out
+
+
 def test_status_says_what_each_worker_does(home: Home) -> None:
     facts = status_facts(App.open(home.folder, None))
     busy = {

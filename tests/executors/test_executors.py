@@ -53,6 +53,14 @@ def test_values_and_progress_come_in_their_order(executor: Executor) -> None:
     assert steps == [("echo", 1, 2), ("echo", 2, 2)]
 
 
+def test_it_is_known_which_engines_are_loaded(executor: Executor) -> None:
+    assert executor.loaded == []
+    [(name, _)] = run(executor, worker_tasks.embedder_of)
+    assert executor.loaded == [name] == ["descriptors"]
+    executor.close()
+    assert executor.loaded == []
+
+
 def test_another_task_runs_between_two_results(executor: Executor) -> None:
     outer = executor.run(worker_tasks.echo, "a", "b", progress=lambda *_: None, should_stop=lambda: False)
     assert next(outer) == "a"

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import worker_tasks
 from executor_setup import cluster_at
-from home_folder import ROOT
+from home_folder import ROOT, Home, contents, run, write_music
 from ray_setup import NEEDS_RAY, add_node, ray_head
 
+from pipeline.app import App
 from pipeline.errors import EngineUnusable
+from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_nodes import Resources
+from pipeline.executors.tasks import MadeTake
 
 pytestmark = [pytest.mark.long, NEEDS_RAY]  # starts a cluster
 
@@ -58,6 +61,42 @@ def test_a_worker_has_a_gpu_of_its_own_and_others_normalize_beside_it(several: A
     finally:
         joined.close()
         several.remove_node(node)
+
+
+def test_workers_beside_a_gpu_get_its_sounds_without_the_owner(
+    several: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    isolated: None,
+) -> None:
+    """The same bytes as in the program itself, by nodes of which one has a GPU."""
+    alone, home = Home(tmp_path / "alone"), Home(tmp_path / "home")
+    for one in (alone, home):
+        one.configure()
+        for seed in range(3):
+            write_music(one.inbox / f"{seed}.wav", seed=seed)
+    assert run(capsys, monkeypatch, alone, "once").code == 0
+    home.configure(device="cuda", executor={"kind": "ray", "address": several.address})
+    monkeypatch.setattr(App, "_generates_on_gpu", True)
+    received, get = [], RayExecutor._get
+
+    def noted(self: RayExecutor, call: Any) -> Any:
+        match found := get(self, call):
+            case (_, (MadeTake(), sound), _):
+                received.append(type(sound).__name__)
+        return found
+
+    monkeypatch.setattr(RayExecutor, "_get", noted)
+    nodes = [add_node(several, 1, num_gpus=1), add_node(several, 2)]
+    try:
+        ended = run(capsys, monkeypatch, home, "once")
+        assert ended.code == 0, ended.err
+    finally:
+        for node in nodes:
+            several.remove_node(node)
+    assert contents(home.outbox) == contents(alone.outbox)
+    assert received == ["ObjectRef"] * 6
 
 
 def test_a_node_with_another_version_is_refused_before_it_works(several: Any, tmp_path: Path) -> None:

@@ -49,6 +49,16 @@ def test_a_worker_without_a_model_takes_one_core_and_one_with_a_model_all_or_a_g
     assert cluster_of(given, models=True, device="cuda").resources == Resources(3, 0.5)
 
 
+def test_a_generator_on_a_gpu_leaves_the_cores_to_workers_beside_it(
+    cluster_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(App, "_generates_on_gpu", True)
+    cluster = cluster_of(NAMED, models=True, device="cuda")
+    assert (cluster.resources, cluster.on_gpu, cluster.normalizes_ahead) == (Resources(0, 1), True, False)
+    given = {**NAMED, "resources_per_worker": {"cpu": 2, "gpu": 1}}
+    assert cluster_of(given, models=True, device="cuda").resources == Resources(2, 1)
+
+
 def test_models_have_the_threads_of_a_worker_process_and_others_those_of_their_share(cluster_of: Any) -> None:
     assert threads_of(cluster_of(LOCAL, models=True)) == {None}
     assert threads_of(cluster_of(NAMED, models=True)) == {"4"}

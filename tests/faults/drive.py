@@ -42,6 +42,7 @@ CHECK_EVERY_S = 0.05
 RATE_HZ, SECONDS, RESCAN_S = 8000, 1.2, 0.5  # of many small files
 PACE_STEPS, PACE_S = 40, 0.05
 AT_ONCE = {"PACE_S": "0"}  # environment: the paced engine without its pauses
+BESIDE = {"BESIDE_GENERATOR": "1"}  # environment: any generator has workers beside it, as one on a GPU has
 STUCK_AT = "STUCK_AT"  # environment: a file that the stuck engine makes when it begins
 
 
@@ -106,6 +107,10 @@ def register() -> None:
         cards()[name] = card(
             name, "generate", lambda settings, kind=kind, name=name: kind(settings.sample_rate, name)
         )
+    if BESIDE.items() <= os.environ.items():
+        from pipeline.app import App
+
+        App._generates_on_gpu = True  # type: ignore[assignment]
 
 
 # -- the child -------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ folders. How often a manifest was written is counted on the way to the server.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from harness import KILLED, TIMEOUT_S, ForkServer, ProgramRun, new_home, why_not
 from home_folder import Home
-from invariants import Reference, check_finished, inputs_of, kills, states
+from invariants import Reference, check_finished, inputs_of, kills, states, tracks
+from test_workers import workers_of
 
 from pipeline.service.health import read_health
 
@@ -30,6 +33,9 @@ pytestmark = pytest.mark.long  # minutes, and packages that only test-all instal
 FILES = 12
 KILLS = 30
 LONGEST_RUN_S = 4.0  # of those that are killed; a whole batch takes about as long
+KILLS_WITH_WORKERS = 12
+LONGEST_WORK_S = 8.0  # of a run with workers after they have been started, which takes seconds
+LONGEST_REST_S = 2.0  # of a run after a worker was killed
 CHECK_EVERY_S = 0.1
 
 
@@ -41,6 +47,7 @@ class Batches:
     proxy: Proxy
     fork_server: ForkServer
     folder: Path
+    executor: Any = "inline"
     n: int = 0
     reference: Reference | None = None
 
@@ -54,7 +61,8 @@ class Batches:
         upload(self.bucket, home.inbox)
         retry = {"max_attempts": 100, "backoff_s": 0}
         pages = {"enabled": True}
-        configure(home, self.bucket, retry=retry, intake={"settle_s": 0, "poll_s": 0.2}, gallery=pages)
+        intake = {"settle_s": 0, "poll_s": 0.2}
+        configure(home, self.bucket, retry=retry, intake=intake, gallery=pages, executor=self.executor)
         return Batch(self, home, self.bucket)
 
 
@@ -64,6 +72,7 @@ class Batch:
     home: Home
     bucket: Bucket
     runs: list[ProgramRun] = field(default_factory=list)
+    killed_workers: int = 0
 
     def start(self, verb: str) -> ProgramRun:
         run = self.batches.fork_server.start(self.home, verb)
@@ -94,19 +103,31 @@ class Batch:
         written = [n for line, n in passed if line.startswith(begin) and line.endswith(end)]
         assert written == [1] * FILES, "a manifest was written twice"
 
+    def kill_a_worker(self, run: ProgramRun, rng: random.Random) -> None:
+        """Kill one of the run's workers, if it has any."""
+        if workers := workers_of(run):
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(workers), signal.SIGKILL)
+                self.killed_workers += 1
 
-@pytest.fixture(scope="module")
-def batches(server: BucketServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Batches]:
+    def check_attempts(self) -> int:
+        """No more attempts are counted than workers were killed; returns how many were."""
+        counted = sum(attempts for _, attempts in tracks(self.home).values())
+        assert counted <= self.killed_workers, f"{counted} attempts for {self.killed_workers} workers"
+        return counted
+
+
+@contextmanager
+def batches_in(server: BucketServer, folder: Path, executor: Any = "inline") -> Iterator[Batches]:
     from bucket_proxy import proxy_to
 
     if reason := why_not():
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("batches")
     with proxy_to(server.port) as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in server.variables(port=proxy.port).items():
             patch.setenv(name, value)
         with ForkServer(folder / "fork_server") as fork_server:
-            made = Batches(server.made_bucket("batches"), proxy, fork_server, folder)
+            made = Batches(server.made_bucket(folder.name), proxy, fork_server, folder, executor)
             undisturbed = made.new()
             inputs = inputs_of(undisturbed.home)
             assert undisturbed.ends_by_itself("once") == 0, undisturbed.runs[0].out
@@ -114,6 +135,19 @@ def batches(server: BucketServer, tmp_path_factory: pytest.TempPathFactory) -> I
             made.reference = Reference.of(undisturbed.home, inputs)
             undisturbed.check()
             yield made
+
+
+@pytest.fixture(scope="module")
+def batches(server: BucketServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Batches]:
+    with batches_in(server, tmp_path_factory.mktemp("batches")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def batches_with_workers(server: BucketServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Batches]:
+    two_processes = {"kind": "process", "workers": 2}
+    with batches_in(server, tmp_path_factory.mktemp("batches-with-workers"), two_processes) as made:
+        yield made
 
 
 @pytest.fixture
@@ -143,6 +177,32 @@ def test_kills_lose_nothing(batches: Batches, figures: list[str], verb: str) -> 
     figures.append(
         f"{verb} over S3: {n_kills} kills over {n_batches} batches of {FILES} files, {n_runs} runs:"
         " 0 lost, 0 published twice, 0 torn"
+    )
+
+
+@pytest.mark.parametrize("verb", ["once", "watch"])
+def test_kills_of_owners_and_workers_lose_nothing(
+    batches_with_workers: Batches, figures: list[str], verb: str
+) -> None:
+    rng, batch, counted = random.Random(8), batches_with_workers.new(), 0
+    while kills(batch.runs) < KILLS_WITH_WORKERS and not batch.is_over():
+        run = batch.start(verb)
+        while run.wait(CHECK_EVERY_S) is None and not workers_of(run):
+            pass
+        run.wait(rng.uniform(0, LONGEST_WORK_S))
+        if rng.random() < 0.5:
+            batch.kill_a_worker(run, rng)
+            run.wait(rng.uniform(0, LONGEST_REST_S))
+        run.signal(signal.SIGKILL)
+        run.end()
+        counted = max(counted, batch.check_attempts())
+    assert batch.ends_by_itself(verb) == 0, batch.runs[-1].out
+    batch.check()
+    assert {run.code for run in batch.runs} <= {0, KILLED}
+    figures.append(
+        f"{verb} over S3 with processes: {kills(batch.runs)} kills of owners and {batch.killed_workers} of"
+        f" workers, {FILES} files, {counted} attempts counted at the same time: 0 lost, 0 published twice,"
+        " 0 torn"
     )
 
 

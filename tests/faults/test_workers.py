@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from drive import IMPORTS, Child, counts, log_of, start, status, wait_until
+from drive import BESIDE, IMPORTS, Child, counts, log_of, start, status, wait_until
+from harness import ProgramRun
 from home_folder import Home, contents, write_music
 from invariants import check_database, check_no_leftovers
 
@@ -38,12 +39,12 @@ def fill(home: Home, names: list[str] = TRACKS) -> None:
         write_music(home.inbox / name, seed=int(name[0]), seconds=8.0)
 
 
-def workers_of(child: Child) -> list[int]:
+def workers_of(owner: Child | ProgramRun) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == child.pid and state != "Z":
+            if int(parent) == owner.pid and state != "Z":
                 found.append(int(stat.parent.name))
     return found
 
@@ -93,10 +94,10 @@ def test_processes_give_the_same_bytes_as_the_program_alone(home: Home, undistur
     check_done(home, undisturbed)
 
 
-def kill_at_random(home: Home, rng: random.Random) -> str:
+def kill_at_random(home: Home, rng: random.Random, env: dict[str, str] | None) -> str:
     """Start a run, and kill it or one of its workers after a while; returns which."""
     victim = rng.choice(["owner", "worker"])
-    with start(home, "once") as child:
+    with start(home, "once", env=env) as child:
         wait_until(lambda: workers_of(child) or not child.is_alive(), "it works", child=child)
         time.sleep(rng.uniform(0, 2.5))
         workers = workers_of(child)
@@ -113,12 +114,20 @@ def kill_at_random(home: Home, rng: random.Random) -> str:
     return victim
 
 
-def kill_until_done(home: Home, undisturbed: dict[str, str], *, kills: int, seed: int) -> str:
-    configure(home)
+def kill_until_done(
+    home: Home,
+    undisturbed: dict[str, str],
+    *,
+    kills: int,
+    seed: int,
+    workers: int = 2,
+    env: dict[str, str] | None = None,
+) -> str:
+    configure(home, workers=workers)
     fill(home)
     rng, killed = random.Random(seed), Counter[str]()
     for _ in range(kills):
-        killed[kill_at_random(home, rng)] += 1
+        killed[kill_at_random(home, rng, env)] += 1
         if not killed["worker"]:
             store = home.store()
             assert {track.attempts for track in store.tracks()} <= {0}
@@ -126,7 +135,7 @@ def kill_until_done(home: Home, undisturbed: dict[str, str], *, kills: int, seed
         if counts(home).get("done") == len(TRACKS):
             for name in TRACKS:
                 assert home.in_child("requeue", name, "--stage", "generate").code == 0
-    with start(home, "once") as child:
+    with start(home, "once", env=env) as child:
         assert child.ended() == 0, child.text()
     check_done(home, undisturbed)
     return f"processes: {dict(killed)} killed: 0 lost, 0 twice, 0 torn"
@@ -153,6 +162,17 @@ def test_10_kills_of_owners_and_workers_lose_nothing(
     home: Home, undisturbed: dict[str, str], figures: list[str]
 ) -> None:
     figures.append(kill_until_done(home, undisturbed, kills=10, seed=5))
+
+
+def test_kills_of_generators_and_of_workers_beside_them_lose_nothing(
+    home: Home, undisturbed: dict[str, str], figures: list[str]
+) -> None:
+    env = {**SITE, **BESIDE}
+    figures.append(kill_until_done(home, undisturbed, kills=10, seed=9, workers=1, env=env))
+    store = home.store()
+    made = [one for track in store.tracks() for one in store.attempts(track.sha256) if one.outcome == "done"]
+    store.close()
+    assert all(one.worker and " beside process " in one.worker for one in made)
 
 
 @pytest.mark.torture

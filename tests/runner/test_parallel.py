@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,47 @@ def test_an_executor_that_becomes_ready_is_used_while_others_work(
 
     assert setup.states(hashes) == [("done", 0)] * 2
     assert second.calls
+
+
+@dataclass
+class Starting(StubEngines):
+    """Engines that are not there until they may be loaded."""
+
+    may_load: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def loaded(self) -> list[str]:
+        return []
+
+    def generator(self) -> StubGenerator:
+        assert self.may_load.wait(WAIT_S)
+        return super().generator()
+
+
+def test_a_worker_that_waits_for_a_place_keeps_no_track_from_another(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first track keeps one worker busy until the other one is being started for the second."""
+    hashes = setup.add_tracks("a.wav", "b.wav")
+    monkeypatch.setattr(Runner, "_batch_size", lambda self: 1)
+    starting, made = Starting(StubGenerator()), list[str]()
+
+    def answer(request: VariationRequest) -> Variation:
+        until = time.monotonic() + WAIT_S
+        while len(runner._busy) == 1 and not made:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        made.append(request.track_id)
+        if len(set(made)) == 2:
+            starting.may_load.set()
+        return noise(request)
+
+    runner = parallel(setup, StubGenerator(answer))
+    runner.executors = FixedExecutors([InlineExecutor(starting, StubJudge()), *runner.executors.ready()])
+    runner.drain()
+
+    assert setup.states(hashes) == [("done", 0)] * 2
+    assert starting.stub_generator.calls == []
 
 
 class FullOnce(Outbox):

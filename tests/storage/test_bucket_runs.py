@@ -157,6 +157,23 @@ def test_gc_removes_old_results_and_archived_sources(setup: BucketHome) -> None:
     assert setup.run("once").out.startswith("0 done, 0 failed")
 
 
+def test_gc_removes_old_unfinished_work_of_engines(setup: BucketHome) -> None:
+    from bucket_server import aged
+
+    assert setup.run("once").code == 0
+    old, new = (f"out/.engines/musicgen/unfinished/{name}.tokens.npz" for name in ("old", "new"))
+    for key in (old, new):
+        setup.bucket.put(key, b"tokens")
+    aged(setup.bucket, old, by_s=30 * 86400)
+    before = setup.bucket.listed()
+    assert setup.run("doctor").code == 0
+    setup.configure(retention={"work_days": 7})
+
+    assert "1 removed" in setup.run("gc").out
+
+    assert set(before) - set(setup.bucket.listed()) == {old}
+
+
 def test_a_folder_of_the_disk_is_processed_into_a_bucket(setup: BucketHome) -> None:
     ended = setup.run("once", str(setup.sources))
     assert ended.code == 0, ended.err

@@ -27,14 +27,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.engines.base import (
-    UNFINISHED,
-    EngineCard,
-    EngineSection,
-    EngineSettings,
-    Generator,
-    Params,
-)
+from pipeline.engines.base import EngineCard, EngineSection, EngineSettings, Generator, Params
 
 VERSION = "7"
 DEFAULT_MODEL = "facebook/musicgen-melody"
@@ -138,7 +131,7 @@ def _load(settings: EngineSettings) -> Generator:
     from pipeline.engines.musicgen.checkpoint import load_checkpoint
     from pipeline.engines.musicgen.engine import MusicgenGenerator
     from pipeline.engines.musicgen.precision import open_decoder
-    from pipeline.engines.musicgen.savepoints import Savepoints
+    from pipeline.engines.musicgen.savepoints import savepoints_for
     from pipeline.weights import hub
 
     section = settings.sections.get(ENGINE.name, MusicgenSection())
@@ -153,7 +146,7 @@ def _load(settings: EngineSettings) -> Generator:
         decoder,
         check,
         max_memory_gb=section.max_memory_gb,
-        saved=Savepoints(None if folder is None else folder / UNFINISHED),
+        saved=savepoints_for(settings, FOLDER),
     )
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from musicgen_setup import generator_with, never, results_of
+from set_clock import SetClock
 from tones import RequestFn
 
-from pipeline.engines.musicgen.savepoints import Savepoints
+from pipeline.engines.base import EngineSettings
+from pipeline.engines.musicgen.savepoints import BucketSavepoints, Savepoints, savepoints_for
 from pipeline.errors import Stopped
 from pipeline.records import Failure, VariationRequest
+
+if TYPE_CHECKING:
+    from bucket_server import Bucket
 
 pytestmark = pytest.mark.long  # half a minute together
 
@@ -276,3 +282,54 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         Savepoints(tmp_path).save("it", np.zeros((4, 2), np.int64))
+
+
+# -- in a bucket --------------------------------------------------------------------------------------
+
+
+def test_another_worker_goes_on_from_the_tokens_in_a_bucket(
+    musicgen: Any, request_for: RequestFn, bucket: Bucket
+) -> None:
+    """Tokens are offered every 100 steps, which are 100 s here; in the bucket they are first after 200."""
+    request, clock, folder = request_for(duration_s=4.0, guidance=1.0), SetClock(), f"s3:/{bucket.name}/out"
+    (whole,) = results_of(generator_with(musicgen.checkpoint, "int8"), request).values()
+
+    def step(_: str, done: int, total: int) -> None:
+        clock.now = float(done)
+
+    lost = BucketSavepoints(Path(folder), clock)
+    results = generator_with(musicgen.checkpoint, "int8", saved=lost).generate(
+        [request], progress=step, should_stop=lambda: clock.now == 200
+    )
+    with pytest.raises(Stopped):
+        next(results)
+    lost._thread.shutdown()
+    assert len(bucket.listed("out")) == 1
+
+    other = BucketSavepoints(Path(folder))
+    samples, steps = resumed(generator_with(musicgen.checkpoint, "int8", saved=other), request)
+    other._thread.shutdown()
+    assert steps == 203 - 200
+    assert samples.tobytes() == whole.audio.samples.tobytes()
+    assert bucket.listed("out") == []
+
+
+def test_without_access_to_the_bucket_variations_are_made_all_the_same(
+    musicgen: Any, request_for: RequestFn, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    saved = BucketSavepoints(Path(f"s3:/{bucket.name}/out"))
+    with caplog.at_level(logging.INFO):
+        (made,) = results_of(generator_with(musicgen.checkpoint, "int8", saved=saved), request_for()).values()
+        saved._thread.shutdown()
+    assert not isinstance(made, Failure)
+    assert caplog.text.count("not saved: s3://") == 1
+
+
+def test_the_bucket_is_for_workers_that_do_not_reach_the_state_folder(tmp_path: Path) -> None:
+    bucket_dir = Path("s3:/music/out/.engines")
+    local = savepoints_for(EngineSettings(state_dir=tmp_path, bucket_dir=bucket_dir), "musicgen")
+    away = savepoints_for(EngineSettings(bucket_dir=bucket_dir), "musicgen")
+    assert (type(local), local.folder) == (Savepoints, tmp_path / "musicgen" / "unfinished")
+    assert (type(away), away.folder) == (BucketSavepoints, bucket_dir / "musicgen" / "unfinished")
+    assert savepoints_for(EngineSettings(), "musicgen").folder is None

@@ -1,0 +1,214 @@
+"""Workers on the CPU that share a generator: what runs where and at the same time, and what an error ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runner_setup import Answer, RunnerSetup, StubEngines, StubGenerator, StubJudge, noise
+
+from pipeline.config import Gates
+from pipeline.engines.base import Embedder, Generator, Rater
+from pipeline.errors import DiskFull, EngineFailure, Stopped
+from pipeline.executors.base import FixedExecutors
+from pipeline.executors.beside import BesideGenerator, beside
+from pipeline.executors.inline import InlineExecutor
+from pipeline.executors.judge import Verdict
+from pipeline.outbox.outbox import Outbox, Published
+from pipeline.records import VariationRequest
+from pipeline.runner.parallel import ParallelRunner
+from pipeline.runner.runner import Runner
+from pipeline.stages import Finished
+
+WAIT_S = 30.0  # after which a test that would hang fails
+Judged = Callable[[Finished, Gates], Verdict]
+
+
+def passed(made: Finished, gates: Gates) -> Verdict:
+    return Verdict((), 0.0, None, {}, made)
+
+
+class OnlyGenerator(StubEngines):
+    """The engines of a worker from which only sounds are wanted."""
+
+    def embedder(self) -> Embedder:
+        raise AssertionError("it embeds")
+
+    def rater(self) -> Rater:
+        raise AssertionError("it rates")
+
+
+class NoGenerator(StubEngines):
+    """The engines of a worker that makes no sounds."""
+
+    def generator(self) -> Generator:
+        raise AssertionError("it generates")
+
+
+class NoJudge(StubJudge):
+    def judge(self, *_: Any) -> Verdict:
+        raise AssertionError("it judges")
+
+
+@dataclass
+class Work:
+    """A runner with two workers that share a generator."""
+
+    setup: RunnerSetup
+    answer: Answer = noise
+    judged: Judged = passed
+    outbox: Outbox | None = None
+    generator: StubGenerator = field(init=False)
+    pairs: list[BesideGenerator] = field(init=False)
+    runner: ParallelRunner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = StubGenerator(self.answer)
+        shared = InlineExecutor(OnlyGenerator(self.generator), NoJudge())
+        others = [
+            InlineExecutor(NoGenerator(StubGenerator()), StubJudge(verdict=self.judged)) for _ in range(2)
+        ]
+        self.pairs = beside(shared, others, self.setup.workspace.state)
+        plain = self.setup.runner(outbox=self.outbox)
+        parts = {one.name: getattr(plain, one.name) for one in fields(Runner)}
+        self.runner = ParallelRunner(**parts, executors=FixedExecutors(self.pairs), wake=lambda: None)
+
+
+def test_takes_are_those_of_one_worker_and_everything_but_the_sounds_is_made_beside_the_generator(
+    setup: RunnerSetup, tmp_path: Path
+) -> None:
+    other = RunnerSetup.at(tmp_path / "other")
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav")
+    assert other.add_tracks("a.wav", "b.wav", "c.wav") == hashes
+    other.runner().drain()
+
+    work = Work(setup)
+    work.runner.drain()
+
+    assert setup.states(hashes) == [("done", 0)] * 3
+    for sha256 in hashes:
+        assert setup.files(sha256) == other.files(sha256)
+        workers = {attempt.worker for attempt in setup.store.attempts(sha256)}
+        assert all(worker and " beside process " in worker for worker in workers)
+    assert not list(setup.workspace.state.glob("*.npy"))
+
+
+def test_the_generator_goes_on_while_its_first_sound_is_finished(setup: RunnerSetup) -> None:
+    """The first verdict is given when the second sound is made."""
+    [sha256] = setup.add_tracks("a.wav")
+    second = threading.Event()
+    n_asked = iter(range(100))
+
+    def answer(request: VariationRequest) -> Any:
+        if next(n_asked) == 1:
+            second.set()
+        return noise(request)
+
+    def judged(made: Finished, gates: Gates) -> Verdict:
+        assert second.wait(WAIT_S)
+        return passed(made, gates)
+
+    Work(setup, answer, judged).runner.drain()
+    assert setup.states([sha256]) == [("done", 0)]
+
+
+def test_another_batch_has_the_generator_while_the_takes_of_the_first_are_finished(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first verdict is given when the generator was called for both batches, one after the other."""
+    hashes = setup.add_tracks("a.wav", "b.wav")
+    monkeypatch.setattr(Runner, "_batch_size", lambda self: 1)
+    both, at_work = threading.Event(), threading.Lock()
+
+    def answer(request: VariationRequest) -> Any:
+        assert at_work.acquire(blocking=False), "two calls of the generator at the same time"
+        if len(work.generator.calls) == 2:
+            both.set()
+        at_work.release()
+        return noise(request)
+
+    def judged(made: Finished, gates: Gates) -> Verdict:
+        assert both.wait(WAIT_S)
+        return passed(made, gates)
+
+    work = Work(setup, answer, judged)
+    work.runner.drain()
+    assert setup.states(hashes) == [("done", 0)] * 2
+    assert len(work.generator.calls) == 2
+
+
+def test_a_batch_is_as_large_as_for_one_worker(setup: RunnerSetup) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav", "d.wav")
+    work = Work(setup)
+    work.runner.drain()
+    assert [sorted(call) for call in work.generator.calls] == [sorted(hashes * 2)]
+
+
+def test_a_take_that_cannot_be_judged_fails_its_track_alone(tmp_path: Path) -> None:
+    """What the generator then makes for it is dropped: of six sounds, one isn't judged."""
+    setup = RunnerSetup.at(tmp_path, count=2, max_attempts=1)
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav")
+    n_judged = iter(range(100))
+
+    def judged(made: Finished, gates: Gates) -> Verdict:
+        if next(n_judged) == 0:
+            raise EngineFailure("can't be judged")
+        return passed(made, gates)
+
+    Work(setup, judged=judged).runner.drain()
+    assert sorted(setup.states(hashes)) == [("done", 0), ("done", 0), ("failed", 1)]
+    assert next(n_judged) == 5
+
+
+def test_an_error_of_the_machine_stops_the_generator_and_leaves_it_to_others(tmp_path: Path) -> None:
+    setup = RunnerSetup.at(tmp_path, count=1)
+    hashes = setup.add_tracks("a.wav", "b.wav")
+    failed = threading.Event()
+
+    class Endless(StubGenerator):
+        """After its first sound it waits until it is stopped."""
+
+        def generate(self, requests: Sequence[Any], *, progress: Any, should_stop: Any) -> Iterator[Any]:
+            yield noise(requests[0])
+            assert failed.wait(WAIT_S)
+            until = time.monotonic() + WAIT_S
+            while not should_stop():
+                assert time.monotonic() < until
+            raise Stopped("asked to stop")
+
+    class Full(Outbox):
+        """An outbox in which no variation has room."""
+
+        def publish(self, folder: str, file: str, content: bytes) -> Published:
+            if not file.endswith(".wav"):
+                return super().publish(folder, file, content)
+            failed.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    work = Work(setup, outbox=Full(setup.workspace.outbox_files))
+    work.pairs[0].generator.engines.stub_generator = Endless()  # type: ignore[attr-defined]
+    with pytest.raises(DiskFull):
+        work.runner.drain()
+    assert not work.pairs[0].turn.locked()
+    assert [state for state, _ in setup.states(hashes)] == ["queued"] * 2
+
+
+def test_a_stop_ends_the_generator_and_queues_all_tracks_again(setup: RunnerSetup) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav")
+
+    def stop(request: VariationRequest) -> Any:
+        setup.stop = True
+        return noise(request)
+
+    work = Work(setup, stop)
+    with pytest.raises(Stopped):
+        work.runner.drain()
+    assert not work.pairs[0].turn.locked()
+    assert setup.states(hashes) == [("queued", 0)] * 2
