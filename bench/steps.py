@@ -197,7 +197,7 @@ class StepTimer:
         # The timed steps lie around the target; each adds a position.
         own = self._targets[0] - WARM_STEPS - (self._timed + 1) // 2
         positions = max(now, self._prefix + own)
-        if not _fits((positions - now) * self._rows * position_bytes()):
+        if not fits((positions - now) * self._rows * position_bytes()):
             self._left_out += self._targets
             raise Measured
         del self._targets[0]
@@ -207,7 +207,7 @@ class StepTimer:
             self._cache.put(layer, keys.index_select(2, which), values.index_select(2, which))
 
 
-def _fits(more_bytes: int) -> bool:
+def fits(more_bytes: int) -> bool:
     """Whether so much more memory is available while the mapped weights stay resident."""
     free = available_bytes()
     return free is None or more_bytes <= free - mapped_bytes() - RESERVE_BYTES

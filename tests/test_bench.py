@@ -60,6 +60,62 @@ def test_this_engine_and_its_peer_are_measured_and_compared(narrow: Path, tmp_pa
     )
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with two layers."""
+    import true_size  # noqa: F401  # which knows where the builders are
+    from checkpoints import build_musicgen
+
+    return build_musicgen(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variations", [1, 3])
+@pytest.mark.parametrize(
+    ("peer", "tolerance"), [("torch-float32", 1e-4), ("torch-int8", 0.05), ("openvino-int8", 0.05)]
+)
+def test_the_peers_compute_the_librarys_logits(
+    tiny: Path, peer: str, tolerance: float, variations: int
+) -> None:
+    """Tokens are given; a variation's two rows follow a melody and prompt, and the null condition."""
+    import peer_transformers
+    import torch
+    from peer_openvino import OpenVINODecoder
+    from peer_torch import PlainDecoder
+
+    library, _, precision = peer.partition("-")
+    pytest.importorskip(library)
+    model, batch = peer_transformers.load(tiny), peer_transformers.inputs(tiny, 1)
+    tokens = torch.randint(0, 2048, (variations, 4, 6), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoder: Any = (
+            OpenVINODecoder(model.decoder)
+            if library == "openvino"
+            else PlainDecoder(model.decoder, "int8" if precision == "int8" else "float32")
+        )
+        decoder.prefill(peer_transformers.prefixes(model, batch), variations, 8)
+        ours = torch.stack([decoder.step(tokens[..., step].repeat(2, 1)) for step in range(6)], dim=2)
+        theirs = librarys_logits(model, batch, tokens)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) <= tolerance
+
+
+def librarys_logits(model: Any, batch: Any, tokens: Any) -> Any:
+    """Of conditional, then of unconditional rows, (rows, codebooks, steps, vocabulary)."""
+    import torch
+
+    (n, codebooks, steps), chroma = tokens.shape, batch["input_features"].repeat(len(tokens), 1, 1)
+    null = torch.zeros_like(chroma)
+    null[..., 0] = 1
+    mask = batch["attention_mask"].repeat(n, 1)
+    found = model(
+        input_ids=batch["input_ids"].repeat(2 * n, 1),
+        attention_mask=torch.cat([mask, torch.zeros_like(mask)]),
+        input_features=torch.cat([chroma, null]),
+        decoder_input_ids=tokens.flatten(0, 1).repeat(2, 1),
+    )
+    return found.logits.unflatten(0, (2 * n, codebooks))[:, :, -steps:]
+
+
 @pytest.mark.long
 def test_the_memory_bandwidth_is_measured() -> None:
     import bandwidth
