@@ -71,7 +71,7 @@ def run(
             guidance_scale=GUIDANCE,
             max_length=n_steps(DURATION_S) + 1,
         )
-    return timer.result(f"transformers generate(), {variations} at once", load_s)
+    return timer.result("transformers generate(), float32", load_s)
 
 
 def decode(folder: Path, duration_s: float = DURATION_S) -> Decode:

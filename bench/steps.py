@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from child import GIB, available_bytes, mapped_bytes, peak_bytes
+from child import mapped_bytes, peak_bytes
+from machine import GIB, available_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True)
 class PeerRun:
-    """One peer's time for a number of variations of one track, made at once."""
+    """The time for a number of variations, made at once."""
 
     name: str
     variations: int
@@ -65,7 +66,7 @@ class PeerRun:
     left_out: tuple[int, ...]  # own steps whose cache does not fit into memory
     load_s: float
     peak_bytes: int  # with the longest cache measured
-    others_cores: float = 0.0  # cores that other processes kept busy meanwhile
+    others_cores: float = 0.0  # cores that were busy with other work meanwhile
 
     def lm_s(self, duration_s: float = DURATION_S) -> float:
         """Seconds until all tokens of all variations are there, without EnCodec."""
@@ -95,6 +96,7 @@ class Missing:
     """A peer that could not be measured."""
 
     name: str
+    variations: int
     reason: str
 
 
