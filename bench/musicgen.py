@@ -112,9 +112,11 @@ def conclude(
     """Print the tables of all runs, by their names in `CONTENDERS`.
 
     Raises:
-        SystemExit: the machine was busy with other work, so there are no ratios.
+        SystemExit: the machine was busy with other work, so there are no ratios; or there are no runs.
     """
     runs = [run for of_name in found.values() for run in of_name]
+    if not runs:
+        sys.exit("Nothing could be measured.")
     print("\n" + "\n".join(report.figures(runs, decode)))
     print(f"\n{at_end:.2f} cores are busy with other work at the end")
     if figures_only or BASE not in found:

@@ -65,7 +65,10 @@ def figures(runs: Sequence[PeerRun], decode: Decode) -> list[str]:
         *(first.untouched.context - first.untouched.own + own for own in OWN_STEPS),
     ]
     lines = [
-        f"| | variations | {' | '.join(map(str, contexts))} | prefill, s | tokens | with EnCodec | GiB |",
+        "Milliseconds a step by positions, seconds of the prefill, seconds per second of audio (tokens alone"
+        " and with EnCodec), and peak memory in GiB:",
+        "",
+        f"| | variations | {' | '.join(map(str, contexts))} | prefill | tokens | with EnCodec | memory |",
         "|---|---|" + "---|" * (len(contexts) + 4),
     ]
     for run in runs:
