@@ -41,8 +41,8 @@ test-audiobox: $(VENV)/with-audiobox/done
 torture: $(VENV)/full
 	$(BIN)/python -m pytest tests/faults -m torture
 
-# MusicGen against its peers, on random weights of the true size (6 GB, made once): about half an hour.
-bench: $(VENV)/full
+# MusicGen against its peers, on random weights of the true size (6 GB, made once): about a quarter of an hour.
+bench: $(VENV)/bench
 	$(BIN)/python bench/musicgen.py
 
 lint: $(VENV)/full
@@ -65,8 +65,12 @@ $(VENV)/full: requirements.txt requirements-core.txt requirements-models.txt
 	$(BIN)/$(PIP_INSTALL) -r requirements.txt
 	touch $@ $(VENV)/core
 
-$(VENV)/all: requirements-test-all.txt requirements-s3.txt requirements-search.txt requirements-ray.txt $(VENV)/full
+$(VENV)/all: requirements-test-all.txt requirements-bench.txt requirements-s3.txt requirements-search.txt requirements-ray.txt $(VENV)/full
 	$(BIN)/$(PIP_INSTALL) -r requirements-test-all.txt
+	touch $@
+
+$(VENV)/bench: requirements-bench.txt $(VENV)/full
+	$(BIN)/$(PIP_INSTALL) -r requirements-bench.txt
 	touch $@
 
 # An environment on top of the first: it uses the packages of the first by way of a .pth file, and installs only what

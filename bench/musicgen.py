@@ -1,119 +1,130 @@
 """This engine against its peers, on random weights of the true size: `make bench`.
 
-Each runs in a process of its own, one after the other: transformers' `generate()` for one variation and
-for several in a batch, audiocraft's where it is installed, and this engine in int8 and float32. It prints
-all measured points, seconds per second of audio, ratios, peak memory, and the ratio to the time that
-reading the weights, keys and values takes at the memory bandwidth measured in the same run.
+The peers are a decoder in plain torch (`peer_torch`) and one in OpenVINO (`peer_openvino`), which keep
+keys and values as this engine does, and two libraries as they are, transformers and audiocraft. Each runs in
+a process of its own, one after the other. It prints all measured points, then a table of all, ratios,
+and the distance from the time that reading the weights, keys and values takes at the memory bandwidth
+measured in the same run.
 
-    python bench/musicgen.py [--variations 1,2,4,8] [--precisions int8,float32] [--peers 1,2,4,8]
+Times that were measured beside other work say little, so there are no ratios then: it ends at once if the
+machine is busy at the start, and without ratios if it was busy later.
+
+    python bench/musicgen.py [--variations 1,8] [--only engine-int8,torch-int8] [--figures-only]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bandwidth
+import machine
 import ours
-import peers
-from child import GIB, ChildDied, in_child
+import peer_audiocraft
+import peer_openvino
+import peer_torch
+import peer_transformers
+import report
+from child import ChildDied, in_child
+from peer_transformers import Decode
 from steps import DURATION_S, Missing, PeerRun
-from true_size import ensure
+from true_size import FOLDER, ensure
+
+BASE = "engine-int8"  # what ratios are of
+TRACKS = "engine-int8-tracks"  # one variation each of several tracks
+
+# What is measured: a function, and its arguments for a number of variations
+CONTENDERS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Any, ...]]]] = {
+    BASE: (ours.run, lambda n: ("int8", n)),
+    TRACKS: (ours.run, lambda n: ("int8", n, n)),
+    "engine-float32": (ours.run, lambda n: ("float32", n)),
+    "torch-int8": (peer_torch.run, lambda n: ("int8", n, FOLDER)),
+    "torch-float32": (peer_torch.run, lambda n: ("float32", n, FOLDER)),
+    "openvino-int8": (peer_openvino.run, lambda n: (n, FOLDER)),
+    "transformers": (peer_transformers.run, lambda n: (n, FOLDER)),
+    "audiocraft": (peer_audiocraft.run, lambda n: (n,)),
+}
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None, busy_cores: Callable[[], float] = machine.busy_cores) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variations", default="1,2,4,8", help="of this engine, at once")
-    parser.add_argument("--precisions", default="int8,float32")
-    parser.add_argument("--peers", default="1,2,4,8", help="variations at once, of transformers' generate()")
-    parser.add_argument("--audiocraft", default="1,8", help="variations at once; empty: not at all")
-    options = parser.parse_args()
+    parser.add_argument("--variations", default="1,8", help="at once")
+    parser.add_argument("--only", default=",".join(CONTENDERS), help="what is measured")
+    parser.add_argument("--figures-only", action="store_true", help="no ratios, on a busy machine too")
+    options = parser.parse_args(words)
+    at_start = busy_cores()
+    print(f"{machine.name()}\n{at_start:.2f} cores are busy with other work at the start", flush=True)
+    if at_start > machine.BUSY_CORES and not options.figures_only:
+        sys.exit(
+            "The machine is busy: measure when it is not. --figures-only measures now, and gives no ratios."
+        )
     ensure()
-    decode = peers.measure_decode()
+    decode = measure_decode()
     print(f"EnCodec, {DURATION_S:g} s of audio: {decode.seconds:.2f} s")
-    theirs: dict[int, PeerRun] = {}
-    for count in counts(options.peers):
-        run = peers.measure_transformers(count)
-        print("\n".join(peers.describe(run, decode)), flush=True)
-        if isinstance(run, PeerRun):
-            theirs[count] = run
-    for count in counts(options.audiocraft):
-        print("\n".join(peers.describe(peers.measure_audiocraft(count), decode)), flush=True)
-    runs = [
-        (precision, count, tracks)
-        for precision in options.precisions.split(",")
-        for count in counts(options.variations)
-        for tracks in ((1, count) if count == 8 else (1,))  # in turn: the machine's speed changes
-    ]
-    found: dict[tuple[str, int, int], PeerRun] = {}
-    for precision, count, tracks in runs:
-        measured = measure(precision, count, tracks)
-        print("\n".join(describe(measured, decode)), flush=True)
-        if isinstance(measured, PeerRun):
-            found[precision, count, tracks] = measured
+    found: dict[str, list[PeerRun]] = {}
+    for count in map(int, options.variations.split(",")):
+        for name in options.only.split(","):
+            if (name, count) == (TRACKS, 1):
+                continue  # the same as BASE
+            run = measure(name, count)
+            print("\n".join(report.describe(run, decode)), flush=True)
+            if isinstance(run, PeerRun):
+                found.setdefault(name, []).append(run)
     rates = bandwidth.measure()
     print("\n".join(bandwidth.describe(rates)))
-    print("\n".join(ratios(found, theirs, decode, rates)))
+    conclude(found, decode, rates, busy_cores(), figures_only=options.figures_only)
 
 
-def measure(precision: str, variations: int, tracks: int) -> PeerRun | Missing:
-    """`ours.run` in a process of its own."""
+def measure(name: str, variations: int) -> PeerRun | Missing:
+    """One of `CONTENDERS` in a process of its own."""
+    function, arguments = CONTENDERS[name]
     try:
-        outcome = in_child(ours.run, precision, variations, tracks)
+        outcome = in_child(function, *arguments(variations))
     except ChildDied as died:
-        return Missing(f"this engine, {precision}, {variations}", str(died))
-    run: PeerRun = outcome.value
+        return Missing(name, variations, str(died))
+    run: PeerRun | Missing = outcome.value
+    if isinstance(run, Missing):
+        return run
     return replace(run, peak_bytes=outcome.peak_bytes, others_cores=outcome.others_cores)
 
 
-def describe(run: PeerRun | Missing, decode: peers.Decode) -> list[str]:
-    """As `peers.describe`, without the lines on a copied cache."""
-    if isinstance(run, Missing):
-        return [f"{run.name}: not measured, {run.reason}"]
-    lines = [f"{run.name}: loaded in {run.load_s:.1f} s, prefill and first step {run.prefill_s:.2f} s"]
-    for point in (run.untouched, *run.points):
-        spread = f"{min(point.seconds):.3f} to {max(point.seconds):.3f}"
-        lines.append(f"  {point.context:>5} positions: {point.median_s:.3f} s a step ({spread})")
-    if run.others_cores > peers.BUSY_CORES:
-        lines.append(f"  other processes kept {run.others_cores:.2f} cores busy: measure again")
-    lines.append(
-        f"  {DURATION_S:g} s each: {run.lm_s():.0f} s + EnCodec,"
-        f" {peers.per_second(run, decode):.2f} s per second of audio; peak {run.peak_bytes / GIB:.1f} GiB"
-    )
-    return lines
+def measure_decode() -> Decode:
+    """EnCodec in a process of its own. Raises ChildDied if it fails."""
+    outcome = in_child(peer_transformers.decode, FOLDER)
+    made: Decode = outcome.value
+    return replace(made, peak_bytes=outcome.peak_bytes, others_cores=outcome.others_cores)
 
 
-def ratios(
-    found: dict[tuple[str, int, int], PeerRun],
-    theirs: dict[int, PeerRun],
-    decode: peers.Decode,
+def conclude(
+    found: dict[str, list[PeerRun]],
+    decode: Decode,
     rates: bandwidth.Bandwidth,
-) -> list[str]:
-    """Ratios of time per second of audio, and the distance from the floor."""
-    lines = []
-    for (precision, count, tracks), run in found.items():
-        mine = peers.per_second(run, decode)
-        name = f"{precision}, {tracks} × {count // tracks}"
-        for other, peer in theirs.items():
-            if other in (1, count):
-                ratio = peers.per_second(peer, decode) / mine
-                lines.append(f"{name}: {ratio:.1f}× transformers with {other} at once")
-        least = bandwidth.floor(rates, count, precision)
-        distance = run.lm_s() / (least.per_second * count * DURATION_S)
-        lines.append(f"{name}: {distance:.2f}× the floor of {least.step_s * 1000:.0f} ms a step")
-        if tracks > 1 and (precision, count, 1) in found:
-            lines.append(
-                f"{name}: {run.lm_s() / found[precision, count, 1].lm_s():.2f}× the time of 1 × {count}"
-            )
-    return lines
+    at_end: float,
+    *,
+    figures_only: bool = False,
+) -> None:
+    """Print the tables of all runs, by their names in `CONTENDERS`.
 
-
-def counts(words: str) -> list[int]:
-    return [int(word) for word in words.split(",") if word]
+    Raises:
+        SystemExit: the machine was busy with other work, so there are no ratios; or there are no runs.
+    """
+    runs = [run for of_name in found.values() for run in of_name]
+    if not runs:
+        sys.exit("Nothing could be measured.")
+    print("\n" + "\n".join(report.figures(runs, decode)))
+    print(f"\n{at_end:.2f} cores are busy with other work at the end")
+    if figures_only or BASE not in found:
+        return
+    if busy := report.crowded(runs, decode, at_end):
+        sys.exit("\n".join(["No ratios, as the machine was busy with other work:", *busy]))
+    others = [run for name, of_name in found.items() if name != BASE for run in of_name]
+    print("\n" + "\n".join(report.ratios(found[BASE], others, decode, rates)))
 
 
 if __name__ == "__main__":

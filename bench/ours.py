@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from child import total_bytes
+from machine import total_bytes
 from steps import DURATION_S, OWN_STEPS, TIMED_STEPS, PeerRun, Point
 from true_size import FOLDER
 
@@ -60,7 +60,7 @@ def run(
         raise MemoryError(f"only {scheduler.rows} rows fit")
     prefill_s, untouched, points = measure(engine, scheduler, states, timed)
     return PeerRun(
-        name=f"this engine, {precision}, {tracks} × {variations // tracks}",
+        name=f"this engine, {precision}" + (", a track each" if tracks > 1 else ""),
         variations=variations,
         rows=2 * variations,
         prefill_s=prefill_s,

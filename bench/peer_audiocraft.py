@@ -35,7 +35,7 @@ PREFIX = 235 + 4  # chroma and a short prompt
 
 def run(variations: int, own_steps: Sequence[int] = OWN_STEPS, timed: int = TIMED_STEPS) -> PeerRun | Missing:
     """Time LMModel.generate() with guidance and top_k for a batch of variations, in this process."""
-    name = f"audiocraft, {variations} at once"
+    name = "audiocraft, float32"
     try:
         from audiocraft.modules.conditioners import (  # type: ignore[import-not-found, unused-ignore]
             ConditioningAttributes,
@@ -44,7 +44,7 @@ def run(variations: int, own_steps: Sequence[int] = OWN_STEPS, timed: int = TIME
         began_s = time.perf_counter()
         lm = _language_model()
     except ImportError as error:
-        return Missing(name, f"audiocraft isn't installed here with all it needs ({error})")
+        return Missing(name, variations, f"audiocraft isn't installed here with all it needs ({error})")
     import torch
 
     load_s = time.perf_counter() - began_s

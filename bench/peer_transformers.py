@@ -52,7 +52,7 @@ def run(
     began_s = time.perf_counter()
     model = load(folder)
     load_s = time.perf_counter() - began_s
-    inputs = _inputs(folder, variations)
+    batch = inputs(folder, variations)
     cache = _GenerateCache(model.decoder)
     torch.manual_seed(0)
     timer = StepTimer(cache, 2 * variations, own_steps, timed)
@@ -64,14 +64,14 @@ def run(
     with torch.inference_mode(), contextlib.suppress(Measured):
         timer.start()
         model.generate(
-            **inputs,
+            **batch,
             logits_processor=[hook],
             do_sample=True,
             top_k=TOP_K,
             guidance_scale=GUIDANCE,
             max_length=n_steps(DURATION_S) + 1,
         )
-    return timer.result(f"transformers generate(), {variations} at once", load_s)
+    return timer.result("transformers generate(), float32", load_s)
 
 
 def decode(folder: Path, duration_s: float = DURATION_S) -> Decode:
@@ -105,7 +105,7 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-def _inputs(folder: Path, variations: int) -> dict[str, Any]:
+def inputs(folder: Path, variations: int) -> dict[str, Any]:
     """The same melody (random notes, a second each) and prompt for all variations."""
     from transformers import AutoProcessor
 
@@ -116,6 +116,22 @@ def _inputs(folder: Path, variations: int) -> dict[str, Any]:
     melody = np.sin(2 * np.pi * np.cumsum(hz) / rate).astype(np.float32)
     texts = [PROMPT] * variations
     return dict(processor(audio=[melody] * variations, sampling_rate=rate, text=texts, return_tensors="pt"))
+
+
+def prefixes(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The prefixes with and without condition of the first of `inputs`, (2, positions, hidden).
+
+    Without condition are a steady C and no text, as generate() has it.
+    """
+    import torch
+
+    encoded = model.text_encoder(batch["input_ids"][:1], batch["attention_mask"][:1])
+    text = model.enc_to_dec_proj(encoded.last_hidden_state)
+    chroma = batch["input_features"][:1]
+    silence = torch.zeros_like(chroma)
+    silence[..., 0] = 1
+    melodies = model.audio_enc_to_dec_proj(torch.cat([chroma, silence]))
+    return torch.cat([melodies, torch.cat([text, torch.zeros_like(text)])], dim=1)
 
 
 class _GenerateCache:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from child import GIB, available_bytes, mapped_bytes, peak_bytes
+from child import mapped_bytes, peak_bytes
+from machine import GIB, available_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True)
 class PeerRun:
-    """One peer's time for a number of variations of one track, made at once."""
+    """The time for a number of variations, made at once."""
 
     name: str
     variations: int
@@ -65,7 +66,7 @@ class PeerRun:
     left_out: tuple[int, ...]  # own steps whose cache does not fit into memory
     load_s: float
     peak_bytes: int  # with the longest cache measured
-    others_cores: float = 0.0  # cores that other processes kept busy meanwhile
+    others_cores: float = 0.0  # cores that were busy with other work meanwhile
 
     def lm_s(self, duration_s: float = DURATION_S) -> float:
         """Seconds until all tokens of all variations are there, without EnCodec."""
@@ -95,6 +96,7 @@ class Missing:
     """A peer that could not be measured."""
 
     name: str
+    variations: int
     reason: str
 
 
@@ -197,7 +199,7 @@ class StepTimer:
         # The timed steps lie around the target; each adds a position.
         own = self._targets[0] - WARM_STEPS - (self._timed + 1) // 2
         positions = max(now, self._prefix + own)
-        if not _fits((positions - now) * self._rows * position_bytes()):
+        if not fits((positions - now) * self._rows * position_bytes()):
             self._left_out += self._targets
             raise Measured
         del self._targets[0]
@@ -207,7 +209,7 @@ class StepTimer:
             self._cache.put(layer, keys.index_select(2, which), values.index_select(2, which))
 
 
-def _fits(more_bytes: int) -> bool:
+def fits(more_bytes: int) -> bool:
     """Whether so much more memory is available while the mapped weights stay resident."""
     free = available_bytes()
     return free is None or more_bytes <= free - mapped_bytes() - RESERVE_BYTES

@@ -39,7 +39,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_every_requirement_is_pinned_in_one_list() -> None:
-    lists = ("core", "models", "ray", "s3", "search", "audiocraft")
+    lists = ("core", "models", "ray", "s3", "search", "audiocraft", "bench")
     named = [package for name in lists for package in pins(f"requirements-{name}.txt")]
     named += pins("requirements.txt")
     assert len(named) == len(set(named))
