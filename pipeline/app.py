@@ -270,7 +270,7 @@ class App:
     def _processes(self, choices: EngineChoices, earlier: Executors | None) -> Executors:
         """The worker processes on this machine; those of `earlier` are used again."""
         from pipeline.executors.base import FixedExecutors
-        from pipeline.executors.beside import MOST_BESIDE, beside, on_cpu, parts_of
+        from pipeline.executors.beside import MOST_BESIDE, beside, engines_beside, parts_of
         from pipeline.executors.process import ProcessExecutor, n_cores, shares_of_machine
 
         n, idle_s = self._n_workers(), self.config.executor.idle_s
@@ -282,7 +282,8 @@ class App:
         plain, divided = (shares_of_machine(n + n_more, caches, divides_cores=one) for one in (False, True))
         wanted = [(choices, share) for share in (plain if on_gpu or normalizes_ahead else divided)]
         if on_gpu:
-            wanted[n:] = [(on_cpu(choices), share) for share in divided[n:]]
+            others = engines_beside(choices, self.config.device)  # models that embed and rate share the GPU
+            wanted[n:] = [(others, share) for share in divided[n:]]
         before = parts_of(earlier.all()) if isinstance(earlier, FixedExecutors) else []
         kept = [executor for executor in before if isinstance(executor, ProcessExecutor)]
         executors = []

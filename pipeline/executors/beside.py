@@ -1,4 +1,4 @@
-"""A worker on the CPU beside one with a GPU, which makes nothing but the sounds.
+"""A worker on the CPU beside one that has the generator on a GPU, which makes nothing but the sounds.
 
 Several workers on the CPU share one generator: while it works for one, the others decode, embed, finish,
 judge and encode. A sound goes once from the generator to the worker that finishes it, see `tasks.generate`,
@@ -85,12 +85,12 @@ def n_generators(executors: Sequence[Executor]) -> int:
     return len({id(one) for one in found})
 
 
-def on_cpu(choices: EngineChoices) -> EngineChoices:
-    """The engines as a worker beside a GPU loads them: on the CPU, with the threads of its environment."""
+def engines_beside(choices: EngineChoices, device: str) -> EngineChoices:
+    """The engines as a worker beside a generator loads them: on a device, with the threads of its environment."""
 
     def changed(wanted: Wanted) -> Wanted:
         choice, settings = wanted
-        return choice, replace(settings, device="cpu", threads=None)
+        return choice, replace(settings, device=device, threads=None)
 
     embedder, generator, rater = choices
     return changed(embedder), generator, rater and changed(rater)

@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.engines.loading import EngineChoices
 from pipeline.errors import EngineUnusable, MissingPackage
 from pipeline.executors.base import Executor
-from pipeline.executors.beside import MOST_BESIDE, BesideGenerator, beside, on_cpu
+from pipeline.executors.beside import MOST_BESIDE, BesideGenerator, beside, engines_beside
 from pipeline.executors.process import THREADS, n_cores
 from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_environment import AUTO, set_environment
@@ -107,7 +107,7 @@ class RayCluster:
             executors = [self._executor(resources) for _ in range(MOST_BESIDE)]
             for one in executors:
                 one.engines, one.environment = (
-                    on_cpu(self.engines),
+                    engines_beside(self.engines, "cpu"),
                     {**one.environment, **thread_variables(1)},
                 )
             self._on_cpu += executors
@@ -130,7 +130,7 @@ class RayCluster:
         for executor in [*self._executors, *self._normalizers]:
             executor.use(engines, idle_s)
         for executor in self._on_cpu:
-            executor.use(on_cpu(engines), idle_s)
+            executor.use(engines_beside(engines, "cpu"), idle_s)
 
     def release_if_idle(self) -> None:
         for executor in [*self._executors, *self._normalizers, *self._on_cpu]:
