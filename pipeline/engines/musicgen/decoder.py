@@ -78,7 +78,7 @@ class Continuation:
     first_step: int  # number of the first step in the noise
 
     def of_rows(self, steps: int) -> list[StepInput]:
-        """The inputs of the first `steps`, all of them known, for each row."""
+        """The inputs of the first `steps` for each row."""
         tokens = self.inputs[:steps]
         return [
             StepInput(slot, prefix, self.position, tokens)

@@ -83,7 +83,8 @@ class MusicgenGenerator:
         tokens of a request without a result are saved, and not made again by a later call.
 
         Raises:
-            Stopped: within one step, or one piece of sound, of `should_stop` turning true.
+            Stopped: within one step, or one piece of sound, of `should_stop` turning true; on a GPU within
+                the steps of 0.15 s.
         """
         by_id = {request.request_id: request for request in requests}
         encodec = LazyModel(self.checkpoint.codec, self.checkpoint.device)
@@ -164,6 +165,7 @@ class MusicgenGenerator:
                     )
                     for state in unfinished:
                         state.slots, state.prefixes = [], []
+                    del scheduler  # and its cache, before there is another
         finally:  # also after a stop, an error, or when the caller asks for no more
             for state in unfinished:
                 if (state.codes != UNKNOWN).any():

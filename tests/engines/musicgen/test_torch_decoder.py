@@ -6,6 +6,7 @@ the decoder with torch's own operations.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,13 @@ def test_when_memory_runs_out_it_goes_on_with_half_of_the_rows(
 
     expected = codes_of(musicgen, *requests)
     generate: Callable[..., Any] = musicgen.decoder.generate
+    new_cache, caches = musicgen.decoder.new_cache, []
+
+    def counted(*sizes: int) -> Any:
+        assert not any(cache() for cache in caches)  # the one before is freed
+        cache = new_cache(*sizes)
+        caches.append(weakref.ref(cache))
+        return cache
 
     def small(cache: Any, several: Sequence[Continuation]) -> Any:
         if sum(len(one.slots) for one in several) > 2:
@@ -263,10 +271,12 @@ def test_when_memory_runs_out_it_goes_on_with_half_of_the_rows(
         return generate(cache, several)
 
     monkeypatch.setattr(musicgen.decoder, "generate", small)
+    monkeypatch.setattr(musicgen.decoder, "new_cache", counted)
     found = codes_of(musicgen, *requests)
     for name, codes in expected.items():
         np.testing.assert_array_equal(found[name], codes)
     assert "no memory for 5 rows; it goes on with 2" in caplog.text
+    assert len(caches) == 2
 
 
 def test_a_memory_error_with_one_variation_ends_the_call(
