@@ -86,7 +86,7 @@ def n_generators(executors: Sequence[Executor]) -> int:
 
 
 def engines_beside(choices: EngineChoices, device: str) -> EngineChoices:
-    """The engines as a worker beside a generator loads them: on a device, with the threads of its environment."""
+    """The engines as a worker beside a generator loads them: on a device, with its environment's threads."""
 
     def changed(wanted: Wanted) -> Wanted:
         choice, settings = wanted

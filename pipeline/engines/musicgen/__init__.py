@@ -21,6 +21,7 @@ A call of the engine passes through these modules:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +140,8 @@ def _load(settings: EngineSettings) -> Generator:
     weights = hub.find_or_fetch(settings.model or DEFAULT_MODEL, settings.revision)
     checkpoint = load_checkpoint(weights, settings.device, settings.threads)
     folder = settings.state_dir / FOLDER if settings.state_dir is not None else None
+    if folder is not None:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))  # of compiled kernels for a GPU
     decoder, check = open_decoder(checkpoint, section.precision, settings.threads, folder)
     memory_budget.return_unused()
     return MusicgenGenerator(

@@ -15,6 +15,7 @@ x is kept in float32 from layer to layer; the products' inputs are in the decode
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,8 +34,11 @@ from pipeline.engines.musicgen.decoder import (
 )
 from pipeline.engines.musicgen.layers import NORMS, LayerFiles
 from pipeline.engines.musicgen.torch_cache import MOST_STEPS, Step, TorchKVCache
+from pipeline.engines.pretrained import first_line
 from pipeline.errors import EngineFailure
 from pipeline.records import Samples
+
+log = logging.getLogger("pipeline")
 
 MOST_ROWS = 64  # 32 variations with guidance
 RETURN_S = 0.15  # how long steps are run before the host looks for a stop
@@ -222,11 +226,15 @@ class TorchDecoder:
 
 
 def _ops(device: torch.device) -> Any:
-    """The fastest of the modules with a step's parts that runs here."""
-    if device.type == "cuda":
-        try:
-            from pipeline.engines.musicgen import triton_ops
-        except ImportError:  # on Windows, for example; Triton comes with torch for Linux
-            return torch_ops
-        return triton_ops
-    return torch_ops
+    """The faster of the modules with a step's parts that works here."""
+    if device.type != "cuda":
+        return torch_ops
+    try:
+        from pipeline.engines.musicgen import triton_ops
+
+        ones = torch.ones((2, 16), device=device)
+        triton_ops.add_norm(ones, None, ones, torch.float32)
+    except Exception as error:  # no Triton (it comes with torch for Linux), or no C compiler for it
+        log.warning("musicgen: Triton can't be used (%s): steps take longer without it", first_line(error))
+        return torch_ops
+    return triton_ops

@@ -312,6 +312,21 @@ def test_on_a_gpu_the_whole_engine_gives_the_same_sound_alone_and_in_company(
     assert sounds(*requests[::-1]) == together
 
 
+def test_where_triton_does_not_work_torchs_own_operations_are_used(
+    torch_ops: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    from pipeline.engines.musicgen import torch_decoder
+
+    def fail(*shape: Any, **options: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    assert torch_decoder._ops(torch.device("cuda")) is torch_ops
+    assert "Triton can't be used (Failed to find C compiler)" in caplog.text
+
+
 def test_known_steps_are_run_again_with_the_same_bits(musicgen: Any) -> None:
     """As after an interruption: keys and values are computed from the tokens."""
     decoder = decoder_of(musicgen.checkpoint, "torch")
