@@ -20,7 +20,7 @@ from tones import RequestFn
 from pipeline.engines.musicgen import SamplingParams
 from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, StepInput
 from pipeline.engines.musicgen.sampling import Sampler
-from pipeline.errors import Stopped
+from pipeline.errors import EngineFailure, Stopped
 
 BOOKS, VOCABULARY = 4, 64
 
@@ -124,6 +124,21 @@ def test_logits_that_are_not_finite_give_no_token(ops: Any, torch_ops: Any, bad:
     assert (picked == torch_ops.BROKEN).any(axis=1).tolist() == [n == 1 for n in range(len(variations))]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in divide")  # by the interpreter
+def test_a_temperature_by_which_logits_overflow_gives_no_token(ops: Any, torch_ops: Any) -> None:
+    params = SamplingParams(temperature=1e-310)
+    inputs, step = np.full((2, BOOKS), UNKNOWN), idle(2)
+    inputs[0] = 1
+    one = Continuation([0, 1], [0, 0], 0, inputs, Sampler(params, seed=1), 0)
+    step.load_rows(one.of_rows(2), np.zeros(1, np.int64))
+    step.load_variations([one])
+    logits = normal(2, BOOKS, VOCABULARY)
+    ops.pick(logits, step)
+    assert (step.picked[0, 0] == torch_ops.BROKEN).all()
+    with pytest.raises(EngineFailure, match="NaN or infinity"):
+        one.sampler.pick(0, *logits.double().cpu().numpy())
+
+
 # -- the other parts ------------------------------------------------------------------------------------
 
 
@@ -178,6 +193,17 @@ def test_attention_is_over_the_prefix_and_the_steps_so_far(torch_ops: Any, trito
     assert not ours[4].any()  # idle
     assert (mine[:, :, :, :STEPS] == other[:, :, :, :STEPS]).all()
     assert ((mine != kept).any(dim=-1).sum(dim=(0, 2, 3)) == 2 * HEADS).sum() == 4  # one step of four slots
+
+
+def test_attention_ignores_what_an_earlier_row_has_left(ops: Any) -> None:
+    """NaN of a request that failed, behind the steps so far and behind a shorter prefix."""
+    step, qkv = attention_step(3), normal(3, 3 * HEADS * SIZE)
+    prefixes, own = normal(2, 3, HEADS, PREFIX, SIZE, seed=1), normal(2, 5, HEADS, STEPS + 1, SIZE, seed=2)
+    expected = ops.attend(qkv, own.clone(), prefixes, step)
+    prefixes[:, 1, :, 64:] = prefixes[:, 2, :, 1:] = np.nan
+    for slot, at in zip(step.slot.tolist(), step.at.tolist(), strict=True):
+        own[:, slot, :, at + 1 :] = np.nan
+    assert (ops.attend(qkv, own, prefixes, step) == expected).all()
 
 
 def test_a_row_has_the_same_bits_whatever_the_number_of_rows(triton_ops: Any) -> None:
