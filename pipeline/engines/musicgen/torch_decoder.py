@@ -65,7 +65,7 @@ class TorchDecoder:
         self.shape: Shape = files.shape
         self.precision, self.device = precision, torch.device(device)
         self.dtype: torch.dtype = getattr(torch, precision)
-        self.ops: Any = _ops(self.device)
+        self.ops: Any = ops_for(self.device, self.shape)
         self.row_counts = (most_rows,) if self.ops is torch_ops else (2, 16, most_rows)
         self.layers = [
             {
@@ -221,12 +221,15 @@ class TorchDecoder:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
 
 
-def _ops(device: torch.device) -> Any:
-    """The fastest of the modules with a step's parts that runs here."""
-    if device.type == "cuda":
-        try:
-            from pipeline.engines.musicgen import triton_ops
-        except ImportError:  # on Windows, for example; Triton comes with torch for Linux
-            return torch_ops
-        return triton_ops
-    return torch_ops
+def ops_for(device: torch.device, shape: Shape) -> Any:
+    """The fastest of the modules with a step's parts that runs here.
+
+    The kernels need heads and a vocabulary of a power of two, as all published checkpoints have them.
+    """
+    if device.type != "cuda" or any(size & (size - 1) for size in (shape.head_size, shape.vocabulary)):
+        return torch_ops
+    try:
+        from pipeline.engines.musicgen import triton_ops
+    except ImportError:  # on Windows, for example; Triton comes with torch for Linux
+        return torch_ops
+    return triton_ops
