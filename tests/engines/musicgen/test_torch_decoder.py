@@ -6,8 +6,11 @@ the decoder with torch's own operations.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from musicgen_setup import codes_of, decoder_of, generator_with, never, no_progr
 from tones import RequestFn
 
 from pipeline.engines.musicgen import SamplingParams
-from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, StepInput
+from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, Shape, StepInput
 from pipeline.engines.musicgen.sampling import Sampler
 from pipeline.errors import EngineFailure, Stopped
 
@@ -223,6 +226,18 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(triton_ops: Any) ->
     assert (many[:2] == few).all()
 
 
+def test_the_kernels_are_for_sizes_that_are_powers_of_two(torch_ops: Any, triton_ops: Any) -> None:
+    import torch
+
+    from pipeline.engines.musicgen.torch_decoder import ops_for
+
+    shape = Shape(layers=2, hidden=192, heads=3, feed_forward=96, codebooks=4, vocabulary=2048)
+    assert ops_for(torch.device("cuda"), shape) is triton_ops
+    for other in (replace(shape, heads=4), replace(shape, vocabulary=2000)):
+        assert ops_for(torch.device("cuda"), other) is torch_ops
+    assert ops_for(torch.device("cpu"), shape) is torch_ops
+
+
 # -- the decoder ----------------------------------------------------------------------------------------
 
 
@@ -336,6 +351,29 @@ def test_on_a_gpu_the_whole_engine_gives_the_same_sound_alone_and_in_company(
     for one in requests:
         assert sounds(one) == {one.request_id: together[one.request_id]}
     assert sounds(*requests[::-1]) == together
+
+
+def test_after_a_stop_no_thread_decodes_any_more(musicgen: Any) -> None:
+    engine = generator_with(musicgen.checkpoint, musicgen.decoder)
+    engine._threads = ThreadPoolExecutor(1)  # whose threads need no GPU
+    begun, may_end, decoded = threading.Event(), threading.Event(), list[int]()
+
+    def tokens() -> Iterator[Any]:
+        yield from range(3)
+        assert begun.wait(30.0)
+        threading.Timer(0.1, may_end.set).start()
+        raise Stopped("asked to stop")
+
+    def decode(state: Any) -> Any:
+        begun.set()
+        assert may_end.wait(30.0)
+        decoded.append(state)
+
+    with pytest.raises(Stopped):
+        list(engine._beside(tokens(), decode))
+    assert decoded == [0]
+    assert engine._threads.submit(int).result(30.0) == 0  # none of the others was left
+    assert decoded == [0]
 
 
 def test_known_steps_are_run_again_with_the_same_bits(musicgen: Any) -> None:
