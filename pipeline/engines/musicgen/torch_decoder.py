@@ -224,9 +224,11 @@ class TorchDecoder:
 def ops_for(device: torch.device, shape: Shape) -> Any:
     """The fastest of the modules with a step's parts that runs here.
 
-    The kernels need heads and a vocabulary of a power of two, as all published checkpoints have them.
+    The kernels need heads and a vocabulary of a power of two, as all published checkpoints have them. They
+    were written for NVIDIA's GPUs: on AMD's, which torch calls "cuda" too, their launch options don't exist.
     """
-    if device.type != "cuda" or any(size & (size - 1) for size in (shape.head_size, shape.vocabulary)):
+    has_powers_of_two = not any(size & (size - 1) for size in (shape.head_size, shape.vocabulary))
+    if device.type != "cuda" or torch.version.hip or not has_powers_of_two:
         return torch_ops
     try:
         from pipeline.engines.musicgen import triton_ops

@@ -226,7 +226,9 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(triton_ops: Any) ->
     assert (many[:2] == few).all()
 
 
-def test_the_kernels_are_for_sizes_that_are_powers_of_two(torch_ops: Any, triton_ops: Any) -> None:
+def test_the_kernels_are_for_sizes_that_are_powers_of_two_on_nvidias_gpus(
+    torch_ops: Any, triton_ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from pipeline.engines.musicgen.torch_decoder import ops_for
@@ -236,6 +238,8 @@ def test_the_kernels_are_for_sizes_that_are_powers_of_two(torch_ops: Any, triton
     for other in (replace(shape, heads=4), replace(shape, vocabulary=2000)):
         assert ops_for(torch.device("cuda"), other) is torch_ops
     assert ops_for(torch.device("cpu"), shape) is torch_ops
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert ops_for(torch.device("cuda"), shape) is torch_ops
 
 
 # -- the decoder ----------------------------------------------------------------------------------------
