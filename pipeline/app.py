@@ -285,6 +285,8 @@ class App:
             others = engines_beside(choices, self.config.device)  # models that embed and rate share the GPU
             wanted[n:] = [(others, share) for share in divided[n:]]
         before = parts_of(earlier.all()) if isinstance(earlier, FixedExecutors) else []
+        if earlier is not None and not before:
+            earlier.close()  # of a cluster
         kept = [executor for executor in before if isinstance(executor, ProcessExecutor)]
         executors = []
         for engines, share in wanted:
@@ -298,7 +300,7 @@ class App:
         if on_gpu:
             folder = self.workspace.state / ENGINES_FOLDER / "made"
             shutil.rmtree(folder, ignore_errors=True)  # what a killed owner has left
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)  # on NFS, files that are open keep their folder
             groups = [beside(executors[k], executors[n + k :: n], folder) for k in range(n)]
             return FixedExecutors([one for group in zip(*groups, strict=True) for one in group])
         return FixedExecutors(executors[:n], executors[n:])

@@ -32,6 +32,8 @@ def check_folder(folder: Path, model_type: str, example: str) -> dict[str, Any]:
 def prepare(device: str, threads: int | None) -> None:
     """Set what holds for the whole process: the number of torch's threads (None: unchanged), quiet logging.
 
+    A GPU with a number becomes the current one of this thread.
+
     Raises:
         EngineUnusable: see `check_device`.
     """
@@ -39,6 +41,9 @@ def prepare(device: str, threads: int | None) -> None:
     import torch
     import transformers
 
+    if ":" in device:
+        # Kernels of Triton and graphs run on the current one, which is the first GPU otherwise.
+        torch.cuda.set_device(device)
     # Its progress bars and hints would appear between the lines of a log; errors are raised.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

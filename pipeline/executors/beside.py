@@ -48,10 +48,12 @@ class BesideGenerator:
         if task not in (tasks.generate, tasks.open_generator):
             yield from self.executor.run(task, *args, progress=progress, should_stop=should_stop)
             return
-        if task is tasks.open_generator and self.generator.loaded:
-            yield None  # without waiting for its turn
-            return
-        while not self.turn.acquire(timeout=POLL_S):
+        while True:
+            if task is tasks.open_generator and self.generator.loaded:
+                yield None  # without waiting for its turn, which may come after a whole batch
+                return
+            if self.turn.acquire(timeout=POLL_S):
+                break
             check_stop(should_stop)
         try:
             yield from self.generator.run(task, *args, progress=progress, should_stop=should_stop)
@@ -86,7 +88,7 @@ def n_generators(executors: Sequence[Executor]) -> int:
 
 
 def engines_beside(choices: EngineChoices, device: str) -> EngineChoices:
-    """The engines as a worker beside a generator loads them: on a device, with its environment's threads."""
+    """The engines of a worker beside a generator: on this device, with the threads of its environment."""
 
     def changed(wanted: Wanted) -> Wanted:
         choice, settings = wanted

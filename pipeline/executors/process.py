@@ -27,7 +27,7 @@ import numpy as np
 
 from pipeline.engines.base import ProgressFn, StopFn
 from pipeline.engines.loading import EngineChoices
-from pipeline.executors.base import Task, WorkerLost
+from pipeline.executors.base import Task, WorkerLost, is_of_a_lost_gpu
 from pipeline.fs.bucket import without_credentials
 
 # What the owner sends, and what the worker sends.
@@ -103,6 +103,10 @@ class ProcessExecutor:
         except WorkerLost:
             if self._worker is worker:
                 self._worker = None
+            raise
+        except Exception as e:
+            if is_of_a_lost_gpu(e) and self._worker is worker:
+                self.close()
             raise
         finally:
             self._used_at = self.clock()

@@ -27,7 +27,7 @@ from typing import IO, Any
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.loading import EngineChoices, LoadedEngines, Wanted
 from pipeline.errors import EngineUnusable
-from pipeline.executors.base import Task, Tools, WorkerAway, WorkerLost, portable
+from pipeline.executors.base import Task, Tools, WorkerAway, WorkerLost, is_of_a_lost_gpu, portable
 from pipeline.executors.judge import ScoringJudge
 from pipeline.executors.ray_nodes import Facts, Resources, facts_of_this_process, living_nodes, packages_of
 from pipeline.records import Variation
@@ -257,8 +257,8 @@ class RayExecutor:
             if not self._is_open:
                 self._opened(actor.open.remote(self.engines, packages_of(self.engines)))
             yield from self._run(actor, task, args, progress, should_stop)
-        except (WorkerLost, WorkerAway):
-            if self._actor is actor:
+        except Exception as e:
+            if self._actor is actor and (isinstance(e, WorkerLost | WorkerAway) or is_of_a_lost_gpu(e)):
                 self.close()
             raise
         finally:

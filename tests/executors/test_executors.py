@@ -92,6 +92,20 @@ def test_what_a_task_raises_is_raised_here_with_its_own_traceback(executor: Exec
     assert run(executor, worker_tasks.echo, 1) == [1]
 
 
+def test_after_an_error_that_lasts_as_long_as_its_process_another_one_is_started(executor: Executor) -> None:
+    """Of a GPU, torch's and Triton's; a full one can be used again."""
+    for sentence, is_replaced in (
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+    ):
+        [before] = run(executor, worker_tasks.process_id)
+        with pytest.raises(BadAudio, match="CUDA"):
+            run(executor, worker_tasks.refuse, sentence)
+        [after] = run(executor, worker_tasks.process_id)
+        assert (after != before) == is_replaced
+
+
 def test_a_task_of_which_no_more_is_wanted_is_closed(executor: Executor, tmp_path: Path) -> None:
     results = executor.run(
         worker_tasks.note_its_end, tmp_path / "file", progress=lambda *_: None, should_stop=lambda: False

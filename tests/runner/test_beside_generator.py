@@ -17,6 +17,7 @@ from runner_setup import Answer, RunnerSetup, StubEngines, StubGenerator, StubJu
 from pipeline.config import Gates
 from pipeline.engines.base import Embedder, Generator, Rater
 from pipeline.errors import DiskFull, EngineFailure, Stopped
+from pipeline.executors import tasks
 from pipeline.executors.base import FixedExecutors
 from pipeline.executors.beside import BesideGenerator, beside
 from pipeline.executors.inline import InlineExecutor
@@ -35,8 +36,15 @@ def passed(made: Finished, gates: Gates) -> Verdict:
     return Verdict((), 0.0, None, {}, made)
 
 
+@dataclass
 class OnlyGenerator(StubEngines):
     """The engines of a worker from which only sounds are wanted."""
+
+    names: list[str] = field(default_factory=lambda: ["stub"])  # of those that are loaded
+
+    @property
+    def loaded(self) -> list[str]:
+        return self.names
 
     def embedder(self) -> Embedder:
         raise AssertionError("it embeds")
@@ -142,6 +150,23 @@ def test_another_batch_has_the_generator_while_the_takes_of_the_first_are_finish
     work.runner.drain()
     assert setup.states(hashes) == [("done", 0)] * 2
     assert len(work.generator.calls) == 2
+
+
+def test_a_generator_that_another_one_has_loaded_meanwhile_is_not_waited_for(setup: RunnerSetup) -> None:
+    work, loaded = Work(setup), list[str]()
+    generator = work.pairs[0].generator.engines  # type: ignore[attr-defined]
+    generator.names = loaded
+    asked = iter(range(10))
+
+    def should_stop() -> bool:
+        """Asked while it waits for its turn, in which the other one loads the generator."""
+        loaded.append("stub")
+        assert next(asked) < 5
+        return False
+
+    with work.pairs[0].turn:
+        opened = work.pairs[1].run(tasks.open_generator, progress=lambda *_: None, should_stop=should_stop)
+        assert list(opened) == [None]
 
 
 def test_a_batch_is_as_large_as_for_one_worker(setup: RunnerSetup) -> None:

@@ -96,7 +96,8 @@ class MusicgenSection(EngineSection):
     max_memory_gb: float | None = Field(
         default=None,
         gt=0,
-        description="memory of the whole process, by which the batch is sized; null: 60 % of what is free",
+        description="memory of the whole process, or of its GPU, by which the batch is sized; null: 60 % of "
+        "what is free, on a GPU 90 %",
     )
 
 

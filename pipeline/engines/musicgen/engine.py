@@ -8,7 +8,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from typing import Any
 
@@ -64,7 +64,7 @@ class MusicgenGenerator:
 
         Args:
             check: of the fast precision, for the manifest.
-            max_memory_gb: of the whole process; None: a share of what the system has free.
+            max_memory_gb: of the whole process, on a GPU of its memory; None: a share of what is free.
             saved: None: an interrupted call begins again.
         """
         self.checkpoint, self.decoder, self.check = checkpoint, decoder, check
@@ -101,10 +101,9 @@ class MusicgenGenerator:
             try:
                 if state.error is not None:
                     raise state.error
-                if on_gpu:
-                    return state, self._variation(by_id[state.request_id], state, encodec)
                 check_stop(should_stop)
-                on_piece = partial(report, state)
+                # Progress is reported by one thread alone.
+                on_piece = (lambda _: check_stop(should_stop)) if on_gpu else partial(report, state)
                 return state, self._variation(by_id[state.request_id], state, encodec, on_piece)
             except REQUEST_ERRORS as error:
                 return state, Failure(state.request_id, error)
@@ -302,12 +301,17 @@ class MusicgenGenerator:
         They are decoded one by one: in a batch, a sound would have other bits in another company.
         """
         waiting: deque[Future[Any]] = deque()
-        for state in tokens:
-            waiting.append(self._threads.submit(decode, state))
-            while waiting and waiting[0].done():
+        try:
+            for state in tokens:
+                waiting.append(self._threads.submit(decode, state))
+                while waiting and waiting[0].done():
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:  # after a stop or an error the next call finds the threads and the memory free
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:

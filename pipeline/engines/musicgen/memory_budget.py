@@ -29,8 +29,9 @@ def rows_at_once(
     Args:
         bytes_of_rows: memory that a number of rows takes.
         wanted: number of rows that there is work for, or that are useful.
-        max_memory_gb: limit for the whole process, what it holds already included; of the device's memory.
+        max_memory_gb: limit for the whole process, what it holds already included.
         reserved_bytes: to be left for decoding.
+        device: whose memory it is.
     """
     held, available, share = _resident_bytes(), _available_bytes(), SHARE_OF_FREE
     if device != "cpu":

@@ -88,7 +88,7 @@ def _on_device(
 
     check = None
     if precision != "float32":
-        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         fast = decoder("bfloat16" if has_bfloat16 else "float16")
         name = f"{quantized_store.name_of(checkpoint.weights.revision)}.{fast.precision}.json"
         check = stored_or_made(

@@ -33,12 +33,14 @@ class Sampler:
         """One token per codebook at a step, counted from 0; `unconditional` is None without guidance.
 
         Raises:
-            EngineFailure: the logits are not finite.
+            EngineFailure: the logits are not finite, also divided by the temperature.
         """
         logits = conditional
         if unconditional is not None:
             logits = unconditional + (conditional - unconditional) * self.params.guidance
-        if not np.isfinite(logits).all():
+        with np.errstate(over="ignore"):
+            scaled = logits / (self.params.temperature or 1.0)
+        if not np.isfinite(scaled).all():
             raise EngineFailure("musicgen computed NaN or infinity instead of probabilities.")
         if self.params.temperature == 0:
             return np.asarray(logits.argmax(axis=-1))

@@ -69,7 +69,7 @@ class TorchDecoder:
         self.shape: Shape = files.shape
         self.precision, self.device = precision, torch.device(device)
         self.dtype: torch.dtype = getattr(torch, precision)
-        self.ops: Any = _ops(self.device)
+        self.ops: Any = ops_for(self.device, self.shape)
         self.row_counts = (most_rows,) if self.ops is torch_ops else (2, 16, most_rows)
         self.layers = [
             {
@@ -225,9 +225,14 @@ class TorchDecoder:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
 
 
-def _ops(device: torch.device) -> Any:
-    """The faster of the modules with a step's parts that works here."""
-    if device.type != "cuda":
+def ops_for(device: torch.device, shape: Shape) -> Any:
+    """The faster of the modules with a step's parts that works here.
+
+    The kernels need heads and a vocabulary of a power of two, as all published checkpoints have them. They
+    were written for NVIDIA's GPUs: on AMD's, which torch calls "cuda" too, their launch options don't exist.
+    """
+    has_powers_of_two = not any(size & (size - 1) for size in (shape.head_size, shape.vocabulary))
+    if device.type != "cuda" or torch.version.hip or not has_powers_of_two:
         return torch_ops
     try:
         from pipeline.engines.musicgen import triton_ops

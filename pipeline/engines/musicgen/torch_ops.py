@@ -73,6 +73,8 @@ def attend(qkv: torch.Tensor, own: torch.Tensor, prefixes: torch.Tensor, step: S
     of_prefix = torch.arange(prefixes.shape[3], device=qkv.device) < step.prefix_length[:rows, None]
     of_own = torch.arange(steps, device=qkv.device) <= at[:, None]
     mask = torch.cat([of_prefix, of_own], dim=1)[:, None, None]
+    for each in (keys, values):  # NaN that another row has left there is NaN at any weight
+        each.masked_fill_(~mask.mT, 0)
     out = scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
     return torch.where((at >= 0)[:, None], out.flatten(1), 0)
 
@@ -92,11 +94,11 @@ def pick(logits: torch.Tensor, step: Step) -> None:
     mixed = unconditional + (conditional - unconditional) * guidance
     is_random = temperature > 0
     scaled = mixed / torch.where(is_random, temperature, 1)
+    is_finite = scaled.isfinite().flatten(1).all(dim=1)[:, None]
     scaled = scaled - scaled.amax(dim=-1, keepdim=True)
     keep = torch.where(top_p > 0, _nucleus(scaled, top_p), _largest(scaled, top_k))
     noise = gumbel(step.seed[:rows], step.first_noise[:rows] + step.number, *logits.shape[1:])
     score = scaled.masked_fill(~keep, -torch.inf) + torch.where(is_random, noise, 0)
-    is_finite = mixed.isfinite().flatten(1).all(dim=1)[:, None]
     picked = torch.where(is_finite, score.argmax(dim=-1), BROKEN)
     step.picked[:, :rows].index_copy_(0, step.number, picked[None])
     inputs = step.inputs[:rows]

@@ -324,11 +324,11 @@ def _pick(
     with_condition = tl.load(logits + (row * BOOKS + book) * SIZE + token).to(tl.float64)
     without = tl.load(logits + (other * BOOKS + book) * SIZE + token).to(tl.float64)
     mixed = without + (with_condition - without) * tl.load(guidance + one)
-    is_finite = tl.sum((tl.abs(mixed) < float("inf")).to(tl.int32), 0) == SIZE
-    mixed = tl.where(is_finite, mixed, 0.0)  # the searches below would not end
     warmth = tl.load(temperature + one)
     is_random = warmth > 0
     scaled = mixed / tl.where(is_random, warmth, 1.0)
+    is_finite = tl.sum((tl.abs(scaled) < float("inf")).to(tl.int32), 0) == SIZE
+    scaled = tl.where(is_finite, scaled, 0.0)  # with NaN the searches below might not end
     scaled = scaled - tl.max(scaled, 0)
     # Keys that are ordered as the numbers are.
     bits = scaled.to(tl.int64, bitcast=True)

@@ -11,11 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.engines import pretrained
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE
 from pipeline.engines.musicgen.checkpoint import load_checkpoint
 from pipeline.errors import BadCheckpoint, EngineUnusable
 from pipeline.weights import hub
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and graphs run on the current one, wherever their tensors are."""
+    import torch
+
+    current = list[str]()
+    monkeypatch.setattr(pretrained, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        pretrained.prepare(device, None)
+    assert current == ["cuda:1"]
 
 
 @pytest.fixture

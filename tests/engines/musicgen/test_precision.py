@@ -166,6 +166,16 @@ def test_on_a_gpu_auto_is_half_precision_if_it_is_near_float32(elsewhere: Any, t
     assert open_decoder(elsewhere, "auto", 1, tmp_path / "musicgen")[1] == check
 
 
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(
+    elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert open_decoder(elsewhere, "auto", 1, None)[0].precision == "float16"
+
+
 def test_half_precision_that_is_too_far_from_float32_is_not_used(
     elsewhere: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,8 +6,11 @@ the decoder with torch's own operations.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,9 @@ from musicgen_setup import codes_of, decoder_of, generator_with, never, no_progr
 from tones import RequestFn
 
 from pipeline.engines.musicgen import SamplingParams
-from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, StepInput
+from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, Shape, StepInput
 from pipeline.engines.musicgen.sampling import Sampler
-from pipeline.errors import Stopped
+from pipeline.errors import EngineFailure, Stopped
 
 BOOKS, VOCABULARY = 4, 64
 
@@ -124,6 +127,21 @@ def test_logits_that_are_not_finite_give_no_token(ops: Any, torch_ops: Any, bad:
     assert (picked == torch_ops.BROKEN).any(axis=1).tolist() == [n == 1 for n in range(len(variations))]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in divide")  # by the interpreter
+def test_a_temperature_by_which_logits_overflow_gives_no_token(ops: Any, torch_ops: Any) -> None:
+    params = SamplingParams(temperature=1e-310)
+    inputs, step = np.full((2, BOOKS), UNKNOWN), idle(2)
+    inputs[0] = 1
+    one = Continuation([0, 1], [0, 0], 0, inputs, Sampler(params, seed=1), 0)
+    step.load_rows(one.of_rows(2), np.zeros(1, np.int64))
+    step.load_variations([one])
+    logits = normal(2, BOOKS, VOCABULARY)
+    ops.pick(logits, step)
+    assert (step.picked[0, 0] == torch_ops.BROKEN).all()
+    with pytest.raises(EngineFailure, match="NaN or infinity"):
+        one.sampler.pick(0, *logits.double().cpu().numpy())
+
+
 # -- the other parts ------------------------------------------------------------------------------------
 
 
@@ -180,6 +198,17 @@ def test_attention_is_over_the_prefix_and_the_steps_so_far(torch_ops: Any, trito
     assert ((mine != kept).any(dim=-1).sum(dim=(0, 2, 3)) == 2 * HEADS).sum() == 4  # one step of four slots
 
 
+def test_attention_ignores_what_an_earlier_row_has_left(ops: Any) -> None:
+    """NaN of a request that failed, behind the steps so far and behind a shorter prefix."""
+    step, qkv = attention_step(3), normal(3, 3 * HEADS * SIZE)
+    prefixes, own = normal(2, 3, HEADS, PREFIX, SIZE, seed=1), normal(2, 5, HEADS, STEPS + 1, SIZE, seed=2)
+    expected = ops.attend(qkv, own.clone(), prefixes, step)
+    prefixes[:, 1, :, 64:] = prefixes[:, 2, :, 1:] = np.nan
+    for slot, at in zip(step.slot.tolist(), step.at.tolist(), strict=True):
+        own[:, slot, :, at + 1 :] = np.nan
+    assert (ops.attend(qkv, own, prefixes, step) == expected).all()
+
+
 def test_a_row_has_the_same_bits_whatever_the_number_of_rows(triton_ops: Any) -> None:
     """In a program of its own, and in one that attends to several parts."""
     weights, x = normal(64, 128, dtype="bfloat16"), normal(64, 128, seed=1, dtype="bfloat16")
@@ -195,6 +224,22 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(triton_ops: Any) ->
     many = triton_ops.attend(qkv, own.clone(), prefixes, step)
     few = triton_ops.attend(qkv[:2].contiguous(), own.clone(), prefixes, step)
     assert (many[:2] == few).all()
+
+
+def test_the_kernels_are_for_sizes_that_are_powers_of_two_on_nvidias_gpus(
+    torch_ops: Any, triton_ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from pipeline.engines.musicgen.torch_decoder import ops_for
+
+    shape = Shape(layers=2, hidden=192, heads=3, feed_forward=96, codebooks=4, vocabulary=2048)
+    assert ops_for(torch.device("cuda"), shape) is triton_ops
+    for other in (replace(shape, heads=4), replace(shape, vocabulary=2000)):
+        assert ops_for(torch.device("cuda"), other) is torch_ops
+    assert ops_for(torch.device("cpu"), shape) is torch_ops
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert ops_for(torch.device("cuda"), shape) is torch_ops
 
 
 # -- the decoder ----------------------------------------------------------------------------------------
@@ -313,7 +358,7 @@ def test_on_a_gpu_the_whole_engine_gives_the_same_sound_alone_and_in_company(
 
 
 def test_where_triton_does_not_work_torchs_own_operations_are_used(
-    torch_ops: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    musicgen: Any, torch_ops: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch
 
@@ -323,8 +368,31 @@ def test_where_triton_does_not_work_torchs_own_operations_are_used(
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(torch, "ones", fail)
-    assert torch_decoder._ops(torch.device("cuda")) is torch_ops
+    assert torch_decoder.ops_for(torch.device("cuda"), musicgen.decoder.shape) is torch_ops
     assert "Triton can't be used (Failed to find C compiler)" in caplog.text
+
+
+def test_after_a_stop_no_thread_decodes_any_more(musicgen: Any) -> None:
+    engine = generator_with(musicgen.checkpoint, musicgen.decoder)
+    engine._threads = ThreadPoolExecutor(1)  # whose threads need no GPU
+    begun, may_end, decoded = threading.Event(), threading.Event(), list[int]()
+
+    def tokens() -> Iterator[Any]:
+        yield from range(3)
+        assert begun.wait(30.0)
+        threading.Timer(0.1, may_end.set).start()
+        raise Stopped("asked to stop")
+
+    def decode(state: Any) -> Any:
+        begun.set()
+        assert may_end.wait(30.0)
+        decoded.append(state)
+
+    with pytest.raises(Stopped):
+        list(engine._beside(tokens(), decode))
+    assert decoded == [0]
+    assert engine._threads.submit(int).result(30.0) == 0  # none of the others was left
+    assert decoded == [0]
 
 
 def test_known_steps_are_run_again_with_the_same_bits(musicgen: Any) -> None:
