@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.engines.musicgen import torch_ops
+from pipeline.engines.musicgen import memory_budget, torch_ops
 from pipeline.engines.musicgen.decoder import (
     Continuation,
     EmbeddingAndHead,
@@ -226,13 +226,8 @@ class TorchDecoder:
 
 
 def ops_for(device: torch.device, shape: Shape) -> Any:
-    """The faster of the modules with a step's parts that works here.
-
-    The kernels need heads and a vocabulary of a power of two, as all published checkpoints have them. They
-    were written for NVIDIA's GPUs: on AMD's, which torch calls "cuda" too, their launch options don't exist.
-    """
-    has_powers_of_two = not any(size & (size - 1) for size in (shape.head_size, shape.vocabulary))
-    if device.type != "cuda" or torch.version.hip or not has_powers_of_two:
+    """The faster of the modules with a step's parts that works here."""
+    if not kernels_fit(device, shape):
         return torch_ops
     try:
         from pipeline.engines.musicgen import triton_ops
@@ -240,6 +235,18 @@ def ops_for(device: torch.device, shape: Shape) -> Any:
         ones = torch.ones((2, 16), device=device)
         triton_ops.add_norm(ones, None, ones, torch.float32)
     except Exception as error:  # no Triton (it comes with torch for Linux), or no C compiler for it
+        if memory_budget.is_exhausted(error):
+            raise
         log.warning("musicgen: Triton can't be used (%s): steps take longer without it", first_line(error))
         return torch_ops
     return triton_ops
+
+
+def kernels_fit(device: torch.device, shape: Shape) -> bool:
+    """Whether `triton_ops` is for such a device and model.
+
+    The kernels need heads and a vocabulary of a power of two, as all published checkpoints have them. They
+    were written for NVIDIA's GPUs: on AMD's, which torch calls "cuda" too, their launch options don't exist.
+    """
+    has_powers_of_two = not any(size & (size - 1) for size in (shape.head_size, shape.vocabulary))
+    return device.type == "cuda" and not torch.version.hip and has_powers_of_two

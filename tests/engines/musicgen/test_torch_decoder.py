@@ -227,21 +227,22 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(triton_ops: Any) ->
 
 
 def test_the_kernels_are_for_sizes_that_are_powers_of_two_on_nvidias_gpus(
-    torch_ops: Any, triton_ops: Any, monkeypatch: pytest.MonkeyPatch
+    torch_ops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
-    from pipeline.engines.musicgen.torch_decoder import ops_for
+    from pipeline.engines.musicgen.torch_decoder import kernels_fit
 
     monkeypatch.setattr(torch, "ones", lambda *shape, device: None)  # the trial of a kernel, which needs a GPU
     monkeypatch.setattr(triton_ops, "add_norm", lambda *tensors: None)
     shape = Shape(layers=2, hidden=192, heads=3, feed_forward=96, codebooks=4, vocabulary=2048)
-    assert ops_for(torch.device("cuda"), shape) is triton_ops
-    for other in (replace(shape, heads=4), replace(shape, vocabulary=2000)):
-        assert ops_for(torch.device("cuda"), other) is torch_ops
-    assert ops_for(torch.device("cpu"), shape) is torch_ops
+    gpu = torch.device("cuda")
+    assert kernels_fit(gpu, shape)
+    assert not kernels_fit(gpu, replace(shape, heads=4))
+    assert not kernels_fit(gpu, replace(shape, vocabulary=2000))
+    assert not kernels_fit(torch.device("cpu"), shape)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert ops_for(torch.device("cuda"), shape) is torch_ops
+    assert not kernels_fit(gpu, shape)
 
 
 # -- the decoder ----------------------------------------------------------------------------------------
@@ -372,6 +373,13 @@ def test_where_triton_does_not_work_torchs_own_operations_are_used(
     monkeypatch.setattr(torch, "ones", fail)
     assert torch_decoder.ops_for(torch.device("cuda"), musicgen.decoder.shape) is torch_ops
     assert "Triton can't be used (Failed to find C compiler)" in caplog.text
+
+    def full(*shape: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch_decoder.ops_for(torch.device("cuda"), musicgen.decoder.shape)
 
 
 def test_after_a_stop_no_thread_decodes_any_more(musicgen: Any) -> None:
