@@ -106,8 +106,8 @@ def measure(
     for own in OWN_STEPS:
         begin = min(own, states[0].delayed.steps - 3) - WARM_STEPS - timed
         for state in states:
-            state.codes[:, : begin + 1] = rng.integers(0, 2048, (len(state.codes), begin + 1))
-            state.codes[:, begin + 1 :] = -1
+            state.codes[:, :begin] = rng.integers(0, 2048, (len(state.codes), begin))
+            state.codes[:, begin:] = -1
             state.position = begin
         points.append(timed_steps())
     del scheduler.cache, scheduler.prefixes  # as the scheduler does before the last requests are decoded

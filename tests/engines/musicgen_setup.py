@@ -42,11 +42,16 @@ def decoder_of(checkpoint: Any, kind: str) -> Any:
     from pipeline.engines.musicgen.layers import Stack
     from pipeline.engines.musicgen.torch_decoder import TorchDecoder
 
+    class OneStepDecoder(TorchDecoder):
+        """It returns after each step, as those of the CPU do."""
+
+        steps_at_once = 1
+
     ends = checkpoint.embedding_and_head()
     if kind in {"int8", "float32"}:
         return CpuDecoder(Stack.packed(checkpoint.layers, kind), ends, threads=1)
     precision = "float32" if kind == "torch" else kind
-    return TorchDecoder(checkpoint.layers, ends, torch_device(), precision, most_rows=16)
+    return OneStepDecoder(checkpoint.layers, ends, torch_device(), precision, most_rows=16)
 
 
 def torch_device() -> str:

@@ -197,6 +197,8 @@ def test_kills_of_owners_and_workers_lose_nothing(
         run.end()
         counted = max(counted, batch.check_attempts())
     assert batch.ends_by_itself(verb) == 0, batch.runs[-1].out
+    if verb == "watch":  # on a busy machine its stop may be cut off before it has written the list of tracks
+        assert batch.ends_by_itself("once") == 0, batch.runs[-1].out
     batch.check()
     assert {run.code for run in batch.runs} <= {0, KILLED}
     figures.append(

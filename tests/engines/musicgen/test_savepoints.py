@@ -36,11 +36,13 @@ def interrupted(engine: Any, request: VariationRequest, steps: int) -> None:
 
 
 def picks(done: list[int]) -> int:
-    """How many calls of `progress` were for steps that picked tokens.
+    """How many steps picked tokens, by the calls of `progress`.
 
-    The others report blocks of known steps, which have more than one frame, and the decoded sound.
+    Those that report more than one frame are for blocks of known steps, of which the last picks tokens, too.
+    The last call of all is for the decoded sound.
     """
-    return sum(now - before <= 1 for before, now in pairwise([0, *done[:-1]]))
+    is_block = [now - before > 1 for before, now in pairwise([0, *done[:-1]])]
+    return is_block.count(False) + any(is_block)
 
 
 def resumed(engine: Any, request: VariationRequest) -> tuple[np.ndarray, int]:
@@ -137,7 +139,8 @@ def test_a_stopped_batch_saves_what_was_begun_and_not_what_was_delivered(
     for its in seen.values():
         its.clear()
     again = {result.request_id: result for result in run(never)}
-    assert [picks(seen[name]) for name in "abc"] == [28, 38 - 10, 28]
+    known = 10 if hasattr(decoder, "stack") else 0  # torch runs known steps one by one
+    assert [picks(seen[name]) for name in "abc"] == [28, 38 - known, 28]
     for name, result in again.items():
         assert result.audio.samples.tobytes() == whole[name].audio.samples.tobytes()
 

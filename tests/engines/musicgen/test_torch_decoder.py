@@ -274,9 +274,22 @@ def test_a_request_gets_the_same_tokens_in_any_company(musicgen: Any, requests: 
         np.testing.assert_array_equal(reversed_[one.request_id], alone)
 
 
+def test_several_steps_at_once_give_the_tokens_of_single_steps(musicgen: Any, requests: list[Any]) -> None:
+    from pipeline.engines.musicgen.torch_decoder import TorchDecoder
+
+    checkpoint = musicgen.checkpoint
+    decoder = TorchDecoder(checkpoint.layers, checkpoint.embedding_and_head(), torch_device(), "float32", 16)
+    expected = codes_of(generator_with(checkpoint, "torch"), *requests)
+    for name, codes in codes_of(generator_with(checkpoint, decoder), *requests).items():
+        np.testing.assert_array_equal(codes, expected[name])
+
+
 def test_a_stop_is_seen_after_a_fraction_of_a_second(musicgen: Any, requests: list[Any]) -> None:
     """Each return to the host looks for it; how many steps are between follows the time of a step."""
-    decoder = decoder_of(musicgen.checkpoint, "torch")
+    from pipeline.engines.musicgen.torch_decoder import TorchDecoder
+
+    checkpoint = musicgen.checkpoint
+    decoder = TorchDecoder(checkpoint.layers, checkpoint.embedding_and_head(), torch_device(), "float32", 16)
     decoder._step_s = 0.04
     assert decoder.steps_at_once == 3
     decoder._step_s = 1.0

@@ -85,7 +85,7 @@ def test_the_stored_steps_are_the_music(delays: np.ndarray) -> None:
     for step in range(delayed.steps):
         assert delayed.known_steps == step
         np.testing.assert_array_equal(delayed.inputs(step, step + 1)[0], table[step])
-        delayed.store(step, table[step + 1])
+        delayed.store(step, table[step + 1 : step + 2])
     assert delayed.known_steps == delayed.steps == 23
     np.testing.assert_array_equal(made_codes, whole)
 
@@ -101,7 +101,7 @@ def test_an_interrupted_window_is_resumed_at_its_first_unknown_step(
     delayed = DelayedWindow(made_codes, Window(20, 12), delays, PAD)
     table = delay_table(whole[:, 20:32], delays)
     for step in range(min(stopped_after, delayed.steps)):
-        delayed.store(step, table[step + 1])
+        delayed.store(step, table[step + 1 : step + 2])
     expected = max(10, stopped_after)
     assert DelayedWindow(made_codes, Window(20, 12), delays, PAD).known_steps == expected
     np.testing.assert_array_equal(delayed.inputs(0, expected + 1), table[: expected + 1])
@@ -113,7 +113,7 @@ def test_known_tokens_are_never_replaced() -> None:
     made_codes[:, 8:] = UNKNOWN
     delayed = DelayedWindow(made_codes, Window(0, 12), DELAYS["mono"], PAD)
     for step in range(delayed.steps):
-        delayed.store(step, np.full(4, 5))
+        delayed.store(step, np.full((1, 4), 5))
     np.testing.assert_array_equal(made_codes[:, :8], kept[:, :8])
     assert (made_codes[:, 8:] == 5).all()
 
@@ -189,7 +189,7 @@ class StepNumbers:
     params: Any
     steps: list[int] = field(default_factory=list)
 
-    def pick(self, step: int, conditional: np.ndarray, unconditional: np.ndarray | None) -> np.ndarray:
+    def pick(self, step: int, conditional: np.ndarray, unconditional: np.ndarray | None = None) -> np.ndarray:
         self.steps.append(step)
         return np.full(len(conditional), step)
 
