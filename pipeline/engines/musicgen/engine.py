@@ -68,7 +68,7 @@ class MusicgenGenerator:
             saved: None: an interrupted call begins again.
         """
         self.checkpoint, self.decoder, self.check = checkpoint, decoder, check
-        self.sample_rate = checkpoint.sample_rate
+        self.sample_rate, self.on_gpu = checkpoint.sample_rate, checkpoint.device != "cpu"
         self.max_memory_gb, self.saved = max_memory_gb, saved or Savepoints(None)
         self.window_frames = round(checkpoint.window_s * checkpoint.frames_per_s)
         self.stride_frames = round(checkpoint.window_s * STRIDE * checkpoint.frames_per_s)
@@ -88,7 +88,6 @@ class MusicgenGenerator:
         """
         by_id = {request.request_id: request for request in requests}
         encodec = LazyModel(self.checkpoint.codec, self.checkpoint.device)
-        on_gpu = self.checkpoint.device != "cpu"
 
         def report(state: RequestState, pieces: int) -> None:
             frames = state.codes.shape[1]
@@ -103,20 +102,20 @@ class MusicgenGenerator:
                     raise state.error
                 check_stop(should_stop)
                 # Progress is reported by one thread alone.
-                on_piece = (lambda _: check_stop(should_stop)) if on_gpu else partial(report, state)
+                on_piece = (lambda _: check_stop(should_stop)) if self.on_gpu else partial(report, state)
                 return state, self._variation(by_id[state.request_id], state, encodec, on_piece)
             except REQUEST_ERRORS as error:
                 return state, Failure(state.request_id, error)
 
         tokens = self.run(requests, progress, should_stop)
-        if on_gpu:
+        if self.on_gpu:
             encodec.open()  # once, before several threads want it
         try:
-            for state, result in self._beside(tokens, decode) if on_gpu else map(decode, tokens):
+            for state, result in self._beside(tokens, decode) if self.on_gpu else map(decode, tokens):
                 if isinstance(result, Failure):
                     yield result
                     continue
-                if on_gpu:
+                if self.on_gpu:
                     report(state, self._pieces(state))
                 yield result
                 self.saved.drop(state.identity)
@@ -206,7 +205,7 @@ class MusicgenGenerator:
             min(sum(state.n_rows for state in states), most_rows or self.decoder.most_rows),
             self.max_memory_gb,
             codec.decoding_bytes(self.checkpoint, max(state.codes.shape[1] for state in states))
-            * (1 if self.checkpoint.device == "cpu" else GPU_THREADS),
+            * (GPU_THREADS if self.on_gpu else 1),
             self.checkpoint.device,
         )
         while True:
@@ -251,7 +250,7 @@ class MusicgenGenerator:
         request: VariationRequest,
         state: RequestState,
         encodec: LazyModel,
-        on_piece: Callable[[int], None] | None = None,
+        on_piece: Callable[[int], None],
     ) -> Variation:
         samples = codec.decode(self.checkpoint, encodec.open(), state.codes, on_piece)
         samples = np.ascontiguousarray(samples[:, : self._n_samples(request)])

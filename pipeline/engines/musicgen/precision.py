@@ -91,9 +91,12 @@ def _on_device(
         has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         fast = decoder("bfloat16" if has_bfloat16 else "float16")
         name = f"{quantized_store.name_of(checkpoint.weights.revision)}.{fast.precision}.json"
-        check = stored_or_made(
-            folder / name if folder else None, lambda: check_precision(checkpoint, fast, ends, threads)
-        )
+
+        def make() -> PrecisionCheck:
+            log.info("musicgen: comparing %s with float32, once for this checkpoint", fast.precision)
+            return check_precision(checkpoint, fast, ends, threads)
+
+        check = stored_or_made(folder / name if folder else None, make)
         if _is_near(check):
             return fast, check
         del fast  # before the float32 layers take memory

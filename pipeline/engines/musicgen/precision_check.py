@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,23 @@ def stored_or_made(path: Path | None, make: Callable[[], PrecisionCheck]) -> Pre
     if path is None:
         return make()
     try:
-        return PrecisionCheck(**json.loads(path.read_bytes()))
+        check = read(path)
     except (OSError, ValueError, TypeError):
         check = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, path.with_suffix(".tmp"), json.dumps(asdict(check)).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, path.with_suffix(".tmp"), json.dumps(asdict(check)).encode())
+    with suppress(OSError):
+        path.touch()  # for `quantized_store.last_check`
     return check
+
+
+def read(path: Path) -> PrecisionCheck:
+    """The check in a JSON file.
+
+    Raises:
+        OSError, ValueError, TypeError: there is none, or a damaged one.
+    """
+    return PrecisionCheck(**json.loads(path.read_bytes()))
 
 
 def _prefix(checkpoint: Checkpoint) -> Samples:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.engines.musicgen import precision_check
 from pipeline.engines.musicgen.decoder import Shape
 from pipeline.engines.musicgen.layers import Stack
 from pipeline.engines.musicgen.precision_check import PrecisionCheck
@@ -42,7 +43,7 @@ def last_check(folder: Path) -> PrecisionCheck | None:
     files = sorted(found, key=lambda path: path.stat().st_mtime)
     try:
         if files[-1].suffix == ".json":
-            return PrecisionCheck(**json.loads(files[-1].read_bytes()))
+            return precision_check.read(files[-1])
         with files[-1].open("rb") as file, np.load(file, allow_pickle=False) as saved:
             return _check(saved)
     except Exception:  # no file, or a damaged one, for which the libraries raise any error

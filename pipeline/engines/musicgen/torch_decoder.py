@@ -80,9 +80,9 @@ class TorchDecoder:
         ]
         self.heads = self._tensor(ends.heads, self.dtype)
         self.norm, self.positions = self._tensor(ends.norm), self._tensor(ends.positions)
-        books, self._tokens, hidden = ends.embeddings.shape
-        self.embeddings = self._tensor(ends.embeddings.reshape(books * self._tokens, hidden))
-        self._first_tokens = torch.arange(books, device=self.device) * self._tokens
+        books, tokens, hidden = ends.embeddings.shape
+        self.embeddings = self._tensor(ends.embeddings.reshape(books * tokens, hidden))
+        self._first_tokens = torch.arange(books, device=self.device) * tokens
         self._step_s = RETURN_S / 8  # as measured last
 
     @property
@@ -144,7 +144,7 @@ class TorchDecoder:
         self._step_s = (time.perf_counter() - began_s) / steps
         return [
             tokens
-            if (tokens != torch_ops.BROKEN).all()
+            if (tokens != torch_ops.NOT_FINITE).all()
             else EngineFailure("musicgen computed NaN or infinity instead of probabilities.")
             for tokens in picked.swapaxes(0, 1)
         ]

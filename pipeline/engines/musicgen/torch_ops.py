@@ -16,12 +16,13 @@ from pipeline.engines.musicgen.decoder import UNKNOWN
 if TYPE_CHECKING:
     from pipeline.engines.musicgen.torch_cache import Step
 
-BROKEN = -2  # instead of a token: the logits were not finite
+NOT_FINITE = -2  # instead of a token: the logits were not finite
 
+# Of Philox4x64-10, see `sampling`.
+MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+ROUNDS = 10
 _LOW = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-_KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-_ROUNDS = 10
 
 
 def add_norm(
@@ -99,7 +100,7 @@ def pick(logits: torch.Tensor, step: Step) -> None:
     keep = torch.where(top_p > 0, _nucleus(scaled, top_p), _largest(scaled, top_k))
     noise = gumbel(step.seed[:rows], step.first_noise[:rows] + step.number, *logits.shape[1:])
     score = scaled.masked_fill(~keep, -torch.inf) + torch.where(is_random, noise, 0)
-    picked = torch.where(is_finite, score.argmax(dim=-1), BROKEN)
+    picked = torch.where(is_finite, score.argmax(dim=-1), NOT_FINITE)
     step.picked[:, :rows].index_copy_(0, step.number, picked[None])
     inputs = step.inputs[:rows]
     following = inputs.index_select(1, step.number + 1)
@@ -133,11 +134,11 @@ def gumbel(seeds: torch.Tensor, steps: torch.Tensor, codebooks: int, vocabulary:
     book = torch.arange(codebooks, device=device)[:, None]
     counter = [block.expand(len(seeds), codebooks, -1), book, steps[:, None, None], torch.zeros_like(block)]
     key = [seeds[:, None, None], torch.zeros_like(seeds)[:, None, None]]
-    for _ in range(_ROUNDS):
-        products = [_product(counter[i], m) for i, m in zip((0, 2), _MULTIPLIERS, strict=True)]
+    for _ in range(ROUNDS):
+        products = [_product(counter[i], m) for i, m in zip((0, 2), MULTIPLIERS, strict=True)]
         (high_0, low_0), (high_2, low_2) = products
         counter = [high_2 ^ counter[1] ^ key[0], low_2, high_0 ^ counter[3] ^ key[1], low_0]
-        key = [part + _signed(added) for part, added in zip(key, _KEY_STEPS, strict=True)]
+        key = [part + signed(added) for part, added in zip(key, KEY_STEPS, strict=True)]
     words = torch.stack(torch.broadcast_tensors(*counter), dim=-1).flatten(-2)  # type: ignore[no-untyped-call]
     uniform = (((words >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
@@ -149,9 +150,9 @@ def _product(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     low, cross, other = a_low * b_low, a_low * b_high, a_high * b_low
     middle = ((low >> 32) & _LOW) + (cross & _LOW) + (other & _LOW)
     carried = ((cross >> 32) & _LOW) + ((other >> 32) & _LOW) + (middle >> 32)
-    return a_high * b_high + carried, a * _signed(b)
+    return a_high * b_high + carried, a * signed(b)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The word of 64 bits as a signed number."""
     return word - (1 << 64) if word >> 63 else word

@@ -8,7 +8,8 @@ Attention is split over the positions, in parts of a fixed size that are read by
 the parts are summed in a second kernel (flash decoding: Dao et al. 2023). Parts beyond a row's
 length are not read.
 
-On Hopper and later a kernel may be set up while the one before it ends (programmatic dependent launch).
+On Hopper and later a kernel may be set up while the one before it ends (programmatic dependent launch,
+PDL).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 
 from pipeline.engines.musicgen.decoder import UNKNOWN
-from pipeline.engines.musicgen.torch_ops import BROKEN
+from pipeline.engines.musicgen.torch_ops import KEY_STEPS, MULTIPLIERS, NOT_FINITE, ROUNDS, signed
 
 if TYPE_CHECKING:
     from pipeline.engines.musicgen.torch_cache import Step
@@ -35,13 +36,11 @@ OUTPUT_TILE = 64
 INPUT_TILE = {torch.float32: 32}  # 128 of other types
 SPLIT = 4  # in how many parts the inputs of `product_in_parts` are summed
 
-_M0 = tl.constexpr(0xD2E7470EE14C6C93 - (1 << 64))
-_M1 = tl.constexpr(0xCA5A826395121157 - (1 << 64))
-_K0 = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
-_K1 = tl.constexpr(0xBB67AE8584CAA73B - (1 << 64))
+_M0, _M1 = (tl.constexpr(signed(word)) for word in MULTIPLIERS)
+_K0, _K1 = (tl.constexpr(signed(word)) for word in KEY_STEPS)
+_ROUNDS = tl.constexpr(ROUNDS)
 _UNKNOWN = tl.constexpr(UNKNOWN)
-_BROKEN = tl.constexpr(BROKEN)
-_LEAST = tl.constexpr(-(1 << 62))
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
 
 
 def add_norm(
@@ -65,8 +64,8 @@ def add_norm(
 
 
 @triton.jit
-def _add_norm(x, added, norm, out, width, PARTS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):
-    _begin(EARLY)
+def _add_norm(x, added, norm, out, width, PARTS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
+    _begin(PDL)
     row = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -131,10 +130,10 @@ def _multiply(
 @triton.jit
 def _product(
     x, weights, out, rows, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    OUTPUT_TILE: tl.constexpr, PARTS: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr,
+    OUTPUT_TILE: tl.constexpr, PARTS: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of outputs for all rows, over one part of the inputs."""
-    _begin(EARLY)
+    _begin(PDL)
     part = tl.program_id(1)
     row = tl.arange(0, ROWS)
     output = tl.program_id(0) * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
@@ -202,13 +201,13 @@ def _attend_parts(
     qkv, own, prefixes, slot, at, prefix, prefix_length, sums, weights, steps, prefix_steps,
     own_values, prefix_values, scale, HEADS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
     PREFIX_PARTS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Parts of the positions of a row and head: their weighted values, largest scores and sums of weights.
 
     The part that this step belongs to has its key and value from `qkv`, and stores them.
     """
-    _begin(EARLY)
+    _begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(at + row)
     if position < 0:
@@ -259,10 +258,10 @@ def _attend_parts(
 @triton.jit
 def _sum_parts(
     sums, weights, at, prefix_length, out, HEADS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-    PREFIX_PARTS: tl.constexpr, PART: tl.constexpr, ROUND: tl.constexpr, EARLY: tl.constexpr,
+    PREFIX_PARTS: tl.constexpr, PART: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The parts of a row and head, weighted by their scores."""
-    _begin(EARLY)
+    _begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, SIZE)
     target = out + (row * HEADS + head) * SIZE + d
@@ -312,9 +311,9 @@ def pick(logits: torch.Tensor, step: Step) -> None:
 def _pick(
     logits, number, n_variations, conditional, unconditional, guidance, temperature, top_k, top_p,
     seed, first_noise, picked, inputs, n_inputs, BOOKS: tl.constexpr, SIZE: tl.constexpr,
-    MOST: tl.constexpr, EARLY: tl.constexpr,
+    MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    _begin(EARLY)
+    _begin(PDL)
     one, book = tl.program_id(0), tl.program_id(1)
     if one >= tl.load(n_variations):
         return
@@ -324,9 +323,9 @@ def _pick(
     with_condition = tl.load(logits + (row * BOOKS + book) * SIZE + token).to(tl.float64)
     without = tl.load(logits + (other * BOOKS + book) * SIZE + token).to(tl.float64)
     mixed = without + (with_condition - without) * tl.load(guidance + one)
-    warmth = tl.load(temperature + one)
-    is_random = warmth > 0
-    scaled = mixed / tl.where(is_random, warmth, 1.0)
+    divisor = tl.load(temperature + one)
+    is_random = divisor > 0
+    scaled = mixed / tl.where(is_random, divisor, 1.0)
     is_finite = tl.sum((tl.abs(scaled) < float("inf")).to(tl.int32), 0) == SIZE
     scaled = tl.where(is_finite, scaled, 0.0)  # with NaN the searches below might not end
     scaled = scaled - tl.max(scaled, 0)
@@ -360,7 +359,7 @@ def _pick(
     score = tl.where(keep, scaled, float("-inf"))
     if is_random:
         score += _gumbel(tl.load(seed + one), tl.load(first_noise + one) + step, book, SIZE)
-    choice = tl.where(is_finite, tl.argmax(score, 0), _BROKEN)
+    choice = tl.where(is_finite, tl.argmax(score, 0), _NOT_FINITE)
     tl.store(picked + (step * MOST + one) * BOOKS + book, choice)
     for index in range(2):
         place = inputs + (tl.where(index == 0, row, other) * n_inputs + step + 1) * BOOKS + book
@@ -376,7 +375,7 @@ def _gumbel(seed, step, book, SIZE: tl.constexpr):
     c3 = tl.zeros_like(c0)
     k0 = seed
     k1 = tl.zeros_like(seed)
-    for _ in range(10):
+    for _ in range(_ROUNDS):
         m0 = tl.full([SIZE // 4], _M0, tl.int64)
         m1 = tl.full([SIZE // 4], _M1, tl.int64)
         high_0 = _high(c0, m0)
@@ -401,17 +400,17 @@ def _high(a, b):
 
 
 @triton.jit
-def _begin(EARLY: tl.constexpr):
+def _begin(PDL: tl.constexpr):
     """Wait for the kernel before this one, and let the next one be set up."""
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 def _launch(device: torch.device, rows: int) -> dict[str, bool]:
-    """Whether kernels may be set up early: a gain where they are short, and a loss with more rows."""
-    is_early = rows <= FEW_ROWS and _capability(device) >= (9, 0)
-    return {"EARLY": is_early, **({"launch_pdl": True} if is_early else {})}
+    """Whether kernels are launched with PDL: a gain where they are short, and a loss with more rows."""
+    with_pdl = rows <= FEW_ROWS and _capability(device) >= (9, 0)
+    return {"PDL": with_pdl, **({"launch_pdl": True} if with_pdl else {})}
 
 
 @functools.cache

@@ -124,7 +124,7 @@ def test_logits_that_are_not_finite_give_no_token(ops: Any, torch_ops: Any, bad:
     logits[3, 1, 7] = bad  # the unconditional row of the second variation
     ops.pick(logits, step)
     picked = step.picked[0, : len(variations)].cpu().numpy()
-    assert (picked == torch_ops.BROKEN).any(axis=1).tolist() == [n == 1 for n in range(len(variations))]
+    assert (picked == torch_ops.NOT_FINITE).any(axis=1).tolist() == [n == 1 for n in range(len(variations))]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in divide")  # by the interpreter
@@ -137,7 +137,7 @@ def test_a_temperature_by_which_logits_overflow_gives_no_token(ops: Any, torch_o
     step.load_variations([one])
     logits = normal(2, BOOKS, VOCABULARY)
     ops.pick(logits, step)
-    assert (step.picked[0, 0] == torch_ops.BROKEN).all()
+    assert (step.picked[0, 0] == torch_ops.NOT_FINITE).all()
     with pytest.raises(EngineFailure, match="NaN or infinity"):
         one.sampler.pick(0, *logits.double().cpu().numpy())
 
