@@ -58,6 +58,7 @@ class FreeExecutor:
         self.facts = Finished(made, -14.0, {}, None, None).facts()
         self.content = sound_file(made, FileForm(config.output, {"title": "t"}))
         unit = np.eye(1, 512, dtype=np.float32)
+        self.vector = unit[0]
         self.embedding = embedding_file(Embedding(unit[0], unit, np.zeros((1, 2), np.float32)), 512)
 
     def run(self, task: Any, *args: Any, **_: Any) -> Iterator[Any]:
@@ -70,6 +71,8 @@ class FreeExecutor:
             yield self.normalized, self.source
         elif task is tasks.embed:
             yield self.embedding, made_by, 512
+        elif task is tasks.embed_file:
+            yield self.vector, made_by, 512
         else:
             yield self.content if task is tasks.encode else None
 

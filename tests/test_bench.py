@@ -198,3 +198,12 @@ def test_the_memory_bandwidth_is_measured() -> None:
     assert rates.bytes_per_s > 1e8
     floor = bandwidth.floor(rates, 8)
     assert floor.step_s == pytest.approx(floor.bytes_per_step / rates.bytes_per_s)
+
+
+@pytest.mark.long
+def test_the_cost_of_the_owner_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every task that the runner gives to a worker is answered."""
+    import owner_cost
+
+    owner_cost.measure(tmp_path, 3, 0.5)
+    assert capsys.readouterr().out.split()[:4] == ["3", "0.5", "s", "0.13"]
