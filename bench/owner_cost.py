@@ -3,10 +3,11 @@
     python bench/owner_cost.py [--finished 1000,100000] [--seconds 1,30]
 
 A runner takes tracks from a queue through all stages, with an executor that answers every task at once
-with values made beforehand: what is left is the owner's own work (records, plans, the hash of each file,
-its flush to the disk and its comparison), which is all that bounds the number of workers that one owner can
-serve. The store holds `--finished` tracks before. The least that the same disk needs for the same file
-(write, fsync, rename, fsync of the folder) is measured beside it.
+with values made beforehand: what is left is the owner's own work (records, plans, and the names of files,
+which workers have written), which is all that bounds the number of workers that one owner can serve. The time
+in which the executor writes a file, as a worker does, is subtracted. The store holds `--finished` tracks
+before. The least that the same disk needs for the same file (write, fsync, rename, fsync of the folder) is
+measured beside it. With `--by-value` the owner writes the files, as it does for workers of a Ray cluster.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pipeline import audio  # noqa: E402
 from pipeline.executors import tasks  # noqa: E402
 from pipeline.executors.encode import FileForm, embedding_file, sound_file  # noqa: E402
 from pipeline.executors.judge import Verdict  # noqa: E402
+from pipeline.fs.atomic import Written, write_new  # noqa: E402
 from pipeline.outbox.outbox import Outbox  # noqa: E402
 from pipeline.progress import Reporter  # noqa: E402
 from pipeline.records import Audio, Embedding, MadeBy, SourceInfo, Stage  # noqa: E402
@@ -46,7 +48,9 @@ class FreeExecutor:
 
     where, loaded = "nowhere", ()
 
-    def __init__(self, seconds: float, source: Path, setup: RunnerSetup) -> None:
+    def __init__(self, seconds: float, source: Path, setup: RunnerSetup, *, shares_disk: bool) -> None:
+        self.shares_disk = shares_disk
+        self.wrote_s = self.wrote_cpu_s = 0.0
         rng = np.random.default_rng(1)
         noise = rng.uniform(-0.2, 0.2, (2, round(seconds * RATE_HZ))).astype(np.float32)
         made, config = Audio(noise, RATE_HZ), setup.config
@@ -73,8 +77,18 @@ class FreeExecutor:
             yield self.embedding, made_by, 512
         elif task is tasks.embed_file:
             yield self.vector, made_by, 512
+        elif task is tasks.encode:
+            yield self.content if args[3] is None else self._written(args[3])
         else:
-            yield self.content if task is tasks.encode else None
+            yield None
+
+    def _written(self, place: Path) -> Written:
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
+        try:
+            return write_new(place, self.content)
+        finally:
+            self.wrote_s += time.perf_counter() - began_s
+            self.wrote_cpu_s += time.process_time() - began_cpu_s
 
     def release_if_idle(self) -> None:
         pass
@@ -118,12 +132,12 @@ def least_s(folder: Path, content: bytes, n: int = 20) -> float:
     return took_s / n
 
 
-def measure(folder: Path, finished: int, seconds: float) -> None:
+def measure(folder: Path, finished: int, seconds: float, *, shares_disk: bool = True) -> None:
     setup = RunnerSetup.at(folder, count=VARIATIONS)
     names = [f"{i}.wav" for i in range(TRACKS)]
     hashes = setup.add_tracks(*names)
     [source] = [path for path in [setup.workspace.scratch(hashes[0]).source] if path.exists()]
-    executor = FreeExecutor(seconds, source, setup)
+    executor = FreeExecutor(seconds, source, setup, shares_disk=shares_disk)
     remember(setup, finished, executor.source)
     judge: Any = FreeJudge()
     runner = Runner(
@@ -132,7 +146,8 @@ def measure(folder: Path, finished: int, seconds: float) -> None:
     )  # fmt: skip
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
     runner.drain()
-    took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
+    took_s = time.perf_counter() - began_s - executor.wrote_s
+    cpu_s = time.process_time() - began_cpu_s - executor.wrote_cpu_s
     failed = [track.error for track in map(setup.track, hashes) if track.error]
     assert not failed, failed
     n, disk_s = TRACKS * VARIATIONS, least_s(folder, executor.content)
@@ -148,13 +163,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--finished", default="1000,100000")
     parser.add_argument("--seconds", default="1,30")
+    parser.add_argument("--by-value", action="store_true")
     parser.add_argument("--folder", type=Path, help="where to work, on the disk that is measured")
     options = parser.parse_args()
     print(f"{'finished':>9} {'length':>9} {'file':>10} {'wall':>11} {'processor':>11} {'least, disk':>11}")
     for seconds in map(float, options.seconds.split(",")):
         for finished in map(int, options.finished.split(",")):
             with tempfile.TemporaryDirectory(dir=options.folder) as name:
-                measure(Path(name), finished, seconds)
+                measure(Path(name), finished, seconds, shares_disk=not options.by_value)
 
 
 if __name__ == "__main__":

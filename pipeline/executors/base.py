@@ -50,6 +50,11 @@ class Executor(Protocol):
         """See `Engines.loaded`, of those in the process in which the tasks run."""
         ...
 
+    @property
+    def shares_disk(self) -> bool:
+        """Whether tasks can write where this process reads."""
+        ...
+
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """Yield what the task yields.
 

@@ -43,6 +43,10 @@ class BesideGenerator:
     def loaded(self) -> Sequence[str]:
         return [*self.generator.loaded, *self.executor.loaded]
 
+    @property
+    def shares_disk(self) -> bool:
+        return self.executor.shares_disk
+
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """See `Executor`. A task of the generator waits until no other one uses it."""
         if task not in (tasks.generate, tasks.open_generator):

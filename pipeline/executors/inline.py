@@ -29,6 +29,10 @@ class InlineExecutor:
     def loaded(self) -> Sequence[str]:
         return self.engines.loaded
 
+    @property
+    def shares_disk(self) -> bool:
+        return True
+
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         return task(Tools(self.engines, self.judge, progress, should_stop, self._kept), *args)
 

@@ -92,6 +92,11 @@ class ProcessExecutor:
         worker = self._worker
         return list(worker.loaded) if worker else []
 
+    @property
+    def shares_disk(self) -> bool:
+        """See `pipeline.executors.base.Executor`."""
+        return True
+
     def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
         """See `pipeline.executors.base.Executor`."""
         if self._worker is None:

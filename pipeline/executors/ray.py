@@ -229,6 +229,7 @@ class RayExecutor:
     environment: Mapping[str, str | None]  # see `RayWorker`
     check: Callable[[Facts], None]  # raises EngineUnusable for a node that can't be used
     leaves_sounds: bool = False  # see `RayWorker`
+    shares_disk: bool = False  # see `Executor`
     clock: Callable[[], float] = time.monotonic
     place_patience_s: float = PLACE_PATIENCE_S
     facts: Facts | None = field(default=None, init=False)  # of the actor's process; None: there is no actor
@@ -317,7 +318,7 @@ class RayExecutor:
     ) -> Iterator[Any]:
         self._n_runs += 1
         run, kind = self._n_runs, YIELDED
-        call = actor.begin.remote(run, task, [_sent(value) for value in args])
+        call = actor.begin.remote(run, task, [value if self.shares_disk else _sent(value) for value in args])
         try:
             while kind == YIELDED:
                 kind, content = self._answer(actor, call, run, progress, should_stop)

@@ -121,8 +121,15 @@ class RayCluster:
         environment: dict[str, str | None] = dict(self.environment)
         if self._folder:
             environment["HOME"] = os.environ.get("HOME")
-        leaves_sounds = self.on_gpu and resources == self.resources
-        return RayExecutor(self.engines, self.idle_s, resources, environment, self._check, leaves_sounds)
+        return RayExecutor(
+            self.engines,
+            self.idle_s,
+            resources,
+            environment,
+            self._check,
+            leaves_sounds=self.on_gpu and resources == self.resources,
+            shares_disk=self._folder is not None,
+        )
 
     def use(self, engines: EngineChoices, idle_s: float) -> None:
         """Change the settings; engines that stay the same stay loaded."""

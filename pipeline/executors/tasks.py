@@ -22,6 +22,7 @@ from pipeline.executors.base import Tools, portable
 from pipeline.executors.encode import FileForm, embedding_file, sound_file
 from pipeline.executors.judge import Verdict
 from pipeline.executors.versions import made_with
+from pipeline.fs.atomic import Written, write_new
 from pipeline.gallery.pictures import Picture, draw
 from pipeline.plan import AUTO_PROMPT
 from pipeline.records import Audio, Failure, MadeBy, Samples, SourceInfo, Variation, VariationRequest
@@ -93,10 +94,10 @@ def embed(tools: Tools, sound: Audio) -> Iterator[tuple[bytes, MadeBy, int]]:
     yield embedding_file(result, embedder.dim), _made_by(embedder), embedder.dim
 
 
-def embed_file(tools: Tools, content: bytes) -> Iterator[tuple[Samples, MadeBy, int]]:
+def embed_file(tools: Tools, file: Path | bytes) -> Iterator[tuple[Samples, MadeBy, int]]:
     """The vector of a published variation, (dim,), its engine, and its dimensions."""
     embedder = tools.engines.embedder()
-    result = embedder.embed(read_whole(content), should_stop=tools.should_stop)
+    result = embedder.embed(read_whole(_content(file)), should_stop=tools.should_stop)
     yield result.track, _made_by(embedder), embedder.dim
 
 
@@ -105,12 +106,19 @@ def change(tools: Tools, sound: Audio, settings: Normalize, changes: dict[str, A
     yield stages.change(sound, settings, **changes)
 
 
-def encode(tools: Tools, made: Audio | str, form: FileForm, gain_db: float | None = None) -> Iterator[bytes]:
-    """The file of a take, or of the one that `make_takes` has made last, by its id; see `sound_file`."""
+def encode(
+    tools: Tools, made: Audio | str, form: FileForm, gain_db: float | None = None, place: Path | None = None
+) -> Iterator[bytes | Written]:
+    """The file of a take, or of the one that `make_takes` has made last, by its id; see `sound_file`.
+
+    Args:
+        place: where it is written by a worker that uses the same disk; None: its content is returned.
+    """
     sound = tools.kept[made] if isinstance(made, str) else made
     if gain_db is not None:
         sound = audio.amplify(sound, gain_db)
-    yield sound_file(sound, form)
+    content = sound_file(sound, form)
+    yield content if place is None else write_new(place, content)
 
 
 def sound_of(tools: Tools, request_id: str) -> Iterator[Audio]:
@@ -123,10 +131,15 @@ def fingerprint(tools: Tools, made: Audio) -> Iterator[Any]:
     yield tools.judge.sound(made)
 
 
-def fingerprint_of_file(tools: Tools, content: bytes, sample_rate: int) -> Iterator[Any]:
+def fingerprint_of_file(tools: Tools, file: Path | bytes, sample_rate: int) -> Iterator[Any]:
     """What `Judge.shared` compares of a take that is published."""
+    content = _content(file)
     sound, _ = audio.decode_file(io.BytesIO(content), len(content), sample_rate=sample_rate, limits=PUBLISHED)
     yield tools.judge.sound(sound)
+
+
+def _content(file: Path | bytes) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
 
 
 def pictures(tools: Tools, *sounds: Path | bytes) -> Iterator[list[Picture]]:

@@ -11,41 +11,67 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is whole, flushed and read back, but may not have its name yet."""
+
+    path: Path
+    sha256: str
+    bytes: int
 
 
 def write_atomically(path: Path, temporary: Path, content: bytes | memoryview) -> str:
     """Write a file at `path` by way of `temporary` in the same folder; returns its SHA-256.
 
     Raises:
+        OSError: see `write_new`.
+    """
+    with replacing(path, temporary):
+        return write_new(temporary, content).sha256
+
+
+def write_new(path: Path, content: bytes | memoryview) -> Written:
+    """Write a file and read it back, in place of one that a killed run may have left.
+
+    Raises:
         OSError: it couldn't be written, or the disk returned other bytes than were written (EIO).
-            The temporary file is removed, unless that fails too.
+            The file is removed, unless that fails too.
     """
     sha256 = hashlib.sha256(content).hexdigest()
-    with replacing(path, temporary):
-        _make_folder(temporary.parent)
-        temporary.unlink(missing_ok=True)  # a killed run may have left it
-        with temporary.open("xb") as out:
+    with _removed_after_error(path):
+        _make_folder(path.parent)
+        path.unlink(missing_ok=True)
+        with path.open("xb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        _check(temporary, content)
-    return sha256
+        _check(path, content)
+    return Written(path, sha256, len(content))
 
 
 @contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[None]:
     """Rename `temporary`, which is written and flushed inside, to `path`; remove it after an error."""
-    try:
+    with _removed_after_error(temporary):
         yield
         temporary.replace(path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def _removed_after_error(path: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         with suppress(OSError):  # the first error is the one to raise
-            temporary.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

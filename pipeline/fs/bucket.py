@@ -345,6 +345,9 @@ class BucketFiles:
         if self.lease is not None:
             self.lease.check()
 
+    def place(self, path: Path) -> None:
+        return None
+
     def write(self, path: Path, content: bytes | memoryview) -> str:
         content = bytes(content)
         self._call(lambda: self._put(path, content, "overwrite"), is_write=True)

@@ -99,6 +99,9 @@ class Files(Protocol):
 
     # -- writing ---------------------------------------------------------------------------------
 
+    def place(self, path: Path) -> Path | None:
+        """Where a worker can write a file that is moved to `path` then; None: nowhere, in a bucket."""
+
     def write(self, path: Path, content: bytes | memoryview) -> str:
         """Write a file, whole or not at all, and read back what was written; returns its SHA-256."""
 

@@ -87,9 +87,11 @@ class LocalFiles:
     ) -> str | None:
         return copying.copy_in(path, target, expected=expected, follow=follow, should_stop=should_stop)
 
+    def place(self, path: Path) -> Path:
+        return path.with_name(f"{TMP_PREFIX}{path.name}{TMP_SUFFIX}")
+
     def write(self, path: Path, content: bytes | memoryview) -> str:
-        temporary = path.with_name(f"{TMP_PREFIX}{path.name}{TMP_SUFFIX}")
-        return atomic.write_atomically(path, temporary, content)
+        return atomic.write_atomically(path, self.place(path), content)
 
     def write_over(self, path: Path, content: bytes, known: Entry | None) -> None:
         self.write(path, content)

@@ -123,7 +123,7 @@ class Gallery:
         for file, sha256 in take_files(manifest):
             path = self.outbox.root / track.folder / file
             if sha256 not in known and files.find(path):  # people delete what they don't like
-                sounds[sha256] = files.read(path) if is_in_bucket(path) else path
+                sounds[sha256] = self.outbox.readable(track.folder, file)
         missing = {sha256: sound for sha256, sound in sounds.items() if sha256 not in known}
         if missing and (drawn := draw(list(missing.values()))):
             known |= zip(missing, drawn, strict=True)

@@ -1,6 +1,7 @@
 """The outbox: complete files or none.
 
-A file is written whole, and read back before the store may record it (see `Files.write`).
+A file is written whole, and read back before the store may record it (see `Files.write`). Where it can, a
+worker does this beside the file's place, and the owner gives the file its name.
 `manifest.json` is written last and removed first, so a folder with a manifest is complete and every
 hash in the manifest is right.
 """
@@ -18,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from pipeline.fs.files import Entry, Files
+from pipeline.fs.atomic import Written
+from pipeline.fs.files import Entry, Files, is_in_bucket
 from pipeline.fs.local import TMP_PREFIX, TMP_SUFFIX
 from pipeline.fs.names import track_name
 
@@ -71,13 +73,22 @@ class Outbox:
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def publish(self, folder: str, file: str, content: bytes | memoryview) -> Published:
-        """Write a file, whole or not at all; an existing one is replaced.
+    def place(self, folder: str, file: str) -> Path | None:
+        """Where a worker can write what `publish` is given then; see `Files.place`."""
+        return self.files.place(self.root / folder / file)
+
+    def publish(self, folder: str, file: str, content: bytes | memoryview | Written) -> Published:
+        """Write a file, whole or not at all, or take what was written at its `place`; one is replaced.
 
         Raises:
             OSError, FolderUnusable: see `Files.write`; then there is no new file.
         """
-        return Published(file, self.files.write(self.root / folder / file, content), len(content))
+        path = self.root / folder / file
+        if not isinstance(content, Written):
+            return Published(file, self.files.write(path, content), len(content))
+        self.files.move(content.path, path)
+        self.files.flush(path.parent)
+        return Published(file, content.sha256, content.bytes)
 
     def read(self, folder: str, file: str) -> bytes:
         """The bytes of a published file.
@@ -86,6 +97,11 @@ class Outbox:
             OSError: it can't be read.
         """
         return self.files.read(self.root / folder / file)
+
+    def readable(self, folder: str, file: str) -> Path | bytes:
+        """A published file for a worker: its path, or its bytes if it is in a bucket. Raises as `read`."""
+        path = self.root / folder / file
+        return self.read(folder, file) if is_in_bucket(path) else path
 
     def publish_manifest(self, folder: str, manifest: Mapping[str, Any]) -> None:
         """Complete a folder. A manifest that differs only in its date is kept.

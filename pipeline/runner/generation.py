@@ -280,8 +280,8 @@ class Generation:
         take = replace(unit.takes[0], key=unit.key, seed=record["seed"])
         if unit.gates.max_shared is None:
             return JudgedTake(take, (), 0.0, None, record=record)
-        content = self.outbox.read(job.track.folder, record["file"])
-        sound = self._run(tasks.fingerprint_of_file, content, record["sample_rate"])
+        file = self.outbox.readable(job.track.folder, record["file"])
+        sound = self._run(tasks.fingerprint_of_file, file, record["sample_rate"])
         return JudgedTake(take, (), 0.0, None, sound, record)
 
     def _shared(self, one: JudgedTake, other: JudgedTake) -> float:
@@ -350,8 +350,9 @@ class Generation:
         if sound is None:
             raise EngineFailure("a take has disappeared from the state folder")
         form = file_form(job.track.name, job.track.sha256, name, record, output)
-        content = self._run(tasks.encode, sound, form, gain_db)
-        return self.outbox.publish(job.track.folder, file, content)
+        folder = job.track.folder
+        place = self.outbox.place(folder, file) if self.executor.shares_disk else None
+        return self.outbox.publish(folder, file, self._run(tasks.encode, sound, form, gain_db, place))
 
     def _run(self, task: Task, *args: Any) -> Any:
         return result_of(self.executor, task, *args, should_stop=self.should_stop)

@@ -370,8 +370,8 @@ class Runner:
         with self.attempts.attempt(job, Stage.EMBED_VARIATIONS):
             start, vectors = self.clock(), []
             for n, record in enumerate(variations, 1):
-                content = self.outbox.read(job.track.folder, record["file"])
-                vector, made_by, dim = self._run(tasks.embed_file, content)
+                file = self.outbox.readable(job.track.folder, record["file"])
+                vector, made_by, dim = self._run(tasks.embed_file, file)
                 vectors.append(vector)
                 self.reporter.step(n, len(variations), f"variation {n} of {len(variations)}")
             published = self.outbox.publish(job.track.folder, VECTORS, variations_file(vectors, dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import signal
 from collections.abc import Iterator
@@ -13,12 +14,17 @@ import worker_tasks
 from executor_setup import ENGINES, cluster_at, run
 from ray_setup import NEEDS_RAY
 
+from pipeline.config import Output
 from pipeline.errors import BadAudio, Stopped
+from pipeline.executors import tasks
 from pipeline.executors.base import Executor, WorkerLost
+from pipeline.executors.encode import FileForm
 from pipeline.executors.process import ProcessExecutor
 from pipeline.executors.ray_cluster import RayCluster
 from pipeline.executors.ray_environment import AUTO
 from pipeline.executors.ray_nodes import Resources
+from pipeline.fs.atomic import Written
+from pipeline.records import Audio
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,17 @@ def test_it_is_known_which_engines_are_loaded(executor: Executor) -> None:
     assert executor.loaded == [name] == ["descriptors"]
     executor.close()
     assert executor.loaded == []
+
+
+def test_a_worker_of_this_machine_writes_a_file_at_its_place(executor: Executor, tmp_path: Path) -> None:
+    tone, form = Audio(np.full((2, 100), 0.1, np.float32), 44100), FileForm(Output(), {"title": "a"})
+    place = tmp_path / "track" / "variations" / ".01-a.wav.part"
+    [content] = run(executor, tasks.encode, tone, form)
+    for _ in range(2):  # the second time over what a killed run has left
+        [written] = run(executor, tasks.encode, tone, form, None, place)
+        assert written == Written(place, hashlib.sha256(content).hexdigest(), len(content))
+        assert place.read_bytes() == content
+    assert executor.shares_disk
 
 
 def test_another_task_runs_between_two_results(executor: Executor) -> None:

@@ -57,18 +57,12 @@ def test_the_processes_of_a_local_cluster_do_not_get_the_keys_of_buckets(executo
     assert SECRET not in environment.values()
 
 
-def test_arrays_are_sent_by_value_and_files_by_their_content(executor: RayExecutor, tmp_path: Path) -> None:
+def test_arrays_are_sent_by_value(executor: RayExecutor, tmp_path: Path) -> None:
     np.save(tmp_path / "sound.npy", np.arange(12, dtype=np.float32).reshape(2, 6))
     whole = np.load(tmp_path / "sound.npy", mmap_mode="r")
     [(values, file), (part, none)] = run(executor, worker_tasks.describe, whole, whole[:, 2:5])
     assert (values, file) == (whole.tolist(), None)
     assert (part, none) == ([[2, 3, 4], [8, 9, 10]], None)
-
-    (tmp_path / "song.txt").write_text("la")
-    [(copy, content)] = run(executor, worker_tasks.read, tmp_path / "song.txt")
-    assert (copy.name, content) == ("song.txt", "la")
-    assert copy != tmp_path / "song.txt"
-    assert not copy.exists()
 
 
 def test_one_actor_runs_all_tasks_and_keeps_its_engines(executor: RayExecutor) -> None:

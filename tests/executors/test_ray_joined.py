@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import worker_tasks
 from executor_setup import cluster_at
+from executor_setup import run as run_task
 from home_folder import ROOT, Home, contents, run, write_music
 from ray_setup import NEEDS_RAY, add_node, ray_head
 
@@ -44,6 +45,22 @@ def test_signal_handlers_stay_ours(several: Any) -> None:
         joined.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_files_are_sent_by_their_content_as_a_node_may_be_anywhere(several: Any, tmp_path: Path) -> None:
+    (tmp_path / "song.txt").write_text("la")
+    node = add_node(several, 1)
+    joined = cluster_at(several.address, Resources(1, 0))
+    try:
+        [executor] = joined.ready()
+        assert not executor.shares_disk
+        [(copy, content)] = run_task(executor, worker_tasks.read, tmp_path / "song.txt")
+        assert (copy.name, content) == ("song.txt", "la")
+        assert copy != tmp_path / "song.txt"
+        assert not copy.exists()
+    finally:
+        joined.close()
+        several.remove_node(node)
 
 
 def test_a_worker_has_a_gpu_of_its_own_and_others_normalize_beside_it(several: Any) -> None:

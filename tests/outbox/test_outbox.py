@@ -26,6 +26,7 @@ from pipeline.outbox.outbox import (
 
 FOLDER = "song--aaaaaaaa"
 FIRST, SECOND, THIRD = (f"variations/{n:02d}-{name}.wav" for n, name in ((1, "a"), (2, "b"), (3, "c")))
+BY_EITHER = pytest.mark.parametrize("by_worker", [False, True])
 SOURCE = {"name": "song.wav", "sha256": "a" * 64, "names": ["song.wav"]}
 
 
@@ -38,8 +39,13 @@ def folders_of(outbox: Outbox) -> list[str]:
     return [folder for folder, _ in outbox.contents()]
 
 
-def publish(outbox: Outbox, file: str, content: bytes) -> Published:
-    return outbox.publish(FOLDER, file, content)
+def publish(outbox: Outbox, file: str, content: bytes, *, by_worker: bool = False) -> Published:
+    """Publish a file that the owner writes, or that a worker has written at its place."""
+    if not by_worker:
+        return outbox.publish(FOLDER, file, content)
+    place = outbox.place(FOLDER, file)
+    assert place
+    return outbox.publish(FOLDER, file, atomic.write_new(place, content))
 
 
 def files(outbox: Outbox) -> dict[str, bytes]:
@@ -47,29 +53,42 @@ def files(outbox: Outbox) -> dict[str, bytes]:
     return {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
 
 
-def test_a_published_file_is_on_the_disk_with_its_hash_and_size(outbox: Outbox) -> None:
-    published = publish(outbox, FIRST, b"music")
+@BY_EITHER
+def test_a_published_file_is_on_the_disk_with_its_hash_and_size(outbox: Outbox, by_worker: bool) -> None:
+    published = publish(outbox, FIRST, b"music", by_worker=by_worker)
 
     assert published == Published(FIRST, hashlib.sha256(b"music").hexdigest(), 5)
     assert files(outbox) == {FIRST: b"music"}
 
 
-def test_a_file_published_again_replaces_the_first(outbox: Outbox) -> None:
+@BY_EITHER
+def test_a_file_published_again_replaces_the_first(outbox: Outbox, by_worker: bool) -> None:
     before = publish(outbox, FIRST, b"a longer piece")
-    after = publish(outbox, FIRST, b"short")
+    after = publish(outbox, FIRST, b"short", by_worker=by_worker)
 
     assert files(outbox) == {FIRST: b"short"}
     assert outbox.is_intact(FOLDER, after)
     assert not outbox.is_intact(FOLDER, before)
 
 
-def test_the_temporary_file_of_a_killed_run_is_replaced(outbox: Outbox) -> None:
+@BY_EITHER
+def test_the_temporary_file_of_a_killed_run_is_replaced(outbox: Outbox, by_worker: bool) -> None:
     left = outbox.root / FOLDER / "variations" / ".01-a.wav.part"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"much more than what comes now")
 
-    publish(outbox, FIRST, b"music")
+    publish(outbox, FIRST, b"music", by_worker=by_worker)
     assert files(outbox) == {FIRST: b"music"}
+
+
+def test_what_a_worker_has_written_is_not_published_yet(outbox: Outbox) -> None:
+    place = outbox.place(FOLDER, FIRST)
+    assert place
+    atomic.write_new(place, b"music")
+    assert is_temporary(str(place.relative_to(outbox.root / FOLDER)))
+
+    outbox.keep_only(FOLDER, {FIRST})
+    assert files(outbox) == {}
 
 
 def test_an_outbox_that_cannot_be_written_is_an_os_error(outbox: Outbox) -> None:
