@@ -69,25 +69,22 @@ def amx_tile(
     rows: Any,
     columns: Any,
     activations: Any,
-    block_bytes: Any,
-    out: Any,
-    out_bytes: Any,
     sums: Any,
+    scratch: Any,
     ahead: Any,
 ) -> Any:
-    """Add the product of `rows` rows, 32 at most, and two blocks of 16 columns to float32 sums at `out`.
+    """Add the product of `rows` rows, 32 at most, and two blocks of 16 columns to float32 sums.
 
     As `tile`, but a unit is 64 inputs, and `activations` are int8 (rows, inputs), `step` bytes from row
-    to row; rows up to a multiple of 16 are read. The second block of columns is `block_bytes` after the
-    first, its sums (rows, 16) are `out_bytes` after those of the first. `sums` is the address of
-    `AMX_SUMS` numbers of scratch. At `ahead` are the next two blocks of columns, to be prefetched; 0: none.
+    to row; rows up to a multiple of 16 are read. `scratch` is the address of `AMX_SUMS` numbers. At `ahead`
+    are the next two blocks of columns, to be prefetched; 0: none.
     """
-    signature = types.void(types.intp, columns, activations, *[types.intp] * 5)
+    signature = types.void(types.intp, columns, activations, sums, types.intp, types.intp)
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         if HAS_AMX:
-            rows, columns, activations, *rest = arguments
-            tuples = [cgutils.unpack_tuple(builder, values) for values in (columns, activations)]
+            rows, columns, activations, sums, *rest = arguments
+            tuples = [cgutils.unpack_tuple(builder, values) for values in (columns, activations, sums)]
             more_than_16 = builder.icmp_signed(">", rows, I64(LANES))
             with builder.if_else(more_than_16) as (two, one):
                 with two:
@@ -103,12 +100,21 @@ class _AmxTile:
     """Emits the loops over groups and units for one or two registers of 16 rows (`parts`)."""
 
     def __init__(
-        self, builder: Any, parts: int, rows: Any, columns: list[Any], activations: list[Any], *rest: Any
+        self,
+        builder: Any,
+        parts: int,
+        rows: Any,
+        columns: list[Any],
+        activations: list[Any],
+        sums: list[Any],
+        stored_sums: Any,
+        ahead: Any,
     ) -> None:
         self.b, self.parts, self.rows = builder, range(parts), rows
-        self.weights, self.groups, self.units = columns
+        self.weights, self.block_bytes, self.groups, self.units = columns
         self.activations, self.step, self.scales, self.scale_step = activations
-        self.block_bytes, self.out, self.out_bytes, self.stored_sums, self.ahead = rest
+        self.out, self.out_bytes = sums
+        self.stored_sums, self.ahead = stored_sums, ahead
         self.blocks = range(2)
 
     def build(self) -> None:

@@ -35,8 +35,8 @@ from pipeline.engines.musicgen.kernels.arithmetic import (
 from pipeline.engines.musicgen.kernels.intrinsics import address_of, fma, prefetch, total
 from pipeline.engines.musicgen.kernels.packing import aligned
 from pipeline.engines.musicgen.kernels.phases import tasks
-from pipeline.engines.musicgen.kernels.processor import HAS_AVX512, LANES, OPTIONS, TILES_OF
-from pipeline.engines.musicgen.kernels.tile import Activations, Ahead, Columns, multiply
+from pipeline.engines.musicgen.kernels.processor import HAS_AVX512, LANES, OPTIONS, TILE_BLOCKS, TILES_OF
+from pipeline.engines.musicgen.kernels.tile import Activations, Ahead, Columns, Sums, multiply
 
 _BLOCK = 128  # positions that are attended to at a time, and share a scale of their softmax weights
 _TOGETHER = 16 if HAS_AVX512 else 12  # entries in a task, at most: those with the same keys read them once
@@ -104,26 +104,40 @@ def run(counters, phase, qkv, own, prefix, out, scratch):
     """Store keys and values, then attend: two phases. Returns the number of the next phase.
 
     `qkv` is float32 (entries, 3 * hidden), `out` (entries, hidden); `own` and `prefix` are of one layer.
-    The last step that an entry sees of its own is the entry itself.
+    The last step that an entry sees of its own is the entry itself. If each is the only one of its row, no
+    other sees what it stores: then one task does both, and what it stores is still in its caches.
     """
     entries, hidden = out.shape
     dim = scratch.mixed.shape[0] * LANES
     per_task = _TOGETHER if entries >= 4 * _TOGETHER else _FEW
     tasks_per_head = (entries + per_task - 1) // per_task
     count = tasks_per_head * (hidden // dim)
-    for task in tasks(counters, phase, count):
+    is_single = np.all(own.heads[1:] != own.heads[:-1])  # those of one row are neighbours
+    if not is_single:
+        for task, _ in tasks(counters, phase, count):
+            head, begin = task // tasks_per_head, task % tasks_per_head * per_task
+            _store_entries(qkv, own, head, begin, min(begin + per_task, entries), dim)
+    for task, following in tasks(counters, phase + 1, count):
         head, begin = task // tasks_per_head, task % tasks_per_head * per_task
         end = min(begin + per_task, entries)
-        for entry in range(begin, end):
-            to, position, start = own.heads[entry] + head, own.lengths[entry] - 1, hidden + head * dim
-            keys = qkv[entry, start : start + dim]
-            values = qkv[entry, start + hidden : start + hidden + dim]
-            _store(own.cache.keys, own.cache.key_scales, to, position, keys, True)
-            _store(own.cache.values, own.cache.value_scales, to, position, values, False)
-    for task in tasks(counters, phase + 1, count):
-        head, begin = task // tasks_per_head, task % tasks_per_head * per_task
-        _attend(qkv, own, prefix, head, begin, min(begin + per_task, entries), out, scratch)
+        if is_single:
+            _store_entries(qkv, own, head, begin, end, dim)
+        then = following if following < count else task
+        then_head, then_begin = then // tasks_per_head, then % tasks_per_head * per_task
+        _attend(qkv, own, prefix, head, begin, end, own.heads[then_begin] + then_head, out, scratch)
     return phase + 2
+
+
+@njit(**OPTIONS)
+def _store_entries(qkv, own, head, begin, end, dim):
+    """Write the keys and values of one head of entries `begin` to `end`."""
+    hidden = qkv.shape[1] // 3
+    for entry in range(begin, end):
+        to, position, start = own.heads[entry] + head, own.lengths[entry] - 1, hidden + head * dim
+        keys = qkv[entry, start : start + dim]
+        values = qkv[entry, start + hidden : start + hidden + dim]
+        _store(own.cache.keys, own.cache.key_scales, to, position, keys, True)
+        _store(own.cache.values, own.cache.value_scales, to, position, values, False)
 
 
 @njit(**OPTIONS)
@@ -164,8 +178,11 @@ def _prefetch_scales(cache, head, start):
 
 
 @njit(**OPTIONS)
-def _attend(qkv, own, prefix, head, begin, end, out, scratch):
-    """One head of entries `begin` to `end`, `_TOGETHER` at most, over their own steps and their prefixes."""
+def _attend(qkv, own, prefix, head, begin, end, following, out, scratch):
+    """One head of entries `begin` to `end`, `_TOGETHER` at most, over their own steps and their prefixes.
+
+    This thread reads the own steps of the head `following` next.
+    """
     rows, dim = end - begin, scratch.mixed.shape[0] * LANES
     mixed, state = scratch.mixed, scratch.state
     for r in range(rows):
@@ -174,9 +191,6 @@ def _attend(qkv, own, prefix, head, begin, end, out, scratch):
         for block in range(mixed.shape[0]):
             for k in range(LANES):
                 mixed[at(block), at(r), at(k)] = ZERO
-    # What is read after this task, as a task for the same thread is often the next one.
-    last_head = out.shape[1] // dim - 1
-    following = own.heads[end] + head if end < out.shape[0] else own.heads[0] + min(head + 1, last_head)
     if prefix.lengths[begin] > 0:
         _attend_to(own, head, begin, end, prefix.cache, prefix.heads[begin] + head, scratch)
     else:
@@ -252,14 +266,15 @@ def _score(keys, block, row, rows, scratch, ahead):
     scales = address_of(scratch.state) + _STATE_BYTES * row + 4 * _QUERY_SCALE
     queries = Activations(address_of(scratch.queries) + 4 * row, 4 * _TOGETHER, scales, _STATE_BYTES)
     units = dim // 2 if item == 1 else dim
-    ahead_step = columns_bytes // (units * TILES_OF[rows])
+    unit_ahead, sums_step = columns_bytes // (units * TILES_OF[rows]), 4 * LANES * rows
     count = (block.steps + LANES - 1) // LANES
     for j in range(count * LANES * rows):
         scratch.scores[at(j)] = ZERO
-    for j in range(count):
-        columns = Columns(start + j * columns_bytes, 1, units)
-        out = address_of(scratch.scores) + 4 * LANES * rows * j
-        multiply(keys, rows, columns, queries, out, Ahead(ahead + j * columns_bytes, ahead_step))
+    for j in range(0, count, TILE_BLOCKS):
+        columns = Columns(start + j * columns_bytes, columns_bytes, 1, units)
+        sums = Sums(address_of(scratch.scores) + j * sums_step, sums_step)
+        following = Ahead(ahead + j * columns_bytes, columns_bytes, unit_ahead)
+        multiply(keys, rows, min(TILE_BLOCKS, count - j), columns, queries, sums, following)
 
 
 @njit(**OPTIONS)
@@ -337,8 +352,10 @@ def _mix(values, block, row, rows, scratch, ahead):
     start = address_of(values) + (block.head * values.shape[1] + block.start * dim) * item
     scales = address_of(scratch.state) + _STATE_BYTES * row + 4 * _WEIGHT_SCALE
     weights = Activations(address_of(scratch.words), 4 * rows, scales, _STATE_BYTES)
-    ahead_step = unit_bytes // TILES_OF[rows]
-    for j in range(mixed.shape[0]):
-        columns = Columns(start + j * LANES * _BLOCK * item, 1, units)
-        out = address_of(mixed) + (j * mixed.shape[1] + row) * LANES * 4
-        multiply(values, rows, columns, weights, out, Ahead(ahead + j * units * unit_bytes, ahead_step))
+    columns_bytes, sums_step = LANES * _BLOCK * item, mixed.shape[1] * LANES * 4
+    for j in range(0, mixed.shape[0], TILE_BLOCKS):
+        columns = Columns(start + j * columns_bytes, columns_bytes, 1, units)
+        sums = Sums(address_of(mixed) + j * sums_step + row * LANES * 4, sums_step)
+        ahead_step = units * unit_bytes
+        following = Ahead(ahead + j * ahead_step, ahead_step, unit_bytes // TILES_OF[rows])
+        multiply(values, rows, min(TILE_BLOCKS, mixed.shape[0] - j), columns, weights, sums, following)

@@ -22,13 +22,17 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 @njit(**OPTIONS)
 def tasks(counters, phase, count):
-    """Yield the numbers of the tasks that this thread takes; ends when all `count` tasks are done."""
-    while True:
-        task = add_atomically(counters, COUNTERS * phase, 1)
-        if task >= count:
-            break
-        yield task
+    """Yield the numbers of the tasks that this thread takes; ends when all `count` tasks are done.
+
+    With each comes the number of the task that this thread takes next, for which it can prefetch memory;
+    after the last one it is `count` or more.
+    """
+    task = add_atomically(counters, COUNTERS * phase, 1)
+    while task < count:
+        following = add_atomically(counters, COUNTERS * phase, 1)
+        yield task, following
         add_atomically(counters, COUNTERS * phase + 1, 1)
+        task = following
     spins = 0
     while add_atomically(counters, COUNTERS * phase + 1, 0) < count:
         spins += 1

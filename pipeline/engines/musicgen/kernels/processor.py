@@ -20,9 +20,11 @@ HAS_AMX = HAS_AVX512 and "+amx-int8" in _FEATURES
 # 32 bit words that four activations take: one of int8, or without vpdpbusd two pairs of int16.
 QUAD_WORDS = 1 if DOT_BITS else 2
 
-# Numbers of rows that the micro-kernel is compiled for. Each row has 16 sums in registers, and the largest
-# number fills them: AVX-512 has 32 registers of 16 float32 numbers, AVX2 has 16 of 8.
-TILE_ROWS = (16, 12, 8, 6, 4, 3, 2, 1) if HAS_AVX512 else (6, 5, 4, 3, 2, 1)
+# Numbers of rows that the micro-kernel is compiled for, and of blocks of 16 columns at most. A row has 16
+# sums in each block, which stay in registers: AVX-512 has 32 of 16 numbers, AVX2 16 of 8. Where there are
+# enough, a tile of two blocks loads fewer activations per product than one of twice the rows.
+TILE_ROWS = (8, 6, 4, 3, 2, 1) if HAS_AVX512 else (6, 5, 4, 3, 2, 1)
+TILE_BLOCKS = 2 if HAS_AVX512 else 1
 ROW_BLOCK = 32 if HAS_AVX512 else 24  # rows of activations that are packed together: a few tiles
 
 

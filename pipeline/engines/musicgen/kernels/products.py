@@ -24,10 +24,11 @@ from pipeline.engines.musicgen.kernels.processor import (
     OPTIONS,
     QUAD_WORDS,
     ROW_BLOCK,
+    TILE_BLOCKS,
     TILE_ROWS,
     TILES_OF,
 )
-from pipeline.engines.musicgen.kernels.tile import Activations, Ahead, Columns, multiply
+from pipeline.engines.musicgen.kernels.tile import Activations, Ahead, Columns, Sums, multiply
 
 STORE, ADD, GELU = 0, 1, 2  # what happens to the sums of a product
 LARGEST_GROUP = 128  # inputs that share a scale of the activations, at most
@@ -95,13 +96,14 @@ def run(counters, phase, product, packed, amx, scratch):
         for row in range(rows):
             scratch.statistics[row, 0], scratch.statistics[row, 1] = statistics(product.x[row])
     row_blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
-    for task in tasks(counters, phase, row_blocks * (inputs // product.group)):
+    for task, _ in tasks(counters, phase, row_blocks * (inputs // product.group)):
         _pack(product, packed, task, scratch, by_amx)
     if by_amx:
         begin_amx(address_of(amx))
-    for task in tasks(counters, phase + 1, (blocks + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
+    for task, following in tasks(counters, phase + 1, (blocks + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
         first = task * _BLOCKS_PER_TASK
-        _multiply_blocks(product, packed, first, min(first + _BLOCKS_PER_TASK, blocks), scratch, by_amx)
+        then = min(following * _BLOCKS_PER_TASK, blocks)
+        _multiply_blocks(product, packed, first, min(first + _BLOCKS_PER_TASK, blocks), then, scratch, by_amx)
     if by_amx:
         end_amx()
     return phase + 2
@@ -156,22 +158,20 @@ def _pack_pairs(integers, n, first, step, pairs):
 
 
 @njit(**OPTIONS)
-def _multiply_blocks(product, packed, first, last, scratch, by_amx):
+def _multiply_blocks(product, packed, first, last, then, scratch, by_amx):
     """Blocks `first` to `last` of 16 outputs, for all rows."""
     rows = product.x.shape[0]
     for first_row in range(0, rows, ROW_BLOCK):
         count = min(ROW_BLOCK, rows - first_row)
         scratch.sums[: last - first] = 0
         if by_amx:
-            _add_products_by_amx(product, packed, first_row, count, first, last, scratch)
+            _multiply_rows_by_amx(product, packed, first_row, count, first, last, scratch)
         else:
-            _add_products(product, packed, first_row, count, first, last, scratch.sums)
-        for n in range(first, last):
-            _finish(scratch.sums[n - first], count, product, first_row, n * LANES)
+            _multiply_rows(product, packed, first_row, count, first, last, then, scratch.sums)
 
 
 @njit(**OPTIONS)
-def _add_products(product, packed, first_row, count, first, last, sums):
+def _multiply_rows(product, packed, first_row, count, first, last, then, sums):
     """With more rows than a tile has, inputs are taken in chunks whose activations stay in the cache."""
     weights, inputs = product.weights, product.x.shape[1]
     is_int8 = weights.itemsize == 1
@@ -183,54 +183,64 @@ def _add_products(product, packed, first_row, count, first, last, sums):
     words = address_of(packed.words) + first_row * groups * units * unit_bytes
     scale_step = packed.scales.shape[1] * 4
     scales = address_of(packed.scales) + first_row * scale_step
-    ahead_step = 4 * LANES // TILES_OF[count] if first_row == 0 else 0
+    unit_ahead = 4 * LANES // TILES_OF[count] if first_row == 0 else 0
     for group in range(0, groups, chunk):
         n_groups = min(chunk, groups - group)
         rows = Activations(
             words + group * units * unit_bytes * count, unit_bytes * count, scales + group * 8, scale_step
         )
-        for n in range(first, last):
+        for n in range(first, last, TILE_BLOCKS):
+            blocks = min(TILE_BLOCKS, last - n)
             start = address_of(weights) + n * block_bytes + group * group_bytes
-            following = start  # what is read next: the next block, or the next chunk of the first block
-            if n + 1 < last or (group + chunk >= groups and n + 1 < weights.shape[0]):
-                following = start + block_bytes
+            following = start  # what is read next: the next blocks, or the next chunk of the first ones
+            if n + blocks < last:
+                following = start + blocks * block_bytes
             elif group + chunk < groups:
-                following = start - (last - 1 - first) * block_bytes + chunk * group_bytes
-            out = address_of(sums) + (n - first) * ROW_BLOCK * LANES * 4
-            ahead = Ahead(following, ahead_step)
-            multiply(weights, count, Columns(start, n_groups, units), rows, out, ahead)
+                following = start - (n - first) * block_bytes + chunk * group_bytes
+            elif then < weights.shape[0]:
+                following = address_of(weights) + then * block_bytes
+            columns = Columns(start, block_bytes, n_groups, units)
+            out = Sums(address_of(sums) + (n - first) * ROW_BLOCK * LANES * 4, ROW_BLOCK * LANES * 4)
+            multiply(weights, count, blocks, columns, rows, out, Ahead(following, block_bytes, unit_ahead))
+            if group + chunk >= groups:
+                _finish(sums, n - first, blocks, count, product, first_row, n)
 
 
 @njit(**OPTIONS)
-def _add_products_by_amx(product, packed, first_row, count, first, last, scratch):
-    """As `_add_products`, two blocks at a time."""
+def _multiply_rows_by_amx(product, packed, first_row, count, first, last, scratch):
+    """As `_multiply_rows`, two blocks at a time."""
     inputs, group, scale_step = product.x.shape[1], product.group, packed.scales.shape[1] * 4
     scales = address_of(packed.scales) + first_row * scale_step
     rows = Activations(address_of(packed.words) + first_row * inputs, inputs, scales, scale_step)
-    block_bytes, sums_bytes = inputs * LANES, ROW_BLOCK * LANES * 4
+    block_bytes, sums_bytes, amx_sums = inputs * LANES, ROW_BLOCK * LANES * 4, address_of(scratch.amx_sums)
     for n in range(first, last, 2):
         start = address_of(product.weights) + n * block_bytes
-        columns = Columns(start, inputs // group, group // AMX_UNIT)
-        out = address_of(scratch.sums) + (n - first) * sums_bytes
+        columns = Columns(start, block_bytes, inputs // group, group // AMX_UNIT)
+        out = Sums(address_of(scratch.sums) + (n - first) * sums_bytes, sums_bytes)
         ahead = start + 2 * block_bytes if first_row == 0 and n + 2 < product.weights.shape[0] else 0
-        amx_sums = address_of(scratch.amx_sums)
-        amx_tile(count, columns, rows, block_bytes, out, sums_bytes, amx_sums, ahead)
+        amx_tile(count, columns, rows, out, amx_sums, ahead)
+        _finish(scratch.sums, n - first, 2, count, product, first_row, n)
 
 
 @njit(**OPTIONS)
-def _finish(sums, count, product, first_row, first):
-    """Store or add the sums (rows, 16) of 16 outputs from `first` on, of `count` rows."""
+def _finish(sums, first_sums, blocks, count, product, first_row, first_block):
+    """Store or add the sums of `count` rows and `blocks` blocks of 16 outputs.
+
+    This comes after each multiplication, as meanwhile the next weights are on their way.
+    """
     out, scales, mode = product.out, product.scales, product.mode
-    for r in range(count):
-        if product.weights.itemsize == 1:
-            for j in range(LANES):
-                sums[r, j] *= scales[at(first + j)]
-        if mode == GELU:
-            for j in range(LANES):
-                sums[r, j] = gelu(sums[r, j])
-        if mode == ADD:
-            for j in range(LANES):
-                out[at(first_row + r), at(first + j)] += sums[r, j]
-        else:
-            for j in range(LANES):
-                out[at(first_row + r), at(first + j)] = sums[r, j]
+    for block in range(blocks):
+        here, first = sums[first_sums + block], (first_block + block) * LANES
+        for r in range(count):
+            if product.weights.itemsize == 1:
+                for j in range(LANES):
+                    here[at(r), at(j)] *= scales[at(first + j)]
+            if mode == GELU:
+                for j in range(LANES):
+                    here[at(r), at(j)] = gelu(here[at(r), at(j)])
+            if mode == ADD:
+                for j in range(LANES):
+                    out[at(first_row + r), at(first + j)] += here[at(r), at(j)]
+            else:
+                for j in range(LANES):
+                    out[at(first_row + r), at(first + j)] = here[at(r), at(j)]
