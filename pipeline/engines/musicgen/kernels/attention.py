@@ -24,18 +24,17 @@ from pipeline.engines.musicgen.kernels.arithmetic import (
     SMALLEST,
     ZERO,
     at,
-    exp,
     from_bfloat16,
-    from_ordered,
     largest,
-    ordered,
     quantize,
     to_bfloat16,
 )
-from pipeline.engines.musicgen.kernels.intrinsics import address_of, fma, prefetch, total
+from pipeline.engines.musicgen.kernels.functions import exp
+from pipeline.engines.musicgen.kernels.intrinsics import address_of, fma, prefetch
 from pipeline.engines.musicgen.kernels.packing import aligned
 from pipeline.engines.musicgen.kernels.phases import tasks
 from pipeline.engines.musicgen.kernels.processor import HAS_AVX512, LANES, OPTIONS, TILE_BLOCKS, TILES_OF
+from pipeline.engines.musicgen.kernels.softmax import round_to_int16, scale_scores, take_exponentials
 from pipeline.engines.musicgen.kernels.tile import Activations, Ahead, Columns, Sums, multiply
 
 _BLOCK = 128  # positions that are attended to at a time, and share a scale of their softmax weights
@@ -289,28 +288,27 @@ def _weigh(cache, block, seen, row, r, rows, scratch):
         _put_column(column, filled, units, r, rows, words)
         return
     seen = min(seen, block.steps)
-    rounded = (seen + LANES - 1) // LANES * LANES  # so that loops are over whole vectors
-    for j in range(rounded // LANES):
-        for k in range(LANES):
-            numbers[at(j * LANES + k)] = scratch.scores[at((j * rows + r) * LANES + k)]
-    if is_int8:
-        for t in range(rounded):
-            numbers[at(t)] *= from_bfloat16(cache.key_scales[at(block.head), at(block.start + t)])
-    for t in range(seen, rounded):
-        numbers[at(t)] = -np.inf
-    shrink = _soften(numbers, rounded, entry, scratch)
+    state, to = scratch.state, address_of(numbers)
+    first_scale = 2 * (cache.key_scales.shape[1] * block.head + block.start)
+    key_scales = address_of(cache.key_scales) + first_scale
+    value_scales = address_of(cache.value_scales) + first_scale
+    factor, before = ONE / np.sqrt(np.float32(scratch.mixed.shape[0] * LANES)), state[at(entry), at(_TOP)]
+    scores, step = address_of(scratch.scores) + 4 * LANES * r, 4 * LANES * rows
+    top = scale_scores(cache.keys, scores, step, key_scales, seen, before, to)
+    shrink = exp((before - top) * factor)
+    weights_sum, size = take_exponentials(cache.keys, to, value_scales, seen, top, factor)
+    state[at(entry), at(_TOP)] = top
+    state[at(entry), at(_SUM)] = fma(state[at(entry), at(_SUM)], shrink, weights_sum)
     for columns in range(scratch.mixed.shape[0]):
         for k in range(LANES):
             scratch.mixed[at(columns), at(entry), at(k)] *= shrink
     filled = seen
     if is_int8:
-        for t in range(rounded):
-            numbers[at(t)] *= from_bfloat16(cache.value_scales[at(block.head), at(block.start + t)])
-        for t in range(seen, rounded):
-            numbers[at(t)] = ZERO
-        scale, _ = quantize(numbers, rounded, _LARGEST_INT16, scratch.integers)
-        scratch.state[at(entry), at(_WEIGHT_SCALE)] = scale
-        filled, column = rounded // 2, scratch.integers.view(np.int32)
+        inverse = _LARGEST_INT16 / size if size > SMALLEST else ZERO
+        state[at(entry), at(_WEIGHT_SCALE)] = size * (ONE / _LARGEST_INT16)
+        round_to_int16(to, seen, inverse, address_of(scratch.integers))
+        filled = (seen + LANES - 1) // LANES * LANES // 2
+        column = scratch.integers.view(np.int32)
     _put_column(column, filled, units, r, rows, words)
 
 
@@ -321,24 +319,6 @@ def _put_column(column, filled, units, r, rows, words):
         words[at(k * rows + r)] = column[at(k)]
     for k in range(filled, units):
         words[at(k * rows + r)] = 0
-
-
-@njit(**OPTIONS)
-def _soften(scores, n, entry, scratch):
-    """Replace n scores by exp((score - m') / sqrt(dim)); returns exp((m - m') / sqrt(dim))."""
-    state, dim = scratch.state, scratch.mixed.shape[0] * LANES
-    factor = ONE / np.sqrt(np.float32(dim))
-    before = state[at(entry), at(_TOP)]
-    order = ordered(before)
-    for t in range(n):
-        order = max(order, ordered(scores[at(t)]))
-    top = from_ordered(order)
-    shrink = exp((before - top) * factor)
-    for t in range(n):
-        scores[at(t)] = exp((scores[at(t)] - top) * factor)
-    state[at(entry), at(_TOP)] = top
-    state[at(entry), at(_SUM)] = fma(state[at(entry), at(_SUM)], shrink, total(address_of(scores), n))
-    return shrink
 
 
 @njit(**OPTIONS)

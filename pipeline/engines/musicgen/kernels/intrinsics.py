@@ -65,7 +65,12 @@ def emit_total(builder: Any, address: Any, n: Any, add: Callable[[Any, Any], Any
         here = builder.add(address, builder.mul(turn.index, I64(4 * LANES)))
         numbers = builder.load(pointer(builder, here, kind), align=4)
         builder.store(add(builder.load(total), numbers), total)
-    value, lanes = builder.load(total), LANES
+    return emit_sum_of_lanes(builder, builder.load(total))
+
+
+def emit_sum_of_lanes(builder: Any, value: Any) -> Any:
+    """The sum of a vector's numbers, as in `emit_total`."""
+    lanes = LANES
     while lanes > 1:
         lanes //= 2
         halves = (

@@ -15,7 +15,8 @@ from pipeline.engines.musicgen.kernels.amx import (
     begin_amx,
     end_amx,
 )
-from pipeline.engines.musicgen.kernels.arithmetic import at, gelu, quantize, statistics
+from pipeline.engines.musicgen.kernels.arithmetic import at, quantize, statistics
+from pipeline.engines.musicgen.kernels.functions import apply_gelu
 from pipeline.engines.musicgen.kernels.intrinsics import address_of, fma
 from pipeline.engines.musicgen.kernels.packing import aligned
 from pipeline.engines.musicgen.kernels.phases import tasks
@@ -236,8 +237,7 @@ def _finish(sums, first_sums, blocks, count, product, first_row, first_block):
                 for j in range(LANES):
                     here[at(r), at(j)] *= scales[at(first + j)]
             if mode == GELU:
-                for j in range(LANES):
-                    here[at(r), at(j)] = gelu(here[at(r), at(j)])
+                apply_gelu(address_of(here) + 4 * LANES * r)
             if mode == ADD:
                 for j in range(LANES):
                     out[at(first_row + r), at(first + j)] += here[at(r), at(j)]
