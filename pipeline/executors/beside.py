@@ -2,7 +2,7 @@
 
 Several workers on the CPU share one generator: while it works for one, the others decode, embed, finish,
 judge and encode. A sound goes once from the generator to the worker that finishes it, see `tasks.generate`,
-and its file from there to the owner.
+and its file is published from there.
 """
 
 from __future__ import annotations

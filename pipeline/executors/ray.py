@@ -4,7 +4,8 @@ Ray carries work and nothing else: what is queued, finished or tried again stand
 owner pulls results one by one by calls of the actor, as it does from a worker process. A second group of
 calls is answered while a task runs: it stops the task and fetches progress and log records.
 
-Arrays are sent by value, and a file by its content, because an actor may run on another machine.
+Arrays are sent by value. A file is sent by its content, as an actor may run on another machine, unless the
+cluster was started here and has this machine alone (`shares_disk`).
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.fs.copying import FileIdentity
+
 BLOCK_BYTES = 1 << 20
 
 
@@ -23,7 +25,7 @@ class Written:
 
     path: Path
     sha256: str
-    bytes: int
+    identity: FileIdentity
 
 
 def write_atomically(path: Path, temporary: Path, content: bytes | memoryview) -> str:
@@ -52,7 +54,7 @@ def write_new(path: Path, content: bytes | memoryview) -> Written:
             out.flush()
             os.fsync(out.fileno())
         _check(path, content)
-    return Written(path, sha256, len(content))
+        return Written(path, sha256, FileIdentity.of(path.stat()))
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from pipeline.fs.atomic import Written
+from pipeline.fs.atomic import Written, replacing
+from pipeline.fs.copying import FileChanged
 from pipeline.fs.files import Entry, Files, is_in_bucket
 from pipeline.fs.local import TMP_PREFIX, TMP_SUFFIX
 from pipeline.fs.names import track_name
@@ -78,17 +79,22 @@ class Outbox:
         return self.files.place(self.root / folder / file)
 
     def publish(self, folder: str, file: str, content: bytes | memoryview | Written) -> Published:
-        """Write a file, whole or not at all, or take what was written at its `place`; one is replaced.
+        """Write a file, whole or not at all, or rename what a worker has written at its `place`.
+
+        A file of that name is replaced.
 
         Raises:
             OSError, FolderUnusable: see `Files.write`; then there is no new file.
+            FileChanged: the worker of an owner that was killed has written at the same place since.
         """
         path = self.root / folder / file
         if not isinstance(content, Written):
             return Published(file, self.files.write(path, content), len(content))
-        self.files.move(content.path, path)
-        self.files.flush(path.parent)
-        return Published(file, content.sha256, content.bytes)
+        found = self.files.find(content.path)
+        if found is None or found.identity != content.identity:
+            raise FileChanged(f"{content.path} was changed before it had its name")
+        with replacing(path, content.path):
+            return Published(file, content.sha256, found.size)
 
     def read(self, folder: str, file: str) -> bytes:
         """The bytes of a published file.
@@ -99,7 +105,7 @@ class Outbox:
         return self.files.read(self.root / folder / file)
 
     def readable(self, folder: str, file: str) -> Path | bytes:
-        """A published file for a worker: its path, or its bytes if it is in a bucket. Raises as `read`."""
+        """A published file for a worker: its path, or, raising as `read`, its bytes if it is in a bucket."""
         path = self.root / folder / file
         return self.read(folder, file) if is_in_bucket(path) else path
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.fs import atomic
+from pipeline.fs.copying import FileChanged
 from pipeline.fs.local import LocalFiles
 from pipeline.outbox.outbox import (
     EMBEDDING,
@@ -88,6 +89,29 @@ def test_what_a_worker_has_written_is_not_published_yet(outbox: Outbox) -> None:
     assert is_temporary(str(place.relative_to(outbox.root / FOLDER)))
 
     outbox.keep_only(FOLDER, {FIRST})
+    assert files(outbox) == {}
+
+
+@pytest.mark.parametrize("other", [b"music", b"mus", b"other"])
+def test_a_file_that_another_worker_writes_at_the_same_place_is_not_published(
+    outbox: Outbox, other: bytes
+) -> None:
+    """A worker whose owner was killed may go on for a moment."""
+    place = outbox.place(FOLDER, FIRST)
+    assert place
+    written = atomic.write_new(place, b"music")
+    place.unlink()
+    (place.parent / "kept").write_bytes(b"")  # so that the inode of `place` is not used again
+    place.write_bytes(other)
+    with pytest.raises(FileChanged):
+        outbox.publish(FOLDER, FIRST, written)
+    assert not (outbox.root / FOLDER / FIRST).exists()
+
+
+def test_what_cannot_be_renamed_is_removed(outbox: Outbox) -> None:
+    (outbox.root / FOLDER / FIRST).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        publish(outbox, FIRST, b"music", by_worker=True)
     assert files(outbox) == {}
 
 
