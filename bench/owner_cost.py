@@ -7,7 +7,8 @@ with values made beforehand: what is left is the owner's own work (records, plan
 which workers have written), which is all that bounds the number of workers that one owner can serve. The time
 in which the executor writes a file, as a worker does, is subtracted. The store holds `--finished` tracks
 before. The least that the same disk needs for the same file (write, fsync, rename, fsync of the folder) is
-measured beside it. With `--by-value` the owner writes the files, as it does for workers of a Ray cluster.
+measured beside it. With `--by-value` the owner writes the files, as it does for nodes of a Ray
+cluster that it has joined.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.fs.copying import FileIdentity
-
 BLOCK_BYTES = 1 << 20
 
 
@@ -25,7 +23,7 @@ class Written:
 
     path: Path
     sha256: str
-    identity: FileIdentity
+    bytes: int
 
 
 def write_atomically(path: Path, temporary: Path, content: bytes | memoryview) -> str:
@@ -54,7 +52,7 @@ def write_new(path: Path, content: bytes | memoryview) -> Written:
             out.flush()
             os.fsync(out.fileno())
         _check(path, content)
-        return Written(path, sha256, FileIdentity.of(path.stat()))
+    return Written(path, sha256, len(content))
 
 
 @contextmanager

@@ -85,16 +85,16 @@ class Outbox:
 
         Raises:
             OSError, FolderUnusable: see `Files.write`; then there is no new file.
-            FileChanged: the worker of an owner that was killed has written at the same place since.
+            FileChanged: it is not whole any more, as the worker of an owner that was killed writes there too.
         """
         path = self.root / folder / file
         if not isinstance(content, Written):
             return Published(file, self.files.write(path, content), len(content))
         found = self.files.find(content.path)
-        if found is None or found.identity != content.identity:
+        if found is None or found.size != content.bytes:
             raise FileChanged(f"{content.path} was changed before it had its name")
         with replacing(path, content.path):
-            return Published(file, content.sha256, found.size)
+            return Published(file, content.sha256, content.bytes)
 
     def read(self, folder: str, file: str) -> bytes:
         """The bytes of a published file.

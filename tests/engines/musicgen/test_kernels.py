@@ -18,7 +18,7 @@ from checkpoints import need_models
 
 from pipeline.engines.musicgen.decoder import EmbeddingAndHead, Shape, StepInput
 
-ROWS = (1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 24, 25, 53)  # around the kernels' 6, 16 and 24
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 24, 25, 32, 33, 53)  # around the kernels' 6, 8, 24 and 32
 FLOAT32 = 1e-6  # relative, of float32 sums
 INT8 = 0.02  # relative, of activations rounded to 8 bits by groups of 128
 
