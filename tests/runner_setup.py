@@ -249,6 +249,15 @@ class RunnerSetup:
         return [(attempt.stage, attempt.outcome) for attempt in self.store.attempts(sha256)]
 
 
+def with_variation(setup: RunnerSetup, engine: str = "remix", **entry: Any) -> RunnerSetup:
+    """The setup with one entry, for the generator of this name."""
+    generate = {"duration_s": 0.5, "variations": [{"name": "v", **entry}]}
+    config = setup.config.model_validate({**setup.config.model_dump(), "generate": generate})
+    model = "a/model" if engine == "musicgen" else None
+    generator = Choice(cards()[engine], model, None, "test")
+    return replace(setup, config=config, recipe=replace(setup.recipe, config=config, generator=generator))
+
+
 def failing_for(bad: str, error: Any) -> Answer:
     """Answers with noise for all tracks but the one with the hash `bad`."""
     return lambda request: Failure(request.request_id, error) if request.track_id == bad else noise(request)

@@ -1,25 +1,179 @@
-"""A worker on the CPU beside one that has the generator on a GPU, which makes nothing but the sounds.
+"""Workers on the CPU beside one that has the generator on a GPU, which makes nothing but the sounds.
 
-Several workers on the CPU share one generator: while it works for one, the others decode, embed, finish,
-judge and encode. A sound goes once from the generator to the worker that finishes it, see `tasks.generate`,
-and its file is published from there.
+The workers share the generator. While it works, they decode, embed, finish, judge and encode, each its own
+tracks. A call of the generator makes what all of them wait for, up to a whole batch: the more variations
+share a step of a model, the less each costs. A sound goes once from the generator to the worker that finishes
+it, see `tasks.generate`, and its file is published from there.
 """
 
 from __future__ import annotations
 
+import logging
+import queue
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.loading import EngineChoices, Wanted
+from pipeline.errors import EngineUnusable, Stopped
 from pipeline.executors import tasks
 from pipeline.executors.base import Executor, Task
+from pipeline.executors.tasks import TakeRequest
 
-MOST_BESIDE = 4  # workers on the CPU for each generator; each takes about 0.4 GB, and more with a model
+# Workers on the CPU for each generator: two for each core, since they wait while their sounds are made. Each
+# takes about 0.4 GB. One that has a model on the GPU takes as much of its memory, so there are fewer.
+PER_CORE, MOST_BESIDE, MOST_ON_GPU = 2, 16, 8
 POLL_S = 0.2  # between two questions whether to stop
+STEP, RESULT, RAISED, DONE = "step", "result", "raised", "done"
+
+log = logging.getLogger("pipeline")
+
+
+@dataclass(eq=False)
+class Call:
+    """The sounds that one worker waits for."""
+
+    wanted: dict[str, TakeRequest]  # by request; those without a result
+    paths: Mapping[str, Path]
+    should_stop: StopFn
+    events: queue.SimpleQueue[tuple[str, Any]] = field(default_factory=queue.SimpleQueue)
+    is_left: bool = False  # nobody waits for it any more
+
+    @property
+    def n_tracks(self) -> int:
+        return len({one.request.track_id for one in self.wanted.values()})
+
+    def is_unwanted(self) -> bool:
+        return self.is_left or self.should_stop()
+
+    def take(self, result: tuple[Any, Any]) -> None:
+        key = result[0].request_id
+        del self.wanted[key]
+        if self.is_left and key in self.paths:
+            self.paths[key].unlink(missing_ok=True)
+        self.events.put((RESULT, result))
+
+
+@dataclass(eq=False)
+class SharedGenerator:
+    """A generator that makes in one call what several workers wait for."""
+
+    executor: Executor
+    most_tracks: int  # of a call, unless one worker wants more
+    _turn: threading.Lock = field(default_factory=threading.Lock)  # of the executor's tasks
+    _changing: threading.Lock = field(default_factory=threading.Lock)  # guards the two below
+    waiting: list[Call] = field(default_factory=list)  # for the next call of the generator
+    _is_at_work: bool = False
+
+    def open(self, should_stop: StopFn) -> Iterator[None]:
+        """See `tasks.open_generator`. Who finds it loaded does not wait for a call to end."""
+        while not self.executor.loaded:
+            if self._turn.acquire(timeout=POLL_S):
+                try:
+                    yield from self.executor.run(
+                        tasks.open_generator, progress=lambda *_: None, should_stop=should_stop
+                    )
+                    return
+                finally:
+                    self._turn.release()
+            check_stop(should_stop)
+        yield None
+
+    def generate(
+        self,
+        wanted: Sequence[TakeRequest],
+        paths: Mapping[str, Path],
+        progress: ProgressFn,
+        should_stop: StopFn,
+    ) -> Iterator[tuple[Any, Any]]:
+        """See `tasks.generate`. The sounds are all made at once, even if nobody asks for the next one yet."""
+        call = Call({one.request.request_id: one for one in wanted}, paths, should_stop)
+        self._add(call)
+        try:
+            while (event := self._event(call))[0] != DONE:
+                kind, content = event
+                if kind == RAISED:
+                    raise content
+                if kind == RESULT:
+                    yield content
+                else:
+                    progress(*content)
+        finally:
+            call.is_left = True
+
+    def _event(self, call: Call) -> tuple[str, Any]:
+        """The next event of a call; a stop ends one that still waits."""
+        while True:
+            with suppress(queue.Empty):
+                return call.events.get(timeout=POLL_S)
+            if call.should_stop():
+                with self._changing:
+                    if call in self.waiting:
+                        self.waiting.remove(call)
+                        raise Stopped("asked to stop while it waited for the generator")
+
+    def _add(self, call: Call) -> None:
+        with self._changing:
+            self.waiting.append(call)
+            if not self._is_at_work:
+                self._is_at_work = True
+                threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while calls := self._next_calls():
+            self._make(calls)
+
+    def _next_calls(self) -> list[Call]:
+        """Those that have waited longest, as many as one call of the generator is to make."""
+        with self._changing:
+            self.waiting = [call for call in self.waiting if not call.is_left]
+            n, n_tracks = 0, 0
+            for call in self.waiting:
+                n_tracks += call.n_tracks
+                if n and n_tracks > self.most_tracks:
+                    break
+                n += 1
+            found, self.waiting = self.waiting[:n], self.waiting[n:]
+            self._is_at_work = bool(found)
+            return found
+
+    def _make(self, calls: Sequence[Call]) -> None:
+        """Make what the calls want by one call of the generator; after an error, by one call for each."""
+        owners = {key: call for call in calls for key in call.wanted}
+        wanted = [one for call in calls for one in call.wanted.values()]
+        paths = {key: path for call in calls for key, path in call.paths.items()}
+        began_s = time.monotonic()
+        try:
+            with self._turn:
+                for result in self.executor.run(
+                    tasks.generate,
+                    wanted,
+                    paths,
+                    progress=lambda key, *step: owners[key].events.put((STEP, (key, *step))),
+                    should_stop=lambda: all(call.is_unwanted() for call in calls),
+                ):
+                    owners[result[0].request_id].take(result)
+        except BaseException as e:
+            if len(calls) == 1 or isinstance(e, Stopped | EngineUnusable):
+                for call in calls:
+                    call.events.put((RAISED, e))
+                return
+            for call in calls:
+                if call.wanted and not call.is_left:
+                    self._make([call])
+                else:
+                    call.events.put((DONE, None))
+            return
+        took_s = time.monotonic() - began_s
+        sound_s = sum(one.request.duration_s for one in wanted)
+        log.debug("a call made %d takes, %.0f s of sound, in %.1f s", len(wanted), sound_s, took_s)
+        for call in calls:
+            call.events.put((DONE, None))
 
 
 @dataclass(eq=False)
@@ -27,42 +181,36 @@ class BesideGenerator:
     """An `Executor` of a worker on the CPU and the generator that it shares."""
 
     executor: Executor
-    generator: Executor
-    turn: threading.Lock  # of all that share the generator
+    shared: SharedGenerator
     folder: Path | None  # where sounds are stored on their way; None: they are sent by value
 
     @property
     def parts(self) -> list[Executor]:
-        return [self.executor, self.generator]
+        return [self.executor, self.shared.executor]
 
     @property
     def where(self) -> str:
-        return f"{self.executor.where} beside {self.generator.where}"
+        return f"{self.executor.where} beside {self.shared.executor.where}"
 
     @property
     def loaded(self) -> Sequence[str]:
-        return [*self.generator.loaded, *self.executor.loaded]
+        return [*self.shared.executor.loaded, *self.executor.loaded]
 
     @property
     def shares_disk(self) -> bool:
         return self.executor.shares_disk
 
-    def run(self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn) -> Iterator[Any]:
-        """See `Executor`. A task of the generator waits until no other one uses it."""
-        if task not in (tasks.generate, tasks.open_generator):
+    def run(
+        self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn
+    ) -> Generator[Any, None, None]:
+        """See `Executor`. What the generator is asked for waits until its call before has ended."""
+        if task is tasks.generate:
+            wanted, paths = args
+            yield from self.shared.generate(wanted, paths, progress, should_stop)
+        elif task is tasks.open_generator:
+            yield from self.shared.open(should_stop)
+        else:
             yield from self.executor.run(task, *args, progress=progress, should_stop=should_stop)
-            return
-        while True:
-            if task is tasks.open_generator and self.generator.loaded:
-                yield None  # without waiting for its turn, which may come after a whole batch
-                return
-            if self.turn.acquire(timeout=POLL_S):
-                break
-            check_stop(should_stop)
-        try:
-            yield from self.generator.run(task, *args, progress=progress, should_stop=should_stop)
-        finally:
-            self.turn.release()
 
     def release_if_idle(self) -> None:
         for part in self.parts:
@@ -73,10 +221,17 @@ class BesideGenerator:
             part.close()
 
 
-def beside(generator: Executor, executors: Sequence[Executor], folder: Path | None) -> list[BesideGenerator]:
-    """Workers on the CPU that share a generator."""
-    turn = threading.Lock()
-    return [BesideGenerator(one, generator, turn, folder) for one in executors]
+def n_beside(cores: float, *, use_gpu: bool = False) -> int:
+    """How many workers share a generator for which there are so many cores; whether they use its GPU, too."""
+    return max(1, min(MOST_ON_GPU if use_gpu else MOST_BESIDE, int(PER_CORE * cores)))
+
+
+def beside(
+    generator: Executor, executors: Sequence[Executor], folder: Path | None, batch_tracks: int
+) -> list[BesideGenerator]:
+    """Workers on the CPU that share a generator, whose calls are for so many tracks."""
+    shared = SharedGenerator(generator, batch_tracks)
+    return [BesideGenerator(one, shared, folder) for one in executors]
 
 
 def parts_of(executors: Sequence[Executor]) -> list[Executor]:
@@ -87,7 +242,7 @@ def parts_of(executors: Sequence[Executor]) -> list[Executor]:
 
 def n_generators(executors: Sequence[Executor]) -> int:
     """How many batches can be generated at the same time."""
-    found = (one.generator if isinstance(one, BesideGenerator) else one for one in executors)
+    found = (one.shared if isinstance(one, BesideGenerator) else one for one in executors)
     return len({id(one) for one in found})
 
 

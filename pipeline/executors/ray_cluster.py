@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.engines.loading import EngineChoices
 from pipeline.errors import EngineUnusable, MissingPackage
 from pipeline.executors.base import Executor
-from pipeline.executors.beside import MOST_BESIDE, BesideGenerator, beside, engines_beside
+from pipeline.executors.beside import MOST_BESIDE, PER_CORE, BesideGenerator, beside, engines_beside, n_beside
 from pipeline.executors.process import THREADS, n_cores
 from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_environment import AUTO, set_environment
@@ -61,6 +61,7 @@ class RayCluster:
     idle_s: float = field(compare=False)
     normalizes_ahead: bool = False  # in another actor beside each worker
     on_gpu: bool = False  # workers only generate, and everything else is done by actors beside them
+    batch_tracks: int = 8  # of a call of a generator on a GPU
     _executors: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
     _normalizers: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
     _on_cpu: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
@@ -96,14 +97,13 @@ class RayCluster:
         if not self.on_gpu:
             return found
         cores_each = (sum(node.get("CPU", 0.0) for node in nodes) - n * self.resources.cpu) / n
-        n_beside = max(1, min(MOST_BESIDE, int(cores_each)))
-        groups = [self._beside_of(one, cores_each)[:n_beside] for one in found]
+        groups = [self._beside_of(one, cores_each)[: n_beside(cores_each)] for one in found]
         return [one for group in zip(*groups, strict=True) for one in group]
 
     def _beside_of(self, generator: RayExecutor, cores: float) -> list[BesideGenerator]:
         """The executors that share a generator, for which there are so many cores."""
         if generator not in self._beside:
-            resources = Resources(1.0 if cores >= 1 else 0.0, 0.0)
+            resources = Resources(1 / PER_CORE if PER_CORE * cores >= 1 else 0.0, 0.0)
             executors = [self._executor(resources) for _ in range(MOST_BESIDE)]
             for one in executors:
                 one.engines, one.environment = (
@@ -111,7 +111,7 @@ class RayCluster:
                     {**one.environment, **thread_variables(1)},
                 )
             self._on_cpu += executors
-            self._beside[generator] = beside(generator, executors, None)
+            self._beside[generator] = beside(generator, executors, None, self.batch_tracks)
         return self._beside[generator]
 
     def normalizers(self) -> list[RayExecutor]:

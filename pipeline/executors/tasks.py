@@ -157,8 +157,8 @@ def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> I
     The sound of a take stays here until the next one is asked for: see `encode` and `sound_of`.
     """
     by_id = {one.request.request_id: one for one in wanted}
-    _keep_only(tools, {one.source for one in wanted})
-    for take, made in _generated(tools, wanted):
+    [words] = prompts(tools, wanted)
+    for take, made in _generated(tools, with_prompts(wanted, words)):
         if made is None:
             yield take
         else:
@@ -168,13 +168,12 @@ def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> I
 def generate(
     tools: Tools, wanted: Sequence[TakeRequest], paths: Mapping[str, Path]
 ) -> Iterator[tuple[MadeTake, Variation | None]]:
-    """As `make_takes`, but the sounds are not finished: see `finish`.
+    """As `make_takes`, but prompts are given in words, and the sounds are not finished: see `finish`.
 
     Args:
         paths: where each sound is stored, by request, for a worker that reads the same disk; the result then
             has the file mapped into memory. Empty: nothing is stored.
     """
-    _keep_only(tools, {one.source for one in wanted})
     for take, made in _generated(tools, wanted):
         path = paths.get(take.request_id)
         yield take, made if made is None or path is None else _stored(made, path)
@@ -204,6 +203,26 @@ def finish(  # noqa: PLR0917 - arguments of tasks are positional
     yield from _finished(tools, one, take, made, output)
 
 
+def prompts(tools: Tools, wanted: Sequence[TakeRequest]) -> Iterator[dict[str, str]]:
+    """Words from the analysis of the source, by request, for those whose prompt is AUTO_PROMPT."""
+    _keep_only(tools, {one.source for one in wanted})
+    asked = [one for one in wanted if one.request.params.get("prompt") == AUTO_PROMPT]
+    of_sources = {one.source: one for one in asked}
+    words = {key: tools.judge.describe(_reference(tools, one)) for key, one in of_sources.items()}
+    yield {one.request.request_id: words[one.source] for one in asked}
+
+
+def with_prompts(wanted: Sequence[TakeRequest], words: Mapping[str, str]) -> list[TakeRequest]:
+    """The requests with these prompts, by request; the others as they are."""
+    return [_with_prompt(one, words.get(one.request.request_id)) for one in wanted]
+
+
+def _with_prompt(one: TakeRequest, words: str | None) -> TakeRequest:
+    if words is None:
+        return one
+    return replace(one, request=replace(one.request, params={**one.request.params, "prompt": words}))
+
+
 def with_audio(one: TakeRequest, audio: Audio) -> TakeRequest:
     """The request with another source's audio."""
     return replace(one, request=replace(one.request, audio=audio))
@@ -212,7 +231,7 @@ def with_audio(one: TakeRequest, audio: Audio) -> TakeRequest:
 def _generated(tools: Tools, wanted: Sequence[TakeRequest]) -> Iterator[tuple[MadeTake, Variation | None]]:
     """What the generator has made, or why there is nothing."""
     generator = tools.engines.generator()
-    requests = {one.request.request_id: _with_prompt(tools, one).request for one in wanted}
+    requests = {one.request.request_id: one.request for one in wanted}
     for made in generator.generate(
         list(requests.values()), progress=tools.progress, should_stop=tools.should_stop
     ):
@@ -261,14 +280,6 @@ def _judged(tools: Tools, one: TakeRequest, made: Variation, take: MadeTake, out
     verdict = tools.judge.judge(_reference(tools, one), finished, one.gates, take.prompt)
     tools.kept[made.request_id] = finished.audio
     return replace(take, facts=finished.facts(), verdict=verdict)
-
-
-def _with_prompt(tools: Tools, one: TakeRequest) -> TakeRequest:
-    """The request with words from the source's analysis, if it asks for them."""
-    if one.request.params.get("prompt") != AUTO_PROMPT:
-        return one
-    words = tools.judge.describe(_reference(tools, one))
-    return replace(one, request=replace(one.request, params={**one.request.params, "prompt": words}))
 
 
 def _reference(tools: Tools, one: TakeRequest) -> Any:

@@ -32,10 +32,9 @@ from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import REJECTED, Outbox, Published
 from pipeline.outbox.settings import Settings
-from pipeline.plan import Recipe, Take, VariationUnit
+from pipeline.plan import AUTO_PROMPT, Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage
-from pipeline.runner.ahead import made_ahead
 from pipeline.runner.attempts import Attempts, Job
 from pipeline.runner.making import at_album_loudness, file_form, record_of
 from pipeline.runner.takes import JudgedTake, TakeChoice, choices
@@ -178,16 +177,19 @@ class Generation:
         """The takes as they are finished; the sound of one stays with the worker until the next is wanted."""
         requests, output = [one.request for one in wanted.values()], self.recipe.config.output
         progress, should_stop = self._progress(requests), self.should_stop
-        if not isinstance(self.executor, BesideGenerator):
-            yield from self.executor.run(
+        executor = self.executor
+        if not isinstance(executor, BesideGenerator):
+            yield from executor.run(
                 tasks.make_takes, requests, output, progress=progress, should_stop=should_stop
             )
             return
-        folder = self.executor.folder
+        folder = executor.folder
         paths = {key: folder / f"{key}.npy" for key in wanted} if folder else {}
-        generate = partial(self.executor.run, tasks.generate, requests, paths)
+        if any(one.request.params.get("prompt") == AUTO_PROMPT for one in requests):
+            requests = tasks.with_prompts(requests, self._run(tasks.prompts, requests))
+        sounds = executor.run(tasks.generate, requests, paths, progress=progress, should_stop=should_stop)
         try:
-            with made_ahead(generate, progress, should_stop) as sounds:
+            with closing(sounds):
                 for take, made in sounds:
                     one = wanted[take.request_id]
                     if made is None:

@@ -5,6 +5,7 @@ same command line, with a few engines registered beside the real ones:
 
     free-vectors, free        cost next to nothing, so that what a run costs is the queue's own cost
     paced                     takes 2 s per variation in steps with progress, stops when asked
+    batched                   takes as long for all variations of a call as MusicGen on an NVIDIA H200
     stuck                     makes no progress and ignores requests to stop
 
 `wait_until` checks a condition a bounded number of times; nothing here measures time.
@@ -44,6 +45,13 @@ PACE_STEPS, PACE_S = 40, 0.05
 AT_ONCE = {"PACE_S": "0"}  # environment: the paced engine without its pauses
 BESIDE = {"BESIDE_GENERATOR": "1"}  # environment: any generator has workers beside it, as one on a GPU has
 STUCK_AT = "STUCK_AT"  # environment: a file that the stuck engine makes when it begins
+# Of the batched engine, seconds of a call and of each variation: 1, 8 and 32 took 3.4, 5.2 and 10.9 s.
+CALL_S, VARIATION_S = 3.2, 0.24
+SLOWER = "SLOWER"  # environment: how many times as long it takes
+CALLS = (
+    "CALLS"  # environment: its file with the seconds at which each call began and ended, and its variations
+)
+CORES = "CORES"  # environment: how many cores the program takes the machine to have
 
 
 # -- engines ---------------------------------------------------------------------------------------
@@ -90,6 +98,24 @@ class Paced(Free):
             progress(request.request_id, step + 1, PACE_STEPS)
 
 
+class Batched(Free):
+    """All variations of a call are finished at its end."""
+
+    def generate(
+        self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
+    ) -> Iterator[Variation]:
+        began_s, took_s = time.monotonic(), CALL_S + VARIATION_S * len(requests)
+        for step in range(PACE_STEPS):
+            if should_stop():
+                raise Stopped("asked to stop")
+            time.sleep(float(os.environ.get(SLOWER, "1")) * took_s / PACE_STEPS)
+            for request in requests:
+                progress(request.request_id, step + 1, PACE_STEPS)
+        with Path(os.environ[CALLS]).open("a") as file:
+            file.write(f"{began_s} {time.monotonic()} {len(requests)}\n")
+        yield from super().generate(requests, progress=lambda *_: None, should_stop=should_stop)
+
+
 class Stuck(Free):
     def wait(self, request: VariationRequest, progress: ProgressFn, should_stop: StopFn) -> None:
         if "STUCK_AT" in os.environ:
@@ -103,7 +129,7 @@ def register() -> None:
         return EngineCard(name, stage, "1", "for tests of faults", Params, load)
 
     cards()["free-vectors"] = card("free-vectors", "embed", lambda settings: FreeVectors())
-    for name, kind in (("free", Free), ("paced", Paced), ("stuck", Stuck)):
+    for name, kind in (("free", Free), ("paced", Paced), ("batched", Batched), ("stuck", Stuck)):
         cards()[name] = card(
             name, "generate", lambda settings, kind=kind, name=name: kind(settings.sample_rate, name)
         )
@@ -111,6 +137,10 @@ def register() -> None:
         from pipeline.app import App
 
         App._generates_on_gpu = True  # type: ignore[assignment]
+    if CORES in os.environ:
+        from pipeline.executors import process
+
+        process.n_cores = lambda: int(os.environ[CORES])
 
 
 # -- the child -------------------------------------------------------------------------------------

@@ -8,11 +8,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runner_setup import Answer, RunnerSetup, StubEngines, StubGenerator, StubJudge, noise
+from runner_setup import (
+    Answer,
+    RunnerSetup,
+    StubEmbedder,
+    StubEngines,
+    StubGenerator,
+    StubJudge,
+    noise,
+    with_variation,
+)
 
 from pipeline.config import Gates
 from pipeline.engines.base import Embedder, Generator, Rater
@@ -23,7 +33,7 @@ from pipeline.executors.beside import BesideGenerator, beside
 from pipeline.executors.inline import InlineExecutor
 from pipeline.executors.judge import Verdict
 from pipeline.outbox.outbox import Outbox, Published
-from pipeline.records import VariationRequest
+from pipeline.records import Audio, VariationRequest
 from pipeline.runner.parallel import ParallelRunner
 from pipeline.runner.runner import Runner
 from pipeline.stages import Finished
@@ -60,19 +70,35 @@ class NoGenerator(StubEngines):
         raise AssertionError("it generates")
 
 
+@dataclass
+class LateEngines(NoGenerator):
+    """The same, but they are loaded only after an event."""
+
+    event: threading.Event = field(default_factory=threading.Event)
+
+    def embedder(self) -> StubEmbedder:
+        assert self.event.wait(WAIT_S)
+        return super().embedder()
+
+
 class NoJudge(StubJudge):
+    def analyse(self, source: Audio) -> None:
+        raise AssertionError("it analyses")
+
     def judge(self, *_: Any) -> Verdict:
         raise AssertionError("it judges")
 
 
 @dataclass
 class Work:
-    """A runner with two workers that share a generator."""
+    """A runner with workers that share a generator."""
 
     setup: RunnerSetup
     answer: Answer = noise
     judged: Judged = passed
     outbox: Outbox | None = None
+    n_workers: int = 2
+    batch_tracks: int = 8
     generator: StubGenerator = field(init=False)
     pairs: list[BesideGenerator] = field(init=False)
     runner: ParallelRunner = field(init=False)
@@ -81,9 +107,10 @@ class Work:
         self.generator = StubGenerator(self.answer)
         shared = InlineExecutor(OnlyGenerator(self.generator), NoJudge())
         others = [
-            InlineExecutor(NoGenerator(StubGenerator()), StubJudge(verdict=self.judged)) for _ in range(2)
+            InlineExecutor(NoGenerator(StubGenerator()), StubJudge(verdict=self.judged))
+            for _ in range(self.n_workers)
         ]
-        self.pairs = beside(shared, others, self.setup.workspace.state)
+        self.pairs = beside(shared, others, self.setup.workspace.state, self.batch_tracks)
         plain = self.setup.runner(outbox=self.outbox)
         parts = {one.name: getattr(plain, one.name) for one in fields(Runner)}
         self.runner = ParallelRunner(**parts, executors=FixedExecutors(self.pairs), wake=lambda: None)
@@ -152,10 +179,12 @@ def test_another_batch_has_the_generator_while_the_takes_of_the_first_are_finish
     assert len(work.generator.calls) == 2
 
 
-def test_a_generator_that_another_one_has_loaded_meanwhile_is_not_waited_for(setup: RunnerSetup) -> None:
+def test_a_generator_that_another_one_has_loaded_meanwhile_is_not_waited_for(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, loaded = Work(setup), list[str]()
-    generator = work.pairs[0].generator.engines  # type: ignore[attr-defined]
-    generator.names = loaded
+    generator = work.pairs[0].shared.executor
+    generator.engines.names = loaded  # type: ignore[attr-defined]
     asked = iter(range(10))
 
     def should_stop() -> bool:
@@ -164,16 +193,155 @@ def test_a_generator_that_another_one_has_loaded_meanwhile_is_not_waited_for(set
         assert next(asked) < 5
         return False
 
-    with work.pairs[0].turn:
-        opened = work.pairs[1].run(tasks.open_generator, progress=lambda *_: None, should_stop=should_stop)
-        assert list(opened) == [None]
+    opening = threading.Event()
+
+    def open_slowly(*_: Any, **__: Any) -> Iterator[None]:
+        opening.set()
+        assert ended.wait(WAIT_S)
+        yield
+
+    ended = threading.Event()
+    monkeypatch.setattr(generator, "run", open_slowly)
+    open_generator = partial(work.pairs[0].run, tasks.open_generator, progress=lambda *_: None)
+    first = threading.Thread(target=lambda: list(open_generator(should_stop=lambda: False)))
+    first.start()
+    try:
+        assert opening.wait(WAIT_S)
+        assert list(open_generator(should_stop=should_stop)) == [None]
+    finally:
+        ended.set()
+        first.join()
 
 
-def test_a_batch_is_as_large_as_for_one_worker(setup: RunnerSetup) -> None:
+@pytest.mark.parametrize(("n_workers", "n_tracks"), [(1, 8), (2, 8), (4, 4), (12, 1), (40, 1)])
+def test_the_batches_of_all_workers_are_two_of_the_generator(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch, n_workers: int, n_tracks: int
+) -> None:
+    setup.add_tracks(*(f"{n}.wav" for n in range(10)))
+    claimed: list[int] = []
+
+    def process(self: Runner, tracks: Sequence[Any]) -> None:
+        claimed.append(len(tracks))
+        setup.stop = True
+
+    monkeypatch.setattr(Runner, "process", process)
+    work = Work(setup, n_workers=n_workers)
+    work.runner.next_batch()
+    wait_until(lambda: not work.runner.is_busy)
+    assert max(claimed) == n_tracks
+
+
+@dataclass
+class Held:
+    """A generator whose first call is for one worker alone, and ends when it is told to."""
+
+    fails_for: str = ""
+    started: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def answer(self, request: VariationRequest) -> Any:
+        if not self.started.is_set():
+            self.started.set()
+            assert self.released.wait(WAIT_S)
+        if request.track_id == self.fails_for:
+            raise RuntimeError("the model has no sound for this track")
+        return noise(request)
+
+    def work(self, setup: RunnerSetup, n_workers: int, batch_tracks: int = 8) -> Work:
+        """Workers whose batches are of one track."""
+        work = Work(setup, self.answer, n_workers=n_workers, batch_tracks=batch_tracks)
+        for pair in work.pairs[1:]:
+            engines = LateEngines(StubGenerator(), event=self.started)
+            pair.executor.engines = engines  # type: ignore[attr-defined]
+        return work
+
+    def drain(self, work: Work, n_waiting: int) -> None:
+        """Release the first call when so many others wait."""
+        thread = threading.Thread(target=work.runner.drain)
+        thread.start()
+        try:
+            assert self.started.wait(WAIT_S)
+            wait_until(lambda: len(work.pairs[0].shared.waiting) == n_waiting)
+        finally:
+            self.released.set()
+            thread.join()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("batch_tracks", [8, 2])
+def test_a_call_makes_what_all_workers_wait_for_up_to_a_whole_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_tracks: int
+) -> None:
+    setup = RunnerSetup.at(tmp_path, count=1)
     hashes = setup.add_tracks("a.wav", "b.wav", "c.wav", "d.wav")
-    work = Work(setup)
-    work.runner.drain()
-    assert [sorted(call) for call in work.generator.calls] == [sorted(hashes * 2)]
+    monkeypatch.setattr(Runner, "_batch_size", lambda self: 1)
+    held = Held()
+    work = held.work(setup, 4, batch_tracks)
+    held.drain(work, n_waiting=3)
+    assert setup.states(hashes) == [("done", 0)] * 4
+    assert [len(call) for call in work.generator.calls] == ([1, 3] if batch_tracks == 8 else [1, 2, 1])
+    assert sorted(track for call in work.generator.calls for track in call) == sorted(hashes)
+
+
+def test_after_an_error_in_a_call_for_several_workers_only_its_cause_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = RunnerSetup.at(tmp_path, count=2, max_attempts=1)
+    hashes = setup.add_tracks("a.wav", "b.wav", "c.wav", "d.wav")
+    monkeypatch.setattr(Runner, "_batch_size", lambda self: 1)
+    held = Held()
+    work = held.work(setup, 4)
+    first = setup.store.due(1, setup.workspace.input_folder, now=setup.now)[0].sha256
+    held.fails_for = next(one for one in hashes if one != first)
+    held.drain(work, n_waiting=3)
+    failed = {one for one, state in zip(hashes, setup.states(hashes), strict=True) if state == ("failed", 1)}
+    assert failed == {held.fails_for}
+    assert setup.states([one for one in hashes if one not in failed]) == [("done", 0)] * 3
+    assert not list(setup.workspace.state.glob("*.npy"))
+
+
+def test_words_for_a_prompt_are_found_beside_the_generator(setup: RunnerSetup) -> None:
+    asked: list[VariationRequest] = []
+
+    def answer(request: VariationRequest) -> Any:
+        asked.append(request)
+        return noise(request)
+
+    setup = with_variation(setup, "musicgen", prompt=["auto", "my own"])
+    [sha256] = setup.add_tracks("a.wav")
+    Work(setup, answer).runner.drain()
+    assert setup.states([sha256]) == [("done", 0)]
+    assert [request.params["prompt"] for request in asked] == ["words", "my own"]
+
+
+def test_a_stop_is_seen_by_a_worker_whose_call_still_waits(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = setup.add_tracks("a.wav", "b.wav")
+    monkeypatch.setattr(Runner, "_batch_size", lambda self: 1)
+    held = Held()
+    work = held.work(setup, 2)
+
+    def stop() -> None:
+        assert held.started.wait(WAIT_S)
+        wait_until(lambda: len(work.pairs[0].shared.waiting) == 1)
+        setup.stop = True
+        wait_until(lambda: len(work.pairs[0].shared.waiting) == 0)
+        held.released.set()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Stopped):
+        work.runner.drain()
+    stopper.join()
+    assert setup.states(hashes) == [("queued", 0)] * 2
+    assert len(work.generator.calls) == 1
 
 
 def test_a_take_that_cannot_be_judged_fails_its_track_alone(tmp_path: Path) -> None:
@@ -195,7 +363,7 @@ def test_a_take_that_cannot_be_judged_fails_its_track_alone(tmp_path: Path) -> N
 def test_an_error_of_the_machine_stops_the_generator_and_leaves_it_to_others(tmp_path: Path) -> None:
     setup = RunnerSetup.at(tmp_path, count=1)
     hashes = setup.add_tracks("a.wav", "b.wav")
-    failed = threading.Event()
+    failed, stopped = threading.Event(), threading.Event()
 
     class Endless(StubGenerator):
         """After its first sound it waits until it is stopped."""
@@ -206,6 +374,7 @@ def test_an_error_of_the_machine_stops_the_generator_and_leaves_it_to_others(tmp
             until = time.monotonic() + WAIT_S
             while not should_stop():
                 assert time.monotonic() < until
+            stopped.set()
             raise Stopped("asked to stop")
 
     class Full(Outbox):
@@ -218,10 +387,10 @@ def test_an_error_of_the_machine_stops_the_generator_and_leaves_it_to_others(tmp
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     work = Work(setup, outbox=Full(setup.workspace.outbox_files))
-    work.pairs[0].generator.engines.stub_generator = Endless()  # type: ignore[attr-defined]
+    work.pairs[0].shared.executor.engines.stub_generator = Endless()  # type: ignore[attr-defined]
     with pytest.raises(DiskFull):
         work.runner.drain()
-    assert not work.pairs[0].turn.locked()
+    assert stopped.wait(WAIT_S)
     assert [state for state, _ in setup.states(hashes)] == ["queued"] * 2
 
 
@@ -235,5 +404,4 @@ def test_a_stop_ends_the_generator_and_queues_all_tracks_again(setup: RunnerSetu
     work = Work(setup, stop)
     with pytest.raises(Stopped):
         work.runner.drain()
-    assert not work.pairs[0].turn.locked()
     assert setup.states(hashes) == [("queued", 0)] * 2

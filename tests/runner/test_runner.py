@@ -24,6 +24,7 @@ from runner_setup import (
     StubJudge,
     failing_for,
     noise,
+    with_variation,
 )
 
 from pipeline.audio import DecodeLimits, decode, loudness_lufs
@@ -400,15 +401,6 @@ def test_nothing_is_written_below_an_outbox_whose_disk_has_gone(setup: RunnerSet
 
 
 # -- takes -----------------------------------------------------------------------------------------
-
-
-def with_variation(setup: RunnerSetup, engine: str = "remix", **entry: Any) -> RunnerSetup:
-    """The setup with one entry, for the generator of this name."""
-    generate = {"duration_s": 0.5, "variations": [{"name": "v", **entry}]}
-    config = setup.config.model_validate({**setup.config.model_dump(), "generate": generate})
-    model = "a/model" if engine == "musicgen" else None
-    generator = Choice(cards()[engine], model, None, "test")
-    return replace(setup, config=config, recipe=replace(setup.recipe, config=config, generator=generator))
 
 
 def with_gates(setup: RunnerSetup, **gates: Any) -> RunnerSetup:
