@@ -135,6 +135,7 @@ class VariationRequest:
     duration_s: float  # the result has round(duration_s * generator.sample_rate) samples
     seed: int  # 0 <= seed < 2**63
     params: Mapping[str, Any] = field(default_factory=dict)  # the engine's parameters, checked and complete
+    prepared: Any = None  # what the engine's `prepare` has made of the above; None: it was not called
 
 
 @dataclass(frozen=True, eq=False)

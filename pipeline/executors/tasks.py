@@ -16,6 +16,7 @@ from pipeline import audio, stages
 from pipeline.audio import DecodeLimits
 from pipeline.audio.sndfile import read_whole
 from pipeline.config import Gates, Normalize, Output
+from pipeline.engines import cards
 from pipeline.engines.base import Engine, check_stop
 from pipeline.errors import EngineFailure
 from pipeline.executors.base import Tools, portable
@@ -157,8 +158,8 @@ def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> I
     The sound of a take stays here until the next one is asked for: see `encode` and `sound_of`.
     """
     by_id = {one.request.request_id: one for one in wanted}
-    [words] = prompts(tools, wanted)
-    for take, made in _generated(tools, with_prompts(wanted, words)):
+    _keep_only(tools, {one.source for one in wanted})
+    for take, made in _generated(tools, with_prepared(wanted, _words(tools, wanted), {})):
         if made is None:
             yield take
         else:
@@ -168,7 +169,7 @@ def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> I
 def generate(
     tools: Tools, wanted: Sequence[TakeRequest], paths: Mapping[str, Path]
 ) -> Iterator[tuple[MadeTake, Variation | None]]:
-    """As `make_takes`, but prompts are given in words, and the sounds are not finished: see `finish`.
+    """As `make_takes`, but of prepared requests, and the sounds are not finished: see `prepare`, `finish`.
 
     Args:
         paths: where each sound is stored, by request, for a worker that reads the same disk; the result then
@@ -203,24 +204,39 @@ def finish(  # noqa: PLR0917 - arguments of tasks are positional
     yield from _finished(tools, one, take, made, output)
 
 
-def prompts(tools: Tools, wanted: Sequence[TakeRequest]) -> Iterator[dict[str, str]]:
-    """Words from the analysis of the source, by request, for those whose prompt is AUTO_PROMPT."""
+def prepare(
+    tools: Tools, wanted: Sequence[TakeRequest], engine: str
+) -> Iterator[tuple[dict[str, str], Mapping[str, Any]]]:
+    """The part of a generator's work that is done beside it, by request: see `with_prepared`.
+
+    Args:
+        engine: the generator's name.
+    """
     _keep_only(tools, {one.source for one in wanted})
+    words, prepare_requests = _words(tools, wanted), cards()[engine].prepare
+    requests = [one.request for one in wanted]
+    yield words, {} if prepare_requests is None else prepare_requests(requests, tools.should_stop)
+
+
+def with_prepared(
+    wanted: Sequence[TakeRequest], words: Mapping[str, str], prepared: Mapping[str, Any]
+) -> list[TakeRequest]:
+    """The requests with words for their prompts and with what is prepared, each by request."""
+    found = []
+    for one in wanted:
+        key, params = one.request.request_id, one.request.params
+        params = {**params, "prompt": words[key]} if key in words else params
+        request = replace(one.request, params=params, prepared=prepared.get(key))
+        found.append(replace(one, request=request))
+    return found
+
+
+def _words(tools: Tools, wanted: Sequence[TakeRequest]) -> dict[str, str]:
+    """Words from the analysis of the source, by request, for those whose prompt is AUTO_PROMPT."""
     asked = [one for one in wanted if one.request.params.get("prompt") == AUTO_PROMPT]
     of_sources = {one.source: one for one in asked}
     words = {key: tools.judge.describe(_reference(tools, one)) for key, one in of_sources.items()}
-    yield {one.request.request_id: words[one.source] for one in asked}
-
-
-def with_prompts(wanted: Sequence[TakeRequest], words: Mapping[str, str]) -> list[TakeRequest]:
-    """The requests with these prompts, by request; the others as they are."""
-    return [_with_prompt(one, words.get(one.request.request_id)) for one in wanted]
-
-
-def _with_prompt(one: TakeRequest, words: str | None) -> TakeRequest:
-    if words is None:
-        return one
-    return replace(one, request=replace(one.request, params={**one.request.params, "prompt": words}))
+    return {one.request.request_id: words[one.source] for one in asked}
 
 
 def with_audio(one: TakeRequest, audio: Audio) -> TakeRequest:

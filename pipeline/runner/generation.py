@@ -32,7 +32,7 @@ from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import REJECTED, Outbox, Published
 from pipeline.outbox.settings import Settings
-from pipeline.plan import AUTO_PROMPT, Recipe, Take, VariationUnit
+from pipeline.plan import Recipe, Take, VariationUnit
 from pipeline.progress import Reporter
 from pipeline.records import Audio, Stage
 from pipeline.runner.attempts import Attempts, Job
@@ -185,8 +185,8 @@ class Generation:
             return
         folder = executor.folder
         paths = {key: folder / f"{key}.npy" for key in wanted} if folder else {}
-        if any(one.request.params.get("prompt") == AUTO_PROMPT for one in requests):
-            requests = tasks.with_prompts(requests, self._run(tasks.prompts, requests))
+        found = self._run(tasks.prepare, requests, self.recipe.generator.card.name)
+        requests = tasks.with_prepared(requests, *found)
         sounds = executor.run(tasks.generate, requests, paths, progress=progress, should_stop=should_stop)
         try:
             with closing(sounds):

@@ -115,6 +115,12 @@ class Work:
         parts = {one.name: getattr(plain, one.name) for one in fields(Runner)}
         self.runner = ParallelRunner(**parts, executors=FixedExecutors(self.pairs), wake=lambda: None)
 
+    def hold_back_until(self, event: threading.Event) -> None:
+        """All workers but the first."""
+        for pair in self.pairs[1:]:
+            engines = LateEngines(StubGenerator(), event=event)
+            pair.executor.engines = engines  # type: ignore[attr-defined]
+
 
 def test_takes_are_those_of_one_worker_and_everything_but_the_sounds_is_made_beside_the_generator(
     setup: RunnerSetup, tmp_path: Path
@@ -160,9 +166,10 @@ def test_another_batch_has_the_generator_while_the_takes_of_the_first_are_finish
     """The first verdict is given when the generator was called for both batches, one after the other."""
     hashes = setup.add_tracks("a.wav", "b.wav")
     monkeypatch.setattr(Runner, "_batch_size", lambda self: 1)
-    both, at_work = threading.Event(), threading.Lock()
+    first, both, at_work = threading.Event(), threading.Event(), threading.Lock()
 
     def answer(request: VariationRequest) -> Any:
+        first.set()
         assert at_work.acquire(blocking=False), "two calls of the generator at the same time"
         if len(work.generator.calls) == 2:
             both.set()
@@ -174,6 +181,7 @@ def test_another_batch_has_the_generator_while_the_takes_of_the_first_are_finish
         return passed(made, gates)
 
     work = Work(setup, answer, judged)
+    work.hold_back_until(first)
     work.runner.drain()
     assert setup.states(hashes) == [("done", 0)] * 2
     assert len(work.generator.calls) == 2
@@ -250,9 +258,7 @@ class Held:
     def work(self, setup: RunnerSetup, n_workers: int, batch_tracks: int = 8) -> Work:
         """Workers whose batches are of one track."""
         work = Work(setup, self.answer, n_workers=n_workers, batch_tracks=batch_tracks)
-        for pair in work.pairs[1:]:
-            engines = LateEngines(StubGenerator(), event=self.started)
-            pair.executor.engines = engines  # type: ignore[attr-defined]
+        work.hold_back_until(self.started)
         return work
 
     def drain(self, work: Work, n_waiting: int) -> None:
@@ -306,18 +312,19 @@ def test_after_an_error_in_a_call_for_several_workers_only_its_cause_fails(
     assert not list(setup.workspace.state.glob("*.npy"))
 
 
-def test_words_for_a_prompt_are_found_beside_the_generator(setup: RunnerSetup) -> None:
+def test_words_for_a_prompt_and_the_melody_are_found_beside_the_generator(setup: RunnerSetup) -> None:
     asked: list[VariationRequest] = []
 
     def answer(request: VariationRequest) -> Any:
         asked.append(request)
         return noise(request)
 
-    setup = with_variation(setup, "musicgen", prompt=["auto", "my own"])
+    setup = with_variation(setup, "musicgen", prompt=["auto", "my own"], melody="harmonic")
     [sha256] = setup.add_tracks("a.wav")
     Work(setup, answer).runner.drain()
     assert setup.states([sha256]) == [("done", 0)]
     assert [request.params["prompt"] for request in asked] == ["words", "my own"]
+    assert [request.prepared[1] for request in asked] == ["harmonic", "harmonic"]
 
 
 def test_a_stop_is_seen_by_a_worker_whose_call_still_waits(

@@ -22,13 +22,14 @@ A call of the engine passes through these modules:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.engines.base import EngineCard, EngineSection, EngineSettings, Generator, Params
+from pipeline.engines.base import EngineCard, EngineSection, EngineSettings, Generator, Params, StopFn
+from pipeline.records import VariationRequest
 
 VERSION = "7"
 DEFAULT_MODEL = "facebook/musicgen-melody"
@@ -128,6 +129,12 @@ class MusicgenUpkeep:
             demucs.find()
 
 
+def _prepare(requests: Sequence[VariationRequest], should_stop: StopFn) -> Mapping[str, Any]:
+    from pipeline.engines.musicgen.melody import prepare
+
+    return prepare(requests, should_stop)
+
+
 def _load(settings: EngineSettings) -> Generator:
     from pipeline.engines.musicgen import memory_budget
     from pipeline.engines.musicgen.checkpoint import load_checkpoint
@@ -166,6 +173,7 @@ ENGINE = EngineCard(
     default_model=DEFAULT_MODEL,
     license_of=license_of,
     params_of_similarity=params_of_similarity,
+    prepare=_prepare,
     section=MusicgenSection,
     upkeep=MusicgenUpkeep(),
     rank=10,

@@ -20,8 +20,8 @@ import numpy as np
 from pipeline.audio import resample
 from pipeline.engines.base import StopFn
 from pipeline.engines.musicgen.checkpoint import Checkpoint, LazyModel
-from pipeline.engines.musicgen.melody import Melody, melody_source
-from pipeline.records import Audio, Samples
+from pipeline.engines.musicgen.melody import WINDOW_S, Melody, Source, melody_source, needed_samples
+from pipeline.records import Audio, Samples, VariationRequest
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +56,28 @@ class ConditionBuilder:
     def __init__(self, checkpoint: Checkpoint, should_stop: StopFn) -> None:
         self.checkpoint, device = checkpoint, checkpoint.device
         self._text_encoder = LazyModel(checkpoint.text_encoder, device)
-        self.melody = cache(partial(melody_source, should_stop=should_stop, device=device))
+        find = partial(melody_source, should_stop=should_stop, device=device)
+        self._melody = cache(lambda audio, wanted, n_samples: find(audio, wanted, n_samples=n_samples))
         self._chroma = cache(partial(track_chroma, checkpoint))
         self._prompt = cache(partial(encode_prompt, checkpoint, open_encoder=self._text_encoder.open))
 
-    def conditions(self, audio: Audio, wanted: Melody, prompt: str, starts: tuple[int, ...]) -> Conditions:
-        """`starts`: of the windows, in frames of tokens."""
-        source, _ = self.melody(audio, wanted)
+    def melody(self, request: VariationRequest, wanted: Melody) -> tuple[Audio, Source]:
+        """See `melody_source`."""
+        window_s = self.checkpoint.window_s
+        if request.prepared is not None and window_s <= WINDOW_S:
+            source, name = request.prepared
+            return source or request.audio, name
+        return self._melody(
+            request.audio, wanted, needed_samples(request.audio, request.duration_s, window_s)
+        )
+
+    def conditions(self, source: Audio, prompt: str, starts: tuple[int, ...]) -> Conditions:
+        """Of a melody's source; `starts`: of the windows, in frames of tokens."""
         return Conditions(self._chroma(source, starts), self._prompt(prompt), self.checkpoint)
 
     def close(self) -> None:
         """Release everything that was built, and the text encoder."""
-        for built in (self.melody, self._chroma, self._prompt):
+        for built in (self._melody, self._chroma, self._prompt):
             built.cache_clear()
         self._text_encoder.close()
 

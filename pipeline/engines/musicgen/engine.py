@@ -232,12 +232,12 @@ class MusicgenGenerator:
         all_windows = windows(n_frames, self.window_frames, self.stride_frames)
         starts = tuple(window.start for window in all_windows)
         shape = (self.decoder.shape.codebooks, n_frames)
-        melody_source = builder.melody(request.audio, params.melody)[1]
+        source, melody_source = builder.melody(request, params.melody)
         identity = self._identity(request, melody_source)
         codes = self.saved.load(identity, shape)
         return RequestState(
             request_id=request.request_id,
-            conditions=builder.conditions(request.audio, params.melody, params.prompt, starts),
+            conditions=builder.conditions(source, params.prompt, starts),
             melody_source=melody_source,
             identity=identity,
             sampler=Sampler(params, request.seed),

@@ -70,22 +70,28 @@ def _grid(audio: Audio, overlap: int) -> _Grid:
     return _Grid(audio.sample_rate, audio.n_samples, fft // overlap, overlap)
 
 
-def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
+def harmonic(audio: Audio, should_stop: StopFn, n_samples: int | None = None) -> Audio:
     """The harmonic part of a track above the bass, in one channel.
 
     Blocks of frames are filtered together with as many frames on either side as the medians reach, so
     the result is that of the whole track at once. Memory: the result and some 50 MB.
+
+    Args:
+        n_samples: of a longer track, only so many from its beginning; they are the same bits.
     """
     import scipy.fft
 
     grid = _grid(audio, OVERLAP)
+    n_samples = min(audio.n_samples, n_samples or audio.n_samples)
+    n_blocks = math.ceil((math.ceil(n_samples / grid.hop) + OVERLAP - 1) / BLOCK_FRAMES)
+    n_frames = min(grid.n_frames, n_blocks * BLOCK_FRAMES)
     reach = _odd(HARMONIC_S * audio.sample_rate / grid.hop) // 2
     gain = _above_bass(grid.bins_hz)
     scale = grid.window / np.float32(0.375 * OVERLAP)  # 3/8: the mean of a squared Hann window
-    out = np.zeros((grid.n_frames + OVERLAP - 1, grid.hop), np.float32)
-    for first in range(0, grid.n_frames, BLOCK_FRAMES):
+    out = np.zeros((n_frames + OVERLAP - 1, grid.hop), np.float32)
+    for first in range(0, n_frames, BLOCK_FRAMES):
         check_stop(should_stop)
-        last = min(first + BLOCK_FRAMES, grid.n_frames)
+        last = min(first + BLOCK_FRAMES, n_frames)
         start, end = max(0, first - reach), min(grid.n_frames, last + reach)
         spectra = _spectra(audio, grid, start, end)
         inner = slice(first - start, last - start)
@@ -94,7 +100,7 @@ def harmonic(audio: Audio, should_stop: StopFn) -> Audio:
         for k in range(OVERLAP):
             out[first + k : last + k] += frames[:, k * grid.hop : (k + 1) * grid.hop]
     begin = (OVERLAP - 1) * grid.hop
-    return Audio(out.reshape(1, -1)[:, begin : begin + audio.n_samples], audio.sample_rate)
+    return Audio(out.reshape(1, -1)[:, begin : begin + n_samples], audio.sample_rate)
 
 
 def percussive_share(audio: Audio) -> float | None:

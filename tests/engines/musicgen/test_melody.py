@@ -7,6 +7,7 @@ feature extractor with its defaults, which are those of the published checkpoint
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -21,8 +22,9 @@ from tones import tones
 
 from pipeline.engines.musicgen import demucs, hpss, melody
 from pipeline.engines.musicgen.melody import Melody, melody_source
+from pipeline.engines.musicgen.windows import STRIDE, windows
 from pipeline.errors import BadCheckpoint, MissingPackage, MissingWeights, Stopped
-from pipeline.records import Audio
+from pipeline.records import Audio, VariationRequest
 
 Doubles = NDArray[np.float64]
 
@@ -197,6 +199,52 @@ def test_the_same_audio_gives_the_same_bits() -> None:
     np.testing.assert_array_equal(first.audio.samples, again.audio.samples)
     np.testing.assert_array_equal(audio.samples, before)
     assert hpss.percussive_share(audio) == hpss.percussive_share(audio)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 23.0, 31.0, 60.0])
+def test_the_beginning_alone_has_the_same_bits(seconds: float) -> None:
+    audio, n_samples = mixed(tune(50.0), drums(50.0)), round(seconds * RATE_HZ)
+    whole = hpss.harmonic(audio, never).samples
+    beginning = hpss.harmonic(audio, never, n_samples).samples
+    np.testing.assert_array_equal(beginning, whole[:, :n_samples])
+
+
+@pytest.mark.parametrize("duration_s", [0.5, 29.99, 30.0, 30.01, 47.9, 48.0, 48.02, 66.5, 120.0, 181.3])
+def test_what_is_needed_of_a_track_reaches_to_the_end_of_the_last_window(duration_s: float) -> None:
+    last = windows(math.ceil(duration_s * 50), 1500, round(1500 * STRIDE))[-1]
+    long, short = (Audio(np.zeros((1, seconds * RATE_HZ), np.float32), RATE_HZ) for seconds in (220, 12))
+    needed = melody.needed_samples(long, duration_s)
+    assert needed >= (last.start / 50 + melody.WINDOW_S + melody.TAIL_S) * RATE_HZ
+    assert melody.needed_samples(short, duration_s) == short.n_samples
+
+
+def test_melodies_are_prepared_once_for_each_track(without_demucs: None) -> None:
+    drummed, plain = mixed(tune(40.0), drums(40.0)), mixed(tune(40.0))
+
+    def request(name: str, audio: Audio, wanted: Melody, duration_s: float = 30.0) -> VariationRequest:
+        return VariationRequest(name, name, audio, duration_s, 0, {"melody": wanted})
+
+    requests = [
+        request("a", drummed, "auto"),
+        request("b", drummed, "auto", 10.0),
+        request("c", drummed, "mix"),
+        request("d", plain, "auto"),
+        request("e", drummed, "demucs"),
+    ]
+    found = melody.prepare(requests, never)
+    assert list(found) == ["a", "b", "c", "d"]  # demucs is left to the generator
+    assert found["a"] is found["b"]
+    assert found["c"] == found["d"] == (None, "mix")
+    audio, source = found["a"]
+    assert source == "harmonic"
+    assert audio is not None
+    np.testing.assert_array_equal(audio.samples, hpss.harmonic(drummed, never).samples[:, : 31 * RATE_HZ])
+
+
+def test_auto_is_left_to_the_generator_where_demucs_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demucs, "find", lambda: Path("weights"))
+    request = VariationRequest("a", "a", mixed(tune(2.0)), 1.0, 0, {"melody": "auto"})
+    assert melody.prepare([request], never) == {}
 
 
 @pytest.mark.parametrize("wanted", ["mix", "harmonic", "auto"])

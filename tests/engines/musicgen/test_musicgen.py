@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings
 from pipeline.engines.musicgen import ENGINE, MusicgenParams, conditioning
 from pipeline.errors import Stopped
-from pipeline.records import Failure, Variation
+from pipeline.records import Audio, Failure, Variation
 
 
 @EVERY_PARAMETER
@@ -47,6 +48,20 @@ def test_a_request_gives_the_same_bits_alone_in_a_batch_and_in_any_order(
         (alone,) = results_of(musicgen, wanted).values()
         for other in (together[wanted.request_id], reversed_[wanted.request_id]):
             assert alone.audio.samples.tobytes() == other.audio.samples.tobytes()
+
+
+@pytest.mark.parametrize("wanted", ["mix", "harmonic", "auto"])
+@pytest.mark.parametrize("duration_s", [1.0, 35.0])
+def test_prepared_requests_give_the_same_tokens(
+    short_musicgen: Any, request_for: RequestFn, wanted: str, duration_s: float
+) -> None:
+    asked = request_for(melody=wanted, duration_s=duration_s)
+    assert ENGINE.prepare is not None
+    found = ENGINE.prepare([asked], never)[asked.request_id]
+    prepared = replace(asked, prepared=found)
+    if found[0] is not None:  # then the track itself isn't read
+        prepared = replace(prepared, audio=Audio(np.zeros((2, 100), np.float32), 44100))
+    np.testing.assert_array_equal(codes(short_musicgen, prepared), codes(short_musicgen, asked))
 
 
 def test_the_global_random_state_is_not_used(musicgen: Any, request_for: RequestFn) -> None:
