@@ -35,7 +35,8 @@ from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 log = logging.getLogger("pipeline")
 
-SAVE_EVERY_S = 2.0  # of audio
+# Audio between two savepoints of a variation: some seconds of work. A GPU waits 2 to 3 ms for each.
+SAVE_EVERY_S, SAVE_EVERY_S_ON_GPU = 2.0, 10.0
 GPU_THREADS = 3  # that decode to sound, as one leaves most of a GPU idle
 
 
@@ -135,7 +136,8 @@ class MusicgenGenerator:
         if not states:
             return
 
-        save_steps = round(SAVE_EVERY_S * self.checkpoint.frames_per_s)
+        save_every_s = SAVE_EVERY_S_ON_GPU if self.on_gpu else SAVE_EVERY_S
+        save_steps = round(save_every_s * self.checkpoint.frames_per_s)
 
         def on_step(state: RequestState) -> None:
             frames = state.codes.shape[1]

@@ -104,6 +104,26 @@ def test_a_kill_costs_what_came_after_the_last_savepoint(
     assert samples.tobytes() == whole.audio.samples.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "expected"), [(False, [100, 200, 300, 400, 500, 600, 603]), (True, [500, 603])]
+)
+def test_a_gpu_waits_for_fewer_savepoints(
+    musicgen: Any, request_for: RequestFn, on_gpu: bool, expected: list[int]
+) -> None:
+    saved = list[int]()
+
+    class Counted(Savepoints):
+        def save(self, identity: str, codes: Any) -> None:
+            saved.append(steps[-1])
+
+    engine = generator_with(musicgen.checkpoint, "int8", saved=Counted(None))
+    engine.on_gpu = on_gpu
+    steps = list[int]()
+    asked = request_for(duration_s=12.0, guidance=1.0)
+    list(engine.run([asked], lambda name, done, total: steps.append(done), never))
+    assert saved == [min(step, 600) for step in expected]
+
+
 def test_requests_that_finish_together_are_all_saved_before_the_first_is_decoded(
     musicgen: Any, request_for: RequestFn, tmp_path: Path
 ) -> None:
