@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
+from numpy.polynomial.polynomial import polyfit
+from numpy.polynomial.polyutils import getdomain, mapparms
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d, median_filter, uniform_filter1d
 
@@ -150,8 +152,9 @@ def _follow(envelope: Doubles, period_s: float) -> Doubles:
         arrived = leaving[block[:, None] + last - intervals, np.arange(intervals.size)]
         score[block] = local[block, None] + offset + arrived
         through = score[block][:, :, None] + change
-        before[block] = through.argmax(axis=1)
-        leaving[block + last] = through.max(axis=1)
+        best = through.argmax(axis=1)
+        before[block] = best
+        leaving[block + last] = np.take_along_axis(through, best[:, None], axis=1)[:, 0]
     frame = n - 1 - int(np.argmax(score[-round(period) :].max(axis=1)[::-1]))
     k = int(score[frame].argmax())
     beats = [frame]
@@ -198,10 +201,12 @@ def _fit(times_s: Doubles, heard: NDArray[np.bool_]) -> Doubles:
 
 def _line(x: Doubles, y: Doubles) -> tuple[float, float]:
     """Slope and intercept of the line of least absolute error, by iteratively reweighted least squares."""
-    weights = np.ones(x.size)
+    offset, scale = mapparms(getdomain(x), (-1.0, 1.0))  # as Polynomial.fit, of which this is the quick part
+    scaled, weights = offset + scale * x, np.ones(x.size)
     slope, start = 1.0, 0.0
     for _ in range(12):
-        slope, start = np.polynomial.Polynomial.fit(x, y, 1, w=np.sqrt(weights)).convert().coef[::-1]
+        level, rise = polyfit(scaled, y, 1, w=np.sqrt(weights))
+        slope, start = rise * scale, level + rise * offset
         weights = 1.0 / np.maximum(np.abs(y - start - slope * x), CLOSE_S)
     return float(slope), float(start)
 
