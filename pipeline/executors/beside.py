@@ -171,7 +171,7 @@ class SharedGenerator:
             return
         took_s = time.monotonic() - began_s
         sound_s = sum(one.request.duration_s for one in wanted)
-        log.debug("a call made %d takes, %.0f s of sound, in %.1f s", len(wanted), sound_s, took_s)
+        log.debug("a call made %d takes, %.0f s of sound, in %.2f s", len(wanted), sound_s, took_s)
         for call in calls:
             call.events.put((DONE, None))
 

@@ -66,8 +66,8 @@ def build_musicgen(
     return folder
 
 
-def build_clap(folder: Path, *, fusion: bool = False, seed: int = 0) -> Path:
-    """A CLAP checkpoint: 48 kHz, 10 s, 64 mel bands, HTSAT of two stages, 32 dimensions."""
+def build_clap(folder: Path, *, fusion: bool = False, seed: int = 0, config: Any = None) -> Path:
+    """A CLAP checkpoint: 48 kHz, 10 s, 64 mel bands; HTSAT of two stages, 32 dimensions, or by `config`."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer
@@ -83,7 +83,7 @@ def build_clap(folder: Path, *, fusion: bool = False, seed: int = 0) -> Path:
         "fusion_type": "aff_2d" if fusion else None,
     }
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = ClapConfig(
+    config = config or ClapConfig(
         text_config={**text, "vocab_size": len(pieces)}, audio_config=audio, projection_dim=32
     )
     with torch.random.fork_rng(devices=[]):

@@ -48,9 +48,6 @@ STUCK_AT = "STUCK_AT"  # environment: a file that the stuck engine makes when it
 # Of the batched engine, seconds of a call and of each variation: 1, 8 and 32 took 3.4, 5.2 and 10.9 s.
 CALL_S, VARIATION_S = 3.2, 0.24
 SLOWER = "SLOWER"  # environment: how many times as long it takes
-CALLS = (
-    "CALLS"  # environment: its file with the seconds at which each call began and ended, and its variations
-)
 CORES = "CORES"  # environment: how many cores the program takes the machine to have
 
 
@@ -104,15 +101,13 @@ class Batched(Free):
     def generate(
         self, requests: Sequence[VariationRequest], *, progress: ProgressFn, should_stop: StopFn
     ) -> Iterator[Variation]:
-        began_s, took_s = time.monotonic(), CALL_S + VARIATION_S * len(requests)
+        took_s = CALL_S + VARIATION_S * len(requests)
         for step in range(PACE_STEPS):
             if should_stop():
                 raise Stopped("asked to stop")
             time.sleep(float(os.environ.get(SLOWER, "1")) * took_s / PACE_STEPS)
             for request in requests:
                 progress(request.request_id, step + 1, PACE_STEPS)
-        with Path(os.environ[CALLS]).open("a") as file:
-            file.write(f"{began_s} {time.monotonic()} {len(requests)}\n")
         yield from super().generate(requests, progress=lambda *_: None, should_stop=should_stop)
 
 
