@@ -43,6 +43,8 @@ class Call:
     should_stop: StopFn
     events: queue.SimpleQueue[tuple[str, Any]] = field(default_factory=queue.SimpleQueue)
     is_left: bool = False  # nobody waits for it any more
+    together: Sequence[Call] = ()  # those that are made with it, itself among them; empty: not begun
+    has_ended: threading.Event = field(default_factory=threading.Event)  # they have, all of them
 
     @property
     def n_tracks(self) -> int:
@@ -91,7 +93,10 @@ class SharedGenerator:
         progress: ProgressFn,
         should_stop: StopFn,
     ) -> Iterator[tuple[Any, Any]]:
-        """See `tasks.generate`. The sounds are all made at once, even if nobody asks for the next one yet."""
+        """See `tasks.generate`. The sounds are all made at once, even if nobody asks for the next one yet.
+
+        Who leaves a call last waits until the generator has stopped.
+        """
         call = Call({one.request.request_id: one for one in wanted}, paths, should_stop)
         self._add(call)
         try:
@@ -104,18 +109,20 @@ class SharedGenerator:
                 else:
                     progress(*content)
         finally:
-            call.is_left = True
+            with self._changing:
+                call.is_left = True
+                if call in self.waiting:
+                    self.waiting.remove(call)
+            if call.together and all(one.is_left for one in call.together):
+                call.has_ended.wait()
 
     def _event(self, call: Call) -> tuple[str, Any]:
         """The next event of a call; a stop ends one that still waits."""
         while True:
             with suppress(queue.Empty):
                 return call.events.get(timeout=POLL_S)
-            if call.should_stop():
-                with self._changing:
-                    if call in self.waiting:
-                        self.waiting.remove(call)
-                        raise Stopped("asked to stop while it waited for the generator")
+            if not call.together:
+                check_stop(call.should_stop)
 
     def _add(self, call: Call) -> None:
         with self._changing:
@@ -127,11 +134,12 @@ class SharedGenerator:
     def _work(self) -> None:
         while calls := self._next_calls():
             self._make(calls)
+            for call in calls:
+                call.has_ended.set()
 
     def _next_calls(self) -> list[Call]:
         """Those that have waited longest, as many as one call of the generator is to make."""
         with self._changing:
-            self.waiting = [call for call in self.waiting if not call.is_left]
             n, n_tracks = 0, 0
             for call in self.waiting:
                 n_tracks += call.n_tracks
@@ -139,6 +147,8 @@ class SharedGenerator:
                     break
                 n += 1
             found, self.waiting = self.waiting[:n], self.waiting[n:]
+            for call in found:
+                call.together = found
             self._is_at_work = bool(found)
             return found
 
