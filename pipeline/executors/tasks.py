@@ -209,10 +209,14 @@ def prepare(
 ) -> Iterator[tuple[dict[str, str], Mapping[str, Any]]]:
     """The part of a generator's work that is done beside it, by request: see `with_prepared`.
 
+    The analyses of the sources stay here for `finish`.
+
     Args:
         engine: the generator's name.
     """
     _keep_only(tools, {one.source for one in wanted})
+    for one in wanted:
+        _reference(tools, one)
     words, prepare_requests = _words(tools, wanted), cards()[engine].prepare
     requests = [one.request for one in wanted]
     yield words, {} if prepare_requests is None else prepare_requests(requests, tools.should_stop)

@@ -312,11 +312,15 @@ def test_after_an_error_in_a_call_for_several_workers_only_its_cause_fails(
     assert not list(setup.workspace.state.glob("*.npy"))
 
 
-def test_words_for_a_prompt_and_the_melody_are_found_beside_the_generator(setup: RunnerSetup) -> None:
-    asked: list[VariationRequest] = []
+def test_words_for_a_prompt_the_melody_and_the_analysis_are_made_beside_the_generator_and_before(
+    setup: RunnerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, analysed, before = list[VariationRequest](), list[Audio](), list[int]()
+    monkeypatch.setattr(StubJudge, "analyse", lambda self, source: analysed.append(source))
 
     def answer(request: VariationRequest) -> Any:
         asked.append(request)
+        before.append(len(analysed))
         return noise(request)
 
     setup = with_variation(setup, "musicgen", prompt=["auto", "my own"], melody="harmonic")
@@ -325,6 +329,8 @@ def test_words_for_a_prompt_and_the_melody_are_found_beside_the_generator(setup:
     assert setup.states([sha256]) == [("done", 0)]
     assert [request.params["prompt"] for request in asked] == ["words", "my own"]
     assert [request.prepared[1] for request in asked] == ["harmonic", "harmonic"]
+    assert before == [1, 1]
+    assert len(analysed) == 1
 
 
 def test_a_stop_is_seen_by_a_worker_whose_call_still_waits(
