@@ -270,23 +270,20 @@ class App:
     def _processes(self, choices: EngineChoices, earlier: Executors | None) -> Executors:
         """The worker processes on this machine; those of `earlier` are used again."""
         from pipeline.executors.base import FixedExecutors
-        from pipeline.executors.beside import beside, engines_beside, n_beside, parts_of
+        from pipeline.executors.beside import beside, engines_beside, parts_of, workers_beside
         from pipeline.executors.process import ProcessExecutor, n_cores, shares_of_machine
 
         n, idle_s = self._n_workers(), self.config.executor.idle_s
         on_gpu = self._generates_on_gpu
         # One more process normalizes the tracks that come next while a long batch is in work.
         normalizes_ahead = not on_gpu and (self._uses_models or n == 1)
-        n_more = int(normalizes_ahead)
-        if on_gpu:  # models that embed and rate share the GPU
-            others = (one.card for name, one in self.recipe.engines.items() if name != "generate")
-            n_more = n * n_beside(n_cores() / n, use_gpu=any(card.default_model for card in others))
+        n_more = n * workers_beside(n_cores() / n, choices) if on_gpu else int(normalizes_ahead)
         caches = self.workspace.state / ENGINES_FOLDER / "numba"
         plain, divided = (shares_of_machine(n + n_more, caches, divides_cores=one) for one in (False, True))
         wanted = [(choices, share) for share in (plain if on_gpu or normalizes_ahead else divided)]
         if on_gpu:
-            choices_beside = engines_beside(choices, self.config.device)
-            wanted[n:] = [(choices_beside, share) for share in divided[n:]]
+            others = engines_beside(choices, self.config.device)  # models that embed and rate share the GPU
+            wanted[n:] = [(others, share) for share in divided[n:]]
         before = parts_of(earlier.all()) if isinstance(earlier, FixedExecutors) else []
         if earlier is not None and not before:
             earlier.close()  # of a cluster
@@ -300,12 +297,15 @@ class App:
             executors.append(same or ProcessExecutor(engines, idle_s, share))
         for executor in kept:
             executor.close()
+        made = self.workspace.state / ENGINES_FOLDER / "made"
+        shutil.rmtree(made, ignore_errors=True)  # what a killed owner has left
         if on_gpu:
-            folder = self.workspace.state / ENGINES_FOLDER / "made"
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed owner has left
-            folder.mkdir(parents=True, exist_ok=True)  # on NFS, files that are open keep their folder
-            tracks = self.config.generate.batch_tracks
-            groups = [beside(executors[k], executors[n + k :: n], folder, tracks) for k in range(n)]
+            groups = []
+            for k in range(n):
+                folder = made / str(k)
+                folder.mkdir(parents=True, exist_ok=True)  # on NFS, files that are open keep their folder
+                tracks = self.config.generate.batch_tracks
+                groups.append(beside(executors[k], executors[n + k :: n], folder, tracks))
             return FixedExecutors([one for group in zip(*groups, strict=True) for one in group])
         return FixedExecutors(executors[:n], executors[n:])
 
@@ -313,7 +313,7 @@ class App:
         """The workers on a Ray cluster; `earlier` is used again if it is the same."""
         cluster = self.ray_cluster(choices)
         if earlier == cluster:
-            earlier.use(choices, self.config.executor.idle_s)
+            earlier.use(choices, self.config.executor.idle_s, self.config.generate.batch_tracks)
             return earlier
         if earlier is not None:
             earlier.close()

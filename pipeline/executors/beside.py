@@ -20,14 +20,15 @@ from typing import Any
 
 from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.loading import EngineChoices, Wanted
-from pipeline.errors import EngineUnusable, Stopped
+from pipeline.errors import Stopped
 from pipeline.executors import tasks
 from pipeline.executors.base import Executor, Task
 from pipeline.executors.tasks import TakeRequest
+from pipeline.fs.disk import environment_error
 
-# Workers on the CPU for each generator: two for each core, since they wait while their sounds are made. Each
-# takes about 0.4 GB. One that has a model on the GPU takes as much of its memory, so there are fewer.
-PER_CORE, MOST_BESIDE, MOST_ON_GPU = 2, 16, 8
+# Workers on the CPU for each generator: two for each core, since they wait while their sounds are made, or
+# one if they have models of their own. Each takes about 0.4 GB, with CLAP 1.1 GB, and as much of a GPU.
+PER_CORE, MOST_BESIDE, MOST_WITH_MODELS = 2, 16, 8
 POLL_S = 0.2  # between two questions whether to stop
 STEP, RESULT, RAISED, DONE = "step", "result", "raised", "done"
 
@@ -59,6 +60,8 @@ class Call:
         if self.is_left and key in self.paths:
             self.paths[key].unlink(missing_ok=True)
         self.events.put((RESULT, result))
+        if not self.wanted:
+            self.events.put((DONE, None))
 
 
 @dataclass(eq=False)
@@ -128,8 +131,8 @@ class SharedGenerator:
         with self._changing:
             self.waiting.append(call)
             if not self._is_at_work:
-                self._is_at_work = True
                 threading.Thread(target=self._work, daemon=True).start()
+                self._is_at_work = True
 
     def _work(self) -> None:
         while calls := self._next_calls():
@@ -169,15 +172,13 @@ class SharedGenerator:
                 ):
                     owners[result[0].request_id].take(result)
         except BaseException as e:
-            if len(calls) == 1 or isinstance(e, Stopped | EngineUnusable):
-                for call in calls:
-                    call.events.put((RAISED, e))
-                return
             for call in calls:
-                if call.wanted and not call.is_left:
+                if len(calls) == 1 or isinstance(e, Stopped) or environment_error(e):
+                    call.events.put((RAISED, e))
+                elif call.is_unwanted():
+                    call.events.put((RAISED, Stopped("asked to stop")))
+                elif call.wanted:
                     self._make([call])
-                else:
-                    call.events.put((DONE, None))
             return
         took_s = time.monotonic() - began_s
         sound_s = sum(one.request.duration_s for one in wanted)
@@ -213,7 +214,7 @@ class BesideGenerator:
     def run(
         self, task: Task, *args: Any, progress: ProgressFn, should_stop: StopFn
     ) -> Generator[Any, None, None]:
-        """See `Executor`. What the generator is asked for waits until its call before has ended."""
+        """See `Executor`. A request to the generator waits until the call that runs has ended."""
         if task is tasks.generate:
             wanted, paths = args
             yield from self.shared.generate(wanted, paths, progress, should_stop)
@@ -231,9 +232,12 @@ class BesideGenerator:
             part.close()
 
 
-def n_beside(cores: float, *, use_gpu: bool = False) -> int:
-    """How many workers share a generator for which there are so many cores; whether they use its GPU, too."""
-    return max(1, min(MOST_ON_GPU if use_gpu else MOST_BESIDE, int(PER_CORE * cores)))
+def workers_beside(cores: float, choices: EngineChoices) -> int:
+    """How many workers with these engines share a generator for which there are so many cores."""
+    embedder, _, rater = choices
+    if any(wanted and wanted[0].card.default_model for wanted in (embedder, rater)):
+        return max(1, min(MOST_WITH_MODELS, int(cores)))
+    return max(1, min(MOST_BESIDE, int(PER_CORE * cores)))
 
 
 def beside(

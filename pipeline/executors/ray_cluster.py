@@ -23,7 +23,14 @@ from typing import Any
 from pipeline.engines.loading import EngineChoices
 from pipeline.errors import EngineUnusable, MissingPackage
 from pipeline.executors.base import Executor
-from pipeline.executors.beside import MOST_BESIDE, PER_CORE, BesideGenerator, beside, engines_beside, n_beside
+from pipeline.executors.beside import (
+    MOST_BESIDE,
+    PER_CORE,
+    BesideGenerator,
+    beside,
+    engines_beside,
+    workers_beside,
+)
 from pipeline.executors.process import THREADS, n_cores
 from pipeline.executors.ray import RayExecutor
 from pipeline.executors.ray_environment import AUTO, set_environment
@@ -61,7 +68,7 @@ class RayCluster:
     idle_s: float = field(compare=False)
     normalizes_ahead: bool = False  # in another actor beside each worker
     on_gpu: bool = False  # workers only generate, and everything else is done by actors beside them
-    batch_tracks: int = 8  # of a call of a generator on a GPU
+    batch_tracks: int = field(default=8, compare=False)  # of a call of a generator on a GPU
     _executors: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
     _normalizers: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
     _on_cpu: list[RayExecutor] = field(default_factory=list, init=False, compare=False)
@@ -97,7 +104,8 @@ class RayCluster:
         if not self.on_gpu:
             return found
         cores_each = (sum(node.get("CPU", 0.0) for node in nodes) - n * self.resources.cpu) / n
-        groups = [self._beside_of(one, cores_each)[: n_beside(cores_each)] for one in found]
+        n_beside = workers_beside(cores_each, self.engines)
+        groups = [self._beside_of(one, cores_each)[:n_beside] for one in found]
         return [one for group in zip(*groups, strict=True) for one in group]
 
     def _beside_of(self, generator: RayExecutor, cores: float) -> list[BesideGenerator]:
@@ -131,9 +139,11 @@ class RayCluster:
             shares_disk=self._folder is not None,
         )
 
-    def use(self, engines: EngineChoices, idle_s: float) -> None:
+    def use(self, engines: EngineChoices, idle_s: float, batch_tracks: int) -> None:
         """Change the settings; engines that stay the same stay loaded."""
-        self.engines, self.idle_s = engines, idle_s
+        self.engines, self.idle_s, self.batch_tracks = engines, idle_s, batch_tracks
+        for pairs in self._beside.values():
+            pairs[0].shared.most_tracks = batch_tracks
         for executor in [*self._executors, *self._normalizers]:
             executor.use(engines, idle_s)
         for executor in self._on_cpu:

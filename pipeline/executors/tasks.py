@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -264,7 +265,9 @@ def _generated(tools: Tools, wanted: Sequence[TakeRequest]) -> Iterator[tuple[Ma
 
 
 def _stored(made: Variation, path: Path) -> Variation:
-    np.save(path, made.audio.samples)
+    with path.open("wb") as file:
+        # Through `write`: numpy's own writing to a real file does not report why it failed.
+        np.save(SimpleNamespace(write=file.write), made.audio.samples)
     mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     return replace(made, audio=Audio(mapped, made.audio.sample_rate))
 

@@ -153,7 +153,7 @@ class ParallelRunner(Runner):
             self._runners[id(executor)] = kind(**{**shared, **own})
         runner = self._runners[id(executor)]
         runner.n_parallel = n_generators(self._ready)
-        runner.n_beside = len(self._ready) // runner.n_parallel
+        runner.n_sharing = len(self._ready) // runner.n_parallel
         return runner
 
     def _has_unclaimed_tracks(self) -> bool:

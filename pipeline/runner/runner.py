@@ -64,7 +64,7 @@ class Runner:
     should_stop: Callable[[], bool]
     gallery: Gallery | None = None  # where the pages of finished tracks are written
     n_parallel: int = 1  # batches that are generated at the same time, this runner's among them
-    n_beside: int = 1  # runners that share a generator, likewise
+    n_sharing: int = 1  # runners that share a generator, likewise
     result: RunResult = field(default_factory=RunResult)
     on_claimed: Callable[[], None] = lambda: None  # called when a batch has been claimed
     was_disk_full: bool = False  # the last batch ended because of it
@@ -201,10 +201,11 @@ class Runner:
         if due is None or due > self.clock():
             return False
         check_outbox_mount(self.workspace.outbox, self.store)
-        # Small enough at the end of the queue that no worker is left without work.
-        # While a generator works for some that share it, it is to find a whole batch with the others.
+        # Runners that share a generator have two batches together: one that it works on, and one that is
+        # normalized or finished meanwhile.
         size = self._batch_size()
-        size = min(size, max(1, 2 * size // self.n_beside))
+        size = min(size, max(1, 2 * size // self.n_sharing))
+        # Small enough at the end of the queue that no worker is left without work.
         n_shares = 2 * self.n_parallel if self.n_parallel > 1 else 1
         tracks = self.store.due(size * n_shares, self.folder, now=self.clock())
         tracks = tracks[: max(1, min(size, len(tracks) // n_shares))]

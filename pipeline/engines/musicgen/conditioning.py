@@ -56,8 +56,7 @@ class ConditionBuilder:
     def __init__(self, checkpoint: Checkpoint, should_stop: StopFn) -> None:
         self.checkpoint, device = checkpoint, checkpoint.device
         self._text_encoder = LazyModel(checkpoint.text_encoder, device)
-        find = partial(melody_source, should_stop=should_stop, device=device)
-        self._melody = cache(lambda audio, wanted, n_samples: find(audio, wanted, n_samples=n_samples))
+        self._melody = cache(partial(melody_source, should_stop=should_stop, device=device))
         self._chroma = cache(partial(track_chroma, checkpoint))
         self._prompt = cache(partial(encode_prompt, checkpoint, open_encoder=self._text_encoder.open))
 
@@ -67,9 +66,8 @@ class ConditionBuilder:
         if request.prepared is not None and window_s <= WINDOW_S:
             source, name = request.prepared
             return source or request.audio, name
-        return self._melody(
-            request.audio, wanted, needed_samples(request.audio, request.duration_s, window_s)
-        )
+        n_samples = needed_samples(request.audio, request.duration_s, window_s)
+        return self._melody(request.audio, wanted, n_samples=n_samples)
 
     def conditions(self, source: Audio, prompt: str, starts: tuple[int, ...]) -> Conditions:
         """Of a melody's source; `starts`: of the windows, in frames of tokens."""
