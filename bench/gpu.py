@@ -2,7 +2,7 @@
 
     python bench/gpu.py [--folder FOLDER] [--variations 1,8,32] [--json FILE]
 
-It takes about five minutes on an H200. The checkpoint has random weights of the true size
+Without the end it takes about four minutes on an H200. The checkpoint has random weights of the true size
 (`true_size`), drawn on the GPU. Both run in bfloat16, with guidance and top_k 250. Ours is timed from
 the request to the sound, 30 s of it, with everything that a call of the engine does; a first call
 compiles the kernels and is not timed. transformers is timed over the first `PEER_STEPS` steps with its
