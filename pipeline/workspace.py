@@ -18,6 +18,7 @@ from typing import IO
 
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
+from pipeline.fs.arrays import map_array
 from pipeline.fs.atomic import replacing, write_atomically
 from pipeline.fs.bucket import BucketFiles
 from pipeline.fs.disk import environment_error
@@ -242,10 +243,8 @@ class Scratch:
 
     def load(self, kind: str, key: str, sample_rate: int) -> Audio | None:
         """The audio of `save`, mapped into memory and read-only; None if there is none."""
-        import numpy as np
-
         try:
-            samples = np.load(self._path(kind, key), mmap_mode="r", allow_pickle=False)
+            samples = map_array(self._path(kind, key))
         except FileNotFoundError:
             return None
         return Audio(samples, sample_rate)

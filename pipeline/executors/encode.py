@@ -17,6 +17,7 @@ from pipeline import audio
 from pipeline.audio.wav import Marker
 from pipeline.config import Output
 from pipeline.errors import EngineFailure
+from pipeline.fs.arrays import read_arrays
 from pipeline.records import SILENT_BELOW_DBFS, UNIT_LENGTH_TOLERANCE, Audio, Embedding, Samples
 
 _BLOCK_FRAMES = 1 << 16
@@ -119,8 +120,7 @@ def check_vectors(file: BinaryIO, shapes: Mapping[str, tuple[int, ...]]) -> None
         EngineFailure: it does not.
     """
     try:
-        with np.load(file, allow_pickle=False) as loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
+        arrays = read_arrays(file)
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
         raise EngineFailure(f"the embedding's file can't be read: {e}") from e
     if arrays.keys() != shapes.keys():

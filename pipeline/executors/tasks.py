@@ -24,6 +24,7 @@ from pipeline.executors.base import Tools, portable
 from pipeline.executors.encode import FileForm, embedding_file, sound_file
 from pipeline.executors.judge import Verdict
 from pipeline.executors.versions import made_with
+from pipeline.fs.arrays import map_array
 from pipeline.fs.atomic import Written, write_new
 from pipeline.gallery.pictures import Picture, draw
 from pipeline.plan import AUTO_PROMPT
@@ -268,8 +269,7 @@ def _stored(made: Variation, path: Path) -> Variation:
     with path.open("wb") as file:
         # Through `write`: numpy's own writing to a real file does not report why it failed.
         np.save(SimpleNamespace(write=file.write), made.audio.samples)
-    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    return replace(made, audio=Audio(mapped, made.audio.sample_rate))
+    return replace(made, audio=Audio(map_array(path), made.audio.sample_rate))
 
 
 def _keep_only(tools: Tools, keys: Collection[str]) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import FolderUnusable
+from pipeline.fs.arrays import map_array, read_arrays
 from pipeline.fs.atomic import replacing, write_atomically
 from pipeline.fs.names import printable
 from pipeline.outbox.outbox import READ_AT_ONCE, VECTORS_RECORD, Outbox
@@ -168,9 +169,9 @@ def _read(path: Path) -> _Cache | None:
     """The cache; None if there is none or it is damaged."""
     try:
         about = io.BytesIO(path.with_suffix(".npz").read_bytes())
-        with np.load(about, allow_pickle=False) as loaded:
-            tracks, stamp = loaded["tracks"], tuple(loaded["stamp"].tolist())
-        matrix, rows = (np.load(one, mmap_mode="r", allow_pickle=False) for one in (path, _rows_path(path)))
+        loaded = read_arrays(about)
+        tracks, stamp = loaded["tracks"], tuple(loaded["stamp"].tolist())
+        matrix, rows = map_array(path), map_array(_rows_path(path))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return _Cache(Vectors(matrix, rows), tracks, stamp) if len(matrix) == len(rows) else None
@@ -241,8 +242,7 @@ def _array(outbox: Outbox, folder: str, record: Mapping[str, Any], name: str) ->
     content = outbox.read(folder, record["file"])
     if hashlib.sha256(content).hexdigest() != record["sha256"]:
         raise ValueError(f"{record['file']} is altered")
-    with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-        return np.asarray(loaded[name], np.float32)
+    return np.asarray(read_arrays(io.BytesIO(content))[name], np.float32)
 
 
 def _identity_of(record: Mapping[str, Any]) -> Identity:
