@@ -1,6 +1,6 @@
 """Reading numpy's files in several threads.
 
-numpy parses the head of each array with `ast`. Before Python 3.11.8 and 3.12.2 that could raise SystemError
+numpy parses the head of each array with `ast`. In Python 3.11, before 3.11.8, that could raise SystemError
 while another thread did the same (python/cpython#106905). So one thread reads at a time.
 """
 
