@@ -13,12 +13,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO
 
 from pipeline.config import Folders
 from pipeline.errors import AlreadyRunning, FolderUnusable, os_reason
-from pipeline.fs.arrays import map_array
+from pipeline.fs.arrays import map_array, write_array
 from pipeline.fs.atomic import replacing, write_atomically
 from pipeline.fs.bucket import BucketFiles
 from pipeline.fs.disk import environment_error
@@ -231,13 +230,10 @@ class Scratch:
 
     def save(self, kind: str, key: str, audio: Audio) -> None:
         """Store audio under its unit's key, whole or not at all; kind: "normalized" or "take"."""
-        import numpy as np
-
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f"{kind}.part"
         with replacing(self._path(kind, key), temporary), temporary.open("wb") as file:
-            # Through `write`: numpy's own writing to a real file does not report why it failed.
-            np.save(SimpleNamespace(write=file.write), audio.samples)
+            write_array(file, audio.samples)
             file.flush()
             os.fsync(file.fileno())
 

@@ -162,8 +162,8 @@ class EngineCard:
     # The parameters by which a result is so similar to its source, 0 to 1: a generator's part of the dial
     # `similarity`. None: it has none.
     params_of_similarity: Callable[[float], dict[str, Any]] | None = None
-    # Work on requests that needs no loaded engine, which workers beside a generator on a GPU do for it: what
-    # is to stand in `prepared`, by request. None: there is none.
+    # Does the work on requests that needs no loaded engine, in workers beside a generator on a GPU, and
+    # returns what is to stand in `prepared`, by request. None: there is no such work.
     prepare: Callable[[Sequence[VariationRequest], StopFn], Mapping[str, Any]] | None = None
     section: type[EngineSection] | None = None  # its own section of the configuration
     upkeep: Upkeep | None = None

@@ -8,10 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
 
 from pipeline import audio, stages
 from pipeline.audio import DecodeLimits
@@ -24,7 +21,7 @@ from pipeline.executors.base import Tools, portable
 from pipeline.executors.encode import FileForm, embedding_file, sound_file
 from pipeline.executors.judge import Verdict
 from pipeline.executors.versions import made_with
-from pipeline.fs.arrays import map_array
+from pipeline.fs.arrays import map_array, write_array
 from pipeline.fs.atomic import Written, write_new
 from pipeline.gallery.pictures import Picture, draw
 from pipeline.plan import AUTO_PROMPT
@@ -267,8 +264,7 @@ def _generated(tools: Tools, wanted: Sequence[TakeRequest]) -> Iterator[tuple[Ma
 
 def _stored(made: Variation, path: Path) -> Variation:
     with path.open("wb") as file:
-        # Through `write`: numpy's own writing to a real file does not report why it failed.
-        np.save(SimpleNamespace(write=file.write), made.audio.samples)
+        write_array(file, made.audio.samples)
     return replace(made, audio=Audio(map_array(path), made.audio.sample_rate))
 
 

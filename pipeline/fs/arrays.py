@@ -1,6 +1,6 @@
-"""Reading numpy's files in several threads.
+"""Numpy's files: read in several threads, and written to disks that may be full.
 
-numpy parses the head of each array with `ast`. In Python 3.11, before 3.11.8, that could raise SystemError
+numpy parses the header of each array with `ast`. In Python 3.11, before 3.11.8, that could raise SystemError
 while another thread did the same (python/cpython#106905). So one thread reads at a time.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,13 @@ def map_array(path: Path) -> NDArray[Any]:
     with _READING:
         mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return mapped
+
+
+def write_array(file: IO[bytes], array: NDArray[Any]) -> None:
+    """Write an array in the .npy format. numpy's own writing to a real file does not report why it failed."""
+    import numpy as np
+
+    np.save(SimpleNamespace(write=file.write), array)
 
 
 def read_arrays(file: IO[bytes]) -> dict[str, NDArray[Any]]:

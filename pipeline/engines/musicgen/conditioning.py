@@ -20,7 +20,14 @@ import numpy as np
 from pipeline.audio import resample
 from pipeline.engines.base import StopFn
 from pipeline.engines.musicgen.checkpoint import Checkpoint, LazyModel
-from pipeline.engines.musicgen.melody import WINDOW_S, Melody, Source, melody_source, needed_samples
+from pipeline.engines.musicgen.melody import (
+    TAIL_S,
+    WINDOW_S,
+    Melody,
+    Source,
+    melody_source,
+    needed_samples,
+)
 from pipeline.records import Audio, Samples, VariationRequest
 
 
@@ -102,7 +109,7 @@ def repeated_mono(audio: Audio, sample_rate: int, n_samples: int) -> Samples:
 
     Returns float32, (n_samples,).
     """
-    tail = audio.sample_rate  # one second more, so that the resampler's filter does not end inside
+    tail = round(TAIL_S * audio.sample_rate)
     needed = math.ceil(n_samples * audio.sample_rate / sample_rate) + tail
     start = Audio(audio.samples[:, :needed], audio.sample_rate)
     mono = Audio(start.mono()[None], audio.sample_rate)

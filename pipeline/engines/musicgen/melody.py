@@ -39,7 +39,7 @@ Source = Literal["mix", "harmonic", "demucs"]
 
 MELODIC = 0.085  # a track with a smaller percussive share has no drums to speak of: see docs/musicgen.md
 WINDOW_S = 30.0  # of the published checkpoints
-TAIL_S = 1.0  # beyond the last window, so that the resampler's filter does not end inside
+TAIL_S = 1.0  # of the track after the last window, so that the resampler's filter does not end inside
 
 
 def prepare(
