@@ -18,9 +18,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,8 +59,12 @@ def main() -> None:
             clap = {"engine": "clap", "model": str(true_size_clap(Path(folder) / "clap"))}
             musicgen = {"engine": "musicgen", "model": str(options.musicgen.resolve())}
             configure(home, options, musicgen, embed=clap, device=options.device)
+        on_gpu = options.musicgen is not None and options.device != "cpu"
         began = datetime.now()
-        with start(home, "once", env={**SITE, **BESIDE, **env}) as child:
+        with (
+            gpu_memory_watched() if on_gpu else nullcontext(),
+            start(home, "once", env={**SITE, **BESIDE, **env}) as child,
+        ):
             child.ended(tries=100_000)
         took_s = (datetime.now() - began).total_seconds()
         assert len(home.folders) == options.tracks, child.text()
@@ -77,6 +84,28 @@ def configure(home: Home, options: argparse.Namespace, generate: Mapping[str, An
     )
     for n in range(options.tracks):
         write_music(home.inbox / f"{n}.wav", seed=n, seconds=options.seconds)
+
+
+@contextmanager
+def gpu_memory_watched() -> Iterator[None]:
+    """Print the most memory of the GPU that was in use at a time, by all processes and before."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    ended, used = threading.Event(), list[int]()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            used.append(int(subprocess.check_output(command, text=True).split()[0]))
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
+    if used:
+        first, most = used[0] / 1024, max(used) / 1024
+        print(f"GPU memory of all processes: {first:.1f} GiB at first, {most:.1f} GiB at most")
 
 
 def true_size_clap(folder: Path) -> Path:

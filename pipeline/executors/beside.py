@@ -9,7 +9,9 @@ it, see `tasks.generate`, and its file is published from there.
 from __future__ import annotations
 
 import logging
+import math
 import queue
+import subprocess
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -27,8 +29,11 @@ from pipeline.executors.tasks import TakeRequest
 from pipeline.fs.disk import environment_error
 
 # Workers on the CPU for each generator: two for each core, since they wait while their sounds are made, or
-# one if they have models of their own. Each takes about 0.4 GB, with CLAP 1.1 GB, and as much of a GPU.
+# one if they have models of their own. Each takes about 0.4 GB, with CLAP 1.1 GB.
 PER_CORE, MOST_BESIDE, MOST_WITH_MODELS = 2, 16, 8
+# Where models are on the generator's GPU, there is one worker for so much of its memory, of which it takes
+# an estimated 1 GB: what CUDA needs for a process, the model, and a few windows of sound.
+GPU_GIB_PER_WORKER = 8.0
 POLL_S = 0.2  # between two questions whether to stop
 STEP, RESULT, RAISED, DONE = "step", "result", "raised", "done"
 
@@ -232,12 +237,30 @@ class BesideGenerator:
             part.close()
 
 
-def workers_beside(cores: float, choices: EngineChoices) -> int:
-    """How many workers with these engines share a generator for which there are so many cores."""
+def workers_beside(cores: float, choices: EngineChoices, gpu_gib: float = math.inf) -> int:
+    """How many workers with these engines share a generator.
+
+    Args:
+        cores: that there are for them.
+        gpu_gib: memory of the GPU on which their models are, too; infinite: these are on the CPU.
+    """
     embedder, _, rater = choices
     if any(wanted and wanted[0].card.default_model for wanted in (embedder, rater)):
-        return max(1, min(MOST_WITH_MODELS, int(cores)))
+        return max(1, int(min(MOST_WITH_MODELS, cores, gpu_gib / GPU_GIB_PER_WORKER)))
     return max(1, min(MOST_BESIDE, int(PER_CORE * cores)))
+
+
+def gpu_gib() -> float:
+    """The memory of this machine's GPU, of several the smallest; 0 if it is not known.
+
+    It is asked of nvidia-smi, which comes with the driver: torch would load CUDA into this process.
+    """
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        return min(float(mebibytes) for mebibytes in found.stdout.split()) / 1024
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0.0
 
 
 def beside(
