@@ -202,7 +202,8 @@ class App:
     ) -> tuple[Ingest, Runner]:
         """The ingest and the runner of this configuration.
 
-        The workers of an `earlier` runner are used again: engines that stay the same stay loaded.
+        The workers of an `earlier` runner are used again, with the engines that they have loaded, if all
+        engines stay the same.
         """
         from pipeline.intake.ingest import Ingest
         from pipeline.intake.settling import Settling

@@ -117,13 +117,13 @@ class ProcessExecutor:
             self._used_at = self.clock()
 
     def use(self, engines: EngineChoices, idle_s: float) -> None:
-        """Change the settings; engines that stay the same stay loaded."""
+        """Change the settings. For other engines the next task starts another process.
+
+        The old one would keep what its libraries were told once, such as torch's number of threads.
+        """
+        if engines != self.engines:
+            self.close()
         self.engines, self.idle_s = engines, idle_s
-        if self._worker:
-            try:
-                self._worker.send(ENGINES, engines)
-            except WorkerLost:  # the next task starts another one
-                self._worker = None
 
     def release_if_idle(self) -> None:
         """See `pipeline.executors.base.Executor`."""

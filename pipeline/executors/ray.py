@@ -86,14 +86,14 @@ class RayWorker:
         log.addHandler(_ToReports(self._reports))
 
     def open(self, choices: EngineChoices, packages: Sequence[str]) -> Facts:
-        """Take the choice of engines; those that stay the same stay loaded."""
+        """Take the choice of engines."""
         embedder, generator, rater = (wanted and _on_this_machine(wanted) for wanted in choices)
         assert embedder and generator
 
         def tell(loaded: list[str]) -> None:
             self._reports.append((loaded,))
 
-        self._engines = LoadedEngines(embedder, generator, rater, self._engines, tell)
+        self._engines = LoadedEngines(embedder, generator, rater, on_change=tell)
         return facts_of_this_process(packages)
 
     def begin(self, run: int, task: Task, args: Sequence[Any]) -> tuple[str, Any, list[Any]]:
@@ -236,7 +236,6 @@ class RayExecutor:
     facts: Facts | None = field(default=None, init=False)  # of the actor's process; None: there is no actor
     loaded: list[str] = field(default_factory=list, init=False)  # see `Executor`
     _actor: Any = field(default=None, init=False)
-    _is_open: bool = field(default=False, init=False)  # the actor has these engines
     _used_at: float = field(default=0.0, init=False)
     _n_runs: int = field(default=0, init=False)
 
@@ -256,8 +255,6 @@ class RayExecutor:
             self._start(should_stop)
         actor = self._actor
         try:
-            if not self._is_open:
-                self._opened(actor.open.remote(self.engines, packages_of(self.engines)))
             yield from self._run(actor, task, args, progress, should_stop)
         except Exception as e:
             if self._actor is actor and (isinstance(e, WorkerLost | WorkerAway) or is_of_a_lost_gpu(e)):
@@ -267,8 +264,10 @@ class RayExecutor:
             self._used_at = self.clock()
 
     def use(self, engines: EngineChoices, idle_s: float) -> None:
-        """Change the settings; engines that stay the same stay loaded."""
-        self.engines, self.idle_s, self._is_open = engines, idle_s, False
+        """Change the settings. For other engines the next task starts another actor; see `process`."""
+        if engines != self.engines:
+            self.close()
+        self.engines, self.idle_s = engines, idle_s
 
     def release_if_idle(self) -> None:
         """See `pipeline.executors.base.Executor`."""
@@ -300,19 +299,14 @@ class RayExecutor:
                 if waited_s > self.place_patience_s / 3 and not is_reported:
                     log.info("waiting for a free %s on the cluster", self.resources)
                     is_reported = True
-            self._opened(opened)
+            self.facts = self._get(opened)
+            self.check(self.facts)
         except BaseException:
             _kill(actor)
             self.facts = None
             raise
         self._actor = actor
         log.debug("a worker runs on %s", self.where)
-
-    def _opened(self, call: Any) -> None:
-        """Check what an actor answers that was given the engines."""
-        self.facts = self._get(call)
-        self.check(self.facts)
-        self._is_open = True
 
     def _run(
         self, actor: Any, task: Task, args: tuple[Any, ...], progress: ProgressFn, should_stop: StopFn

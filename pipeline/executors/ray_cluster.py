@@ -140,7 +140,7 @@ class RayCluster:
         )
 
     def use(self, engines: EngineChoices, idle_s: float, batch_tracks: int) -> None:
-        """Change the settings; engines that stay the same stay loaded."""
+        """Change the settings; see `RayExecutor.use`."""
         self.engines, self.idle_s, self.batch_tracks = engines, idle_s, batch_tracks
         for pairs in self._beside.values():
             pairs[0].shared.most_tracks = batch_tracks

@@ -55,7 +55,7 @@ class Worker:
             if order == ENGINES:
                 embedder, generator, rater = content
                 tell = partial(self.send, LOADED)
-                self._engines = LoadedEngines(embedder, generator, rater, self._engines, tell)
+                self._engines = LoadedEngines(embedder, generator, rater, on_change=tell)
             elif order == RUN:
                 self._run(*content)
 

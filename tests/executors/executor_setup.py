@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pipeline.engines import cards
 from pipeline.engines.base import EngineSettings
+from pipeline.engines.loading import EngineChoices
 from pipeline.engines.selection import Choice
 from pipeline.executors.base import Executor, Task
 from pipeline.executors.ray_cluster import RayCluster, thread_variables
@@ -16,6 +18,12 @@ ENGINES = (
     (Choice(cards()["remix"], None, None, "test"), EngineSettings()),
     None,
 )
+
+
+def with_threads(threads: int) -> EngineChoices:
+    """The same engines with other settings."""
+    (embedder, settings), generator, rater = ENGINES
+    return (embedder, replace(settings, threads=threads)), generator, rater
 
 
 def cluster_at(address: str, resources: Resources, **more: Any) -> RayCluster:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import worker_tasks
-from executor_setup import ENGINES, run
+from executor_setup import ENGINES, run, with_threads
 from home_folder import ROOT
 from set_clock import SetClock
 
@@ -54,18 +54,6 @@ def test_the_process_gets_no_credentials(executor: ProcessExecutor, monkeypatch:
     assert "AWS_SECRET_ACCESS_KEY" not in variables
 
 
-def test_a_process_that_has_died_unnoticed_is_replaced_when_settings_change(
-    executor: ProcessExecutor,
-) -> None:
-    [before] = run(executor, worker_tasks.process_id)
-    os.kill(before, signal.SIGKILL)
-    assert executor._worker is not None
-    executor._worker.process.wait()
-    executor.use(ENGINES, idle_s=1)
-    executor.use(ENGINES, idle_s=1)
-    assert run(executor, worker_tasks.process_id) != [before]
-
-
 def test_one_process_runs_all_tasks_and_keeps_its_engines(executor: ProcessExecutor) -> None:
     [first], [second] = run(executor, worker_tasks.process_id), run(executor, worker_tasks.process_id)
     assert first == second != os.getpid()
@@ -73,6 +61,23 @@ def test_one_process_runs_all_tasks_and_keeps_its_engines(executor: ProcessExecu
     executor.use(ENGINES, idle_s=1)
     assert run(executor, worker_tasks.embedder_of) == engine
     assert engine[0][0] == "descriptors"
+
+
+def test_other_engines_have_another_process_and_are_not_loaded_before_it_says_so(
+    executor: ProcessExecutor,
+) -> None:
+    """torch's number of threads, once set, lasts as long as the process."""
+    [before], _ = run(executor, worker_tasks.process_id), run(executor, worker_tasks.embedder_of)
+    assert executor.loaded == ["descriptors"]
+    executor.use(with_threads(2), idle_s=1)
+    assert executor.loaded == []
+    assert not is_running(before)
+    run(executor, worker_tasks.embedder_of)
+    assert executor.loaded == ["descriptors"]
+    os.kill(run(executor, worker_tasks.process_id)[0], signal.SIGKILL)
+    executor.use(ENGINES, idle_s=1)
+    [after] = run(executor, worker_tasks.process_id)
+    assert after != before
 
 
 @pytest.mark.parametrize(

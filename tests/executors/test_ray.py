@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import worker_tasks
-from executor_setup import ENGINES, cluster_at, run
+from executor_setup import ENGINES, cluster_at, run, with_threads
 from home_folder import ROOT, Home
 from ray_setup import NEEDS_RAY
 
@@ -85,7 +85,8 @@ def test_a_node_is_checked_again_for_changed_engines(
     with monkeypatch.context() as patch:
         patch.setattr(executor, "check", refuse)
         assert run(executor, worker_tasks.echo, 2) == [2]
-        executor.use(ENGINES, idle_s=60)
+        executor.use(with_threads(2), idle_s=60)
+        assert executor.loaded == []
         with pytest.raises(EngineUnusable, match="another torch"):
             run(executor, worker_tasks.echo, 3)
     assert run(executor, worker_tasks.echo, 4) == [4]
