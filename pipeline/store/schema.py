@@ -70,6 +70,11 @@ MIGRATIONS = {  # statements by name, in their order
     ),
     # Has all that tells whether results have changed, so that the rows themselves need not be read.
     "m008_results": ("CREATE INDEX tracks_results ON tracks (state, collected_at, finished_at)",),
+    # Many tracks can have been queued at one time.
+    "m009_queue": (
+        "DROP INDEX tracks_queue",
+        "CREATE INDEX tracks_queue ON tracks (state, queued_at, sha256)",
+    ),
 }
 
 

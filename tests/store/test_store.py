@@ -183,6 +183,22 @@ def test_two_connections_never_claim_the_same_track(store: Store, database: Path
     assert sorted(taken) == ["a", "b", "c", "d"]
 
 
+def test_what_is_due_is_found_and_claimed_without_reading_the_whole_queue(store: Store) -> None:
+    add(store)
+    asked = list[str]()
+    store._db.set_trace_callback(asked.append)
+    store.claim(store.due(1, WHOLE_QUEUE, now=9.0))
+    store._db.set_trace_callback(None)
+    due, claim = (next(sql for sql in asked if sql.startswith(verb)) for verb in ("SELECT *", "UPDATE"))
+    assert "USING INDEX tracks_queue (state=?)" in plan_of(store, due)
+    assert "TEMP B-TREE" not in plan_of(store, due)
+    assert "USING INDEX sqlite_autoindex_tracks_1 (sha256=?)" in plan_of(store, claim)
+
+
+def plan_of(store: Store, sql: str) -> str:
+    return "; ".join(row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {sql}"))
+
+
 def test_a_finished_track_has_its_result_and_no_error(store: Store) -> None:
     add(store)
     store.fail(sha("a"), stage="embed", error="oh", now=150.0, retry_at=160.0)
