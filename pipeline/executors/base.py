@@ -131,7 +131,7 @@ def result_of(executor: Executor, task: Task, *args: Any, should_stop: StopFn) -
 
 def is_of_a_lost_gpu(error: Exception) -> bool:
     """Whether it is one after which a process can't use its GPU any more: all later calls give it again."""
-    return any(words in str(error) for words in ("CUDA error", "Triton Error [CUDA]"))
+    return any(words in str(error) for words in ("CUDA error", "HIP error", "Triton Error [CUDA]"))
 
 
 def portable(error: BaseException) -> BaseException:

@@ -17,7 +17,7 @@ from pipeline.config import Gates, Normalize, Output
 from pipeline.engines import cards
 from pipeline.engines.base import Engine, check_stop
 from pipeline.errors import EngineFailure
-from pipeline.executors.base import Tools, portable
+from pipeline.executors.base import Tools, is_of_a_lost_gpu, portable
 from pipeline.executors.encode import FileForm, embedding_file, sound_file
 from pipeline.executors.judge import Verdict
 from pipeline.executors.versions import made_with
@@ -257,6 +257,8 @@ def _generated(tools: Tools, wanted: Sequence[TakeRequest]) -> Iterator[tuple[Ma
         made_by, prompt = _made_by(generator), requests[made.request_id].params.get("prompt", "")
         take = MadeTake(made.request_id, made_by, prompt, made_with=made_with(generator.name))
         if isinstance(made, Failure):
+            if is_of_a_lost_gpu(made.error):
+                raise made.error  # so that the process is replaced
             yield replace(take, error=portable(made.error)), None
         else:
             yield take, made
@@ -279,6 +281,8 @@ def _finished(
     try:
         judged = _judged(tools, one, made, take, output)
     except Exception as e:
+        if is_of_a_lost_gpu(e):
+            raise
         judged = replace(take, error=portable(e))
     yield judged
     tools.kept.pop(take.request_id, None)

@@ -112,11 +112,12 @@ def test_after_an_error_that_lasts_as_long_as_its_process_another_one_is_started
     """Of a GPU, torch's and Triton's; a full one can be used again."""
     for sentence, is_replaced in (
         ("CUDA error: an illegal memory access was encountered", True),
+        ("HIP error: an illegal memory access was encountered", True),
         ("Triton Error [CUDA]: an illegal memory access was encountered", True),
         ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
     ):
         [before] = run(executor, worker_tasks.process_id)
-        with pytest.raises(BadAudio, match="CUDA"):
+        with pytest.raises(BadAudio, match=r"CUDA|HIP"):
             run(executor, worker_tasks.refuse, sentence)
         [after] = run(executor, worker_tasks.process_id)
         assert (after != before) == is_replaced
