@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.engines.musicgen import memory_budget
 from pipeline.engines.musicgen.conditioning import Conditions
 from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, Decoder, Tokens
 from pipeline.engines.musicgen.sampling import Sampler
@@ -25,7 +26,7 @@ from pipeline.engines.musicgen.windows import DelayedWindow, Window
 from pipeline.errors import PipelineError
 from pipeline.records import Samples
 
-# Errors that fail one request and not the others; torch raises RuntimeError when memory runs out.
+# Errors that fail one request and not the others. On a CPU torch raises RuntimeError when memory runs out.
 REQUEST_ERRORS = (PipelineError, RuntimeError, ValueError, MemoryError)
 
 
@@ -122,6 +123,7 @@ class Scheduler:
 
         Raises:
             Stopped: as `check_stop`.
+            MemoryError, torch.OutOfMemoryError: there is no memory for so many rows.
         """
         waiting, active = deque(requests), list[RequestState]()
         while waiting or active:
@@ -140,6 +142,8 @@ class Scheduler:
             try:
                 self.begin(request, window)
             except REQUEST_ERRORS as error:
+                if memory_budget.is_exhausted(error):
+                    raise
                 request.error = error
                 self._free_rows(request)
                 yield request

@@ -23,6 +23,7 @@ from tones import RequestFn
 from pipeline.engines.musicgen import SamplingParams
 from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, Shape, StepInput
 from pipeline.engines.musicgen.sampling import Sampler
+from pipeline.engines.musicgen.scheduler import Scheduler
 from pipeline.errors import EngineFailure, Stopped
 
 BOOKS, VOCABULARY = 4, 64
@@ -336,6 +337,26 @@ def test_when_memory_runs_out_it_goes_on_with_half_of_the_rows(
         np.testing.assert_array_equal(found[name], codes)
     assert "no memory for 5 rows; it goes on with 2" in caplog.text
     assert len(caches) == 2
+
+
+def test_it_goes_on_with_half_of_the_rows_too_if_memory_runs_out_for_a_prefix(
+    musicgen: Any, requests: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    expected = codes_of(musicgen, *requests)
+    begin = Scheduler.begin
+
+    def small(self: Scheduler, *args: Any) -> None:
+        if self.rows > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        begin(self, *args)
+
+    monkeypatch.setattr(Scheduler, "begin", small)
+    found = codes_of(musicgen, *requests)
+    for name, codes in expected.items():
+        np.testing.assert_array_equal(found[name], codes)
+    assert "no memory for 5 rows; it goes on with 2" in caplog.text
 
 
 def test_a_memory_error_with_one_variation_ends_the_call(
