@@ -88,8 +88,11 @@ class Gallery:
         Without `force`, nothing is done where it would take more than a small share of the time.
         """
         with self._lock:
-            began, stamp = self.clock(), self.store.ended_stamp()
-            if stamp == self._stamp or (not force and began < self._next_at):
+            began = self.clock()
+            if not force and began < self._next_at:
+                return
+            stamp = self.store.ended_stamp()
+            if stamp == self._stamp:
                 return
             self._write_list()
             self._stamp = stamp

@@ -129,6 +129,19 @@ def test_nothing_is_computed_while_the_list_is_up_to_date(home: Home) -> None:
     assert BROKEN not in rows(home)
 
 
+def test_the_store_is_not_asked_for_changes_before_the_list_may_be_written_again(home: Home) -> None:
+    """The answer takes a fifth of a second with a million tracks, and each track that is finished asks."""
+    app = App.open(home.folder, home.folder / "settings.yaml")
+    with closing(app.open_store()) as store:
+        gallery = app.gallery(store, Outbox(app.workspace.outbox_files))
+        gallery.refresh(force=True)
+        asked: list[str] = []
+        store._db.set_trace_callback(asked.append)
+        gallery.clock = lambda: gallery._next_at - 0.001
+        gallery.refresh()
+        assert asked == []
+
+
 def test_the_verb_writes_lost_pages_again_and_takes_over_known_pictures(
     home: Home, monkeypatch: Any, capsys: Any
 ) -> None:
