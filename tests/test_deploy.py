@@ -95,6 +95,13 @@ def test_the_verification_finds_errors(systemd_analyze: str, checkout: Path, tmp
     assert "no-python" in verify(systemd_analyze, elsewhere)[1]
 
 
+def test_a_worker_that_ran_out_of_memory_ends_alone_and_one_line_allows_a_gpu() -> None:
+    """By default systemd ends the service, and `DevicePolicy` would close /dev/nvidia* on its own."""
+    assert settings()["OOMPolicy"] == ["continue"]
+    assert settings()["PrivateDevices"] == ["yes"]
+    assert not settings().keys() & {"DevicePolicy", "DeviceAllow"}
+
+
 def test_health_takes_an_instance_for_hung_when_the_watchdog_does() -> None:
     assert settings()["WatchdogSec"] == [f"{WATCHDOG_S / 60:.0f}min"]
 
