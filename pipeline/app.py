@@ -271,14 +271,14 @@ class App:
     def _processes(self, choices: EngineChoices, earlier: Executors | None) -> Executors:
         """The worker processes on this machine; those of `earlier` are used again."""
         from pipeline.executors.base import FixedExecutors
-        from pipeline.executors.beside import beside, engines_beside, gpu_gib, parts_of, workers_beside
+        from pipeline.executors.beside import beside, engines_beside, gpu_gb, parts_of, workers_beside
         from pipeline.executors.process import ProcessExecutor, n_cores, shares_of_machine
 
         n, idle_s = self._n_workers(), self.config.executor.idle_s
         on_gpu = self._generates_on_gpu
         # One more process normalizes the tracks that come next while a long batch is in work.
         normalizes_ahead = not on_gpu and (self._uses_models or n == 1)
-        n_beside = workers_beside(n_cores() / n, choices, gpu_gib() / n) if on_gpu else 0
+        n_beside = workers_beside(n_cores() / n, choices, gpu_gb() / n) if on_gpu else 0
         n_more = n * n_beside + int(normalizes_ahead)
         caches = self.workspace.state / ENGINES_FOLDER / "numba"
         plain, divided = (shares_of_machine(n + n_more, caches, divides_cores=one) for one in (False, True))

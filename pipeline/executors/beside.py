@@ -1,4 +1,4 @@
-"""Workers on the CPU beside one that has the generator on a GPU, which makes nothing but the sounds.
+"""Workers beside one that has the generator on a GPU, which makes nothing but the sounds.
 
 The workers share the generator. While it works, they decode, embed, finish, judge and encode, each its own
 tracks. A call of the generator makes what all of them wait for, up to a whole batch: the more variations
@@ -28,12 +28,12 @@ from pipeline.executors.base import Executor, Task
 from pipeline.executors.tasks import TakeRequest
 from pipeline.fs.disk import environment_error
 
-# Workers on the CPU for each generator: two for each core, since they wait while their sounds are made, or
-# one if they have models of their own. Each takes about 0.4 GB, with CLAP 1.1 GB.
+# Workers for each generator: two for each core, since they wait while their sounds are made, or one if they
+# have models of their own. Each takes about 0.4 GB, with CLAP 1.1 GB.
 PER_CORE, MOST_BESIDE, MOST_WITH_MODELS = 2, 16, 8
 # Where models are on the generator's GPU, there is one worker for so much of its memory, of which it takes
 # an estimated 1 GB: what CUDA needs for a process, the model, and a few windows of sound.
-GPU_GIB_PER_WORKER = 8.0
+GPU_GB_PER_WORKER = 8.0
 POLL_S = 0.2  # between two questions whether to stop
 STEP, RESULT, RAISED, DONE = "step", "result", "raised", "done"
 
@@ -194,7 +194,7 @@ class SharedGenerator:
 
 @dataclass(eq=False)
 class BesideGenerator:
-    """An `Executor` of a worker on the CPU and the generator that it shares."""
+    """An `Executor` of a worker and the generator that it shares."""
 
     executor: Executor
     shared: SharedGenerator
@@ -237,28 +237,28 @@ class BesideGenerator:
             part.close()
 
 
-def workers_beside(cores: float, choices: EngineChoices, gpu_gib: float = math.inf) -> int:
+def workers_beside(cores: float, choices: EngineChoices, gpu_gb: float = math.inf) -> int:
     """How many workers with these engines share a generator.
 
     Args:
         cores: that there are for them.
-        gpu_gib: memory of the GPU on which their models are, too; infinite: these are on the CPU.
+        gpu_gb: memory of the GPU on which their models are, too; infinite: these are on the CPU.
     """
     embedder, _, rater = choices
     if any(wanted and wanted[0].card.default_model for wanted in (embedder, rater)):
-        return max(1, int(min(MOST_WITH_MODELS, cores, gpu_gib / GPU_GIB_PER_WORKER)))
+        return max(1, int(min(MOST_WITH_MODELS, cores, gpu_gb / GPU_GB_PER_WORKER)))
     return max(1, min(MOST_BESIDE, int(PER_CORE * cores)))
 
 
-def gpu_gib() -> float:
-    """The memory of this machine's GPU, of several the smallest; 0 if it is not known.
+def gpu_gb() -> float:
+    """Gigabytes of memory of this machine's GPU, of several the smallest; 0 if it is not known.
 
     It is asked of nvidia-smi, which comes with the driver: torch would load CUDA into this process.
     """
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        return min(float(mebibytes) for mebibytes in found.stdout.split()) / 1024
+        return min(float(mebibytes) for mebibytes in found.stdout.split()) * (1 << 20) / 1e9
     except (OSError, subprocess.SubprocessError, ValueError):
         return 0.0
 
@@ -266,7 +266,7 @@ def gpu_gib() -> float:
 def beside(
     generator: Executor, executors: Sequence[Executor], folder: Path | None, batch_tracks: int
 ) -> list[BesideGenerator]:
-    """Workers on the CPU that share a generator, whose calls are for so many tracks."""
+    """Workers that share a generator, whose calls are for so many tracks."""
     shared = SharedGenerator(generator, batch_tracks)
     return [BesideGenerator(one, shared, folder) for one in executors]
 
