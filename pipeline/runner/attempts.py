@@ -89,6 +89,11 @@ class RunResult:
     failed: set[str] = field(default_factory=set)
     postponed_until: float | None = None  # the next try is due then, too late for this run to wait for
 
+    def forget_tracks(self) -> None:
+        """For a run that never ends, which would collect them for ever."""
+        self.done.clear()
+        self.failed.clear()
+
 
 @dataclass
 class Attempts:

@@ -146,6 +146,7 @@ class Watch:
 
     def _turn(self) -> float:
         """Scan if it is time to, then process one batch; returns how long to wait, in seconds."""
+        self.session.runner.result.forget_tracks()
         try:
             if "disk" in self.session.health.conditions and not self.session.runner.is_busy:
                 self.session.runner.free_space()

@@ -92,6 +92,7 @@ def test_a_file_is_taken_in_and_processed_in_one_turn_and_then_the_daemon_waits(
     assert daemon.turn() == 0.0
     assert daemon.states() == ["done"]
     assert daemon.turn() == pytest.approx(5.0)  # polling: at the next poll
+    assert daemon.session.runner.result.done == set()  # it would grow for ever
 
 
 def test_no_scan_is_made_before_it_is_due_unless_an_event_comes(setup: RunnerSetup) -> None:
