@@ -35,7 +35,7 @@ def recover_crashed(store: Store, config: Config, *, now: float) -> list[Track]:
     """Close the attempts that a killed instance left open, and count the crash as a failed attempt.
 
     With workers it is not counted, since a track that kills a process kills a worker; but the track goes to
-    the end of the queue, and after a second crash in a row it runs alone. Inline, if several
+    the end of the queue, and after a second crash in a row it is a batch of its own. Inline, if several
     tracks were being processed, nobody knows which one caused the crash. So none of them is given up for
     it, and each runs alone before its last attempt: if a track kills the process while it runs alone, that
     track is the cause. The first crash costs no wait, since most often it is a power cut or a `kill -9`;
@@ -71,7 +71,7 @@ def recover_crashed(store: Store, config: Config, *, now: float) -> list[Track]:
 
 
 def _put_last(store: Store, track: Track, stage: str, *, now: float) -> None:
-    """Queue an interrupted track behind all others, alone if this is not the first time in a row."""
+    """Queue an interrupted track behind all others; after a second time in a row, as a batch of its own."""
     outcomes = [attempt.outcome for attempt in store.attempts(track.sha256)]
     was_crashed_twice = outcomes[-2:] == [AttemptOutcome.CRASHED] * 2
     store.record_crash(

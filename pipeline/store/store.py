@@ -259,8 +259,8 @@ class Store:
         """Files of finished and failed tracks that may still have to be archived."""
         rows = self._db.execute(
             "SELECT f.* FROM files f JOIN tracks t USING (sha256) WHERE f.root = ?"
-            " AND f.state IN ('waiting', 'aside') AND t.state IN ('done', 'failed')",
-            [os.fsencode(root)],
+            " AND f.state IN (?, ?) AND t.state IN ('done', 'failed')",
+            [os.fsencode(root), FileState.WAITING, FileState.FAILED],
         )
         return [file_of(row) for row in rows]
 

@@ -420,7 +420,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _stages(device: torch.device) -> int:
-    """How many tiles of a product are loaded ahead: as shared memory allows, 32 KiB each."""
+    """How many tiles of a product are loaded ahead: as shared memory allows.
+
+    A tile takes at most 32 KiB, and some memory is left to the rest of the kernel.
+    """
     if device.type != "cuda":
         return 1
     properties: Any = torch.cuda.get_device_properties(device)
