@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pipeline.music.beats import Beats
+
 Samples: TypeAlias = "NDArray[np.float32]"
 SILENT_BELOW_DBFS = -80.0  # a variation with a lower peak counts as silent
 UNIT_LENGTH_TOLERANCE = 1e-4  # of an embedding vector
@@ -145,6 +147,8 @@ class Variation:
     request_id: str
     audio: Audio
     details: Mapping[str, Any] = field(default_factory=dict)  # JSON values for the manifest
+    # Where it is made of the source's own passages: its beats, which are the source's, as is its key.
+    own_beats: Beats | None = None
 
 
 @dataclass(frozen=True)

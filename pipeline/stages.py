@@ -17,11 +17,12 @@ from pipeline.records import SILENT_BELOW_DBFS, Audio, Variation, VariationReque
 
 if TYPE_CHECKING:
     from pipeline.audio import Levels
+    from pipeline.music.beats import Beats
 
 NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
 CHANGE_VERSION = "1"  # raised when the same change, or another version of its library, gives other samples
 # By format, raised when the same variation would be written as different bytes
-OUTPUT_VERSIONS: Mapping[str, str] = {"wav": "3", "flac": "3", "mp3": "4", "opus": "3"}
+OUTPUT_VERSIONS: Mapping[str, str] = {"wav": "4", "flac": "4", "mp3": "5", "opus": "4"}
 # Share and least seconds made beyond the asked length to choose a loop from. 4 s of it are faded in a remix.
 # The contexts of seams of 16 s have a similarity of 0.1 with 7 s and of 0.33 with 14 s.
 LOOP_EXTRA, LOOP_EXTRA_S = 0.2, 12.0
@@ -78,6 +79,7 @@ class Finished:
     details: Mapping[str, Any]  # the engine's, for the manifest
     bars: int | None  # of a loop, or up to the bar line at which it ends
     loop: Mapping[str, Any] | None  # of a loop: how alike both ends are, for the manifest
+    has_own_beats: bool = False  # those of the source, as is its key: see `Variation.own_beats`
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -130,7 +132,7 @@ def finish(
     on_step()
     made = audio.remove_offset(audio.resample(made, rate))
     on_step()
-    shaped, start_s, facts = _shaped(made, settings, length_s)
+    shaped, start_s, facts = _shaped(made, settings, length_s, variation.own_beats)
     on_step()
     leveled, loudness = _leveled(shaped, settings, source_lufs, on_step)
     if not np.isfinite(loudness):
@@ -139,6 +141,7 @@ def finish(
         audio=leveled,
         loudness_lufs=loudness,
         details=_moved(variation.details, start_s, leveled.duration_s),
+        has_own_beats=variation.own_beats is not None,
         **facts,
     )
 
@@ -158,17 +161,22 @@ def _checked(made: Audio, request: VariationRequest) -> Audio:
     return made
 
 
-def _shaped(made: Audio, settings: Output, length_s: float) -> tuple[Audio, float, dict[str, Any]]:
-    """The sound in its final length with its fades, where it begins in `made`, and facts on bars and loop."""
+def _shaped(
+    made: Audio, settings: Output, length_s: float, beats: Beats | None
+) -> tuple[Audio, float, dict[str, Any]]:
+    """The sound in its final length with its fades, where it begins in `made`, and facts on bars and loop.
+
+    `beats`: if they are known.
+    """
     from pipeline import audio
     from pipeline.music.analysis import analyse
     from pipeline.music.loops import bar_line, cut_loop, find_loop
 
     if settings.loop:
-        found = find_loop(made, analyse(made), length_s)
+        found = find_loop(made, analyse(made, beats), length_s)
         return cut_loop(made, found), found.start / made.sample_rate, {"bars": found.bars, "loop": found.seam}
     fade_out_s, bars = settings.fade_out_s, None
-    if settings.length == "bars" and (line := bar_line(analyse(made), length_s)):
+    if settings.length == "bars" and (line := bar_line(analyse(made, beats), length_s)):
         (length_s, bars), fade_out_s = line, max(fade_out_s, BAR_FADE_S)
     cut_to = Audio(cut(made.samples, 0, round(length_s * made.sample_rate)), made.sample_rate)
     faded = audio.fade(cut_to, in_s=settings.fade_in_s, out_s=fade_out_s)

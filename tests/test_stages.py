@@ -16,6 +16,7 @@ from pipeline import audio, stages
 from pipeline.audio.wav import write_wav
 from pipeline.config import Output
 from pipeline.errors import Stopped
+from pipeline.music.beats import Beats
 from pipeline.outbox.manifest import markers
 from pipeline.records import Audio, Variation, VariationRequest
 from pipeline.scores import analyse_source
@@ -36,12 +37,13 @@ def finished(
     length_s: float = DURATION_S,
     source_lufs: float = -20.0,
     details: Any = None,
+    own_beats: Beats | None = None,
     on_step: Callable[[], None] = lambda: None,
     **output: Any,
 ) -> stages.Finished:
     request = VariationRequest("r", "t", made, made.duration_s, 1)
     settings = Output.model_validate(output)
-    variation = Variation("r", made, details or {})
+    variation = Variation("r", made, details or {}, own_beats)
     return stages.finish(
         variation, request, settings, length_s=length_s, source_lufs=source_lufs, on_step=on_step
     )
@@ -142,6 +144,21 @@ def test_a_length_in_bars_ends_faded_on_the_bar_line_nearest_to_the_asked_one() 
     n = result.audio.n_samples - round(0.05 * made.sample_rate)
     gain = result.audio.samples[0, :n].max() / made.samples[0, :n].max()
     assert np.allclose(result.audio.samples[:, :n], gain * made.samples[:, :n], atol=1e-5)
+
+
+def test_bars_are_those_of_known_beats() -> None:
+    """Here of every second beat that would be found."""
+    settings = Output.model_validate({"length": "bars"})
+    made = sequenced(stages.engine_duration_s(15.3, settings))
+    known = Beats(np.arange(0.0, made.duration_s), 60.0, 1.0, 2, 0)
+    ended = finished(made, length_s=15.3, own_beats=known, length="bars")
+    looped = finished(sequenced(40.0), length_s=15.3, own_beats=known, loop=True)
+    assert ended.has_own_beats and looped.has_own_beats
+    assert (ended.bars, ended.audio.duration_s) == (8, pytest.approx(16.0, abs=0.001))
+    assert (looped.bars, looped.audio.duration_s) == (8, pytest.approx(16.0, abs=0.001))
+    known = Beats(np.arange(0.0, made.duration_s), 60.0, 1.0, 3, 0)
+    ended = finished(made, length_s=15.3, own_beats=known, length="bars")
+    assert (ended.bars, ended.audio.duration_s) == (5, pytest.approx(15.0, abs=0.001))
 
 
 def test_a_length_in_bars_is_exact_where_there_is_no_beat() -> None:

@@ -9,7 +9,7 @@ without a band of the configuration's own the usual one counts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -128,11 +128,13 @@ class ScoringJudge:
     def judge(self, reference: Reference, made: Finished, gates: Gates, prompt: str) -> Verdict:
         joins_s = [join["out_s"] for join in made.details.get("joins", ())]
         self._check_stop()
-        analysed = analyse(made.audio)
+        analysed, mono = analyse(made.audio)
+        if made.has_own_beats:
+            analysed = replace(analysed, tempo_bpm=reference.source.tempo_bpm, key=reference.source.key)
         scores = score(
             reference.source,
             made.audio,
-            analysed=analysed,
+            analysed=(analysed, mono),
             joins_s=joins_s,
             source_vector=reference.vector,
             vector=self._embed(self._descriptors, made.audio),
@@ -147,7 +149,7 @@ class ScoringJudge:
             rank=ranked,
             similarity=scores.similarity,
             scores=scores.as_json() | own,
-            sound=analysed[0].fingerprint,
+            sound=analysed.fingerprint,
         )
 
     def _adherence(self, made: Audio, prompt: str) -> float | None:

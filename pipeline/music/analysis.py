@@ -20,11 +20,11 @@ class Piece:
     beats: beats.Beats
 
 
-def analyse(audio: Audio) -> Piece:
-    """Analyse a piece of any length and rate."""
+def analyse(audio: Audio, known: beats.Beats | None = None) -> Piece:
+    """Analyse a piece of any length and rate, whose beats may be known."""
     mono = at_rate(audio, spectra.RATE_HZ)
     found = spectra.compute_spectra(mono)
-    return Piece(mono, found, beats.track_beats(found, mono))
+    return Piece(mono, found, beats.track_beats(found, mono) if known is None else known)
 
 
 def at_rate(audio: Audio, rate_hz: int) -> Floats:

@@ -110,6 +110,20 @@ def test_results_are_judged_from_their_sound() -> None:
     assert judge.shared(judge.sound(melody()), same.sound) == 1.0
 
 
+def test_tempo_and_key_of_a_sound_that_is_made_of_the_source_are_the_source_s() -> None:
+    judge = ScoringJudge(StubEngines(StubGenerator()), lambda: False)
+    source = judge.analyse(melody(8.0))
+    heard, known = (
+        judge.judge(source, Finished(melody(transpose=6), -14.0, {}, None, None, own), Gates(), "").scores
+        for own in (False, True)
+    )
+    assert heard["key"] != known["key"] == str(source.source.key)
+    assert heard["key_agreement"] < known["key_agreement"] == 1.0
+    assert known["tempo_bpm"] == pytest.approx(source.source.tempo_bpm, abs=1e-3)
+    assert (known["tempo_ratio"], known["tempo_agrees"]) == (1.0, True)
+    assert heard["similarity"] == known["similarity"]
+
+
 def test_a_loop_ranks_by_how_alike_the_contexts_of_its_ends_are() -> None:
     judge = ScoringJudge(StubEngines(StubGenerator()), lambda: False)
     source = judge.analyse(melody())

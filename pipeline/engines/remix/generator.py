@@ -12,8 +12,9 @@ from pipeline.engines.base import ProgressFn, StopFn, check_stop
 from pipeline.engines.remix import VERSION, RemixParams
 from pipeline.engines.remix.analysis import Analysis, analyse
 from pipeline.engines.remix.path import BeatPath, find_path
-from pipeline.engines.remix.render import Join, render
+from pipeline.engines.remix.render import Join, first_s, render
 from pipeline.errors import BadAudio, PipelineError
+from pipeline.music.beats import Beats
 from pipeline.records import Audio, Failure, Variation, VariationRequest
 
 STEPS = 3  # analysis, search, rendering
@@ -72,7 +73,25 @@ class RemixGenerator:
         samples, joins = render(source, track, path, n_samples, params.crossfade_ms / 1000)
         step(STEPS)
         details = _details(track, path, joins, request.duration_s)
-        return Variation(request.request_id, Audio(samples, self.sample_rate), details)
+        beats = own_beats(track, path, joins, request.duration_s)
+        return Variation(request.request_id, Audio(samples, self.sample_rate), details, beats)
+
+
+def own_beats(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s: float) -> Beats:
+    """The beats of a remix: those of the passages that it plays, with an edge at each join."""
+    found_s, edges = list[float](), list[int]()  # in the remix, and which of the source's they are
+    half_s = 0.5 * np.diff(track.edges_s, append=track.duration_s)  # no two edges are nearer to each other
+    starts_s, offsets_s = [0.0], [first_s(path)]
+    starts_s += [join.out_s for join in joins]
+    offsets_s += [join.to_s - join.out_s for join in joins]
+    for start_s, stop_s, offset_s in zip(starts_s, [*starts_s[1:], np.inf], offsets_s, strict=True):
+        at_s = track.edges_s - offset_s
+        inside = (at_s > start_s - half_s) & (at_s < stop_s - half_s) & (at_s >= 0.0) & (at_s <= duration_s)
+        found_s += np.maximum(at_s[inside], start_s).tolist()
+        edges += np.flatnonzero(inside).tolist()
+    positions = (np.array(edges, np.int64) - track.first) % track.meter  # in their bars
+    phase = int(np.argmin(positions)) % track.meter if edges else 0
+    return Beats(np.array(found_s), track.tempo_bpm, track.pulse_clarity, track.meter, phase)
 
 
 def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s: float) -> Mapping[str, Any]:

@@ -58,6 +58,11 @@ def render(
     )
 
 
+def first_s(path: BeatPath) -> float:
+    """What the result begins with, in seconds of the source: the fade ends before the first attack."""
+    return max(0.0, path.start_s - FADE_IN_S)
+
+
 def _pieces(
     audio: Audio, track: Analysis, path: BeatPath, n_samples: int, crossfade_s: float
 ) -> list[_Piece]:
@@ -65,8 +70,7 @@ def _pieces(
     rate, has_beat = audio.sample_rate, track.tempo_bpm is not None
     length = round((crossfade_s if has_beat else max(crossfade_s, BEATLESS_FADE_S)) * rate)
     points = np.round(track.points_s * rate).astype(np.int64)
-    start_s = max(0.0, path.start_s - FADE_IN_S)  # the fade ends before the first attack
-    pieces = [_Piece(0, round(start_s * rate), (0, 0))]
+    pieces = [_Piece(0, round(first_s(path) * rate), (0, 0))]
     for k, (leave, enter) in enumerate(path.joins):
         offset = pieces[-1].offset
         at = int(points[leave]) - offset

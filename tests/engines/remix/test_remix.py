@@ -107,6 +107,22 @@ def test_any_source_gives_any_length_to_the_sample(name: str) -> None:
         assert samples.dtype == np.float32 and np.isfinite(samples).all()
         assert np.abs(samples).max() > 0.05
         json.dumps(dict(result.details), allow_nan=False)
+        assert result.own_beats is not None
+        edges_s = result.own_beats.edges_s
+        assert (np.diff(edges_s) > 0).all() and edges_s[0] >= 0 and edges_s[-1] <= one.duration_s
+
+
+def test_its_beats_are_those_of_the_passages_that_it_plays() -> None:
+    made = remix(SONG.audio, 40.0, temperature=1.5)
+    beats, joins = made.own_beats, made.details["joins"]
+    assert beats is not None and len(joins) > 2
+    assert (beats.tempo_bpm, beats.meter) == (pytest.approx(124, rel=0.005), 4)
+    assert np.diff(beats.edges_s) == pytest.approx(60 / 124, abs=0.02)
+    assert beats.edges_s.size == pytest.approx(40.0 * 124 / 60, abs=2)
+    for join in joins:  # on bar lines
+        edge = int(np.argmin(np.abs(beats.edges_s - join["out_s"])))
+        assert beats.edges_s[edge] == pytest.approx(join["out_s"], abs=0.02)
+        assert (edge - beats.phase) % beats.meter == 0
 
 
 MODES = {"music": "beats", "impulses": "beats"} | dict.fromkeys(["pads", "drone", "noise", "speech"], "grid")
