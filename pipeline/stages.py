@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.audio import Levels
     from pipeline.music.beats import Beats
 
-NORMALIZE_VERSION = "3"  # raised when the same file would get other normalized samples or another record
+NORMALIZE_VERSION = "4"  # raised when the same file would get other normalized samples or another record
 CHANGE_VERSION = "1"  # raised when the same change, or another version of its library, gives other samples
 # By format, raised when the same variation would be written as different bytes
 OUTPUT_VERSIONS: Mapping[str, str] = {"wav": "4", "flac": "4", "mp3": "5", "opus": "4"}
@@ -40,24 +40,35 @@ class Normalized:
 
 
 def normalize(decoded: Audio, settings: Normalize) -> Normalized:
-    """Trim silence and set the loudness of audio decoded at `settings.sample_rate`.
+    """Trim silence, remove an offset and set the loudness of audio decoded at `settings.sample_rate`.
 
     Raises:
         BadAudio: it is silent, or too short without its silence.
     """
     from pipeline import audio
 
-    trimmed = decoded
-    if settings.trim_silence:
-        trimmed = audio.trim_silence(decoded, threshold_dbfs=settings.trim_below_dbfs)
-        if trimmed.duration_s < settings.min_duration_s:
-            raise BadAudio(
-                f"is {trimmed.duration_s:.2f} s long without its silence: at least"
-                f" {settings.min_duration_s:g} s are needed"
-            )
+    trimmed = _trimmed(decoded, settings)
+    centred = audio.remove_offset(trimmed)
+    if centred is not trimmed:  # which has hidden silence
+        trimmed = _trimmed(centred, settings)
     levels = audio.levels(trimmed)
     gain_db = audio.gain_to(levels, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp)
     return Normalized(audio.amplify(trimmed, gain_db), levels.amplified(gain_db), levels.loudness_lufs)
+
+
+def _trimmed(sound: Audio, settings: Normalize) -> Audio:
+    """Without silence at its ends, if the settings say so."""
+    from pipeline import audio
+
+    if not settings.trim_silence:
+        return sound
+    trimmed = audio.trim_silence(sound, threshold_dbfs=settings.trim_below_dbfs)
+    if trimmed.duration_s < settings.min_duration_s:
+        raise BadAudio(
+            f"is {trimmed.duration_s:.2f} s long without its silence: at least"
+            f" {settings.min_duration_s:g} s are needed"
+        )
+    return trimmed
 
 
 def change(source: Audio, settings: Normalize, *, transpose: int = 0, speed: float = 1.0) -> Audio:

@@ -15,7 +15,7 @@ from sequenced import sequenced
 from pipeline import audio, stages
 from pipeline.audio.wav import write_wav
 from pipeline.config import Output
-from pipeline.errors import Stopped
+from pipeline.errors import BadAudio, Stopped
 from pipeline.music.beats import Beats
 from pipeline.outbox.manifest import markers
 from pipeline.records import Audio, Variation, VariationRequest
@@ -71,6 +71,21 @@ def test_the_source_s_loudness_is_that_of_the_file_before_any_gain() -> None:
     assert normalized.source_lufs == pytest.approx(audio.loudness_lufs(quiet), abs=0.01)
     assert normalized.levels.loudness_lufs == pytest.approx(audio.loudness_lufs(normalized.audio), abs=0.01)
     assert normalized.levels.true_peak_dbtp == pytest.approx(audio.true_peak_dbtp(normalized.audio), abs=0.01)
+
+
+@pytest.mark.parametrize("silence", [0.0, 0.02])  # digital zeros, or what a converter with an offset records
+def test_an_offset_of_the_source_is_removed_before_it_hides_silence(silence: float) -> None:
+    settings = stages.Normalize.model_validate({"sample_rate": RATE})
+    plain = music(DURATION_S)
+    ends = np.full((2, 5 * RATE), silence, np.float32)
+    shifted = Audio(np.concatenate([ends, plain.samples + 0.02, ends], axis=1).astype(np.float32), RATE)
+    normalized, expected = stages.normalize(shifted, settings), stages.normalize(plain, settings)
+    assert normalized.audio.duration_s == pytest.approx(DURATION_S, abs=0.12)
+    assert abs(normalized.audio.samples.mean()) < 1e-3
+    assert normalized.source_lufs == pytest.approx(expected.source_lufs, abs=0.1)
+    nothing = 0.02 + 1e-5 * np.random.default_rng(0).standard_normal((2, 5 * RATE))
+    with pytest.raises(BadAudio, match="is silent"):
+        stages.normalize(Audio(nothing.astype(np.float32), RATE), settings)
 
 
 @pytest.mark.parametrize(
