@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ EMBEDDING = "embedding.npz"  # of the source
 VECTORS = "variations.npz"  # of the variations
 PAGE = "index.html"  # of the gallery
 VARIATIONS, REJECTED = "variations", "rejected"
+KEPT = "kept"  # results of earlier plans that a person has kept; this program only adds to them
 VECTORS_RECORD = "variation_embeddings"  # in the manifest, of the file VECTORS
 MOVING_SUFFIX = ".move"  # of a complete, verified file that is between two names
 SHORT_HASH = 8
@@ -161,6 +162,18 @@ class Outbox:
         for parent in parents:
             self.files.flush(parent)
 
+    def set_aside(self, folder: str, hashes: Collection[str]) -> list[str]:
+        """Copy the results with these hashes to KEPT, before others take their names; returns the copies."""
+        if not hashes:
+            return []
+        copies = []
+        for (sha256, _), (name, *_) in self._names_by_content(folder).items():
+            if sha256 in hashes:
+                old = PurePath(name)
+                copies.append(f"{KEPT}/{old.stem}-{sha256[:SHORT_HASH]}{old.suffix}")
+                self.publish(folder, copies[-1], self.read(folder, name))
+        return copies
+
     def _flush_names(self, folder: str) -> None:
         """Flush the folders, so that all files that a manifest will name survive a power cut."""
         base = self.root / folder
@@ -267,6 +280,10 @@ class Outbox:
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
             while batch := list(itertools.islice(contents, 4 * READ_AT_ONCE)):
                 yield from pool.map(read, batch)
+
+    def files_set_aside(self, folder: str) -> list[str]:
+        """The files in KEPT, see `set_aside`."""
+        return [f"{KEPT}/{entry.path.name}" for entry in self.files.entries(self.root / folder / KEPT)]
 
     def files_in(self, folder: str) -> dict[str, Entry]:
         """The files with names that this program gives, by their paths below a track's folder.

@@ -17,7 +17,7 @@ from pipeline.fs.copying import hash_file
 from pipeline.fs.names import file_safe, track_name
 from pipeline.outbox.manifest import short_key
 from pipeline.outbox.outbox import Outbox
-from pipeline.reproduce.recorded import Recorded, of_manifest
+from pipeline.reproduce.recorded import Recorded, of_manifest, of_sound
 from pipeline.store.schema import Rating
 from pipeline.store.store import Store
 
@@ -53,7 +53,7 @@ def export_kept(store: Store, outbox: Outbox, folder: Path) -> Iterator[Copy]:
 
 
 def _takes_of(store: Store, outbox: Outbox, track: str) -> dict[str, Recorded]:
-    """The takes that a track's manifest lists, by the hashes of their files; none if it has no manifest."""
+    """The takes of a track that its manifest lists, or that were set aside, by the hashes of their files."""
     known = store.track(track)
     if known is None:
         return {}
@@ -63,11 +63,17 @@ def _takes_of(store: Store, outbox: Outbox, track: str) -> dict[str, Recorded]:
             return outbox.read(folder, file)
         return None
 
+    takes: dict[str, Recorded] = {}
+    with suppress(OSError):
+        for file in outbox.files_set_aside(known.folder):
+            with suppress(OSError, PipelineError):
+                content = outbox.read(known.folder, file)
+                takes[hashlib.sha256(content).hexdigest()] = of_sound(content, file)
     with suppress(PipelineError):
         manifest = outbox.read_manifest(known.folder)
         found = of_manifest(manifest, lambda file: file, partial(read, known.folder))
-        return {one.listed: one for one in found if one.listed}
-    return {}
+        takes |= {one.listed: one for one in found if one.listed}
+    return takes
 
 
 def _copy(folder: Path, take: Recorded, content: bytes, rating: Rating, taken: set[str]) -> Copy:

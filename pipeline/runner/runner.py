@@ -317,6 +317,9 @@ class Runner:
         if not is_complete and self.outbox.read_manifest(folder) is not None:
             self._working_copy(job)  # raises if the source is gone: then the published results stay
         self.outbox.remove_manifest(folder)
+        kept = {one.sha256 for one in self.store.ratings(job.track.sha256) if one.kept}
+        for copy in self.outbox.set_aside(folder, kept - {one.sha256 for one in found.values()}):
+            log.info("%s: %s was rated as kept; the configuration has no place for it", job.track.name, copy)
         self._adopt(job, recorded, present)
 
     def _is_published(self, job: Job, found: Mapping[str, Published]) -> bool:

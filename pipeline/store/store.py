@@ -672,9 +672,13 @@ class Store:
         rows = self._db.execute("SELECT * FROM units WHERE sha256 = ? ORDER BY finished_at, key", [sha256])
         return [{**row, "result": json.loads(row["result"])} for row in rows]
 
-    def ratings(self) -> list[Rating]:
-        """All ratings, in the order in which they were given."""
-        rows = self._db.execute(f"SELECT {', '.join(RATING_COLUMNS)} FROM ratings ORDER BY rated_at, rowid")
+    def ratings(self, track: str | None = None) -> list[Rating]:
+        """The ratings of a track, or all, in the order in which they were given."""
+        rows = self._db.execute(
+            f"SELECT {', '.join(RATING_COLUMNS)} FROM ratings WHERE track = coalesce(?, track)"
+            " ORDER BY rated_at, rowid",
+            [track],
+        )
         return [Rating(**{**row, "kept": None if row["kept"] is None else bool(row["kept"])}) for row in rows]
 
     def results_of(self, sha256: str) -> dict[str, dict[str, Any]]:
