@@ -34,6 +34,8 @@ STAGE = max(map(len, Stage))  # characters of the longest name
 def summary(result: RunResult, scan_result: ScanResult, outbox: Path) -> str:
     """The last line of `once`."""
     parts = [f"{len(result.done)} done", f"{len(result.failed)} failed"]
+    if n := len(result.faulty):
+        parts.append(f"{n} {'variation fails its' if n == 1 else 'variations fail their'} gates (see `show`)")
     if scan_result.up_to_date:
         parts.append(f"{scan_result.up_to_date} up to date")
     if scan_result.failed:
@@ -236,8 +238,15 @@ def show_facts(app: App, wanted: str) -> dict[str, Any]:
         "source": track.source,
         "files": [{"file": f.display, "state": f.state} for f in store.files_of(track.sha256)],
         "units": [
-            {"stage": u["stage"], "file": u["result"].get("file"), "seconds": round(u["seconds"], 2)}
-            for u in store.units_of(track.sha256)
+            {
+                "stage": one["stage"],
+                "file": one["result"].get("file"),
+                "seconds": round(one["seconds"], 2),
+                "failed": one["result"].get(
+                    "failed", []
+                ),  # gates, of a variation that is published all the same
+            }
+            for one in store.units_of(track.sha256)
         ],
         "attempts": [
             {
@@ -259,7 +268,9 @@ def show_text(facts: dict[str, Any]) -> str:
         lines.append(f"error: {facts['error']}")
     lines.append(f"outbox: {facts['outbox']}")
     lines += [f"source file: {one['file']} ({one['state']})" for one in facts["files"]]
-    lines += [f"{one['stage']}: {one['file'] or 'done'} in {one['seconds']} s" for one in facts["units"]]
+    for one in facts["units"]:
+        fails = f", fails its gates: {'; '.join(one['failed'])}" if one["failed"] else ""
+        lines.append(f"{one['stage']}: {one['file'] or 'done'} in {one['seconds']} s{fails}")
     longest_s = max((one["seconds"] or 0.0 for one in facts["attempts"]), default=0.0)
     for one in facts["attempts"]:
         bar = "━" * max(1, round(BAR * (one["seconds"] or 0.0) / max(longest_s, 0.01)))

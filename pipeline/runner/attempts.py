@@ -87,12 +87,14 @@ class RunResult:
 
     done: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
+    faulty: set[str] = field(default_factory=set)  # published files that fail their gates
     postponed_until: float | None = None  # the next try is due then, too late for this run to wait for
 
     def forget_tracks(self) -> None:
         """For a run that never ends, which would collect them for ever."""
         self.done.clear()
         self.failed.clear()
+        self.faulty.clear()
 
 
 @dataclass

@@ -427,6 +427,7 @@ class Runner:
         self.attempts.archive(track, None)
         job.scratch.clear()
         self.result.done.add(track.sha256)
+        self.result.faulty |= {f"{folder}/{one['file']}" for one in variations if "failed" in one}
         self.reporter.finished(track.name, f"{len(variations)} variations in {folder}")
         if self.gallery:
             self.gallery.refresh()
