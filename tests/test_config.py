@@ -116,6 +116,8 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
         ("normalize:", "normalize: must be a mapping of keys, not null"),
         ("normalize: {trim_silence: 1}", "normalize.trim_silence: must be a valid boolean, not 1"),
         ("normalize: {loudness_lufs: .nan}", "normalize.loudness_lufs: must be a finite number, not NaN"),
+        ("normalize: {max_duration_s: 0.5}", "normalize.max_duration_s: 0.5 is below min_duration_s, 1"),
+        ("gates: {similarity: [1, 0]}", "gates.similarity: must have the lower end first, not [1, 0]"),
         ("normalize: {loudness_lufs: 1}", "normalize.loudness_lufs: must be less than or equal to 0, not 1"),
         ("intake: {ignore: '*.txt'}", 'intake.ignore: must be a list, not "*.txt"'),
         ("intake: {after: burn}", "intake.after: must be 'move', 'delete' or 'keep', not \"burn\""),
@@ -125,7 +127,7 @@ def test_an_unknown_key_named_like_a_type_is_still_named(file: Path, key: str) -
         ),
         (
             "generate: {variations: []}",
-            "generate.variations: must have at least 1 item after validation, not 0, not []",
+            "generate.variations: must not be empty, not []",
         ),
         ("generate: {variations: [{}]}", "generate.variations[0].name: is required"),
         (

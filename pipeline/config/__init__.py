@@ -334,6 +334,7 @@ def load_config(
     engines = {"embed": config.embed.engine, "generate": config.generate.engine, "judge": config.judge.engine}
     problems = config_errors.of_engines(engines, config.generate.variations)
     problems += config_errors.of_executor(config.executor, config.device)
+    problems += config_errors.of_normalize(config.normalize)
     if problems := [*problems, *config_errors.of_output(config.output)]:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
     return config

@@ -93,6 +93,12 @@ def of_executor(executor: Any, device: str) -> list[str]:
     return problems
 
 
+def of_normalize(settings: Any) -> list[str]:
+    """What does not go together in `normalize`."""
+    least, most = settings.min_duration_s, settings.max_duration_s
+    return [f"normalize.max_duration_s: {most:g} is below min_duration_s, {least:g}"] if most < least else []
+
+
 def of_output(output: Any) -> list[str]:
     """What does not go together in `output`, and what its format or the installed PyAV can't do."""
     if output.loop and (output.fade_in_s or output.fade_out_s):
@@ -188,6 +194,10 @@ def _words(error: Any) -> str:
         return "must be a mapping of keys"
     if error["type"] == "string_pattern_mismatch":
         return next(words for part, words in _PATTERNS.items() if part in error["ctx"]["pattern"])
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "too_short":
+        return "must not be empty"
     return re.sub(r"^\w+ should ", "must ", str(error["msg"])).replace("valid tuple", "list")
 
 
