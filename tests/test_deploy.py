@@ -96,10 +96,10 @@ def test_the_verification_finds_errors(systemd_analyze: str, checkout: Path, tmp
 
 
 def test_a_worker_that_ran_out_of_memory_ends_alone_and_one_line_allows_a_gpu() -> None:
-    """By default systemd ends the service, and `DevicePolicy` would close /dev/nvidia* on its own."""
+    """By default systemd ends the service. `ProtectClock` has a list of devices, which closes all others."""
     assert settings()["OOMPolicy"] == ["continue"]
     assert settings()["PrivateDevices"] == ["yes"]
-    assert not settings().keys() & {"DevicePolicy", "DeviceAllow"}
+    assert not settings().keys() & {"DevicePolicy", "DeviceAllow", "ProtectClock"}
 
 
 def test_health_takes_an_instance_for_hung_when_the_watchdog_does() -> None:
