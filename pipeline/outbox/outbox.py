@@ -38,7 +38,7 @@ READ_AT_ONCE = 16  # manifests
 _FOLDERS, _SOUND = f"({VARIATIONS}|{REJECTED})", r"[0-9]{2,}-.+\.(wav|flac|mp3|opus)"
 _FILES = r"manifest\.json|embedding\.npz|variations\.npz|index\.html"
 _OWN = re.compile(rf"{_FILES}|{_FOLDERS}/{_SOUND}", re.DOTALL)
-_TEMPORARY = re.compile(rf"(\.({_FILES})|{_FOLDERS}/\.{_SOUND})\.(part|move)", re.DOTALL)
+_TEMPORARY = re.compile(rf"(\.({_FILES})|({_FOLDERS}|{KEPT})/\.{_SOUND})\.(part|move)", re.DOTALL)
 _TRACK_FOLDER = re.compile(r".+--[0-9a-f]{8}", re.DOTALL | re.IGNORECASE)
 
 
@@ -163,15 +163,16 @@ class Outbox:
             self.files.flush(parent)
 
     def set_aside(self, folder: str, hashes: Collection[str]) -> list[str]:
-        """Copy the results with these hashes to KEPT, before others take their names; returns the copies."""
+        """Copy the results with these hashes to KEPT, before others take their names; returns new copies."""
         if not hashes:
             return []
         copies = []
         for (sha256, _), (name, *_) in self._names_by_content(folder).items():
-            if sha256 in hashes:
-                old = PurePath(name)
-                copies.append(f"{KEPT}/{old.stem}-{sha256[:SHORT_HASH]}{old.suffix}")
-                self.publish(folder, copies[-1], self.read(folder, name))
+            old = PurePath(name)
+            copy = f"{KEPT}/{old.stem}-{sha256[:SHORT_HASH]}{old.suffix}"
+            if sha256 in hashes and self.files.find(self.root / folder / copy) is None:
+                self.publish(folder, copy, self.read(folder, name))
+                copies.append(copy)
         return copies
 
     def _flush_names(self, folder: str) -> None:
@@ -283,7 +284,8 @@ class Outbox:
 
     def files_set_aside(self, folder: str) -> list[str]:
         """The files in KEPT, see `set_aside`."""
-        return [f"{KEPT}/{entry.path.name}" for entry in self.files.entries(self.root / folder / KEPT)]
+        names = (f"{KEPT}/{entry.path.name}" for entry in self.files.entries(self.root / folder / KEPT))
+        return [name for name in names if not is_temporary(name)]
 
     def files_in(self, folder: str) -> dict[str, Entry]:
         """The files with names that this program gives, by their paths below a track's folder.

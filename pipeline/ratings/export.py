@@ -6,7 +6,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Literal
@@ -68,7 +68,10 @@ def _takes_of(store: Store, outbox: Outbox, track: str) -> dict[str, Recorded]:
         for file in outbox.files_set_aside(known.folder):
             with suppress(OSError, PipelineError):
                 content = outbox.read(known.folder, file)
-                takes[hashlib.sha256(content).hexdigest()] = of_sound(content, file)
+                found_there = of_sound(content, file)
+                takes[hashlib.sha256(content).hexdigest()] = replace(
+                    found_there, read=partial(read, known.folder, file)
+                )
     with suppress(PipelineError):
         manifest = outbox.read_manifest(known.folder)
         found = of_manifest(manifest, lambda file: file, partial(read, known.folder))

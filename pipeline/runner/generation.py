@@ -70,6 +70,7 @@ class Generation:
     reporter: Reporter
     clock: Callable[[], float]
     should_stop: Callable[[], bool]
+    set_aside: Callable[[Job, Collection[str]], None]  # copies what a person has kept, see `Runner`
     finish: Callable[[Job], None]  # called for each track whose variations are all published
 
     def run(self, jobs: Sequence[Job]) -> None:
@@ -322,6 +323,7 @@ class Generation:
         if failed := choice.faults[judged.take.key]:
             name = PurePath(unit.file).name
             log.warning("%s: %s fails its gates: %s", job.track.name, name, "; ".join(failed))
+        self.set_aside(job, [one["sha256"] for one in job.variations.values()])  # it may be rated by now
         published = self._write(job, unit.file, unit.name, replace(judged, record=record), gain_db)
         takes = self._tried(job, choice, unit)
         made = manifest.variation_record(published, unit.name, record, failed, takes)

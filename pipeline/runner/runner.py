@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,6 +95,7 @@ class Runner:
             reporter=self.reporter,
             clock=self.clock,
             should_stop=self.should_stop,
+            set_aside=self._set_aside,
             finish=self._finish,
         )
 
@@ -317,10 +318,14 @@ class Runner:
         if not is_complete and self.outbox.read_manifest(folder) is not None:
             self._working_copy(job)  # raises if the source is gone: then the published results stay
         self.outbox.remove_manifest(folder)
-        kept = {one.sha256 for one in self.store.ratings(job.track.sha256) if one.kept}
-        for copy in self.outbox.set_aside(folder, kept - {one.sha256 for one in found.values()}):
-            log.info("%s: %s was rated as kept; the configuration has no place for it", job.track.name, copy)
+        self._set_aside(job, [one.sha256 for one in present.values()])
         self._adopt(job, recorded, present)
+
+    def _set_aside(self, job: Job, stays: Collection[str]) -> None:
+        """Copy results that a person has kept, before others take their names; but for those that stay."""
+        kept = {one.sha256 for one in self.store.ratings(job.track.sha256) if one.kept}
+        for copy in self.outbox.set_aside(job.track.folder, kept - set(stays)):
+            log.info("%s: a result that was rated as kept is copied to %s", job.track.name, copy)
 
     def _is_published(self, job: Job, found: Mapping[str, Published]) -> bool:
         """Whether the manifest already lists exactly what is wanted: only the last steps are missing."""
