@@ -48,9 +48,12 @@ def normalize(decoded: Audio, settings: Normalize) -> Normalized:
     from pipeline import audio
 
     trimmed = _trimmed(decoded, settings)
-    centred = audio.remove_offset(trimmed)
-    if centred is not trimmed:  # which has hidden silence
-        trimmed = _trimmed(centred, settings)
+    if audio.remove_offset(trimmed) is not trimmed:
+        # It may hide silence that has it, and silence that does not would get the opposite offset.
+        bare = decoded
+        if settings.trim_silence:
+            bare = audio.trim_silence(decoded, threshold_dbfs=settings.trim_below_dbfs, keep_s=0.0)
+        trimmed = _trimmed(audio.remove_offset(bare), settings)
     levels = audio.levels(trimmed)
     gain_db = audio.gain_to(levels, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp)
     return Normalized(audio.amplify(trimmed, gain_db), levels.amplified(gain_db), levels.loudness_lufs)

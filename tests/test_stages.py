@@ -82,6 +82,8 @@ def test_an_offset_of_the_source_is_removed_before_it_hides_silence(silence: flo
     normalized, expected = stages.normalize(shifted, settings), stages.normalize(plain, settings)
     assert normalized.audio.duration_s == pytest.approx(DURATION_S, abs=0.12)
     assert abs(normalized.audio.samples.mean()) < 1e-3
+    ends = normalized.audio.samples[:, [0, -1]]
+    assert np.abs(ends).max() <= np.abs(expected.audio.samples[:, [0, -1]]).max() + 0.01
     assert normalized.source_lufs == pytest.approx(expected.source_lufs, abs=0.1)
     nothing = 0.02 + 1e-5 * np.random.default_rng(0).standard_normal((2, 5 * RATE))
     with pytest.raises(BadAudio, match="is silent"):
