@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.app import App
 from pipeline.config import Config
-from pipeline.errors import UnknownTrack
+from pipeline.errors import FolderUnusable, UnknownTrack
 from pipeline.fs.names import printable
+from pipeline.outbox.outbox import Outbox
 from pipeline.pace import Wanted, rough, times_left
 from pipeline.records import Stage
 from pipeline.runner.retry import local_time, longest_wait_s
@@ -229,6 +230,10 @@ def show_facts(app: App, wanted: str) -> dict[str, Any]:
     if store is None:
         raise UnknownTrack("nothing has been processed yet")
     track = store.find(wanted)
+    manifest: dict[str, Any] = {}
+    with suppress(FolderUnusable):  # a bucket may be away
+        manifest = Outbox(app.workspace.outbox_files).read_manifest(track.folder) or {}
+    published = manifest.get("keys", {}).get("generate", [])
     return {
         "track": track.name,
         "sha256": track.sha256,
@@ -242,9 +247,8 @@ def show_facts(app: App, wanted: str) -> dict[str, Any]:
                 "stage": one["stage"],
                 "file": one["result"].get("file"),
                 "seconds": round(one["seconds"], 2),
-                "failed": one["result"].get(
-                    "failed", []
-                ),  # gates, of a variation that is published all the same
+                # The gates that it fails, of a variation that is published all the same
+                "failed": one["result"].get("failed", []) if one["key"] in published else [],
             }
             for one in store.units_of(track.sha256)
         ],

@@ -332,6 +332,10 @@ def test_once_and_show_say_which_variations_fail_their_gates(home: Home, pipelin
     text = pipeline("show", "song.wav").out
     assert text.count(" s, fails its gates: its similarity to the source is ") == 2
     assert pipeline("once").out.startswith("0 done, 0 failed; ")
+    (home.inbox / "done" / "song.wav").rename(home.inbox / "song.wav")
+    home.configure()
+    assert "1 done, 0 failed; " in pipeline("once").out
+    assert "fails" not in pipeline("show", "song.wav").out
 
 
 def test_plan_divides_the_time_among_as_many_workers_as_ran_last(home: Home, pipeline: Pipeline) -> None:
