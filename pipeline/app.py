@@ -278,7 +278,7 @@ class App:
         on_gpu = self._generates_on_gpu
         # One more process normalizes the tracks that come next while a long batch is in work.
         normalizes_ahead = not on_gpu and (self._uses_models or n == 1)
-        n_beside = workers_beside(n_cores() / n, choices, gpu_gb() / n) if on_gpu else 0
+        n_beside = workers_beside(n_cores() / n, choices, lambda: gpu_gb() / n) if on_gpu else 0
         n_more = n * n_beside + int(normalizes_ahead)
         caches = self.workspace.state / ENGINES_FOLDER / "numba"
         plain, divided = (shares_of_machine(n + n_more, caches, divides_cores=one) for one in (False, True))

@@ -14,7 +14,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,16 +237,18 @@ class BesideGenerator:
             part.close()
 
 
-def workers_beside(cores: float, choices: EngineChoices, gpu_gb: float = math.inf) -> int:
+def workers_beside(
+    cores: float, choices: EngineChoices, gpu_gb: Callable[[], float] = lambda: math.inf
+) -> int:
     """How many workers with these engines share a generator.
 
     Args:
         cores: that there are for them.
-        gpu_gb: memory of the GPU on which their models are, too; infinite: these are on the CPU.
+        gpu_gb: gives the memory of the GPU on which their models are, too; infinite: they are on the CPU.
     """
     embedder, _, rater = choices
     if any(wanted and wanted[0].card.default_model for wanted in (embedder, rater)):
-        return max(1, int(min(MOST_WITH_MODELS, cores, gpu_gb / GPU_GB_PER_WORKER)))
+        return max(1, int(min(MOST_WITH_MODELS, cores, gpu_gb() / GPU_GB_PER_WORKER)))
     return max(1, min(MOST_BESIDE, int(PER_CORE * cores)))
 
 

@@ -256,10 +256,10 @@ def test_there_are_two_workers_for_each_core_and_fewer_with_models(
     (_, settings), generator, _ = ENGINES
     clap = Choice(cards()["clap"], "a/model", None, "test")
     audiobox = Choice(cards()["audiobox"], "a/model", None, "test")
-    assert workers_beside(cores, ENGINES, gpu_gb) == plain
-    assert workers_beside(cores, ((clap, settings), generator, None), gpu_gb) == with_models
+    assert workers_beside(cores, ENGINES, lambda: pytest.fail("asked for nothing")) == plain
+    assert workers_beside(cores, ((clap, settings), generator, None), lambda: gpu_gb) == with_models
     rated = (ENGINES[0], generator, (audiobox, replace(settings)))
-    assert workers_beside(cores, rated, gpu_gb) == with_models
+    assert workers_beside(cores, rated, lambda: gpu_gb) == with_models
 
 
 @pytest.mark.parametrize(
