@@ -26,6 +26,8 @@ _PATTERNS = {  # by a part of the pattern; the first that matches counts
     "[0-9a-f]{64}": "must be a SHA-256 of 64 hexadecimal digits",
 }
 
+EMPTY = ("too_short", "string_too_short")  # errors of pydantic
+
 
 def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
     """One sentence for each key that is wrong; the branches of a union are joined by "or"."""
@@ -46,7 +48,8 @@ def of_validation(e: ValidationError, model: type[BaseModel]) -> list[str]:
             found[where] = ["is required"]
         else:
             found.setdefault(where, []).append(_words(error))
-            inputs[where] = f", not {shown(error['input'])}{_hint(error)}"
+            is_empty = error["type"] in EMPTY
+            inputs[where] = "" if is_empty else f", not {shown(error['input'])}{_hint(error)}"
     return [
         f"{where}: {' or '.join(dict.fromkeys(words))}{inputs.get(where, '')}"
         for where, words in found.items()
@@ -196,7 +199,7 @@ def _words(error: Any) -> str:
         return next(words for part, words in _PATTERNS.items() if part in error["ctx"]["pattern"])
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    if error["type"] == "too_short":
+    if error["type"] in EMPTY:
         return "must not be empty"
     return re.sub(r"^\w+ should ", "must ", str(error["msg"])).replace("valid tuple", "list")
 
