@@ -93,7 +93,7 @@ class Finished:
     details: Mapping[str, Any]  # the engine's, for the manifest
     bars: int | None  # of a loop, or up to the bar line at which it ends
     loop: Mapping[str, Any] | None  # of a loop: how alike both ends are, for the manifest
-    has_own_beats: bool = False  # those of the source, as is its key: see `Variation.own_beats`
+    own_beats: Beats | None = None  # see `Variation`; their times are those before the sound was cut
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -155,7 +155,7 @@ def finish(
         audio=leveled,
         loudness_lufs=loudness,
         details=_moved(variation.details, start_s, leveled.duration_s),
-        has_own_beats=variation.own_beats is not None,
+        own_beats=variation.own_beats,
         **facts,
     )
 

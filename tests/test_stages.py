@@ -170,7 +170,7 @@ def test_bars_are_those_of_known_beats() -> None:
     known = Beats(np.arange(0.0, made.duration_s), 60.0, 1.0, 2, 0)
     ended = finished(made, length_s=15.3, own_beats=known, length="bars")
     looped = finished(sequenced(40.0), length_s=15.3, own_beats=known, loop=True)
-    assert ended.has_own_beats and looped.has_own_beats
+    assert ended.own_beats is looped.own_beats is known
     assert (ended.bars, ended.audio.duration_s) == (8, pytest.approx(16.0, abs=0.001))
     assert (looped.bars, looped.audio.duration_s) == (8, pytest.approx(16.0, abs=0.001))
     known = Beats(np.arange(0.0, made.duration_s), 60.0, 1.0, 3, 0)

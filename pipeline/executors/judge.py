@@ -128,9 +128,9 @@ class ScoringJudge:
     def judge(self, reference: Reference, made: Finished, gates: Gates, prompt: str) -> Verdict:
         joins_s = [join["out_s"] for join in made.details.get("joins", ())]
         self._check_stop()
-        analysed, mono = analyse(made.audio)
-        if made.has_own_beats:
-            analysed = replace(analysed, tempo_bpm=reference.source.tempo_bpm, key=reference.source.key)
+        analysed, mono = analyse(made.audio, made.own_beats)
+        if made.own_beats is not None:
+            analysed = replace(analysed, key=reference.source.key)
         scores = score(
             reference.source,
             made.audio,

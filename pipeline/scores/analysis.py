@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.music import analysis
+from pipeline.music.beats import Beats
 from pipeline.music.key import Key, find_key
 from pipeline.music.spectra import Floats
 from pipeline.records import Audio
@@ -34,9 +35,12 @@ def analyse_source(audio: Audio) -> Source:
     return analyse(audio)[0]
 
 
-def analyse(audio: Audio) -> tuple[Source, Floats]:
-    """The analysis of a track or a variation, and its mono signal at `pipeline.music.spectra.RATE_HZ`."""
-    piece, mono = analysis.analyse(audio), audio.mono()
+def analyse(audio: Audio, known: Beats | None = None) -> tuple[Source, Floats]:
+    """The analysis of a track or a variation, and its mono signal at `pipeline.music.spectra.RATE_HZ`.
+
+    `known`: beats that have its tempo; only that is used of them.
+    """
+    piece, mono = analysis.analyse(audio, known), audio.mono()
     found, chroma = piece.spectra, compute_chroma(analysis.at_rate(audio, CHROMA_RATE_HZ))
     context = context_frames(found.pitches)
     source = Source(

@@ -81,9 +81,7 @@ def own_beats(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s
     """The beats of a remix: those of the passages that it plays, with an edge at each join."""
     found_s, edges = list[float](), list[int]()  # in the remix, and which of the source's they are
     lengths_s = np.diff(track.edges_s)
-    half_s = 0.5 * np.append(
-        lengths_s, lengths_s[-1]
-    )  # a passage begins and ends at the edge next to its join
+    half_s = 0.5 * np.append(lengths_s, lengths_s[-1])  # a passage begins at the edge nearest to its join
     starts_s, offsets_s = [0.0], [first_s(path)]
     starts_s += [join.out_s for join in joins]
     offsets_s += [join.to_s - join.out_s for join in joins]
