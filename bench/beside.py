@@ -88,7 +88,7 @@ def configure(home: Home, options: argparse.Namespace, generate: Mapping[str, An
 
 @contextmanager
 def gpu_memory_watched() -> Iterator[None]:
-    """Print the most memory of the GPU that was in use at a time, by all processes and before."""
+    """Print how much of the GPU's memory all processes together use: at first, and at most."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     ended, used = threading.Event(), list[int]()
 

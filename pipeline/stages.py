@@ -50,22 +50,19 @@ def normalize(decoded: Audio, settings: Normalize) -> Normalized:
     trimmed = _trimmed(decoded, settings)
     if audio.remove_offset(trimmed) is not trimmed:
         # It may hide silence that has it, and silence that does not would get the opposite offset.
-        bare = decoded
-        if settings.trim_silence:
-            bare = audio.trim_silence(decoded, threshold_dbfs=settings.trim_below_dbfs, keep_s=0.0)
-        trimmed = _trimmed(audio.remove_offset(bare), settings)
+        trimmed = _trimmed(audio.remove_offset(_trimmed(decoded, settings, keep_s=0.0)), settings)
     levels = audio.levels(trimmed)
     gain_db = audio.gain_to(levels, target_lufs=settings.loudness_lufs, ceiling_dbtp=settings.true_peak_dbtp)
     return Normalized(audio.amplify(trimmed, gain_db), levels.amplified(gain_db), levels.loudness_lufs)
 
 
-def _trimmed(sound: Audio, settings: Normalize) -> Audio:
-    """Without silence at its ends, if the settings say so."""
+def _trimmed(sound: Audio, settings: Normalize, **keep: float) -> Audio:
+    """Without silence at its ends, if the settings say so; `keep`: see `trim_silence`."""
     from pipeline import audio
 
     if not settings.trim_silence:
         return sound
-    trimmed = audio.trim_silence(sound, threshold_dbfs=settings.trim_below_dbfs)
+    trimmed = audio.trim_silence(sound, threshold_dbfs=settings.trim_below_dbfs, **keep)
     if trimmed.duration_s < settings.min_duration_s:
         raise BadAudio(
             f"is {trimmed.duration_s:.2f} s long without its silence: at least"

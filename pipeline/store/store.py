@@ -674,11 +674,9 @@ class Store:
 
     def ratings(self, track: str | None = None) -> list[Rating]:
         """The ratings of a track, or all, in the order in which they were given."""
-        rows = self._db.execute(
-            f"SELECT {', '.join(RATING_COLUMNS)} FROM ratings WHERE track = coalesce(?, track)"
-            " ORDER BY rated_at, rowid",
-            [track],
-        )
+        where, values = ("", []) if track is None else (" WHERE track = ?", [track])
+        columns = ", ".join(RATING_COLUMNS)
+        rows = self._db.execute(f"SELECT {columns} FROM ratings{where} ORDER BY rated_at, rowid", values)
         return [Rating(**{**row, "kept": None if row["kept"] is None else bool(row["kept"])}) for row in rows]
 
     def results_of(self, sha256: str) -> dict[str, dict[str, Any]]:

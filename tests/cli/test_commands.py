@@ -324,11 +324,7 @@ def test_plan_shows_what_a_sweep_expands_to_and_estimates_the_time_from_earlier_
 def test_once_and_show_say_which_variations_fail_their_gates(home: Home, pipeline: Pipeline) -> None:
     write_music(home.inbox / "song.wav")
     home.configure(gates={"similarity": [0.0, 0.01], "retries": 0})
-    ended = pipeline("once")
-    assert (ended.code, "1 done, 0 failed, 2 variations fail their gates (see `show`)" in ended.out) == (
-        0,
-        True,
-    )
+    assert "1 done, 0 failed, 2 variations fail their gates (see `show`)" in pipeline("once").out
     text = pipeline("show", "song.wav").out
     assert text.count(" s, fails its gates: its similarity to the source is ") == 2
     assert pipeline("once").out.startswith("0 done, 0 failed; ")
