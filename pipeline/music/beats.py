@@ -42,7 +42,8 @@ WINDOW_S = 8.0  # of the tempogram, so that four beats at 60 BPM are compared wi
 MULTIPLES = 4  # of the pulse's period, over which the autocorrelation is averaged
 PULSE_PRIOR_OCTAVES = 0.9  # standard deviation of the pulse's rate around the preferred tempo
 LEAST_CLARITY = 0.22  # measured: noise, speech and pads up to 0.17, music with a beat from 0.34
-MIN_BEATS = 8  # with fewer the tempo is unreliable and pseudo-beats are used
+MIN_BEATS = 7  # with fewer pseudo-beats are used; in a loop of two bars seven are often all that are found
+END_BEATS = 8  # at either end, whose tempo is assumed beyond it
 SHORTEST, LONGEST, N_INTERVALS = 0.7, 1.3, 41  # intervals between beats, relative to the typical one
 TEMPO_CHANGE = 500.0  # cost of a squared change of the interval from beat to beat, in log units
 TEMPO_OFFSET = 8.0  # the same of its difference from the typical interval
@@ -223,8 +224,8 @@ def _attack_shift_s(times_s: Doubles, mono: Floats) -> float:
 
 def _extend(times_s: Doubles, duration_s: float) -> Doubles:
     """The beats extrapolated beyond both ends of the track at the tempo of the first and the last beats."""
-    head = float(np.median(np.diff(times_s[:MIN_BEATS])))
-    tail = float(np.median(np.diff(times_s[-MIN_BEATS:])))
+    head = float(np.median(np.diff(times_s[:END_BEATS])))
+    tail = float(np.median(np.diff(times_s[-END_BEATS:])))
     before = times_s[0] - head * np.arange(int(times_s[0] / head) + 1, 0, -1)
     after = times_s[-1] + tail * np.arange(1, int((duration_s - times_s[-1]) / tail) + 2)
     return np.concatenate([before, times_s, after])

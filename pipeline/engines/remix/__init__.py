@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pipeline.engines.base import EngineCard, EngineSettings, Generator, Params
 
-VERSION = "2"
+VERSION = "3"
 
 
 class RemixParams(Params):

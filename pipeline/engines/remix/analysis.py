@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.engines.remix.beatless import onset_edges_s
 from pipeline.engines.remix.similarity import break_penalties, join_costs
-from pipeline.music import analysis, bars, beats, features, spectra
+from pipeline.music import analysis, bars, features, spectra
 from pipeline.music.spectra import Doubles, Floats
 from pipeline.records import Audio
 
@@ -26,6 +26,7 @@ ODD_BARS_PENALTIES = (0.0, 0.6, 0.4, 0.6)  # by the bars it skips, modulo PHRASE
 STEP_BACK_PENALTY = 0.3  # it goes back by one bar; falls to 0 at eight bars
 SECTION_BONUS = 0.06  # it leaves at the end of a section; the same for entering at the start of one
 LOOP_SCORE = 0.8  # score of joining the end to the start of a track that is cut as a loop
+LOOP_END_S = 0.06  # of a loop, its last beat is found at most so far from its end
 # The ending
 LEVEL_S = 0.05  # frame length of the level curve
 QUIET_DB = -30.0  # a track that stops this far below its median level has an ending
@@ -70,16 +71,15 @@ def analyse(audio: Audio, emphasis: str = "balanced") -> Analysis:
     mono, spectrum, pulse = piece.mono, piece.spectra, piece.beats
     has_beat = pulse.tempo_bpm is not None
     edges_s = pulse.edges_s if has_beat else onset_edges_s(spectrum, audio.duration_s)
+    meter, phase = pulse.meter, pulse.phase
+    has_ending, spare_tail_s = _ending(mono)
+    whole = _whole_bars(edges_s, audio.duration_s, meter) if has_beat and not has_ending else None
+    if whole:
+        edges_s, meter, phase = *whole, 0
     of_beats = features.beat_features(spectrum, edges_s)
     distances = features.beat_distances(of_beats, EMPHASES[emphasis])
-    found = (
-        bars.find_bars(distances, pulse.meter, pulse.phase)
-        if has_beat
-        else bars.bars_of_pseudo_beats(distances)
-    )
-    has_ending, spare_tail_s = _ending(mono)
-    is_loop = has_beat and not has_ending and _is_whole_bars(edges_s, audio.duration_s, found.meter)
-    first = 0 if is_loop else found.phase
+    found = bars.find_bars(distances, meter, phase) if has_beat else bars.bars_of_pseudo_beats(distances)
+    first = found.phase
     step = found.meter if edges_s.size > MIN_BARS * found.meter else 1
     points_s = edges_s[first::step]
     costs = join_costs(distances)[first::step, first::step]
@@ -87,7 +87,7 @@ def analyse(audio: Audio, emphasis: str = "balanced") -> Analysis:
     bar = found.meter // step if has_beat else BEATLESS_BAR
     penalties = break_penalties(spectrum.mel, mono, points_s)
     natural, scores = _scores(costs, penalties, sections, bar, has_bars=has_beat)
-    if is_loop:
+    if whole:
         natural[-1, 0] = scores[-1, 0] = LOOP_SCORE
     return Analysis(
         duration_s=audio.duration_s,
@@ -141,10 +141,18 @@ def _phrase_bars(n_points: int, sections: tuple[int, ...], bar: int) -> tuple[in
     )
 
 
-def _is_whole_bars(edges_s: Doubles, duration_s: float, meter: int) -> bool:
-    """Whether the track consists of whole bars from its first sample to its last, as loops do."""
-    near = beats.NEAR_EDGE_S
-    return bool((len(edges_s) - 1) % meter == 0 and edges_s[0] <= near and edges_s[-1] >= duration_s - near)
+def _whole_bars(edges_s: Doubles, duration_s: float, meter: int) -> tuple[Doubles, int] | None:
+    """The edges and the meter of a track that is whole bars from its first sample to its last, as loops are.
+
+    None: it isn't. Its last beats are extrapolated, so its end counts more. The meter found in few bars is
+    often wrong: one that does not divide the beats gives way to four, the most common one.
+    """
+    whole = np.append(edges_s[edges_s < duration_s - LOOP_END_S], duration_s)
+    last_s, beat_s = whole[-1] - whole[-2], float(np.median(np.diff(edges_s)))
+    if edges_s[0] > 0.0 or abs(last_s - beat_s) > LOOP_END_S:
+        return None
+    fitting = (count for count in (meter, 4) if (whole.size - 1) % count == 0)
+    return next(((whole, count) for count in fitting), None)
 
 
 def _ending(mono: Floats) -> tuple[bool, float]:

@@ -72,12 +72,14 @@ def _intervals_to_ending(asked: PathRequest, duration_s: float) -> range:
 def _beginnings(asked: PathRequest) -> list[tuple[float, int, float]]:
     """Where to start: seconds, the first point from there on, and the log weight."""
     track = asked.track
+    bar = track.meter // track.step  # in points, the first of which is on a bar line
     late = -((EARLY / max(asked.temperature, FROZEN)) ** EARLY_EXPONENT)
-    inner = range(0) if asked.is_frozen else range(1, track.points_s.size - 1)
+    bars = range(bar, track.points_s.size - 1, bar)
+    inner = bars[:0] if asked.is_frozen else bars
     later = [(point, late + (IN_PHRASE if track.phrase_bars[point] else 0.0)) for point in inner]
     found = [(0.0, 0, 0.0), *((float(track.points_s[point]), point, weight) for point, weight in later)]
-    for point, log_weight in [(1, 0.0)] if asked.is_frozen else later:
+    for point, log_weight in [(point, 0.0) for point in bars[:1]] if asked.is_frozen else later:
         edge = track.first + point * track.step
-        pickups_s = track.edges_s[edge - track.step + 1 : edge]
+        pickups_s = track.edges_s[edge - track.meter + 1 : edge]
         found += [(float(pickup_s), point, log_weight + PICKUP) for pickup_s in pickups_s]
     return found

@@ -108,6 +108,24 @@ def test_the_dial_says_how_much_is_heard_at_the_same_time_as_in_the_source() -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("bars", "bpm", "longer_s"), [(2, 96, 0.0), (2, 124, 0.0), (2, 140, 0.0), (4, 110, 0.0), (4, 110, 0.04)]
+)
+def test_a_short_loop_is_played_whole_and_begins_on_one_of_its_bar_lines(
+    bars: int, bpm: float, longer_s: float
+) -> None:
+    piece = synth.play(bpm, "verse chorus", ending=False)
+    bar_s, rate = 4 * piece.beat_s, piece.audio.sample_rate
+    loop = Audio(piece.audio.samples[:, : round((bars * bar_s + longer_s) * rate)], rate)
+    generator: Any = ENGINE.load(EngineSettings(sample_rate=rate))
+    wanted = [VariationRequest(str(seed), "t", loop, 20.0, seed, {}) for seed in range(6)]
+    for made in generator.generate(wanted, progress=lambda *_: None, should_stop=lambda: False):
+        seams = [join for join in made.details["joins"] if join["to_s"] == 0.0]
+        assert seams and all(join["from_s"] == pytest.approx(loop.duration_s, abs=1e-3) for join in seams)
+        start_bars = made.details["start_s"] / bar_s
+        assert start_bars == pytest.approx(round(start_bars), abs=0.02)
+
+
 def notes(times_s: Sequence[float], total_s: float, *, decay_s: float = 1.0) -> Audio:
     """Notes of changing pitch with soft attacks at these times, mono at the rate of the analysis."""
     out = np.zeros(round(total_s * RATE))
