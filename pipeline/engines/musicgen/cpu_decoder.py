@@ -110,6 +110,7 @@ class CpuDecoder:
         return picked
 
     def advance(self, cache: CpuKVCache, step_inputs: Sequence[StepInput]) -> Samples:
+        """See `Decoder.advance`. Of several steps of a row it returns the logits of the last."""
         counts = [len(one.tokens) for one in step_inputs]
         prefixes = np.repeat(np.array([one.prefix for one in step_inputs], np.int64), counts)
         entries = Entries(

@@ -115,7 +115,7 @@ class Decoder(Protocol[Cache]):
         ...
 
     def advance(self, cache: Cache, step_inputs: Sequence[StepInput]) -> Samples:
-        """Run the next tokens of some rows; returns the logits after the last tokens of each.
+        """Run one step of some rows; returns the logits after it.
 
         Returns float32, (rows, codebooks, vocabulary). The logits of a row do not depend on the others.
         """

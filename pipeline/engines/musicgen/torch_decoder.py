@@ -108,20 +108,11 @@ class TorchDecoder:
                 self._prefill(cache, part, length)
 
     def advance(self, cache: TorchKVCache, step_inputs: Sequence[StepInput]) -> Samples:
-        """See `Decoder.advance`. Several steps are run one by one, so that each rounds as it did at first."""
-        last: list[Samples] = [np.empty(0, np.float32)] * len(step_inputs)
-        for step in range(max(len(one.tokens) for one in step_inputs)):
-            going = [index for index, one in enumerate(step_inputs) if step < len(one.tokens)]
-            inputs = [
-                StepInput(one.slot, one.prefix, one.position + step, one.tokens[step : step + 1])
-                for one in (step_inputs[index] for index in going)
-            ]
-            cache.step.load_rows(inputs, cache.prefix_lengths)
-            with torch.inference_mode():
-                logits = self._logits(cache, self._row_count(len(inputs))).cpu().numpy()
-            for row, index in enumerate(going):
-                last[index] = logits[row]
-        return np.stack(last)
+        """See `Decoder.advance`."""
+        cache.step.load_rows(step_inputs, cache.prefix_lengths)
+        with torch.inference_mode():
+            logits: Samples = self._logits(cache, self._row_count(len(step_inputs))).cpu().numpy()
+        return logits[: len(step_inputs)]
 
     def generate(
         self, cache: TorchKVCache, continuations: Sequence[Continuation]

@@ -186,16 +186,19 @@ def random_tokens(seed: int, steps: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2049, (steps, 4))
 
 
-def alone(decoder: Any, prefix: np.ndarray, tokens: np.ndarray) -> list[bytes]:
-    """The bits of the logits after each step of a row that has a KV cache for itself."""
+def run(decoder: Any, cache: Any, slot: int, tokens: np.ndarray) -> list[bytes]:
+    """The bits of the logits after each step of a row whose prefix is in the slot of the same number."""
     from pipeline.engines.musicgen.decoder import StepInput
 
+    steps = [StepInput(slot, slot, step, tokens[step : step + 1]) for step in range(len(tokens))]
+    return [decoder.advance(cache, [step]).tobytes() for step in steps]
+
+
+def alone(decoder: Any, prefix: np.ndarray, tokens: np.ndarray) -> list[bytes]:
+    """The same of a row that has a KV cache for itself."""
     cache = decoder.new_cache(1, len(tokens), 1, len(prefix))
     decoder.prefill(cache, {0: prefix})
-    steps = range(len(tokens))
-    return [
-        decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])]).tobytes() for step in steps
-    ]
+    return run(decoder, cache, 0, tokens)
 
 
 def assert_same(decoder: Any, found: list[bytes], expected: list[bytes]) -> None:
@@ -219,7 +222,7 @@ def test_a_row_has_the_same_bits_among_seven_others(decoder: Any) -> None:
     lead = {slot: 1 + 19 * slot for slot in range(8) if slot != 5}  # how far the others are
     for slot, steps in lead.items():
         decoder.prefill(cache, {slot: inputs(slot + 1, 240 - 7 * slot)})
-        decoder.advance(cache, [StepInput(slot, slot, 0, random_tokens(slot + 1, steps))])
+        run(decoder, cache, slot, random_tokens(slot + 1, steps))
     decoder.prefill(cache, {8: prefix})
     found = []
     for step in range(len(tokens)):
@@ -246,6 +249,7 @@ def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(decoder: Any) ->
         assert_same(decoder, bits, alone(decoder, prefix, tokens))
 
 
+@pytest.mark.parametrize("decoder", ["int8", "float32"], indirect=True)
 @pytest.mark.parametrize("cuts", [(1,), (64, 128), (7, 16, 17, 129)], ids=str)
 def test_steps_in_a_block_have_the_bits_of_single_steps(decoder: Any, cuts: tuple[int, ...]) -> None:
     """As the known steps of an interrupted run are computed again, while another row takes single steps."""
@@ -260,22 +264,16 @@ def test_steps_in_a_block_have_the_bits_of_single_steps(decoder: Any, cuts: tupl
             StepInput(0, 0, first, tokens[first:last]),
             StepInput(1, 0, number, others[number : number + 1]),
         ]
-        assert_same(decoder, [decoder.advance(cache, step_inputs)[0].tobytes()], [one_by_one[last - 1]])
+        assert decoder.advance(cache, step_inputs)[0].tobytes() == one_by_one[last - 1]
 
 
 def test_a_slot_keeps_nothing_of_the_row_before(decoder: Any) -> None:
-    from pipeline.engines.musicgen.decoder import StepInput
-
     cache = decoder.new_cache(1, STEPS, 1, 239)
     decoder.prefill(cache, {0: 30 * inputs(1, 239)})
-    decoder.advance(cache, [StepInput(0, 0, 0, random_tokens(1, STEPS))])
+    run(decoder, cache, 0, random_tokens(1, STEPS))
     prefix, tokens = inputs(0, 21), random_tokens(0, 18)
     decoder.prefill(cache, {0: prefix})
-    found = [
-        decoder.advance(cache, [StepInput(0, 0, step, tokens[step : step + 1])]).tobytes()
-        for step in range(18)
-    ]
-    assert_same(decoder, found, alone(decoder, prefix, tokens))
+    assert_same(decoder, run(decoder, cache, 0, tokens), alone(decoder, prefix, tokens))
 
 
 @pytest.mark.parametrize("kind", ["int8", "float32"])

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import need_models
-from musicgen_setup import codes_of, decoder_of, generator_with, never, no_progress, torch_device
+from musicgen_setup import codes_of, generator_with, never, no_progress, torch_device
 from tones import RequestFn
 
 from pipeline.engines.musicgen import SamplingParams
-from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, Shape, StepInput
+from pipeline.engines.musicgen.decoder import UNKNOWN, Continuation, Shape
 from pipeline.engines.musicgen.sampling import Sampler
 from pipeline.engines.musicgen.scheduler import Scheduler
 from pipeline.errors import EngineFailure, Stopped
@@ -435,19 +435,3 @@ def test_after_a_stop_no_thread_decodes_any_more(musicgen: Any) -> None:
     assert decoded == [0]
     assert engine._threads.submit(int).result(30.0) == 0  # none of the others was left
     assert decoded == [0]
-
-
-def test_known_steps_are_run_again_with_the_same_bits(musicgen: Any) -> None:
-    """As after an interruption: keys and values are computed from the tokens."""
-    decoder = decoder_of(musicgen.checkpoint, "torch")
-    prefix = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
-    tokens = np.random.default_rng(1).integers(0, 2048, (12, 4))
-    found = []
-    for cuts in ((12,), (1, 5, 12)):
-        cache, first = decoder.new_cache(2, 12, 1, 50), 0
-        decoder.prefill(cache, {0: prefix})
-        for last in cuts:
-            logits = decoder.advance(cache, [StepInput(1, 0, first, tokens[first:last])])
-            first = last
-        found.append(logits.tobytes())
-    assert found[0] == found[1]
