@@ -15,9 +15,9 @@ import scipy.fft
 from pipeline import audio
 from pipeline.audio import DecodeLimits
 from pipeline.audio.sndfile import read_whole
-from pipeline.music.spectra import Floats
+from pipeline.music.spectra import Floats, chroma_bank
 from pipeline.records import Audio, cut
-from pipeline.scores.chroma import N_FFT, chroma_filters
+from pipeline.scores.chroma import N_FFT, OCTAVES_WIDE
 
 RATE_HZ = 44100
 PEAK_COLUMNS = 1000
@@ -79,7 +79,7 @@ def chroma(sound: Audio) -> Floats:
     frames = np.stack([cut(sound.samples, start, start + N_FFT) for start in starts])
     spectra = scipy.fft.rfft(frames * np.hanning(N_FFT).astype(np.float32), axis=2)
     powers = (spectra.real**2 + spectra.imag**2).sum(axis=1)
-    found = powers @ chroma_filters(sound.sample_rate).T
+    found = powers @ chroma_bank(sound.sample_rate, N_FFT, OCTAVES_WIDE).T
     return np.asarray(found / np.maximum(found.max(axis=1, keepdims=True), 1e-9), np.float32)
 
 

@@ -25,6 +25,7 @@ from numpy.polynomial.polyutils import getdomain, mapparms
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d, median_filter, uniform_filter1d
 
+from pipeline.music.features import divide
 from pipeline.music.meter import (
     BEAT_TICKS,
     FASTEST_BPM,
@@ -79,7 +80,7 @@ def track_beats(spectra: Spectra, mono: Floats) -> Beats:
         pulse_s = _follow(envelope, period_s)
         if pulse_s.size < MIN_BEATS:
             return _pseudo_beats(duration_s, 0.0)
-        ticks_s = _divide(_extend(pulse_s, duration_s))
+        ticks_s = divide(_extend(pulse_s, duration_s), PULSE_TICKS)
         rhythm = measure_rhythm(spectra, ticks_s)
         level = find_level(rhythm, candidates)
         period_s = level.beat * rhythm.tick_s
@@ -163,12 +164,6 @@ def _follow(envelope: Doubles, period_s: float) -> Doubles:
         k = int(before[frame, k])
         beats.append(frame)
     return np.array(beats[::-1]) / FRAME_RATE_HZ
-
-
-def _divide(times_s: Doubles) -> Doubles:
-    """PULSE_TICKS evenly spaced times from each time to the next."""
-    index = np.arange((times_s.size - 1) * PULSE_TICKS + 1) / PULSE_TICKS
-    return np.interp(index, np.arange(times_s.size), times_s)
 
 
 def _heard(times_s: Doubles, envelope: Doubles) -> tuple[Doubles, NDArray[np.bool_]]:

@@ -33,10 +33,10 @@ class Features:
 
 def beat_features(spectra: Spectra, edges_s: Doubles) -> Features:
     """The features of the beats between the edges."""
-    tone_edges = _divide(edges_s, TONE_PARTS)
+    tone_edges = divide(edges_s, TONE_PARTS)
     mel = means_between(spectra.mel, tone_edges * FRAME_RATE_HZ)
     chroma = mean_chroma(spectra.pitches, tone_edges * TONE_RATE_HZ)
-    onsets = np.sqrt(means_between(spectra.band_onsets, _divide(edges_s, ONSET_PARTS) * FRAME_RATE_HZ))
+    onsets = np.sqrt(means_between(spectra.band_onsets, divide(edges_s, ONSET_PARTS) * FRAME_RATE_HZ))
     timbre = scipy.fft.dct(mel, axis=0, norm="ortho")
     return Features(
         harmony=_rows(chroma, TONE_PARTS),
@@ -46,7 +46,7 @@ def beat_features(spectra: Spectra, edges_s: Doubles) -> Features:
     )
 
 
-def _divide(edges: Doubles, parts: int) -> Doubles:
+def divide(edges: Doubles, parts: int) -> Doubles:
     """The edges with parts - 1 evenly spaced edges inserted between every two."""
     index = np.arange((edges.size - 1) * parts + 1) / parts
     return np.interp(index, np.arange(edges.size), edges)

@@ -11,6 +11,7 @@ Widmer 2013, "Maximum filter vibrato suppression for onset detection").
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import scipy.fft
@@ -30,6 +31,7 @@ TONE_FFT = 4096
 N_MEL = 40
 LOWEST_PITCH = 33  # MIDI: 55 Hz
 N_PITCHES = 72  # six octaves, to 3.3 kHz
+CHROMA_CENTRE_OCTAVE = 5.0  # above 27.5 Hz
 FLUX_LAG = 3  # frames
 LOW_BAND_HZ, HIGH_BAND_HZ = 150.0, 2500.0  # below: kick and bass; above: hi-hats and air
 COMPRESSION = 100.0  # log(1 + 100 x): levels down to 40 dB below the track's loud parts matter
@@ -86,6 +88,26 @@ def _pitch_bank() -> Floats:
     """One triangle per semitone that reaches a semitone to either side; equal temperament, A = 440 Hz."""
     midi = np.arange(LOWEST_PITCH - 1, LOWEST_PITCH + N_PITCHES + 1)
     return _triangles(440.0 * 2 ** ((midi - 69) / 12), TONE_FFT)
+
+
+@cache
+def chroma_bank(rate_hz: int, n_fft: int, octaves_wide: float) -> Floats:
+    """(12, n_fft // 2 + 1): weight of each frequency for each pitch class, C first; A = 440 Hz.
+
+    Each bin is spread over the classes by Gaussians as wide as a semitone or the bin's distance to the next
+    (Ellis 2007, "Chroma feature analysis and synthesis"), and weighted by its octave: `octaves_wide` is the
+    width of that Gaussian, around 880 Hz. To the bit as librosa 0.11's `filters.chroma`.
+    """
+    hz = np.linspace(0, rate_hz, n_fft, endpoint=False)[1:]
+    semitones = 12 * np.log2(hz / 27.5)
+    semitones = np.concatenate([[semitones[0] - 18], semitones])  # any value will do for 0 Hz
+    widths = np.concatenate([np.maximum(np.diff(semitones), 1), [1]])
+    distances = np.remainder(np.subtract.outer(semitones, np.arange(12.0)).T + 126, 12) - 6
+    bank = np.exp(-0.5 * (2 * distances / widths) ** 2)
+    bank /= np.linalg.norm(bank, axis=0)
+    bank *= np.exp(-0.5 * ((semitones / 12 - CHROMA_CENTRE_OCTAVE) / octaves_wide) ** 2)
+    from_c = np.roll(bank, -3, axis=0)[:, : n_fft // 2 + 1]
+    return np.ascontiguousarray(from_c, dtype=np.float32)
 
 
 def _triangles(edges_hz: Doubles, n_fft: int) -> Floats:

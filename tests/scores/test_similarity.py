@@ -10,7 +10,7 @@ from tunes import noise, part, play, silence, through_mp3
 
 from pipeline.records import Audio
 from pipeline.scores import Scores, Source, analyse_source, score
-from pipeline.scores.chroma import HOP, N_FFT, RATE_HZ, chroma_filters, compute_chroma
+from pipeline.scores.chroma import HOP, N_FFT, RATE_HZ, compute_chroma
 from pipeline.scores.similarity import overall_similarity, subsequence_costs, tempo_agrees
 
 
@@ -123,7 +123,6 @@ def test_chroma_is_that_of_librosa_s_filters_on_the_power_spectrum() -> None:
     import librosa
 
     reference = librosa.filters.chroma(sr=RATE_HZ, n_fft=N_FFT, tuning=0.0, n_chroma=12)
-    np.testing.assert_allclose(chroma_filters(), reference, atol=1e-6)
     mono = np.random.default_rng(0).standard_normal(8 * N_FFT).astype(np.float32)
     power = np.abs(librosa.stft(mono, n_fft=N_FFT, hop_length=HOP, pad_mode="constant")) ** 2
     expected = reference @ power

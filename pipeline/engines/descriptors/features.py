@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from pipeline.engines.base import StopFn, check_stop
 from pipeline.engines.descriptors import VERSION
-from pipeline.engines.descriptors.filters import Vector, chroma_bank, mel_bank
+from pipeline.engines.descriptors.filters import Vector, mel_bank
 from pipeline.engines.descriptors.layout import DIM, scaled
+from pipeline.music.spectra import chroma_bank
 from pipeline.records import Audio, Embedding, Samples
 
 RATE_HZ = 22050
@@ -21,6 +22,7 @@ N_FFT, HOP = 4096, 512
 FRAMES_PER_S = RATE_HZ / HOP
 N_MELS, N_MFCC = 40, 13
 LOWEST_HZ = 30.0  # of the mel bands
+OCTAVES_WIDE = 1.0  # of the weight of the octaves in the chroma
 FLOOR = 1e-5  # relative to a window's mean power: 50 dB below it counts as silence
 CONTRAST_EDGES_HZ = 200.0 * 2.0 ** np.arange(6)  # six octaves; the last one is open
 CHORD_FRAMES = 16  # 0.37 s
@@ -91,7 +93,7 @@ def contrast(power: Samples, hz: Vector) -> Vector:
 
 def harmony(power: Samples) -> Vector:
     """Blocks chords and key."""
-    chroma = band_sums(np.sqrt(power), chroma_bank(RATE_HZ, N_FFT))
+    chroma = band_sums(np.sqrt(power), chroma_bank(RATE_HZ, N_FFT, OCTAVES_WIDE))
     chroma = chroma - chroma.min(axis=1, keepdims=True)  # drums and noise raise all classes equally
     starts = np.arange(0, chroma.shape[0], CHORD_FRAMES)
     chords = unit_sum(np.add.reduceat(chroma, starts, axis=0).astype(np.float64))

@@ -15,9 +15,10 @@ from pipeline.audio import resample
 from pipeline.engines.base import Embedder, EngineSettings
 from pipeline.engines.descriptors import ENGINE
 from pipeline.engines.descriptors.features import RATE_HZ, raw_features, window_edges
-from pipeline.engines.descriptors.filters import chroma_bank, mel_bank
+from pipeline.engines.descriptors.filters import mel_bank
 from pipeline.engines.descriptors.layout import DIM, LAYOUT
 from pipeline.errors import Stopped
+from pipeline.music.spectra import chroma_bank
 from pipeline.records import Audio, Embedding, Samples
 
 
@@ -220,7 +221,7 @@ def test_the_filter_banks_are_librosas_to_the_bit(rate_hz: int, n_fft: int) -> N
     mel = librosa.filters.mel(sr=rate_hz, n_fft=n_fft, n_mels=40, fmin=30.0)
     chroma = librosa.filters.chroma(sr=rate_hz, n_fft=n_fft, ctroct=5.0, octwidth=1.0)
     np.testing.assert_array_equal(mel_bank(rate_hz, n_fft, 40, 30.0), mel)
-    np.testing.assert_array_equal(chroma_bank(rate_hz, n_fft), chroma.astype(np.float32))
+    np.testing.assert_array_equal(chroma_bank(rate_hz, n_fft, 1.0), chroma.astype(np.float32))
 
 
 def test_noise_is_flat_and_a_sine_is_not() -> None:
