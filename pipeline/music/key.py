@@ -34,7 +34,6 @@ class Key:
 
     tonic: int  # pitch class: 0 is C
     mode: Mode
-    confidence: float  # lead of its correlation over the next key's, 0 to 2; 0 where nothing has a pitch
 
     def __str__(self) -> str:
         return f"{NAMES[self.tonic]} {self.mode}"
@@ -45,12 +44,8 @@ def find_key(pitches: Floats) -> Key:
     chroma = _mean_chroma(pitches)
     chroma -= chroma.mean()
     chroma /= max(float(np.linalg.norm(chroma)), 1e-9)
-    ranked = sorted(
-        ((float(chroma @ _profile(tonic, mode)), tonic, mode) for mode in PROFILES for tonic in range(12)),
-        key=lambda key: -key[0],
-    )
-    (best, tonic, mode), (second, *_) = ranked[:2]
-    return Key(tonic, mode, best - second)
+    keys = (Key(tonic, mode) for mode in PROFILES for tonic in range(12))
+    return max(keys, key=lambda key: float(chroma @ _profile(key.tonic, key.mode)))
 
 
 def key_agreement(a: Key, b: Key) -> float:

@@ -1,25 +1,19 @@
-"""Keys as text, without pitch, and the agreement of two keys; those of pieces are in test_truth.py."""
+"""Keys as text, and the agreement of two keys; those of pieces are in test_truth.py."""
 
 from __future__ import annotations
 
 from itertools import permutations, product
 
 import mir_eval
-import numpy as np
 import pytest
 
-from pipeline.music.key import NAMES, Key, find_key, key_agreement
-from pipeline.music.spectra import N_PITCHES
+from pipeline.music.key import NAMES, Key, key_agreement
 
-KEYS = [Key(tonic, mode, 1.0) for tonic in range(12) for mode in ("major", "minor")]
+KEYS = [Key(tonic, mode) for tonic in range(12) for mode in ("major", "minor")]
 
 
 def test_a_key_is_written_as_musicians_write_it() -> None:
-    assert [str(Key(9, "minor", 0.1)), str(Key(10, "major", 0.1))] == ["A minor", "Bb major"]
-
-
-def test_silence_has_a_key_without_confidence() -> None:
-    assert find_key(np.zeros((N_PITCHES, 10), np.float32)).confidence == 0.0
+    assert [str(Key(9, "minor")), str(Key(10, "major"))] == ["A minor", "Bb major"]
 
 
 def test_agreement_is_the_mirex_score_with_fifths_up_and_down() -> None:

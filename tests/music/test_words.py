@@ -24,7 +24,7 @@ from pipeline.music.words import describe
     ],
 )
 def test_tempo_and_mode_give_pace_and_mood(tempo_bpm: float | None, mode: str, expected: str) -> None:
-    assert describe(tempo_bpm, Key(9, mode, 0.1), None, None) == expected  # type: ignore[arg-type]
+    assert describe(tempo_bpm, Key(9, mode), None, None) == expected  # type: ignore[arg-type]
 
 
 def test_nothing_is_made_up_about_sound_without_beat_and_key() -> None:
