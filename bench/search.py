@@ -71,7 +71,7 @@ def make(app: App, n_rows: int, dim: int) -> None:
     path, finished = cache._path(folder, identity), {one: at for one, (_, at) in store.finished().items()}
     cache._write_matrix(path, cache._nothing().matrix, np.zeros(0, bool), [vector for _, vector in new])
     cache._write_rows(path, cache._as_rows([row for row, _ in new]))
-    cache._write_about(path, finished, store.results_stamp())
+    cache._write_about(path, finished, store.ended_stamp())
     store.close()
 
 

@@ -79,7 +79,7 @@ class _Cache:
 
     vectors: Vectors
     tracks: NDArray[Any]  # (n,), those that were read: `sha256`, and when they were finished, `at`
-    stamp: tuple[float, ...]  # the `Store.results_stamp` of then; empty if some could not be read
+    stamp: tuple[float, ...]  # the `Store.ended_stamp` of then; empty if some could not be read
 
 
 def load_vectors(
@@ -100,7 +100,7 @@ def load_vectors(
     path = _path(folder, identity)
     with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        cache, stamp = _read(path), store.results_stamp()
+        cache, stamp = _read(path), store.ended_stamp()
         if cache is None or cache.stamp != stamp:
             if outbox.files.is_away():
                 raise FolderUnusable(f"the outbox {printable(outbox.root)} is missing")
@@ -125,7 +125,7 @@ def _update(
     say: Callable[[str], None],
 ) -> None:
     """Bring the cache up to date; `read`: see `_vectors_of`."""
-    stamp, finished = store.results_stamp(), store.finished()
+    stamp, finished = store.ended_stamp(), store.finished()
     known = zip(cache.tracks["sha256"].astype(str).tolist(), cache.tracks["at"].tolist(), strict=True)
     tracks = {sha256: at for sha256, at in known if finished.get(sha256, ("", None))[1] == at}
     to_read = [(sha256, folder) for sha256, (folder, _) in finished.items() if sha256 not in tracks]

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 _OF_FOLDER = (
     " AND (:is_inbox OR EXISTS (SELECT 1 FROM files f WHERE f.sha256 = tracks.sha256 AND f.root = :root))"
 )
-_WITH_RESULTS = "WHERE state = 'done' AND collected_at IS NULL"
 LISTED = 10  # candidates that are named if a part of a name is ambiguous
 WORK_UNITS = 300  # the last units of work, from which the pace is taken
 CRASH = "crash"  # the cause of an attempt's end with the process
@@ -599,14 +598,6 @@ class Store:
         sql = f"SELECT * FROM tracks {where}ORDER BY {order} LIMIT :limit"
         return [track_of(row) for row in self._db.execute(sql, {"state": state, "limit": limit})]
 
-    def results_stamp(self) -> tuple[float, float, float]:
-        """Numbers that change whenever a track is finished, queued again or collected."""
-        sql = (
-            f"SELECT count(*), coalesce(max(finished_at), 0), total(finished_at) FROM tracks {_WITH_RESULTS}"
-        )
-        n, latest, total = self._db.execute(sql).fetchone()
-        return float(n), float(latest), float(total)
-
     def ended_stamp(self) -> tuple[float, float, float]:
         """Numbers that change whenever a track is done, has failed, or is queued again or collected."""
         sql = """SELECT count(*), total(finished_at), total(collected_at) FROM tracks
@@ -616,7 +607,9 @@ class Store:
 
     def finished(self) -> dict[str, tuple[str, float]]:
         """The tracks with results by hash: their folders in the outbox, and when they were finished."""
-        rows = self._db.execute(f"SELECT sha256, folder, finished_at FROM tracks {_WITH_RESULTS}")
+        rows = self._db.execute(
+            "SELECT sha256, folder, finished_at FROM tracks WHERE state = 'done' AND collected_at IS NULL"
+        )
         return {sha256: (folder, finished_at) for sha256, folder, finished_at in rows}
 
     def spooled_bytes(self, root: Path) -> int:
