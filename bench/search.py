@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.app import App  # noqa: E402
-from pipeline.cli.similar import VECTORS_FOLDER, Library, similar_facts  # noqa: E402
+from pipeline.cli.similar import Library, similar_facts  # noqa: E402
 from pipeline.plan import digest, engine_identity  # noqa: E402
 from pipeline.search import vectors as cache  # noqa: E402
 from pipeline.store.schema import Track, TrackState  # noqa: E402
@@ -65,7 +65,7 @@ def make(app: App, n_rows: int, dim: int) -> None:
         new += [
             ((sha256, file, "faithful" if file else ""), row) for file, row in zip(files, rows, strict=True)
         ]
-    folder = app.workspace.state / VECTORS_FOLDER
+    folder = app.workspace.vectors
     folder.mkdir()
     identity = engine_identity(choice.card.name, choice.card.version, choice.model, choice.revision)
     path, finished = cache._path(folder, identity), {one: at for one, (_, at) in store.finished().items()}
