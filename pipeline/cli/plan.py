@@ -21,6 +21,7 @@ from pipeline.store.store import Store
 if TYPE_CHECKING:
     from pipeline.engines.base import EngineCard
     from pipeline.intake.scanner import ScannedFile
+    from pipeline.outbox.outbox import Outbox
     from pipeline.plan import Recipe
     from pipeline.store.schema import Track
     from pipeline.workspace import InputFolder
@@ -57,7 +58,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     from pipeline.maintenance.reconcile import reconcile
     from pipeline.outbox.outbox import Outbox
 
-    recipe = app.recipe
+    recipe, outbox = app.recipe, Outbox(app.workspace.outbox_files)
     for stage, choice in recipe.engines.items():
         to_fetch = "; its weights would be downloaded first" if choice.needs_weights else ""
         yield f"{stage}: {choice.card.name} ({choice.why}){to_fetch}"
@@ -72,7 +73,7 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
             track = _track_of(store, scanned) if store else None
             listed |= {track.sha256} if track else set()
             note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
-            text, missing = _planned(store, scanned, track, recipe)
+            text, missing = _planned(store, scanned, track, recipe, outbox)
             to_do.append(ToDo(scanned.display, scanned.identity.size, missing))
             yield f"{scanned.display}: {text}{note}"
     except OSError as e:
@@ -82,7 +83,6 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
             to_do.append(ToDo(track.name, track.bytes, variations))
             yield f"{track.name}: queued{f', failed before: {track.error}' if track.error else ''}"
     if store and app.config.retention.redo_missing:
-        outbox = Outbox(app.workspace.outbox_files)
         findings = reconcile(store, outbox, app.workspace, thorough=False, repair=False, now=time.time())
         for finding in findings:
             if finding.kind == "result":
@@ -114,7 +114,7 @@ def _track_of(store: Store, scanned: ScannedFile) -> Track | None:
 
 
 def _planned(
-    store: Store | None, scanned: ScannedFile, track: Track | None, recipe: Recipe
+    store: Store | None, scanned: ScannedFile, track: Track | None, recipe: Recipe, outbox: Outbox
 ) -> tuple[str, list[PlannedVariation]]:
     """What `once` would do with one file, and why; and the variations that it would make."""
     every = plan_variations(recipe.config, recipe.generator.card)
@@ -131,10 +131,20 @@ def _planned(
     wanted = recipe.plan(track.sha256)
     if track.plan_key == wanted.key:
         return "up to date", []
-    missing: list[PlannedVariation] = [unit for unit in wanted.variations if store.unit(unit.key) is None]
-    embed = "embed, " if store.unit(wanted.embed_key) is None else ""
-    vectors = ", embed-variations" if wanted.vectors_key and store.unit(wanted.vectors_key) is None else ""
+    there = _published(store, track, outbox)
+    missing: list[PlannedVariation] = [unit for unit in wanted.variations if unit.key not in there]
+    embed = "" if wanted.embed_key in there else "embed, "
+    vectors = ", embed-variations" if wanted.vectors_key and wanted.vectors_key not in there else ""
     return f"the configuration has changed: {embed}{len(missing)} variations{vectors}", missing
+
+
+def _published(store: Store, track: Track, outbox: Outbox) -> set[str]:
+    """The keys of the track's units whose results its manifest lists: those of earlier plans were removed."""
+    from pipeline.outbox.outbox import files_of, listed_files
+
+    listed = {one.sha256 for one in listed_files(outbox.read_manifest(track.folder)) or ()}
+    units = [unit for unit in store.units_of(track.sha256) if "file" in unit["result"]]
+    return {unit["key"] for unit in units if files_of(unit["result"])[0].sha256 in listed}
 
 
 def _estimate(store: Store | None, recipe: Recipe, to_do: list[ToDo], n_workers: int) -> str:

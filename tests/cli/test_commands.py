@@ -301,6 +301,20 @@ def test_plan_knows_what_is_done_and_what_a_change_makes_new(
     assert "song.wav: the configuration has changed: 1 variations" in pipeline("plan", folder).out
 
 
+def test_plan_counts_results_of_an_earlier_configuration_that_another_one_has_replaced(
+    home: Home, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    folder = write_music(tmp_path / "music" / "song.wav").parent
+    pipeline("once", folder)
+    home.configure(NEAR, {**FAR, "temperature": 1.5})
+    pipeline("once", folder)
+
+    home.configure(NEAR, FAR)
+    out = pipeline("plan", folder).out
+    assert "song.wav: the configuration has changed: 1 variations, embed-variations" in out
+    assert "to do: variations: 1, tracks: 1" in out
+
+
 def test_plan_shows_what_a_sweep_expands_to_and_estimates_the_time_from_earlier_work(
     home: Home, pipeline: Pipeline
 ) -> None:
