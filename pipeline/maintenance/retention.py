@@ -216,11 +216,13 @@ def _remove_results(store: Store, outbox: Outbox, track: Track, now: float) -> b
     """Remove this program's files from a track's folder; other files there stay.
 
     The manifest goes first, in the transaction that records the removal: an error in either leaves
-    the results complete but for the manifest, which `reconcile` then has written again.
+    the results complete but for the manifest, which `reconcile` then has written again. What was rated as
+    kept is set aside first, as where another configuration replaces it.
     """
     with store.locked_track(track.sha256) as current:
         if current is None or (current.state, current.finished_at) != (track.state, track.finished_at):
             return False
+        outbox.set_aside(track.folder, {one.sha256 for one in store.ratings(track.sha256) if one.kept})
         store.set_collected(track.sha256, now=now)
         outbox.remove_manifest(track.folder)
     _remove_collected(store, outbox, track.sha256)

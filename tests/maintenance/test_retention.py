@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pipeline.config import Retention
 from pipeline.maintenance import retention
 from pipeline.maintenance.retention import DAY_S, Removable, collect
 from pipeline.outbox.outbox import MANIFEST, Outbox
-from pipeline.store.schema import FileState
+from pipeline.store.schema import FileState, Rating
 from pipeline.store.store import Store
 
 NOW = time.time() + 1000 * DAY_S  # files get their times from the system, so "now" lies in the future
@@ -416,3 +417,20 @@ def test_a_working_copy_is_as_young_as_its_youngest_file(stored: StoredTracks) -
     scratch = stored.scratch(sha256, age_s=90 * DAY_S, now=NOW)
     os.utime(scratch / "source", (NOW - DAY_S, NOW - DAY_S))
     assert gc(stored, work_days=7.0) == []
+
+
+def test_results_that_were_rated_as_kept_are_set_aside_before_they_are_removed(stored: StoredTracks) -> None:
+    sha256 = stored.finished("a.wav", b"a", now=OLD)
+    folder = stored.folder(sha256)
+    content = (folder / "variations/01-near.wav").read_bytes()
+    for file, is_kept in (("variations/01-near.wav", True), ("variations/02-far.wav", False)):
+        of_file = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        stored.store.rate([Rating(of_file, sha256, file, None, is_kept, "")], now=OLD)
+
+    assert gc(stored, outbox_days=0.0, dry_run=True) and set(tree(folder)) >= {MANIFEST}
+    assert names(gc(stored, outbox_days=0.0)) == [folder.name]
+
+    [(name, aside)] = tree(folder).items()
+    assert name.startswith("kept/01-near-") and aside == content
+    assert gc(stored, outbox_days=0.0) == []
+    assert set(tree(folder)) == {name}
