@@ -332,7 +332,8 @@ def rebuild(context: typer.Context) -> int:
     app = _app(context)
     app.workspace.prepare()
     with app.workspace.locked():
-        findings = list(record_again(app.open_store(), Outbox(app.workspace.outbox_files), now=time.time()))
+        outbox = Outbox(app.workspace.outbox_files)
+        findings = list(record_again(app.open_store(), outbox, app.workspace, now=time.time()))
     for finding in findings:
         typer.echo(f"{finding.where}: {finding.text}")
     typer.echo(f"{sum(finding.mended for finding in findings)} tracks recorded")

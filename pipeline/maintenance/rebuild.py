@@ -6,18 +6,22 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from pipeline.fs.files import is_in_bucket
 from pipeline.fs.names import printable
 from pipeline.maintenance.reconcile import Finding, unreadable
 from pipeline.outbox.outbox import VECTORS_RECORD, Outbox
 from pipeline.records import Stage
-from pipeline.store.schema import Track, TrackState
+from pipeline.store.schema import FileState, SourceFile, Track, TrackState
 from pipeline.store.store import Store
+from pipeline.workspace import DONE, Workspace
 
 OF_FILE = ("name", "names", "sha256", "bytes")  # what a manifest says of the source file, not of its sound
 
 
-def rebuild(store: Store, outbox: Outbox, *, now: float) -> Iterator[Finding]:
+def rebuild(store: Store, outbox: Outbox, workspace: Workspace, *, now: float) -> Iterator[Finding]:
     """Record the finished tracks of the outbox that the database does not know; a line for each folder.
+
+    Then their sources in `done`, see `_record_sources`.
 
     The sizes of the files are checked at the next start, and their hashes by `doctor`. To be called only by
     the holder of the instance lock.
@@ -42,6 +46,42 @@ def rebuild(store: Store, outbox: Outbox, *, now: float) -> Iterator[Finding]:
         if store.restore(track, units, now=now):
             text = f"{len(manifest['variations'])} variations recorded"
             yield Finding("result", where, text, mended=True)
+    _record_sources(store, workspace, now=now)
+
+
+def _record_sources(store: Store, workspace: Workspace, *, now: float) -> None:
+    """Record the files in the archive that are the source of a finished track, by their hash.
+
+    Without that `requeue` and a repair would take the source for lost, and `gc` would never remove it. A file
+    is read if it has the size of a track. Not in a bucket, where that would be a download.
+    """
+    inbox, done = workspace.inbox, workspace.inbox / DONE
+    if is_in_bucket(inbox):
+        return
+    tracks = {track.sha256: track for track in store.tracks(TrackState.DONE)}
+    sizes = {track.bytes for track in tracks.values()}
+    known = {file.current_path for file in store.files_below(inbox)}
+    for entry in workspace.inbox_files.entries(done):
+        if entry.size not in sizes or entry.path in known:
+            continue
+        try:
+            sha256 = workspace.inbox_files.sha256_of(entry.path)
+        except OSError:
+            continue
+        path = inbox / entry.path.relative_to(done)
+        if sha256 in tracks and store.file_at(path) is None:
+            file = SourceFile(
+                path=path,
+                sha256=sha256,
+                root=inbox,
+                display=printable(path.relative_to(inbox)),
+                size=entry.size,
+                mtime_ns=entry.identity.mtime_ns,
+                inode=entry.identity.inode,
+                state=FileState.SETTLED,
+                moved_to=entry.path,
+            )
+            store.add_file(file, name=tracks[sha256].name, folder=tracks[sha256].folder, now=now)
 
 
 def _track_of(manifest: Mapping[str, Any], folder: str) -> Track:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,10 @@ from typing import Any
 import pytest
 from stored_tracks import StoredTracks, a_manifest
 
+from pipeline.config import Retention
 from pipeline.maintenance.rebuild import rebuild
+from pipeline.maintenance.reconcile import has_source
+from pipeline.maintenance.retention import collect
 from pipeline.outbox.outbox import MANIFEST, Published
 
 NOW = 1_700_000_000.0
@@ -33,7 +38,7 @@ def complete(**changes: Any) -> dict[str, Any]:
 
 
 def said(stored: StoredTracks) -> list[tuple[str, bool]]:
-    return [(one.text, one.mended) for one in rebuild(stored.store, stored.outbox, now=NOW)]
+    return [(one.text, one.mended) for one in rebuild(stored.store, stored.outbox, stored.workspace, now=NOW)]
 
 
 def test_a_finished_track_is_recorded_once_with_its_units(stored: StoredTracks) -> None:
@@ -78,3 +83,25 @@ def test_a_folder_without_a_manifest_is_not_finished(stored: StoredTracks) -> No
     stored.outbox.publish_manifest(FOLDER, complete())
     (stored.outbox.root / FOLDER / MANIFEST).unlink()
     assert said(stored) == [("has no manifest.json, so it is not finished", False)]
+
+
+def test_sources_in_the_archive_are_recorded_again_by_their_hash(stored: StoredTracks) -> None:
+    sha256 = hashlib.sha256(b"sound").hexdigest()
+    made = complete()
+    stored.outbox.publish_manifest(FOLDER, {**made, "source": {**made["source"], "sha256": sha256}})
+    done = stored.workspace.inbox / "done"
+    for name, content in (("sub/a.wav", b"sound"), ("other.wav", b"other"), ("longer.wav", b"no sound")):
+        (done / name).parent.mkdir(parents=True, exist_ok=True)
+        (done / name).write_bytes(content)
+
+    for _ in range(2):  # the second time nothing changes
+        said(stored)
+        [file] = stored.store.files_below(stored.workspace.inbox)
+        assert (file.path, file.moved_to) == (stored.workspace.inbox / "sub/a.wav", done / "sub/a.wav")
+        assert (file.sha256, file.state) == (sha256, "settled")
+
+    [track] = stored.store.tracks()
+    assert track.state == "done" and has_source(track, stored.store, stored.workspace)
+    wanted = Retention(archive_days=0.0)
+    removals = collect(stored.store, stored.workspace, wanted, now=time.time() + 1.0, dry_run=False)
+    assert [removal.path for removal in removals] == [done / "sub/a.wav"]
