@@ -24,11 +24,10 @@ from pipeline.errors import (
 from pipeline.executors.process import kill_workers
 from pipeline.intake.archive import archive_files, recover_moves
 from pipeline.logs import is_journal, logging_to
-from pipeline.maintenance.reconcile import reconcile
+from pipeline.maintenance.reconcile import OUTBOX_MOUNT, check_outbox_mount, reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.progress import LogReporter, Reporter, TerminalReporter
 from pipeline.runner.retry import recover_crashed
-from pipeline.runner.runner import OUTBOX_MOUNT, check_outbox_mount
 from pipeline.service.health import Health
 from pipeline.service.loop import LONGEST_PAUSE_S, Session, Watch, condition_name
 from pipeline.service.metrics import Metrics

@@ -327,13 +327,15 @@ def doctor(
 def rebuild(context: typer.Context) -> int:
     """Record the finished tracks of the outbox again after the state folder was lost."""
     from pipeline.maintenance.rebuild import rebuild as record_again
+    from pipeline.maintenance.reconcile import check_outbox_mount
     from pipeline.outbox.outbox import Outbox
 
     app = _app(context)
     app.workspace.prepare()
     with app.workspace.locked():
-        outbox = Outbox(app.workspace.outbox_files)
-        findings = list(record_again(app.open_store(), outbox, app.workspace, now=time.time()))
+        store, outbox = app.open_store(), Outbox(app.workspace.outbox_files)
+        check_outbox_mount(app.workspace.outbox, store)
+        findings = list(record_again(store, outbox, app.workspace, now=time.time()))
     for finding in findings:
         typer.echo(f"{finding.where}: {finding.text}")
     typer.echo(f"{sum(finding.mended for finding in findings)} tracks recorded")

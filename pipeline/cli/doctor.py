@@ -19,10 +19,9 @@ from pipeline.executors.beside import n_generators
 from pipeline.fs.bucket import BucketFiles
 from pipeline.fs.disk import environment_error
 from pipeline.fs.names import printable
-from pipeline.maintenance.reconcile import reconcile
+from pipeline.maintenance.reconcile import check_outbox_mount, reconcile
 from pipeline.outbox.outbox import Outbox
 from pipeline.ratings.agreement import agreements
-from pipeline.runner.runner import check_outbox_mount
 from pipeline.service.health import read_health
 from pipeline.store.store import Store
 from pipeline.weights import hub

@@ -10,8 +10,8 @@ from pipeline.errors import BadAudio
 from pipeline.fs.files import with_url
 from pipeline.gallery.gallery import INDEX
 from pipeline.gallery.pictures import Picture, draw
+from pipeline.maintenance.reconcile import check_outbox_mount
 from pipeline.outbox.outbox import Outbox
-from pipeline.runner.runner import check_outbox_mount
 
 log = logging.getLogger("pipeline")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,11 +52,11 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     """The engines, the variations, one line per file or queued track, and an estimate of the time.
 
     Raises:
-        FolderUnusable: the folder can't be read.
+        FolderUnusable: the folder can't be read, or see `check_outbox_mount`.
     """
     from pipeline.intake.copies import is_conflict_copy
     from pipeline.intake.scanner import scanner_for
-    from pipeline.maintenance.reconcile import reconcile
+    from pipeline.maintenance.reconcile import check_outbox_mount, reconcile
     from pipeline.outbox.outbox import Outbox
 
     recipe, outbox = app.recipe, Outbox(app.workspace.outbox_files)
@@ -66,7 +67,8 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
     variations = plan_variations(app.config, card)
     yield f"each track: {len(variations)} variations"
     yield from (f"  {_variation(one, card)}" for one in variations)
-    store = app.read_store()
+    if store := app.read_store():
+        check_outbox_mount(app.workspace.outbox, store)
     to_do, listed = list[ToDo](), set[str]()
     try:
         for scanned in scanner_for(folder, app.config.intake, app.workspace.files_at(folder.path)).scan():
@@ -74,7 +76,8 @@ def plan_lines(app: App, folder: InputFolder) -> Iterator[str]:
             listed |= {track.sha256} if track else set()
             note = CONFLICT_COPY if is_conflict_copy(scanned.path.name) else ""
             text, missing = _planned(store, scanned, track, recipe, outbox)
-            to_do.append(ToDo(scanned.display, scanned.identity.size, missing))
+            if missing is not None:
+                to_do.append(ToDo(scanned.display, scanned.identity.size, missing))
             yield f"{scanned.display}: {text}{note}"
     except OSError as e:
         raise FolderUnusable(f"{printable(folder.path)} can't be read: {os_reason(e)}") from e
@@ -115,22 +118,22 @@ def _track_of(store: Store, scanned: ScannedFile) -> Track | None:
 
 def _planned(
     store: Store | None, scanned: ScannedFile, track: Track | None, recipe: Recipe, outbox: Outbox
-) -> tuple[str, list[PlannedVariation]]:
-    """What `once` would do with one file, and why; and the variations that it would make."""
+) -> tuple[str, list[PlannedVariation] | None]:
+    """What `once` would do with one file, and why; and the variations that it would make; None: no work."""
     every = plan_variations(recipe.config, recipe.generator.card)
     if store is None or track is None:
         if not scanned.marked:
-            return "waits for its marker file", []
+            return "waits for its marker file", None
         return "new: normalize, embed, generate", every
     if track.state != TrackState.DONE:
         return f"{track.state}{f' ({track.error})' if track.error else ''}", (
-            every if track.state == TrackState.QUEUED else []
+            every if track.state == TrackState.QUEUED else None
         )
     if track.collected_at is not None:
-        return "up to date (its results were removed by gc)", []
+        return "up to date (its results were removed by gc)", None
     wanted = recipe.plan(track.sha256)
     if track.plan_key == wanted.key:
-        return "up to date", []
+        return "up to date", None
     there = _published(store, track, outbox)
     missing: list[PlannedVariation] = [unit for unit in wanted.variations if unit.key not in there]
     embed = "" if wanted.embed_key in there else "embed, "
@@ -142,7 +145,9 @@ def _published(store: Store, track: Track, outbox: Outbox) -> set[str]:
     """The keys of the track's units whose results its manifest lists: those of earlier plans were removed."""
     from pipeline.outbox.outbox import files_of, listed_files
 
-    listed = {one.sha256 for one in listed_files(outbox.read_manifest(track.folder)) or ()}
+    listed = set[str]()
+    with suppress(OSError):
+        listed = {one.sha256 for one in listed_files(outbox.read_manifest(track.folder)) or ()}
     units = [unit for unit in store.units_of(track.sha256) if "file" in unit["result"]]
     return {unit["key"] for unit in units if files_of(unit["result"])[0].sha256 in listed}
 

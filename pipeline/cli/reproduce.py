@@ -14,6 +14,7 @@ from pipeline.engines.base import ProgressFn
 from pipeline.errors import ConfigError, os_reason
 from pipeline.fs.atomic import write_atomically
 from pipeline.fs.names import printable
+from pipeline.maintenance.reconcile import check_outbox_mount
 from pipeline.outbox.outbox import MANIFEST, Outbox
 from pipeline.reproduce.again import Again, source_of
 from pipeline.reproduce.compare import Outcome
@@ -58,8 +59,15 @@ def takes_of(app: App, target: Path, file: str | None) -> list[Recorded]:
 
 
 def all_takes(app: App) -> Iterator[list[Recorded] | Outcome]:
-    """The takes of each track of the outbox, or why a track's can't be known."""
+    """The takes of each track of the outbox, or why a track's can't be known.
+
+    Raises:
+        FolderUnusable: see `check_outbox_mount`; without it, there would seem to be nothing that differs.
+    """
     outbox = Outbox(app.workspace.outbox_files)
+    if store := app.read_store():
+        with closing(store):
+            check_outbox_mount(outbox.root, store)
 
     def read(folder: str, file: str) -> bytes | None:
         with suppress(FileNotFoundError, NotADirectoryError):

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import os_reason
+from pipeline.errors import FolderUnusable, os_reason
 from pipeline.fs.files import Entry
+from pipeline.fs.mounts import mounts_of
 from pipeline.fs.names import printable
 from pipeline.maintenance.retention import finish_interrupted_removals, unneeded_copies
 from pipeline.outbox.outbox import Outbox, Published, files_of, is_temporary, listed_files
@@ -25,6 +26,7 @@ from pipeline.store.schema import Track, TrackState
 from pipeline.store.store import Store
 from pipeline.workspace import Workspace
 
+OUTBOX_MOUNT = "outbox mount"  # the fact in the store: where its disk was mounted at the last start
 MTIME_SLACK_S = 2.0  # between a file's mtime and the clock with which its unit was recorded
 
 
@@ -233,3 +235,20 @@ def has_source(track: Track, store: Store, workspace: Workspace) -> bool:
             if (found := files.find(path)) is not None and found.size == track.bytes:
                 return True
     return False
+
+
+def check_outbox_mount(outbox: Path, store: Store) -> str:
+    """Where the disk of the outbox is mounted; empty if the system does not tell, or for a bucket.
+
+    Raises:
+        FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty: all
+            results would seem lost and be made again.
+    """
+    mounts = mounts_of(outbox)
+    if not mounts:
+        return ""
+    before, now = store.fact(OUTBOX_MOUNT), mounts[0].mount_point
+    was_deeper = before is not None and len(before) > len(now) and outbox.is_relative_to(before)
+    if was_deeper and not (outbox.exists() and any(outbox.iterdir())):
+        raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
+    return now

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.engines.base import check_stop
-from pipeline.errors import BadAudio, DiskFull, EngineUnusable, FolderUnusable, SourceAway, SourceGone
+from pipeline.errors import BadAudio, DiskFull, EngineUnusable, SourceAway, SourceGone
 from pipeline.executors import tasks
 from pipeline.executors.base import Executor, Task, WorkerLost, result_of
 from pipeline.executors.encode import variations_file
 from pipeline.executors.judge import Judge
 from pipeline.fs import copying
 from pipeline.fs.disk import count_that_fit, environment_error
-from pipeline.fs.mounts import mounts_of
 from pipeline.gallery.gallery import Gallery
 from pipeline.gallery.pictures import Picture
 from pipeline.logs import log_facts
+from pipeline.maintenance.reconcile import check_outbox_mount
 from pipeline.outbox import manifest
 from pipeline.outbox.manifest import Json
 from pipeline.outbox.outbox import EMBEDDING, PAGE, VECTORS, Outbox, Published, files_of
@@ -43,7 +43,6 @@ from pipeline.store.store import Store
 from pipeline.workspace import InputFolder, Workspace
 
 LOAD_TRIES = 3  # of loading the engines: an idle process may have died, and another be killed by chance
-OUTBOX_MOUNT = "outbox mount"  # the fact in the store: where its disk was mounted at the last start
 
 log = logging.getLogger("pipeline")
 
@@ -490,23 +489,6 @@ class Runner:
         self.store.finish_unit(
             key, sha256=job.track.sha256, stage=stage, result=record, seconds=seconds, now=self.clock()
         )
-
-
-def check_outbox_mount(outbox: Path, store: Store) -> str:
-    """Where the disk of the outbox is mounted; empty if the system does not tell, or for a bucket.
-
-    Raises:
-        FolderUnusable: the outbox used to be on a mount that is missing now, and its folder is empty: all
-            results would seem lost and be made again.
-    """
-    mounts = mounts_of(outbox)
-    if not mounts:
-        return ""
-    before, now = store.fact(OUTBOX_MOUNT), mounts[0].mount_point
-    was_deeper = before is not None and len(before) > len(now) and outbox.is_relative_to(before)
-    if was_deeper and not any(outbox.iterdir()):
-        raise FolderUnusable(f"the outbox was on a disk mounted at {before}, which isn't mounted now")
-    return now
 
 
 def _if_there(path: Path) -> Path | None:

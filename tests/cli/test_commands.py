@@ -296,7 +296,8 @@ def test_plan_knows_what_is_done_and_what_a_change_makes_new(
     folder = write_music(tmp_path / "music" / "song.wav").parent
     pipeline("once", folder)
 
-    assert "song.wav: up to date" in pipeline("plan", folder).out
+    out = pipeline("plan", folder).out
+    assert "song.wav: up to date" in out and "nothing to do" in out
     home.configure(NEAR, {**FAR, "temperature": 1.5})
     assert "song.wav: the configuration has changed: 1 variations" in pipeline("plan", folder).out
 
@@ -559,6 +560,18 @@ def test_doctor_takes_no_result_for_lost_while_the_disk_of_the_outbox_is_away(
     assert "isn't mounted now" in said.out
     assert "missing" not in said.out
     assert "1 done, 1 failed" in pipeline("status").out
+
+
+@pytest.mark.parametrize("arguments", [("plan",), ("rebuild",), ("reproduce", "--all")])
+def test_no_verb_takes_the_outbox_for_empty_while_its_disk_is_away(
+    processed: Home, pipeline: Pipeline, arguments: tuple[str, ...]
+) -> None:
+    with closing(Store(processed.folder / "state" / "pipeline.db")) as store:
+        store.set_fact("outbox mount", str(processed.outbox))
+    shutil.rmtree(processed.outbox)
+    said = pipeline(*arguments)
+    assert said.code == 4
+    assert "isn't mounted now" in said.err
 
 
 def test_while_doctor_repairs_status_shows_no_report_of_an_earlier_instance(

@@ -18,8 +18,8 @@ from pipeline.app import App
 from pipeline.gallery import gallery as gallery_module
 from pipeline.gallery.map import HEIGHT, WIDTH
 from pipeline.gallery.page import pictures_of
+from pipeline.maintenance.reconcile import OUTBOX_MOUNT
 from pipeline.outbox.outbox import Outbox
-from pipeline.runner.runner import OUTBOX_MOUNT
 from pipeline.store.schema import TrackState
 
 
