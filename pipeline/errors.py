@@ -83,9 +83,8 @@ class DatabaseDamaged(FolderUnusable):
     def __init__(self, database: Path, damage: str) -> None:
         super().__init__(
             f"the database {database} is damaged ({damage}): stop the program, then restore the file from a"
-            f" backup, or move it away together with {database.name}-wal and {database.name}-shm. The next"
-            " run then creates a new one; results stay in the outbox, and sources that are put into the"
-            " inbox again are processed again"
+            f" backup, or move it away together with {database.name}-wal and {database.name}-shm and"
+            " run `rebuild`, which records the finished tracks of the outbox in a new one"
         )
 
 

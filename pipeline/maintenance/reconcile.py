@@ -119,7 +119,11 @@ def _check_folder(
         yield unreadable(content.folder, content.files)
     elif not tracks:
         if content.manifest is not None:
-            yield Finding("unknown", printable(content.folder), "belongs to no track of this database")
+            yield Finding(
+                "unknown",
+                printable(content.folder),
+                "belongs to no track of this database: `rebuild` records it",
+            )
     elif all(track.state in (TrackState.DONE, TrackState.FAILED) for track in tracks):
         for name, entry in content.files.items():  # the runner uses or removes those of other tracks
             if is_temporary(name):
