@@ -227,8 +227,10 @@ def test_joins_of_produced_tracks_do_not_click_and_are_better_than_random(path: 
     assert made > random + 0.2
 
 
-def test_the_end_of_a_loop_joins_its_start_without_a_click() -> None:
+@pytest.mark.parametrize("less", [0, 1])  # an odd number of samples, too: the analysis ends after the sound
+def test_the_end_of_a_loop_joins_its_start_without_a_click(less: int) -> None:
     piece = synth.play(120.0, "verse verse", ending=False).audio
+    piece = Audio(piece.samples[:, : piece.n_samples - less], piece.sample_rate)
     sway = 0.2 * np.sin(np.pi * np.arange(piece.n_samples) / (2 * piece.n_samples))  # ends far from its start
     source = Audio(piece.samples + sway.astype(np.float32), piece.sample_rate)
     [made] = remixes(source, 2.5 * source.duration_s, seeds=[0], temperature=0.0)
@@ -236,5 +238,4 @@ def test_the_end_of_a_loop_joins_its_start_without_a_click() -> None:
     assert whole  # the whole loop is played more than once
     for join in whole:
         at = round(join["out_s"] * source.sample_rate)
-        step = made.audio.samples[:, at] - made.audio.samples[:, at - 1]
-        assert np.abs(step).max() < 0.05
+        assert np.abs(np.diff(made.audio.samples[:, at - 3 : at + 3])).max() < 0.05
