@@ -6,9 +6,10 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.engines.remix.beatless import onset_edges_s
-from pipeline.engines.remix.similarity import break_penalties, join_costs
+from pipeline.engines.remix.similarity import break_penalties, is_silent, join_costs
 from pipeline.music import analysis, bars, features, spectra
 from pipeline.music.spectra import Doubles, Floats
 from pipeline.records import Audio
@@ -46,6 +47,7 @@ class Analysis:
     first: int  # edge of the first point
     step: int  # edges from point to point
     phrase_bars: tuple[int, ...]  # bars since a phrase began, of each point
+    silent: NDArray[np.bool_]  # (points,): within a silence, in which nothing starts
     scores: Floats  # (points, points), corrected, of leaving at the first and entering at the second
     natural: Floats  # the same before corrections: 1 as in uncut music, 0 for a typical pair of points
     has_ending: bool  # it comes to an end, rather than being cut off or looping
@@ -87,6 +89,8 @@ def analyse(audio: Audio, emphasis: str = "balanced") -> Analysis:
     bar = found.meter // step if has_beat else BEATLESS_BAR
     penalties = break_penalties(spectrum.mel, mono, points_s)
     natural, scores = _scores(costs, penalties, sections, bar, has_bars=has_beat)
+    silent = is_silent(mono, points_s)
+    scores[np.tril(np.outer(silent, silent))] = -np.inf  # silence is like itself, but must not get longer
     if whole:
         natural[-1, 0] = scores[-1, 0] = LOOP_SCORE
     return Analysis(
@@ -98,6 +102,7 @@ def analyse(audio: Audio, emphasis: str = "balanced") -> Analysis:
         first=first,
         step=step,
         phrase_bars=_phrase_bars(points_s.size, sections, bar),
+        silent=silent,
         scores=scores,
         natural=natural,
         has_ending=has_ending,

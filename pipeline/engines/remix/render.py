@@ -69,7 +69,7 @@ def _pieces(
     """The pieces of the output; joins are aligned, and no fade is longer than half of the pieces it joins."""
     rate, has_beat = audio.sample_rate, track.tempo_bpm is not None
     length = round((crossfade_s if has_beat else max(crossfade_s, BEATLESS_FADE_S)) * rate)
-    # the analysis, at another rate, may end a sample or two later than the sound
+    # The analysis, at another rate, may end a sample or two later than the sound.
     points = np.minimum(np.round(track.points_s * rate).astype(np.int64), audio.n_samples)
     pieces = [_Piece(0, round(first_s(path) * rate), (0, 0))]
     for k, (leave, enter) in enumerate(path.joins):

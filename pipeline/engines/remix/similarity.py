@@ -64,6 +64,12 @@ def break_penalties(mel: Floats, mono: Floats, times_s: Doubles) -> Floats:
     return np.asarray(penalty + LEVEL_STEP * step, np.float32)
 
 
+def is_silent(mono: Floats, times_s: Doubles) -> NDArray[np.bool_]:
+    """Whether there is silence to both sides of each time, (times,); `mono` is the sound at RATE_HZ."""
+    before, after = _levels_db(mono, times_s)
+    return np.asarray((before <= SILENCE_DB) & (after <= SILENCE_DB))
+
+
 def _band_means(mel: Floats, times_s: Doubles, span_s: tuple[float, float]) -> Floats:
     """Mean magnitude of each band in a span around each time, (bands, times)."""
     frames = np.round((times_s[:, None] + np.array(span_s)) * FRAME_RATE_HZ).astype(np.int64)

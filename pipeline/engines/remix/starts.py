@@ -74,7 +74,7 @@ def _beginnings(asked: PathRequest) -> list[tuple[float, int, float]]:
     track = asked.track
     bar = track.meter // track.step  # in points, the first of which is on a bar line
     late = -((EARLY / max(asked.temperature, FROZEN)) ** EARLY_EXPONENT)
-    bars = range(bar, track.points_s.size - 1, bar)
+    bars = [point for point in range(bar, track.points_s.size - 1, bar) if not track.silent[point]]
     inner = bars[:0] if asked.is_frozen else bars
     later = [(point, late + (IN_PHRASE if track.phrase_bars[point] else 0.0)) for point in inner]
     found = [(0.0, 0, 0.0), *((float(track.points_s[point]), point, weight) for point, weight in later)]

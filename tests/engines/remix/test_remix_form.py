@@ -207,3 +207,20 @@ def test_the_lattice_weighs_every_path_once() -> None:
     entered = weigh(moves, final, 7, best=False).entered
     expected = [[total(point, left) for point in range(6)] for left in range(1, 8)]
     np.testing.assert_allclose(np.exp(entered[1:]), expected, rtol=1e-9)
+
+
+def test_silence_inside_of_a_track_is_not_prolonged_and_nothing_starts_in_it() -> None:
+    half, rate = PIECE.audio.n_samples // 2, PIECE.audio.sample_rate
+    pause = np.zeros((PIECE.audio.channels, 12 * rate), np.float32)
+    sound = PIECE.audio.samples
+    source = Audio(np.concatenate([sound[:, :half], pause, sound[:, half:]], axis=1), rate)
+    generator: Any = ENGINE.load(EngineSettings(sample_rate=rate))
+    wanted = [
+        VariationRequest(str(seed), "t", source, 30.0, seed, {"temperature": temperature})
+        for seed in range(12)
+        for temperature in (0.6, 1.5)
+    ]
+    for made in generator.generate(wanted, progress=lambda *_: None, should_stop=lambda: False):
+        heard = np.flatnonzero(np.abs(made.audio.samples).max(axis=0) > 1e-4)
+        assert heard[0] < 1.5 * rate
+        assert np.diff(heard).max() < 13 * rate
