@@ -37,9 +37,9 @@ def write_pages(app: App) -> tuple[int, int]:
     return sum(written), len(written) - sum(written)
 
 
-def _draw(sounds: list[Path | bytes]) -> list[Picture]:
+def _draw(source: Path | None, results: list[Path | bytes]) -> list[Picture]:
     try:
-        return draw(sounds)
+        return draw(source, results)
     except BadAudio as e:
         log.warning("a page has no waveforms: %s", e)
         return []

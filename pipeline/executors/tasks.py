@@ -142,13 +142,9 @@ def _content(file: Path | bytes) -> bytes:
     return file if isinstance(file, bytes) else file.read_bytes()
 
 
-def pictures(tools: Tools, *sounds: Path | bytes) -> Iterator[list[Picture]]:
-    """The pictures of sounds for the gallery, of files or of their bytes.
-
-    Raises:
-        BadAudio: one can't be decoded.
-    """
-    yield draw(sounds)
+def pictures(tools: Tools, source: Path | None, *results: Path | bytes) -> Iterator[list[Picture]]:
+    """The pictures of sounds for the gallery: see `draw`."""
+    yield draw(source, results)
 
 
 def make_takes(tools: Tools, wanted: Sequence[TakeRequest], output: Output) -> Iterator[MadeTake]:

@@ -43,7 +43,7 @@ DAMAGES = (AttributeError, LookupError, TypeError, ValueError)  # what a damaged
 Row = dict[str, Any]  # a track in the list
 Point = list[Any]  # on the map: x, y, name, URL, whether it is a source
 # Gives the pictures of files or of their bytes; none at all if one can't be decoded.
-Draw = Callable[[list[Path | bytes]], list[Picture]]
+Draw = Callable[[Path | None, list[Path | bytes]], list[Picture]]
 
 
 @dataclass
@@ -122,14 +122,14 @@ class Gallery:
         files = self.outbox.files
         page = self.outbox.root / track.folder / PAGE
         known = pictures_of(files.read(page).decode(errors="replace")) if files.find(page) else {}
-        sounds: dict[str, Path | bytes] = {track.sha256: source} if source else {}
+        missing = dict[str, Path | bytes]()
         for file, sha256 in take_files(manifest):
             path = self.outbox.root / track.folder / file
             if sha256 not in known and files.find(path):  # people delete what they don't like
-                sounds[sha256] = self.outbox.readable(track.folder, file)
-        missing = {sha256: sound for sha256, sound in sounds.items() if sha256 not in known}
-        if missing and (drawn := draw(list(missing.values()))):
-            known |= zip(missing, drawn, strict=True)
+                missing[sha256] = self.outbox.readable(track.folder, file)
+        new = None if track.sha256 in known else source
+        if (new or missing) and (drawn := draw(new, list(missing.values()))):
+            known |= zip([*([track.sha256] if new else []), *missing], drawn, strict=True)
         wanted = [track.sha256, *(sha256 for _, sha256 in take_files(manifest))]
         return {sha256: known[sha256] for sha256 in wanted if sha256 in known}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import scipy.fft
 from pipeline import audio
 from pipeline.audio import DecodeLimits
 from pipeline.audio.sndfile import read_whole
+from pipeline.errors import BadAudio
 from pipeline.music.spectra import Floats, chroma_bank
 from pipeline.records import Audio, cut
 from pipeline.scores.chroma import N_FFT, OCTAVES_WIDE
@@ -27,26 +26,24 @@ LIMITS = DecodeLimits(min_duration_s=0.0, max_duration_s=math.inf, accept_trunca
 Picture = Mapping[str, str]  # `peaks` and `chroma`, see `picture`
 
 
-def draw(sounds: Iterable[Path | bytes]) -> list[Picture]:
-    """The pictures of files, or of their bytes.
+def draw(source: Path | None, results: Sequence[Path | bytes]) -> list[Picture]:
+    """The pictures of a source, if there is one, and of results: of their files, or of their bytes.
 
     Raises:
         BadAudio: one can't be decoded.
     """
-    return [picture(_decoded(sound)) for sound in sounds]
+    drawn = [] if source is None else [audio.decode(source, sample_rate=RATE_HZ, limits=LIMITS)[0]]
+    return [picture(sound) for sound in (*drawn, *map(_result, results))]
 
 
-def _decoded(sound: Path | bytes) -> Audio:
-    """By libsndfile at the sound's own rate, which is quickest; what it doesn't read, as a source is read."""
+def _result(file: Path | bytes) -> Audio:
+    """A result of this program, by libsndfile at its own rate, which is quickest."""
     import soundfile
 
-    with suppress(soundfile.LibsndfileError):
-        found = read_whole(sound)
-        if found.n_samples:
-            return found
-    if isinstance(sound, Path):
-        return audio.decode(sound, sample_rate=RATE_HZ, limits=LIMITS)[0]
-    return audio.decode_file(io.BytesIO(sound), len(sound), sample_rate=RATE_HZ, limits=LIMITS)[0]
+    try:
+        return read_whole(file)
+    except soundfile.LibsndfileError as e:
+        raise BadAudio(str(e)) from e
 
 
 def picture(sound: Audio) -> Picture:

@@ -438,10 +438,10 @@ class Runner:
 
     # -- helpers ---------------------------------------------------------------------------------
 
-    def _pictures(self, sounds: list[Path | bytes]) -> list[Picture]:
+    def _pictures(self, source: Path | None, results: list[Path | bytes]) -> list[Picture]:
         """For a page of the gallery; none if a sound can't be decoded, which is no reason to fail a track."""
         try:
-            found: list[Picture] = self._run(tasks.pictures, *sounds)
+            found: list[Picture] = self._run(tasks.pictures, source, *results)
             return found
         except (BadAudio, WorkerLost) as e:
             log.warning("a page has no waveforms: %s", e)

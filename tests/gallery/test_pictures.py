@@ -22,6 +22,11 @@ def tone(frequency_hz: float, seconds: float, level: float = 0.5) -> Audio:
     return Audio(np.stack([mono, -mono / 2]), RATE_HZ)
 
 
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
 def values(packed: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(packed), np.uint8)
 
@@ -52,7 +57,19 @@ def test_the_chromagram_shows_the_pitch_class_in_each_column(
 def test_files_and_their_bytes_are_drawn_alike_and_what_is_no_sound_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tone.flac"
     soundfile.write(path, tone(440.0, 2.0).samples.T, RATE_HZ)
-    of_file, of_bytes = draw([path, path.read_bytes()])
-    assert of_file == of_bytes
-    with pytest.raises(BadAudio):
-        draw([b"no sound"])
+    source, of_file, of_bytes = draw(path, [path, path.read_bytes()])
+    assert source == of_file == of_bytes
+    for nothing in ((None, [b"no sound"]), (write(tmp_path / "no sound", b"x"), [])):
+        with pytest.raises(BadAudio):
+            draw(*nothing)
+
+
+def test_a_source_is_drawn_as_it_is_decoded(tmp_path: Path) -> None:
+    """Two MP3 files in one, of which libsndfile reads the first only."""
+    parts = []
+    for frequency_hz in (440.0, 261.63):
+        soundfile.write(part := tmp_path / f"{frequency_hz}.mp3", tone(frequency_hz, 4.0).samples.T, RATE_HZ)
+        parts.append(part.read_bytes())
+    [drawn] = draw(write(tmp_path / "both.mp3", b"".join(parts)), [])
+    classes = values(drawn["chroma"]).reshape(-1, 12).argmax(axis=1)
+    assert (classes[1], classes[-2]) == (9, 0)
