@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NORMALIZE_VERSION = "4"  # raised when the same file would get other normalized samples or another record
 CHANGE_VERSION = "1"  # raised when the same change, or another version of its library, gives other samples
 # By format, raised when the same variation would be written as different bytes
-OUTPUT_VERSIONS: Mapping[str, str] = {"wav": "4", "flac": "4", "mp3": "5", "opus": "4"}
+OUTPUT_VERSIONS: Mapping[str, str] = {"wav": "5", "flac": "5", "mp3": "6", "opus": "5"}
 # Share and least seconds made beyond the asked length to choose a loop from. 4 s of it are faded in a remix.
 # The contexts of seams of 16 s have a similarity of 0.1 with 7 s and of 0.33 with 14 s.
 LOOP_EXTRA, LOOP_EXTRA_S = 0.2, 12.0
@@ -151,7 +151,7 @@ def finish(
     return Finished(
         audio=leveled,
         loudness_lufs=loudness,
-        details=_moved(variation.details, start_s, leveled.duration_s),
+        details=_moved(variation.details, made, start_s, leveled.duration_s),
         own_beats=variation.own_beats,
         **facts,
     )
@@ -194,12 +194,22 @@ def _shaped(
     return faded, 0.0, {"bars": bars, "loop": None}
 
 
-def _moved(details: Mapping[str, Any], start_s: float, duration_s: float) -> Mapping[str, Any]:
-    """The engine's details with the times of the joins counted from `start_s`, without joins cut away."""
+def _moved(details: Mapping[str, Any], made: Audio, start_s: float, duration_s: float) -> Mapping[str, Any]:
+    """The engine's details of what is left of `made`: `duration_s` from `start_s` on.
+
+    The times of the joins count from there, and those cut away are left out. `start_s` is where that is in
+    the source, and an `ending` that was cut away is "cut".
+    """
     if "joins" not in details:
         return details
     joins = [{**join, "out_s": round(join["out_s"] - start_s, 6)} for join in details["joins"]]
-    return {**details, "joins": [join for join in joins if 0 < join["out_s"] < duration_s]}
+    moved = {**details, "joins": [join for join in joins if 0 < join["out_s"] < duration_s]}
+    if "start_s" in details:
+        offsets_s = [join["to_s"] - join["out_s"] for join in joins if join["out_s"] <= 0]
+        moved["start_s"] = round([details["start_s"] + start_s, *offsets_s][-1], 3)
+    if "ending" in details and start_s + duration_s < made.duration_s - BAR_FADE_S:
+        moved["ending"] = "cut"
+    return moved
 
 
 def _leveled(

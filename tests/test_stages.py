@@ -109,12 +109,18 @@ def test_an_offset_is_removed_and_the_ends_are_faded() -> None:
 def test_a_loop_is_cut_from_more_on_its_bars_without_fades_and_its_joins_are_moved_along() -> None:
     output = {"loop": True, "sample_rate": 44100}
     made_s = stages.engine_duration_s(16.0, Output.model_validate(output))
-    details = {"joins": [{"out_s": at} for at in (0.01, 8.0, made_s - 0.01)]}
+    joins = [{"out_s": at, "to_s": at + 20.0} for at in (0.01, 8.0, made_s - 0.01)]
+    details = {"joins": joins, "start_s": 3.0, "ending": "own"}
     result = finished(sequenced(made_s), length_s=16.0, details=details, **output)
     assert (result.audio.n_samples, result.bars) == (16 * 44100, 8)
     assert result.loop is not None and result.loop["similarity"] > 0.9
     [join] = result.details["joins"]
-    assert 0 < 8.0 - join["out_s"] < made_s - 16.0
+    start_s = 8.0 - join["out_s"]
+    assert 0 < start_s < made_s - 16.0
+    assert (result.details["start_s"], result.details["ending"]) == (
+        pytest.approx(20.0 + start_s, abs=1e-3),
+        "cut",
+    )
     levels = [float(np.mean(part**2)) for part in np.split(result.audio.samples[0], 8)]
     assert max(levels) < 1.2 * min(levels)
 

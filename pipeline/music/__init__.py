@@ -3,4 +3,4 @@
 The modules build on each other in this order: `spectra`, `features`, `meter`, `beats`, `bars`.
 """
 
-PROMPT_VERSION = "1"  # of `words`: raised when the same track would get other words
+PROMPT_VERSION = "2"  # of `words`: raised when the same track would get other words

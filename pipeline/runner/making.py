@@ -16,7 +16,7 @@ from pipeline.outbox.manifest import SOFTWARE, Json
 from pipeline.outbox.settings import Settings
 from pipeline.plan import Take
 from pipeline.records import Audio, VariationRequest
-from pipeline.stages import engine_duration_s
+from pipeline.stages import NORMALIZE_VERSION, OUTPUT_VERSIONS, engine_duration_s
 
 LEVELS = ("loudness_lufs", "peak_dbfs", "true_peak_dbtp")
 
@@ -60,7 +60,12 @@ def record_of(take: Take, made: MadeTake, choice: Choice, settings: Settings, de
     facts = manifest.take_facts(take, made.made_by, choice, settings)
     if made.prompt != take.params.get("prompt", ""):
         facts["prompt"] = made.prompt
-    facts["made_with"] = {**made.made_with, **({"device": device} if choice.model else {})}
+    facts["made_with"] = {
+        **made.made_with,
+        "normalization": NORMALIZE_VERSION,
+        "output": OUTPUT_VERSIONS[settings.output.format],
+        **({"device": device} if choice.model else {}),
+    }
     return manifest.take_record(facts, made.facts, made.verdict.scores)
 
 

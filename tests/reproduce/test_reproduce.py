@@ -13,6 +13,7 @@ import pytest
 from home_folder import FAR, NEAR, Home, RunResult, contents, run, sha256_of, write_music
 
 from pipeline.engines.remix.generator import RemixGenerator
+from pipeline.stages import NORMALIZE_VERSION
 
 Pipeline = Callable[..., RunResult]
 
@@ -172,7 +173,7 @@ def test_another_version_is_named_where_the_bytes_differ(
 ) -> None:
     manifest = processed.manifest()
     for one in manifest["variations"]:
-        one["made_with"]["numpy"] = "1.0"
+        one["made_with"] |= {"numpy": "1.0", "normalization": "0"}
     manifest_of(processed).write_text(json.dumps(manifest))
     assert pipeline("reproduce", "--all").code == 0  # the bytes are the same, so nothing is said of it
 
@@ -185,6 +186,7 @@ def test_another_version_is_named_where_the_bytes_differ(
         in first
     )
     assert f"numpy {np.__version__} instead of 1.0" in first and first != second
+    assert f"normalization {NORMALIZE_VERSION} instead of 0" in first
     assert total == "0 the same, 2 different, 0 can't be tried"
     from_tags = pipeline("reproduce", first_file(processed)).out
     assert "engine remix 99 instead of" in from_tags and "numpy" not in from_tags
@@ -237,7 +239,7 @@ def test_a_source_that_is_not_at_hand_is_asked_for(
     ("key", "value", "says"),
     [
         ("engine", "loom", "there is no engine loom"),
-        ("params", {"knots": 3}, "engine remix 2 does not take its parameters"),
+        ("params", {"knots": 3}, "engine remix 3 does not take its parameters"),
         ("settings", {"mastering": {}}, "this version of the program does not know its settings"),
     ],
 )

@@ -72,7 +72,7 @@ class RemixGenerator:
         n_samples = round(request.duration_s * self.sample_rate)
         samples, joins = render(source, track, path, n_samples, params.crossfade_ms / 1000)
         step(STEPS)
-        details = _details(track, path, joins, request.duration_s)
+        details = _details(track, path, joins)
         beats = own_beats(track, path, joins, request.duration_s)
         return Variation(request.request_id, Audio(samples, self.sample_rate), details, beats)
 
@@ -95,7 +95,7 @@ def own_beats(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s
     return Beats(np.array(found_s), track.tempo_bpm, track.pulse_clarity, track.meter, phase)
 
 
-def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s: float) -> Mapping[str, Any]:
+def _details(track: Analysis, path: BeatPath, joins: Sequence[Join]) -> Mapping[str, Any]:
     """A remix's details for the manifest, as JSON values.
 
     A join's `score` is 1 if the contexts of both sides are the same and no sound breaks off, 0 if they differ
@@ -120,8 +120,6 @@ def _details(track: Analysis, path: BeatPath, joins: Sequence[Join], duration_s:
             }
             for join, score in zip(joins, scores, strict=True)
         ],
-        "mean_score": round(float(np.mean(scores)), 3) if scores else None,
-        "coverage": round(_coverage(track.duration_s, path, joins, duration_s), 3),
     }
 
 
@@ -137,14 +135,3 @@ def _bars(track: Analysis, join: Join) -> Mapping[str, Any]:
         "bars_jumped": entered - left,
         "keeps_bar_position": (beats[1] - beats[0]) % track.meter == 0,
     }
-
-
-def _coverage(source_s: float, path: BeatPath, joins: Sequence[Join], duration_s: float) -> float:
-    """Share of the source that is played at least once."""
-    played = np.zeros(max(1, round(source_s * 100)), dtype=bool)
-    at_s, position_s = 0.0, path.start_s
-    for join in joins:
-        played[round(position_s * 100) : round(join.from_s * 100)] = True
-        at_s, position_s = join.out_s, join.to_s
-    played[round(position_s * 100) : round((position_s + duration_s - at_s) * 100)] = True
-    return float(played.mean())

@@ -226,7 +226,7 @@ def test_the_details_describe_the_source() -> None:
     details = remix(SONG.audio, 45.0).details
     assert details["tempo_bpm"] == pytest.approx(124, rel=0.002)
     assert details["meter"] == 4 and details["ending"] in {"own", "fade"}
-    assert 0 < details["coverage"] <= 1 and details["pulse_clarity"] > 0.5
+    assert details["pulse_clarity"] > 0.5
 
 
 def test_a_read_only_memory_map_gives_the_same_samples(tmp_path: Any) -> None:
