@@ -31,6 +31,8 @@ from pipeline.workspace import InputFolder, Workspace
 ALL_DONE, SOME_FAILED, BAD_USAGE, LOCKED, UNUSABLE = range(5)
 TEMPLATE = Path(__file__).with_name("template")  # the folder `config` of a new home
 
+SOURCE_GONE = "its source is gone: put it in the inbox first"
+
 log = logging.getLogger("pipeline")
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 models = typer.Typer(
@@ -254,6 +256,7 @@ def show(context: typer.Context, track: TrackName, as_json: AsJson = False) -> i
 def retry(context: typer.Context, tracks: Tracks = None) -> int:
     """Queue failed tracks again."""
     from pipeline.intake.archive import restore_to_inbox
+    from pipeline.maintenance.reconcile import has_source
     from pipeline.store.schema import UNREADABLE, TrackState
 
     app = _app(context)
@@ -267,7 +270,8 @@ def retry(context: typer.Context, tracks: Tracks = None) -> int:
             typer.echo(f"{track.name}: will be read again at the next scan")
         else:
             store.requeue(track.sha256, now=time.time())
-            typer.echo(f"{track.name}: queued again")
+            gone = "" if has_source(track, store, app.workspace) else f"; {SOURCE_GONE}"
+            typer.echo(f"{track.name}: queued again{gone}")
     if not found:
         typer.echo("nothing has failed")
     return ALL_DONE
@@ -289,7 +293,7 @@ def requeue(
     store = app.open_store()
     found = store.find(track)
     if not has_source(found, store, app.workspace):
-        typer.echo(f"{found.name}: its source is gone: put it in the inbox first", err=True)
+        typer.echo(f"{found.name}: {SOURCE_GONE}", err=True)
         return SOME_FAILED
     stages = list(Stage) if stage == Stage.NORMALIZE else [stage, Stage.EMBED_VARIATIONS] if stage else []
     if not store.requeue(found.sha256, now=time.time(), stages=stages):

@@ -473,6 +473,12 @@ def test_retry_leaves_what_has_not_failed(processed: Home, pipeline: Pipeline) -
     assert json.loads(pipeline("status", "--json").out)["tracks"]["queued"] == 1
 
 
+def test_retry_says_that_a_source_is_gone(processed: Home, pipeline: Pipeline) -> None:
+    (processed.inbox / "failed" / "letter.mp3").unlink()
+    gone = "letter.mp3: queued again; its source is gone: put it in the inbox first\n"
+    assert pipeline("retry").out == gone
+
+
 def test_requeue_of_a_stage_repeats_that_stage_alone_with_the_same_bytes(
     processed: Home, pipeline: Pipeline
 ) -> None:
