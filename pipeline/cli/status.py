@@ -191,7 +191,8 @@ def waiting_text(one: dict[str, Any]) -> str:
 
 
 def failure_text(one: dict[str, Any]) -> str:
-    return f"failed: {one['track']} in {one['stage']} after {one['attempts']} attempts: {one['error']}"
+    attempts = "1 attempt" if one["attempts"] == 1 else f"{one['attempts']} attempts"
+    return f"failed: {one['track']} in {one['stage']} after {attempts}: {one['error']}"
 
 
 def _worker_text(worker: dict[str, Any]) -> str:

@@ -47,15 +47,15 @@ def count_that_fit(folders: Sequence[Path], *, each_bytes: float, reserve_bytes:
         DiskFull: not even one fits.
         FolderUnusable: a folder does not exist or can't be read.
     """
-    free = float("inf")
+    free, fullest = float("inf"), Path()
     for folder in folders:
         try:
-            free = min(free, shutil.disk_usage(folder).free)
+            free, fullest = min((free, fullest), (shutil.disk_usage(folder).free, folder))
         except OSError as e:
             raise FolderUnusable(f"{folder} can't be used: {os_reason(e)}") from e
     if free < each_bytes + reserve_bytes:
         raise DiskFull(
-            f"{free / 1e6:.0f} MB are free for {', '.join(map(str, folders))}, and"
-            f" {(each_bytes + reserve_bytes) / 1e6:.0f} MB are needed (for the work, and disk.min_free_mb)"
+            f"{free / 1e6:.1f} MB are free for {fullest}, and {(each_bytes + reserve_bytes) / 1e6:.1f} MB are"
+            " needed (for the work, and disk.min_free_mb)"
         )
     return int((free - reserve_bytes) // max(each_bytes, 1.0))

@@ -244,7 +244,7 @@ def test_status_shows_failures(processed: Home, pipeline: Pipeline) -> None:
     assert failure["path"] == str(processed.inbox / "failed" / "letter.mp3")
     text = pipeline("status").out
     assert "0 queued, 0 running, 1 done, 1 failed" in text
-    assert f"letter.mp3 in normalize after 1 attempts: {failure['error']}" in text
+    assert f"letter.mp3 in normalize after 1 attempt: {failure['error']}" in text
 
 
 @pytest.mark.parametrize(("wait_s", "is_waiting"), [(60.0, True), (1e8, False)])

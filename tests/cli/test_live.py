@@ -85,7 +85,7 @@ def test_everything_has_a_line_of_at_most_80_columns(facts: Facts) -> None:
         "18 s left",
         "5 of 15",
         "next: 0.wav",
-        "failed: letter.mp3 in normalize after 1 attempts: is no",
+        "failed: letter.mp3 in normalize after 1 attempt: is no",
     ):
         assert words in text, words
     assert "next: 5.wav" not in text

