@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.engines.remix.beatless import onset_edges_s
-from pipeline.engines.remix.similarity import break_penalties, is_silent, join_costs
+from pipeline.engines.remix.similarity import SILENCE_DB, break_penalties, join_costs, levels_around
 from pipeline.music import analysis, bars, features, spectra
 from pipeline.music.spectra import Doubles, Floats
 from pipeline.records import Audio
@@ -27,7 +27,7 @@ ODD_BARS_PENALTIES = (0.0, 0.6, 0.4, 0.6)  # by the bars it skips, modulo PHRASE
 STEP_BACK_PENALTY = 0.3  # it goes back by one bar; falls to 0 at eight bars
 SECTION_BONUS = 0.06  # it leaves at the end of a section; the same for entering at the start of one
 LOOP_SCORE = 0.8  # score of joining the end to the start of a track that is cut as a loop
-LOOP_END_S = 0.06  # of a loop, its last beat is found at most so far from its end
+LOOP_END_S = 0.06  # the last beat of a loop is found no further than this from its end
 # The ending
 LEVEL_S = 0.05  # frame length of the level curve
 QUIET_DB = -30.0  # a track that stops this far below its median level has an ending
@@ -87,9 +87,10 @@ def analyse(audio: Audio, emphasis: str = "balanced") -> Analysis:
     costs = join_costs(distances)[first::step, first::step]
     sections = tuple((edge - first) // step for edge in found.sections)
     bar = found.meter // step if has_beat else BEATLESS_BAR
-    penalties = break_penalties(spectrum.mel, mono, points_s)
+    levels_db = levels_around(mono, points_s)
+    penalties = break_penalties(spectrum.mel, levels_db, points_s)
     natural, scores = _scores(costs, penalties, sections, bar, has_bars=has_beat)
-    silent = is_silent(mono, points_s)
+    silent = np.maximum(*levels_db) <= SILENCE_DB
     scores[np.tril(np.outer(silent, silent))] = -np.inf  # silence is like itself, but must not get longer
     if whole:
         natural[-1, 0] = scores[-1, 0] = LOOP_SCORE

@@ -45,10 +45,10 @@ def join_costs(distances: Floats) -> Floats:
     return np.asarray(total / np.maximum(weight, 1e-9), np.float32)
 
 
-def break_penalties(mel: Floats, mono: Floats, times_s: Doubles) -> Floats:
+def break_penalties(mel: Floats, levels_db: tuple[Floats, Floats], times_s: Doubles) -> Floats:
     """Penalty, from 0, for what breaks between leaving at one time and entering at another; (times, times).
 
-    `mel` is the log-compressed spectrum of `spectra.Spectra`, `mono` the sound at RATE_HZ.
+    `mel` is the log-compressed spectrum of `spectra.Spectra`; `levels_db`: see `levels_around`.
     """
     before, after = (_band_means(mel, times_s, span) for span in (BEFORE_S, AFTER_S))
     lasting = np.minimum(before, after)
@@ -57,17 +57,11 @@ def break_penalties(mel: Floats, mono: Floats, times_s: Doubles) -> Floats:
         penalty += BREAK_OFF * np.maximum(0.0, lasting[band][:, None] - after[band])
         penalty += SET_IN * np.maximum(0.0, lasting[band] - before[band][:, None])
     penalty /= mel.shape[0]
-    level_before, level_after = _levels_db(mono, times_s)
+    level_before, level_after = levels_db
     step = np.minimum(
         np.abs(level_before[:, None] - level_before), np.abs(level_after[:, None] - level_after)
     )  # a step that the track makes itself, at either edge, is no fault
     return np.asarray(penalty + LEVEL_STEP * step, np.float32)
-
-
-def is_silent(mono: Floats, times_s: Doubles) -> NDArray[np.bool_]:
-    """Whether there is silence to both sides of each time, (times,); `mono` is the sound at RATE_HZ."""
-    before, after = _levels_db(mono, times_s)
-    return np.asarray((before <= SILENCE_DB) & (after <= SILENCE_DB))
 
 
 def _band_means(mel: Floats, times_s: Doubles, span_s: tuple[float, float]) -> Floats:
@@ -79,8 +73,11 @@ def _band_means(mel: Floats, times_s: Doubles, span_s: tuple[float, float]) -> F
     return np.asarray((sums[:, stop] - sums[:, start]) / (stop - start), np.float32)
 
 
-def _levels_db(mono: Floats, times_s: Doubles) -> tuple[Floats, Floats]:
-    """Level before and after each time; inside the track only, so both are equal at its ends."""
+def levels_around(mono: Floats, times_s: Doubles) -> tuple[Floats, Floats]:
+    """Level before and after each time, dB, at least SILENCE_DB; (times,) each.
+
+    Inside the track only, so both are equal at its ends. `mono` is the sound at RATE_HZ.
+    """
     power = np.pad(np.cumsum(mono.astype(np.float64) ** 2), (1, 0))
     at = np.round(times_s * RATE_HZ).astype(np.int64)
     reach = round(LEVEL_S * RATE_HZ)

@@ -17,7 +17,7 @@ from pipeline.engines.remix import ENGINE, params_of_similarity
 from pipeline.engines.remix.analysis import EMPHASES
 from pipeline.engines.remix.beatless import onset_edges_s
 from pipeline.engines.remix.lattice import Moves, weigh
-from pipeline.engines.remix.similarity import break_penalties
+from pipeline.engines.remix.similarity import break_penalties, levels_around
 from pipeline.music import features, spectra
 from pipeline.records import Audio, Variation, VariationRequest
 
@@ -151,7 +151,8 @@ def test_what_breaks_off_or_sets_in_without_an_attack_is_penalized() -> None:
     mono = np.pad(sound, (0, 4 * RATE))
     mel = spectra.compute_spectra(mono).mel
     silent, begin, middle, late, end, after = range(6)
-    penalty = break_penalties(mel, mono, np.array([1.0, 2.0, 3.5, 4.5, 6.0, 8.0]))
+    times_s = np.array([1.0, 2.0, 3.5, 4.5, 6.0, 8.0])
+    penalty = break_penalties(mel, levels_around(mono, times_s), times_s)
     assert penalty[middle, late] < 0.1  # the same chord goes on
     assert penalty[end, after] < 0.1  # it ended by itself
     assert penalty[silent, begin] < 0.1  # it begins by its own attack
@@ -164,7 +165,8 @@ def test_a_jump_in_level_is_penalized_but_not_one_of_the_tracks_own() -> None:
         np.float32
     )
     quiet, step, loud, louder = range(4)
-    penalty = break_penalties(np.zeros((2, 1378), np.float32), mono, np.array([2.0, 4.0, 6.0, 7.0]))
+    times_s = np.array([2.0, 4.0, 6.0, 7.0])
+    penalty = break_penalties(np.zeros((2, 1378), np.float32), levels_around(mono, times_s), times_s)
     assert penalty[quiet, loud] > 1.5 and penalty[loud, louder] < 0.1
     assert penalty[quiet, step] < 0.1
 
